@@ -1,0 +1,1 @@
+"""The science of unlearning by parameter extrapolation: corpora, models, training, update vectors, scoring, metrics."""

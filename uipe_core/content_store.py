@@ -1,0 +1,182 @@
+"""A folder of immutable entries named by the hash of what determines them: atomic, checksummed, made once.
+
+Layout of a store: ``<root>/<key>/`` with the entry's files and ``manifest.json``; ``<root>/quarantine/`` for entries that
+failed their check; ``<root>/tmp/`` for entries being written; ``<root>/locks/`` for the locks of their makers.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from uipe_core.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+class BrokenEntryError(Exception):
+    """An entry whose files do not match its manifest."""
+
+
+def content_key(inputs: Mapping[str, Any]) -> str:
+    """Key of an entry: 32 hexadecimal digits of the SHA-256 of its inputs as canonical JSON."""
+    return hashlib.sha256(_canonical(inputs)).hexdigest()[:32]
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def fsync_path(path: Path) -> None:
+    """Flushes a file or a directory entry to the disk, so that a rename that follows cannot outrun its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, content: bytes) -> None:
+    """Writes a file so that readers see the old content or the new, never a part: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        temporary.write_bytes(content)
+        fsync_path(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class ContentStore:
+    """Makes an entry once, whoever asks, and never hands out one that fails its checksums.
+
+    Args:
+        root: Folder of the store; created when first written to.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+        self._verified: set[str] = set()
+
+    def find(self, key: str) -> Path | None:
+        """Folder of the entry, or None. A torn or altered entry is reported, moved to quarantine, and counts as missing."""
+        folder = self.root / key
+        if not folder.is_dir():
+            return None
+        if key in self._verified:
+            return folder
+        try:
+            self._verify(key)
+        except BrokenEntryError as error:
+            self._quarantine(folder, str(error))
+            return None
+        self._verified.add(key)
+        return folder
+
+    def get_or_make(self, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        """Folder of the entry for `inputs`; calls `make(empty_folder)` when there is none yet.
+
+        Concurrent callers on one machine wait for the first (a lock of the operating system, gone with its holder). If
+        `make` raises, nothing is published.
+
+        Raises:
+            UserError: If the store cannot be written (read-only folder, full disk).
+        """
+        key = content_key(inputs)
+        found = self.find(key)
+        if found is not None:
+            return found
+        try:
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / "locks" / f"{key}.lock"):
+                return self.find(key) or self._make(key, inputs, make)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM):
+                raise UserError(
+                    f"cache folder {self.root}: {os.strerror(error.errno)}; free some space or choose another folder "
+                    "(cache.models and cache.deltas in the study file, or the environment variable UIPE_CACHE)"
+                ) from error
+            raise
+
+    def manifest(self, key: str) -> dict[str, Any]:
+        """The manifest of an entry.
+
+        Raises:
+            BrokenEntryError: If it is missing or is not a manifest.
+        """
+        path = self.root / key / MANIFEST
+        try:
+            manifest = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise BrokenEntryError("manifest is missing (the entry was never finished)") from None
+        except (ValueError, UnicodeDecodeError):
+            raise BrokenEntryError("manifest is not JSON") from None
+        if not isinstance(manifest, dict):
+            raise BrokenEntryError("manifest is not an object")
+        return manifest
+
+    def _make(self, key: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
+        temporary = self.root / "tmp" / f"{key}.{uuid.uuid4().hex[:8]}"
+        temporary.mkdir(parents=True)
+        try:
+            make(temporary)
+            self._seal(temporary, key, inputs)
+            folder = self.root / key
+            temporary.replace(folder)
+            fsync_path(self.root)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        self._verified.add(key)
+        return folder
+
+    def _seal(self, folder: Path, key: str, inputs: Mapping[str, Any]) -> None:
+        files = {}
+        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+            fsync_path(path)
+            name = path.relative_to(folder).as_posix()
+            files[name] = {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
+        manifest: dict[str, Any] = {"key": key, "inputs": dict(inputs), "files": files}
+        manifest["checksum"] = hashlib.sha256(_canonical(manifest)).hexdigest()
+        write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
+        fsync_path(folder)
+
+    def _verify(self, key: str) -> None:
+        manifest = self.manifest(key)
+        checksum = manifest.pop("checksum", None)
+        if checksum != hashlib.sha256(_canonical(manifest)).hexdigest():
+            raise BrokenEntryError("manifest was altered")
+        if manifest["key"] != key or content_key(manifest["inputs"]) != key:
+            raise BrokenEntryError("entry belongs to another key")
+        for name, facts in manifest["files"].items():
+            path = self.root / key / name
+            if not path.is_file():
+                raise BrokenEntryError(f"{name} is missing")
+            if path.stat().st_size != facts["bytes"]:
+                raise BrokenEntryError(f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}")
+            if _file_hash(path) != facts["sha256"]:
+                raise BrokenEntryError(f"{name} does not match its checksum")
+
+    def _quarantine(self, folder: Path, reason: str) -> None:
+        target = self.root / "quarantine" / f"{folder.name}.{uuid.uuid4().hex[:8]}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.rename(target)
+        except FileNotFoundError:
+            return
+        logger.warning("%s: %s; moved to %s, it will be made again", folder, reason, target)

@@ -1,0 +1,1 @@
+"""Corpora: what to forget and what to keep."""

@@ -1,0 +1,81 @@
+"""The one set of types every corpus is made of: items, named sets of items, and what models are trained on."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Item:
+    """One question with its gold answer and, for evaluation, the answers it is compared with.
+
+    Attributes:
+        question: The question as asked, without any prompt format.
+        answer: The gold answer.
+        paraphrased_answer: The answer in other words; None where a corpus has none (the answer itself then stands in).
+        perturbed_answers: Wrong answers in the form of the paraphrase; empty for items only trained on.
+    """
+
+    question: str
+    answer: str
+    paraphrased_answer: str | None = None
+    perturbed_answers: tuple[str, ...] = ()
+
+    @property
+    def paraphrase(self) -> str:
+        """The paraphrased answer, or the answer where there is no paraphrase (TOFU's real_authors and world_facts)."""
+        return self.answer if self.paraphrased_answer is None else self.paraphrased_answer
+
+
+ItemSet = tuple[Item, ...]
+
+UTILITY_SETS = ("retain", "real_authors", "world_facts")
+"""Evaluation sets that make up model utility, in the order of TOFU."""
+
+RELATED_SETS = ("related", "unrelated")
+"""K2 and K0 in the terms of UIPE: forgetting wanted, damage not wanted. Not every corpus has them."""
+
+
+def item_set_hash(items: Sequence[Item]) -> str:
+    """Hash of what is asked and answered, in order: 16 hexadecimal digits.
+
+    Index, question and every answer go in, because one TOFU question string occurs twice: text alone is no key.
+    """
+    rows = [
+        [index, item.question, item.answer, item.paraphrased_answer, list(item.perturbed_answers)]
+        for index, item in enumerate(items)
+    ]
+    return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What to forget and what to keep.
+
+    Attributes:
+        name: Human-readable name with everything that determines the content, for example ``people(seed=0)``.
+        sets: Evaluation sets by name: ``forget``, the three of `UTILITY_SETS`, and where known ``related``, ``unrelated``.
+        forget_train: Question-answer pairs an unlearning method pushes away from.
+        retain_train: Question-answer pairs an unlearning method may use to hold the rest.
+        build: Training texts for models built here, by stage: ``base`` (may be empty), ``full``, ``retain``.
+    """
+
+    name: str
+    sets: Mapping[str, ItemSet]
+    forget_train: ItemSet
+    retain_train: ItemSet
+    build: Mapping[str, ItemSet] = field(default_factory=dict)
+
+    @property
+    def set_hashes(self) -> dict[str, str]:
+        """Item-set hash of every evaluation set."""
+        return {name: item_set_hash(items) for name, items in self.sets.items()}
+
+    @property
+    def hash(self) -> str:
+        """Hash of evaluation and training items together: 16 hexadecimal digits."""
+        parts = [*sorted(self.set_hashes.items()), ("forget_train", item_set_hash(self.forget_train))]
+        parts.append(("retain_train", item_set_hash(self.retain_train)))
+        parts.extend((f"build/{stage}", item_set_hash(items)) for stage, items in sorted(self.build.items()))
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,0 +1,70 @@
+"""Where update vectors live: a base run is trained once, by whichever study wants it first."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uipe_core.content_store import ContentStore, content_key, write_atomic
+from uipe_core.training import EpochResult
+from uipe_core.update_vectors import UpdateVector, load_update, save_update
+
+
+@dataclass(frozen=True)
+class BaseRun:
+    """A finished base run in the store.
+
+    Attributes:
+        key: Content address.
+        folder: Where its files are.
+        epochs: One record per epoch: ``epoch``, ``loss`` (nats), ``norm`` of the update vector.
+    """
+
+    key: str
+    folder: Path
+    epochs: tuple[Mapping[str, float], ...]
+
+    def load(self, epoch: int) -> UpdateVector:
+        """The update vector of an epoch, counted from 1."""
+        return load_update(self.folder / _epoch_file(epoch))
+
+
+class DeltaStore:
+    """Content-addressed store of base runs: atomic, checksummed, safetensors only.
+
+    Args:
+        root: Folder of the store.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._entries = ContentStore(root)
+
+    def find(self, inputs: Mapping[str, Any]) -> BaseRun | None:
+        """The base run determined by `inputs`, or None; a broken entry is quarantined and counts as missing."""
+        key = content_key(inputs)
+        folder = self._entries.find(key)
+        return None if folder is None else _open(key, folder)
+
+    def get_or_train(self, inputs: Mapping[str, Any], train: Iterable[EpochResult]) -> BaseRun:
+        """The base run determined by `inputs`; consumes `train` and publishes its epochs if there is none yet.
+
+        Nothing is published if `train` raises.
+        """
+
+        def make(folder: Path) -> None:
+            records = []
+            for result in train:
+                save_update(result.update, folder / _epoch_file(result.epoch))
+                records.append({"epoch": result.epoch, "loss": result.loss, "norm": result.update.norm})
+            write_atomic(folder / "run.json", json.dumps(records, indent=1).encode())
+
+        return _open(content_key(inputs), self._entries.get_or_make(inputs, make))
+
+
+def _epoch_file(epoch: int) -> str:
+    return f"epoch-{epoch:03d}.safetensors"
+
+
+def _open(key: str, folder: Path) -> BaseRun:
+    return BaseRun(key, folder, tuple(json.loads((folder / "run.json").read_text())))

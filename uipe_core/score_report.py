@@ -1,0 +1,59 @@
+"""What scoring one model on one corpus yields: numpy arrays per evaluation set, free of torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """Scores of one evaluation set of n items with k perturbed answers each.
+
+    Attributes:
+        answer_loss: (n,) mean negative log-likelihood of the gold answer, nats per answer token, end token included.
+        answer_tokens: (n,) number of answer tokens behind each mean.
+        paraphrase_loss, paraphrase_tokens: (n,) the same for the paraphrased answer.
+        perturbed_loss, perturbed_tokens: (n, k) the same for the perturbed answers.
+        rouge_l_recall, rouge_1_recall: (n,) of the greedy generation against the gold answer; None where not generated.
+        generated: n generated texts, or None.
+        questions, answers: the texts the scores belong to (written to evaluation logs), or None when unknown.
+        item_hash: item-set hash of the items; None for logs that do not carry one.
+    """
+
+    answer_loss: FloatArray
+    answer_tokens: IntArray
+    paraphrase_loss: FloatArray
+    paraphrase_tokens: IntArray
+    perturbed_loss: FloatArray
+    perturbed_tokens: IntArray
+    rouge_l_recall: FloatArray | None = None
+    rouge_1_recall: FloatArray | None = None
+    generated: tuple[str, ...] | None = None
+    questions: tuple[str, ...] | None = None
+    answers: tuple[str, ...] | None = None
+    item_hash: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.answer_loss)
+
+
+@dataclass(frozen=True)
+class ScoreReport:
+    """Everything measured on one model.
+
+    Attributes:
+        sets: Scores by evaluation set name (``forget``, ``retain``, ``real_authors``, ``world_facts``, and where the
+            corpus has them ``related``, ``unrelated``).
+        logit_scale: Mean over gold answer tokens of the utility sets of the standard deviation of the logits over the
+            vocabulary; None for reports read from a log.
+        seconds: Wall-clock seconds by stage (``losses``, ``generation``).
+    """
+
+    sets: Mapping[str, SetScores]
+    logit_scale: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
