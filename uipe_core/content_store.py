@@ -37,7 +37,8 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -150,7 +151,7 @@ class ContentStore:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             fsync_path(path)
             name = path.relative_to(folder).as_posix()
-            files[name] = {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
+            files[name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
         manifest: dict[str, Any] = {"key": key, "inputs": dict(inputs), "files": files}
         manifest["checksum"] = hashlib.sha256(_canonical(manifest)).hexdigest()
         write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
@@ -169,7 +170,7 @@ class ContentStore:
                 raise BrokenEntryError(f"{name} is missing")
             if path.stat().st_size != facts["bytes"]:
                 raise BrokenEntryError(f"{name} has {path.stat().st_size} bytes, expected {facts['bytes']}")
-            if _file_hash(path) != facts["sha256"]:
+            if file_hash(path) != facts["sha256"]:
                 raise BrokenEntryError(f"{name} does not match its checksum")
 
     def _quarantine(self, folder: Path, reason: str) -> None:

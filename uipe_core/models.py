@@ -1,5 +1,6 @@
 """Causal language models: loaded by name or folder, or small ones built and trained here."""
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from uipe_core.content_store import ContentStore
+from uipe_core.content_store import ContentStore, file_hash
 from uipe_core.corpora.types import Corpus, ItemSet
 from uipe_core.errors import UserError
 from uipe_core.losses import mean_answer_nll
@@ -100,6 +101,65 @@ def load_model(
         raise UserError(f"model {source}: cannot be loaded: {reason}") from error
     model.eval().to(where)
     return LoadedModel(model, tokenizer, PromptFormat(tokenizer, prompt_template))
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model comes from and how it is loaded; `identity` says which weights, wherever they lie.
+
+    Attributes:
+        location: Folder, or hub name.
+        identity: Content hash of a folder, cache key of a tiny model, or ``name@commit`` of the hub.
+        revision, dtype, device, prompt_template, trust_remote_code: As in `load_model`.
+    """
+
+    location: str
+    identity: str
+    revision: str | None = None
+    dtype: str = "auto"
+    device: str = "auto"
+    prompt_template: str | None = None
+    trust_remote_code: bool = False
+
+    def load(self, dtype: str | None = None) -> LoadedModel:
+        """Loads the model; `dtype` overrides the one of the source (training starts from the weights as stored)."""
+        return load_model(
+            self.location,
+            revision=self.revision,
+            dtype=dtype or self.dtype,
+            device=self.device,
+            prompt_template=self.prompt_template,
+            trust_remote_code=self.trust_remote_code,
+        )
+
+
+def model_identity(location: str, revision: str | None = None) -> tuple[str, str | None]:
+    """Identity of a model's weights, and the revision that pins them.
+
+    A folder is hashed (its config, tokenizer and weights). A hub model is fetched and named by its commit.
+
+    Raises:
+        UserError: If the hub cannot be reached and the model is not in its cache.
+    """
+    if Path(location).is_dir():
+        digest = hashlib.sha256()
+        for path in sorted(Path(location).iterdir()):
+            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+                digest.update(f"{path.name}:{file_hash(path)};".encode())
+        return f"sha256:{digest.hexdigest()[:32]}", None
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = snapshot_download(
+            location, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model {location}: cannot be fetched from the hub ({type(error).__name__}); check the name and the network, or "
+            "give the folder of a downloaded copy"
+        ) from error
+    commit = Path(folder).name
+    return f"{location}@{commit}", commit
 
 
 @dataclass(frozen=True)

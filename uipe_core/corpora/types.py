@@ -73,6 +73,11 @@ class Corpus:
         return {name: item_set_hash(items) for name, items in self.sets.items()}
 
     @property
+    def training_hash(self) -> str:
+        """Hash of what a base run sees (`forget_train` and `retain_train`): 16 hexadecimal digits."""
+        return hashlib.sha256(f"{item_set_hash(self.forget_train)}/{item_set_hash(self.retain_train)}".encode()).hexdigest()[:16]
+
+    @property
     def hash(self) -> str:
         """Hash of evaluation and training items together: 16 hexadecimal digits."""
         parts = [*sorted(self.set_hashes.items()), ("forget_train", item_set_hash(self.forget_train))]

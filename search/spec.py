@@ -1,0 +1,262 @@
+"""The study: what is forgotten, how, and what is searched. Checked as a whole before anything is spent."""
+
+import math
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+from search.spec_errors import KeyPath, Problem, StudyFileError, explain, key_text, rule
+from search.spec_file import Lines, absolute_paths, read_study_file
+from search.spec_sections import (
+    Count,
+    Hypervolume,
+    Name,
+    PeopleCorpus,
+    Positive,
+    PretrainedModel,
+    Scoring,
+    Search,
+    Section,
+    TinyModel,
+    TofuCorpus,
+    Unlearning,
+    is_local,
+)
+from uipe_core.errors import UserError
+
+_OVERRIDES: dict[str, KeyPath] = {"seed": ("seed",), "trials": ("search", "trials")}
+
+
+class Resources(Section):
+    """What a study may use. None workers: as many as there is room for."""
+
+    workers: Count | None = None
+    cpus_per_worker: Positive = 1
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    threads_per_worker: Count = 1
+
+    @field_validator("gpus_per_worker")
+    @classmethod
+    def _no_more_than_one_in_part(cls, value: float) -> float:
+        if value > 1 and not value.is_integer():
+            raise rule("above 1 only whole GPUs can be had", f"Write {math.ceil(value)}, or a part of one.")
+        return value
+
+
+class Cache(Section):
+    """Folders shared between studies; None is the user's cache folder."""
+
+    models: Name | None = None
+    deltas: Name | None = None
+
+
+@dataclass(frozen=True)
+class BaseRunSpec:
+    """One training of one method.
+
+    Attributes:
+        label: The method, with the values that tell it from its other variants: ``npo[beta=0.1]``.
+        method: A name in `uipe_core.losses.METHODS`.
+        hyperparameters: Everything that can vary: what the method takes, complete, and ``learning_rate``.
+    """
+
+    label: str
+    method: str
+    hyperparameters: dict[str, float]
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak of the learning rate."""
+        return self.hyperparameters["learning_rate"]
+
+    @property
+    def loss_hyperparameters(self) -> dict[str, float]:
+        """What the method itself takes."""
+        return {key: value for key, value in self.hyperparameters.items() if key != "learning_rate"}
+
+
+class StudySpec(Section):
+    """A whole study. Paths in it are absolute, everything else was checked against the code that will use it."""
+
+    schema_version: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    corpus: Annotated[PeopleCorpus | TofuCorpus, Field(discriminator="kind")]
+    model: Annotated[TinyModel | PretrainedModel, Field(discriminator="kind")]
+    unlearning: Unlearning
+    scoring: Scoring = Field(default_factory=Scoring)
+    search: Search = Field(default_factory=Search)
+    hypervolume: Hypervolume = Field(default_factory=Hypervolume)
+    resources: Resources = Field(default_factory=Resources)
+    storage: str | None = None
+    cache: Cache = Field(default_factory=Cache)
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, value: str) -> str:
+        if value in (".", ".."):
+            raise rule("the name becomes a folder, and this one exists everywhere", "Choose another name.")
+        return value
+
+    @field_validator("storage")
+    @classmethod
+    def _is_a_url(cls, value: str | None) -> str | None:
+        if value is not None and "://" not in value:
+            raise rule("must be a storage URL of Optuna", "Write for example sqlite:////data/study.db, or null.")
+        return value
+
+    @model_validator(mode="after")
+    def _stages_fit_the_corpus(self) -> "StudySpec":
+        error = _base_stage_error(self.corpus.kind, self.model.kind, getattr(self.model, "base", None))
+        if error:
+            base = getattr(self.model, "base", None)
+            raise ValidationError.from_exception_data(
+                "study", [{"type": error, "loc": ("model", "base"), "input": base}]
+            )
+        return self
+
+    def variants(self) -> list[BaseRunSpec]:
+        """The base runs, by method in the order of the registry, then by value in the order of the file."""
+        runs = []
+        for method, own in self.unlearning.methods.items():
+            grid = {**own, "learning_rate": self.unlearning.learning_rate}
+            varying = [key for key, values in grid.items() if len(values) > 1]
+            for values in product(*grid.values()):
+                chosen = dict(zip(grid, values, strict=True))
+                told = ",".join(f"{key}={_short(chosen[key])}" for key in varying)
+                runs.append(BaseRunSpec(f"{method}[{told}]" if told else method, method, chosen))
+        return runs
+
+    def fingerprint_payload(self) -> dict[str, Any]:
+        """What makes this study this study, ready for JSON.
+
+        Left out: the number of trials, resources, storage and caches, which may change from run to run; local paths,
+        because a folder may move: the caller puts hashes of their content in.
+        """
+        left_out = {"search": {"trials"}, "resources": True, "storage": True, "cache": True}
+        payload: dict[str, Any] = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
+        for section, key in (("corpus", "source"), ("model", "initial"), ("model", "retain")):
+            if is_local(payload[section].get(key, "")):
+                del payload[section][key]
+        return payload
+
+
+def _base_stage_error(corpus: object, model: object, base: object) -> PydanticCustomError | None:
+    if model != "tiny":
+        return None
+    if corpus == "people" and base is None:
+        example = "{epochs: 12, learning_rate: 0.005, batch_size: 64}"
+        return rule(
+            "the people corpus needs a base stage, where the model learns to read", f"Write for example {example}."
+        )
+    if corpus == "tofu" and base is not None:
+        return rule("TOFU has no texts for a base stage", "Write base: null.")
+    return None
+
+
+def _short(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def parse_study(data: Mapping[str, object], folder: Path | None = None) -> StudySpec:
+    """A study from plain data.
+
+    Args:
+        data: What a study file contains.
+        folder: What relative paths are relative to; None is the current directory.
+
+    Raises:
+        StudyFileError: With everything that is wrong.
+    """
+    return _build(data, folder or Path.cwd(), "study", {}, {})
+
+
+def load_study(path: Path, overrides: Mapping[str, object] | None = None) -> StudySpec:
+    """A study from a file.
+
+    Args:
+        path: The YAML file; relative paths in it are relative to its folder.
+        overrides: ``seed`` and ``trials`` given on the command line; None leaves the file's value.
+
+    Raises:
+        StudyFileError: With everything that is wrong.
+    """
+    data, lines = read_study_file(path)
+    return _build(data, path.resolve().parent, str(path), lines, overrides or {})
+
+
+def _build(
+    data: Mapping[str, object], folder: Path, source: str, lines: Lines, overrides: Mapping[str, object]
+) -> StudySpec:
+    if not isinstance(data, Mapping):
+        raise StudyFileError([Problem("", "a study is a mapping of keys to values. Give a dict.")], source)
+    given = {_OVERRIDES[name]: value for name, value in overrides.items() if value is not None}
+    study, found = absolute_paths(_with(data, given), folder)
+    try:
+        spec = StudySpec.model_validate(study)
+    except ValidationError as error:
+        found.extend(explain(detail, StudySpec, study) for detail in error.errors(include_url=False))
+        found.extend(_hidden_problem(study, {parts for parts, _ in found}))
+    else:
+        if not found:
+            return spec
+    found.sort(key=lambda problem: _line(problem[0], lines))
+    raise StudyFileError([Problem(key_text(parts), text, _place(parts, lines, given)) for parts, text in found], source)
+
+
+def _with(data: Mapping[str, object], given: Mapping[KeyPath, object]) -> dict[str, object]:
+    result = dict(data)
+    for path, value in given.items():
+        if len(path) == 1:
+            result[str(path[0])] = value
+            continue
+        section = result.get(str(path[0]), {})
+        if isinstance(section, Mapping):
+            result[str(path[0])] = {**section, path[1]: value}
+    return result
+
+
+def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tuple[KeyPath, str]]:
+    """The check that spans sections: pydantic leaves it out as soon as anything else is wrong."""
+    corpus, model = study.get("corpus"), study.get("model")
+    if ("model", "base") in known or not isinstance(corpus, Mapping) or not isinstance(model, Mapping):
+        return []
+    error = _base_stage_error(corpus.get("kind"), model.get("kind"), model.get("base"))
+    if error is None:
+        return []
+    detail: Any = {"type": error.type, "loc": ("model", "base"), "input": model.get("base"), "ctx": error.context}
+    return [explain(detail, StudySpec, study)]
+
+
+def _line(parts: KeyPath, lines: Lines) -> int:
+    """The line of a key, or of the nearest section around it that is in the file."""
+    return lines[parts] if parts in lines else _line(parts[:-1], lines) if parts else 0
+
+
+def _place(parts: KeyPath, lines: Lines, given: Mapping[KeyPath, object]) -> str:
+    if parts in given:
+        return "command line"
+    line = _line(parts, lines)
+    return f"line {line}" if line else ""
+
+
+def quickstart_path() -> Path:
+    """The quickstart study: in the checkout, else where an installed wheel puts its data files.
+
+    Raises:
+        UserError: It is in neither.
+    """
+    checkout = Path(__file__).resolve().parent.parent / "studies"
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    installed = [Path(sysconfig.get_path("data", scheme)) / "share" / "uipe" / "studies" for scheme in schemes]
+    for folder in (checkout, *installed):
+        if (folder / "quickstart.yaml").is_file():
+            return folder / "quickstart.yaml"
+    raise UserError("The quickstart study is not installed. Give the path of a study file.")

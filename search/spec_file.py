@@ -1,0 +1,191 @@
+"""From a study file to plain data: YAML with line numbers, and paths made absolute."""
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+
+import yaml
+
+from search.spec_errors import KeyPath, Problem, StudyFileError, key_text, show
+
+Lines = dict[KeyPath, int]
+"""Line of every key and list entry, counted from 1."""
+
+MAX_BYTES = 2**20
+"""A study file is a few kilobytes; the limit keeps a mistyped path to a weights file from being read whole."""
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+
+
+def read_study_file(path: Path) -> tuple[dict[str, object], Lines]:
+    """The content of a study file, and the line of each key.
+
+    Raises:
+        StudyFileError: The file is missing, unreadable, not text, not YAML, empty, not a mapping, or has a key twice.
+    """
+    try:
+        data, lines, problems = _parse(_read_text(path))
+    except RecursionError:
+        problem = Problem("", "nested too deeply to be a study. Write it like studies/quickstart.yaml.")
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        what = ", ".join(part for part in (error.context, error.problem) if part)
+        problem = Problem("", f"not valid YAML: {what}. Correct it there or just before.", place)
+    except (yaml.YAMLError, ValueError) as error:
+        problem = Problem("", f"not valid YAML: {str(error).splitlines()[0]}. Correct or remove it.")
+    except _UnusableFileError as error:
+        problem = Problem("", str(error))
+    else:
+        if problems:
+            raise StudyFileError(problems, str(path))
+        return data, lines
+    raise StudyFileError([problem], str(path))
+
+
+class _UnusableFileError(Exception):
+    """There is no YAML to look at."""
+
+
+def _read_text(path: Path) -> str:
+    try:
+        if path.is_dir():
+            raise _UnusableFileError("this is a folder. Give the study file inside it (*.yaml).")
+        if not path.exists():
+            raise _UnusableFileError(
+                "there is no such file. Check the path; shipped studies are in the folder studies."
+            )
+        if not path.is_file() or path.stat().st_size > MAX_BYTES:
+            raise _UnusableFileError(f"not a text file of at most {MAX_BYTES} bytes. Give a study file (*.yaml).")
+        raw = path.read_bytes()
+    except OSError as error:
+        raise _UnusableFileError(f"cannot be read ({error.strerror}). Check the path and its permissions.") from error
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        message = f"not a text file: byte {error.start + 1} is not UTF-8. Give a study file (*.yaml)."
+        raise _UnusableFileError(message) from error
+
+
+@cache
+def _loader() -> type[yaml.SafeLoader]:
+    class StudyLoader(yaml.SafeLoader):
+        """Also reads 1e-3 as a number; YAML 1.1 wants 1.0e-3 and makes a text of the rest."""
+
+    exponent = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+    StudyLoader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
+    return StudyLoader
+
+
+def _parse(text: str) -> tuple[dict[str, object], Lines, list[Problem]]:
+    loader = _loader()(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            raise _UnusableFileError("the file is empty. Start from a copy of studies/quickstart.yaml.")
+        lines: Lines = {}
+        problems = list(_walk(node, (), lines, ()))
+        if problems:
+            return {}, lines, problems
+        data = loader.construct_document(node)
+    finally:
+        loader.dispose()
+    if not isinstance(data, dict):
+        message = (
+            f"found {show(data)}; a study is a mapping (lines of `key: value`). Start from studies/quickstart.yaml."
+        )
+        raise _UnusableFileError(message)
+    return data, lines, []
+
+
+def _walk(node: yaml.Node, path: KeyPath, lines: Lines, above: tuple[int, ...]) -> Iterator[Problem]:
+    """Notes the lines and yields a problem per repeated key; PyYAML would silently keep the last one."""
+    place = f"line {node.start_mark.line + 1}"
+    if id(node) in above:
+        yield Problem(key_text(path), "this alias contains itself. Write the value out.", place)
+        return
+    lines.setdefault(path, node.start_mark.line + 1)
+    above = (*above, id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for index, inner in enumerate(node.value):
+            yield from _walk(inner, (*path, index), lines, above)
+    if isinstance(node, yaml.MappingNode):
+        first: dict[str, int] = {}
+        for key, inner in node.value:
+            line = key.start_mark.line + 1
+            name = str(key.value)
+            if name in first:
+                message = f"this key stands twice, first on line {first[name]}. Keep one of them."
+                yield Problem(key_text((*path, name)), message, f"line {line}")
+            first.setdefault(name, line)
+            lines[(*path, name)] = line
+            yield from _walk(inner, (*path, name), lines, above)
+
+
+def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, object], list[tuple[KeyPath, str]]]:
+    """The study with its paths made absolute, and a message for each path that leads nowhere.
+
+    A value of ``corpus.source``, ``model.initial`` or ``model.retain`` is a path when it starts with ``./``, ``../``,
+    ``/`` or ``~``, ends in ``.json``, cannot be a hub name, or names a folder beside the study file. Everything else
+    is a hub name, which is not looked up. A cache is always a path, and need not exist.
+
+    Args:
+        data: The study as read.
+        folder: What relative paths are relative to: the folder of the study file.
+    """
+    result = dict(data)
+    problems: list[tuple[KeyPath, str]] = []
+    for section, key in (("corpus", "source"), ("model", "initial"), ("model", "retain")):
+        value = _text_at(result, section, key)
+        if value is None or (local := _local_path(value, folder)) is None:
+            continue
+        _replace(result, section, key, str(local))
+        is_log = key == "retain" and local.suffix == ".json"
+        if not _exists(local, file=is_log):
+            problems.append(((section, key), _missing(section, value, local, "file" if is_log else "folder")))
+    for key in ("models", "deltas"):
+        value = _text_at(result, "cache", key)
+        if value is not None:
+            _replace(result, "cache", key, str(_join(folder, value)))
+    return result, problems
+
+
+def _text_at(data: Mapping[str, object], section: str, key: str) -> str | None:
+    inner = data.get(section)
+    value = inner.get(key) if isinstance(inner, dict) else None
+    return value if isinstance(value, str) and value else None
+
+
+def _replace(data: dict[str, object], section: str, key: str, value: str) -> None:
+    inner = data[section]
+    if isinstance(inner, dict):
+        data[section] = {**inner, key: value}
+
+
+def _join(folder: Path, value: str) -> Path:
+    try:
+        return (folder / Path(value).expanduser()).resolve()
+    except (OSError, RuntimeError, ValueError):
+        return folder.absolute() / value
+
+
+def _exists(path: Path, *, file: bool) -> bool:
+    try:
+        return path.is_file() if file else path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
+def _local_path(value: str, folder: Path) -> Path | None:
+    path = _join(folder, value)
+    marked = value.startswith(("./", "../", "/", "~")) or value.endswith(".json")
+    return path if marked or not _HUB_NAME.fullmatch(value) or _exists(path, file=False) else None
+
+
+def _missing(section: str, value: str, path: Path, what: str) -> str:
+    remedy = "Correct the path (it is relative to the study file), or give a hub name."
+    if section == "corpus":
+        command = f"hf download locuslab/TOFU --repo-type dataset --local-dir {path}"
+        remedy = f"Put the TOFU files there (`{command}`), correct the path, or write locuslab/TOFU to use the hub."
+    return f"found {show(value)}; there is no {what} {path}. {remedy}"

@@ -1,0 +1,299 @@
+"""The parts of a study: one immutable model per section of the file, each checked against the code that will use it."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import InitErrorDetails
+
+from search.spec_errors import did_you_mean, rule
+
+
+def is_local(source: str) -> bool:
+    """Whether a corpus source or model of a study is a path; if not, it is a hub name."""
+    return Path(source).is_absolute()
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _all_different(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(values)) < len(values):
+        raise rule("the values must differ from each other", "Remove the repeated one.")
+    return values
+
+
+def _target_modules(value: object) -> tuple[str, ...] | str:
+    if value == "all-linear":
+        return "all-linear"
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise rule("must be a list of module names or all-linear", "Write for example [q_proj, v_proj].")
+
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+OneOrMore = (BeforeValidator(_as_tuple), Field(min_length=1), AfterValidator(_all_different))
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of a study: immutable, no unknown keys, no conversions between types, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class PeopleCorpus(Section):
+    """Fictitious people, generated from the seed of the study."""
+
+    kind: Literal["people"]
+    forget_people: Count = 6
+    retain_people: Count = 34
+    pretraining_people: Count = 60
+
+
+class TofuCorpus(Section):
+    """TOFU from the hub, or from a folder (then `source` is an absolute path)."""
+
+    kind: Literal["tofu"]
+    source: Name = "locuslab/TOFU"
+    split: Literal["forget01", "forget05", "forget10"] = "forget01"
+    retain_train: Literal["retain_perturbed"] | None = None
+
+
+class Stage(Section):
+    """One training of a tiny model."""
+
+    epochs: Count
+    learning_rate: Positive
+    batch_size: Count
+
+
+class TinyModel(Section):
+    """A small Llama with its own tokenizer, built and trained by the study. `vocab_size` is None for words."""
+
+    kind: Literal["tiny"]
+    tokenizer: Literal["word", "bpe"] = "word"
+    vocab_size: Annotated[int, Field(ge=300)] | None = None
+    hidden_size: Count = 64
+    layers: Count = 2
+    heads: Count = 4
+    base: Stage | None = None
+    finetune: Stage
+
+    @field_validator("vocab_size")
+    @classmethod
+    def _only_bpe_has_a_size(cls, value: int | None, info: ValidationInfo) -> int | None:
+        tokenizer = info.data.get("tokenizer")
+        if tokenizer == "word" and value is not None:
+            raise rule("a word tokenizer takes its size from the corpus", "Remove vocab_size, or set tokenizer: bpe.")
+        return 3000 if tokenizer == "bpe" and value is None else value
+
+    @field_validator("heads")
+    @classmethod
+    def _heads_share_the_width(cls, value: int, info: ValidationInfo) -> int:
+        width = info.data.get("hidden_size")
+        # Rotary embeddings turn pairs of numbers, so an odd width per head fails late, inside the model.
+        if width is not None and width % (2 * value):
+            allowed = f"hidden_size ({width}) must be divisible by heads, with an even quotient"
+            raise rule(allowed, f"Choose a hidden_size that is a multiple of {2 * value}, or other heads.")
+        return value
+
+
+class PretrainedModel(Section):
+    """A causal language model from the hub or a folder, and the retain model (or its evaluation log, ``*.json``)."""
+
+    kind: Literal["pretrained"]
+    initial: Name
+    retain: Name
+    revision: Name | None = None
+    retain_revision: Name | None = None
+    prompt_template: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _question_has_a_place(cls, value: str | None) -> str | None:
+        if value is not None and "{question}" not in value:
+            raise rule("must contain {question}", 'Write for example "[INST] {question} [/INST]", or null.')
+        return value
+
+    @field_validator("revision", "retain_revision")
+    @classmethod
+    def _only_the_hub_has_revisions(cls, value: str | None, info: ValidationInfo) -> str | None:
+        model = "initial" if info.field_name == "revision" else "retain"
+        if value is not None and is_local(info.data.get(model, "")):
+            raise rule(f"model.{model} is local and has no revisions", "Remove it, or give a hub name.")
+        return value
+
+
+class Adapter(Section):
+    """LoRA in place of full fine-tuning."""
+
+    rank: Count = 8
+    alpha: Positive = 16
+    target_modules: Annotated[tuple[str, ...] | str, PlainValidator(_target_modules)] = "all-linear"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+
+
+class Unlearning(Section):
+    """The base runs: every method with every combination of the values listed for it and for the learning rate.
+
+    `methods` comes out in the order of `uipe_core.losses.METHODS`, with defaults filled in, however it was written.
+    """
+
+    methods: dict[str, dict[str, Annotated[tuple[float, ...], *OneOrMore]]]
+    epochs: Count
+    learning_rate: Annotated[tuple[Positive, ...], *OneOrMore]
+    batch_size: Count = 8
+    gradient_accumulation: Count = 1
+    gradient_checkpointing: bool = False
+    schedule: Literal["constant", "linear"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Positive = 1.0
+    adapter: Adapter | None = None
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _nothing_means_defaults(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {name: {} if settings is None else settings for name, settings in value.items()}
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_exist(cls, value: dict[str, dict[str, tuple[float, ...]]]) -> dict[str, dict[str, tuple[float, ...]]]:
+        from uipe_core.losses import METHODS  # torch comes with it, and most users of this module do not need it
+
+        if not value:
+            raise rule("there must be at least one method", f"Choose from {', '.join(METHODS)}.")
+        errors = [error for name in value for error in _method_errors(name, value[name], METHODS.get(name), METHODS)]
+        if errors:
+            raise ValidationError.from_exception_data("methods", errors)
+        return {
+            name: {key: value[name].get(key, (float(default),)) for key, default in method.hyperparameters.items()}
+            for name, method in METHODS.items()
+            if name in value
+        }
+
+
+def _method_errors(
+    name: str, settings: dict[str, tuple[float, ...]], method: Any, methods: Mapping[str, Any]
+) -> list[InitErrorDetails]:
+    if method is None:
+        error = rule(f"there is no method {name}", did_you_mean(name, list(methods)))
+        return [{"type": error, "loc": (name,), "input": name}]
+    errors: list[InitErrorDetails] = []
+    for key, values in settings.items():
+        if key not in method.hyperparameters:
+            known = list(method.hyperparameters)
+            remedy = did_you_mean(key, known) if known else "Remove it; this method has no hyperparameters."
+            errors.append({"type": rule(f"{name} does not take {key}", remedy), "loc": (name, key), "input": values})
+            continue
+        for index, value in enumerate(values):
+            if value < 0 or (value == 0 and key == "beta"):
+                bound = "above 0" if key == "beta" else "at least 0"
+                error = rule(f"must be {bound}", f"Choose a value {bound}.")
+                errors.append({"type": error, "loc": (name, key, index), "input": value})
+    return errors
+
+
+class Scoring(Section):
+    """How a model is scored, and the temperatures of the controls."""
+
+    definition: str = "tofu"
+    batch_size: Count = 32
+    max_new_tokens: Count = 200
+    temperatures: Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), AfterValidator(_all_different)] = (
+        0.67,
+        1.5,
+    )
+
+    @field_validator("definition")
+    @classmethod
+    def _definition_exists(cls, value: str) -> str:
+        from uipe_core.metrics import DEFINITIONS  # scipy comes with it
+
+        if value not in DEFINITIONS:
+            names = list(DEFINITIONS)
+            raise rule("there is no such definition", did_you_mean(value, names))
+        return value
+
+    @field_validator("temperatures")
+    @classmethod
+    def _one_is_no_control(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if 1.0 in value:
+            raise rule("a temperature of 1 is the initial model itself", "Remove the 1.")
+        return value
+
+
+class AlphaRange(Section):
+    """Both ends of the extrapolation coefficient; -1 is the initial model, beyond it lies learning, not unlearning."""
+
+    low: Annotated[float, Field(ge=-1)] = -1.0
+    high: float = 2.0
+
+    @field_validator("high")
+    @classmethod
+    def _not_reversed(cls, value: float, info: ValidationInfo) -> float:
+        low = info.data.get("low")
+        if low is not None and not low < value:
+            raise rule(
+                f"must be above search.alpha.low ({low:g})", "Swap the two if they are reversed, or widen the range."
+            )
+        return value
+
+
+class Search(Section):
+    """What is searched, for how long, by which sampler."""
+
+    alpha: AlphaRange = Field(default_factory=AlphaRange)
+    trials: Annotated[int, Field(ge=0)] = 60
+    sampler: str = "tpe"
+
+    @field_validator("sampler")
+    @classmethod
+    def _sampler_exists(cls, value: str) -> str:
+        from search.space import SAMPLERS  # optuna comes with it
+
+        if value not in SAMPLERS:
+            raise rule("there is no such sampler", did_you_mean(value, list(SAMPLERS)))
+        return value
+
+
+class ReferencePoint(Section):
+    """The corner hypervolume is measured from; None is the floor that the number of items sets."""
+
+    log10_forget_quality: Annotated[float, Field(le=0)] | None = None
+    model_utility: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Hypervolume(Section):
+    """How a front becomes one number."""
+
+    reference_point: ReferencePoint = Field(default_factory=ReferencePoint)
+    forget_quality_cap: Annotated[float, Field(gt=0, le=1)] = 0.3
+
+    @field_validator("forget_quality_cap")
+    @classmethod
+    def _leaves_an_area(cls, value: float, info: ValidationInfo) -> float:
+        point = info.data.get("reference_point")
+        floor = point.log10_forget_quality if point is not None else None
+        if floor is not None and math.log10(value) <= floor:
+            raise rule(f"its log10 must be above the reference point ({floor:g})", "Lower the reference point.")
+        return value

@@ -1,0 +1,320 @@
+"""The study on disk: its folder, its record, and its trials in Optuna. The driver is the only writer.
+
+Points of the search space are trials of the study ``NAME``. What they are compared with (initial and retain model, next
+epoch, random directions, temperatures) are trials of a second study, ``NAME.controls``: samplers and the Pareto front of
+Optuna then see what can be chosen, and nothing else.
+"""
+
+import hashlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from filelock import FileLock, Timeout
+from optuna.distributions import BaseDistribution
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
+
+from search.evaluator import Job
+from search.spec import StudySpec
+from uipe_core.content_store import write_atomic
+from uipe_core.errors import UserError
+
+OBJECTIVES = ("log10_forget_quality", "model_utility")
+"""Names of the two objectives, both maximised."""
+
+RECORD = "study.json"
+RECORD_SCHEMA = 1
+STAGES = ("models", "base_runs", "baselines", "trials")
+
+
+def fingerprint(spec: StudySpec, corpus_hash: str, models: Mapping[str, str]) -> str:
+    """Identity of a study: what it searches, on which items and which weights; 32 hexadecimal digits."""
+    parts = {"schema": RECORD_SCHEMA, "spec": spec.fingerprint_payload(), "corpus": corpus_hash, "models": dict(models)}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def without_password(url: str) -> str:
+    """A storage URL that can be shown and stored."""
+    return re.sub(r"(://[^:/@]+):[^@]*@", r"\1:***@", url)
+
+
+class StudyStore:
+    """One study's folder and storage.
+
+    Use `create` to run a study (it takes the folder's lock) and `open` to read one.
+    """
+
+    def __init__(self, out: Path, record: dict[str, Any], storage: BaseStorage, lock: FileLock | None = None) -> None:
+        self.out = out
+        self.record = record
+        self.storage = storage
+        self._lock = lock
+        self._study: optuna.Study | None = None
+        self._controls: optuna.Study | None = None
+
+    @classmethod
+    def create(cls, out: Path, spec: StudySpec, identity: str, facts: Mapping[str, Any]) -> "StudyStore":
+        """Opens the study in `out` for running, or starts it there.
+
+        Args:
+            out: Output folder; made if missing.
+            spec: The study.
+            identity: Its `fingerprint`.
+            facts: Recorded beside the spec (corpus, models, versions).
+
+        Raises:
+            UserError: If the folder holds another study, is used by another driver, or cannot be written.
+        """
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe = out / f".probe-{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"output folder {out}: {error.strerror}; choose another with --out") from error
+        lock = FileLock(out / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"output folder {out}: another run of this study is under way; wait for it or stop it") from None
+        try:
+            record = read_record(out) if (out / RECORD).exists() else None
+            if record is not None and record["fingerprint"] != identity:
+                raise UserError(_other_study(out, record, spec))
+            if record is None and any(path.name != ".lock" for path in out.iterdir()):
+                raise UserError(
+                    f"output folder {out}: it is not empty and holds no study; choose another with --out or empty it"
+                )
+            url = spec.storage or f"sqlite:///{(out / 'study.db').resolve()}"
+            fresh = {
+                "schema": RECORD_SCHEMA,
+                "name": spec.name,
+                "fingerprint": identity,
+                "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "seconds": dict.fromkeys(STAGES, 0.0),
+            }
+            kept = record or fresh
+            changing = {"spec": spec.model_dump(mode="json"), "storage": without_password(url), **facts}
+            changing["spec"]["storage"] = None if spec.storage is None else without_password(spec.storage)
+            store = cls(out, {**kept, **changing}, _open_storage(url), lock)
+            store.save_record()
+            store._attach(create=True)
+        except BaseException:
+            lock.release()
+            raise
+        return store
+
+    @classmethod
+    def open(cls, out: Path) -> "StudyStore":
+        """Opens a study to read it.
+
+        The password of a storage URL is not recorded; give the whole URL in the environment variable UIPE_STORAGE.
+
+        Raises:
+            UserError: If the folder holds no study or its storage cannot be opened.
+        """
+        record = read_record(out)
+        url = os.environ.get("UIPE_STORAGE") or record["storage"]
+        if url.startswith("sqlite:///") and str(out.resolve()) not in url and (out / "study.db").is_file():
+            url = f"sqlite:///{(out / 'study.db').resolve()}"  # the folder was moved
+        if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+            raise UserError(f"{out}: its trials ({url}) are missing; restore the file or run the study again")
+        store = cls(out, record, _open_storage(url))
+        store._attach(create=False)
+        return store
+
+    def close(self) -> None:
+        """Gives the folder back."""
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def study(self) -> optuna.Study:
+        """The Optuna study of the points that can be chosen."""
+        assert self._study is not None
+        return self._study
+
+    @property
+    def controls(self) -> optuna.Study:
+        """The Optuna study of what they are compared with."""
+        assert self._controls is not None
+        return self._controls
+
+    def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
+        """Sets the sampler that `ask` proposes with."""
+        self.study.sampler = sampler
+
+    def reconcile(self) -> int:
+        """Ends what an interrupted run left RUNNING as FAIL with its reason; returns how many there were."""
+        orphans = 0
+        for study in (self.study, self.controls):
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                self._fail(study, trial.number, "interrupted: the run that started this trial ended before it finished")
+                orphans += 1
+        return orphans
+
+    def ask_point(self, space: dict[str, BaseDistribution], params: Mapping[str, Any] | None = None) -> tuple[int, Job]:
+        """Starts a trial: the given parameters at alpha = 0, or what the sampler proposes."""
+        if params is not None:
+            self.study.enqueue_trial(dict(params), user_attrs={"kind": "alpha_zero"}, skip_if_exists=True)
+        trial = self.study.ask(fixed_distributions=space)
+        kind = trial.user_attrs.get("kind", "search")
+        return trial.number, Job(kind, trial.params["base"], trial.params["epoch"], trial.params["alpha"])
+
+    def ask_control(self) -> int:
+        """Starts a trial of the controls study."""
+        return self.controls.ask().number
+
+    def complete(self, job: Job, number: int, evidence: Mapping[str, Any]) -> None:
+        """Writes all evidence, then tells the values: a finished trial takes no more attributes.
+
+        An objective that is missing or not finite makes the trial FAIL with that as its reason.
+        """
+        study = self._of(job)
+        values = [evidence.get(name) for name in OBJECTIVES]
+        if not all(isinstance(value, float) and math.isfinite(value) for value in values):
+            self.fail(job, number, f"objectives are not finite: {dict(zip(OBJECTIVES, values, strict=True))}")
+            return
+        identifier = self._identifier(study, number)
+        for key, value in evidence.items():
+            if value is not None:
+                self.storage.set_trial_user_attr(identifier, key, value)
+        study.tell(number, values, skip_if_finished=True)
+
+    def fail(self, job: Job, number: int, reason: str) -> None:
+        """Ends a trial as FAIL with its reason."""
+        self._fail(self._of(job), number, reason)
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Adds to the time a stage has taken over all runs of the study."""
+        self.record["seconds"][stage] = round(self.record["seconds"][stage] + seconds, 3)
+        self.save_record()
+
+    def save_record(self) -> None:
+        """Writes the record atomically."""
+        try:
+            write_atomic(self.out / RECORD, json.dumps(self.record, indent=1).encode())
+        except OSError as error:
+            raise UserError(f"output folder {self.out}: {error.strerror}; free some space or choose another") from error
+
+    def counts(self) -> dict[str, int]:
+        """Trials of the study by state."""
+        states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+        names = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+        return {**{name: states.count(state) for name, state in names.items()}, "running": states.count(TrialState.RUNNING)}
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Number and reason of every failed trial."""
+        return [
+            {"trial": trial.number, "reason": trial.user_attrs.get("reason", "unknown")}
+            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        ]
+
+    def trials_frame(self) -> pd.DataFrame:
+        """A row per complete trial of the study, with its evidence."""
+        return _frame(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+    def controls_frame(self) -> pd.DataFrame:
+        """A row per complete trial of the controls study."""
+        return _frame(self.controls.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+
+    def _of(self, job: Job) -> optuna.Study:
+        return self.study if job.kind in ("alpha_zero", "search") else self.controls
+
+    def _identifier(self, study: optuna.Study, number: int) -> int:
+        """The storage's own id of a trial."""
+        study_id = self.storage.get_study_id_from_name(study.study_name)
+        return self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+
+    def _fail(self, study: optuna.Study, number: int, reason: str) -> None:
+        self.storage.set_trial_user_attr(self._identifier(study, number), "reason", reason)
+        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+
+    def _attach(self, create: bool) -> None:
+        name, identity = self.record["name"], self.record["fingerprint"]
+        opened = []
+        for title in (name, f"{name}.controls"):
+            try:
+                if create:
+                    study = optuna.create_study(
+                        study_name=title, storage=self.storage, directions=["maximize"] * 2, load_if_exists=True
+                    )
+                    if study.user_attrs.get("fingerprint", identity) != identity:
+                        raise UserError(f"storage {self.record['storage']}: it holds another study named {title!r}; rename one")
+                    study.set_user_attr("fingerprint", identity)
+                    study.set_metric_names(list(OBJECTIVES))
+                else:
+                    study = optuna.load_study(study_name=title, storage=self.storage)
+            except KeyError:
+                raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
+            opened.append(study)
+        self._study, self._controls = opened
+
+
+def read_record(out: Path) -> dict[str, Any]:
+    """The record of a study folder.
+
+    Raises:
+        UserError: If there is none, or it cannot be read.
+    """
+    path = out / RECORD
+    if not path.is_file():
+        raise UserError(f"{out}: not a study folder (no {RECORD}); give the folder that `uipe run` wrote")
+    try:
+        record = json.loads(path.read_text())
+    except ValueError:
+        raise UserError(f"{path}: not JSON; the record is damaged, so run the study into another folder") from None
+    if not isinstance(record, dict) or not {"name", "fingerprint", "spec", "storage", "seconds"} <= record.keys():
+        raise UserError(f"{path}: not a record of a study; run the study into another folder")
+    return record
+
+
+def _other_study(out: Path, record: Mapping[str, Any], spec: StudySpec) -> str:
+    old, new = record["spec"], spec.model_dump(mode="json")
+    free = ("resources", "storage", "cache")
+    differing = [key for key in new if key not in free and old.get(key) != new[key]]
+    what = f"they differ in {', '.join(differing)}" if differing else "its corpus, model or code differ"
+    return (
+        f"output folder {out}: it holds another study ({record['name']!r}): {what}; choose another folder with --out, or give "
+        "the study file it was started with"
+    )
+
+
+def _open_storage(url: str) -> BaseStorage:
+    try:
+        if not url.startswith("sqlite"):
+            return optuna.storages.get_storage(url)
+        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
+    except Exception as error:
+        raise UserError(f"storage {without_password(url)}: cannot be opened: {type(error).__name__}") from error
+
+    @event.listens_for(storage.engine, "connect")
+    def _fast_and_safe(connection: Any, _: Any) -> None:
+        # With a write-ahead log a commit survives the death of the process without waiting for the disk each time.
+        cursor = connection.cursor()
+        cursor.execute("PRAGMA journal_mode=WAL")
+        cursor.execute("PRAGMA synchronous=NORMAL")
+        cursor.close()
+
+    storage.engine.dispose()
+    return storage
+
+
+def _frame(trials: Iterable[FrozenTrial]) -> pd.DataFrame:
+    rows = []
+    for trial in trials:
+        facts = dict(trial.user_attrs)
+        facts.update(facts.pop("components", {}))
+        facts.update(facts.pop("forget_components", {}))
+        facts.update(zip(OBJECTIVES, trial.values, strict=True))
+        rows.append({"trial": trial.number, **facts})
+    return pd.DataFrame(rows)

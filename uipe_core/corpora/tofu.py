@@ -1,0 +1,179 @@
+"""TOFU: fictitious authors to forget, others to keep, real authors and world facts (arXiv 2401.06121).
+
+Read from the hub (``locuslab/TOFU``) or from a folder with files of the same names, one JSON object a line.
+"""
+
+import difflib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from uipe_core.corpora.types import Corpus, Item, ItemSet
+from uipe_core.errors import UserError
+
+RETAIN_OF_SPLIT = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
+"""Forget split to the file with everything else."""
+
+
+def load_tofu(source: str = "locuslab/TOFU", split: str = "forget01", retain_train: str | None = None) -> Corpus:
+    """Load TOFU with one of its forget splits.
+
+    Evaluated are ``<split>_perturbed`` (forget), ``retain_perturbed``, ``real_authors_perturbed`` and
+    ``world_facts_perturbed``, all items of each. The models built here learn the training items and the answers of both
+    general sets, which a pretrained model would bring along; the retain model learns the same without the forget items.
+
+    Args:
+        source: A folder, or the name of a data set on the hub.
+        split: ``forget01``, ``forget05`` or ``forget10``.
+        retain_train: Name of the file, without ending, that holds what is trained on to keep; by default the split's
+            own (``retain99`` for ``forget01``). ``retain_perturbed`` is a choice of 400 items for small models.
+
+    Raises:
+        UserError: Unknown split, a folder or file that is not there, a failed download, a broken line or field, or
+            retain items that are also to be forgotten.
+    """
+    if split not in RETAIN_OF_SPLIT:
+        close = difflib.get_close_matches(split, RETAIN_OF_SPLIT, n=1)
+        hint = f" Did you mean {close[0]!r}?" if close else ""
+        raise UserError(f"unknown TOFU split {split!r}; known: {', '.join(RETAIN_OF_SPLIT)}.{hint}")
+    keep = RETAIN_OF_SPLIT[split] if retain_train is None else retain_train
+    folder = _folder(source)
+    sets = {
+        "forget": _evaluated(source, folder, f"{split}_perturbed", paraphrased=True),
+        "retain": _evaluated(source, folder, "retain_perturbed", paraphrased=True),
+        "real_authors": _evaluated(source, folder, "real_authors_perturbed", paraphrased=False),
+        "world_facts": _evaluated(source, folder, "world_facts_perturbed", paraphrased=False),
+    }
+    forget_train = _trained(source, folder, split)
+    retain_items = _trained(source, folder, keep)
+    both = set(forget_train) & set(retain_items)
+    if both:
+        question = next(item.question for item in forget_train if item in both)
+        raise UserError(
+            f"TOFU {source}: {len(both)} items of {split}.json are in {keep}.json too, first {question!r}; "
+            f"what is to be forgotten must not be retained: use retain_train={RETAIN_OF_SPLIT[split]!r}"
+        )
+    general = tuple(Item(item.question, item.answer) for item in (*sets["real_authors"], *sets["world_facts"]))
+    return Corpus(
+        name=f"tofu(source={source}, split={split}, retain_train={keep})",
+        sets=sets,
+        forget_train=forget_train,
+        retain_train=retain_items,
+        build={
+            "base": (),
+            "full": (*forget_train, *retain_items, *general),
+            "retain": (*retain_items, *general),
+        },
+    )
+
+
+def _folder(source: str) -> Path | None:
+    """The folder meant by source, or None where it is a name on the hub."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    owner, _, _ = source.partition("/")
+    looks_like_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None
+    # "data/tofu" could be either; where "data" is a folder here, a misspelt folder is the likelier mistake.
+    if looks_like_hub and not Path(owner).is_dir():
+        return None
+    what = "is a file, not a folder" if folder.exists() else "no such folder"
+    raise UserError(
+        f"TOFU source {source!r}: {what}; give a folder that holds forget01.json and the other files, "
+        "or a data set on the hub such as locuslab/TOFU"
+    )
+
+
+def _path(source: str, folder: Path | None, name: str) -> Path:
+    if folder is not None:
+        path = folder / f"{name}.json"
+        if not path.is_file():
+            present = sorted(entry.stem for entry in folder.glob("*.json"))
+            close = difflib.get_close_matches(name, present, n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"{path}: no such file; {folder} has {', '.join(present) or 'no .json files'}.{hint}")
+        return path
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(source, f"{name}.json", repo_type="dataset"))
+    # The hub client raises errors of its own, of its HTTP library and of the system, without a common base.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"cannot get {name}.json of the data set {source} from the hub ({reason}); check name and network, "
+            "or give a folder that holds the files"
+        ) from error
+
+
+def _trained(source: str, folder: Path | None, name: str) -> ItemSet:
+    path = _path(source, folder, name)
+    return tuple(
+        Item(_text(row, "question", path, line), _text(row, "answer", path, line)) for line, row in _rows(path)
+    )
+
+
+def _evaluated(source: str, folder: Path | None, name: str, paraphrased: bool) -> ItemSet:
+    path = _path(source, folder, name)
+    items: list[Item] = []
+    for line, row in _rows(path):
+        perturbed = _perturbed(row, path, line)
+        if items and len(perturbed) != len(items[0].perturbed_answers):
+            raise UserError(
+                f"{path}, line {line}: perturbed_answer has {len(perturbed)} answers, the first item has "
+                f"{len(items[0].perturbed_answers)}; give every item of a file the same number"
+            )
+        has_paraphrase = paraphrased or "paraphrased_answer" in row
+        paraphrase = _text(row, "paraphrased_answer", path, line) if has_paraphrase else None
+        question, answer = _text(row, "question", path, line), _text(row, "answer", path, line)
+        items.append(Item(question, answer, paraphrase, perturbed))
+    return tuple(items)
+
+
+def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
+    """Line number, from 1, and object of every line that is not blank; at least one."""
+    try:
+        # Not splitlines: it also breaks at U+2028 and others, which JSON strings may hold unescaped.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8, one object a line") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); give one object a line") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number}: is a JSON {type(row).__name__}; give one object a line")
+        rows.append((number, row))
+    if not rows:
+        raise UserError(f"{path}: holds no items; give one JSON object a line")
+    return rows
+
+
+def _field(row: dict[str, Any], name: str, path: Path, line: int) -> Any:
+    if name not in row:
+        close = difflib.get_close_matches(name, row, n=1)
+        hint = f" Did you mean {name!r} by {close[0]!r}?" if close else ""
+        raise UserError(f"{path}, line {line}: field {name!r} is missing; found: {', '.join(row) or 'none'}.{hint}")
+    return row[name]
+
+
+def _text(row: dict[str, Any], name: str, path: Path, line: int) -> str:
+    value = _field(row, name, path, line)
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{path}, line {line}: field {name!r} is {value!r}; give a text that is not blank")
+    return value
+
+
+def _perturbed(row: dict[str, Any], path: Path, line: int) -> tuple[str, ...]:
+    name = "perturbed_answer"
+    value = _field(row, name, path, line)
+    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
+        raise UserError(f"{path}, line {line}: field {name!r} is {value!r}; give a list of texts, none blank")
+    return tuple(value)

@@ -1,0 +1,299 @@
+"""Forget quality and model utility from scored losses: arrays in, numbers out.
+
+Code bases compute these numbers differently, so each result carries the name of its definition (`DEFINITIONS`).
+
+Symbols used below, for a set of n items with k perturbed answers each:
+    a: (n,) mean loss of the gold answer, nats per token.
+    p: (n,) mean loss of the paraphrased answer.
+    q: (n, k) mean losses of the perturbed answers.
+    R: (n,) truth ratio, mean perturbed probability over paraphrase probability; small when the model knows the fact.
+
+Sources: TOFU (arXiv 2401.06121, section 2.2); ``aggregate_eval_stat.py`` of locuslab/tofu for definition ``tofu``.
+"""
+
+import difflib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.special import gammaln, logsumexp
+from scipy.stats import ks_2samp
+
+from uipe_core.corpora.types import RELATED_SETS, UTILITY_SETS
+from uipe_core.errors import UserError
+from uipe_core.score_report import FloatArray, ScoreReport, SetScores
+
+SET_TITLES = {"retain": "Retain", "real_authors": "Real Authors", "world_facts": "Real World", "forget": "Forget"}
+"""Evaluation set to its name in TOFU's tables."""
+
+CHOICE_SETS = ("real_authors", "world_facts")
+"""Sets whose probability is relative to the perturbed answers, as in a multiple choice (TOFU, section 2.2.1)."""
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What one code base means by truth ratio and probability.
+
+    Attributes:
+        log_mean_perturbed: (n, k) perturbed losses to (n,) log of the mean perturbed probability.
+        epsilon: Added to each denominator, 0 for none.
+    """
+
+    log_mean_perturbed: Callable[[FloatArray], FloatArray]
+    epsilon: float = 0.0
+
+
+DEFINITIONS: dict[str, Definition] = {"tofu": Definition(log_mean_perturbed=lambda losses: -losses.mean(axis=-1))}
+
+
+def definition_named(name: str) -> Definition:
+    """The definition of that name; an unknown name is a `UserError` that lists the known ones."""
+    if name in DEFINITIONS:
+        return DEFINITIONS[name]
+    hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, DEFINITIONS, n=1))
+    raise UserError(f"unknown metric definition {name!r}; known: {', '.join(sorted(DEFINITIONS))}.{hint}")
+
+
+@dataclass(frozen=True)
+class ForgetQuality:
+    """Two-sample Kolmogorov-Smirnov test between the truth ratios of a model and of its reference.
+
+    Attributes:
+        p_value: In [0, 1]; high means indistinguishable from the reference. May underflow to 0 above 500 items.
+        log10_p: log10 of the p-value, never below `log10_p_floor` of the sample sizes and never above 0.
+        ks_statistic: Largest distance between the two empirical distribution functions, in [0, 1].
+    """
+
+    p_value: float
+    log10_p: float
+    ks_statistic: float
+
+    def as_dict(self) -> dict[str, float]:
+        """The three numbers under the keys of ``uipe metrics --json``."""
+        quality = {"forget_quality": self.p_value, "log10_forget_quality": self.log10_p}
+        return {**quality, "ks_statistic": self.ks_statistic}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The numbers of one model.
+
+    Attributes:
+        definition: Key of `DEFINITIONS` that all of them follow.
+        model_utility: Harmonic mean of the nine components, in [0, 1].
+        components: The nine numbers of model utility by TOFU's names, each in [0, 1].
+        forget: Probability, ROUGE and truth ratio of the forget set, each in [0, 1].
+        forget_quality: Test against the reference, None without one.
+        related: The same test on ``related`` and ``unrelated``, where both model and reference were scored on them.
+    """
+
+    definition: str
+    model_utility: float
+    components: Mapping[str, float]
+    forget: Mapping[str, float]
+    forget_quality: ForgetQuality | None = None
+    related: Mapping[str, ForgetQuality] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Strict JSON content of ``uipe metrics --json``; keys that need a reference are absent without one."""
+        content: dict[str, Any] = {
+            "definition": self.definition,
+            "model_utility": self.model_utility,
+            "components": dict(self.components),
+            "forget": dict(self.forget),
+        }
+        if self.forget_quality is not None:
+            content.update(self.forget_quality.as_dict())
+        if self.related:
+            content["related"] = {name: quality.as_dict() for name, quality in self.related.items()}
+        return content
+
+
+def evaluate(report: ScoreReport, reference: ScoreReport | None = None, definition: str = "tofu") -> Metrics:
+    """Every number of one model; with a reference (usually the retain model) forget quality too.
+
+    The reference needs losses on the forget set only: neither its ROUGE nor its utility sets are looked at.
+
+    Raises:
+        UserError: Unknown definition, a missing set or ROUGE, losses that are not finite, or a reference scored on
+            other items.
+    """
+    chosen = definition_named(definition)
+    _require_sets(report, ("forget", *UTILITY_SETS))
+    components = utility_components(report, definition)
+    forget = forget_components(report, definition)
+    if reference is None:
+        return Metrics(definition, model_utility(components), components, forget)
+    _require_sets(reference, ("forget",), "of the reference ")
+    quality = _quality_of_set(report, reference, "forget", chosen)
+    shared = [name for name in RELATED_SETS if name in report.sets and name in reference.sets]
+    related = {name: _quality_of_set(report, reference, name, chosen) for name in shared}
+    return Metrics(definition, model_utility(components), components, forget, quality, related)
+
+
+def truth_ratio(paraphrase_loss: FloatArray, perturbed_loss: FloatArray, definition: str = "tofu") -> FloatArray:
+    """Truth ratio R per item, (n,) in [0, inf]: mean perturbed probability over paraphrase probability.
+
+    For ``tofu`` this is exp(p - mean q), the geometric form. A difference beyond about 709 nats leaves the range of
+    float64: R is then inf or 0, never NaN. `forget_quality` takes such values, since only their order counts.
+
+    Args:
+        paraphrase_loss: (n,) finite, nats per token.
+        perturbed_loss: (n, k) finite, k >= 1.
+        definition: Key of `DEFINITIONS`.
+    """
+    with np.errstate(over="ignore", under="ignore"):
+        return np.exp(_log_truth_ratio(paraphrase_loss, perturbed_loss, definition_named(definition)))
+
+
+def utility_components(report: ScoreReport, definition: str = "tofu") -> dict[str, float]:
+    """The nine components of model utility, each in [0, 1], by their names in TOFU's tables.
+
+    Per set: ``Prob`` is mean exp(-a), on the choice sets divided by the sum over gold and perturbed answers; ``ROUGE``
+    is the mean ROUGE-L recall; ``Truth Ratio`` is mean max(0, 1 - R).
+
+    Raises:
+        UserError: Unknown definition, a missing set or ROUGE, or losses that are not finite.
+    """
+    chosen = definition_named(definition)
+    _require_sets(report, UTILITY_SETS)
+    parts = [_set_components(report.sets[name], name, chosen) for name in UTILITY_SETS]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def forget_components(report: ScoreReport, definition: str = "tofu") -> dict[str, float]:
+    """Probability, ROUGE-L recall and truth ratio of the forget set, each in [0, 1]; raises as `utility_components`.
+
+    The truth ratio is mean min(R, 1/R): 1 when true and false answers are equally likely.
+    """
+    _require_sets(report, ("forget",))
+    return _set_components(report.sets["forget"], "forget", definition_named(definition))
+
+
+def model_utility(components: Mapping[str, float]) -> float:
+    """Harmonic mean of the components, in [0, 1]; 0 if any of them is 0 (TOFU, section 2.2.1).
+
+    Raises:
+        ValueError: No components, or one that is negative or not finite.
+    """
+    values = np.array(list(components.values()), dtype=np.float64)
+    if not len(values) or not np.all(np.isfinite(values)) or values.min() < 0:
+        raise ValueError(f"model utility needs finite components of at least 0, got {dict(components)}")
+    return 0.0 if values.min() == 0 else float(len(values) * values.min() / np.sum(values.min() / values))
+
+
+def forget_quality(ratios: FloatArray, reference_ratios: FloatArray) -> ForgetQuality:
+    """Two-sided two-sample KS test between two samples of truth ratios (TOFU, section 2.2.2).
+
+    Only the order of the values counts: ratios, their inverses or logarithms give the same, and infinities may occur.
+
+    Args:
+        ratios, reference_ratios: (n,) of the scored model and (m,) of the reference.
+
+    Raises:
+        ValueError: An empty sample, or a NaN.
+    """
+    n, m = len(ratios), len(reference_ratios)
+    if not n or not m or np.isnan(ratios).any() or np.isnan(reference_ratios).any():
+        raise ValueError(f"the KS test needs two non-empty samples without NaN, got {n} and {m} values")
+    with warnings.catch_warnings():
+        # Where rounding lifts scipy's exact p above 1, it warns and takes the asymptotic one, 1 to 1e-4.
+        warnings.filterwarnings("ignore", message="ks_2samp: Exact calculation unsuccessful")
+        test = ks_2samp(ratios, reference_ratios)
+    p_value, statistic = float(test.pvalue), float(test.statistic)
+    if p_value > 0:
+        log10_p = float(np.log10(p_value))
+    elif n == m:
+        # Where p underflows, all but the first term of the reflection sum (Gnedenko and Korolyuk 1951) are negligible.
+        log10_p = log10_p_floor(n, n) + _log_binomial(2 * n, n - round(statistic * n)) / float(np.log(10.0))
+    else:
+        log10_p = -np.inf
+    return ForgetQuality(p_value, max(log10_p, log10_p_floor(n, m)), statistic)
+
+
+def log10_p_floor(n: int, m: int) -> float:
+    """log10 of the smallest p-value that samples of n and m can reach, 2 / C(n + m, n): all values separated.
+
+    The smallest p-value is 1.86e-23 for n = m = 40, 1.94e-119 for 200, 1.06e-239 for 400.
+    """
+    return float((np.log(2.0) - _log_binomial(n + m, n)) / np.log(10.0))
+
+
+def _log_binomial(n: int, k: int) -> float:
+    return float(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1))
+
+
+def _log_divide(log_numerator: FloatArray, log_denominator: FloatArray, epsilon: float) -> FloatArray:
+    if epsilon > 0:
+        log_denominator = np.logaddexp(log_denominator, np.log(epsilon))
+    return log_numerator - log_denominator
+
+
+def _log_truth_ratio(paraphrase_loss: FloatArray, perturbed_loss: FloatArray, definition: Definition) -> FloatArray:
+    return _log_divide(definition.log_mean_perturbed(perturbed_loss), -paraphrase_loss, definition.epsilon)
+
+
+def _set_components(scores: SetScores, name: str, definition: Definition) -> dict[str, float]:
+    _check_losses(scores, name)
+    if scores.rouge_l_recall is None:
+        raise UserError(f"set {name!r} has no ROUGE-L recall (rougeL_recall): score the model with generation on")
+    _check_finite(scores.rouge_l_recall, name, "rouge_l_recall")
+    log_probability = -scores.answer_loss
+    if name in CHOICE_SETS:
+        choices = np.concatenate([log_probability[:, None], -scores.perturbed_loss], axis=1)
+        log_probability = _log_divide(log_probability, logsumexp(choices, axis=1), definition.epsilon)
+    log_ratio = _log_truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, definition)
+    if name == "forget":
+        log_inverse = _log_divide(np.zeros_like(log_ratio), log_ratio, definition.epsilon)
+        closeness = np.exp(np.minimum(log_ratio, log_inverse))
+    else:
+        closeness = 1.0 - np.exp(np.minimum(log_ratio, 0.0))
+    return {
+        f"Prob {SET_TITLES[name]}": float(np.mean(np.exp(log_probability))),
+        f"ROUGE {SET_TITLES[name]}": float(np.mean(scores.rouge_l_recall)),
+        f"Truth Ratio {SET_TITLES[name]}": float(np.mean(closeness)),
+    }
+
+
+def _require_sets(report: ScoreReport, names: Sequence[str], whose: str = "") -> None:
+    missing = [name for name in names if name not in report.sets]
+    if missing:
+        present = ", ".join(report.sets) or "none"
+        raise UserError(f"missing evaluation sets {whose}for the metrics: {', '.join(missing)}; present: {present}")
+
+
+def _check_losses(scores: SetScores, name: str) -> None:
+    if not len(scores):
+        raise UserError(f"set {name!r} has no items")
+    if scores.perturbed_loss.ndim != 2 or scores.perturbed_loss.shape[1] == 0:
+        raise UserError(f"set {name!r} has no perturbed answers, which the truth ratio needs")
+    for measurement in ("answer_loss", "paraphrase_loss", "perturbed_loss"):
+        _check_finite(getattr(scores, measurement), name, measurement)
+
+
+def _check_finite(values: FloatArray, name: str, what: str) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        raise UserError(f"set {name!r}, item {bad[0][0]}: {what} has {values[tuple(bad[0])]}, need finite numbers")
+
+
+def _quality_of_set(report: ScoreReport, reference: ScoreReport, name: str, definition: Definition) -> ForgetQuality:
+    scores, expected = report.sets[name], reference.sets[name]
+    _check_losses(scores, name)
+    _check_losses(expected, f"{name} of the reference")
+    if scores.item_hash is not None and expected.item_hash is not None:
+        same, found = scores.item_hash == expected.item_hash, ("item-set hash", scores.item_hash, expected.item_hash)
+    else:
+        same, found = len(scores) == len(expected), ("item count", str(len(scores)), str(len(expected)))
+    if not same:
+        raise UserError(
+            f"the reference was scored on other items: set {name!r} has {found[0]} {found[1]}, the reference has "
+            f"{found[2]}; score the reference on the same corpus and split"
+        )
+    # The logs have the order of the ratios, without ties where those overflow.
+    return forget_quality(
+        _log_truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, definition),
+        _log_truth_ratio(expected.paraphrase_loss, expected.perturbed_loss, definition),
+    )
