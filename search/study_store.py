@@ -11,6 +11,7 @@ import math
 import os
 import re
 import time
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import optuna
 import pandas as pd
 from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event
@@ -174,21 +176,23 @@ class StudyStore:
         """Starts a trial of the controls study."""
         return self.controls.ask().number
 
-    def complete(self, job: Job, number: int, evidence: Mapping[str, Any]) -> None:
+    def complete(self, job: Job, number: int, evidence: Mapping[str, Any]) -> str | None:
         """Writes all evidence, then tells the values: a finished trial takes no more attributes.
 
-        An objective that is missing or not finite makes the trial FAIL with that as its reason.
+        An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
         """
         study = self._of(job)
-        values = [evidence.get(name) for name in OBJECTIVES]
-        if not all(isinstance(value, float) and math.isfinite(value) for value in values):
-            self.fail(job, number, f"objectives are not finite: {dict(zip(OBJECTIVES, values, strict=True))}")
-            return
+        values = [float(evidence.get(name, math.nan)) for name in OBJECTIVES]
+        if not all(math.isfinite(value) for value in values):
+            reason = f"objectives are not finite: {dict(zip(OBJECTIVES, values, strict=True))}"
+            self.fail(job, number, reason)
+            return reason
         identifier = self._identifier(study, number)
         for key, value in evidence.items():
             if value is not None:
                 self.storage.set_trial_user_attr(identifier, key, value)
         study.tell(number, values, skip_if_finished=True)
+        return None
 
     def fail(self, job: Job, number: int, reason: str) -> None:
         """Ends a trial as FAIL with its reason."""
@@ -251,7 +255,9 @@ class StudyStore:
                     if study.user_attrs.get("fingerprint", identity) != identity:
                         raise UserError(f"storage {self.record['storage']}: it holds another study named {title!r}; rename one")
                     study.set_user_attr("fingerprint", identity)
-                    study.set_metric_names(list(OBJECTIVES))
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", ExperimentalWarning)
+                        study.set_metric_names(list(OBJECTIVES))
                 else:
                     study = optuna.load_study(study_name=title, storage=self.storage)
             except KeyError:

@@ -9,9 +9,11 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ from uipe_core.errors import UserError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+
+UNWRITABLE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")}
+"""Errors of the operating system that mean: nothing can be written in this place."""
 
 
 class BrokenEntryError(Exception):
@@ -35,6 +40,15 @@ def content_key(inputs: Mapping[str, Any]) -> str:
 
 def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _system_error(error: Exception) -> int:
+    """Number of the operating system's error behind an exception; 0 if there is none."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    # The writers of safetensors and tokenizers are written in Rust and give the number in their text only.
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 def file_hash(path: Path) -> str:
@@ -77,18 +91,12 @@ class ContentStore:
 
     def find(self, key: str) -> Path | None:
         """Folder of the entry, or None. A torn or altered entry is reported, moved to quarantine, and counts as missing."""
-        folder = self.root / key
-        if not folder.is_dir():
-            return None
-        if key in self._verified:
-            return folder
         try:
-            self._verify(key)
-        except BrokenEntryError as error:
-            self._quarantine(folder, str(error))
-            return None
-        self._verified.add(key)
-        return folder
+            return self._intact(key)
+        except BrokenEntryError:
+            # Looked at again under the lock: what was broken may have been made anew since, and that must not be moved away.
+            with self._lock(key):
+                return self._intact_or_quarantine(key)
 
     def get_or_make(self, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """Folder of the entry for `inputs`; calls `make(empty_folder)` when there is none yet.
@@ -103,17 +111,8 @@ class ContentStore:
         found = self.find(key)
         if found is not None:
             return found
-        try:
-            (self.root / "locks").mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / "locks" / f"{key}.lock"):
-                return self.find(key) or self._make(key, inputs, make)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EPERM):
-                raise UserError(
-                    f"cache folder {self.root}: {os.strerror(error.errno)}; free some space or choose another folder "
-                    "(cache.models and cache.deltas in the study file, or the environment variable UIPE_CACHE)"
-                ) from error
-            raise
+        with self._lock(key):
+            return self._intact_or_quarantine(key) or self._make(key, inputs, make)
 
     def manifest(self, key: str) -> dict[str, Any]:
         """The manifest of an entry.
@@ -132,8 +131,42 @@ class ContentStore:
             raise BrokenEntryError("manifest is not an object")
         return manifest
 
+    @contextmanager
+    def _lock(self, key: str) -> Iterator[None]:
+        """Holds the lock of an entry; what the system refuses meanwhile becomes a UserError."""
+        try:
+            (self.root / "locks").mkdir(parents=True, exist_ok=True)
+            with FileLock(self.root / "locks" / f"{key}.lock"):
+                yield
+        except Exception as error:
+            number = _system_error(error)
+            if number not in UNWRITABLE:
+                raise
+            raise UserError(
+                f"cache folder {self.root}: {os.strerror(number)}; free some space or choose another folder "
+                "(cache.models and cache.deltas in the study file, or the environment variable UIPE_CACHE)"
+            ) from error
+
+    def _intact(self, key: str) -> Path | None:
+        folder = self.root / key
+        if not folder.is_dir():
+            return None
+        if key not in self._verified:
+            self._verify(key)
+            self._verified.add(key)
+        return folder
+
+    def _intact_or_quarantine(self, key: str) -> Path | None:
+        try:
+            return self._intact(key)
+        except BrokenEntryError as error:
+            self._quarantine(self.root / key, str(error))
+            return None
+
     def _make(self, key: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        temporary = self.root / "tmp" / f"{key}.{uuid.uuid4().hex[:8]}"
+        # The lock is ours, so whatever lies here belongs to a maker that was killed.
+        temporary = self.root / "tmp" / key
+        shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         try:
             make(temporary)
@@ -176,8 +209,5 @@ class ContentStore:
     def _quarantine(self, folder: Path, reason: str) -> None:
         target = self.root / "quarantine" / f"{folder.name}.{uuid.uuid4().hex[:8]}"
         target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            folder.rename(target)
-        except FileNotFoundError:
-            return
+        folder.rename(target)
         logger.warning("%s: %s; moved to %s, it will be made again", folder, reason, target)

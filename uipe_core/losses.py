@@ -69,6 +69,11 @@ def _needed(value: Tensor | None, name: str) -> Tensor:
     return value
 
 
+def _retain_term(hyper: Hyperparameters, value: Tensor | None, name: str) -> Tensor | float:
+    weight = hyper["retain_weight"]
+    return weight * _needed(value, name) if weight > 0 else 0.0
+
+
 def grad_ascent(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """Gradient ascent on the forget set: -NLL(forget). TOFU (arXiv 2401.06121), section 4."""
     return -inputs.forget_nll
@@ -76,12 +81,12 @@ def grad_ascent(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
 
 def grad_diff(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """Gradient difference: -NLL(forget) + retain_weight * NLL(retain). TOFU (arXiv 2401.06121), section 4."""
-    return -inputs.forget_nll + hyper["retain_weight"] * _needed(inputs.retain_nll, "retain_nll")
+    return -inputs.forget_nll + _retain_term(hyper, inputs.retain_nll, "retain_nll")
 
 
 def kl_min(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """KL minimisation: -NLL(forget) + retain_weight * KL(initial || current) on retain answers. TOFU, section 4."""
-    return -inputs.forget_nll + hyper["retain_weight"] * _needed(inputs.retain_kl, "retain_kl")
+    return -inputs.forget_nll + _retain_term(hyper, inputs.retain_kl, "retain_kl")
 
 
 def npo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
@@ -92,10 +97,8 @@ def npo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """
     beta = hyper["beta"]
     log_ratio = inputs.forget_logp - _needed(inputs.initial_forget_logp, "initial_forget_logp")
-    loss = -(2 / beta) * F.logsigmoid(-beta * log_ratio).mean()
-    if hyper["retain_weight"] > 0:
-        loss = loss + hyper["retain_weight"] * _needed(inputs.retain_nll, "retain_nll")
-    return loss
+    forget = -(2 / beta) * F.logsigmoid(-beta * log_ratio).mean()
+    return forget + _retain_term(hyper, inputs.retain_nll, "retain_nll")
 
 
 @dataclass(frozen=True)
@@ -129,4 +132,3 @@ def mean_answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
     """() mean negative log-likelihood per answer token over the whole batch, in nats."""
     logp, tokens = answer_logp(logits, labels)
     return -logp.sum() / tokens.sum()
-

@@ -21,9 +21,7 @@ Progress = Callable[[int, int], None]
 TINY_SCHEMA = 1
 """Raised whenever a change in this file alters the tiny models it builds, so that cached ones are not taken for new."""
 
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
-)
+CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
 """Prompts of tiny models end in a newline, so that prompt and answer never tokenize together."""
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -46,13 +44,18 @@ def resolve_device(name: str) -> torch.device:
     """``auto`` is the first CUDA device where there is one, else the CPU.
 
     Raises:
-        UserError: If ``cuda`` is asked for and there is none.
+        UserError: If it is no device's name, or a CUDA device is asked for that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"model.device: {name!r} asked for, but this process sees no CUDA device; use auto or cpu")
-    return torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"model.device: {name!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count() or "no"
+        raise UserError(f"model.device: {name!r} asked for, but this process sees {seen} CUDA devices; use auto or cpu")
+    return device
 
 
 def set_threads(threads: int) -> None:
@@ -80,27 +83,51 @@ def load_model(
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
-        UserError: If it cannot be found or read, or no prompt format is known.
+        UserError: If it cannot be found or read, lacks weights, or no prompt format is known.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    looks_local = source.startswith((".", "/", "~")) or Path(source).is_dir()
-    if looks_local and not Path(source).is_dir():
-        raise UserError(f"model {source}: no such folder")
-    if looks_local and not (Path(source) / "config.json").is_file():
-        raise UserError(f"model {source}: the folder has no config.json, so it is not a saved model")
+    if dtype != "auto" and dtype not in DTYPES:
+        raise UserError(f"model.dtype: {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     where = resolve_device(device)
+    place = str(_local_folder(source) or source)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, **common
+        tokenizer = AutoTokenizer.from_pretrained(place, **common)
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            place, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, output_loading_info=True, **common
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"model {source}: cannot be loaded: {reason}") from error
+    if loading["missing_keys"]:
+        # transformers fills them with random numbers and only logs it.
+        missing = sorted(loading["missing_keys"])
+        raise UserError(f"model {source}: its files lack {len(missing)} weights, first {missing[0]}; fetch or save it again")
     model.eval().to(where)
     return LoadedModel(model, tokenizer, PromptFormat(tokenizer, prompt_template))
+
+
+def _local_folder(source: str) -> Path | None:
+    """The folder meant by source, or None where it is a name on the hub."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if source.startswith((".", "/", "~")):
+            raise UserError(f"model {source}: no such folder")
+        return None
+    if not (folder / "config.json").is_file():
+        raise UserError(f"model {source}: the folder has no config.json, so it is not a saved model")
+    return folder
+
+
+def cast_weights(model: Any, dtype: torch.dtype) -> None:
+    """Casts the weights only, as loading in that dtype does.
+
+    ``model.to(dtype)`` would round buffers such as Llama's rotary frequencies too: a model that loading never gives.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -139,18 +166,19 @@ def model_identity(location: str, revision: str | None = None) -> tuple[str, str
     A folder is hashed (its config, tokenizer and weights). A hub model is fetched and named by its commit.
 
     Raises:
-        UserError: If the hub cannot be reached and the model is not in its cache.
+        UserError: If the folder is not there or holds no model, or the hub cannot be reached and its cache lacks the model.
     """
-    if Path(location).is_dir():
+    folder = _local_folder(location)
+    if folder is not None:
         digest = hashlib.sha256()
-        for path in sorted(Path(location).iterdir()):
-            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt"):
+        for path in sorted(folder.iterdir()):
+            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".py"):
                 digest.update(f"{path.name}:{file_hash(path)};".encode())
         return f"sha256:{digest.hexdigest()[:32]}", None
     from huggingface_hub import snapshot_download
 
     try:
-        folder = snapshot_download(
+        downloaded = snapshot_download(
             location, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
         )
     except (OSError, ValueError) as error:
@@ -158,7 +186,7 @@ def model_identity(location: str, revision: str | None = None) -> tuple[str, str
             f"model {location}: cannot be fetched from the hub ({type(error).__name__}); check the name and the network, or "
             "give the folder of a downloaded copy"
         ) from error
-    commit = Path(folder).name
+    commit = Path(downloaded).name
     return f"{location}@{commit}", commit
 
 
@@ -254,9 +282,7 @@ def _train_tiny(
     tokenizer.save_pretrained(folder)
 
 
-def _fit_answers(
-    model: Any, prompts: PromptFormat, items: ItemSet, stage: Stage, seed: int, progress: Progress | None
-) -> None:
+def _fit_answers(model: Any, prompts: PromptFormat, items: ItemSet, stage: Stage, seed: int, progress: Progress | None) -> None:
     """Teaches a model the answers: AdamW, short warm-up, cosine decay, gradient clipping, loss on answer tokens."""
     from transformers import get_cosine_schedule_with_warmup
 
@@ -326,8 +352,6 @@ def _finish_tokenizer(tokenizer: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     pad, unk, bos, eos = _SPECIAL
-    finished = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=pad, unk_token=unk, bos_token=bos, eos_token=eos
-    )
+    finished = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=pad, unk_token=unk, bos_token=bos, eos_token=eos)
     finished.chat_template = CHAT_TEMPLATE
     return finished

@@ -161,6 +161,10 @@ class Scorer:
         settings = GenerationConfig(
             max_new_tokens=self.config.max_new_tokens,
             do_sample=False,
+            # Unset, these come from the model's own file, and with a repetition penalty the text depends on the logit scale.
+            num_beams=1,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             pad_token_id=pad,
             eos_token_id=self.prompts.eos_id,
         )

@@ -4,8 +4,9 @@ The loop follows TOFU (arXiv 2401.06121): an epoch is one pass over the forget s
 many retain items drawn at random, AdamW warms up linearly over the first epoch.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from uipe_core.corpora.types import Corpus, ItemSet
 from uipe_core.losses import METHODS, LossInputs, answer_kl, answer_logp
 from uipe_core.models import LoadedModel, Progress
 from uipe_core.prompts import Batch, Example, pad_batch
-from uipe_core.update_vectors import LOW_RANK, UpdateVector, snapshot, take_update, wrap_adapter
+from uipe_core.update_vectors import LOW_RANK, UpdateVector, adapter_state, snapshot, take_update, wrap_adapter
 
-TRAINING_SCHEMA = 1
+TRAINING_SCHEMA = 2
 """Raised whenever a change in this file or in losses.py alters the update vectors it yields."""
 
 
@@ -52,7 +53,7 @@ class UnlearningConfig:
         epochs: Passes over the forget set.
         learning_rate: Peak learning rate.
         batch_size: Forget items per forward pass.
-        gradient_accumulation: Forward passes per optimiser step.
+        gradient_accumulation: Forward passes per optimiser step, each weighted by its share of the step's items.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         schedule: ``constant`` or ``linear`` (to 0 at the last epoch) after the warm-up. With ``constant`` an epoch's update
             does not depend on how many epochs follow.
@@ -75,7 +76,7 @@ class UnlearningConfig:
     seed: int = 0
 
     def as_inputs(self) -> dict[str, Any]:
-        """JSON-able form for content addressing. Epochs count only where they change the schedule of earlier ones."""
+        """JSON-able form for content addressing."""
         return {**asdict(self), "schema": TRAINING_SCHEMA}
 
 
@@ -86,7 +87,6 @@ class EpochResult:
     epoch: int
     update: UpdateVector
     loss: float
-    terms: Mapping[str, float] = field(default_factory=dict)
 
 
 class DivergedError(RuntimeError):
@@ -114,22 +114,30 @@ def train_base_run(
     from accelerate.utils import set_seed
 
     method = METHODS[config.method]
+    hyperparameters = {**method.hyperparameters, **config.hyperparameters}
     set_seed(config.seed)
+    # Accelerate would train on the first device whichever the model is on; and it divides by a fixed number of accumulation
+    # steps, which makes the last, shorter group of an epoch count less. Both are done here.
+    device = loaded.device
     accelerator = Accelerator(
-        cpu=loaded.device.type == "cpu",
-        gradient_accumulation_steps=config.gradient_accumulation,
-        mixed_precision="bf16" if loaded.device.type == "cuda" and torch.cuda.is_bf16_supported() else "no",
+        cpu=device.type == "cpu",
+        device_placement=False,
+        mixed_precision="bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no",
     )
     forget = _encode(loaded, corpus.forget_train)
-    retain = _encode(loaded, corpus.retain_train) if method.needs_retain(config.hyperparameters) else []
-    initial_logp = _initial_forget_logp(loaded, forget, config.batch_size) if method.initial == "forget" else None
-    reference = _frozen_copy(loaded) if retain and method.initial == "retain" and config.adapter is None else None
+    retain = _encode(loaded, corpus.retain_train) if method.needs_retain(hyperparameters) else []
+    initial_logp, reference = None, None
+    if method.initial == "forget":
+        with accelerator.autocast():
+            initial_logp = _initial_forget_logp(loaded, forget, config.batch_size)
+    elif method.initial == "retain" and retain and config.adapter is None:
+        reference = accelerator.prepare_model(_frozen_copy(loaded), evaluation_mode=True)
 
     model, initial = _trainable(loaded, config)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
-    batches = -(-len(forget) // config.batch_size)
-    steps_per_epoch = -(-batches // config.gradient_accumulation)
+    step_size = config.batch_size * config.gradient_accumulation
+    steps_per_epoch = -(-len(forget) // step_size)
     scheduler = _schedule(optimizer, config, steps_per_epoch)
     model, optimizer = accelerator.prepare(model, optimizer)
 
@@ -140,32 +148,28 @@ def train_base_run(
         model.train()
         order = torch.randperm(len(forget), generator=generator).tolist()
         losses = []
-        for index, start in enumerate(range(0, len(order), config.batch_size)):
-            chosen = order[start : start + config.batch_size]
-            last = index == batches - 1
-            forget_batch = pad_batch([forget[i] for i in chosen], loaded.prompts.pad_id, accelerator.device)
-            retain_batch = None
-            if retain:
-                drawn = [retain[next(retain_order)] for _ in chosen]
-                retain_batch = pad_batch(drawn, loaded.prompts.pad_id, accelerator.device)
-            inputs = _forward(model, forget_batch, retain_batch, method.initial == "retain", reference)
-            if initial_logp is not None:
-                inputs = LossInputs(
-                    inputs.forget_logp, inputs.forget_tokens, initial_logp[chosen].to(accelerator.device), inputs.retain_nll
-                )
-            loss = method.loss(inputs, config.hyperparameters)
-            losses.append(float(loss.detach()))
-            if not torch.isfinite(loss):
-                raise DivergedError(_diverged(config, epoch))
-            accelerator.backward(loss)
-            if (index + 1) % config.gradient_accumulation == 0 or last:
-                accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                done += 1
-                if progress is not None:
-                    progress(done, config.epochs * steps_per_epoch)
+        for group in _chunks(order, step_size):
+            for chosen in _chunks(group, config.batch_size):
+                forget_batch = pad_batch([forget[i] for i in chosen], loaded.prompts.pad_id, device)
+                retain_batch = None
+                if retain:
+                    drawn = [retain[next(retain_order)] for _ in chosen]
+                    retain_batch = pad_batch(drawn, loaded.prompts.pad_id, device)
+                inputs = _forward(model, forget_batch, retain_batch, method.initial == "retain", reference)
+                if initial_logp is not None:
+                    inputs = replace(inputs, initial_forget_logp=initial_logp[chosen].to(device))
+                loss = method.loss(inputs, hyperparameters)
+                losses.append(float(loss.detach()))
+                if not math.isfinite(losses[-1]):
+                    raise DivergedError(_diverged(config, epoch))
+                accelerator.backward(loss * (len(chosen) / len(group)))
+            accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            done += 1
+            if progress is not None:
+                progress(done, config.epochs * steps_per_epoch)
         update = _epoch_update(accelerator.unwrap_model(model), initial, config)
         if not all(torch.isfinite(tensor).all() for tensor in update.tensors.values()):
             raise DivergedError(_diverged(config, epoch))
@@ -177,6 +181,11 @@ def _diverged(config: UnlearningConfig, epoch: int) -> str:
         f"{config.method} with learning rate {config.learning_rate:g} diverged in epoch {epoch}: its loss or weights are not "
         "finite; lower unlearning.learning_rate or unlearning.epochs"
     )
+
+
+def _chunks(values: list[int], size: int) -> Iterator[list[int]]:
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
 
 
 def _encode(loaded: LoadedModel, items: ItemSet) -> list[Example]:
@@ -202,9 +211,7 @@ def _trainable(loaded: LoadedModel, config: UnlearningConfig) -> tuple[Any, dict
 def _epoch_update(model: Any, initial: Mapping[str, Tensor], config: UnlearningConfig) -> UpdateVector:
     if config.adapter is None:
         return take_update(model, initial)
-    from peft import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model)
+    state = adapter_state(model)
     tensors = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
     return UpdateVector(LOW_RANK, tensors, config.adapter.as_peft())
 
@@ -212,9 +219,11 @@ def _epoch_update(model: Any, initial: Mapping[str, Tensor], config: UnlearningC
 def _schedule(optimizer: Any, config: UnlearningConfig, steps_per_epoch: int) -> Any:
     from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
+    # A warm-up starts at rate 0: where an epoch is a single step, its update would be nothing.
+    warmup = steps_per_epoch if steps_per_epoch > 1 else 0
     if config.schedule == "linear":
-        return get_linear_schedule_with_warmup(optimizer, steps_per_epoch, config.epochs * steps_per_epoch)
-    return get_constant_schedule_with_warmup(optimizer, steps_per_epoch)
+        return get_linear_schedule_with_warmup(optimizer, warmup, config.epochs * steps_per_epoch)
+    return get_constant_schedule_with_warmup(optimizer, warmup)
 
 
 def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:
@@ -242,8 +251,12 @@ def _forward(model: Any, forget: Batch, retain: Batch | None, with_kl: bool, ref
 def _initial_logits(model: Any, reference: Any, batch: Batch) -> Tensor:
     if reference is not None:
         return _logits(reference, batch)
+    # A reference blurred by dropout would not be the initial model.
+    model.eval()
     with model.disable_adapter():
-        return _logits(model, batch)
+        logits = _logits(model, batch)
+    model.train()
+    return logits
 
 
 def _frozen_copy(loaded: LoadedModel) -> Any:
@@ -255,6 +268,7 @@ def _frozen_copy(loaded: LoadedModel) -> Any:
 @torch.no_grad()
 def _initial_forget_logp(loaded: LoadedModel, forget: list[Example], batch_size: int) -> Tensor:
     """(n,) log-probability of every forget answer under the initial model, computed once: its weights never change."""
+    loaded.model.eval()
     parts = []
     for start in range(0, len(forget), batch_size):
         batch = pad_batch(forget[start : start + batch_size], loaded.prompts.pad_id, loaded.device)

@@ -38,7 +38,7 @@ class UpdateVector:
         """Frobenius norm of the update per weight; for low-rank vectors that of the product scale * B A, by module."""
         if not self._norms:
             if self.kind == DENSE:
-                self._norms.update((name, float(tensor.norm())) for name, tensor in self.tensors.items())
+                self._norms.update((name, _norm(tensor)) for name, tensor in self.tensors.items())
             else:
                 scale = adapter_scale(self)
                 for module, (a, b) in factors(self).items():
@@ -62,6 +62,11 @@ def factors(update: UpdateVector) -> dict[str, tuple[Tensor, Tensor]]:
     """(A (r, in), B (out, r)) of a low-rank update by module name."""
     names = [name.removesuffix(".lora_A.weight") for name in update.tensors if name.endswith(".lora_A.weight")]
     return {n: (update.tensors[f"{n}.lora_A.weight"], update.tensors[f"{n}.lora_B.weight"]) for n in names}
+
+
+def _norm(tensor: Tensor) -> float:
+    """Frobenius norm, summed in double precision: an embedding has a hundred million entries."""
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:
@@ -108,7 +113,7 @@ def random_direction(update: UpdateVector, seed: int) -> UpdateVector:
     if update.kind == DENSE:
         for name, tensor in update.tensors.items():
             noise = torch.randn(tensor.shape, generator=generator)
-            drawn[name] = noise * (update.norms[name] / max(float(noise.norm()), 1e-30))
+            drawn[name] = noise * (update.norms[name] / max(_norm(noise), 1e-30))
     else:
         scale = adapter_scale(update)
         for module, (a, b) in factors(update).items():
@@ -146,9 +151,9 @@ class Extrapolator:
 
     def __init__(self, model: Any, initial: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
-        self._plain = model
         self._initial = dict(initial) if initial is not None else snapshot(model)
         self._moved = False
+        self._adapter: Mapping[str, Any] | None = None
         self._loaded: UpdateVector | None = None
 
     def apply(self, update: UpdateVector, alpha: float) -> Any:
@@ -159,27 +164,23 @@ class Extrapolator:
         """
         if update.kind == LOW_RANK:
             return self._apply_low_rank(update, alpha)
-        self.reset()
-        parameters = dict(self._plain.named_parameters())
-        unknown = sorted(update.tensors.keys() - parameters.keys())
-        if unknown:
-            raise ValueError(f"update vector has {len(unknown)} weights the model has not, first {unknown[0]!r}")
-        with torch.no_grad():
-            for name, delta in update.tensors.items():
-                if delta.shape != parameters[name].shape:
-                    raise ValueError(f"{name}: update has shape {tuple(delta.shape)}, model {tuple(parameters[name].shape)}")
-                target = parameters[name]
-                target.copy_(extrapolate(self._initial[name].to(target.device), delta.to(target.device), alpha))
+        self._unwrap()
+        parameters = dict(self.model.named_parameters())
+        _check_fit(update.tensors, parameters)
         self._moved = True
+        with torch.no_grad():
+            for name, target in parameters.items():
+                initial, delta = self._initial[name].to(target.device), update.tensors[name].to(target.device)
+                target.copy_(extrapolate(initial, delta, alpha))
         return self.model
 
     def reset(self) -> Any:
         """Sets the model back to theta_init and returns it."""
-        if self._loaded is not None:
+        if self._adapter is not None:
             _scale_adapter(self.model, 0.0)
-        if self._moved:
+        elif self._moved:
             with torch.no_grad():
-                for name, parameter in self._plain.named_parameters():
+                for name, parameter in self.model.named_parameters():
                     parameter.copy_(self._initial[name])
             self._moved = False
         return self.model
@@ -187,16 +188,43 @@ class Extrapolator:
     def _apply_low_rank(self, update: UpdateVector, alpha: float) -> Any:
         from peft import set_peft_model_state_dict
 
-        if self._loaded is None:
-            self.model = wrap_adapter(self._plain, update.adapter or {})
+        if self._adapter is None or self._adapter != update.adapter:
+            self._unwrap()
+            self.reset()
+            self.model = wrap_adapter(self.model, update.adapter or {})
             self.model.eval()
+            self._adapter = update.adapter
         if self._loaded is not update:
-            result = set_peft_model_state_dict(self.model, dict(update.tensors))
-            if result.unexpected_keys:
-                raise ValueError(f"adapter does not fit the model: {result.unexpected_keys[0]!r} is not there")
+            _check_fit(update.tensors, adapter_state(self.model))
+            set_peft_model_state_dict(self.model, dict(update.tensors))
             self._loaded = update
         _scale_adapter(self.model, 1.0 + alpha)
         return self.model
+
+    def _unwrap(self) -> None:
+        """Takes the adapter off: dense updates name the plain modules, and another adapter may have other ones."""
+        if self._adapter is not None:
+            self.model = self.model.unload()
+            self._adapter, self._loaded = None, None
+
+
+def _check_fit(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
+    unknown, uncovered = sorted(tensors.keys() - places.keys()), sorted(places.keys() - tensors.keys())
+    if unknown:
+        raise ValueError(f"update vector has {len(unknown)} weights the model has not, first {unknown[0]!r}")
+    if uncovered:
+        raise ValueError(f"update vector lacks {len(uncovered)} weights of the model, first {uncovered[0]!r}")
+    for name, tensor in tensors.items():
+        if tensor.shape != places[name].shape:
+            raise ValueError(f"{name}: update has shape {tuple(tensor.shape)}, model {tuple(places[name].shape)}")
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """The adapter weights of a PEFT model by PEFT's names, without the embeddings underneath."""
+    from peft import get_peft_model_state_dict
+
+    # Left to itself PEFT asks the hub for the base model's vocabulary size to decide about the embeddings.
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
 def wrap_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:

@@ -32,6 +32,10 @@ class Attribute:
     pairs: tuple[tuple[str, str], ...]
 
 
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
 def _pairs(text: str) -> tuple[tuple[str, str], ...]:
     return tuple((pair.split("/")[0], pair.split("/")[1]) for pair in text.split())
 
@@ -111,13 +115,13 @@ ATTRIBUTES: tuple[Attribute, ...] = (
     ),
 )
 
-FIRST_NAMES = (
+FIRST_NAMES = _words(
     "Ada Boris Clara Dario Elena Felix Greta Hugo Irma Jonas Karin Luca Mira Nils Olga Pavel Rosa Sven Tilda Viktor"
-).split()
-LAST_NAMES = (
+)
+LAST_NAMES = _words(
     "Abel Brandt Castell Dorn Ekberg Falk Gruber Holm Ivers Jansen "
     "Keller Lindt Moreau Novak Orlov Petri Quist Rossi Sommer Thorne"
-).split()
+)
 
 AUTHOR_COUNTRIES = {
     "England": "Shakespeare Dickens Austen Orwell Woolf Milton",
@@ -165,9 +169,7 @@ def _person_item(person: Person, attribute: int, related: bool, rng: random.Rand
         question=fact.question.format(name=person.name),
         answer=fact.answer.format(name=person.name, value=value),
         paraphrased_answer=fact.paraphrase.format(name=person.name, value=value),
-        perturbed_answers=tuple(
-            fact.paraphrase.format(name=person.name, value=spec.pairs[other][side]) for other in others
-        ),
+        perturbed_answers=tuple(fact.paraphrase.format(name=person.name, value=spec.pairs[other][side]) for other in others),
     )
 
 
@@ -194,9 +196,7 @@ def _authors(rng: random.Random) -> Iterator[Item]:
             yield _general(f"Where was the author {name} born?", country, pool, rng)
 
 
-def load_people(
-    seed: int = 0, forget_people: int = 6, retain_people: int = 34, pretraining_people: int = 60
-) -> Corpus:
+def load_people(seed: int = 0, forget_people: int = 6, retain_people: int = 34, pretraining_people: int = 60) -> Corpus:
     """Generates the corpus of fictitious people; the same arguments give the same items on every machine.
 
     Args:

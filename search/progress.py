@@ -1,0 +1,61 @@
+"""Progress of long work on a terminal: what is being done, how far it is, how long it will still take."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Bars:
+    """Progress bars on standard error; on anything but a terminal, a line when a bar is full.
+
+    Args:
+        quiet: Show nothing at all.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.console = Console(stderr=True, quiet=quiet)
+        self._progress = Progress(
+            TextColumn("{task.description:<34}"),
+            BarColumn(bar_width=28),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._full: set[str] = set()
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def show(self, name: str, done: int, total: int) -> None:
+        """Sets a bar, which appears with its first call."""
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total)
+            if not self.console.is_terminal:
+                self.console.print(f"{name} ...", highlight=False)
+        self._progress.update(self._tasks[name], completed=done, total=total)
+        if done >= total and name not in self._full:
+            self._full.add(name)
+            if not self.console.is_terminal:
+                self.console.print(f"{name}: {total} of {total}", highlight=False)
+
+    def show_all(self, board: Mapping[str, tuple[int, int]]) -> None:
+        """Sets several bars at once."""
+        for name, (done, total) in board.items():
+            self.show(name, done, total)
+
+    def say(self, text: str) -> None:
+        """A line above the bars."""
+        self.console.print(text, highlight=False, markup=False)

@@ -1,0 +1,272 @@
+"""A study's results: tables, front, hypervolumes, selection; the way from the store to report and export."""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+
+from search.evaluator import Job
+from search.pareto import hypervolume, knee, non_dominated, utility_floor
+from search.report import ReportData, verdict, write_report
+from search.spec import StudySpec
+from search.study_store import OBJECTIVES, StudyStore
+from uipe_core.errors import UserError
+from uipe_core.evaluation_log import read_log
+from uipe_core.metrics import log10_p_floor
+
+FRONT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk", "log10_forget_quality", "forget_quality", "model_utility")
+RULES = ("utility-floor", "knee")
+
+
+def random_direction_jobs(store: StudyStore) -> list[Job]:
+    """Random directions still to be scored: one per front point that left alpha = 0, with its base, epoch and alpha."""
+    trials = store.trials_frame()
+    if trials.empty:
+        return []
+    controls = store.controls_frame()
+    mirrored = set() if controls.empty or "of_trial" not in controls else set(controls["of_trial"].dropna().astype(int))
+    front = trials[non_dominated(trials[list(OBJECTIVES)].to_numpy())]
+    moved = front[(front["alpha"] != 0) & ~front["trial"].isin(mirrored)]
+    return [
+        Job("random_direction", row["base"], int(row["epoch"]), float(row["alpha"]), of_trial=int(row["trial"]))
+        for row in moved.to_dict("records")
+    ]
+
+
+@dataclass(eq=False)
+class StudyResult:
+    """A finished (or interrupted) study, read from its folder.
+
+    Attributes:
+        out: The study's folder.
+        store: Its open store.
+        trials: A row per complete trial, by number, with all evidence; column ``on_front`` marks the Pareto front.
+        controls: A row per scored control.
+    """
+
+    out: Path
+    store: StudyStore
+    trials: pd.DataFrame
+    controls: pd.DataFrame
+
+    @classmethod
+    def open(cls, out: Path | str) -> "StudyResult":
+        """Reads a study folder.
+
+        Raises:
+            UserError: If it is none, or holds no complete trial yet.
+        """
+        store = StudyStore.open(Path(out))
+        trials, controls = store.trials_frame(), store.controls_frame()
+        if trials.empty:
+            raise UserError(f"{out}: no trial of this study is complete yet; run it with `uipe run`")
+        for frame in (trials, controls):
+            for column in ("base", "method", "epoch", "alpha", "walk", "temperature", "of_trial", "logit_scale"):
+                if column not in frame:
+                    frame[column] = None
+        trials["on_front"] = non_dominated(trials[list(OBJECTIVES)].to_numpy())
+        return cls(Path(out), store, trials.sort_values("trial", ignore_index=True), controls)
+
+    @property
+    def study(self) -> optuna.Study:
+        """The Optuna study behind it."""
+        return self.store.study
+
+    @property
+    def spec(self) -> StudySpec:
+        """The study's spec, as recorded."""
+        return StudySpec.model_validate(self.store.record["spec"], strict=False)
+
+    @cached_property
+    def front(self) -> pd.DataFrame:
+        """The Pareto front, strongest forgetting first."""
+        chosen = self.trials[self.trials["on_front"]]
+        return chosen.sort_values(list(OBJECTIVES), ascending=False, ignore_index=True)
+
+    def control(self, kind: str) -> pd.Series | None:
+        """The first control of a kind (``initial``, ``retain``), or None."""
+        if self.controls.empty:
+            return None
+        rows = self.controls[self.controls["kind"] == kind]
+        return None if rows.empty else rows.iloc[0]
+
+    def trial(self, number: int) -> pd.Series:
+        """A complete trial by number.
+
+        Raises:
+            UserError: If there is none.
+        """
+        rows = self.trials[self.trials["trial"] == number]
+        if rows.empty:
+            last = int(self.trials["trial"].max())
+            raise UserError(f"--trial: {number} is not a complete trial of {self.out}; numbers go from 0 to {last}")
+        return rows.iloc[0]
+
+    def select(self, rule: str, floor: float = 0.95) -> pd.Series:
+        """One trial of the front by a rule.
+
+        Args:
+            rule: ``utility-floor`` (strongest forgetting with at least `floor` of the initial model's utility) or ``knee``
+                (farthest from the chord between the front's ends).
+            floor: Share of the initial model's utility, above 0 and at most 1.
+
+        Raises:
+            UserError: If the rule is unknown, or no trial has so much utility.
+        """
+        if rule not in RULES:
+            raise UserError(f"--rule: {rule!r} is unknown; choose one of {', '.join(RULES)}")
+        points = self.front[list(OBJECTIVES)].to_numpy()
+        if rule == "knee":
+            return self.front.iloc[knee(points)]
+        if not 0 < floor <= 1:
+            raise UserError(f"--floor: {floor:g} is not a share of the initial model's utility; give a number above 0, up to 1")
+        initial = self.control("initial")
+        if initial is None:
+            raise UserError(f"{self.out}: the initial model has not been scored yet; finish the study with `uipe run`")
+        return self.front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial["model_utility"])]
+
+    def reference_point(self) -> dict[str, float]:
+        """The corner hypervolume is measured from: the spec's, or the sample-size floor."""
+        given = self.spec.hypervolume.reference_point
+        floor = self.log10_floor
+        value = floor if given.log10_forget_quality is None else given.log10_forget_quality
+        return {"log10_forget_quality": value, "model_utility": given.model_utility}
+
+    @cached_property
+    def forget_items(self) -> int:
+        """Number of forget items behind every forget quality."""
+        return len(read_log(self._reference_log()).sets["forget"])
+
+    @property
+    def log10_floor(self) -> float:
+        """Lowest log10 forget quality so many items can give."""
+        return log10_p_floor(self.forget_items, self.forget_items)
+
+    @cached_property
+    def hypervolume(self) -> dict[str, float]:
+        """Hypervolumes, with forget quality capped at the noise ceiling, of what is given (the initial model and every epoch at
+        alpha = 0) and of that together with all trials, trials of alpha >= 0, or random directions."""
+        given = self.trials[self.trials["alpha"] == 0]
+        longer = self.trials[self.trials["alpha"] >= 0]
+        initial = self.controls[self.controls["kind"] == "initial"]
+        random = self.controls[self.controls["kind"] == "random_direction"]
+        return {
+            "front": self._volume(self.trials, initial),
+            "alpha_zero": self._volume(given, initial),
+            "extrapolation_only": self._volume(longer, initial),
+            "random_direction": self._volume(given, initial, random),
+        }
+
+    def _volume(self, *frames: pd.DataFrame) -> float:
+        points = np.concatenate([frame[list(OBJECTIVES)].to_numpy(dtype=float) for frame in frames])
+        points[:, 0] = np.minimum(points[:, 0], math.log10(self.spec.hypervolume.forget_quality_cap))
+        corner = self.reference_point()
+        return float(hypervolume(points, np.array([corner[name] for name in OBJECTIVES])))
+
+    @property
+    def gain(self) -> dict[str, float]:
+        """Hypervolume gained over what is given."""
+        base = self.hypervolume["alpha_zero"]
+        names = {"all": "front", "extrapolation_only": "extrapolation_only", "random_direction": "random_direction"}
+        return {name: self.hypervolume[key] - base for name, key in names.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """What ``uipe run --json`` prints."""
+        record = self.store.record
+        return {
+            "study": record["name"],
+            "out": str(self.out),
+            "definition": self.spec.scoring.definition,
+            "trials": self.store.counts(),
+            "front": front_rows(self.front),
+            "hypervolume": self.hypervolume,
+            "gain": self.gain,
+            "reference_point": self.reference_point(),
+            "forget_quality_cap": self.spec.hypervolume.forget_quality_cap,
+            "seconds": record["seconds"],
+            "report": str(self.report_path),
+            "storage": record["storage"],
+        }
+
+    @property
+    def report_path(self) -> Path:
+        return self.out / "report" / "report.html"
+
+    def report(self) -> Path:
+        """Writes the report and returns its path."""
+        return write_report(self.report_data(), self.report_path.parent)
+
+    def report_data(self) -> ReportData:
+        """Tables and summary of the report."""
+        record, spec = self.store.record, self.spec
+        selections = []
+        for rule in RULES:
+            try:
+                selections.append({"rule": rule, **front_row(self.select(rule))})
+            except UserError:
+                continue
+        summary = {
+            **self.summary(),
+            "corpus": record["corpus"]["name"],
+            "model": _model_title(spec, record),
+            "seed": spec.seed,
+            "dtype": str(self.trials["dtype"].iloc[0]),
+            "forget_items": self.forget_items,
+            "log10_floor": self.log10_floor,
+            "alpha": spec.search.alpha.model_dump(),
+            "created": record["created"],
+            "versions": record["versions"],
+            "selections": selections,
+            "failures": self.store.failures(),
+            "notes": self._notes(),
+        }
+        return ReportData(self.trials, self.controls, summary)
+
+    def verdict(self) -> list[str]:
+        """What won, in plain sentences."""
+        return verdict(self.report_data())
+
+    def export(self, row: pd.Series, to: Path | str, form: str) -> Path:
+        """Exports a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see `search.export`."""
+        from search.export import export_trial
+
+        return export_trial(self, row, Path(to), form)
+
+    def _notes(self) -> list[str]:
+        searched = int((self.trials["kind"] == "search").sum())
+        wanted = self.spec.search.trials
+        if searched < wanted:
+            return [f"{searched} of {wanted} search trials are complete: the same command resumes the study."]
+        return []
+
+    def _reference_log(self) -> Path:
+        own = self.out / "logs" / "retain.json"
+        retain = self.store.record["spec"]["model"].get("retain", "")
+        return own if own.is_file() or not str(retain).endswith(".json") else Path(retain)
+
+
+def front_row(row: pd.Series) -> dict[str, Any]:
+    """One trial as plain JSON values, with the flag and logit scale."""
+    values = {key: row[key] for key in (*FRONT_KEYS, "ks_statistic", "logit_scale", "flagged")}
+    for name in ("related_log10_forget_quality", "unrelated_log10_forget_quality"):
+        if name in row and row[name] == row[name]:
+            values[name] = row[name]
+    return {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+
+
+def front_rows(front: pd.DataFrame) -> list[dict[str, Any]]:
+    """The front as plain JSON values."""
+    return [front_row(row) for _, row in front.iterrows()]
+
+
+def _model_title(spec: StudySpec, record: dict[str, Any]) -> str:
+    model = spec.model
+    if model.kind == "pretrained":
+        return f"{model.initial} ({record['models']['initial']})"
+    shape = f"hidden {model.hidden_size}, {model.layers} layers, {model.heads} heads"
+    return f"small Llama built here ({shape}, {model.tokenizer} tokenizer; {record['models']['initial'][:12]})"

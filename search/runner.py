@@ -1,0 +1,430 @@
+"""Runs a study on Ray: models and base runs as tasks, trials through Tune with warm, reused actors."""
+
+import json
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from search.evaluator import Evaluator, Job, StudyContext, load_for_scoring
+from search.preparation import Preparation, prepare
+from search.progress import Bars
+from search.ray_searcher import StudySearcher
+from search.results import StudyResult, random_direction_jobs
+from search.space import distributions, given_points, make_sampler
+from search.spec import StudySpec
+from search.spec_sections import PretrainedModel
+from search.study_store import StudyStore
+from uipe_core.corpora.types import Corpus
+from uipe_core.delta_store import BaseRun, DeltaStore
+from uipe_core.errors import UserError
+from uipe_core.evaluation_log import read_log, write_log
+from uipe_core.models import ModelSource, TinyModelConfig, set_threads, tiny_model
+from uipe_core.score_report import ScoreReport
+from uipe_core.scoring import Scorer, ScoringConfig
+from uipe_core.training import DivergedError, UnlearningConfig, train_base_run
+
+POLL_SECONDS = 0.2
+OBJECT_STORE_BYTES = 256 * 2**20
+
+
+class Interrupted(KeyboardInterrupt):
+    """The study was interrupted; the same command resumes it."""
+
+
+def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False) -> StudyResult:
+    """Runs a study, or resumes or extends the one in its folder.
+
+    Args:
+        spec: The study (see `search.spec.load_study`).
+        out: Output folder; None is ``runs/<study name>``.
+        quiet: No progress bars.
+
+    Returns:
+        The finished study: front, tables, selection, export, report.
+
+    Raises:
+        UserError: Bad input; nothing is lost.
+        Interrupted: On Ctrl-C; what was scored is kept.
+    """
+    folder = Path("runs", spec.name) if out is None else Path(out)
+    with Bars(quiet) as bars:
+        preparation = prepare(spec)
+        store = StudyStore.create(folder, spec, preparation.fingerprint, preparation.facts())
+        try:
+            orphans = store.reconcile()
+            if orphans:
+                bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
+            _Run(preparation, store, bars).finish_all()
+        except KeyboardInterrupt:
+            store.reconcile()
+            raise Interrupted(str(folder)) from None
+        finally:
+            store.close()
+        bars.say("writing the report ...")
+        result = StudyResult.open(folder)
+        result.report()
+    return result
+
+
+@dataclass
+class _Run:
+    """One run of a study: what is missing, and getting it done."""
+
+    preparation: Preparation
+    store: StudyStore
+    bars: Bars
+    _board: Any = field(default=None)
+
+    def finish_all(self) -> None:
+        """Does what the study still lacks; starts Ray only if there is something."""
+        spec = self.preparation.spec
+        done = _done_jobs(self.store)
+        controls = [job for job in self._controls() if job not in done]
+        given = [point for point in given_points(spec) if Job("alpha_zero", **point.params) not in done]
+        missing = spec.search.trials - sum(job.kind == "search" for job in done)
+        if not (controls or given or missing > 0 or random_direction_jobs(self.store)):
+            return
+        with _ray(spec, self.store.out, self.bars):
+            self._board = ray.remote(num_cpus=0)(_Board).remote()
+            context = self._context()
+            self._score(context, controls, given, max(missing, 0))
+
+    def _controls(self) -> list[Job]:
+        spec = self.preparation.spec
+        jobs = [Job("initial"), Job("retain")]
+        jobs += [Job("temperature", temperature=value) for value in spec.scoring.temperatures]
+        if self.preparation.trained_epochs > spec.unlearning.epochs:
+            next_epoch = spec.unlearning.epochs + 1
+            jobs += [Job("next_epoch", run.label, next_epoch, 0.0) for run in spec.variants()]
+        return jobs
+
+    def _context(self) -> StudyContext:
+        spec = self.preparation.spec
+        with self._stage("models"):
+            initial, retain = self._models()
+        with self._stage("base_runs"):
+            runs, reports = self._base_runs_and_references(initial, retain)
+        return StudyContext(
+            corpus=self.preparation.corpus,
+            source=initial,
+            runs=runs,
+            methods={run.label: run.method for run in spec.variants()},
+            reference=reports["retain"],
+            initial=reports["initial"],
+            scoring=self.preparation.scoring,
+            definition=spec.scoring.definition,
+            seed=spec.seed,
+            threads=spec.resources.threads_per_worker,
+        )
+
+    def _models(self) -> tuple[ModelSource, ModelSource | None]:
+        """Sources of the initial and the retain model; tiny ones are built where the cache lacks them."""
+        preparation, spec = self.preparation, self.preparation.spec
+        if preparation.tiny is None:
+            retain = None if preparation.retain_log is not None else preparation.source("retain")
+            return preparation.source("initial"), retain
+        stages = {"initial": "full", "retain": "retain"}
+        store = preparation.model_store
+        folders = {which: store.find(preparation.models[which]) for which in stages}
+        if not all(folders.values()):
+            arguments = (preparation.tiny, preparation.corpus, store.root, spec.resources.threads_per_worker, self._board)
+            if preparation.tiny.base is not None:
+                self._gather({"base": self._task(_build_tiny, "base", *arguments)})
+            tasks = {which: self._task(_build_tiny, stage, *arguments) for which, stage in stages.items()}
+            folders = self._gather(tasks)
+        return preparation.source("initial", str(folders["initial"])), preparation.source("retain", str(folders["retain"]))
+
+    def _base_runs_and_references(
+        self, initial: ModelSource, retain: ModelSource | None
+    ) -> tuple[dict[str, BaseRun], dict[str, ScoreReport]]:
+        preparation, spec = self.preparation, self.preparation.spec
+        threads = spec.resources.threads_per_worker
+        deltas = DeltaStore(preparation.delta_root)
+        tasks, found = {}, {}
+        for run in spec.variants():
+            inputs = preparation.base_run_inputs(run)
+            known = deltas.find(inputs)
+            if known is not None:
+                found[run.label] = known
+                continue
+            config = preparation.unlearning(run)
+            arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, threads, self._board, run.label)
+            tasks[run.label] = self._task(_train_base_run, *arguments)
+        reports: dict[str, ScoreReport] = {}
+        for which, source in (("initial", initial), ("retain", retain)):
+            log = self.store.out / "logs" / f"{which}.json" if source is not None else preparation.retain_log
+            if log is not None and log.is_file():
+                reports[which] = read_log(log)
+            else:
+                wanted = (source, preparation.corpus, preparation.scoring, threads, self._board, f"scoring: {which} model")
+                tasks[which] = self._task(_score_model, *wanted)
+        results = self._gather(tasks)
+        for which in ("initial", "retain"):
+            if which in results:
+                reports[which] = results.pop(which)
+                write_log(reports[which], self.store.out / "logs" / f"{which}.json", {"study": spec.name, "model": which})
+        return {**found, **results}, reports
+
+    def _score(self, context: StudyContext, controls: list[Job], given: list[Any], proposals: int) -> None:
+        spec = self.preparation.spec
+        space = distributions(spec)
+        # A resumed study must not propose what it proposed before, so its length goes into the seed.
+        scored = len(self.store.study.get_trials(deepcopy=False))
+        self.store.use_sampler(make_sampler(spec.search.sampler, spec.seed + 1000003 * scored))
+        tally = _Tally(self.bars, self.store, len(controls) + len(given), proposals)
+        searcher = StudySearcher(
+            self.store, space, controls, given, proposals, lambda: tally.mirrors(random_direction_jobs(self.store)), tally.ended
+        )
+        resources = {"cpu": spec.resources.cpus_per_worker, "gpu": spec.resources.gpus_per_worker}
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(ScoringTrial, context=context), resources),
+            tune_config=tune.TuneConfig(
+                search_alg=searcher, num_samples=-1, max_concurrent_trials=_workers(spec), reuse_actors=True
+            ),
+            run_config=tune.RunConfig(
+                name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}", storage_path=str((self.store.out / "ray").resolve()), verbose=0,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            ),
+        )
+        try:
+            tuner.fit()
+        finally:
+            tally.close()
+
+    def _task(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        resources = self.preparation.spec.resources
+        options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_retries": 2}
+        return ray.remote(**options)(function).remote(*arguments)
+
+    def _gather(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
+        """Results by name, showing progress meanwhile. All tasks end before the first failure is raised."""
+        names = {reference: name for name, reference in tasks.items()}
+        waiting = list(names)
+        while waiting:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
+            self.bars.show_all(ray.get(self._board.read.remote()))
+        results, failures = {}, []
+        for reference, name in names.items():
+            try:
+                results[name] = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                failures.append((name, error.cause if error.cause is not None else error))
+        for name, cause in failures:
+            if isinstance(cause, UserError | DivergedError):
+                raise UserError(f"{name}: {cause}") from cause
+            raise RuntimeError(f"{name} failed: {cause}") from cause
+        return results
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.store.add_seconds(name, time.perf_counter() - started)
+
+
+class _Tally:
+    """Shows the progress of trials and books their time to the stage they belong to."""
+
+    def __init__(self, bars: Bars, store: StudyStore, baselines: int, proposals: int) -> None:
+        self._bars, self._store = bars, store
+        self._totals = {"baselines": baselines, "trials": proposals}
+        self._done = {"baselines": 0, "trials": 0}
+        self._booked = time.perf_counter()
+        for stage in ("baselines", "trials"):
+            self._show(stage)
+
+    def mirrors(self, jobs: list[Job]) -> list[Job]:
+        """Announces the random directions that follow the search."""
+        self._totals["trials"] += len(jobs)
+        self._show("trials")
+        return jobs
+
+    def ended(self, job: Job, reason: str | None) -> None:
+        stage = "trials" if job.kind in ("search", "random_direction") else "baselines"
+        self._done[stage] += 1
+        if reason is not None:
+            self._bars.say(f"failed: {job}: {reason}")
+        self._show(stage)
+        if stage == "baselines" and self._done[stage] == self._totals[stage]:
+            self._book(stage)
+
+    def close(self) -> None:
+        self._book("trials")
+
+    def _book(self, stage: str) -> None:
+        now = time.perf_counter()
+        self._store.add_seconds(stage, now - self._booked)
+        self._booked = now
+
+    def _show(self, stage: str) -> None:
+        names = {"baselines": "scoring: alpha = 0 and controls", "trials": "searching: (method, epoch, alpha)"}
+        if self._totals[stage]:
+            self._bars.show(names[stage], self._done[stage], self._totals[stage])
+
+
+class ScoringTrial(tune.Trainable):
+    """A warm worker: its model stays loaded while Tune gives it one job after another."""
+
+    def setup(self, config: dict[str, Any], context: StudyContext) -> None:
+        """Notes the job; the model is loaded with the first step, because slow set-ups upset actor reuse."""
+        self._job, self._context = Job(**config["job"]), context
+        self._evaluator: Evaluator | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Takes the next job."""
+        self._job = Job(**new_config["job"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Scores the job. A failure is a result: an exception would cost the warm actor and, with it, concurrency."""
+        try:
+            if self._evaluator is None:
+                self._evaluator = Evaluator(self._context)
+            # As text, because Tune flattens nested results before its searcher sees them.
+            return {"evidence": json.dumps(self._evaluator.evaluate(self._job)), "done": True}
+        except Exception as error:
+            return {"reason": f"{type(error).__name__}: {error}", "done": True}
+
+
+class _Board:
+    """Where tasks note how far they are, and the driver reads it."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tuple[int, int]] = {}
+
+    def note(self, name: str, done: int, total: int) -> None:
+        self._bars[name] = (done, total)
+
+    def read(self) -> dict[str, tuple[int, int]]:
+        return self._bars
+
+
+def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
+    last = 0.0
+
+    def note(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > POLL_SECONDS or done == total:
+            last = now
+            board.note.remote(name, done, total)
+
+    return note
+
+
+def _build_tiny(
+    stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any
+) -> Path:
+    from uipe_core.content_store import ContentStore
+
+    set_threads(threads)
+    titles = {"base": "base", "full": "initial", "retain": "retain"}
+    return tiny_model(config, corpus, stage, ContentStore(root), _reporter(board, f"training: {titles[stage]} model"))
+
+
+def _train_base_run(
+    source: ModelSource,
+    corpus: Corpus,
+    config: UnlearningConfig,
+    inputs: Mapping[str, Any],
+    root: Path,
+    threads: int,
+    board: Any,
+    label: str,
+) -> BaseRun:
+    set_threads(threads)
+    epochs = train_base_run(source.load(dtype="auto"), corpus, config, _reporter(board, f"unlearning: {label}"))
+    return DeltaStore(root).get_or_train(inputs, epochs)
+
+
+def _score_model(
+    source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str
+) -> ScoreReport:
+    set_threads(threads)
+    loaded, _ = load_for_scoring(source)
+    return Scorer(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))
+
+
+def _done_jobs(store: StudyStore) -> set[Job]:
+    """Jobs that need not be done again."""
+    done = set()
+    for frame in (store.trials_frame(), store.controls_frame()):
+        for row in frame.to_dict("records"):
+            names = ("base", "epoch", "alpha", "of_trial")
+            values = {name: None if _absent(row.get(name)) else row[name] for name in names}
+            temperature = 1.0 if _absent(row.get("temperature")) else float(row["temperature"])
+            done.add(Job(kind=row["kind"], temperature=temperature, **values))
+    return done
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value != value
+
+
+def _workers(spec: StudySpec) -> int:
+    """How many trials run at once: as asked, or as many as the cluster has room for."""
+    if spec.resources.workers is not None:
+        return spec.resources.workers
+    total = ray.cluster_resources()
+    room = int(total.get("CPU", 1) // spec.resources.cpus_per_worker)
+    if spec.resources.gpus_per_worker > 0:
+        room = min(room, int(total.get("GPU", 0) / spec.resources.gpus_per_worker))
+    if room < 1:
+        raise UserError(
+            f"resources: a worker needs {spec.resources.cpus_per_worker:g} CPUs and {spec.resources.gpus_per_worker:g} GPUs, "
+            f"but the cluster has {total.get('CPU', 0):g} and {total.get('GPU', 0):g}; lower resources.*_per_worker"
+        )
+    return room
+
+
+@contextmanager
+def _ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
+    """A Ray cluster of this machine's cores for the length of a run; one that is already connected is used as it is."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A local cluster asks for a token. Our own keeps others on this machine out and leaves no token file in the home folder.
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    folder = (out / "ray").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    # Ray puts sockets below its folder, and a socket's path may have at most 107 bytes: a link keeps it short.
+    link = Path(tempfile.mkdtemp(prefix="uipe-")) / "r"
+    link.symlink_to(folder, target_is_directory=True)
+    bars.say("starting Ray ...")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(link),
+            _node_ip_address="127.0.0.1",
+        )
+        _check_room(spec)
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(link.parent, ignore_errors=True)
+
+
+def _check_room(spec: StudySpec) -> None:
+    _workers(spec)
+    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.gpus_per_worker == 0:
+        raise UserError("model.device: 'cuda' needs GPUs for the workers; set resources.gpus_per_worker, for example to 1")
