@@ -9,7 +9,7 @@ from search.space import Point
 from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun
 from uipe_core.metrics import Metrics, evaluate
-from uipe_core.models import DTYPES, LoadedModel, ModelSource, set_threads
+from uipe_core.models import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
 from uipe_core.score_report import ScoreReport
 from uipe_core.scoring import Scorer, ScoringConfig
 from uipe_core.update_vectors import Extrapolator, UpdateVector, random_direction, snapshot
@@ -74,7 +74,7 @@ def load_for_scoring(source: ModelSource) -> tuple[LoadedModel, Extrapolator]:
     loaded = source.load(dtype="auto")
     initial = snapshot(loaded.model)
     if source.dtype != "auto":
-        loaded.model.to(DTYPES[source.dtype])
+        cast_weights(loaded.model, DTYPES[source.dtype])
     return loaded, Extrapolator(loaded.model, initial)
 
 

@@ -129,9 +129,7 @@ def utility_floor(forgetting: ArrayLike, utility: ArrayLike, floor: float) -> in
         raise ValueError(f"floor must be a finite number, got {floor}")
     enough = np.flatnonzero(kept >= floor)
     if len(enough) == 0:
-        found = (
-            f"the best there is has {kept.max():.6g}; lower the floor" if len(kept) else "there is no complete trial"
-        )
+        found = f"the best there is has {kept.max():.6g}; lower the floor" if len(kept) else "there is no complete trial"
         raise UserError(f"no point has a utility of at least {floor:.6g}: {found} or run more trials")
     return int(enough[np.lexsort((enough, -kept[enough], -strength[enough]))[0]])
 
@@ -159,7 +157,5 @@ def _as_points(points: ArrayLike) -> FloatArray:
 def _finite(numbers: ArrayLike, name: str) -> FloatArray:
     values = np.asarray(numbers, dtype=np.float64)
     if not np.all(np.isfinite(values)):
-        raise ValueError(
-            f"{name} must be finite, got NaN or infinity in {np.count_nonzero(~np.isfinite(values))} places"
-        )
+        raise ValueError(f"{name} must be finite, got NaN or infinity in {np.count_nonzero(~np.isfinite(values))} places")
     return values

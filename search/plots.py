@@ -117,9 +117,7 @@ def alpha_figure(trials: pd.DataFrame, controls: pd.DataFrame, cap: float, defin
             _alpha_guides(axes, controls, metric, cap)
             if bases:
                 of_base = crosses[crosses["base"] == bases[place]]
-                axes.scatter(
-                    of_base["alpha"], of_base[metric], marker="x", s=22, color=_FAINT, linewidths=1.1, zorder=1.5
-                )
+                axes.scatter(of_base["alpha"], of_base[metric], marker="x", s=22, color=_FAINT, linewidths=1.1, zorder=1.5)
                 for epoch, shade in shades.items():
                     line = trials[(trials["base"] == bases[place]) & (trials["epoch"] == epoch)]
                     _alpha_line(axes, line, start, metric, shade)
@@ -203,9 +201,7 @@ def _step_line(axes: Axes, front: pd.DataFrame) -> None:
 def _label(axes: Axes, front: pd.DataFrame, controls: pd.DataFrame, numbered: bool) -> None:
     """Names the references and, where there is room, numbers the front points."""
     references = controls[controls["kind"].isin(_REFERENCES)].dropna(subset=[FORGETTING, UTILITY])
-    line = front.sort_values([FORGETTING, UTILITY], ascending=[True, False])[[FORGETTING, UTILITY]].to_numpy(
-        dtype=float
-    )
+    line = front.sort_values([FORGETTING, UTILITY], ascending=[True, False])[[FORGETTING, UTILITY]].to_numpy(dtype=float)
     corners = np.column_stack([line[:-1, 0], line[1:, 1]])
     drawn = [line, references[[FORGETTING, UTILITY]].to_numpy(dtype=float)]
     for share in np.linspace(0, 1, 25):
@@ -226,9 +222,7 @@ def _text(axes: Axes, text: str, row: pd.Series, weight: str) -> Annotation:
     halo = [withStroke(linewidth=2.5, foreground="white")]
     place = (float(row[FORGETTING]), float(row[UTILITY]))
     style: dict[str, Any] = {"fontsize": 8.5, "color": _INK, "fontweight": weight, "path_effects": halo, "zorder": 7}
-    return axes.annotate(
-        text, place, _PLACES[0], textcoords="offset points", va="center", annotation_clip=True, **style
-    )
+    return axes.annotate(text, place, _PLACES[0], textcoords="offset points", va="center", annotation_clip=True, **style)
 
 
 def _placed(axes: Axes, text: Annotation, obstacles: np.ndarray, taken: list[Any]) -> bool:
@@ -240,11 +234,7 @@ def _placed(axes: Axes, text: Annotation, obstacles: np.ndarray, taken: list[Any
         box = text.get_window_extent().padded(4)
         inside = frame.contains(box.x0, box.y0) and frame.contains(box.x1, box.y1)
         x, y = obstacles.T
-        if (
-            inside
-            and not box.count_overlaps(taken)
-            and not np.any((box.x0 < x) & (x < box.x1) & (box.y0 < y) & (y < box.y1))
-        ):
+        if inside and not box.count_overlaps(taken) and not np.any((box.x0 < x) & (x < box.x1) & (box.y0 < y) & (y < box.y1)):
             taken.append(box)
             return True
     return False
@@ -267,9 +257,7 @@ def _front_legend(trials: pd.DataFrame, controls: pd.DataFrame, colours: dict[st
         handles.append(Line2D([], [], color=_INK, linewidth=1.3, label="Pareto front (edged points)"))
     if trials["flagged"].any():
         label = "flagged: utility above both references"
-        handles.append(
-            Line2D([], [], marker="o", linestyle="", color=_INK, fillstyle="none", markersize=12, label=label)
-        )
+        handles.append(Line2D([], [], marker="o", linestyle="", color=_INK, fillstyle="none", markersize=12, label=label))
     handles.append(Patch(color=_BAND, label=f"noise: forget quality above {cap:g}"))
     return handles
 

@@ -8,13 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from search.spec import BaseRunSpec, StudySpec
-from search.spec_sections import PeopleCorpus, PretrainedModel, TinyModel
+from search.spec_sections import PeopleCorpus, PretrainedModel, TinyModel, TofuCorpus, is_local
 from search.study_store import fingerprint
 from uipe_core.content_store import ContentStore, content_key, file_hash
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
-from uipe_core.models import ModelSource, Stage, TinyModelConfig, cache_folder, model_identity, tiny_model_inputs
+from uipe_core.evaluation_log import read_log
+from uipe_core.models import (
+    ModelSource,
+    Stage,
+    TinyModelConfig,
+    cache_folder,
+    check_model_folder,
+    model_identity,
+    tiny_model_inputs,
+)
 from uipe_core.scoring import ScoringConfig
 from uipe_core.training import AdapterConfig, UnlearningConfig
 
@@ -137,6 +146,28 @@ def load_corpus(spec: StudySpec) -> Corpus:
         sizes = spec.corpus
         return load_people(spec.seed, sizes.forget_people, sizes.retain_people, sizes.pretraining_people)
     return load_tofu(spec.corpus.source, spec.corpus.split, spec.corpus.retain_train)
+
+
+def check_inputs(spec: StudySpec) -> list[str]:
+    """Reads what a study needs and lies on this machine; returns notes on what only the run itself can check.
+
+    Raises:
+        UserError: If an input is missing or broken.
+    """
+    notes = []
+    if isinstance(spec.corpus, TofuCorpus) and not is_local(spec.corpus.source):
+        notes.append(f"corpus.source: {spec.corpus.source} is on the hub and is fetched when the study runs")
+    else:
+        load_corpus(spec)
+    if isinstance(spec.model, PretrainedModel):
+        for key, value in (("initial", spec.model.initial), ("retain", spec.model.retain)):
+            if not is_local(value):
+                notes.append(f"model.{key}: {value} is on the hub and is fetched when the study runs")
+            elif value.endswith(".json"):
+                read_log(value)
+            else:
+                check_model_folder(value, spec.model.prompt_template)
+    return notes
 
 
 def prepare(spec: StudySpec) -> Preparation:

@@ -117,9 +117,7 @@ def write_report(view: ReportData, folder: Path) -> Path:
             _replace(folder / f"{name}.png", picture)
         _replace(folder / "report.html", page.encode())
     except OSError as error:
-        raise UserError(
-            f"cannot write the report into {folder}: {error.strerror}; free space or choose another"
-        ) from error
+        raise UserError(f"cannot write the report into {folder}: {error.strerror}; free space or choose another") from error
     return folder / "report.html"
 
 
@@ -157,9 +155,7 @@ def _gain_sentences(view: ReportData) -> list[str]:
         return ["The gain over alpha = 0 was not measured."]
     if everything <= nothing:
         return ["The search won nothing: no alpha, above or below 0, beats the unlearned epochs as they were trained."]
-    sentences = [
-        f"Choosing alpha won {_decimal(everything)} of hypervolume over the unlearned epochs as they were trained."
-    ]
+    sentences = [f"Choosing alpha won {_decimal(everything)} of hypervolume over the unlearned epochs as they were trained."]
     if view.summary["alpha"]["low"] < 0 and not math.isnan(longer):
         if longer <= nothing:
             sentences.append(
@@ -173,8 +169,7 @@ def _gain_sentences(view: ReportData) -> list[str]:
     drawn = f"{_count(mirrored, 'random direction')} of the same size"
     if chance >= _AS_MUCH * everything:
         sentences.append(
-            f"But {drawn} won {_decimal(chance)}, as much as the search: "
-            "the gain is no evidence for the unlearning direction."
+            f"But {drawn} won {_decimal(chance)}, as much as the search: the gain is no evidence for the unlearning direction."
         )
     elif chance <= nothing:
         sentences.append(f"{drawn[0].upper()}{drawn[1:]} won nothing, so the direction carries the gain.")
@@ -214,9 +209,7 @@ def _floor_sentences(view: ReportData) -> list[str]:
 
 def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
     source = resources.files("search").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         probability=_probability, decimal=_decimal, alpha=_alpha, seconds=_seconds, whole=_whole, table_text=_table_text
     )
@@ -298,9 +291,7 @@ def _probability(value: Any) -> str:
     number = _number(value)
     if math.isnan(number):
         return "–"
-    return (
-        f"{number:.3f}" if number >= 0.001 or number == 0 else f"{number:.1e}".replace("e-0", "e-").replace("e-", "e−")
-    )
+    return f"{number:.3f}" if number >= 0.001 or number == 0 else f"{number:.1e}".replace("e-0", "e-").replace("e-", "e−")
 
 
 def _alpha(value: Any) -> str:

@@ -4,7 +4,9 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +28,7 @@ from search.spec_sections import PretrainedModel
 from search.study_store import StudyStore
 from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
-from uipe_core.errors import UserError
+from uipe_core.errors import StudyInterrupted, UserError
 from uipe_core.evaluation_log import read_log, write_log
 from uipe_core.models import ModelSource, TinyModelConfig, set_threads, tiny_model
 from uipe_core.score_report import ScoreReport
@@ -35,10 +37,6 @@ from uipe_core.training import DivergedError, UnlearningConfig, train_base_run
 
 POLL_SECONDS = 0.2
 OBJECT_STORE_BYTES = 256 * 2**20
-
-
-class Interrupted(KeyboardInterrupt):
-    """The study was interrupted; the same command resumes it."""
 
 
 def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False) -> StudyResult:
@@ -54,7 +52,7 @@ def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = F
 
     Raises:
         UserError: Bad input; nothing is lost.
-        Interrupted: On Ctrl-C; what was scored is kept.
+        StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
     """
     folder = Path("runs", spec.name) if out is None else Path(out)
     with Bars(quiet) as bars:
@@ -67,7 +65,7 @@ def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = F
             _Run(preparation, store, bars).finish_all()
         except KeyboardInterrupt:
             store.reconcile()
-            raise Interrupted(str(folder)) from None
+            raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None
         finally:
             store.close()
         bars.say("writing the report ...")
@@ -192,7 +190,9 @@ class _Run:
                 search_alg=searcher, num_samples=-1, max_concurrent_trials=_workers(spec), reuse_actors=True
             ),
             run_config=tune.RunConfig(
-                name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}", storage_path=str((self.store.out / "ray").resolve()), verbose=0,
+                name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
+                storage_path=str((self.store.out / "ray").resolve()),
+                verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
@@ -253,7 +253,8 @@ class _Tally:
         stage = "trials" if job.kind in ("search", "random_direction") else "baselines"
         self._done[stage] += 1
         if reason is not None:
-            self._bars.say(f"failed: {job}: {reason}")
+            where = " ".join(str(part) for part in (job.kind, job.base, job.epoch, job.alpha) if part is not None)
+            self._bars.say(f"failed: {where}: {reason}")
         self._show(stage)
         if stage == "baselines" and self._done[stage] == self._totals[stage]:
             self._book(stage)
@@ -322,9 +323,7 @@ def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
     return note
 
 
-def _build_tiny(
-    stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any
-) -> Path:
+def _build_tiny(stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any) -> Path:
     from uipe_core.content_store import ContentStore
 
     set_threads(threads)
@@ -406,6 +405,7 @@ def _ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
     link = Path(tempfile.mkdtemp(prefix="uipe-")) / "r"
     link.symlink_to(folder, target_is_directory=True)
     bars.say("starting Ray ...")
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
             address="local",
@@ -417,6 +417,8 @@ def _ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
             _temp_dir=str(link),
             _node_ip_address="127.0.0.1",
         )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
         _check_room(spec)
         yield
     finally:

@@ -116,9 +116,7 @@ class StudySpec(Section):
         error = _base_stage_error(self.corpus.kind, self.model.kind, getattr(self.model, "base", None))
         if error:
             base = getattr(self.model, "base", None)
-            raise ValidationError.from_exception_data(
-                "study", [{"type": error, "loc": ("model", "base"), "input": base}]
-            )
+            raise ValidationError.from_exception_data("study", [{"type": error, "loc": ("model", "base"), "input": base}])
         return self
 
     def variants(self) -> list[BaseRunSpec]:
@@ -152,9 +150,7 @@ def _base_stage_error(corpus: object, model: object, base: object) -> PydanticCu
         return None
     if corpus == "people" and base is None:
         example = "{epochs: 12, learning_rate: 0.005, batch_size: 64}"
-        return rule(
-            "the people corpus needs a base stage, where the model learns to read", f"Write for example {example}."
-        )
+        return rule("the people corpus needs a base stage, where the model learns to read", f"Write for example {example}.")
     if corpus == "tofu" and base is not None:
         return rule("TOFU has no texts for a base stage", "Write base: null.")
     return None
@@ -192,9 +188,7 @@ def load_study(path: Path, overrides: Mapping[str, object] | None = None) -> Stu
     return _build(data, path.resolve().parent, str(path), lines, overrides or {})
 
 
-def _build(
-    data: Mapping[str, object], folder: Path, source: str, lines: Lines, overrides: Mapping[str, object]
-) -> StudySpec:
+def _build(data: Mapping[str, object], folder: Path, source: str, lines: Lines, overrides: Mapping[str, object]) -> StudySpec:
     if not isinstance(data, Mapping):
         raise StudyFileError([Problem("", "a study is a mapping of keys to values. Give a dict.")], source)
     given = {_OVERRIDES[name]: value for name, value in overrides.items() if value is not None}

@@ -53,9 +53,7 @@ def _read_text(path: Path) -> str:
         if path.is_dir():
             raise _UnusableFileError("this is a folder. Give the study file inside it (*.yaml).")
         if not path.exists():
-            raise _UnusableFileError(
-                "there is no such file. Check the path; shipped studies are in the folder studies."
-            )
+            raise _UnusableFileError("there is no such file. Check the path; shipped studies are in the folder studies.")
         if not path.is_file() or path.stat().st_size > MAX_BYTES:
             raise _UnusableFileError(f"not a text file of at most {MAX_BYTES} bytes. Give a study file (*.yaml).")
         raw = path.read_bytes()
@@ -92,9 +90,7 @@ def _parse(text: str) -> tuple[dict[str, object], Lines, list[Problem]]:
     finally:
         loader.dispose()
     if not isinstance(data, dict):
-        message = (
-            f"found {show(data)}; a study is a mapping (lines of `key: value`). Start from studies/quickstart.yaml."
-        )
+        message = f"found {show(data)}; a study is a mapping (lines of `key: value`). Start from studies/quickstart.yaml."
         raise _UnusableFileError(message)
     return data, lines, []
 

@@ -253,9 +253,7 @@ class AlphaRange(Section):
     def _not_reversed(cls, value: float, info: ValidationInfo) -> float:
         low = info.data.get("low")
         if low is not None and not low < value:
-            raise rule(
-                f"must be above search.alpha.low ({low:g})", "Swap the two if they are reversed, or widen the range."
-            )
+            raise rule(f"must be above search.alpha.low ({low:g})", "Swap the two if they are reversed, or widen the range.")
         return value
 
 

@@ -1,5 +1,13 @@
-"""The error a user can mend: it names what is wrong, the value found, and the remedy."""
+"""Errors a user meets, each saying what happened and what to do about it."""
 
 
 class UserError(ValueError):
-    """Bad input. The command line prints it without a traceback and exits with 2."""
+    """Bad input: names what is wrong, the value found, and the remedy. The command line exits with 2, without traceback."""
+
+
+class StudyInterrupted(Exception):
+    """A study was interrupted; what was done is kept. The command line exits with 130."""
+
+
+class ExportMismatchError(Exception):
+    """An export whose numbers, scored afresh, are not the trial's. The command line exits with 1, without traceback."""

@@ -116,9 +116,29 @@ def _local_folder(source: str) -> Path | None:
         if source.startswith((".", "/", "~")):
             raise UserError(f"model {source}: no such folder")
         return None
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"model {source}: the folder has no config.json, so it is not a saved model")
     return folder
+
+
+def check_model_folder(source: str, prompt_template: str | None) -> None:
+    """Checks what can be checked of a model folder without reading its weights.
+
+    Raises:
+        UserError: If it is missing, no saved model, has no weights, or no prompt format is known.
+    """
+    from transformers import AutoTokenizer
+
+    folder = _local_folder(source)
+    if folder is None:
+        raise UserError(f"model {source}: no such folder")
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"model {source}: the folder has no *.safetensors weights; save the model again as safetensors")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(f"model {source}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+    PromptFormat(tokenizer, prompt_template)
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:

@@ -1,0 +1,299 @@
+"""The command line: a thin layer over `search` and `uipe_core`. Parse, call, print."""
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
+
+app = typer.Typer(
+    name="uipe",
+    help="Hyperparameter search for LLM unlearning by parameter extrapolation (UIPE).\n\n"
+    "Start with [bold]uipe run[/bold]: it needs nothing and takes about two minutes.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
+]
+Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a study, as written by `uipe run`.")]
+Definition = Annotated[str, typer.Option(help="Metric definition.")]
+Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]
+Floor = Annotated[float, typer.Option(help="For utility-floor: least share of the initial model's utility.")]
+
+
+@app.command(epilog="Example: uipe run studies/quickstart.yaml --out runs/first --trials 30")
+def run(
+    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="Study file; the quickstart when left out.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Output folder; runs/<study name> when left out.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Search trials in all, in place of search.trials.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed, in place of the file's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run a study; the same command resumes an interrupted one and extends a finished one."""
+    from search.runner import run_study
+    from search.spec import load_study, quickstart_path
+
+    _quieten()
+    spec = load_study(study or quickstart_path(), {"seed": seed, "trials": trials})
+    result = run_study(spec, out)
+    if as_json:
+        _print_json(result.summary())
+        return
+    _print_front(result)
+    for sentence in result.verdict():
+        typer.echo(f"- {sentence}")
+    typer.echo(f"\nreport   {result.report_path}")
+    typer.echo(f"browse   uipe dashboard {result.out}")
+    typer.echo(f"export   uipe export {result.out} --rule knee --to {result.out}/export/knee --as model")
+
+
+@app.command(epilog="Example: uipe validate studies/quickstart.yaml")
+def validate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")]) -> None:
+    """Check a study file and its local inputs; every error at once, nothing is spent."""
+    from search.preparation import check_inputs
+    from search.spec import load_study
+
+    spec = load_study(study)
+    for note in check_inputs(spec):
+        typer.echo(f"note: {note}")
+    runs, epochs = len(spec.variants()), spec.unlearning.epochs
+    typer.echo(f"{study}: valid; {runs} base runs of {epochs} epochs, {runs * epochs} base points, {spec.search.trials} trials")
+
+
+@app.command(epilog="Example: uipe pareto runs/quickstart --csv front.csv")
+def pareto(
+    out: Out,
+    as_json: Json = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the front as a CSV file.")] = None,
+) -> None:
+    """Show the Pareto front of a study."""
+    from search.results import StudyResult, front_rows
+
+    result = StudyResult.open(out)
+    if csv is not None:
+        import pandas as pd
+
+        _writable(csv, lambda: pd.DataFrame(front_rows(result.front)).to_csv(csv, index=False))
+    if as_json:
+        keys = ("study", "definition", "front", "hypervolume", "gain", "reference_point", "forget_quality_cap")
+        summary = result.summary()
+        _print_json({key: summary[key] for key in keys})
+    else:
+        _print_front(result)
+
+
+@app.command(epilog="Example: uipe select runs/quickstart --rule utility-floor --floor 0.95")
+def select(out: Out, rule: Rule = "utility-floor", floor: Floor = 0.95, as_json: Json = False) -> None:
+    """Choose one point of the front by a rule."""
+    from search.results import StudyResult, front_row
+
+    chosen = front_row(StudyResult.open(out).select(rule or "utility-floor", floor))
+    if as_json:
+        _print_json({"rule": rule, **({"floor": floor} if rule == "utility-floor" else {}), **chosen})
+        return
+    for key, value in chosen.items():
+        typer.echo(f"{key:32} {value:.6g}" if isinstance(value, float) else f"{key:32} {value}")
+
+
+@app.command(epilog="Example: uipe export runs/quickstart --rule knee --to exported --as model")
+def export(
+    out: Out,
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
+    form: Annotated[str, typer.Option("--as", help="recipe, adapter or model.")],
+    trial: Annotated[int | None, typer.Option(help="Number of the trial; or give --rule.")] = None,
+    rule: Rule = None,
+    floor: Floor = 0.95,
+) -> None:
+    """Write a trial as a recipe, an adapter or a full model; it is loaded afresh and its numbers are checked."""
+    from search.results import StudyResult
+
+    if (trial is None) == (rule is None):
+        raise UserError("export: give either --trial N or --rule utility-floor|knee")
+    _quieten()
+    result = StudyResult.open(out)
+    row = result.trial(trial) if trial is not None else result.select(str(rule), floor)
+    path = result.export(row, to, form)
+    checked = "" if form == "recipe" else "; loaded afresh, its numbers are the trial's"
+    typer.echo(
+        f"trial {row['trial']} ({row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}) as {form}: {path}{checked}"
+    )
+
+
+@app.command(epilog="Example: uipe rebuild exported/recipe.yaml --to rebuilt --as model")
+def rebuild(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml of an export.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
+    form: Annotated[str, typer.Option("--as", help="adapter or model.")] = "model",
+) -> None:
+    """Rebuild an exported model from its recipe, training what the caches lack, and check its numbers."""
+    from search.export import export as export_recipe
+    from search.export import read_recipe
+
+    _quieten()
+    typer.echo(f"rebuilt and checked: {export_recipe(read_recipe(recipe), to, form)}")
+
+
+@app.command(epilog="Example: uipe report runs/quickstart")
+def report(out: Out) -> None:
+    """Write the HTML report again."""
+    from search.results import StudyResult
+
+    typer.echo(StudyResult.open(out).report())
+
+
+@app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")
+def dashboard(out: Out, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080) -> None:
+    """Browse the study in optuna-dashboard (on this machine only)."""
+    from search.dashboard import serve, write_notes
+    from search.results import StudyResult
+
+    result = StudyResult.open(out)
+    write_notes(result)
+    typer.echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
+    _writable(f"port {port}", lambda: serve(result.store.storage, port))
+
+
+@app.command(epilog="Example: uipe score --model exported --corpus people --log scores.json")
+def score(
+    model: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")],
+    corpus: Annotated[str, typer.Option(help="people, tofu (from the hub) or tofu:FOLDER.")],
+    split: Annotated[str, typer.Option(help="TOFU's forget split.")] = "forget01",
+    seed: Annotated[int, typer.Option(help="Seed of the people corpus.")] = 0,
+    reference: Annotated[Path | None, typer.Option(help="Evaluation log of the retain model; gives forget quality.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Write the evaluation log here (format of locuslab/tofu).")] = None,
+    definition: Definition = "tofu",
+    prompt_template: Annotated[
+        str | None, typer.Option(help="Prompt with {question}; the tokenizer's chat template when left out.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers per batch.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest generated answer.")] = 200,
+    as_json: Json = False,
+) -> None:
+    """Score any model on a corpus: model utility, and forget quality against a reference."""
+    from search.progress import Bars
+    from uipe_core.corpora.people import load_people
+    from uipe_core.corpora.tofu import load_tofu
+    from uipe_core.evaluation_log import read_log, write_log
+    from uipe_core.metrics import definition_named, evaluate
+    from uipe_core.models import load_model
+    from uipe_core.scoring import Scorer, ScoringConfig
+
+    _quieten()
+    definition_named(definition)
+    against = None if reference is None else read_log(reference)
+    kind, _, folder = corpus.partition(":")
+    if kind not in ("people", "tofu") or (kind == "people" and folder):
+        raise UserError(f"--corpus: {corpus!r} is unknown; give people, tofu or tofu:FOLDER")
+    items = load_people(seed) if kind == "people" else load_tofu(folder or "locuslab/TOFU", split)
+    loaded = load_model(model, dtype=dtype, device=device, prompt_template=prompt_template)
+    with Bars() as bars:
+        scorer = Scorer(items, loaded.prompts, ScoringConfig(batch_size, max_new_tokens))
+        scores = scorer.score(loaded, progress=lambda done, total: bars.show("scoring", done, total))
+    if log is not None:
+        write_log(scores, log, {"model": model, "corpus": items.name})
+    _print_metrics(evaluate(scores, against, definition).as_dict(), as_json)
+
+
+@app.command(epilog="Example: uipe metrics unlearned.json --reference retain.json")
+def metrics(
+    log: Annotated[Path, typer.Argument(metavar="LOG", help="Evaluation log in locuslab/tofu's aggregated format.")],
+    reference: Annotated[Path | None, typer.Option(help="Evaluation log of the retain model; gives forget quality.")] = None,
+    definition: Definition = "tofu",
+    as_json: Json = False,
+) -> None:
+    """Compute the metrics of an evaluation log."""
+    from uipe_core.evaluation_log import read_log
+    from uipe_core.metrics import definition_named, evaluate
+
+    definition_named(definition)
+    against = None if reference is None else read_log(reference)
+    _print_metrics(evaluate(read_log(log), against, definition).as_dict(), as_json)
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    typer.echo(json.dumps(value, default=str, allow_nan=False))
+
+
+def _print_metrics(values: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(values)
+        return
+    rows: dict[str, Any] = {}
+    for key, value in values.items():
+        rows.update(value if isinstance(value, dict) and key != "related" else {key: value})
+    for name, quality in rows.pop("related", {}).items():
+        rows[f"{name}: log10 forget quality"] = quality["log10_forget_quality"]
+    for name, value in rows.items():
+        typer.echo(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
+
+
+def _print_front(result: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    definition = result.spec.scoring.definition
+    table = Table(title=f"Pareto front of {result.store.record['name']} (metrics: {definition})", title_justify="left")
+    columns = {"trial": "trial", "base": "base run", "epoch": "epoch", "alpha": "alpha", "walk": "walk"}
+    columns |= {"log10_forget_quality": "log10 FQ", "forget_quality": "FQ", "model_utility": "MU", "logit_scale": "logit scale"}
+    related = {"related_log10_forget_quality": "log10 FQ K2", "unrelated_log10_forget_quality": "log10 FQ K0"}
+    columns |= {key: title for key, title in related.items() if key in result.front}
+    shown = {"alpha": "{:.3f}", "log10_forget_quality": "{:.2f}", "forget_quality": "{:.2g}", "model_utility": "{:.4f}"}
+    shown |= {"logit_scale": "{:.3f}", **dict.fromkeys(related, "{:.2f}")}
+    for key, title in columns.items():
+        table.add_column(title, justify="left" if key in ("base", "walk") else "right")
+    for row in result.front.to_dict("records"):
+        cells = [shown.get(key, "{}").format(row[key]) if row[key] is not None else "" for key in columns]
+        if row["flagged"]:
+            cells[list(columns).index("model_utility")] += " !"
+        table.add_row(*cells)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(table)
+    if result.front["flagged"].any():
+        console.print("! utility above both the initial and the retain model: likely sharper logits, not better knowledge")
+
+
+def _writable(what: Path | str, action: Any) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}; choose another") from error
+
+
+def _quieten() -> None:
+    """Keeps the chatter of libraries off a terminal that shows progress bars and results."""
+    import optuna
+    import transformers
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _interrupt(signum: int, frame: Any) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted and resumable, 1 anything else."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except UserError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except StudyInterrupted as error:
+        typer.echo(f"interrupted: {error}", err=True)
+        sys.exit(130)
+    except ExportMismatchError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)

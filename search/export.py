@@ -1,0 +1,291 @@
+"""Exports of a trial: a recipe to rebuild it, the scaled adapter, or the full model; loaded afresh and scored again."""
+
+import math
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from search.evaluator import load_for_scoring
+from search.preparation import Preparation, prepare
+from search.results import StudyResult
+from search.spec import BaseRunSpec, StudySpec
+from uipe_core.delta_store import BaseRun, DeltaStore
+from uipe_core.errors import ExportMismatchError, UserError
+from uipe_core.evaluation_log import read_log
+from uipe_core.metrics import Metrics, evaluate
+from uipe_core.models import LoadedModel, ModelSource, tiny_model
+from uipe_core.score_report import ScoreReport
+from uipe_core.scoring import Scorer
+from uipe_core.training import train_base_run
+from uipe_core.update_vectors import DENSE, UpdateVector, adapter_scale, wrap_adapter
+
+FORMS = ("recipe", "adapter", "model")
+RECIPE_FILE = "recipe.yaml"
+RECIPE_SCHEMA = 1
+
+SAME = 1e-6
+"""Allowed difference in model utility and KS statistic of a full model: its weights are the trial's to the bit."""
+MERGED = 1e-3
+"""Allowed difference in model utility where an adapter was scaled or merged: W + BA rounds otherwise than Wx + B(Ax)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything needed to rebuild a trial's model.
+
+    Attributes:
+        spec: The study.
+        fingerprint: Its fingerprint, by which a changed corpus or model is found out.
+        trial, base, epoch, alpha: Which point.
+        expected: The trial's numbers: model_utility, log10_forget_quality, forget_quality, ks_statistic, definition.
+        provenance: Models, corpus, delta key and versions, for people to read.
+    """
+
+    spec: StudySpec
+    fingerprint: str
+    trial: int
+    base: str
+    epoch: int
+    alpha: float
+    expected: Mapping[str, Any]
+    provenance: Mapping[str, Any]
+
+    def as_yaml(self) -> str:
+        """The recipe as a file."""
+        content = {
+            "uipe_recipe": RECIPE_SCHEMA,
+            "fingerprint": self.fingerprint,
+            "point": {"trial": self.trial, "base": self.base, "epoch": self.epoch, "alpha": self.alpha},
+            "expected": dict(self.expected),
+            "provenance": dict(self.provenance),
+            "study": self.spec.model_dump(mode="json"),
+        }
+        head = "# Rebuild this model with: uipe rebuild recipe.yaml --to DIR --as model\n"
+        return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """Reads a recipe file.
+
+    Raises:
+        UserError: If it is missing, not a recipe, or damaged.
+    """
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a {RECIPE_FILE} that `uipe export --as recipe` wrote") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(content, dict) or content.get("uipe_recipe") != RECIPE_SCHEMA:
+        raise UserError(f"{path}: not a recipe of this version; give a {RECIPE_FILE} that `uipe export --as recipe` wrote")
+    try:
+        point = content["point"]
+        return Recipe(
+            spec=StudySpec.model_validate(content["study"], strict=False),
+            fingerprint=content["fingerprint"],
+            trial=int(point["trial"]),
+            base=str(point["base"]),
+            epoch=int(point["epoch"]),
+            alpha=float(point["alpha"]),
+            expected=dict(content["expected"]),
+            provenance=dict(content["provenance"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: the recipe is damaged ({type(error).__name__}: {error}); export it again") from error
+
+
+def recipe_of(result: StudyResult, row: Mapping[str, Any]) -> Recipe:
+    """The recipe of a trial (a row of `StudyResult.trials`)."""
+    record, spec = result.store.record, result.spec
+    names = ("definition", "model_utility", "log10_forget_quality", "forget_quality", "ks_statistic")
+    expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}
+    provenance = {"corpus": record["corpus"]["name"], "models": record["models"], "versions": record["versions"]}
+    return Recipe(
+        spec,
+        record["fingerprint"],
+        int(row["trial"]),
+        row["base"],
+        int(row["epoch"]),
+        float(row["alpha"]),
+        expected,
+        provenance,
+    )
+
+
+def export_trial(result: StudyResult, row: Mapping[str, Any], to: Path, form: str) -> Path:
+    """Exports a trial of a study; see `export`."""
+    log = result.out / "logs" / "retain.json"
+    return export(recipe_of(result, row), to, form, read_log(log) if log.is_file() else None)
+
+
+def export(recipe: Recipe, to: Path, form: str, reference: ScoreReport | None = None) -> Path:
+    """Writes an export, loads it afresh with transformers, and scores it again.
+
+    Args:
+        recipe: What to export.
+        to: Folder to write; must not exist, or be empty. It appears whole or not at all.
+        form: ``recipe`` (YAML), ``adapter`` (PEFT, scaled by 1 + alpha) or ``model`` (`save_pretrained`, safetensors).
+        reference: Scores of the retain model; scored here when not given.
+
+    Returns:
+        `to`.
+
+    Raises:
+        UserError: If `to` is in use, the form is unknown, or a full fine-tuning is asked for as an adapter.
+        ExportMismatchError: If the numbers of the written model are not the trial's. Nothing is left behind.
+    """
+    if form not in FORMS:
+        raise UserError(f"--as: {form!r} is unknown; choose one of {', '.join(FORMS)}")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise UserError(f"--to {to}: it exists and is not an empty folder; choose another")
+    if form == "adapter" and recipe.spec.unlearning.adapter is None:
+        raise UserError(
+            "--as adapter: this study fine-tunes all weights, so there is no adapter; use --as model or --as recipe"
+        )
+    preparation = prepare(recipe.spec)
+    if preparation.fingerprint != recipe.fingerprint:
+        raise UserError(
+            "the corpus, the models or the code changed since the study was run (another fingerprint); "
+            "restore them, or run the study again"
+        )
+    temporary = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        (temporary / RECIPE_FILE).write_text(recipe.as_yaml())
+        if form == "recipe":
+            read_recipe(temporary / RECIPE_FILE)
+        else:
+            _write_weights(recipe, preparation, temporary, form)
+            metrics = _score_afresh(preparation, temporary, reference)
+            # The KS statistic moves in steps of one item, so a merged adapter may differ by a step or two.
+            steps = 2 / len(preparation.corpus.sets["forget"])
+            full = recipe.spec.unlearning.adapter is None
+            _require_same(recipe, metrics, SAME if full else MERGED, SAME if full else steps)
+            (temporary / "README.md").write_text(_card(recipe, metrics, form))
+        if to.exists():
+            to.rmdir()
+        temporary.rename(to)
+    except OSError as error:
+        raise UserError(f"--to {to}: {error.strerror or error}; choose another folder or free some space") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return to
+
+
+def _write_weights(recipe: Recipe, preparation: Preparation, folder: Path, form: str) -> None:
+    source = _source(preparation, "initial")
+    update = _base_run(preparation, recipe.base, source).load(recipe.epoch)
+    loaded, walker = load_for_scoring(source)
+    if update.kind == DENSE:
+        model = walker.apply(update, recipe.alpha)
+    elif form == "model":
+        model = walker.apply(update, recipe.alpha).merge_and_unload()
+    else:
+        model = wrap_adapter(loaded.model, update.adapter or {})
+        _load_scaled(model, update, recipe.alpha)
+    model.save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def _load_scaled(model: Any, update: UpdateVector, alpha: float) -> None:
+    """Loads an adapter with 1 + alpha multiplied into its B factors, so that any PEFT applies it as it is."""
+    from peft import set_peft_model_state_dict
+
+    scaled = {
+        name: tensor * (1.0 + alpha) if name.endswith(".lora_B.weight") else tensor for name, tensor in update.tensors.items()
+    }
+    set_peft_model_state_dict(model, scaled)
+    if not math.isclose(model.peft_config["default"].lora_alpha / model.peft_config["default"].r, adapter_scale(update)):
+        raise ValueError("the adapter's scale is not that of the update vector")
+
+
+def _source(preparation: Preparation, which: str) -> ModelSource:
+    """A model of the study, built again if it is a tiny one that the cache has lost."""
+    if preparation.tiny is None:
+        return preparation.source(which)
+    stage = {"initial": "full", "retain": "retain"}[which]
+    return preparation.source(which, str(tiny_model(preparation.tiny, preparation.corpus, stage, preparation.model_store)))
+
+
+def _base_run(preparation: Preparation, label: str, source: ModelSource) -> BaseRun:
+    """A base run of the study, trained again if the delta store has lost it."""
+    runs: dict[str, BaseRunSpec] = {run.label: run for run in preparation.spec.variants()}
+    run = runs[label]
+    config = preparation.unlearning(run)
+    inputs = preparation.base_run_inputs(run)
+    store = DeltaStore(preparation.delta_root)
+    found = store.find(inputs)
+    if found is not None:
+        return found
+    return store.get_or_train(inputs, train_base_run(source.load(dtype="auto"), preparation.corpus, config))
+
+
+def _score_afresh(preparation: Preparation, folder: Path, reference: ScoreReport | None) -> Metrics:
+    """Scores the written folder as a stranger would load it."""
+    if reference is None:
+        log = preparation.retain_log
+        reference = read_log(log) if log is not None else _score(preparation, _source(preparation, "retain").load())
+    exported = replace(_source(preparation, "initial"), location=str(folder), revision=None)
+    return evaluate(_score(preparation, exported.load()), reference, preparation.spec.scoring.definition)
+
+
+def _score(preparation: Preparation, loaded: LoadedModel) -> ScoreReport:
+    return Scorer(preparation.corpus, loaded.prompts, preparation.scoring).score(loaded)
+
+
+def _require_same(recipe: Recipe, metrics: Metrics, utility_tolerance: float, ks_tolerance: float) -> None:
+    quality = metrics.forget_quality
+    assert quality is not None
+    got = {"model_utility": metrics.model_utility, "ks_statistic": quality.ks_statistic}
+    allowed = {"model_utility": utility_tolerance, "ks_statistic": ks_tolerance}
+    wrong = [
+        f"{name}: trial {recipe.expected[name]:.6g}, export {value:.6g}, apart by {abs(value - recipe.expected[name]):.2g}"
+        for name, value in got.items()
+        if not abs(value - recipe.expected[name]) <= allowed[name]
+    ]
+    if wrong:
+        raise ExportMismatchError(
+            f"the export of trial {recipe.trial} was withdrawn: scored afresh, its numbers are not the trial's: {'; '.join(wrong)}"
+        )
+
+
+def _card(recipe: Recipe, metrics: Metrics, form: str) -> str:
+    quality = metrics.forget_quality
+    assert quality is not None
+    run = next(run for run in recipe.spec.variants() if run.label == recipe.base)
+    hyperparameters = ", ".join(f"{name} {value:g}" for name, value in run.hyperparameters.items())
+    rows = {
+        "model utility": f"{metrics.model_utility:.4f}",
+        "forget quality (p)": f"{quality.p_value:.3g}",
+        "log10 forget quality": f"{quality.log10_p:.3f}",
+        "KS statistic": f"{quality.ks_statistic:.4f}",
+        **{name: f"{value:.4f}" for name, value in {**metrics.components, **metrics.forget}.items()},
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    what = "LoRA adapter, already scaled by 1 + alpha" if form == "adapter" else "Full model"
+    return f"""---
+tags: [unlearning, uipe]
+library_name: {"peft" if form == "adapter" else "transformers"}
+---
+# {recipe.spec.name}: trial {recipe.trial}
+
+{what}, unlearned with {recipe.base} ({hyperparameters}), epoch {recipe.epoch}, and parameter extrapolation with
+alpha = {recipe.alpha:.6g}: theta = theta_init + (1 + alpha) * delta (UIPE, arXiv 2503.04693).
+
+- initial model: `{recipe.provenance["models"]["initial"]}`
+- retain model (reference): `{recipe.provenance["models"]["retain"]}`
+- corpus: {recipe.provenance["corpus"]}
+
+Numbers by the metric definition `{metrics.definition}`, scored after this export was written and loaded afresh:
+
+| metric | value |
+|---|---|
+{table}
+
+Rebuild it from `{RECIPE_FILE}`: `uipe rebuild {RECIPE_FILE} --to DIR --as {form}`.
+"""
