@@ -104,7 +104,8 @@ def recipe_of(result: StudyResult, row: Mapping[str, Any]) -> Recipe:
     record, spec = result.store.record, result.spec
     names = ("definition", "model_utility", "log10_forget_quality", "forget_quality", "ks_statistic")
     expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}
-    provenance = {"corpus": record["corpus"]["name"], "models": record["models"], "versions": record["versions"]}
+    delta = record["base_runs"][row["base"]]["delta"]
+    provenance = {name: record[name] for name in ("models", "versions")} | {"corpus": record["corpus"]["name"], "delta": delta}
     return Recipe(
         spec,
         record["fingerprint"],

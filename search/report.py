@@ -74,7 +74,7 @@ class ReportData:
             `kind` is a key of `CONTROLS`; `of_trial` is the trial that a random direction mirrors.
         summary: study, definition, corpus, model, seed, dtype, forget_items, log10_floor, reference_point,
             forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, running}, hypervolume, gain
-            {all, extrapolation_only, random_direction}, seconds by stage, storage, created (ISO time), versions; and,
+            {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage, created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}].
     """
 
@@ -227,7 +227,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
             {"name": name, "purpose": purpose, "rows": view.controls[view.controls["kind"] == kind].to_dict("records")}
             for kind, (name, purpose) in CONTROLS.items()
         ],
-        cost=_cost(view, bases),
+        cost=_cost(view),
         bases=bases,
         bases_shown=len(plots.shown_bases(view.trials)),
         picture_width=round(plots.WIDTH * plots.DPI / 2),
@@ -244,11 +244,12 @@ def _gain_bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"label": labels[key], "gain": gains[key], "share": 100 * shares[key]} for key in labels]
 
 
-def _cost(view: ReportData, bases: int) -> dict[str, Any]:
+def _cost(view: ReportData) -> dict[str, Any]:
     spent = {stage: _number(view.summary["seconds"].get(stage), 0.0) for stage in STAGES}
     total = sum(spent.values())
     search = view.trials[view.trials["kind"] == "search"]
-    base_run = spent["base_runs"] / bases if bases else math.nan
+    trained = view.summary["base_run_seconds"]
+    base_run = sum(trained) / len(trained) if trained else math.nan
     trial = float(search["seconds"].median())
     return {
         "stages": [

@@ -21,6 +21,8 @@ from uipe_core.metrics import log10_p_floor
 
 FRONT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk", "log10_forget_quality", "forget_quality", "model_utility")
 RULES = ("utility-floor", "knee")
+DEFAULT_FLOOR = 0.95
+"""Share of the initial model's utility that a selection keeps unless told otherwise."""
 
 
 def random_direction_jobs(store: StudyStore) -> list[Job]:
@@ -107,7 +109,7 @@ class StudyResult:
             raise UserError(f"--trial: {number} is not a complete trial of {self.out}; numbers go from 0 to {last}")
         return rows.iloc[0]
 
-    def select(self, rule: str, floor: float = 0.95) -> pd.Series:
+    def select(self, rule: str, floor: float = DEFAULT_FLOOR) -> pd.Series:
         """One trial of the front by a rule.
 
         Args:
@@ -207,7 +209,8 @@ class StudyResult:
         selections = []
         for rule in RULES:
             try:
-                selections.append({"rule": rule, **front_row(self.select(rule))})
+                title = f"{rule}, floor {DEFAULT_FLOOR}" if rule == "utility-floor" else rule
+                selections.append({"rule": title, "trial": int(self.select(rule)["trial"])})
             except UserError:
                 continue
         summary = {
@@ -221,6 +224,7 @@ class StudyResult:
             "alpha": spec.search.alpha.model_dump(),
             "created": record["created"],
             "versions": record["versions"],
+            "base_run_seconds": [sum(epoch["seconds"] for epoch in run["epochs"]) for run in record["base_runs"].values()],
             "selections": selections,
             "failures": self.store.failures(),
             "notes": self._notes(),

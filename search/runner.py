@@ -171,7 +171,10 @@ class _Run:
             if which in results:
                 reports[which] = results.pop(which)
                 write_log(reports[which], self.store.out / "logs" / f"{which}.json", {"study": spec.name, "model": which})
-        return {**found, **results}, reports
+        runs = {**found, **results}
+        self.store.record["base_runs"] = {label: {"delta": run.key, "epochs": list(run.epochs)} for label, run in runs.items()}
+        self.store.save_record()
+        return runs, reports
 
     def _score(self, context: StudyContext, controls: list[Job], given: list[Any], proposals: int) -> None:
         spec = self.preparation.spec

@@ -1,6 +1,7 @@
 """Where update vectors live: a base run is trained once, by whichever study wants it first."""
 
 import json
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ class BaseRun:
     Attributes:
         key: Content address.
         folder: Where its files are.
-        epochs: One record per epoch: ``epoch``, ``loss`` (nats), ``norm`` of the update vector.
+        epochs: One record per epoch: ``epoch``, ``loss`` (nats), ``norm`` of the update vector, ``seconds``.
     """
 
     key: str
@@ -54,9 +55,13 @@ class DeltaStore:
 
         def make(folder: Path) -> None:
             records = []
+            started = time.perf_counter()
             for result in train:
                 save_update(result.update, folder / _epoch_file(result.epoch))
-                records.append({"epoch": result.epoch, "loss": result.loss, "norm": result.update.norm})
+                seconds = time.perf_counter() - started
+                record = {"epoch": result.epoch, "loss": result.loss, "norm": result.update.norm, "seconds": seconds}
+                records.append(record)
+                started = time.perf_counter()
             write_atomic(folder / "run.json", json.dumps(records, indent=1).encode())
 
         return _open(content_key(inputs), self._entries.get_or_make(inputs, make))

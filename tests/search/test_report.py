@@ -121,14 +121,14 @@ def synthetic_summary(trials, controls, low):
         "trials": {"complete": len(trials), "pruned": 3, "failed": 1, "running": 0},
         "hypervolume": volumes,
         "gain": {"all": volumes["front"] - volumes["alpha_zero"], **gain},
+        "base_run_seconds": [1.0, 2.0],
         "seconds": {"models": 22.4, "base_runs": 41.0, "baselines": 18.3, "trials": 33.1},
         "storage": "sqlite:///study.db",
         "created": "2025-11-03T14:05:00+00:00",
         "versions": {"torch": "2.9.0", "optuna": "5.0.0", "ray": "2.60.0"},
         "selections": [
             {
-                "rule": "utility-floor",
-                "floor": 0.95,
+                "rule": "utility-floor, floor 0.95",
                 "trial": utility_floor(*points.T, 0.95 * INITIAL["model_utility"]),
             },
             {"rule": "knee", "trial": knee(points)},

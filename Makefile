@@ -1,0 +1,37 @@
+# make run    set up the environment and run the quickstart study
+# make test   set up the environment and run all checks
+PYTHON ?= python3.11
+VENV ?= .venv
+OUT ?= runs/quickstart
+BIN = $(VENV)/bin
+SETUP = $(VENV)/.setup
+
+.PHONY: setup run test test-slow lint clean
+
+setup: $(SETUP)
+
+# torch first and pinned: an unpinned one brings gigabytes of CUDA packages along.
+$(SETUP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $(SETUP)
+
+run: setup
+	$(BIN)/uipe run --out $(OUT)
+	test -d $(OUT)/export/knee || $(BIN)/uipe export $(OUT) --rule knee --to $(OUT)/export/knee --as model
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest
+
+test-slow: setup
+	$(BIN)/pytest --slow
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
