@@ -57,3 +57,18 @@ class Bars:
     def say(self, text: str) -> None:
         """A line above the bars."""
         self.console.print(text, highlight=False, markup=False)
+
+
+class Board:
+    """Where tasks note how far they are, and the driver reads it. Lives in this light module so that its actor starts fast."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, tuple[int, int]] = {}
+
+    def note(self, name: str, done: int, total: int) -> None:
+        """Sets a bar."""
+        self._bars[name] = (done, total)
+
+    def read(self) -> dict[str, tuple[int, int]]:
+        """All bars as (done, total)."""
+        return self._bars

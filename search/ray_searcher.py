@@ -52,9 +52,27 @@ class StudySearcher(Searcher):
         self._mirrors: Callable[[], list[Job]] | None = mirrors
         self._finished = finished
         self._running: dict[str, tuple[int, Job]] = {}
+        self.error: Exception | None = None
+        """What the study's storage or folder raised; the search has then stopped, and its caller raises it."""
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next job as a Tune configuration; None while the end of running jobs must be awaited."""
+        if self.error is not None:
+            return self.FINISHED
+        try:
+            return self._next(trial_id)
+        except Exception as error:
+            self.error = error
+            return self.FINISHED
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        """Ends the trial in the study: complete with its evidence, or failed with its reason."""
+        try:
+            self._end(trial_id, result, error)
+        except Exception as problem:
+            self.error = self.error or problem
+
+    def _next(self, trial_id: str) -> dict[str, Any] | str | None:
         if not (self._controls or self._given or self._proposals):
             if self._running:
                 return None
@@ -74,8 +92,7 @@ class StudySearcher(Searcher):
         self._running[trial_id] = (number, job)
         return {"job": asdict(job)}
 
-    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Ends the trial in the study: complete with its evidence, or failed with its reason."""
+    def _end(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
         number, job = self._running.pop(trial_id)
         reason = None
         if error or result is None:

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from optuna.exceptions import StorageInternalError
 from ray import tune
+from sqlalchemy.exc import OperationalError
 
 from search.evaluator import Evaluator, Job, StudyContext, load_for_scoring
 from search.preparation import Preparation, prepare
-from search.progress import Bars
+from search.progress import Bars, Board
 from search.ray_searcher import StudySearcher
 from search.results import StudyResult, random_direction_jobs
 from search.space import distributions, given_points, make_sampler
@@ -66,6 +68,12 @@ def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = F
         except KeyboardInterrupt:
             store.reconcile()
             raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None
+        except (OSError, StorageInternalError, OperationalError) as error:
+            cause = error.__cause__ or error
+            raise UserError(
+                f"output folder {folder} or storage {store.record['storage']}: {str(cause).splitlines()[0]}; mend that (a full "
+                "disk? lost rights?), then the same command resumes the study: what was done is kept"
+            ) from error
         finally:
             store.close()
         bars.say("writing the report ...")
@@ -93,7 +101,7 @@ class _Run:
         if not (controls or given or missing > 0 or random_direction_jobs(self.store)):
             return
         with _ray(spec, self.store.out, self.bars):
-            self._board = ray.remote(num_cpus=0)(_Board).remote()
+            self._board = ray.remote(num_cpus=0)(Board).remote()
             context = self._context()
             self._score(context, controls, given, max(missing, 0))
 
@@ -201,6 +209,8 @@ class _Run:
         )
         try:
             tuner.fit()
+            if searcher.error is not None:
+                raise searcher.error
         finally:
             tally.close()
 
@@ -298,19 +308,6 @@ class ScoringTrial(tune.Trainable):
             return {"evidence": json.dumps(self._evaluator.evaluate(self._job)), "done": True}
         except Exception as error:
             return {"reason": f"{type(error).__name__}: {error}", "done": True}
-
-
-class _Board:
-    """Where tasks note how far they are, and the driver reads it."""
-
-    def __init__(self) -> None:
-        self._bars: dict[str, tuple[int, int]] = {}
-
-    def note(self, name: str, done: int, total: int) -> None:
-        self._bars[name] = (done, total)
-
-    def read(self) -> dict[str, tuple[int, int]]:
-        return self._bars
 
 
 def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
