@@ -19,7 +19,8 @@ def write_notes(result: StudyResult) -> None:
     lines = [
         f"# {record['name']}",
         *result.verdict(),
-        f"Corpus: {record['corpus']['name']}. Metric definition: {result.spec.scoring.definition}. Report: {result.report_path}",
+        f"Corpus: {record['corpus']['name']}. Metric definition: {record['spec']['scoring']['definition']}.",
+        f"Report: {result.report_path}",
         "| trial | base run | epoch | alpha | log10 forget quality | model utility |\n|---|---|---|---|---|---|\n"
         + "\n".join(rows),
         f"Controls are in the study **{record['name']}.controls**.",
@@ -27,8 +28,8 @@ def write_notes(result: StudyResult) -> None:
     save_note(result.study, "\n\n".join(lines))
     save_note(
         result.store.controls,
-        f"# Controls of {record['name']}\n\nWhat its trials are compared with: the initial and the retain model, the next epoch "
-        "of plain training, random directions of the same size, and the initial model at other logit temperatures. "
+        f"# Controls of {record['name']}\n\nWhat its trials are compared with: the initial and the retain model, the next "
+        "epoch of plain training, random directions of the same size, and the initial model at other logit temperatures. "
         "None of them can be chosen, so they are kept out of the study and its Pareto front.",
     )
 

@@ -251,7 +251,8 @@ def _require_same(recipe: Recipe, metrics: Metrics, utility_tolerance: float, ks
     ]
     if wrong:
         raise ExportMismatchError(
-            f"the export of trial {recipe.trial} was withdrawn: scored afresh, its numbers are not the trial's: {'; '.join(wrong)}"
+            f"the export of trial {recipe.trial} was withdrawn; scored afresh, its numbers are not the trial's: "
+            + "; ".join(wrong)
         )
 
 

@@ -74,7 +74,8 @@ class ReportData:
             `kind` is a key of `CONTROLS`; `of_trial` is the trial that a random direction mirrors.
         summary: study, definition, corpus, model, seed, dtype, forget_items, log10_floor, reference_point,
             forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, running}, hypervolume, gain
-            {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage, created (ISO time), versions; and,
+            {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage,
+            created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}].
     """
 

@@ -239,7 +239,7 @@ class StudyResult:
         """Exports a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see `search.export`."""
         from search.export import export_trial
 
-        return export_trial(self, row, Path(to), form)
+        return export_trial(self, row.to_dict(), Path(to), form)
 
     def _notes(self) -> list[str]:
         searched = int((self.trials["kind"] == "search").sum())

@@ -20,6 +20,7 @@ def test_shipped_cluster_file_is_valid():
 
 def test_a_broken_cluster_file_is_refused():
     content = yaml.safe_load(CLUSTER.read_text())
-    content["available_node_types"]["gpu_worker"]["node_confg"] = content["available_node_types"]["gpu_worker"].pop("node_config")
+    worker = content["available_node_types"]["gpu_worker"]
+    worker["node_confg"] = worker.pop("node_config")
     with pytest.raises(Exception, match="node_conf"):
         validated(content)

@@ -109,9 +109,7 @@ def _path(source: str, folder: Path | None, name: str) -> Path:
 
 def _trained(source: str, folder: Path | None, name: str) -> ItemSet:
     path = _path(source, folder, name)
-    return tuple(
-        Item(_text(row, "question", path, line), _text(row, "answer", path, line)) for line, row in _rows(path)
-    )
+    return tuple(Item(_text(row, "question", path, line), _text(row, "answer", path, line)) for line, row in _rows(path))
 
 
 def _evaluated(source: str, folder: Path | None, name: str, paraphrased: bool) -> ItemSet:

@@ -75,7 +75,8 @@ class Corpus:
     @property
     def training_hash(self) -> str:
         """Hash of what a base run sees (`forget_train` and `retain_train`): 16 hexadecimal digits."""
-        return hashlib.sha256(f"{item_set_hash(self.forget_train)}/{item_set_hash(self.retain_train)}".encode()).hexdigest()[:16]
+        parts = f"{item_set_hash(self.forget_train)}/{item_set_hash(self.retain_train)}"
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     @property
     def hash(self) -> str:
