@@ -99,7 +99,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: the recipe is damaged ({type(error).__name__}: {error}); export it again") from error
 
 
-def recipe_of(result: StudyResult, row: Mapping[str, Any]) -> Recipe:
+def recipe_of(result: StudyResult, row: Mapping[Any, Any]) -> Recipe:
     """The recipe of a trial (a row of `StudyResult.trials`)."""
     record, spec = result.store.record, result.spec
     names = ("definition", "model_utility", "log10_forget_quality", "forget_quality", "ks_statistic")
@@ -118,7 +118,7 @@ def recipe_of(result: StudyResult, row: Mapping[str, Any]) -> Recipe:
     )
 
 
-def export_trial(result: StudyResult, row: Mapping[str, Any], to: Path, form: str) -> Path:
+def export_trial(result: StudyResult, row: Mapping[Any, Any], to: Path, form: str) -> Path:
     """Exports a trial of a study; see `export`."""
     log = result.out / "logs" / "retain.json"
     return export(recipe_of(result, row), to, form, read_log(log) if log.is_file() else None)

@@ -13,7 +13,7 @@ TINY = TinyModelConfig(
     layers=1,
     heads=2,
     base=Stage(epochs=4, learning_rate=1e-2, batch_size=32),
-    finetune=Stage(epochs=6, learning_rate=5e-3, batch_size=16),
+    finetune=Stage(epochs=12, learning_rate=1e-2, batch_size=16),
     seed=0,
 )
 

@@ -22,9 +22,7 @@ def update(epoch, kind=DENSE):
         return UpdateVector(DENSE, {name: torch.randn(20, 30, generator=generator) for name in ("a.weight", "b.weight")})
     names = ("m.lora_A.weight", "m.lora_B.weight")
     shapes = ((2, 8), (6, 2))
-    return UpdateVector(
-        LOW_RANK, {n: torch.randn(s, generator=generator) for n, s in zip(names, shapes, strict=True)}, ADAPTER
-    )
+    return UpdateVector(LOW_RANK, {n: torch.randn(s, generator=generator) for n, s in zip(names, shapes, strict=True)}, ADAPTER)
 
 
 def training(epochs=3, kind=DENSE):

@@ -173,7 +173,9 @@ def test_without_retain_weight_a_method_needs_no_retain_items(method):
     assert not METHODS[method].needs_retain({"retain_weight": 0.0})
 
 
-@pytest.mark.parametrize(("method", "named"), [("grad_diff", "retain_nll"), ("kl_min", "retain_kl"), ("npo", "initial_forget_logp")])
+@pytest.mark.parametrize(
+    ("method", "named"), [("grad_diff", "retain_nll"), ("kl_min", "retain_kl"), ("npo", "initial_forget_logp")]
+)
 def test_a_missing_input_is_named(method, named):
     with pytest.raises(ValueError, match=named):
         METHODS[method].loss(inputs_of(logits(0)), METHODS[method].hyperparameters)

@@ -42,13 +42,9 @@ LORA = {"r": 2, "lora_alpha": 4.0, "target_modules": ["q_proj"], "init_lora_weig
 class LlamaOfOldInterface(LlamaForCausalLM):
     """A model whose forward knows no `logits_to_keep`, as remote code often does."""
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, use_cache=None):
+    def forward(self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None, **kwargs):
         return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
+            input_ids=input_ids, attention_mask=attention_mask, past_key_values=past_key_values, use_cache=use_cache, **kwargs
         )
 
 

@@ -238,9 +238,7 @@ def test_failed_download_names_data_set_and_remedy(monkeypatch):
 # The real thing
 
 
-@pytest.mark.skipif(
-    not TOFU.is_dir(), reason=f"no TOFU folder beside the checkout ({TOFU.name}) or in UIPE_SHARED_DATA"
-)
+@pytest.mark.skipif(not TOFU.is_dir(), reason=f"no TOFU folder beside the checkout ({TOFU.name}) or in UIPE_SHARED_DATA")
 class TestRealFolder:
     def test_counts(self):
         corpus = load_tofu(str(TOFU))

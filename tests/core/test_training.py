@@ -12,7 +12,7 @@ from uipe_core.training import AdapterConfig, DivergedError, UnlearningConfig, t
 from uipe_core.update_vectors import DENSE, LOW_RANK, Extrapolator, snapshot
 
 LORA = AdapterConfig(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "o_proj"))
-PLAIN = UnlearningConfig("grad_ascent", {}, epochs=2, learning_rate=3e-3, batch_size=8)
+PLAIN = UnlearningConfig("grad_ascent", {}, epochs=2, learning_rate=1e-2, batch_size=8)
 
 
 def config(method="grad_ascent", **changes):
@@ -78,7 +78,7 @@ def difference(result, other):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_forgets_more_with_every_epoch_and_extrapolation_goes_on(method, adapter, run, load_tiny, world):
     # LoRA factors start at a product of zero and need larger steps.
-    results = run(config(method, adapter=adapter, learning_rate=3e-3 if adapter is None else 2e-2, epochs=3))
+    results = run(config(method, adapter=adapter, learning_rate=1e-2 if adapter is None else 2e-2, epochs=3))
     assert [result.epoch for result in results] == [1, 2, 3]
     assert {result.update.kind for result in results} == {DENSE if adapter is None else LOW_RANK}
     losses = [mean_nll(load_tiny(), world.forget_train)]
@@ -90,7 +90,7 @@ def test_every_method_forgets_more_with_every_epoch_and_extrapolation_goes_on(me
 
 @pytest.mark.parametrize("method", ["grad_diff", "kl_min"])
 def test_a_retain_term_holds_the_rest(method, run, load_tiny, world):
-    settings = {"epochs": 3, "learning_rate": 5e-3}
+    settings = {"epochs": 3, "learning_rate": 1e-2}
     plain = at(load_tiny, run(config("grad_ascent", **settings))[-1].update)
     held = at(load_tiny, run(config(method, **settings))[-1].update)
     initial = mean_nll(load_tiny(), world.retain_train)
@@ -102,7 +102,7 @@ def test_a_retain_term_holds_the_rest(method, run, load_tiny, world):
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 def test_kl_is_taken_from_the_initial_model(adapter, run, load_tiny, world):
     # Compared with anything that moves along, the gradient of KL would be zero and its weight without effect.
-    settings = config("kl_min", adapter=adapter, learning_rate=3e-3 if adapter is None else 2e-2)
+    settings = config("kl_min", adapter=adapter, learning_rate=1e-2 if adapter is None else 2e-2)
     kl = {
         weight: kl_from_initial(
             load_tiny(),
