@@ -239,6 +239,7 @@ def _print_metrics(values: dict[str, Any], as_json: bool) -> None:
 
 def _print_front(result: Any) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     definition = result.spec.scoring.definition
@@ -250,12 +251,12 @@ def _print_front(result: Any) -> None:
     shown = {"alpha": "{:.3f}", "log10_forget_quality": "{:.2f}", "forget_quality": "{:.2g}", "model_utility": "{:.4f}"}
     shown |= {"logit_scale": "{:.3f}", **dict.fromkeys(related, "{:.2f}")}
     for key, title in columns.items():
-        table.add_column(title, justify="left" if key in ("base", "walk") else "right")
+        table.add_column(title, justify="left" if key in ("base", "walk") else "right", overflow="fold")
     for row in result.front.to_dict("records"):
         cells = [shown.get(key, "{}").format(row[key]) if row[key] is not None else "" for key in columns]
         if row["flagged"]:
             cells[list(columns).index("model_utility")] += " !"
-        table.add_row(*cells)
+        table.add_row(*map(escape, cells))
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     if result.front["flagged"].any():

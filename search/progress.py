@@ -18,7 +18,7 @@ class Bars:
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, quiet=quiet)
         self._progress = Progress(
-            TextColumn("{task.description:<34}"),
+            TextColumn("{task.description:<34}", markup=False),
             BarColumn(bar_width=28),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -42,12 +42,12 @@ class Bars:
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total)
             if not self.console.is_terminal:
-                self.console.print(f"{name} ...", highlight=False)
+                self.say(f"{name} ...")
         self._progress.update(self._tasks[name], completed=done, total=total)
         if done >= total and name not in self._full:
             self._full.add(name)
             if not self.console.is_terminal:
-                self.console.print(f"{name}: {total} of {total}", highlight=False)
+                self.say(f"{name}: {total} of {total}")
 
     def show_all(self, board: Mapping[str, tuple[int, int]]) -> None:
         """Sets several bars at once."""

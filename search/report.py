@@ -12,7 +12,6 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from search import plots
 from search.pareto import utility_floor
 from uipe_core.errors import UserError
 
@@ -98,6 +97,8 @@ def write_report(view: ReportData, folder: Path) -> Path:
         UserError: the folder cannot be written.
         ValueError: a column that the report needs is missing, or a walk or kind of control has an unknown name.
     """
+    from search import plots  # matplotlib comes with it, which writes into the home folder unless told otherwise before
+
     missing = [column for column in TRIAL_COLUMNS if column not in view.trials.columns]
     if missing:
         raise ValueError(f"trials lack the columns {missing}")
@@ -209,6 +210,8 @@ def _floor_sentences(view: ReportData) -> list[str]:
 
 
 def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
+    from search import plots
+
     source = resources.files("search").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(

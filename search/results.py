@@ -1,6 +1,7 @@
 """A study's results: tables, front, hypervolumes, selection; the way from the store to report and export."""
 
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ import pandas as pd
 
 from search.evaluator import Job
 from search.pareto import hypervolume, knee, non_dominated, utility_floor
-from search.report import ReportData, verdict, write_report
+from search.report import CONTROL_COLUMNS, ReportData, verdict, write_report
 from search.spec import StudySpec
 from search.study_store import OBJECTIVES, StudyStore
 from uipe_core.errors import UserError
@@ -63,16 +64,26 @@ class StudyResult:
         Raises:
             UserError: If it is none, or holds no complete trial yet.
         """
-        store = StudyStore.open(Path(out))
+        return cls.of(StudyStore.open(Path(out)))
+
+    @classmethod
+    def of(cls, store: StudyStore) -> "StudyResult":
+        """Reads an open study.
+
+        Raises:
+            UserError: If it holds no complete trial yet.
+        """
         trials, controls = store.trials_frame(), store.controls_frame()
         if trials.empty:
-            raise UserError(f"{out}: no trial of this study is complete yet; run it with `uipe run`")
+            failed = store.failures()
+            why = f" ({len(failed)} failed, the first because: {failed[0]['reason']})" if failed else ""
+            raise UserError(f"{store.out}: no trial of this study is complete yet{why}; run it with `uipe run`")
         for frame in (trials, controls):
-            for column in ("base", "method", "epoch", "alpha", "walk", "temperature", "of_trial", "logit_scale"):
+            for column in (*CONTROL_COLUMNS, "walk"):
                 if column not in frame:
                     frame[column] = None
         trials["on_front"] = non_dominated(trials[list(OBJECTIVES)].to_numpy())
-        return cls(Path(out), store, trials.sort_values("trial", ignore_index=True), controls)
+        return cls(store.out, store, trials.sort_values("trial", ignore_index=True), controls)
 
     @property
     def study(self) -> optuna.Study:
@@ -201,6 +212,7 @@ class StudyResult:
 
     def report(self) -> Path:
         """Writes the report and returns its path."""
+        os.environ.setdefault("MPLCONFIGDIR", str((self.out / ".matplotlib").resolve()))
         return write_report(self.report_data(), self.report_path.parent)
 
     def report_data(self) -> ReportData:
@@ -260,7 +272,9 @@ def front_row(row: pd.Series) -> dict[str, Any]:
     for name in ("related_log10_forget_quality", "unrelated_log10_forget_quality"):
         if name in row and row[name] == row[name]:
             values[name] = row[name]
-    return {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+    plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
+    # JSON has no infinity, and the logits of a collapsed model may have no finite scale.
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()}
 
 
 def front_rows(front: pd.DataFrame) -> list[dict[str, Any]]:

@@ -32,6 +32,7 @@ from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.errors import StudyInterrupted, UserError
 from uipe_core.evaluation_log import read_log, write_log
+from uipe_core.metrics import evaluate
 from uipe_core.models import ModelSource, TinyModelConfig, set_threads, tiny_model
 from uipe_core.score_report import ScoreReport
 from uipe_core.scoring import Scorer, ScoringConfig
@@ -65,6 +66,9 @@ def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = F
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
             _Run(preparation, store, bars).finish_all()
+            bars.say("writing the report ...")
+            result = StudyResult.of(store)
+            result.report()
         except KeyboardInterrupt:
             store.reconcile()
             raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None
@@ -76,9 +80,6 @@ def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = F
             ) from error
         finally:
             store.close()
-        bars.say("writing the report ...")
-        result = StudyResult.open(folder)
-        result.report()
     return result
 
 
@@ -97,13 +98,18 @@ class _Run:
         done = _done_jobs(self.store)
         controls = [job for job in self._controls() if job not in done]
         given = [point for point in given_points(spec) if Job("alpha_zero", **point.params) not in done]
-        missing = spec.search.trials - sum(job.kind == "search" for job in done)
+        missing = spec.search.trials - self._searched()
         if not (controls or given or missing > 0 or random_direction_jobs(self.store)):
             return
         with _ray(spec, self.store.out, self.bars):
             self._board = ray.remote(num_cpus=0)(Board).remote()
             context = self._context()
             self._score(context, controls, given, max(missing, 0))
+
+    def _searched(self) -> int:
+        """Complete search trials; counted by number, because samplers may propose a point twice."""
+        trials = self.store.trials_frame()
+        return 0 if trials.empty else int((trials["kind"] == "search").sum())
 
     def _controls(self) -> list[Job]:
         spec = self.preparation.spec
@@ -120,6 +126,8 @@ class _Run:
             initial, retain = self._models()
         with self._stage("base_runs"):
             runs, reports = self._base_runs_and_references(initial, retain)
+        if self.preparation.retain_log is not None:
+            _check_reference(reports, spec.scoring.definition)
         return StudyContext(
             corpus=self.preparation.corpus,
             source=initial,
@@ -354,6 +362,15 @@ def _score_model(
     return Scorer(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))
 
 
+def _check_reference(reports: Mapping[str, ScoreReport], definition: str) -> None:
+    """Whether a given log will do, found out once here: in the workers it would fail every trial."""
+    try:
+        for which in ("initial", "retain"):
+            evaluate(reports[which], reports["retain"], definition)
+    except UserError as error:
+        raise UserError(f"model.retain: {error}") from error
+
+
 def _done_jobs(store: StudyStore) -> set[Job]:
     """Jobs that need not be done again."""
     done = set()
@@ -372,8 +389,10 @@ def _absent(value: Any) -> bool:
 
 def _workers(spec: StudySpec) -> int:
     """How many trials run at once: as asked, or as many as the cluster has room for."""
-    if spec.resources.workers is not None:
-        return spec.resources.workers
+    return spec.resources.workers or _room(spec)
+
+
+def _room(spec: StudySpec) -> int:
     total = ray.cluster_resources()
     room = int(total.get("CPU", 1) // spec.resources.cpus_per_worker)
     if spec.resources.gpus_per_worker > 0:
@@ -401,6 +420,7 @@ def _ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     folder = (out / "ray").resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))  # workers make it on import, else under /tmp
     # Ray puts sockets below its folder, and a socket's path may have at most 107 bytes: a link keeps it short.
     link = Path(tempfile.mkdtemp(prefix="uipe-")) / "r"
     link.symlink_to(folder, target_is_directory=True)
@@ -421,12 +441,14 @@ def _ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
         _check_room(spec)
         yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error  # SIGTERM while Ray was starting, and had its own handler in place
     finally:
         ray.shutdown()
         shutil.rmtree(link.parent, ignore_errors=True)
 
 
 def _check_room(spec: StudySpec) -> None:
-    _workers(spec)
+    _room(spec)
     if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.gpus_per_worker == 0:
         raise UserError("model.device: 'cuda' needs GPUs for the workers; set resources.gpus_per_worker, for example to 1")

@@ -23,7 +23,7 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event
+from sqlalchemy import URL, event, make_url
 
 from search.evaluator import Job
 from search.spec import StudySpec
@@ -35,7 +35,9 @@ OBJECTIVES = ("log10_forget_quality", "model_utility")
 
 RECORD = "study.json"
 RECORD_SCHEMA = 1
+RECORD_KEYS = ("name", "fingerprint", "created", "seconds", "spec", "storage", "corpus", "models", "versions")
 STAGES = ("models", "base_runs", "baselines", "trials")
+INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
 
 
 def fingerprint(spec: StudySpec, corpus_hash: str, models: Mapping[str, str]) -> str:
@@ -46,7 +48,13 @@ def fingerprint(spec: StudySpec, corpus_hash: str, models: Mapping[str, str]) ->
 
 def without_password(url: str) -> str:
     """A storage URL that can be shown and stored."""
-    return re.sub(r"(://[^:/@]+):[^@]*@", r"\1:***@", url)
+    hidden = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
+    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", hidden)
+
+
+def _own_database(out: Path) -> str:
+    """URL of the database in a study's folder; made by SQLAlchemy, because a path may hold characters that URLs give meaning."""
+    return URL.create("sqlite", database=str((out / "study.db").resolve())).render_as_string()
 
 
 class StudyStore:
@@ -92,11 +100,11 @@ class StudyStore:
             record = read_record(out) if (out / RECORD).exists() else None
             if record is not None and record["fingerprint"] != identity:
                 raise UserError(_other_study(out, record, spec))
-            if record is None and any(path.name != ".lock" for path in out.iterdir()):
+            if record is None and any(not path.name.startswith(".") for path in out.iterdir()):
                 raise UserError(
                     f"output folder {out}: it is not empty and holds no study; choose another with --out or empty it"
                 )
-            url = spec.storage or f"sqlite:///{(out / 'study.db').resolve()}"
+            url = spec.storage or _own_database(out)
             fresh = {
                 "schema": RECORD_SCHEMA,
                 "name": spec.name,
@@ -107,9 +115,15 @@ class StudyStore:
             kept = record or fresh
             changing = {"spec": spec.model_dump(mode="json"), "storage": without_password(url), **facts}
             changing["spec"]["storage"] = None if spec.storage is None else without_password(spec.storage)
-            store = cls(out, {**kept, **changing}, _open_storage(url), lock)
-            store.save_record()
-            store._attach(create=True)
+            # Before the database: a folder with a database and no record would be taken for somebody else's.
+            _save_record(out, {**kept, **changing})
+            try:
+                store = cls(out, {**kept, **changing}, _open_storage(url), lock)
+                store._attach(create=True)
+            except UserError:
+                if record is None:
+                    (out / RECORD).unlink()
+                raise
         except BaseException:
             lock.release()
             raise
@@ -125,11 +139,13 @@ class StudyStore:
             UserError: If the folder holds no study or its storage cannot be opened.
         """
         record = read_record(out)
-        url = os.environ.get("UIPE_STORAGE") or record["storage"]
-        if url.startswith("sqlite:///") and str(out.resolve()) not in url and (out / "study.db").is_file():
-            url = f"sqlite:///{(out / 'study.db').resolve()}"  # the folder was moved
-        if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
-            raise UserError(f"{out}: its trials ({url}) are missing; restore the file or run the study again")
+        if record["spec"].get("storage") is None:
+            url = _own_database(out)  # not the recorded place: the folder may have been moved or copied
+        else:
+            url = os.environ.get("UIPE_STORAGE") or record["storage"]
+        database = make_url(url).database if url.startswith("sqlite:") else None
+        if database is not None and not Path(database).is_file():
+            raise UserError(f"{out}: its trials ({database}) are missing; restore the file or run the study again")
         store = cls(out, record, _open_storage(url))
         store._attach(create=False)
         return store
@@ -156,18 +172,22 @@ class StudyStore:
         self.study.sampler = sampler
 
     def reconcile(self) -> int:
-        """Ends what an interrupted run left RUNNING as FAIL with its reason; returns how many there were."""
+        """Ends what an interrupted run left RUNNING or WAITING as FAIL with its reason; returns how many there were."""
         orphans = 0
         for study in (self.study, self.controls):
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-                self._fail(study, trial.number, "interrupted: the run that started this trial ended before it finished")
+            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+                identifier = self._identifier(study, trial.number)
+                self.storage.set_trial_user_attr(identifier, "reason", INTERRUPTED)
+                # Not `tell`, which refuses a trial that nobody has asked for yet.
+                self.storage.set_trial_state_values(identifier, TrialState.FAIL)
                 orphans += 1
         return orphans
 
     def ask_point(self, space: dict[str, BaseDistribution], params: Mapping[str, Any] | None = None) -> tuple[int, Job]:
         """Starts a trial: the given parameters at alpha = 0, or what the sampler proposes."""
         if params is not None:
-            self.study.enqueue_trial(dict(params), user_attrs={"kind": "alpha_zero"}, skip_if_exists=True)
+            # Without skip_if_exists: a point whose trial failed would be skipped, and the sampler's proposal taken for it.
+            self.study.enqueue_trial(dict(params), user_attrs={"kind": "alpha_zero"})
         trial = self.study.ask(fixed_distributions=space)
         kind = trial.user_attrs.get("kind", "search")
         return trial.number, Job(kind, trial.params["base"], trial.params["epoch"], trial.params["alpha"])
@@ -182,7 +202,8 @@ class StudyStore:
         An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
         """
         study = self._of(job)
-        values = [float(evidence.get(name, math.nan)) for name in OBJECTIVES]
+        given = [evidence.get(name) for name in OBJECTIVES]
+        values = [math.nan if value is None else float(value) for value in given]
         if not all(math.isfinite(value) for value in values):
             reason = f"objectives are not finite: {dict(zip(OBJECTIVES, values, strict=True))}"
             self.fail(job, number, reason)
@@ -205,10 +226,7 @@ class StudyStore:
 
     def save_record(self) -> None:
         """Writes the record atomically."""
-        try:
-            write_atomic(self.out / RECORD, json.dumps(self.record, indent=1).encode())
-        except OSError as error:
-            raise UserError(f"output folder {self.out}: {error.strerror}; free some space or choose another") from error
+        _save_record(self.out, self.record)
 
     def counts(self) -> dict[str, int]:
         """Trials of the study by state."""
@@ -266,6 +284,13 @@ class StudyStore:
         self._study, self._controls = opened
 
 
+def _save_record(out: Path, record: Mapping[str, Any]) -> None:
+    try:
+        write_atomic(out / RECORD, json.dumps(record, indent=1).encode())
+    except OSError as error:
+        raise UserError(f"output folder {out}: {error.strerror}; free some space or choose another") from error
+
+
 def read_record(out: Path) -> dict[str, Any]:
     """The record of a study folder.
 
@@ -277,17 +302,29 @@ def read_record(out: Path) -> dict[str, Any]:
         raise UserError(f"{out}: not a study folder (no {RECORD}); give the folder that `uipe run` wrote")
     try:
         record = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a folder that can be read") from error
     except ValueError:
         raise UserError(f"{path}: not JSON; the record is damaged, so run the study into another folder") from None
-    if not isinstance(record, dict) or not {"name", "fingerprint", "spec", "storage", "seconds"} <= record.keys():
-        raise UserError(f"{path}: not a record of a study; run the study into another folder")
+    missing = [key for key in RECORD_KEYS if key not in record] if isinstance(record, dict) else list(RECORD_KEYS)
+    if missing:
+        raise UserError(f"{path}: not a record of a study (no {', '.join(missing)}); run the study into another folder")
+    try:
+        StudySpec.model_validate(record["spec"], strict=False)
+    except ValueError as error:
+        problem = str(error).splitlines()[0]
+        raise UserError(
+            f"{path}: its study is damaged or of another version ({problem}); run the study into another folder"
+        ) from None
     return record
 
 
 def _other_study(out: Path, record: Mapping[str, Any], spec: StudySpec) -> str:
-    old, new = record["spec"], spec.model_dump(mode="json")
+    old = StudySpec.model_validate(record["spec"], strict=False).model_dump(mode="json")
+    new = spec.model_dump(mode="json")
     free = ("resources", "storage", "cache")
-    differing = [key for key in new if key not in free and old.get(key) != new[key]]
+    old["search"]["trials"] = new["search"]["trials"]
+    differing = [key for key in new if key not in free and old[key] != new[key]]
     what = f"they differ in {', '.join(differing)}" if differing else "its corpus, model or code differ"
     return (
         f"output folder {out}: it holds another study ({record['name']!r}): {what}; choose another folder with --out, or give "

