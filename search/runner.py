@@ -40,6 +40,8 @@ from uipe_core.training import DivergedError, UnlearningConfig, train_base_run
 
 POLL_SECONDS = 0.2
 OBJECT_STORE_BYTES = 256 * 2**20
+LONGEST_SCRATCH = 24
+"""Length of a folder for temporary files that still leaves room for the names of Ray's sockets."""
 
 
 def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False) -> StudyResult:
@@ -422,7 +424,8 @@ def _ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))  # workers make it on import, else under /tmp
     # Ray puts sockets below its folder, and a socket's path may have at most 107 bytes: a link keeps it short.
-    link = Path(tempfile.mkdtemp(prefix="uipe-")) / "r"
+    scratch = tempfile.gettempdir()
+    link = Path(tempfile.mkdtemp(prefix="uipe-", dir=scratch if len(scratch) <= LONGEST_SCRATCH else "/tmp")) / "r"
     link.symlink_to(folder, target_is_directory=True)
     bars.say("starting Ray ...")
     on_terminate = signal.getsignal(signal.SIGTERM)

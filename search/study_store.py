@@ -53,7 +53,7 @@ def without_password(url: str) -> str:
 
 
 def _own_database(out: Path) -> str:
-    """URL of the database in a study's folder; made by SQLAlchemy, because a path may hold characters that URLs give meaning."""
+    """URL of the database in a study's folder; SQLAlchemy quotes the path, which may hold what means something in a URL."""
     return URL.create("sqlite", database=str((out / "study.db").resolve())).render_as_string()
 
 

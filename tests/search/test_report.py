@@ -52,8 +52,7 @@ def synthetic(methods=4, epochs=6, searched=60, low=-1.0, randoms=True, seed=0):
     known = [("grad_ascent", 1.5, 0.03), ("grad_diff", 0.8, 0.004), ("kl_min", 0.95, 0.008), ("npo", 0.7, 0.006)]
     bases = [known[n % 4] for n in range(methods)]
     labels = [
-        name if methods <= 4 else f"{name}[learning_rate={1e-4 * 2 ** (n // 4):.0e}]"
-        for n, (name, *_) in enumerate(bases)
+        name if methods <= 4 else f"{name}[learning_rate={1e-4 * 2 ** (n // 4):.0e}]" for n, (name, *_) in enumerate(bases)
     ]
     places = [(n, epoch, 0.0, "alpha_zero") for n in range(methods) for epoch in range(1, epochs + 1)]
     for _ in range(searched):

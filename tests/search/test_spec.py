@@ -324,9 +324,7 @@ class TestFingerprint:
         ],
     )
     def test_unchanged(self, key: str, value: object) -> None:
-        assert (
-            parse_study(put(people(), key, value)).fingerprint_payload() == parse_study(people()).fingerprint_payload()
-        )
+        assert parse_study(put(people(), key, value)).fingerprint_payload() == parse_study(people()).fingerprint_payload()
 
     @pytest.mark.parametrize(
         ("key", "value"),
@@ -343,9 +341,7 @@ class TestFingerprint:
         ],
     )
     def test_changed(self, key: str, value: object) -> None:
-        assert (
-            parse_study(put(people(), key, value)).fingerprint_payload() != parse_study(people()).fingerprint_payload()
-        )
+        assert parse_study(put(people(), key, value)).fingerprint_payload() != parse_study(people()).fingerprint_payload()
 
     def test_order_in_the_file_does_not_matter(self) -> None:
         study = people()
@@ -380,9 +376,7 @@ class TestVariants:
         assert runs[3].learning_rate == 0.001
 
     def test_lists_expand_and_only_what_varies_is_told(self) -> None:
-        study = put(
-            people(), "unlearning.methods", {"npo": {"beta": [0.1, 1], "retain_weight": 1}, "grad_ascent": None}
-        )
+        study = put(people(), "unlearning.methods", {"npo": {"beta": [0.1, 1], "retain_weight": 1}, "grad_ascent": None})
         study["unlearning"]["learning_rate"] = [1e-5, 0.001]
         labels = [run.label for run in parse_study(study).variants()]
         assert labels == [

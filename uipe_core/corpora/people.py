@@ -148,7 +148,8 @@ class Person:
 
 def _balanced(count: int, rng: random.Random) -> list[int]:
     """`count` pair indices in which every pair occurs equally often, give or take one."""
-    indices = [index % 10 for index in range(count)]
+    start = rng.randrange(10)  # a small group must not always hold the first values of each list
+    indices = [(start + index) % 10 for index in range(count)]
     rng.shuffle(indices)
     return indices
 

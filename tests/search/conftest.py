@@ -1,0 +1,315 @@
+"""One very small study, really run, shared by the tests of the service; and ways to call the command line."""
+
+import copy
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import yaml
+
+UIPE = Path(sys.executable).parent / "uipe"
+
+TINY = {
+    "schema_version": 1,
+    "name": "tiny",
+    "seed": 0,
+    "corpus": {"kind": "people", "forget_people": 2, "retain_people": 12, "pretraining_people": 10},
+    "model": {
+        "kind": "tiny",
+        "hidden_size": 32,
+        "layers": 1,
+        "heads": 2,
+        "base": {"epochs": 8, "learning_rate": 0.01, "batch_size": 32},
+        "finetune": {"epochs": 15, "learning_rate": 0.01, "batch_size": 16},
+    },
+    "unlearning": {
+        "methods": {"grad_diff": {"retain_weight": 2}, "npo": {"beta": 1}},
+        "epochs": 2,
+        "learning_rate": 0.002,
+        "weight_decay": 0.0,
+    },
+    "scoring": {"batch_size": 64, "max_new_tokens": 12, "temperatures": [0.67]},
+    "search": {"alpha": {"low": -1, "high": 2}, "trials": 5},
+}
+
+
+def merged(data, changes):
+    """A copy of a study with some keys changed; sections are merged, everything else replaced."""
+    result = copy.deepcopy(data)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        # A union's other kind, or another set of methods, takes the whole section's place.
+        replace = both and ("kind" in value or key == "methods")
+        result[key] = merged(result[key], value) if both and not replace else value
+    return result
+
+
+@dataclass
+class Finished:
+    """A study that ran to its end in a process of its own."""
+
+    file: Path
+    out: Path
+    home: Path
+    scratch: Path
+    cwd: Path
+    stdout: str
+    stderr: str
+    code: int
+
+
+def processes_with(tag):
+    """Living processes that were started with this tag in their environment: pid to command line."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if f"UIPE_TEST_TAG={tag}".encode() not in (entry / "environ").read_bytes().split(b"\0"):
+                continue
+            state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+            if state != "Z":
+                found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        except OSError:
+            continue
+    return found
+
+
+class Driver:
+    """The `uipe` command in a session of its own, as a terminal would start it."""
+
+    def __init__(self, arguments, folder, environment):
+        self.tag = uuid.uuid4().hex
+        self._error = folder / f"stderr-{self.tag[:6]}.txt"
+        self._output = folder / f"stdout-{self.tag[:6]}.txt"
+        with self._error.open("w") as error, self._output.open("w") as output:
+            self.process = subprocess.Popen(
+                [str(UIPE), *map(str, arguments)],
+                stdout=output,
+                stderr=error,
+                env={**environment, "UIPE_TEST_TAG": self.tag},
+                cwd=folder,
+                start_new_session=True,
+            )
+
+    @property
+    def stderr(self):
+        return self._error.read_text()
+
+    @property
+    def stdout(self):
+        return self._output.read_text()
+
+    def until(self, happened, seconds=120):
+        """Waits for something to happen while the command is at work."""
+        ends = time.monotonic() + seconds
+        while time.monotonic() < ends:
+            found = happened()
+            if found:
+                return found
+            assert self.process.poll() is None, f"ended too early, code {self.process.returncode}: {self.stderr}"
+            time.sleep(0.02)
+        raise AssertionError(f"did not happen in {seconds} s: {self.stderr}")
+
+    def wait(self, seconds=180):
+        return self.process.wait(seconds)
+
+    def left_behind(self, seconds=20):
+        """Processes of this run that outlive it, after a while in which they may end."""
+        ends = time.monotonic() + seconds
+        while (living := processes_with(self.tag)) and time.monotonic() < ends:
+            time.sleep(0.1)
+        return living
+
+    def clean_up(self):
+        for pid in (self.process.pid, *processes_with(self.tag)):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory):
+    """An empty home, an empty folder for temporary files, and the caches, for this process and all it starts."""
+    root = tmp_path_factory.mktemp("place")
+    folders = {name: root / name for name in ("home", "cache")}
+    for folder in folders.values():
+        folder.mkdir()
+    # Short, as such folders are: Ray's sockets are found through it.
+    folders["scratch"] = Path(tempfile.mkdtemp(prefix="u", dir="/tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("UIPE_CACHE", str(folders["cache"]))
+        # This process may have chosen where these libraries put their files; what it starts shall choose for itself.
+        for name in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR", "RAY_AUTH_TOKEN", "UIPE_STORAGE"):
+            patch.delenv(name, raising=False)
+        yield folders
+    shutil.rmtree(folders["scratch"], ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def environment(place):
+    """Environment of a user with an empty home."""
+    own = {"HOME": place["home"], "TMPDIR": place["scratch"], "UIPE_CACHE": place["cache"], "COLUMNS": "200"}
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "TUNE_", "XDG_", "MPL", "TORCHIND"))}
+    return {**kept, **{key: str(value) for key, value in own.items()}}
+
+
+@pytest.fixture
+def launch(environment, tmp_path):
+    """Starts the `uipe` command; whatever it started is killed at the end of the test."""
+    started = []
+
+    def start(*arguments):
+        started.append(Driver(arguments, tmp_path, environment))
+        return started[-1]
+
+    yield start
+    for driver in started:
+        driver.clean_up()
+
+
+@pytest.fixture(scope="session")
+def living_processes():
+    """Finds the processes of a run by its tag."""
+    return processes_with
+
+
+@pytest.fixture(scope="session")
+def write_study():
+    """Writes the tiny study, with changes, to a file."""
+
+    def write(path, **changes):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(merged(TINY, changes), sort_keys=False))
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def finished(place, environment, write_study, tmp_path_factory):
+    """The tiny study, run once by the command."""
+    file = write_study(tmp_path_factory.mktemp("studies") / "tiny.yaml")
+    out = tmp_path_factory.mktemp("runs") / "tiny"
+    driver = Driver(["run", file, "--out", out, "--json"], tmp_path_factory.mktemp("io"), environment)
+    try:
+        code = driver.wait(300)
+    finally:
+        driver.clean_up()
+    assert code == 0, driver.stderr
+    return Finished(file, out, place["home"], place["scratch"], driver._error.parent, driver.stdout, driver.stderr, code)
+
+
+@pytest.fixture(scope="session")
+def result(finished):
+    """Its results, as Python sees them."""
+    from search.results import StudyResult
+
+    return StudyResult.open(finished.out)
+
+
+@pytest.fixture(scope="session")
+def preparation(finished):
+    """What identifies that study."""
+    from search.preparation import prepare
+    from search.spec import load_study
+
+    return prepare(load_study(finished.file))
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished study, to be changed."""
+    # Ray's folder holds sockets, which cannot be copied.
+    return Path(shutil.copytree(finished.out, tmp_path / "copied", ignore=shutil.ignore_patterns("ray")))
+
+
+@pytest.fixture
+def call(place, monkeypatch, capsys):
+    """Runs the command line in this process: exit code, standard output, standard error."""
+    from search import cli
+
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["uipe", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as error:
+            code = error.code
+        output = capsys.readouterr()
+        assert "Traceback" not in output.err
+        return code, output.out, output.err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.fixture
+def new_store(tmp_path):
+    """Opens an empty study of the tiny kind, without running anything."""
+    from search.spec import parse_study
+    from search.study_store import StudyStore
+
+    opened = []
+
+    def make(out=None, identity="f" * 32, **changes):
+        spec = parse_study(merged(TINY, changes))
+        facts = {
+            "corpus": {"name": "people", "hash": "0", "sets": {}},
+            "models": {"initial": "a", "retain": "b"},
+            "versions": {},
+        }
+        opened.append(StudyStore.create(out or tmp_path / "out", spec, identity, facts))
+        return opened[-1]
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+@pytest.fixture(scope="session")
+def made_up_evidence():
+    """Evidence as a worker returns it, with made-up numbers."""
+
+    def make(job, log10_forget_quality=-5.0, model_utility=0.5, **more):
+        from search.evaluator import Job
+        from search.space import Point
+
+        assert isinstance(job, Job)
+        return {
+            "kind": job.kind,
+            "base": job.base,
+            "method": job.base,
+            "epoch": job.epoch,
+            "alpha": job.alpha,
+            "walk": None if job.base is None else Point(job.base, job.epoch, job.alpha).walk,
+            "of_trial": job.of_trial,
+            "definition": "tofu",
+            "log10_forget_quality": log10_forget_quality,
+            "forget_quality": 10.0**log10_forget_quality,
+            "ks_statistic": 0.5,
+            "model_utility": model_utility,
+            "components": {"Retain Prob": 0.5},
+            "forget_components": {"Forget Prob": 0.5},
+            "logit_scale": 1.0,
+            "flagged": False,
+            "dtype": "float32",
+            "device": "cpu",
+            "seconds": 0.1,
+            **more,
+        }
+
+    return make
