@@ -12,15 +12,15 @@ import yaml
 
 from search.evaluator import load_for_scoring
 from search.preparation import Preparation, prepare
-from search.results import StudyResult
 from search.spec import BaseRunSpec, StudySpec
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.errors import ExportMismatchError, UserError
 from uipe_core.evaluation_log import read_log
 from uipe_core.metrics import Metrics, evaluate
-from uipe_core.models import LoadedModel, ModelSource, tiny_model
+from uipe_core.models import LoadedModel, ModelSource
 from uipe_core.score_report import ScoreReport
 from uipe_core.scoring import Scorer
+from uipe_core.tiny_models import tiny_model
 from uipe_core.training import train_base_run
 from uipe_core.update_vectors import DENSE, UpdateVector, adapter_scale, wrap_adapter
 
@@ -99,29 +99,28 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: the recipe is damaged ({type(error).__name__}: {error}); export it again") from error
 
 
-def recipe_of(result: StudyResult, row: Mapping[Any, Any]) -> Recipe:
-    """The recipe of a trial (a row of `StudyResult.trials`)."""
-    record, spec = result.store.record, result.spec
+def recipe_of(record: Mapping[str, Any], spec: StudySpec, row: Mapping[Any, Any]) -> Recipe:
+    """The recipe of a trial.
+
+    Args:
+        record: The study's record (`search.study_store.read_record`).
+        spec: The study's spec.
+        row: The trial as a row of `search.results.StudyResult.trials`.
+    """
     names = ("definition", "model_utility", "log10_forget_quality", "forget_quality", "ks_statistic")
     expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}
     delta = record["base_runs"][row["base"]]["delta"]
     provenance = {name: record[name] for name in ("models", "versions")} | {"corpus": record["corpus"]["name"], "delta": delta}
     return Recipe(
-        spec,
-        record["fingerprint"],
-        int(row["trial"]),
-        row["base"],
-        int(row["epoch"]),
-        float(row["alpha"]),
-        expected,
-        provenance,
+        spec=spec,
+        fingerprint=record["fingerprint"],
+        trial=int(row["trial"]),
+        base=row["base"],
+        epoch=int(row["epoch"]),
+        alpha=float(row["alpha"]),
+        expected=expected,
+        provenance=provenance,
     )
-
-
-def export_trial(result: StudyResult, row: Mapping[Any, Any], to: Path, form: str) -> Path:
-    """Exports a trial of a study; see `export`."""
-    log = result.out / "logs" / "retain.json"
-    return export(recipe_of(result, row), to, form, read_log(log) if log.is_file() else None)
 
 
 def export(recipe: Recipe, to: Path, form: str, reference: ScoreReport | None = None) -> Path:

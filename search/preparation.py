@@ -10,21 +10,14 @@ from typing import Any
 from search.spec import BaseRunSpec, StudySpec
 from search.spec_sections import PeopleCorpus, PretrainedModel, TinyModel, TofuCorpus, is_local
 from search.study_store import fingerprint
-from uipe_core.content_store import ContentStore, content_key, file_hash
+from uipe_core.content_store import ContentStore, cache_folder, content_key, file_hash
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.evaluation_log import read_log
-from uipe_core.models import (
-    ModelSource,
-    Stage,
-    TinyModelConfig,
-    cache_folder,
-    check_model_folder,
-    model_identity,
-    tiny_model_inputs,
-)
+from uipe_core.models import ModelSource, check_model_folder, model_identity
 from uipe_core.scoring import ScoringConfig
+from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model_inputs
 from uipe_core.training import AdapterConfig, UnlearningConfig
 
 REPORTED_PACKAGES = ("uipe-search", "ray", "optuna", "torch", "transformers", "peft", "accelerate", "scipy")

@@ -12,6 +12,7 @@ import optuna
 import pandas as pd
 
 from search.evaluator import Job
+from search.export import export, recipe_of
 from search.pareto import hypervolume, knee, non_dominated, utility_floor
 from search.report import CONTROL_COLUMNS, ReportData, verdict, write_report
 from search.spec import StudySpec
@@ -249,9 +250,9 @@ class StudyResult:
 
     def export(self, row: pd.Series, to: Path | str, form: str) -> Path:
         """Exports a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see `search.export`."""
-        from search.export import export_trial
-
-        return export_trial(self, row.to_dict(), Path(to), form)
+        log = self.out / "logs" / "retain.json"
+        recipe = recipe_of(self.store.record, self.spec, row.to_dict())
+        return export(recipe, Path(to), form, read_log(log) if log.is_file() else None)
 
     def _notes(self) -> list[str]:
         searched = int((self.trials["kind"] == "search").sum())

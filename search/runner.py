@@ -24,7 +24,8 @@ from search.preparation import Preparation, prepare
 from search.progress import Bars, Board
 from search.ray_searcher import StudySearcher
 from search.results import StudyResult, random_direction_jobs
-from search.space import distributions, given_points, make_sampler
+from search.samplers import make_sampler
+from search.space import distributions, given_points
 from search.spec import StudySpec
 from search.spec_sections import PretrainedModel
 from search.study_store import StudyStore
@@ -33,9 +34,10 @@ from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.errors import StudyInterrupted, UserError
 from uipe_core.evaluation_log import read_log, write_log
 from uipe_core.metrics import evaluate
-from uipe_core.models import ModelSource, TinyModelConfig, set_threads, tiny_model
+from uipe_core.models import ModelSource, set_threads
 from uipe_core.score_report import ScoreReport
 from uipe_core.scoring import Scorer, ScoringConfig
+from uipe_core.tiny_models import TinyModelConfig, tiny_model
 from uipe_core.training import DivergedError, UnlearningConfig, train_base_run
 
 POLL_SECONDS = 0.2

@@ -267,7 +267,7 @@ class Search(Section):
     @field_validator("sampler")
     @classmethod
     def _sampler_exists(cls, value: str) -> str:
-        from search.space import SAMPLERS  # optuna comes with it
+        from search.samplers import SAMPLERS  # optuna comes with it
 
         if value not in SAMPLERS:
             raise rule("there is no such sampler", did_you_mean(value, list(SAMPLERS)))

@@ -66,6 +66,11 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def cache_folder(name: str) -> Path:
+    """Default place of a cache: under the environment variable UIPE_CACHE, or ``~/.cache/uipe``."""
+    return Path(os.environ.get("UIPE_CACHE", Path.home() / ".cache" / "uipe")).expanduser() / name
+
+
 def write_atomic(path: Path, content: bytes) -> None:
     """Writes a file so that readers see the old content or the new, never a part: temporary name, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)

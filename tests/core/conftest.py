@@ -4,7 +4,8 @@ import pytest
 
 from uipe_core.content_store import ContentStore
 from uipe_core.corpora.people import load_people
-from uipe_core.models import Stage, TinyModelConfig, load_model, tiny_model
+from uipe_core.models import load_model
+from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
 
 TINY = TinyModelConfig(
     tokenizer="word",

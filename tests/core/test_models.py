@@ -8,21 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from uipe_core.content_store import ContentStore
+from uipe_core.content_store import ContentStore, cache_folder
 from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError
-from uipe_core.models import (
-    ModelSource,
-    Stage,
-    TinyModelConfig,
-    cache_folder,
-    cast_weights,
-    load_model,
-    model_identity,
-    resolve_device,
-    tiny_model,
-    tiny_model_inputs,
-)
+from uipe_core.models import ModelSource, cast_weights, load_model, model_identity, resolve_device
+from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model, tiny_model_inputs
 
 FROZEN = Stage(epochs=1, learning_rate=0.0, batch_size=500)
 SMALL = TinyModelConfig("word", None, 8, 1, 2, base=Stage(1, 1e-2, 100), finetune=FROZEN, seed=0)

@@ -64,7 +64,6 @@ def test_killed_drivers_and_workers_lose_only_what_was_running(slower_study, lau
     killed.until(lambda: complete(out) >= 1)
     os.kill(killed.process.pid, signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
-    assert killed.left_behind() == {}
     assert "RUNNING" in trials(out)
     first = values(out)
 
@@ -80,7 +79,6 @@ def test_killed_drivers_and_workers_lose_only_what_was_running(slower_study, lau
     assert "trials of an interrupted run were closed" in again.stderr
     os.kill(again.process.pid, signal.SIGKILL)
     again.wait()
-    assert again.left_behind() == {}
     the_rest_is_kept(first, out)
     second = values(out)
 
@@ -98,7 +96,8 @@ def test_killed_drivers_and_workers_lose_only_what_was_running(slower_study, lau
 
     last = launch(*command)
     assert last.wait() == 0, last.stderr
-    assert last.left_behind() == {}
+    # Ray's agents look for their raylet only now and then, so what a killed driver leaves takes a while to end.
+    assert [driver.left_behind() for driver in (last, killed, again)] == [{}, {}, {}]
     nothing_is_open(out)
     the_rest_is_kept(third, out)
     result = StudyResult.open(out)
@@ -161,7 +160,7 @@ def test_base_runs_cut_off_by_a_kill_are_trained_again_and_not_published_in_part
     command = ("run", file, "--out", tmp_path / "out")
     for words in ("training: initial model", "unlearning:"):
         driver = launch(*command)
-        driver.until(lambda words=words: words in driver.stderr)
+        driver.until(lambda driver=driver, words=words: words in driver.stderr)
         os.killpg(driver.process.pid, signal.SIGKILL)
         driver.wait()
         assert driver.left_behind() == {}

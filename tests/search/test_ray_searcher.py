@@ -9,7 +9,8 @@ from sqlalchemy import event
 
 from search.evaluator import Job
 from search.ray_searcher import StudySearcher
-from search.space import Point, distributions, make_sampler
+from search.samplers import make_sampler
+from search.space import Point, distributions
 from search.spec import parse_study
 
 GIVEN = [Point("npo", 1, 0.0), Point("npo", 2, 0.0)]

@@ -16,7 +16,7 @@ from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.delta_store import DeltaStore
 from uipe_core.evaluation_log import read_log
 from uipe_core.metrics import evaluate
-from uipe_core.models import tiny_model
+from uipe_core.tiny_models import tiny_model
 from uipe_core.scoring import Scorer
 from uipe_core.training import train_base_run
 

@@ -3,7 +3,8 @@
 import optuna
 import pytest
 
-from search.space import SAMPLERS, Point, distributions, given_points, make_sampler
+from search.samplers import SAMPLERS, make_sampler
+from search.space import Point, distributions, given_points
 from search.spec import StudySpec, parse_study
 
 
