@@ -260,7 +260,7 @@ def _print_front(result: Any) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     if result.front["flagged"].any():
-        console.print("! utility above both the initial and the retain model: likely sharper logits, not better knowledge")
+        console.print("! utility above both the initial and the retain model: look at its logit scale before believing it")
 
 
 def _writable(what: Path | str, action: Any) -> None:

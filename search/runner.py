@@ -1,12 +1,5 @@
 """Runs a study on Ray: models and base runs as tasks, trials through Tune with warm, reused actors."""
 
-import json
-import os
-import secrets
-import shutil
-import signal
-import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +12,8 @@ from optuna.exceptions import StorageInternalError
 from ray import tune
 from sqlalchemy.exc import OperationalError
 
-from search.evaluator import Evaluator, Job, StudyContext, load_for_scoring
+from search.cluster import local_ray, worker_count
+from search.evaluator import Job, StudyContext
 from search.preparation import Preparation, prepare
 from search.progress import Bars, Board
 from search.ray_searcher import StudySearcher
@@ -27,23 +21,17 @@ from search.results import StudyResult, random_direction_jobs
 from search.samplers import make_sampler
 from search.space import distributions, given_points
 from search.spec import StudySpec
-from search.spec_sections import PretrainedModel
 from search.study_store import StudyStore
-from uipe_core.corpora.types import Corpus
+from search.workers import ScoringTrial, build_tiny, score_model, train_and_publish
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.errors import StudyInterrupted, UserError
 from uipe_core.evaluation_log import read_log, write_log
 from uipe_core.metrics import evaluate
-from uipe_core.models import ModelSource, set_threads
+from uipe_core.models import ModelSource
 from uipe_core.score_report import ScoreReport
-from uipe_core.scoring import Scorer, ScoringConfig
-from uipe_core.tiny_models import TinyModelConfig, tiny_model
-from uipe_core.training import DivergedError, UnlearningConfig, train_base_run
+from uipe_core.training import DivergedError
 
 POLL_SECONDS = 0.2
-OBJECT_STORE_BYTES = 256 * 2**20
-LONGEST_SCRATCH = 24
-"""Length of a folder for temporary files that still leaves room for the names of Ray's sockets."""
 
 
 def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False) -> StudyResult:
@@ -105,7 +93,7 @@ class _Run:
         missing = spec.search.trials - self._searched()
         if not (controls or given or missing > 0 or random_direction_jobs(self.store)):
             return
-        with _ray(spec, self.store.out, self.bars):
+        with local_ray(spec, self.store.out, self.bars):
             self._board = ray.remote(num_cpus=0)(Board).remote()
             context = self._context()
             self._score(context, controls, given, max(missing, 0))
@@ -157,8 +145,8 @@ class _Run:
         if not all(folders.values()):
             arguments = (preparation.tiny, preparation.corpus, store.root, spec.resources.threads_per_worker, self._board)
             if preparation.tiny.base is not None:
-                self._gather({"base": self._task(_build_tiny, "base", *arguments)})
-            tasks = {which: self._task(_build_tiny, stage, *arguments) for which, stage in stages.items()}
+                self._gather({"base": self._task(build_tiny, "base", *arguments)})
+            tasks = {which: self._task(build_tiny, stage, *arguments) for which, stage in stages.items()}
             folders = self._gather(tasks)
         return preparation.source("initial", str(folders["initial"])), preparation.source("retain", str(folders["retain"]))
 
@@ -177,7 +165,7 @@ class _Run:
                 continue
             config = preparation.unlearning(run)
             arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, threads, self._board, run.label)
-            tasks[run.label] = self._task(_train_base_run, *arguments)
+            tasks[run.label] = self._task(train_and_publish, *arguments)
         reports: dict[str, ScoreReport] = {}
         for which, source in (("initial", initial), ("retain", retain)):
             log = self.store.out / "logs" / f"{which}.json" if source is not None else preparation.retain_log
@@ -185,7 +173,7 @@ class _Run:
                 reports[which] = read_log(log)
             else:
                 wanted = (source, preparation.corpus, preparation.scoring, threads, self._board, f"scoring: {which} model")
-                tasks[which] = self._task(_score_model, *wanted)
+                tasks[which] = self._task(score_model, *wanted)
         results = self._gather(tasks)
         for which in ("initial", "retain"):
             if which in results:
@@ -210,7 +198,7 @@ class _Run:
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(ScoringTrial, context=context), resources),
             tune_config=tune.TuneConfig(
-                search_alg=searcher, num_samples=-1, max_concurrent_trials=_workers(spec), reuse_actors=True
+                search_alg=searcher, num_samples=-1, max_concurrent_trials=worker_count(spec), reuse_actors=True
             ),
             run_config=tune.RunConfig(
                 name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
@@ -298,74 +286,6 @@ class _Tally:
             self._bars.show(names[stage], self._done[stage], self._totals[stage])
 
 
-class ScoringTrial(tune.Trainable):
-    """A warm worker: its model stays loaded while Tune gives it one job after another."""
-
-    def setup(self, config: dict[str, Any], context: StudyContext) -> None:
-        """Notes the job; the model is loaded with the first step, because slow set-ups upset actor reuse."""
-        self._job, self._context = Job(**config["job"]), context
-        self._evaluator: Evaluator | None = None
-
-    def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Takes the next job."""
-        self._job = Job(**new_config["job"])
-        return True
-
-    def step(self) -> dict[str, Any]:
-        """Scores the job. A failure is a result: an exception would cost the warm actor and, with it, concurrency."""
-        try:
-            if self._evaluator is None:
-                self._evaluator = Evaluator(self._context)
-            # As text, because Tune flattens nested results before its searcher sees them.
-            return {"evidence": json.dumps(self._evaluator.evaluate(self._job)), "done": True}
-        except Exception as error:
-            return {"reason": f"{type(error).__name__}: {error}", "done": True}
-
-
-def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
-    last = 0.0
-
-    def note(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last > POLL_SECONDS or done == total:
-            last = now
-            board.note.remote(name, done, total)
-
-    return note
-
-
-def _build_tiny(stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any) -> Path:
-    from uipe_core.content_store import ContentStore
-
-    set_threads(threads)
-    titles = {"base": "base", "full": "initial", "retain": "retain"}
-    return tiny_model(config, corpus, stage, ContentStore(root), _reporter(board, f"training: {titles[stage]} model"))
-
-
-def _train_base_run(
-    source: ModelSource,
-    corpus: Corpus,
-    config: UnlearningConfig,
-    inputs: Mapping[str, Any],
-    root: Path,
-    threads: int,
-    board: Any,
-    label: str,
-) -> BaseRun:
-    set_threads(threads)
-    epochs = train_base_run(source.load(dtype="auto"), corpus, config, _reporter(board, f"unlearning: {label}"))
-    return DeltaStore(root).get_or_train(inputs, epochs)
-
-
-def _score_model(
-    source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str
-) -> ScoreReport:
-    set_threads(threads)
-    loaded, _ = load_for_scoring(source)
-    return Scorer(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))
-
-
 def _check_reference(reports: Mapping[str, ScoreReport], definition: str) -> None:
     """Whether a given log will do, found out once here: in the workers it would fail every trial."""
     try:
@@ -389,71 +309,3 @@ def _done_jobs(store: StudyStore) -> set[Job]:
 
 def _absent(value: Any) -> bool:
     return value is None or value != value
-
-
-def _workers(spec: StudySpec) -> int:
-    """How many trials run at once: as asked, or as many as the cluster has room for."""
-    return spec.resources.workers or _room(spec)
-
-
-def _room(spec: StudySpec) -> int:
-    total = ray.cluster_resources()
-    room = int(total.get("CPU", 1) // spec.resources.cpus_per_worker)
-    if spec.resources.gpus_per_worker > 0:
-        room = min(room, int(total.get("GPU", 0) / spec.resources.gpus_per_worker))
-    if room < 1:
-        raise UserError(
-            f"resources: a worker needs {spec.resources.cpus_per_worker:g} CPUs and {spec.resources.gpus_per_worker:g} GPUs, "
-            f"but the cluster has {total.get('CPU', 0):g} and {total.get('GPU', 0):g}; lower resources.*_per_worker"
-        )
-    return room
-
-
-@contextmanager
-def _ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
-    """A Ray cluster of this machine's cores for the length of a run; one that is already connected is used as it is."""
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A local cluster asks for a token. Our own keeps others on this machine out and leaves no token file in the home folder.
-    if "RAY_AUTH_MODE" not in os.environ:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-    folder = (out / "ray").resolve()
-    folder.mkdir(parents=True, exist_ok=True)
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))  # workers make it on import, else under /tmp
-    # Ray puts sockets below its folder, and a socket's path may have at most 107 bytes: a link keeps it short.
-    scratch = tempfile.gettempdir()
-    link = Path(tempfile.mkdtemp(prefix="uipe-", dir=scratch if len(scratch) <= LONGEST_SCRATCH else "/tmp")) / "r"
-    link.symlink_to(folder, target_is_directory=True)
-    bars.say("starting Ray ...")
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(link),
-            _node_ip_address="127.0.0.1",
-        )
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
-        _check_room(spec)
-        yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error  # SIGTERM while Ray was starting, and had its own handler in place
-    finally:
-        ray.shutdown()
-        shutil.rmtree(link.parent, ignore_errors=True)
-
-
-def _check_room(spec: StudySpec) -> None:
-    _room(spec)
-    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.gpus_per_worker == 0:
-        raise UserError("model.device: 'cuda' needs GPUs for the workers; set resources.gpus_per_worker, for example to 1")

@@ -11,7 +11,7 @@ import pytest
 from search.results import StudyResult
 from search.study_store import OBJECTIVES
 
-GIVEN, SEARCHED = 4, 24
+GIVEN, SEARCHED = 4, 40
 
 
 def trials(out, study="tiny"):
@@ -37,7 +37,7 @@ def values(out):
 
 
 def scoring_workers(driver, living_processes):
-    return [pid for pid, command in living_processes(driver.tag).items() if "ScoringTrial" in command]
+    return [pid for pid, command in living_processes(driver.tag).items() if "Trainable" in command or "ScoringTrial" in command]
 
 
 @pytest.fixture(scope="session")
@@ -68,8 +68,8 @@ def test_killed_drivers_and_workers_lose_only_what_was_running(slower_study, lau
     first = values(out)
 
     again = launch(*command)
-    again.until(lambda: complete(out) >= GIVEN + 4)
-    workers = scoring_workers(again, living_processes)
+    again.until(lambda: complete(out) > len(first) + 2)
+    workers = again.until(lambda: scoring_workers(again, living_processes))
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     again.until(lambda: len(set(scoring_workers(again, living_processes)) - {workers[0]}) == 2)

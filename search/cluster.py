@@ -1,0 +1,95 @@
+"""The Ray cluster a study runs on: connected already, or started on this machine for the length of a run."""
+
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import ray
+
+from search.progress import Bars
+from search.spec import StudySpec
+from search.spec_sections import PretrainedModel
+from uipe_core.errors import UserError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+LONGEST_SCRATCH = 24
+"""Length of a folder for temporary files that still leaves room for the names of Ray's sockets."""
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the study is the record; Tune's own loggers double the time of a trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the runner's: it leaves a study that can be resumed
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+def worker_count(spec: StudySpec) -> int:
+    """How many trials run at once: as asked, or as many as the cluster has room for."""
+    return spec.resources.workers or _room(spec)
+
+
+def _room(spec: StudySpec) -> int:
+    total = ray.cluster_resources()
+    room = int(total.get("CPU", 1) // spec.resources.cpus_per_worker)
+    if spec.resources.gpus_per_worker > 0:
+        room = min(room, int(total.get("GPU", 0) / spec.resources.gpus_per_worker))
+    if room < 1:
+        raise UserError(
+            f"resources: a worker needs {spec.resources.cpus_per_worker:g} CPUs and {spec.resources.gpus_per_worker:g} GPUs, "
+            f"but the cluster has {total.get('CPU', 0):g} and {total.get('GPU', 0):g}; lower resources.*_per_worker"
+        )
+    return room
+
+
+@contextmanager
+def local_ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
+    """A Ray cluster of this machine's cores for the length of a run; one that is already connected is used as it is."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        _check_room(spec)
+        yield
+        return
+    # A local cluster asks for a token. Our own keeps others on this machine out and leaves no token file in the home folder.
+    if "RAY_AUTH_MODE" not in os.environ:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    folder = (out / "ray").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))  # workers make it on import, else under /tmp
+    # Ray puts sockets below its folder, and a socket's path may have at most 107 bytes: a link keeps it short.
+    scratch = tempfile.gettempdir()
+    link = Path(tempfile.mkdtemp(prefix="uipe-", dir=scratch if len(scratch) <= LONGEST_SCRATCH else "/tmp")) / "r"
+    link.symlink_to(folder, target_is_directory=True)
+    bars.say("starting Ray ...")
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(link),
+            _node_ip_address="127.0.0.1",
+        )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
+        _check_room(spec)
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error  # SIGTERM while Ray was starting, and had its own handler in place
+    finally:
+        ray.shutdown()
+        shutil.rmtree(link.parent, ignore_errors=True)
+
+
+def _check_room(spec: StudySpec) -> None:
+    _room(spec)
+    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.gpus_per_worker == 0:
+        raise UserError("model.device: 'cuda' needs GPUs for the workers; set resources.gpus_per_worker, for example to 1")

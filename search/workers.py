@@ -1,0 +1,91 @@
+"""What runs on Ray's workers: the tasks of a study and its trainable."""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from search.evaluator import Evaluator, Job, StudyContext, load_for_scoring
+from uipe_core.content_store import ContentStore
+from uipe_core.corpora.types import Corpus
+from uipe_core.delta_store import BaseRun, DeltaStore
+from uipe_core.models import ModelSource, set_threads
+from uipe_core.score_report import ScoreReport
+from uipe_core.scoring import Scorer, ScoringConfig
+from uipe_core.tiny_models import TinyModelConfig, tiny_model
+from uipe_core.training import UnlearningConfig, train_base_run
+
+REPORT_SECONDS = 0.2
+"""Least time between two notes on the progress of a task."""
+
+
+class ScoringTrial(tune.Trainable):
+    """A warm worker: its model stays loaded while Tune gives it one job after another."""
+
+    def setup(self, config: dict[str, Any], context: StudyContext) -> None:
+        """Notes the job; the model is loaded with the first step, because slow set-ups upset actor reuse."""
+        self._job, self._context = Job(**config["job"]), context
+        self._evaluator: Evaluator | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Takes the next job."""
+        self._job = Job(**new_config["job"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Scores the job. A failure is a result: an exception would cost the warm actor and, with it, concurrency."""
+        try:
+            if self._evaluator is None:
+                self._evaluator = Evaluator(self._context)
+            # As text, because Tune flattens nested results before its searcher sees them.
+            return {"evidence": json.dumps(self._evaluator.evaluate(self._job)), "done": True}
+        except Exception as error:
+            return {"reason": f"{type(error).__name__}: {error}", "done": True}
+
+
+def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
+    last = 0.0
+
+    def note(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > REPORT_SECONDS or done == total:
+            last = now
+            board.note.remote(name, done, total)
+
+    return note
+
+
+def build_tiny(stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any) -> Path:
+    """Builds a tiny model unless the cache has it; returns its folder."""
+    set_threads(threads)
+    titles = {"base": "base", "full": "initial", "retain": "retain"}
+    return tiny_model(config, corpus, stage, ContentStore(root), _reporter(board, f"training: {titles[stage]} model"))
+
+
+def train_and_publish(
+    source: ModelSource,
+    corpus: Corpus,
+    config: UnlearningConfig,
+    inputs: Mapping[str, Any],
+    root: Path,
+    threads: int,
+    board: Any,
+    label: str,
+) -> BaseRun:
+    """Trains a base run and publishes it, unless the store has it by now."""
+    set_threads(threads)
+    epochs = train_base_run(source.load(dtype="auto"), corpus, config, _reporter(board, f"unlearning: {label}"))
+    return DeltaStore(root).get_or_train(inputs, epochs)
+
+
+def score_model(
+    source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str
+) -> ScoreReport:
+    """Scores a model as it is."""
+    set_threads(threads)
+    loaded, _ = load_for_scoring(source)
+    return Scorer(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))
