@@ -237,26 +237,44 @@ def _print_metrics(values: dict[str, Any], as_json: bool) -> None:
         typer.echo(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
 
 
+SHORT_WALKS = {
+    "unlearned epoch": "trained",
+    "interpolation": "interp.",
+    "extrapolation": "extrap.",
+    "initial model": "initial",
+}
+
+
 def _print_front(result: Any) -> None:
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     definition = result.spec.scoring.definition
-    table = Table(title=f"Pareto front of {result.store.record['name']} (metrics: {definition})", title_justify="left")
-    columns = {"trial": "trial", "base": "base run", "epoch": "epoch", "alpha": "alpha", "walk": "walk"}
-    columns |= {"log10_forget_quality": "log10 FQ", "forget_quality": "FQ", "model_utility": "MU", "logit_scale": "logit scale"}
-    related = {"related_log10_forget_quality": "log10 FQ K2", "unrelated_log10_forget_quality": "log10 FQ K0"}
-    columns |= {key: title for key, title in related.items() if key in result.front}
-    shown = {"alpha": "{:.3f}", "log10_forget_quality": "{:.2f}", "forget_quality": "{:.2g}", "model_utility": "{:.4f}"}
-    shown |= {"logit_scale": "{:.3f}", **dict.fromkeys(related, "{:.2f}")}
-    for key, title in columns.items():
-        table.add_column(title, justify="left" if key in ("base", "walk") else "right", overflow="fold")
+    title = f"Pareto front of {result.store.record['name']} (metrics: {definition})"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = {
+        "trial": ("trial", "{}"),
+        "base": ("base run", "{}"),
+        "epoch": ("epoch", "{}"),
+        "alpha": ("alpha", "{:.3f}"),
+        "walk": ("walk", "{}"),
+        "log10_forget_quality": ("log10\nFQ", "{:.2f}"),
+        "forget_quality": ("FQ", "{:.2g}"),
+        "model_utility": ("MU", "{:.4f}"),
+        "logit_scale": ("logit\nscale", "{:.3f}"),
+        "related_log10_forget_quality": ("log10\nFQ K2", "{:.2f}"),
+        "unrelated_log10_forget_quality": ("log10\nFQ K0", "{:.2f}"),
+    }
+    columns = {key: column for key, column in columns.items() if key in result.front}
+    for key, (head, _) in columns.items():
+        table.add_column(head, justify="left" if key in ("base", "walk") else "right", overflow="fold")
     for row in result.front.to_dict("records"):
-        cells = [shown.get(key, "{}").format(row[key]) if row[key] is not None else "" for key in columns]
-        if row["flagged"]:
-            cells[list(columns).index("model_utility")] += " !"
-        table.add_row(*map(escape, cells))
+        row["walk"] = SHORT_WALKS[row["walk"]]
+        cells = {key: "" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()}
+        cells["model_utility"] += " !" if row["flagged"] else ""
+        table.add_row(*map(escape, cells.values()))
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     if result.front["flagged"].any():

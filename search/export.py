@@ -85,7 +85,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path}: not a recipe of this version; give a {RECIPE_FILE} that `uipe export --as recipe` wrote")
     try:
         point = content["point"]
-        return Recipe(
+        recipe = Recipe(
             spec=StudySpec.model_validate(content["study"], strict=False),
             fingerprint=content["fingerprint"],
             trial=int(point["trial"]),
@@ -95,8 +95,21 @@ def read_recipe(path: Path) -> Recipe:
             expected=dict(content["expected"]),
             provenance=dict(content["provenance"]),
         )
-    except (KeyError, TypeError, ValueError) as error:
+        _require_whole(recipe)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: the recipe is damaged ({type(error).__name__}: {error}); export it again") from error
+    return recipe
+
+
+def _require_whole(recipe: Recipe) -> None:
+    labels = [run.label for run in recipe.spec.variants()]
+    if recipe.base not in labels:
+        raise ValueError(f"point.base is {recipe.base!r}, its study has {', '.join(labels)}")
+    if not 1 <= recipe.epoch <= recipe.spec.unlearning.epochs:
+        raise ValueError(f"point.epoch is {recipe.epoch}, its study has 1 to {recipe.spec.unlearning.epochs}")
+    numbers = [recipe.alpha, *(float(recipe.expected[name]) for name in ("model_utility", "ks_statistic"))]
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError("alpha or an expected number is not finite")
 
 
 def recipe_of(record: Mapping[str, Any], spec: StudySpec, row: Mapping[Any, Any]) -> Recipe:

@@ -58,12 +58,10 @@ class Finished:
 
     file: Path
     out: Path
-    home: Path
-    scratch: Path
+    strays: list[Path]
     cwd: Path
     stdout: str
     stderr: str
-    code: int
 
 
 def processes_with(tag):
@@ -88,6 +86,7 @@ class Driver:
 
     def __init__(self, arguments, folder, environment):
         self.tag = uuid.uuid4().hex
+        self.folder = folder
         self._error = folder / f"stderr-{self.tag[:6]}.txt"
         self._output = folder / f"stdout-{self.tag[:6]}.txt"
         with self._error.open("w") as error, self._output.open("w") as output:
@@ -207,7 +206,8 @@ def finished(place, environment, write_study, tmp_path_factory):
     finally:
         driver.clean_up()
     assert code == 0, driver.stderr
-    return Finished(file, out, place["home"], place["scratch"], driver._error.parent, driver.stdout, driver.stderr, code)
+    strays = [path for name in ("home", "scratch") for path in place[name].rglob("*")]
+    return Finished(file, out, strays, driver.folder, driver.stdout, driver.stderr)
 
 
 @pytest.fixture(scope="session")
