@@ -184,10 +184,10 @@ class StudyResult:
 
     @property
     def gain(self) -> dict[str, float]:
-        """Hypervolume gained over what is given."""
+        """Hypervolume gained over what is given; never negative, though sums in another order may differ in the last digit."""
         base = self.hypervolume["alpha_zero"]
         names = {"all": "front", "extrapolation_only": "extrapolation_only", "random_direction": "random_direction"}
-        return {name: self.hypervolume[key] - base for name, key in names.items()}
+        return {name: max(0.0, self.hypervolume[key] - base) for name, key in names.items()}
 
     def summary(self) -> dict[str, Any]:
         """What ``uipe run --json`` prints."""

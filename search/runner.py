@@ -1,5 +1,6 @@
 """Runs a study on Ray: models and base runs as tasks, trials through Tune with warm, reused actors."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -207,6 +208,8 @@ class _Run:
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
+        # The searcher tells of every failure in one line; Tune would add a traceback, which it keeps in its folder anyway.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         try:
             tuner.fit()
             if searcher.error is not None:
