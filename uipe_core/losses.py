@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -37,6 +38,24 @@ class LossInputs:
         return -self.forget_logp.sum() / self.forget_tokens.sum()
 
 
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of every target token, in nats.
+
+    Only answer positions go through the softmax: on them alone it is a matrix of contiguous rows, several times faster than
+    over all positions with the vocabulary in the middle.
+
+    Args:
+        logits: (b, t, v); position i predicts target i.
+        targets: (b, t) with `IGNORED` outside answers.
+
+    Returns:
+        (b, t) fp32, 0 outside answers.
+    """
+    chosen = targets != IGNORED
+    nll = F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
+    return torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device).masked_scatter(chosen, nll)
+
+
 def answer_logp(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probability of each answer and its number of tokens.
 
@@ -48,8 +67,7 @@ def answer_logp(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         (b,) summed log-probabilities in nats, (b,) token counts.
     """
     targets = labels[:, 1:]
-    nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
-    return -nll.sum(dim=1), (targets != IGNORED).sum(dim=1)
+    return -token_nll(logits[:, :-1], targets).sum(dim=1), (targets != IGNORED).sum(dim=1)
 
 
 def answer_kl(initial_logits: Tensor, logits: Tensor, labels: Tensor) -> Tensor:

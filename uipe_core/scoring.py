@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from uipe_core.corpora.types import UTILITY_SETS, Corpus, Item, ItemSet, item_set_hash
+from uipe_core.losses import token_nll
 from uipe_core.models import LoadedModel
-from uipe_core.prompts import Example, PromptFormat
+from uipe_core.prompts import IGNORED, Example, PromptFormat
 from uipe_core.score_report import FloatArray, IntArray, ScoreReport, SetScores
 
 GENERATED_SETS = ("forget", *UTILITY_SETS)
@@ -127,14 +127,15 @@ class Scorer:
             last = max(len(example.input_ids) for example in examples) - 1
             input_ids, targets = _teacher_forcing(examples, first, last, self.prompts.pad_id, device)
             # The final token predicts nothing, so it is not even fed.
-            logits = _answer_logits(model, input_ids[:, :last], first, keep).float() / temperature
-            nll = F.cross_entropy(logits.transpose(1, 2), targets, ignore_index=-100, reduction="none")
-            counts = (targets != -100).sum(dim=1)
-            losses[rows] = (nll.double().sum(dim=1) / counts).cpu()
+            logits = _answer_logits(model, input_ids[:, :last], first, keep)
+            if temperature != 1.0:
+                logits = logits.float() / temperature
+            nll = token_nll(logits, targets)
+            losses[rows] = (nll.double().sum(dim=1) / (targets != IGNORED).sum(dim=1)).cpu()
             chosen = [index for index, row in enumerate(rows) if row in gold]
             if chosen:
-                spread = logits[chosen].std(dim=-1)
-                scales.append(spread[targets[chosen] != -100].double().cpu())
+                spread = logits[chosen][targets[chosen] != IGNORED].float().std(dim=-1)
+                scales.append(spread.double().cpu())
             step()
         return losses.numpy(), torch.cat(scales).numpy() if scales else np.zeros(0)
 
@@ -208,9 +209,9 @@ def accepts_logits_to_keep(model: Any) -> bool:
 def _teacher_forcing(
     examples: Sequence[Example], first: int, last: int, pad_id: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(b, last + 1) right-padded ids, and (b, last - first) targets of positions first..last - 1 (-100 off answers)."""
+    """(b, last + 1) right-padded ids, and (b, last - first) targets of positions first..last - 1 (`IGNORED` off answers)."""
     ids = np.full((len(examples), last + 1), pad_id, dtype=np.int64)
-    targets = np.full((len(examples), last + 1), -100, dtype=np.int64)
+    targets = np.full((len(examples), last + 1), IGNORED, dtype=np.int64)
     for row, example in enumerate(examples):
         end = len(example.input_ids)
         ids[row, :end] = example.input_ids

@@ -13,7 +13,7 @@ from uipe_core.losses import mean_answer_nll
 from uipe_core.models import Progress, load_model
 from uipe_core.prompts import PromptFormat, pad_batch
 
-TINY_SCHEMA = 1
+TINY_SCHEMA = 2
 """Raised whenever a change in this file alters the tiny models it builds, so that cached ones are not taken for new."""
 
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"

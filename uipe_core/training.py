@@ -18,7 +18,7 @@ from uipe_core.models import LoadedModel, Progress
 from uipe_core.prompts import Batch, Example, pad_batch
 from uipe_core.update_vectors import LOW_RANK, UpdateVector, adapter_state, snapshot, take_update, wrap_adapter
 
-TRAINING_SCHEMA = 2
+TRAINING_SCHEMA = 3
 """Raised whenever a change in this file or in losses.py alters the update vectors it yields."""
 
 

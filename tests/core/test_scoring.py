@@ -200,6 +200,12 @@ def test_logit_scale_is_the_mean_spread_at_gold_tokens_of_the_utility_sets(load_
 
 
 def test_rouge_is_the_recall_of_the_rouge_score_package_with_stemmer(load_tiny, corpus):
+    # Words the model never says give recalls between 0 and 1, whatever the small model has learned.
+    longer = {
+        name: tuple(replace(item, answer=f"{item.answer} indeed") if row % 2 else item for row, item in enumerate(items))
+        for name, items in corpus.sets.items()
+    }
+    corpus = replace(corpus, sets=longer)
     report = score(load_tiny(), corpus)
     scorer = RougeScorer(["rougeL", "rouge1"], use_stemmer=True)
     seen = set()
