@@ -174,7 +174,7 @@ def parse_study(data: Mapping[str, object], folder: Path | None = None) -> Study
     return _build(data, folder or Path.cwd(), "study", {}, {})
 
 
-def load_study(path: Path, overrides: Mapping[str, object] | None = None) -> StudySpec:
+def load_study(path: Path | str, overrides: Mapping[str, object] | None = None) -> StudySpec:
     """A study from a file.
 
     Args:
@@ -184,6 +184,7 @@ def load_study(path: Path, overrides: Mapping[str, object] | None = None) -> Stu
     Raises:
         StudyFileError: With everything that is wrong.
     """
+    path = Path(path)
     data, lines = read_study_file(path)
     return _build(data, path.resolve().parent, str(path), lines, overrides or {})
 
