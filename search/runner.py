@@ -276,7 +276,8 @@ class _Tally:
             self._book(stage)
 
     def close(self) -> None:
-        self._book("trials")
+        """Books what is left, also of a run that was interrupted."""
+        self._book("trials" if self._done["baselines"] == self._totals["baselines"] else "baselines")
 
     def _book(self, stage: str) -> None:
         now = time.perf_counter()
