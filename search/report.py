@@ -136,6 +136,7 @@ def verdict(view: ReportData) -> list[str]:
     given = len(front) - longer - shorter
     sentences = [
         *_gain_sentences(view),
+        *_next_epoch_sentences(view),
         *_floor_sentences(view),
         f"The front has {_count(len(front), 'point')}: {given} given at alpha = 0, {shorter} by interpolation "
         f"(alpha below 0) and {longer} by extrapolation (alpha above 0).",
@@ -178,6 +179,23 @@ def _gain_sentences(view: ReportData) -> list[str]:
     else:
         sentences.append(f"{drawn[0].upper()}{drawn[1:]} won {_decimal(chance)}, {chance / everything:.0%} of it.")
     return sentences
+
+
+def _next_epoch_sentences(view: ReportData) -> list[str]:
+    """The paper's control: whether training one epoch longer goes where no alpha went."""
+    objectives = ["log10_forget_quality", "model_utility"]
+    controls = view.controls[view.controls["kind"] == "next_epoch"]
+    further = controls[objectives].dropna().to_numpy(dtype=float)
+    if len(further) == 0:
+        return []
+    front = view.trials.loc[view.trials["on_front"], objectives].to_numpy(dtype=float)
+    beyond = sum(not any((point >= other).all() for point in front) for other in further)
+    of_all = f"of {_count(len(further), 'next epoch')} of plain training"
+    if beyond == 0:
+        return [f"None {of_all} lies beyond the front."]
+    return [
+        f"{beyond} {of_all} {'lies' if beyond == 1 else 'lie'} beyond the front: there training on beats every alpha tried."
+    ]
 
 
 def _floor_sentences(view: ReportData) -> list[str]:

@@ -1,5 +1,6 @@
 """One very small study, really run, shared by the tests of the service; and ways to call the command line."""
 
+import contextlib
 import copy
 import os
 import shutil
@@ -129,12 +130,12 @@ class Driver:
         return living
 
     def clean_up(self):
-        for pid in (self.process.pid, *processes_with(self.tag)):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
+        # Not by the driver's number: once it has ended, the number may be another process's.
+        self.process.kill()
         self.process.wait()
+        for pid in processes_with(self.tag):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

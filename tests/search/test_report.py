@@ -254,6 +254,21 @@ def test_the_verdict_on_the_synthetic_study(view):
     assert "flagged: utility above both" in " ".join(verdict(dataclasses.replace(view, trials=flagged)))
 
 
+def test_the_verdict_says_where_training_on_beats_every_alpha(view):
+    def said(log10, utility):
+        controls = view.controls.copy()
+        further = controls["kind"] == "next_epoch"
+        controls.loc[further, ["log10_forget_quality", "model_utility"]] = [log10, utility]
+        return further.sum(), " ".join(verdict(dataclasses.replace(view, controls=controls)))
+
+    worst = view.trials[["log10_forget_quality", "model_utility"]].min() - 0.1
+    count, text = said(*worst)
+    assert count > 0
+    assert f"None of {count} next epochs of plain training lies beyond the front" in text
+    best = view.trials[["log10_forget_quality", "model_utility"]].max() + 0.1
+    assert f"{count} of {count} next epochs of plain training lie beyond the front" in said(*best)[1]
+
+
 def test_a_search_above_zero_only_does_not_split_its_gain():
     text = " ".join(verdict(with_gain(synthetic(low=0.0), 0.5, 0.5, 0.0)))
     assert "alone won" not in text
