@@ -13,7 +13,7 @@ from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 app = typer.Typer(
     name="uipe",
     help="Hyperparameter search for LLM unlearning by parameter extrapolation (UIPE).\n\n"
-    "Start with [bold]uipe run[/bold]: it needs nothing and takes about two minutes.",
+    "Start with [bold]uipe run[/bold]: it needs nothing and takes a minute or two.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
