@@ -1,6 +1,6 @@
 """The pictures of a study's report, drawn with matplotlib's objects and no global state.
 
-The functions take the tables of `search.report.ReportData`. The walk is told by the marker, never by colour alone; the
+The functions take the tables of `search.report_data.ReportData`. The walk is told by the marker, never by colour alone; the
 colours of methods are those of Okabe and Ito, "Color Universal Design", 2008.
 """
 

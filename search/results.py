@@ -14,9 +14,11 @@ import pandas as pd
 from search.evaluator import Job
 from search.export import export, recipe_of
 from search.pareto import hypervolume, knee, non_dominated, utility_floor
-from search.report import CONTROL_COLUMNS, ReportData, verdict, write_report
+from search.report import write_report
+from search.report_data import CONTROL_COLUMNS, ReportData
 from search.spec import StudySpec
 from search.study_store import OBJECTIVES, StudyStore
+from search.verdict import verdict
 from uipe_core.errors import UserError
 from uipe_core.evaluation_log import read_log
 from uipe_core.metrics import log10_p_floor

@@ -13,7 +13,9 @@ import pytest
 
 from search import plots
 from search.pareto import hypervolume, knee, non_dominated, utility_floor
-from search.report import ReportData, verdict, write_report
+from search.report import write_report
+from search.report_data import ReportData
+from search.verdict import verdict
 from uipe_core.errors import UserError
 
 FLOOR, CAP = -22.73, 0.3

@@ -1,0 +1,117 @@
+"""What won, in plain sentences: the same in the report, on the terminal and in the dashboard."""
+
+import math
+
+from search.formats import alpha, count, decimal, number, probability
+from search.pareto import utility_floor
+from search.report_data import ReportData
+from uipe_core.errors import UserError
+
+# Gains below this share of the hypervolume at alpha = 0 are rounding, not results.
+_NOTHING = 1e-6
+_AS_MUCH = 0.9
+_FLOOR = 0.95
+
+
+def verdict(view: ReportData) -> list[str]:
+    """What won, in plain sentences: what alpha gained over the unlearned epochs, and whether chance gains as much.
+
+    Gains are hypervolumes over what is given without a search: the initial model and every epoch at alpha = 0.
+    """
+    front = view.trials[view.trials["on_front"]]
+    if front.empty:
+        return ["No trial is complete yet, so there is no front to judge."]
+    walks = front["walk"].value_counts()
+    longer, shorter = int(walks.get("extrapolation", 0)), int(walks.get("interpolation", 0))
+    given = len(front) - longer - shorter
+    sentences = [
+        *_gain_sentences(view),
+        *_next_epoch_sentences(view),
+        *_floor_sentences(view),
+        f"The front has {count(len(front), 'point')}: {given} given at alpha = 0, {shorter} by interpolation "
+        f"(alpha below 0) and {longer} by extrapolation (alpha above 0).",
+    ]
+    flagged = int(front["flagged"].sum())
+    if flagged:
+        sentences.append(
+            f"{flagged} of {count(len(front), 'front point')} {'is' if flagged == 1 else 'are'} flagged: "
+            "utility above both the initial and the retain model, which sharper logits alone can bring about."
+        )
+    return sentences
+
+
+def _gain_sentences(view: ReportData) -> list[str]:
+    gain, scale = view.summary["gain"], view.summary["hypervolume"].get("alpha_zero")
+    everything, longer, chance = (number(gain.get(key)) for key in ("all", "extrapolation_only", "random_direction"))
+    nothing = _NOTHING * max(abs(number(scale, 0.0)), _NOTHING)
+    if math.isnan(everything):
+        return ["The gain over alpha = 0 was not measured."]
+    if everything <= nothing:
+        return ["The search won nothing: no alpha, above or below 0, beats the unlearned epochs as they were trained."]
+    sentences = [f"Choosing alpha won {decimal(everything)} of hypervolume over the unlearned epochs as they were trained."]
+    if view.summary["alpha"]["low"] < 0 and not math.isnan(longer):
+        if longer <= nothing:
+            sentences.append(
+                "Extrapolation won nothing: all of the gain comes from alpha below 0, from scaling an update down."
+            )
+        else:
+            sentences.append(f"Alpha of 0 and above alone won {decimal(longer)}, {longer / everything:.0%} of it.")
+    mirrored = int((view.controls["kind"] == "random_direction").sum())
+    if math.isnan(chance) or mirrored == 0:
+        return [*sentences, "No random direction was scored, so the gain is not yet told from chance."]
+    drawn = f"{count(mirrored, 'random direction')} of the same size"
+    if chance >= _AS_MUCH * everything:
+        sentences.append(
+            f"But {drawn} won {decimal(chance)}, as much as the search: the gain is no evidence for the unlearning direction."
+        )
+    elif chance <= nothing:
+        sentences.append(f"{drawn[0].upper()}{drawn[1:]} won nothing, so the direction carries the gain.")
+    else:
+        sentences.append(f"{drawn[0].upper()}{drawn[1:]} won {decimal(chance)}, {chance / everything:.0%} of it.")
+    return sentences
+
+
+def _next_epoch_sentences(view: ReportData) -> list[str]:
+    """The paper's control: whether training one epoch longer goes where no alpha went."""
+    objectives = ["log10_forget_quality", "model_utility"]
+    controls = view.controls[view.controls["kind"] == "next_epoch"]
+    further = controls[objectives].dropna().to_numpy(dtype=float)
+    if len(further) == 0:
+        return []
+    front = view.trials.loc[view.trials["on_front"], objectives].to_numpy(dtype=float)
+    beyond = sum(not any((point >= other).all() for point in front) for other in further)
+    of_all = f"of {count(len(further), 'next epoch')} of plain training"
+    if beyond == 0:
+        return [f"None {of_all} lies beyond the front."]
+    return [
+        f"{beyond} {of_all} {'lies' if beyond == 1 else 'lie'} beyond the front: there training on beats every alpha tried."
+    ]
+
+
+def _floor_sentences(view: ReportData) -> list[str]:
+    """The gain as one deployable point: the strongest forgetting at nearly the initial model's utility."""
+    initial = view.controls.loc[view.controls["kind"] == "initial", "model_utility"].dropna()
+    scored = view.trials.dropna(subset=["log10_forget_quality", "model_utility"])
+    if initial.empty:
+        return []
+    picks = []
+    for table in (scored, scored[scored["kind"] == "alpha_zero"]):
+        try:
+            row = utility_floor(table["log10_forget_quality"], table["model_utility"], _FLOOR * float(initial.iloc[0]))
+        except UserError:
+            break
+        picks.append(table.iloc[row])
+    if not picks:
+        return [f"No trial keeps {_FLOOR:.0%} of the initial model's utility."]
+    best = picks[0]
+    sentence = (
+        f"At {_FLOOR:.0%} or more of the initial model's utility the strongest forgetting is "
+        f"trial {int(best['trial'])} "
+        f"({best['base']}, epoch {int(best['epoch'])}, alpha {alpha(best['alpha'])}) with forget quality "
+        f"{probability(best['forget_quality'])}"
+    )
+    if len(picks) == 1:
+        return [f"{sentence}; no unlearned epoch as trained keeps that much."]
+    if picks[1]["log10_forget_quality"] >= best["log10_forget_quality"]:
+        return [f"{sentence}; no other alpha forgets more than the best unlearned epoch there."]
+    return [f"{sentence}; the best unlearned epoch as trained reaches {probability(picks[1]['forget_quality'])}."]
