@@ -68,16 +68,17 @@ def local_ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
     bars.say("starting Ray ...")
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(link),
-            _node_ip_address="127.0.0.1",
-        )
+        with _interrupts_held():
+            ray.init(
+                address="local",
+                num_cpus=len(os.sched_getaffinity(0)),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                log_to_driver=False,
+                logging_level="ERROR",
+                _temp_dir=str(link),
+                _node_ip_address="127.0.0.1",
+            )
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
         _check_room(spec)
@@ -87,6 +88,22 @@ def local_ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(link.parent, ignore_errors=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds Ctrl-C back until the block has ended: what a handler raises while Ray forks its processes, Python swallows."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def _check_room(spec: StudySpec) -> None:
