@@ -75,13 +75,13 @@ def pareto(
     csv: Annotated[Path | None, typer.Option(help="Also write the front as a CSV file.")] = None,
 ) -> None:
     """Show the Pareto front of a study."""
-    from search.results import StudyResult, front_rows
+    from search.results import StudyResult
 
     result = StudyResult.open(out)
     if csv is not None:
         import pandas as pd
 
-        _writable(csv, lambda: pd.DataFrame(front_rows(result.front)).to_csv(csv, index=False))
+        _writable(csv, lambda: pd.DataFrame(result.rows(result.front)).to_csv(csv, index=False))
     if as_json:
         keys = ("study", "definition", "front", "hypervolume", "gain", "reference_point", "forget_quality_cap")
         summary = result.summary()
@@ -93,9 +93,10 @@ def pareto(
 @app.command(epilog="Example: uipe select runs/quickstart --rule utility-floor --floor 0.95")
 def select(out: Out, rule: Rule = "utility-floor", floor: Floor = 0.95, as_json: Json = False) -> None:
     """Choose one point of the front by a rule."""
-    from search.results import StudyResult, front_row
+    from search.results import StudyResult
 
-    chosen = front_row(StudyResult.open(out).select(rule or "utility-floor", floor))
+    result = StudyResult.open(out)
+    chosen = result.rows(result.select(rule or "utility-floor", floor).to_frame().T)[0]
     if as_json:
         _print_json({"rule": rule, **({"floor": floor} if rule == "utility-floor" else {}), **chosen})
         return
@@ -260,25 +261,33 @@ def _print_front(result: Any) -> None:
         "epoch": ("epoch", "{}"),
         "alpha": ("alpha", "{:.3f}"),
         "walk": ("walk", "{}"),
-        "log10_forget_quality": ("log10\nFQ", "{:.2f}"),
-        "forget_quality": ("FQ", "{:.2g}"),
-        "model_utility": ("MU", "{:.4f}"),
+        **_objective_columns(result.objectives),
         "logit_scale": ("logit\nscale", "{:.3f}"),
         "related_log10_forget_quality": ("log10\nFQ K2", "{:.2f}"),
         "unrelated_log10_forget_quality": ("log10\nFQ K0", "{:.2f}"),
     }
     columns = {key: column for key, column in columns.items() if key in result.front}
+    utility = result.objectives[1].name
     for key, (head, _) in columns.items():
         table.add_column(head, justify="left" if key in ("base", "walk") else "right", overflow="fold")
     for row in result.front.to_dict("records"):
         row["walk"] = SHORT_WALKS[row["walk"]]
         cells = {key: "" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()}
-        cells["model_utility"] += " !" if row["flagged"] else ""
+        cells[utility] += " !" if row["flagged"] else ""
         table.add_row(*map(escape, cells.values()))
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     if result.front["flagged"].any():
         console.print("! utility above both the initial and the retain model: look at its logit scale before believing it")
+
+
+def _objective_columns(objectives: Any) -> dict[str, tuple[str, str]]:
+    columns = {}
+    for objective in objectives:
+        columns[objective.name] = (objective.head, f"{{:.{objective.places}f}}")
+        if objective.p_value is not None:
+            columns[objective.p_value] = (objective.head.removeprefix("log10\n"), "{:.2g}")
+    return columns
 
 
 def _writable(what: Path | str, action: Any) -> None:

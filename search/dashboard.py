@@ -10,19 +10,21 @@ def write_notes(result: StudyResult) -> None:
     from optuna_dashboard import save_note
 
     record = result.store.record
-    front = result.front[["trial", "base", "epoch", "alpha", "log10_forget_quality", "model_utility"]]
+    names = {objective.name: objective for objective in result.objectives}
+    heads = ["trial", "base run", "epoch", "alpha", *(objective.title for objective in names.values())]
     rows = [
-        f"| {row['trial']} | {row['base']} | {row['epoch']} | {row['alpha']:.3f} | {row['log10_forget_quality']:.2f} | "
-        f"{row['model_utility']:.4f} |"
-        for row in front.to_dict("records")
+        f"| {row['trial']} | {row['base']} | {row['epoch']} | {row['alpha']:.3f} | "
+        + " | ".join(f"{row[name]:.{objective.places}f}" for name, objective in names.items())
+        + " |"
+        for row in result.front.to_dict("records")
     ]
+    table = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *rows]
     lines = [
         f"# {record['name']}",
         *result.verdict(),
         f"Corpus: {record['corpus']['name']}. Metric definition: {record['spec']['scoring']['definition']}.",
         f"Report: {result.report_path}",
-        "| trial | base run | epoch | alpha | log10 forget quality | model utility |\n|---|---|---|---|---|---|\n"
-        + "\n".join(rows),
+        "\n".join(table),
         f"Controls are in the study **{record['name']}.controls**.",
     ]
     save_note(result.study, "\n\n".join(lines))

@@ -1,10 +1,6 @@
-"""The pictures of a study's report, drawn with matplotlib's objects and no global state.
+"""The pictures of a study's report. The walk is told by the marker, never by colour alone."""
 
-The functions take the tables of `search.report_data.ReportData`. The walk is told by the marker, never by colour alone; the
-colours of methods are those of Okabe and Ito, "Color Universal Design", 2008.
-"""
-
-import io
+import math
 import textwrap
 from typing import Any
 
@@ -19,15 +15,12 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 
-DPI = 200
-WIDTH = 11.0
+from search.plot_style import BAND, DPI, FAINT, INK, MUTED, PALETTE, WIDTH, padded, plain, style, title
+from search.report_data import FORGETTING, UTILITY, ReportData
+
 COLUMNS = 4
 MAX_BASES = 24
 
-FORGETTING, UTILITY = "log10_forget_quality", "model_utility"
-
-_PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5C00", "#4B3B8F")
-_INK, _MUTED, _FAINT, _BAND = "#1f2328", "#6b7280", "#a3a9b3", "#eceff3"
 WALKS = {
     "extrapolation": ("^", 46.0, "extrapolation (α > 0)"),
     "unlearned epoch": ("o", 40.0, "unlearned epoch (α = 0)"),
@@ -45,55 +38,56 @@ _GUIDE = (0, (2, 2))
 _PLACES = [(8, 8), (-8, 8), (8, -8), (-8, -8), (0, 11), (0, -11)]
 
 
-def front_figure(trials: pd.DataFrame, controls: pd.DataFrame, cap: float, definition: str) -> Figure:
-    """Utility over forgetting: every trial, the front as a step line, the references and the controls.
+def front_figure(view: ReportData) -> Figure:
+    """Utility over forgetting: every trial, the front, the references and the controls.
 
-    A second panel looks closer at the front where other points crowd it out of the first.
-
-    Args:
-        trials: a row per complete trial, columns as in `ReportData.trials`.
-        controls: columns as in `ReportData.controls`, possibly no rows.
-        cap: forget quality in (0, 1] above which differences are noise; drawn as a band.
-        definition: name of the metric definition, shown on the axes.
+    A second panel shows the third objective in place of forgetting where there is one; else it looks closer at the front
+    where other points crowd it out of the first.
     """
-    everything = pd.concat([trials[[FORGETTING, UTILITY]], controls[[FORGETTING, UTILITY]]]).dropna()
+    trials, controls = view.by_role(view.trials), view.by_role(view.controls)
+    third = view.objectives[2] if len(view.objectives) > 2 else None
     front = trials[trials["on_front"]].dropna(subset=[FORGETTING, UTILITY])
-    full = _window(everything)
+    full = _window(pd.concat([trials, controls])[[FORGETTING, UTILITY]].dropna())
     close = _window(pd.concat([front, controls[controls["kind"].isin(_REFERENCES)]])[[FORGETTING, UTILITY]].dropna())
-    zoomed = len(front) > 1 and _area(close) < 0.55 * _area(full)
+    zoomed = third is None and len(front) > 1 and _area(close) < 0.55 * _area(full)
     figure = Figure(figsize=(WIDTH, 6.3), dpi=DPI, layout="constrained")
-    panels = figure.subplots(1, 2 if zoomed else 1, squeeze=False)[0]
+    panels = list(figure.subplots(1, 1 + (zoomed or third is not None), squeeze=False)[0])
     colours = method_colours(trials)
-    for axes, window in zip(panels, (full, close), strict=False):
-        _scatter_controls(axes, controls)
-        _scatter_trials(axes, trials, colours)
-        _step_line(axes, front)
-        axes.set(xlim=window[0], ylim=window[1], xlabel=f"log10 forget quality ({definition})")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.axvspan(np.log10(cap), window[0][1], color=_BAND, zorder=0)
-        _style(axes)
-    panels[0].set_ylabel(f"model utility ({definition})")
+    shown = [(view.objectives[0], trials, controls, full)]
     if zoomed:
-        _title(panels[0], "All trials")
-        _title(panels[1], "Close-up of the front; numbers are trials")
-    handles = _front_legend(trials, controls, colours, cap)
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9, labelcolor=_INK)
+        shown.append((view.objectives[0], trials, controls, close))
+    elif third is not None:
+        points, references = (table.assign(**{FORGETTING: table[third.name].astype(float)}) for table in (trials, controls))
+        shown.append((third, points, references, _window(pd.concat([points, references])[[FORGETTING, UTILITY]].dropna())))
+    definition = view.summary["definition"]
+    for axes, (objective, points, references, window) in zip(panels, shown, strict=True):
+        _scatter_controls(axes, references)
+        _scatter_trials(axes, points, colours)
+        if third is None:
+            _step_line(axes, front)
+        axes.set(xlim=window[0], ylim=window[1], xlabel=f"{objective.title} ({definition})")
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=objective.quality_of is not None))
+        ceiling = objective.ceiling(view.summary["forget_quality_cap"])
+        if math.isfinite(ceiling):
+            axes.axvspan(ceiling, max(ceiling, window[0][1]), color=BAND, zorder=0)
+        style(axes)
+    panels[0].set_ylabel(f"{view.objectives[1].title} ({definition})")
+    if zoomed:
+        title(panels[0], "All trials")
+        title(panels[1], "Close-up of the front; numbers are trials")
+    handles = _front_legend(view, colours, lined=third is None)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9, labelcolor=INK)
     # Labels are placed by pixels, and those stand only once the layout is done.
     figure.draw_without_rendering()
-    for axes in panels:
-        _label(axes, front, controls, numbered=axes is panels[-1])
+    for axes, (_, points, references, _) in zip(panels, shown, strict=True):
+        chosen = points[points["on_front"]].dropna(subset=[FORGETTING, UTILITY])
+        _label(axes, chosen, references, numbered=axes is panels[-1])
     return figure
 
 
-def alpha_figure(trials: pd.DataFrame, controls: pd.DataFrame, cap: float, definition: str) -> Figure:
-    """Forgetting and utility over alpha: a column per base run, a line per epoch, at most `COLUMNS` side by side.
-
-    Args:
-        trials: a row per complete trial, columns as in `ReportData.trials`.
-        controls: columns as in `ReportData.controls`, possibly no rows.
-        cap: forget quality in (0, 1] above which differences are noise; drawn as a band.
-        definition: name of the metric definition, shown on the axes.
-    """
+def alpha_figure(view: ReportData) -> Figure:
+    """Forgetting and utility over alpha: a column per base run, a line per epoch, at most `COLUMNS` side by side."""
+    trials, controls = view.by_role(view.trials), view.by_role(view.controls)
     bases = shown_bases(trials)
     columns = max(1, min(COLUMNS, len(bases)))
     blocks = max(1, -(-len(bases) // columns))
@@ -104,9 +98,10 @@ def alpha_figure(trials: pd.DataFrame, controls: pd.DataFrame, cap: float, defin
     everything = pd.concat([trials, crosses, start])[[FORGETTING, UTILITY]].dropna()
     limits = dict(zip((FORGETTING, UTILITY), _window(everything), strict=True))
     alphas = np.append(trials["alpha"].dropna().to_numpy(dtype=float), [-0.02, 0.02])
-    across = _padded(float(alphas.min()), float(alphas.max()), 0.04, 0.05)
+    across = padded(float(alphas.min()), float(alphas.max()), 0.04, 0.05)
     epochs = sorted({int(epoch) for epoch in trials["epoch"].dropna()})
     shades = dict(zip(epochs, colormaps["viridis_r"](np.linspace(0.12, 1.0, len(epochs))), strict=True))
+    definition = view.summary["definition"]
     for place in range(blocks * columns):
         pair = grid[2 * (place // columns) : 2 * (place // columns) + 2, place % columns]
         if place >= max(1, len(bases)):
@@ -114,28 +109,27 @@ def alpha_figure(trials: pd.DataFrame, controls: pd.DataFrame, cap: float, defin
                 axes.remove()
             continue
         for axes, metric in zip(pair, (FORGETTING, UTILITY), strict=True):
-            _alpha_guides(axes, controls, metric, cap)
+            _alpha_guides(axes, controls, metric, view.ceiling)
             if bases:
                 of_base = crosses[crosses["base"] == bases[place]]
-                axes.scatter(of_base["alpha"], of_base[metric], marker="x", s=22, color=_FAINT, linewidths=1.1, zorder=1.5)
+                axes.scatter(of_base["alpha"], of_base[metric], marker="x", s=22, color=FAINT, linewidths=1.1, zorder=1.5)
                 for epoch, shade in shades.items():
                     line = trials[(trials["base"] == bases[place]) & (trials["epoch"] == epoch)]
                     _alpha_line(axes, line, start, metric, shade)
             axes.set(xlim=across, ylim=limits[metric])
             axes.xaxis.set_major_locator(MaxNLocator(4))
-            _style(axes)
+            style(axes)
         name = bases[place].replace("[", " [", 1) if bases else "no trial yet"
-        _title(pair[0], "\n".join(textwrap.wrap(name, 100 // columns)))
+        title(pair[0], "\n".join(textwrap.wrap(name, 100 // columns)))
         pair[0].tick_params(labelbottom=False)
         pair[1].set_xlabel("alpha")
-        if place % columns == 0:
-            pair[0].set_ylabel(f"log10 forget quality ({definition})")
-            pair[1].set_ylabel(f"model utility ({definition})")
-        else:
-            for axes in pair:
+        for axes, objective in zip(pair, view.objectives, strict=False):
+            if place % columns == 0:
+                axes.set_ylabel(f"{objective.title} ({definition})")
+            else:
                 axes.tick_params(labelleft=False)
-    handles = _alpha_legend(shades, controls, cap)
-    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9, labelcolor=_INK)
+    handles = _alpha_legend(shades, view)
+    figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 
@@ -152,15 +146,7 @@ def shown_bases(trials: pd.DataFrame) -> list[str]:
 def method_colours(trials: pd.DataFrame) -> dict[str, str]:
     """Colour of each method, in alphabetical order, so that the same methods look the same in every report."""
     methods = sorted(trials["method"].dropna().unique())
-    return {method: _PALETTE[place % len(_PALETTE)] for place, method in enumerate(methods)}
-
-
-def png(figure: Figure) -> bytes:
-    """The picture as PNG at `DPI` dots per inch, twice what a page at 100 pixels per inch shows."""
-    buffer = io.BytesIO()
-    # Without the software stamp the same study gives the same bytes.
-    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white", metadata={"Software": None})
-    return buffer.getvalue()
+    return {method: PALETTE[place % len(PALETTE)] for place, method in enumerate(methods)}
 
 
 def _scatter_trials(axes: Axes, trials: pd.DataFrame, colours: dict[str, str]) -> None:
@@ -174,28 +160,28 @@ def _scatter_trials(axes: Axes, trials: pd.DataFrame, colours: dict[str, str]) -
                 s=size * (1.5 if on_front else 0.8),
                 c=[colours[method] for method in group["method"]],
                 alpha=1.0 if on_front else 0.5,
-                edgecolors=_INK if on_front else "none",
+                edgecolors=INK if on_front else "none",
                 linewidths=0.9,
                 zorder=4 if on_front else 2,
             )
     flagged = trials[trials["flagged"]]
-    ring: dict[str, Any] = {"facecolors": "none", "edgecolors": _INK, "linewidths": 0.9, "zorder": 5}
+    ring: dict[str, Any] = {"facecolors": "none", "edgecolors": INK, "linewidths": 0.9, "zorder": 5}
     axes.scatter(flagged[FORGETTING], flagged[UTILITY], s=170, **ring)
 
 
 def _scatter_controls(axes: Axes, controls: pd.DataFrame) -> None:
     for kind, (marker, _) in _CONTROLS.items():
         group = controls[controls["kind"] == kind]
-        axes.scatter(group[FORGETTING], group[UTILITY], marker=marker, s=38, color=_FAINT, linewidths=1.2, zorder=1.5)
+        axes.scatter(group[FORGETTING], group[UTILITY], marker=marker, s=38, color=FAINT, linewidths=1.2, zorder=1.5)
     for kind, (marker, size, _) in _REFERENCES.items():
         group = controls[controls["kind"] == kind]
-        edge: dict[str, Any] = {"edgecolors": _INK, "linewidths": 1.3, "zorder": 6}
+        edge: dict[str, Any] = {"edgecolors": INK, "linewidths": 1.3, "zorder": 6}
         axes.scatter(group[FORGETTING], group[UTILITY], marker=marker, s=size, color="white", **edge)
 
 
 def _step_line(axes: Axes, front: pd.DataFrame) -> None:
     line = front.sort_values([FORGETTING, UTILITY], ascending=[True, False])
-    axes.plot(line[FORGETTING], line[UTILITY], drawstyle="steps-pre", color=_INK, linewidth=1.3, zorder=3)
+    axes.plot(line[FORGETTING], line[UTILITY], drawstyle="steps-pre", color=INK, linewidth=1.3, zorder=3)
 
 
 def _label(axes: Axes, front: pd.DataFrame, controls: pd.DataFrame, numbered: bool) -> None:
@@ -221,7 +207,7 @@ def _label(axes: Axes, front: pd.DataFrame, controls: pd.DataFrame, numbered: bo
 def _text(axes: Axes, text: str, row: pd.Series, weight: str) -> Annotation:
     halo = [withStroke(linewidth=2.5, foreground="white")]
     place = (float(row[FORGETTING]), float(row[UTILITY]))
-    style: dict[str, Any] = {"fontsize": 8.5, "color": _INK, "fontweight": weight, "path_effects": halo, "zorder": 7}
+    style: dict[str, Any] = {"fontsize": 8.5, "color": INK, "fontweight": weight, "path_effects": halo, "zorder": 7}
     return axes.annotate(text, place, _PLACES[0], textcoords="offset points", va="center", annotation_clip=True, **style)
 
 
@@ -240,54 +226,61 @@ def _placed(axes: Axes, text: Annotation, obstacles: np.ndarray, taken: list[Any
     return False
 
 
-def _front_legend(trials: pd.DataFrame, controls: pd.DataFrame, colours: dict[str, str], cap: float) -> list[Any]:
+def _front_legend(view: ReportData, colours: dict[str, str], lined: bool) -> list[Any]:
+    trials, controls = view.trials, view.controls
     handles: list[Any] = [
-        Line2D([], [], marker="o", linestyle="", color=colour, markersize=7, label=_plain(method))
+        Line2D([], [], marker="o", linestyle="", color=colour, markersize=7, label=plain(method))
         for method, colour in colours.items()
     ]
     walks = set(trials["walk"])
     for walk, (marker, _, label) in WALKS.items():
         if walk in walks:
-            handles.append(Line2D([], [], marker=marker, linestyle="", color=_MUTED, markersize=7, label=label))
+            handles.append(Line2D([], [], marker=marker, linestyle="", color=MUTED, markersize=7, label=label))
     kinds = set(controls["kind"])
     for kind, (marker, label) in _CONTROLS.items():
         if kind in kinds:
-            handles.append(Line2D([], [], marker=marker, linestyle="", color=_FAINT, markersize=7, label=label))
+            handles.append(Line2D([], [], marker=marker, linestyle="", color=FAINT, markersize=7, label=label))
     if trials["on_front"].any():
-        handles.append(Line2D([], [], color=_INK, linewidth=1.3, label="Pareto front (edged points)"))
+        drawn = {"linewidth": 1.3} if lined else {"marker": "o", "linestyle": "", "fillstyle": "none"}
+        handles.append(Line2D([], [], color=INK, label="Pareto front (edged points)", **drawn))
     if trials["flagged"].any():
         label = "flagged: utility above both references"
-        handles.append(Line2D([], [], marker="o", linestyle="", color=_INK, fillstyle="none", markersize=12, label=label))
-    handles.append(Patch(color=_BAND, label=f"noise: forget quality above {cap:g}"))
-    return handles
+        handles.append(Line2D([], [], marker="o", linestyle="", color=INK, fillstyle="none", markersize=12, label=label))
+    return [*handles, *_noise_legend(view)]
 
 
-def _alpha_legend(shades: dict[int, Any], controls: pd.DataFrame, cap: float) -> list[Any]:
+def _noise_legend(view: ReportData) -> list[Any]:
+    if not math.isfinite(view.ceiling):
+        return []
+    return [Patch(color=BAND, label=f"noise: forget quality above {view.summary['forget_quality_cap']:.2g}")]
+
+
+def _alpha_legend(shades: dict[int, Any], view: ReportData) -> list[Any]:
     every = -(-len(shades) // 12) or 1
     handles: list[Any] = [
         Line2D([], [], marker="o", markersize=4.5, linewidth=1.4, color=shade, label=f"epoch {epoch}")
         for epoch, shade in list(shades.items())[::every]
     ]
-    kinds = set(controls["kind"])
+    kinds = set(view.controls["kind"])
     if "random_direction" in kinds:
-        handles.append(Line2D([], [], marker="x", linestyle="", color=_FAINT, label="random direction"))
+        handles.append(Line2D([], [], marker="x", linestyle="", color=FAINT, label="random direction"))
     for kind, dashes in _LEVELS.items():
         if kind in kinds:
             label = f"utility of the {_REFERENCES[kind][2]}"
-            handles.append(Line2D([], [], linewidth=1.1, linestyle=dashes, color=_MUTED, label=label))
-    handles.append(Patch(color=_BAND, label=f"noise: forget quality above {cap:g}"))
-    return handles
+            handles.append(Line2D([], [], linewidth=1.1, linestyle=dashes, color=MUTED, label=label))
+    return [*handles, *_noise_legend(view)]
 
 
-def _alpha_guides(axes: Axes, controls: pd.DataFrame, metric: str, cap: float) -> None:
+def _alpha_guides(axes: Axes, controls: pd.DataFrame, metric: str, ceiling: float) -> None:
     for alpha in (-1.0, 0.0):
-        axes.axvline(alpha, color=_FAINT, linewidth=0.9, linestyle=_GUIDE, zorder=1)
+        axes.axvline(alpha, color=FAINT, linewidth=0.9, linestyle=_GUIDE, zorder=1)
     if metric == FORGETTING:
-        axes.axhspan(np.log10(cap), 10.0, color=_BAND, zorder=0)
+        if math.isfinite(ceiling):
+            axes.axhspan(ceiling, 10.0, color=BAND, zorder=0)
         return
     for kind, dashes in _LEVELS.items():
         for level in controls.loc[controls["kind"] == kind, metric].dropna():
-            axes.axhline(level, color=_MUTED, linewidth=0.9, linestyle=dashes, zorder=1)
+            axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=dashes, zorder=1)
 
 
 def _alpha_line(axes: Axes, line: pd.DataFrame, start: pd.DataFrame, metric: str, colour: Any) -> None:
@@ -300,37 +293,13 @@ def _alpha_line(axes: Axes, line: pd.DataFrame, start: pd.DataFrame, metric: str
         axes.plot(*ends, linewidth=0.9, linestyle=(0, (3, 2)), color=colour, alpha=0.6, zorder=2)
 
 
-def _style(axes: Axes) -> None:
-    axes.grid(color="#e3e6ea", linewidth=0.6, zorder=0)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(_FAINT)
-    axes.tick_params(labelsize=8.5, color=_FAINT, labelcolor=_INK)
-    for label in (axes.xaxis.label, axes.yaxis.label):
-        label.set(fontsize=9.5, color=_INK)
-
-
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(_plain(text), fontsize=10, fontweight="bold", loc="left", color=_INK)
-
-
-def _plain(text: str) -> str:
-    """Keeps a dollar sign in a label from starting a formula."""
-    return text.replace("$", r"\$")
-
-
 def _window(points: pd.DataFrame) -> tuple[tuple[float, float], tuple[float, float]]:
     """Limits of both axes with a margin that markers and labels fit into."""
     if points.empty:
         return (-1.0, 0.1), (0.0, 1.0)
     low, high = points.min(), points.max()
-    across = _padded(float(low[FORGETTING]), float(high[FORGETTING]), 0.06, 1.0)
-    return across, _padded(float(low[UTILITY]), float(high[UTILITY]), 0.07, 0.01)
-
-
-def _padded(low: float, high: float, share: float, least: float) -> tuple[float, float]:
-    margin = max((high - low) * share, least)
-    return low - margin, high + margin
+    across = padded(float(low[FORGETTING]), float(high[FORGETTING]), 0.06, 1.0)
+    return across, padded(float(low[UTILITY]), float(high[UTILITY]), 0.07, 0.01)
 
 
 def _area(window: tuple[tuple[float, float], tuple[float, float]]) -> float:

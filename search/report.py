@@ -4,6 +4,7 @@ import base64
 import math
 import os
 import tempfile
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import jinja2
 
 from search.formats import alpha, decimal, number, probability, seconds, table_text, whole
-from search.report_data import CONTROL_COLUMNS, TRIAL_COLUMNS, ReportData
+from search.report_data import CONTROL_COLUMNS, TRIAL_COLUMNS, Column, ReportData
 from search.verdict import verdict
 from uipe_core.errors import UserError
 
@@ -54,21 +55,20 @@ def write_report(view: ReportData, folder: Path) -> Path:
         ValueError: a column that the report needs is missing, or a walk or kind of control has an unknown name.
     """
     from search import plots  # matplotlib comes with it, which writes into the home folder unless told otherwise before
+    from search.plot_style import png
 
-    missing = [column for column in TRIAL_COLUMNS if column not in view.trials.columns]
+    needed = [*TRIAL_COLUMNS, *(objective.name for objective in view.objectives)]
+    missing = [column for column in needed if column not in view.trials.columns]
     if missing:
         raise ValueError(f"trials lack the columns {missing}")
     strange = set(view.trials["walk"]) - set(plots.WALKS) | set(view.controls.get("kind", ())) - set(CONTROLS)
     if strange:
         raise ValueError(f"walks or kinds of control that the report does not know: {sorted(map(str, strange))}")
-    trials = view.trials.astype({"on_front": bool, "flagged": bool})
-    controls = view.controls.reindex(columns=list(dict.fromkeys([*CONTROL_COLUMNS, *view.controls.columns])))
-    cap, definition = view.summary["forget_quality_cap"], view.summary["definition"]
-    pictures = {
-        "front": plots.png(plots.front_figure(trials, controls, cap, definition)),
-        "alpha_curves": plots.png(plots.alpha_figure(trials, controls, cap, definition)),
-    }
-    page = _render(ReportData(trials, controls, view.summary), pictures)
+    columns = [*CONTROL_COLUMNS, *(column.key for column in view.columns), *view.controls.columns]
+    controls = view.controls.reindex(columns=list(dict.fromkeys(columns)))
+    view = replace(view, trials=view.trials.astype({"on_front": bool, "flagged": bool}), controls=controls)
+    pictures = {"front": png(plots.front_figure(view)), "alpha_curves": png(plots.alpha_figure(view))}
+    page = _render(view, pictures)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
@@ -81,13 +81,14 @@ def write_report(view: ReportData, folder: Path) -> Path:
 
 def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
     from search import plots
+    from search.plot_style import DPI, WIDTH
 
     source = resources.files("search").joinpath("report.html.j2").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        probability=probability, decimal=decimal, alpha=alpha, seconds=seconds, whole=whole, table_text=table_text
+        cell=_cell, probability=probability, decimal=decimal, alpha=alpha, seconds=seconds, whole=whole, table_text=table_text
     )
-    front = view.trials[view.trials["on_front"]].sort_values(["log10_forget_quality", "model_utility"])
+    front = view.trials[view.trials["on_front"]].sort_values([objective.name for objective in view.objectives])
     by_trial = {int(row["trial"]): row for row in view.trials.to_dict("records")}
     bases = int(view.trials["base"].nunique())
     return environment.from_string(source).render(
@@ -95,7 +96,11 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         verdict=verdict(view),
         gains=_gain_bars(view.summary),
         front=front.to_dict("records"),
-        extra=[name for name in ("related", "unrelated") if f"{name}_log10_forget_quality" in view.trials.columns],
+        columns=view.columns,
+        related=view.related,
+        objectives=view.objectives,
+        ceiling=view.ceiling,
+        infinity=math.inf,
         by_trial=by_trial,
         controls=[
             {"name": name, "purpose": purpose, "rows": view.controls[view.controls["kind"] == kind].to_dict("records")}
@@ -104,10 +109,15 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         cost=_cost(view),
         bases=bases,
         bases_shown=len(plots.shown_bases(view.trials)),
-        picture_width=round(plots.WIDTH * plots.DPI / 2),
+        picture_width=round(WIDTH * DPI / 2),
         front_picture=base64.b64encode(pictures["front"]).decode(),
         alpha_picture=base64.b64encode(pictures["alpha_curves"]).decode(),
     )
+
+
+def _cell(row: dict[str, Any], column: Column) -> str:
+    value = row.get(column.key)
+    return probability(value) if column.form == "probability" else decimal(value, column.places)
 
 
 def _gain_bars(summary: dict[str, Any]) -> list[dict[str, Any]]:

@@ -5,21 +5,23 @@ from typing import Any
 
 import pandas as pd
 
-METRIC_COLUMNS = ["log10_forget_quality", "forget_quality", "ks_statistic", "model_utility", "logit_scale"]
-TRIAL_COLUMNS = [
-    "trial",
-    "kind",
-    "base",
-    "method",
-    "epoch",
-    "alpha",
-    "walk",
-    *METRIC_COLUMNS,
-    "flagged",
-    "seconds",
-    "on_front",
-]
-CONTROL_COLUMNS = ["kind", "base", "method", "epoch", "alpha", "temperature", "of_trial", *METRIC_COLUMNS]
+from search.objectives import FORGET_QUALITY, MODEL_UTILITY, Objective
+
+FORGETTING, UTILITY = "forgetting", "utility"
+"""Columns of the first two objectives by role: pictures and verdict need not know which numbers these are."""
+
+TRIAL_COLUMNS = ("trial", "kind", "base", "method", "epoch", "alpha", "walk", "flagged", "seconds", "on_front")
+CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "of_trial")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number in a table of the report: its key, its head, and the function of `search.formats` that writes it."""
+
+    key: str
+    head: str
+    form: str
+    places: int = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,19 +29,55 @@ class ReportData:
     """All that a report shows, read from a study by the caller.
 
     Attributes:
-        trials: a row per complete point of the search space with the columns of `TRIAL_COLUMNS`. `kind` is
+        trials: a row per complete point of the search space with the columns of `TRIAL_COLUMNS` and the objectives. `kind` is
             "alpha_zero" or "search"; `walk` is "initial model", "interpolation", "unlearned epoch" or "extrapolation";
             `seconds` is the time of the trial. Optional: `related_log10_forget_quality`,
             `unrelated_log10_forget_quality` and the components of utility.
-        controls: a row per scored control with the columns of `CONTROL_COLUMNS`, NaN or None where one does not apply.
+        controls: a row per scored control, likewise (`CONTROL_COLUMNS`), NaN or None where one does not apply.
             `kind` is a key of `CONTROLS`; `of_trial` is the trial that a random direction mirrors.
         summary: study, definition, corpus, model, seed, dtype, forget_items, log10_floor, reference_point,
             forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, running}, hypervolume, gain
             {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage,
             created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}].
+        objectives: what the study maximises.
     """
 
     trials: pd.DataFrame
     controls: pd.DataFrame
     summary: dict[str, Any]
+    objectives: tuple[Objective, ...] = (FORGET_QUALITY, MODEL_UTILITY)
+
+    @property
+    def columns(self) -> list[Column]:
+        """The numbers that tables show of every trial and control: objectives, p-values, logit scale."""
+        found = []
+        for objective in self.objectives:
+            if objective.p_value is not None:
+                found.append(Column(objective.p_value, objective.title.removeprefix("log10 "), "probability"))
+                found.append(Column(objective.name, "log10", "decimal", objective.places))
+            else:
+                found.append(Column(objective.name, objective.title, "decimal", objective.places))
+        return [*found, Column("logit_scale", "logit scale", "decimal", 3)]
+
+    @property
+    def related(self) -> list[Column]:
+        """Further columns of the front: log10 forget quality of related (K2) and unrelated (K0) facts, where scored."""
+        heads = {"related": "related (K2)", "unrelated": "unrelated (K0)"}
+        shown = {objective.name for objective in self.objectives}
+        names = {f"{name}_log10_forget_quality": head for name, head in heads.items()}
+        return [
+            Column(name, head, "decimal", 2)
+            for name, head in names.items()
+            if name in self.trials.columns and name not in shown
+        ]
+
+    @property
+    def ceiling(self) -> float:
+        """Value of the first objective above which differences are noise; infinity where there is none."""
+        return self.objectives[0].ceiling(self.summary["forget_quality_cap"])
+
+    def by_role(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with the first two objectives under their roles too (`FORGETTING`, `UTILITY`)."""
+        roles = dict(zip((FORGETTING, UTILITY), self.objectives, strict=False))
+        return table.assign(**{role: table[objective.name].astype(float) for role, objective in roles.items()})

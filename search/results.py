@@ -13,17 +13,19 @@ import pandas as pd
 
 from search.evaluator import Job
 from search.export import export, recipe_of
+from search.objectives import Objective
 from search.pareto import hypervolume, knee, non_dominated, utility_floor
 from search.report import write_report
 from search.report_data import CONTROL_COLUMNS, ReportData
 from search.spec import StudySpec
-from search.study_store import OBJECTIVES, StudyStore
+from search.study_store import StudyStore
 from search.verdict import verdict
+from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.errors import UserError
 from uipe_core.evaluation_log import read_log
 from uipe_core.metrics import log10_p_floor
 
-FRONT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk", "log10_forget_quality", "forget_quality", "model_utility")
+POINT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk")
 RULES = ("utility-floor", "knee")
 DEFAULT_FLOOR = 0.95
 """Share of the initial model's utility that a selection keeps unless told otherwise."""
@@ -36,12 +38,16 @@ def random_direction_jobs(store: StudyStore) -> list[Job]:
         return []
     controls = store.controls_frame()
     mirrored = set() if controls.empty or "of_trial" not in controls else set(controls["of_trial"].dropna().astype(int))
-    front = trials[non_dominated(trials[list(OBJECTIVES)].to_numpy())]
+    front = trials[non_dominated(trials[_names(store)].to_numpy())]
     moved = front[(front["alpha"] != 0) & ~front["trial"].isin(mirrored)]
     return [
         Job("random_direction", row["base"], int(row["epoch"]), float(row["alpha"]), of_trial=int(row["trial"]))
         for row in moved.to_dict("records")
     ]
+
+
+def _names(store: StudyStore) -> list[str]:
+    return [objective.name for objective in store.objectives]
 
 
 @dataclass(eq=False)
@@ -82,10 +88,10 @@ class StudyResult:
             why = f" ({len(failed)} failed, the first because: {failed[0]['reason']})" if failed else ""
             raise UserError(f"{store.out}: no trial of this study is complete yet{why}; run it with `uipe run`")
         for frame in (trials, controls):
-            for column in (*CONTROL_COLUMNS, "walk"):
+            for column in (*CONTROL_COLUMNS, *_names(store), "logit_scale", "walk"):
                 if column not in frame:
                     frame[column] = None
-        trials["on_front"] = non_dominated(trials[list(OBJECTIVES)].to_numpy())
+        trials["on_front"] = non_dominated(trials[_names(store)].to_numpy())
         return cls(store.out, store, trials.sort_values("trial", ignore_index=True), controls)
 
     @property
@@ -96,13 +102,18 @@ class StudyResult:
     @property
     def spec(self) -> StudySpec:
         """The study's spec, as recorded."""
-        return StudySpec.model_validate(self.store.record["spec"], strict=False)
+        return self.store.spec
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the study maximises: forgetting, utility, and perhaps a third."""
+        return self.store.objectives
 
     @cached_property
     def front(self) -> pd.DataFrame:
         """The Pareto front, strongest forgetting first."""
         chosen = self.trials[self.trials["on_front"]]
-        return chosen.sort_values(list(OBJECTIVES), ascending=False, ignore_index=True)
+        return chosen.sort_values(_names(self.store), ascending=False, ignore_index=True)
 
     def control(self, kind: str) -> pd.Series | None:
         """The first control of a kind (``initial``, ``retain``), or None."""
@@ -136,7 +147,7 @@ class StudyResult:
         """
         if rule not in RULES:
             raise UserError(f"--rule: {rule!r} is unknown; choose one of {', '.join(RULES)}")
-        points = self.front[list(OBJECTIVES)].to_numpy()
+        points = self.front[_names(self.store)].to_numpy()
         if rule == "knee":
             return self.front.iloc[knee(points)]
         if not 0 < floor <= 1:
@@ -144,24 +155,28 @@ class StudyResult:
         initial = self.control("initial")
         if initial is None:
             raise UserError(f"{self.out}: the initial model has not been scored yet; finish the study with `uipe run`")
-        return self.front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial["model_utility"])]
+        return self.front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
 
     def reference_point(self) -> dict[str, float]:
-        """The corner hypervolume is measured from: the spec's, or the sample-size floor."""
-        given = self.spec.hypervolume.reference_point
-        floor = self.log10_floor
-        value = floor if given.log10_forget_quality is None else given.log10_forget_quality
-        return {"log10_forget_quality": value, "model_utility": given.model_utility}
+        """The corner hypervolume is measured from: the spec's, or the lowest forget quality the number of items can give."""
+        given = self.spec.hypervolume.reference_point.model_dump()
+        corner = {}
+        for objective in self.objectives:
+            value = given[objective.name]
+            corner[objective.name] = self._floor(str(objective.quality_of)) if value is None else value
+        return corner
+
+    def _floor(self, name: str) -> float:
+        """Lowest log10 forget quality the items of an evaluation set can give."""
+        items = self.item_counts.get(name)
+        if items is None:
+            raise UserError(f"{self.out}: the retain model was not scored on {name!r} items; run the study again")
+        return log10_p_floor(items, items)
 
     @cached_property
-    def forget_items(self) -> int:
-        """Number of forget items behind every forget quality."""
-        return len(read_log(self._reference_log()).sets["forget"])
-
-    @property
-    def log10_floor(self) -> float:
-        """Lowest log10 forget quality so many items can give."""
-        return log10_p_floor(self.forget_items, self.forget_items)
+    def item_counts(self) -> dict[str, int]:
+        """Number of items by evaluation set."""
+        return {name: len(scores) for name, scores in read_log(self._reference_log()).sets.items()}
 
     @cached_property
     def hypervolume(self) -> dict[str, float]:
@@ -179,10 +194,12 @@ class StudyResult:
         }
 
     def _volume(self, *frames: pd.DataFrame) -> float:
-        points = np.concatenate([frame[list(OBJECTIVES)].to_numpy(dtype=float) for frame in frames])
-        points[:, 0] = np.minimum(points[:, 0], math.log10(self.spec.hypervolume.forget_quality_cap))
+        names = _names(self.store)
+        points = np.concatenate([frame[names].to_numpy(dtype=float) for frame in frames])
+        cap = self.spec.hypervolume.forget_quality_cap
+        points = np.minimum(points, [objective.ceiling(cap) for objective in self.objectives])
         corner = self.reference_point()
-        return float(hypervolume(points, np.array([corner[name] for name in OBJECTIVES])))
+        return float(hypervolume(points, np.array([corner[name] for name in names])))
 
     @property
     def gain(self) -> dict[str, float]:
@@ -199,7 +216,7 @@ class StudyResult:
             "out": str(self.out),
             "definition": self.spec.scoring.definition,
             "trials": self.store.counts(),
-            "front": front_rows(self.front),
+            "front": self.rows(self.front),
             "hypervolume": self.hypervolume,
             "gain": self.gain,
             "reference_point": self.reference_point(),
@@ -208,6 +225,13 @@ class StudyResult:
             "report": str(self.report_path),
             "storage": record["storage"],
         }
+
+    def rows(self, table: pd.DataFrame) -> list[dict[str, Any]]:
+        """Rows of `trials` or `front` as plain JSON values: point, objectives, p-values, flag, logit scale, K2 and K0."""
+        p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
+        more = ["ks_statistic", "logit_scale", "flagged", *(f"{name}_log10_forget_quality" for name in RELATED_SETS)]
+        keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]
+        return [{key: _plain(row[key]) for key in keys} for row in table.to_dict("records")]
 
     @property
     def report_path(self) -> Path:
@@ -234,8 +258,8 @@ class StudyResult:
             "model": _model_title(spec, record),
             "seed": spec.seed,
             "dtype": str(self.trials["dtype"].iloc[0]),
-            "forget_items": self.forget_items,
-            "log10_floor": self.log10_floor,
+            "forget_items": self.item_counts["forget"],
+            "log10_floor": self._floor("forget"),
             "alpha": spec.search.alpha.model_dump(),
             "created": record["created"],
             "versions": record["versions"],
@@ -244,7 +268,7 @@ class StudyResult:
             "failures": self.store.failures(),
             "notes": self._notes(),
         }
-        return ReportData(self.trials, self.controls, summary)
+        return ReportData(self.trials, self.controls, summary, self.objectives)
 
     def verdict(self) -> list[str]:
         """What won, in plain sentences."""
@@ -269,20 +293,10 @@ class StudyResult:
         return own if own.is_file() or not str(retain).endswith(".json") else Path(retain)
 
 
-def front_row(row: pd.Series) -> dict[str, Any]:
-    """One trial as plain JSON values, with the flag and logit scale."""
-    values = {key: row[key] for key in (*FRONT_KEYS, "ks_statistic", "logit_scale", "flagged")}
-    for name in ("related_log10_forget_quality", "unrelated_log10_forget_quality"):
-        if name in row and row[name] == row[name]:
-            values[name] = row[name]
-    plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
-    # JSON has no infinity, and the logits of a collapsed model may have no finite scale.
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()}
-
-
-def front_rows(front: pd.DataFrame) -> list[dict[str, Any]]:
-    """The front as plain JSON values."""
-    return [front_row(row) for _, row in front.iterrows()]
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, which knows no infinity: the logits of a collapsed model may have no finite scale."""
+    plain = value.item() if hasattr(value, "item") else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def _model_title(spec: StudySpec, record: dict[str, Any]) -> str:

@@ -263,6 +263,7 @@ class Search(Section):
     alpha: AlphaRange = Field(default_factory=AlphaRange)
     trials: Annotated[int, Field(ge=0)] = 60
     sampler: str = "tpe"
+    third_objective: Literal["related_log10_forget_quality"] | None = None
 
     @field_validator("sampler")
     @classmethod
@@ -279,6 +280,7 @@ class ReferencePoint(Section):
 
     log10_forget_quality: Annotated[float, Field(le=0)] | None = None
     model_utility: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    related_log10_forget_quality: Annotated[float, Field(le=0)] | None = None
 
 
 class Hypervolume(Section):
@@ -291,7 +293,8 @@ class Hypervolume(Section):
     @classmethod
     def _leaves_an_area(cls, value: float, info: ValidationInfo) -> float:
         point = info.data.get("reference_point")
-        floor = point.log10_forget_quality if point is not None else None
-        if floor is not None and math.log10(value) <= floor:
-            raise rule(f"its log10 must be above the reference point ({floor:g})", "Lower the reference point.")
+        floors = () if point is None else (point.log10_forget_quality, point.related_log10_forget_quality)
+        for floor in floors:
+            if floor is not None and math.log10(value) <= floor:
+                raise rule(f"its log10 must be above the reference point ({floor:g})", "Lower the reference point.")
         return value

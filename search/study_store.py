@@ -12,7 +12,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,14 @@ from filelock import FileLock, Timeout
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from sqlalchemy import URL, event, make_url
 
 from search.evaluator import Job
+from search.objectives import Objective, objectives_of
 from search.spec import StudySpec
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
-
-OBJECTIVES = ("log10_forget_quality", "model_utility")
-"""Names of the two objectives, both maximised."""
 
 RECORD = "study.json"
 RECORD_SCHEMA = 1
@@ -70,6 +68,12 @@ class StudyStore:
         self._lock = lock
         self._study: optuna.Study | None = None
         self._controls: optuna.Study | None = None
+        self.spec = StudySpec.model_validate(record["spec"], strict=False)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the study maximises."""
+        return objectives_of(self.spec)
 
     @classmethod
     def create(cls, out: Path, spec: StudySpec, identity: str, facts: Mapping[str, Any]) -> "StudyStore":
@@ -202,17 +206,17 @@ class StudyStore:
         An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
         """
         study = self._of(job)
-        given = [evidence.get(name) for name in OBJECTIVES]
-        values = [math.nan if value is None else float(value) for value in given]
-        if not all(math.isfinite(value) for value in values):
-            reason = f"objectives are not finite: {dict(zip(OBJECTIVES, values, strict=True))}"
+        given = {objective.name: evidence.get(objective.name) for objective in self.objectives}
+        values = {name: math.nan if value is None else float(value) for name, value in given.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            reason = f"objectives are not finite: {values}"
             self.fail(job, number, reason)
             return reason
         identifier = self._identifier(study, number)
         for key, value in evidence.items():
             if value is not None:
                 self.storage.set_trial_user_attr(identifier, key, value)
-        study.tell(number, values, skip_if_finished=True)
+        study.tell(number, list(values.values()), skip_if_finished=True)
         return None
 
     def fail(self, job: Job, number: int, reason: str) -> None:
@@ -243,11 +247,22 @@ class StudyStore:
 
     def trials_frame(self) -> pd.DataFrame:
         """A row per complete trial of the study, with its evidence."""
-        return _frame(self.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        return self._frame(self.study)
 
     def controls_frame(self) -> pd.DataFrame:
         """A row per complete trial of the controls study."""
-        return _frame(self.controls.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+        return self._frame(self.controls)
+
+    def _frame(self, study: optuna.Study) -> pd.DataFrame:
+        rows = []
+        names = [objective.name for objective in self.objectives]
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            facts = dict(trial.user_attrs)
+            facts.update(facts.pop("components", {}))
+            facts.update(facts.pop("forget_components", {}))
+            facts.update(zip(names, trial.values, strict=True))
+            rows.append({"trial": trial.number, **facts})
+        return pd.DataFrame(rows)
 
     def _of(self, job: Job) -> optuna.Study:
         return self.study if job.kind in ("alpha_zero", "search") else self.controls
@@ -263,19 +278,20 @@ class StudyStore:
 
     def _attach(self, create: bool) -> None:
         name, identity = self.record["name"], self.record["fingerprint"]
+        names = [objective.name for objective in self.objectives]
         opened = []
         for title in (name, f"{name}.controls"):
             try:
                 if create:
                     study = optuna.create_study(
-                        study_name=title, storage=self.storage, directions=["maximize"] * 2, load_if_exists=True
+                        study_name=title, storage=self.storage, directions=["maximize"] * len(names), load_if_exists=True
                     )
                     if study.user_attrs.get("fingerprint", identity) != identity:
                         raise UserError(f"storage {self.record['storage']}: it holds another study named {title!r}; rename one")
                     study.set_user_attr("fingerprint", identity)
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore", ExperimentalWarning)
-                        study.set_metric_names(list(OBJECTIVES))
+                        study.set_metric_names(names)
                 else:
                     study = optuna.load_study(study_name=title, storage=self.storage)
             except KeyError:
@@ -350,14 +366,3 @@ def _open_storage(url: str) -> BaseStorage:
 
     storage.engine.dispose()
     return storage
-
-
-def _frame(trials: Iterable[FrozenTrial]) -> pd.DataFrame:
-    rows = []
-    for trial in trials:
-        facts = dict(trial.user_attrs)
-        facts.update(facts.pop("components", {}))
-        facts.update(facts.pop("forget_components", {}))
-        facts.update(zip(OBJECTIVES, trial.values, strict=True))
-        rows.append({"trial": trial.number, **facts})
-    return pd.DataFrame(rows)

@@ -2,7 +2,10 @@
 
 import math
 
+import pandas as pd
+
 from search.formats import alpha, count, decimal, number, probability
+from search.objectives import Objective
 from search.pareto import utility_floor
 from search.report_data import ReportData
 from uipe_core.errors import UserError
@@ -73,7 +76,7 @@ def _gain_sentences(view: ReportData) -> list[str]:
 
 def _next_epoch_sentences(view: ReportData) -> list[str]:
     """The paper's control: whether training one epoch longer goes where no alpha went."""
-    objectives = ["log10_forget_quality", "model_utility"]
+    objectives = [objective.name for objective in view.objectives]
     controls = view.controls[view.controls["kind"] == "next_epoch"]
     further = controls[objectives].dropna().to_numpy(dtype=float)
     if len(further) == 0:
@@ -90,28 +93,36 @@ def _next_epoch_sentences(view: ReportData) -> list[str]:
 
 def _floor_sentences(view: ReportData) -> list[str]:
     """The gain as one deployable point: the strongest forgetting at nearly the initial model's utility."""
-    initial = view.controls.loc[view.controls["kind"] == "initial", "model_utility"].dropna()
-    scored = view.trials.dropna(subset=["log10_forget_quality", "model_utility"])
+    forgetting, utility = view.objectives[:2]
+    initial = view.controls.loc[view.controls["kind"] == "initial", utility.name].dropna()
+    scored = view.trials.dropna(subset=[forgetting.name, utility.name])
     if initial.empty:
         return []
     picks = []
     for table in (scored, scored[scored["kind"] == "alpha_zero"]):
         try:
-            row = utility_floor(table["log10_forget_quality"], table["model_utility"], _FLOOR * float(initial.iloc[0]))
+            row = utility_floor(table[forgetting.name], table[utility.name], _FLOOR * float(initial.iloc[0]))
         except UserError:
             break
         picks.append(table.iloc[row])
     if not picks:
-        return [f"No trial keeps {_FLOOR:.0%} of the initial model's utility."]
+        return [f"No trial keeps {_FLOOR:.0%} of the initial model's {utility.title}."]
     best = picks[0]
+    point = f"{best['base']}, epoch {int(best['epoch'])}, alpha {alpha(best['alpha'])}"
     sentence = (
-        f"At {_FLOOR:.0%} or more of the initial model's utility the strongest forgetting is "
-        f"trial {int(best['trial'])} "
-        f"({best['base']}, epoch {int(best['epoch'])}, alpha {alpha(best['alpha'])}) with forget quality "
-        f"{probability(best['forget_quality'])}"
+        f"At {_FLOOR:.0%} or more of the initial model's {utility.title} the strongest forgetting is "
+        f"trial {int(best['trial'])} ({point}) with {_strength(forgetting, best)}"
     )
     if len(picks) == 1:
         return [f"{sentence}; no unlearned epoch as trained keeps that much."]
-    if picks[1]["log10_forget_quality"] >= best["log10_forget_quality"]:
+    if picks[1][forgetting.name] >= best[forgetting.name]:
         return [f"{sentence}; no other alpha forgets more than the best unlearned epoch there."]
-    return [f"{sentence}; the best unlearned epoch as trained reaches {probability(picks[1]['forget_quality'])}."]
+    return [f"{sentence}; the best unlearned epoch as trained reaches {_strength(forgetting, picks[1], named=False)}."]
+
+
+def _strength(forgetting: Objective, row: pd.Series, named: bool = True) -> str:
+    if forgetting.p_value is not None:
+        name, value = forgetting.title.removeprefix("log10 "), probability(row[forgetting.p_value])
+    else:
+        name, value = forgetting.title, decimal(row[forgetting.name], forgetting.places)
+    return f"{name} {value}" if named else value

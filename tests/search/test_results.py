@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from search.evaluator import Job
-from search.results import StudyResult, front_rows, random_direction_jobs
+from search.results import StudyResult, random_direction_jobs
 from search.space import Point, distributions
 from search.spec import parse_study
 from uipe_core.errors import UserError
@@ -109,7 +109,7 @@ def test_the_reference_point_of_the_spec_is_used(study):
 
 def test_the_floor_of_the_sample_is_the_reference_point_otherwise(study):
     result = study([(0, -2.0, 0.5)])
-    assert result.forget_items == ITEMS
+    assert result.item_counts["forget"] == ITEMS
     assert result.reference_point()["log10_forget_quality"] == pytest.approx(FLOOR)
 
 
@@ -201,11 +201,12 @@ def test_no_complete_trial_is_an_error_that_gives_the_first_reason(new_store):
 def test_a_logit_scale_that_is_no_number_is_null_in_json(study, made_up_evidence, scale):
     result = study([(0, -5.0, 0.8)])
     result.front["logit_scale"] = scale
-    assert json.loads(json.dumps(front_rows(result.front), allow_nan=False))[0]["logit_scale"] is None
+    assert json.loads(json.dumps(result.rows(result.front), allow_nan=False))[0]["logit_scale"] is None
 
 
 def test_front_rows_are_plain_json_values(study):
-    row = front_rows(study([(0.5, -5.0, 0.8)]).front)[0]
+    result = study([(0.5, -5.0, 0.8)])
+    row = result.rows(result.front)[0]
     assert type(row["trial"]) is int and type(row["alpha"]) is float and type(row["flagged"]) is bool
     assert row["walk"] == "extrapolation"
 

@@ -11,7 +11,7 @@ import pytest
 
 from search.results import StudyResult
 from search.space import given_points
-from search.study_store import OBJECTIVES, StudyStore
+from search.study_store import StudyStore
 from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.delta_store import DeltaStore
 from uipe_core.evaluation_log import read_log
@@ -19,6 +19,8 @@ from uipe_core.metrics import evaluate
 from uipe_core.scoring import Scorer
 from uipe_core.tiny_models import tiny_model
 from uipe_core.training import train_base_run
+
+OBJECTIVES = ("log10_forget_quality", "model_utility")
 
 GIVEN = 4
 CONTROLS = {"initial": 1, "retain": 1, "temperature": 1, "next_epoch": 2}
