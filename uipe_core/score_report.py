@@ -1,7 +1,8 @@
 """What scoring one model on one corpus yields: numpy arrays per evaluation set, free of torch."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +42,17 @@ class SetScores:
     def __len__(self) -> int:
         return len(self.answer_loss)
 
+    def take(self, rows: Sequence[int], item_hash: str | None) -> "SetScores":
+        """The scores of some items, in the order of `rows`; `item_hash` is that of the items taken."""
+        taken: dict[str, Any] = {"item_hash": item_hash}
+        for part in fields(self):
+            value = getattr(self, part.name)
+            if isinstance(value, np.ndarray):
+                taken[part.name] = value[list(rows)]
+            elif isinstance(value, tuple):
+                taken[part.name] = tuple(value[row] for row in rows)
+        return replace(self, **taken)
+
 
 @dataclass(frozen=True)
 class ScoreReport:
@@ -57,3 +69,20 @@ class ScoreReport:
     sets: Mapping[str, SetScores]
     logit_scale: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    def take(self, rows: Mapping[str, Sequence[int]], hashes: Mapping[str, str]) -> "ScoreReport":
+        """The scores of some items of every set in `rows` that the report has; `hashes` are the item-set hashes of those items.
+
+        The logit scale stays that of all items: it says how sharp the model is, not how well it does on an item.
+        """
+        sets = {name: self.sets[name].take(rows[name], hashes.get(name)) for name in rows if name in self.sets}
+        return replace(self, sets=sets)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Every per-item array by ``set/measurement``, for a file beside the trial."""
+        return {
+            f"{name}/{part.name}": value
+            for name, scores in self.sets.items()
+            for part in fields(scores)
+            if isinstance(value := getattr(scores, part.name), np.ndarray)
+        }

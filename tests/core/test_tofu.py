@@ -49,6 +49,7 @@ def test_sets_and_training_items(folder):
         "retain": 3,
         "real_authors": 2,
         "world_facts": 1,
+        "unrelated": 1,
     }
     first = corpus.sets["forget"][0]
     assert first.paraphrased_answer == "forget in other words 0."
@@ -218,6 +219,28 @@ def test_hub_files_are_fetched_by_name(folder, monkeypatch):
     assert len(asked) == 6
 
 
+def test_forget_questions_in_other_words_are_related_knowledge(folder):
+    asked = rows("forget", 2, perturbed=5, paraphrase=True)
+    write(folder, "forget01_perturbed", [{**row, "paraphrased_question": f"otherwise {i}?"} for i, row in enumerate(asked)])
+    corpus = load_tofu(str(folder))
+    assert [item.question for item in corpus.sets["related"]] == ["otherwise 0?", "otherwise 1?"]
+    assert [item.answer for item in corpus.sets["related"]] == [item.answer for item in corpus.sets["forget"]]
+    assert {item.group for item in corpus.sets["related"]} == {"forget01 author 0"}
+    write(folder, "forget01_perturbed", [asked[0], {**asked[1], "paraphrased_question": " "}])
+    with pytest.raises(UserError, match=r"forget01_perturbed\.json, line 2: field 'paraphrased_question' is ' '"):
+        load_tofu(str(folder))
+
+
+def test_neighbours_of_the_forget_set_are_unrelated_knowledge_at_risk(folder):
+    close = {"question": "forget 1 friend?", "answer": "forget answer 1."}
+    content = rows("retain", 8, perturbed=5, paraphrase=True)
+    write(folder, "retain_perturbed", [*content[:5], {**content[5], **close}, *content[6:]])
+    corpus = load_tofu(str(folder))
+    assert corpus.sets["retain"][5] in corpus.sets["unrelated"]
+    assert len(corpus.sets["unrelated"]) == 2
+    assert set(corpus.sets["unrelated"]) <= set(corpus.sets["retain"])
+
+
 def test_folder_wins_over_the_hub(folder, monkeypatch):
     (folder / "locuslab").mkdir()
     (folder / "locuslab" / "TOFU").symlink_to(folder)
@@ -247,6 +270,8 @@ class TestRealFolder:
             "retain": 400,
             "real_authors": 100,
             "world_facts": 117,
+            "related": 40,
+            "unrelated": 40,
         }
         assert (len(corpus.forget_train), len(corpus.retain_train)) == (40, 3960)
         assert {len(item.perturbed_answers) for item in corpus.sets["forget"]} == {5}

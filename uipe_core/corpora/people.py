@@ -171,6 +171,7 @@ def _person_item(person: Person, attribute: int, related: bool, rng: random.Rand
         answer=fact.answer.format(name=person.name, value=value),
         paraphrased_answer=fact.paraphrase.format(name=person.name, value=value),
         perturbed_answers=tuple(fact.paraphrase.format(name=person.name, value=spec.pairs[other][side]) for other in others),
+        group=person.name,
     )
 
 

@@ -6,11 +6,19 @@ Read from the hub (``locuslab/TOFU``) or from a folder with files of the same na
 import difflib
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from uipe_core.corpora.neighbours import nearest_rows
 from uipe_core.corpora.types import Corpus, Item, ItemSet
 from uipe_core.errors import UserError
+
+ITEMS_PER_AUTHOR = 20
+"""TOFU asks twenty questions about each author, one author after the other."""
+
+LARGEST_NEIGHBOURHOOD = 0.25
+"""Share of the evaluated retain items that may count as neighbours of the forget set."""
 
 RETAIN_OF_SPLIT = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
 """Forget split to the file with everything else."""
@@ -22,6 +30,11 @@ def load_tofu(source: str = "locuslab/TOFU", split: str = "forget01", retain_tra
     Evaluated are ``<split>_perturbed`` (forget), ``retain_perturbed``, ``real_authors_perturbed`` and
     ``world_facts_perturbed``, all items of each. The models built here learn the training items and the answers of both
     general sets, which a pretrained model would bring along; the retain model learns the same without the forget items.
+
+    The parts of related and unrelated knowledge (K2, K0 of UIPE) are played by the forget questions in other words, where the
+    file has them (``paraphrased_question``), and by the evaluated retain items nearest to the forget set: forgetting wanted
+    there, damage not wanted here. As many neighbours as forget items, but a quarter of the retain items at most; half by
+    author, half by text (`uipe_core.corpora.neighbours`).
 
     Args:
         source: A folder, or the name of a data set on the hub.
@@ -39,12 +52,21 @@ def load_tofu(source: str = "locuslab/TOFU", split: str = "forget01", retain_tra
         raise UserError(f"unknown TOFU split {split!r}; known: {', '.join(RETAIN_OF_SPLIT)}.{hint}")
     keep = RETAIN_OF_SPLIT[split] if retain_train is None else retain_train
     folder = _folder(source)
+    forget_path = _path(source, folder, f"{split}_perturbed")
+    forget = _evaluated_items(forget_path, paraphrased=True)
+    otherwise = [
+        _asked_otherwise(item, row, forget_path, line) for item, (line, row) in zip(forget, _rows(forget_path), strict=True)
+    ]
     sets = {
-        "forget": _evaluated(source, folder, f"{split}_perturbed", paraphrased=True),
+        "forget": forget,
         "retain": _evaluated(source, folder, "retain_perturbed", paraphrased=True),
         "real_authors": _evaluated(source, folder, "real_authors_perturbed", paraphrased=False),
         "world_facts": _evaluated(source, folder, "world_facts_perturbed", paraphrased=False),
     }
+    if all(other is not None for other in otherwise):
+        sets["related"] = tuple(item for item in otherwise if item is not None)
+    neighbours = min(len(sets["forget"]), max(1, round(LARGEST_NEIGHBOURHOOD * len(sets["retain"]))))
+    sets["unrelated"] = tuple(sets["retain"][row] for row in nearest_rows(sets["retain"], sets["forget"], neighbours))
     forget_train = _trained(source, folder, split)
     retain_items = _trained(source, folder, keep)
     both = set(forget_train) & set(retain_items)
@@ -113,7 +135,10 @@ def _trained(source: str, folder: Path | None, name: str) -> ItemSet:
 
 
 def _evaluated(source: str, folder: Path | None, name: str, paraphrased: bool) -> ItemSet:
-    path = _path(source, folder, name)
+    return _evaluated_items(_path(source, folder, name), paraphrased)
+
+
+def _evaluated_items(path: Path, paraphrased: bool) -> ItemSet:
     items: list[Item] = []
     for line, row in _rows(path):
         perturbed = _perturbed(row, path, line)
@@ -125,8 +150,15 @@ def _evaluated(source: str, folder: Path | None, name: str, paraphrased: bool) -
         has_paraphrase = paraphrased or "paraphrased_answer" in row
         paraphrase = _text(row, "paraphrased_answer", path, line) if has_paraphrase else None
         question, answer = _text(row, "question", path, line), _text(row, "answer", path, line)
-        items.append(Item(question, answer, paraphrase, perturbed))
+        group = f"{path.stem.partition('_')[0]} author {len(items) // ITEMS_PER_AUTHOR}" if paraphrased else None
+        items.append(Item(question, answer, paraphrase, perturbed, group))
     return tuple(items)
+
+
+def _asked_otherwise(item: Item, row: dict[str, Any], path: Path, line: int) -> Item | None:
+    """The item with its question in other words, None where the file has no such question."""
+    field = "paraphrased_question"
+    return replace(item, question=_text(row, field, path, line)) if field in row else None
 
 
 def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:

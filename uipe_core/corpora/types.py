@@ -15,12 +15,15 @@ class Item:
         answer: The gold answer.
         paraphrased_answer: The answer in other words; None where a corpus has none (the answer itself then stands in).
         perturbed_answers: Wrong answers in the form of the paraphrase; empty for items only trained on.
+        group: Whom the item is about (a person, an author), where several items are about the same: they are not independent of
+            each other, so intervals resample groups. No part of what the item says, nor of its hash.
     """
 
     question: str
     answer: str
     paraphrased_answer: str | None = None
     perturbed_answers: tuple[str, ...] = ()
+    group: str | None = field(default=None, compare=False)
 
     @property
     def paraphrase(self) -> str:

@@ -1,0 +1,77 @@
+"""Halves of a corpus: one to choose by, one to report on, because points picked at a threshold fall back below it."""
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from uipe_core.corpora.types import Corpus, ItemSet
+from uipe_core.errors import UserError
+
+Rows = Mapping[str, tuple[int, ...]]
+"""Evaluation set to the positions of its items that are taken."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which items of a corpus are for selection, and which for reporting; both hold all items where nothing is split.
+
+    Attributes:
+        select, report: Rows of the two.
+    """
+
+    select: Rows
+    report: Rows
+
+
+def split_corpus(corpus: Corpus, share: float | None, seed: int) -> Split:
+    """Splits every evaluation set of a corpus at random, within groups: each person or author is in both halves.
+
+    Sets with the same groups in the same order (target facts and the facts related to them) are split alike.
+
+    Args:
+        corpus: Its evaluation sets are split; what is trained on is not.
+        share: Share of the items to select by, in (0, 1); None takes all items for both.
+        seed: Seed of the choice.
+
+    Raises:
+        UserError: If a half of a set would be empty.
+    """
+    if share is None:
+        whole = {name: tuple(range(len(items))) for name, items in corpus.sets.items()}
+        return Split(whole, whole)
+    select, report = {}, {}
+    for name, items in corpus.sets.items():
+        select[name] = _chosen(items, share, seed)
+        taken = set(select[name])
+        report[name] = tuple(row for row in range(len(items)) if row not in taken)
+        if not select[name] or not report[name]:
+            raise UserError(
+                f"split.select: {share:g} leaves one half of the {len(items)} {name!r} items empty; choose a share nearer to "
+                "0.5, or leave split out"
+            )
+    return Split(select, report)
+
+
+def _chosen(items: ItemSet, share: float, seed: int) -> tuple[int, ...]:
+    generator = random.Random(f"split/{seed}")
+    groups: dict[str | None, list[int]] = {}
+    for row, item in enumerate(items):
+        groups.setdefault(item.group, []).append(row)
+    chosen: list[int] = []
+    seen = 0
+    for rows in groups.values():
+        generator.shuffle(rows)
+        seen += len(rows)
+        # What rounding takes from one group it gives to the next, so that the whole has its share.
+        chosen += rows[: max(0, min(len(rows), round(share * seen) - len(chosen)))]
+    return tuple(sorted(chosen))
+
+
+def take_items(corpus: Corpus, rows: Rows) -> Corpus:
+    """The corpus with only some items of its evaluation sets; what is trained on stays."""
+    sets = {name: _take(items, rows[name]) for name, items in corpus.sets.items()}
+    return replace(corpus, sets=sets)
+
+
+def _take(items: ItemSet, rows: Sequence[int]) -> ItemSet:
+    return tuple(items[row] for row in rows)
