@@ -6,10 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from search.space import Point
+from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun
 from uipe_core.metrics import Metrics, evaluate
 from uipe_core.models import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
+from uipe_core.prompts import PromptFormat
 from uipe_core.score_report import ScoreReport
 from uipe_core.scoring import Scorer, ScoringConfig
 from uipe_core.update_vectors import Extrapolator, UpdateVector, random_direction, snapshot
@@ -17,8 +19,18 @@ from uipe_core.update_vectors import Extrapolator, UpdateVector, random_directio
 POINT_KINDS = ("alpha_zero", "search")
 """Points of the search space: trials of the study."""
 
-CONTROL_KINDS = ("initial", "retain", "next_epoch", "temperature", "random_direction")
+REFERENCE_KINDS = ("initial", "retain", "other_retain", "never_finetuned")
+"""Models scored as they are."""
+
+MIRROR_KINDS = ("random_direction", "held_out", "matched_scale", "confirm")
+"""What is scored of a front point afterwards: a random direction of its norm; the point itself on the items kept for
+reporting; with its logits brought to the scale of the initial model; with its base run trained from another seed."""
+
+CONTROL_KINDS = (*REFERENCE_KINDS, "next_epoch", "temperature", *MIRROR_KINDS)
 """What the trials are compared with: trials of the controls study."""
+
+REPORTED_KINDS = ("held_out", "confirm")
+"""Scored on the items kept for reporting; everything else on those for selection."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +41,9 @@ class Job:
         kind: One of `POINT_KINDS` or `CONTROL_KINDS`.
         base, epoch, alpha: Which update vector, walked how far; None where no vector is involved.
         temperature: Logits are divided by it.
-        of_trial: For a random direction, the trial whose base, epoch and alpha it mirrors.
+        of_trial: For one of `MIRROR_KINDS`, the trial whose base, epoch and alpha it mirrors.
+        model: Name of the reference model where no vector is involved; None for the initial one.
+        seed: For a confirmation, the seed its base run was trained with.
     """
 
     kind: str
@@ -38,6 +52,18 @@ class Job:
     alpha: float | None = None
     temperature: float = 1.0
     of_trial: int | None = None
+    model: str | None = None
+    seed: int | None = None
+
+    @property
+    def run(self) -> str | None:
+        """Key of its base run in `StudyContext.runs`."""
+        return self.base if self.seed is None else retrained(str(self.base), self.seed)
+
+
+def retrained(label: str, seed: int) -> str:
+    """Key of a base run that was trained again from another seed."""
+    return f"{label}@{seed}"
 
 
 @dataclass(frozen=True)
@@ -46,11 +72,11 @@ class StudyContext:
 
     Attributes:
         corpus: Evaluation sets.
+        split: Which of their items are for selection and which for reporting.
         source: The initial model.
-        runs: Finished base runs by label.
+        runs: Finished base runs by label; those trained from another seed by `retrained`.
         methods: Method by base-run label.
-        reference: Scores of the retain model.
-        initial: Scores of the initial model.
+        references: Scores of the models that are scored as they are, by name, on all items.
         scoring: Batch size and generation length.
         definition: Metric definition.
         seed: Seed of the random directions.
@@ -58,11 +84,11 @@ class StudyContext:
     """
 
     corpus: Corpus
+    split: Split
     source: ModelSource
     runs: Mapping[str, BaseRun]
     methods: Mapping[str, str]
-    reference: ScoreReport
-    initial: ScoreReport
+    references: Mapping[str, ScoreReport]
     scoring: ScoringConfig
     definition: str
     seed: int
@@ -78,6 +104,20 @@ def load_for_scoring(source: ModelSource) -> tuple[LoadedModel, Extrapolator]:
     return loaded, Extrapolator(loaded.model, initial)
 
 
+class _Half:
+    """One half of the items: how they are scored, and what the reference models have on them."""
+
+    def __init__(self, context: StudyContext, rows: Rows, prompts: PromptFormat) -> None:
+        corpus = take_items(context.corpus, rows)
+        self.scorer = Scorer(corpus, prompts, context.scoring)
+        self.references = {name: report.take(rows, corpus.set_hashes) for name, report in context.references.items()}
+        utilities = [
+            evaluate(self.references[name], self.references["retain"], context.definition).model_utility
+            for name in ("initial", "retain")
+        ]
+        self.best_utility = max(utilities)
+
+
 class Evaluator:
     """Scores jobs one after another on one resident model.
 
@@ -89,49 +129,54 @@ class Evaluator:
         set_threads(context.threads)
         self.context = context
         self.loaded, self._walker = load_for_scoring(context.source)
-        self._scorer = Scorer(context.corpus, self.loaded.prompts, context.scoring)
-        self._utility_initial = evaluate(context.initial, context.reference, context.definition).model_utility
-        self._utility_retain = evaluate(context.reference, context.reference, context.definition).model_utility
+        self._halves: dict[bool, _Half] = {}
         self._last: tuple[tuple[str, int], UpdateVector] | None = None
 
-    def evaluate(self, job: Job) -> dict[str, Any]:
-        """Evidence of one job: flat, JSON-able; objectives under their metric names."""
+    def evaluate(self, job: Job) -> tuple[dict[str, Any], ScoreReport]:
+        """Evidence of one job, flat and JSON-able with objectives under their metric names; and the scores behind it."""
         started = time.perf_counter()
-        report, norm = self._report(job)
-        metrics = evaluate(report, self.context.reference, self.context.definition)
-        return {
-            **evidence(job, metrics, report, self.context.initial, self.context.methods),
-            "flagged": metrics.model_utility > max(self._utility_initial, self._utility_retain),
+        half = self._half(job.kind in REPORTED_KINDS)
+        report, norm = self._report(job, half)
+        metrics = evaluate(report, half.references["retain"], self.context.definition)
+        facts = {
+            **evidence(job, metrics, report, half.references["initial"], self.context.methods),
+            "flagged": metrics.model_utility > half.best_utility,
             "update_norm": None if norm is None else norm * abs(1.0 + (job.alpha or 0.0)),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "device": self.loaded.device.type,
             "seconds": time.perf_counter() - started,
             "seconds_by_stage": dict(report.seconds),
         }
+        return facts, report
 
-    def _report(self, job: Job) -> tuple[ScoreReport, float | None]:
-        if job.kind == "initial":
-            return self.context.initial, None
-        if job.kind == "retain":
-            return self.context.reference, None
-        if job.base is None or job.epoch is None or job.alpha is None:
-            return self._scorer.score(self._on(self._walker.reset()), temperature=job.temperature), None
-        update = self._update(job.base, job.epoch)
+    def _half(self, reported: bool) -> _Half:
+        if reported not in self._halves:
+            split = self.context.split
+            rows = split.report if reported else split.select
+            self._halves[reported] = _Half(self.context, rows, self.loaded.prompts)
+        return self._halves[reported]
+
+    def _report(self, job: Job, half: _Half) -> tuple[ScoreReport, float | None]:
+        if job.model is not None:
+            return half.references[job.model], None
+        if job.run is None or job.epoch is None or job.alpha is None:
+            return half.scorer.score(self._on(self._walker.reset()), temperature=job.temperature), None
+        update = self._update(job.run, job.epoch)
         if job.kind == "random_direction":
             update = random_direction(update, self.context.seed)
         applying = time.perf_counter()
         model = self._walker.apply(update, job.alpha)
         applied = time.perf_counter() - applying
-        report = self._scorer.score(self._on(model), temperature=job.temperature)
+        report = half.scorer.score(self._on(model), temperature=job.temperature)
         return replace(report, seconds={"apply": applied, **report.seconds}), update.norm
 
     def _on(self, model: Any) -> LoadedModel:
         return replace(self.loaded, model=model)
 
-    def _update(self, base: str, epoch: int) -> UpdateVector:
+    def _update(self, run: str, epoch: int) -> UpdateVector:
         """The update vector of a base epoch; the last one stays in memory."""
-        if self._last is None or self._last[0] != (base, epoch):
-            self._last = ((base, epoch), self.context.runs[base].load(epoch))
+        if self._last is None or self._last[0] != (run, epoch):
+            self._last = ((run, epoch), self.context.runs[run].load(epoch))
         return self._last[1]
 
 
@@ -165,8 +210,7 @@ def evidence(
         facts[f"{name}_log10_forget_quality"] = related.log10_p
     if job.temperature != 1.0:
         facts["temperature"] = job.temperature
-    if job.of_trial is not None:
-        facts["of_trial"] = job.of_trial
+    facts.update({name: value for name in ("of_trial", "model", "seed") if (value := getattr(job, name)) is not None})
     return facts
 
 

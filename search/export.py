@@ -13,6 +13,8 @@ import yaml
 from search.evaluator import load_for_scoring
 from search.preparation import Preparation, prepare
 from search.spec import BaseRunSpec, StudySpec
+from uipe_core.corpora.split import take_items
+from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.errors import ExportMismatchError, UserError
 from uipe_core.evaluation_log import read_log
@@ -174,12 +176,12 @@ def export(recipe: Recipe, to: Path, form: str, reference: ScoreReport | None = 
             read_recipe(temporary / RECIPE_FILE)
         else:
             _write_weights(recipe, preparation, temporary, form)
-            metrics = _score_afresh(preparation, temporary, reference)
+            metrics, held_out = _score_afresh(preparation, temporary, reference)
             # The KS statistic moves in steps of one item, so a merged adapter may differ by a step or two.
-            steps = 2 / len(preparation.corpus.sets["forget"])
+            steps = 2 / len(preparation.split.select["forget"])
             full = recipe.spec.unlearning.adapter is None
             _require_same(recipe, metrics, SAME if full else MERGED, SAME if full else steps)
-            (temporary / "README.md").write_text(_card(recipe, metrics, form))
+            (temporary / "README.md").write_text(_card(recipe, metrics, held_out, form))
         if to.exists():
             to.rmdir()
         temporary.rename(to)
@@ -230,7 +232,7 @@ def _base_run(preparation: Preparation, label: str, source: ModelSource) -> Base
     runs: dict[str, BaseRunSpec] = {run.label: run for run in preparation.spec.variants()}
     run = runs[label]
     config = preparation.unlearning(run)
-    inputs = preparation.base_run_inputs(run)
+    inputs = preparation.base_run_inputs(config)
     store = DeltaStore(preparation.delta_root)
     found = store.find(inputs)
     if found is not None:
@@ -238,17 +240,26 @@ def _base_run(preparation: Preparation, label: str, source: ModelSource) -> Base
     return store.get_or_train(inputs, train_base_run(source.load(dtype="auto"), preparation.corpus, config))
 
 
-def _score_afresh(preparation: Preparation, folder: Path, reference: ScoreReport | None) -> Metrics:
-    """Scores the written folder as a stranger would load it."""
+def _score_afresh(preparation: Preparation, folder: Path, reference: ScoreReport | None) -> tuple[Metrics, Metrics | None]:
+    """Scores the written folder as a stranger would load it: on the items trials are scored on, and on those for reporting."""
     if reference is None:
         log = preparation.retain_log
-        reference = read_log(log) if log is not None else _score(preparation, _source(preparation, "retain").load())
-    exported = replace(_source(preparation, "initial"), location=str(folder), revision=None)
-    return evaluate(_score(preparation, exported.load()), reference, preparation.spec.scoring.definition)
+        if log is not None:
+            reference = read_log(log)
+        else:
+            reference = _score(preparation.corpus, preparation, _source(preparation, "retain").load())
+    loaded = replace(_source(preparation, "initial"), location=str(folder), revision=None).load()
+    split, numbers = preparation.split, []
+    for rows in (split.select,) if preparation.spec.split is None else (split.select, split.report):
+        # The trial's own batches: in other company the last bits of an answer's loss may differ.
+        corpus = take_items(preparation.corpus, rows)
+        against = reference.take(rows, corpus.set_hashes)
+        numbers.append(evaluate(_score(corpus, preparation, loaded), against, preparation.spec.scoring.definition))
+    return numbers[0], numbers[1] if len(numbers) > 1 else None
 
 
-def _score(preparation: Preparation, loaded: LoadedModel) -> ScoreReport:
-    return Scorer(preparation.corpus, loaded.prompts, preparation.scoring).score(loaded)
+def _score(corpus: Corpus, preparation: Preparation, loaded: LoadedModel) -> ScoreReport:
+    return Scorer(corpus, loaded.prompts, preparation.scoring).score(loaded)
 
 
 def _require_same(recipe: Recipe, metrics: Metrics, utility_tolerance: float, ks_tolerance: float) -> None:
@@ -268,19 +279,17 @@ def _require_same(recipe: Recipe, metrics: Metrics, utility_tolerance: float, ks
         )
 
 
-def _card(recipe: Recipe, metrics: Metrics, form: str) -> str:
-    quality = metrics.forget_quality
-    assert quality is not None
+def _card(recipe: Recipe, metrics: Metrics, held_out: Metrics | None, form: str) -> str:
     run = next(run for run in recipe.spec.variants() if run.label == recipe.base)
     hyperparameters = ", ".join(f"{name} {value:g}" for name, value in run.hyperparameters.items())
-    rows = {
-        "model utility": f"{metrics.model_utility:.4f}",
-        "forget quality (p)": f"{quality.p_value:.3g}",
-        "log10 forget quality": f"{quality.log10_p:.3f}",
-        "KS statistic": f"{quality.ks_statistic:.4f}",
-        **{name: f"{value:.4f}" for name, value in {**metrics.components, **metrics.forget}.items()},
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    rows = _card_rows(metrics)
+    other = {} if held_out is None else _card_rows(held_out)
+    heads = (
+        "| metric | value |\n|---|---|"
+        if held_out is None
+        else "| metric | items selected by | held-out items |\n|---|---|---|"
+    )
+    table = "\n".join(f"| {name} | {value} |" + (f" {other[name]} |" if other else "") for name, value in rows.items())
     what = "LoRA adapter, already scaled by 1 + alpha" if form == "adapter" else "Full model"
     return f"""---
 tags: [unlearning, uipe]
@@ -297,9 +306,20 @@ alpha = {recipe.alpha:.6g}: theta = theta_init + (1 + alpha) * delta (UIPE, arXi
 
 Numbers by the metric definition `{metrics.definition}`, scored after this export was written and loaded afresh:
 
-| metric | value |
-|---|---|
+{heads}
 {table}
 
 Rebuild it from `{RECIPE_FILE}`: `uipe rebuild {RECIPE_FILE} --to DIR --as {form}`.
 """
+
+
+def _card_rows(metrics: Metrics) -> dict[str, str]:
+    quality = metrics.forget_quality
+    assert quality is not None
+    return {
+        "model utility": f"{metrics.model_utility:.4f}",
+        "forget quality (p)": f"{quality.p_value:.3g}",
+        "log10 forget quality": f"{quality.log10_p:.3f}",
+        "KS statistic": f"{quality.ks_statistic:.4f}",
+        **{name: f"{value:.4f}" for name, value in {**metrics.components, **metrics.forget}.items()},
+    }

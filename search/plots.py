@@ -28,6 +28,8 @@ WALKS = {
     "initial model": ("s", 34.0, "initial model (α = −1)"),
 }
 _CONTROLS = {
+    "other_retain": ("*", "control: retain model of another seed"),
+    "never_finetuned": ("P", "control: never fine-tuned"),
     "next_epoch": ("+", "control: next epoch of training"),
     "random_direction": ("x", "control: random direction"),
     "temperature": ("1", "control: logit temperature"),
@@ -44,7 +46,7 @@ def front_figure(view: ReportData) -> Figure:
     A second panel shows the third objective in place of forgetting where there is one; else it looks closer at the front
     where other points crowd it out of the first.
     """
-    trials, controls = view.by_role(view.trials), view.by_role(view.controls)
+    trials, controls = view.by_role(view.trials), view.by_role(_drawn(view.controls))
     third = view.objectives[2] if len(view.objectives) > 2 else None
     front = trials[trials["on_front"]].dropna(subset=[FORGETTING, UTILITY])
     full = _window(pd.concat([trials, controls])[[FORGETTING, UTILITY]].dropna())
@@ -131,6 +133,11 @@ def alpha_figure(view: ReportData) -> Figure:
     handles = _alpha_legend(shades, view)
     figure.legend(handles=handles, loc="outside upper left", ncols=6, frameon=False, fontsize=9, labelcolor=INK)
     return figure
+
+
+def _drawn(controls: pd.DataFrame) -> pd.DataFrame:
+    """The controls with a place in the picture: not those on other items or with other logits than the trials."""
+    return controls[controls["kind"].isin([*_CONTROLS, *_REFERENCES])]
 
 
 def shown_bases(trials: pd.DataFrame) -> list[str]:

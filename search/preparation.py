@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from search.spec_sections import PeopleCorpus, PretrainedModel, TinyModel, TofuC
 from search.study_store import fingerprint
 from uipe_core.content_store import ContentStore, cache_folder, content_key, file_hash
 from uipe_core.corpora.people import load_people
+from uipe_core.corpora.split import Split, split_corpus
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.evaluation_log import read_log
@@ -21,6 +22,25 @@ from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model_inputs
 from uipe_core.training import AdapterConfig, UnlearningConfig
 
 REPORTED_PACKAGES = ("uipe-search", "ray", "optuna", "torch", "transformers", "peft", "accelerate", "scipy")
+
+
+@dataclass(frozen=True)
+class ReferenceModel:
+    """A model that is scored as it is, for the trials to be compared with.
+
+    Attributes:
+        name: ``initial``, ``retain``, ``other_retain-1``, ..., ``never_finetuned``: its log's name, too.
+        kind: ``initial``, ``retain``, ``other_retain`` or ``never_finetuned``.
+        tiny: Stage and configuration a tiny model is built by; None for models that exist already.
+        source: Where an existing model is.
+        log: Its evaluation log, given in place of the model.
+    """
+
+    name: str
+    kind: str
+    tiny: tuple[str, TinyModelConfig] | None = None
+    source: ModelSource | None = None
+    log: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +71,10 @@ class Preparation:
         """The cache of tiny models."""
         return ContentStore(Path(self.spec.cache.models or cache_folder("models")))
 
+    def tiny_key(self, stage: str, config: TinyModelConfig) -> str:
+        """Key of a tiny model in their cache."""
+        return _tiny_key(config, self.corpus, stage)
+
     @property
     def delta_root(self) -> Path:
         """Folder of the delta store."""
@@ -64,8 +88,41 @@ class Preparation:
     def retain_log(self) -> Path | None:
         """The retain model's evaluation log, where the study gives one instead of a model."""
         model = self.spec.model
-        given = isinstance(model, PretrainedModel) and model.retain.endswith(".json")
-        return Path(model.retain) if given and isinstance(model, PretrainedModel) else None
+        return _log(model.retain) if isinstance(model, PretrainedModel) else None
+
+    @property
+    def split(self) -> Split:
+        """Which items trials are scored on, and which finalists are reported on."""
+        share = None if self.spec.split is None else self.spec.split.select
+        return split_corpus(self.corpus, share, self.spec.seed)
+
+    @property
+    def references(self) -> list[ReferenceModel]:
+        """The models trials are compared with: initial, retain, and what shows where forget quality is noise."""
+        model = self.spec.model
+        if isinstance(model, TinyModel):
+            tiny = self.tiny
+            assert tiny is not None
+            found = [ReferenceModel("initial", "initial", ("full", tiny)), ReferenceModel("retain", "retain", ("retain", tiny))]
+            for number, seed in enumerate(model.other_retain_seeds, start=1):
+                other = ("retain", replace(tiny, finetune_seed=seed))
+                found.append(ReferenceModel(f"other_retain-{number}", "other_retain", other))
+            if tiny.base is not None:
+                found.append(ReferenceModel("never_finetuned", "never_finetuned", ("base", tiny)))
+            return found
+        named = [("initial", "initial", model.initial), ("retain", "retain", model.retain)]
+        named += [(f"other_retain-{number}", "other_retain", place) for number, place in enumerate(model.other_retain, start=1)]
+        named += [("never_finetuned", "never_finetuned", model.never_finetuned)] if model.never_finetuned else []
+        return [self._existing(name, kind, place) for name, kind, place in named]
+
+    def _existing(self, name: str, kind: str, place: str) -> ReferenceModel:
+        log = _log(place)
+        if log is not None:
+            return ReferenceModel(name, kind, log=log)
+        if name in self.models:
+            return ReferenceModel(name, kind, source=self.source(name))
+        # Not part of the study's identity, so it is enough to know where it is.
+        return ReferenceModel(name, kind, source=replace(self.source("initial"), location=place, identity=place, revision=None))
 
     def source(self, which: str, location: str | None = None) -> ModelSource:
         """Where the ``initial`` or the ``retain`` model is; tiny models need the folder they were built in."""
@@ -82,7 +139,7 @@ class Preparation:
             )
         if location is None:
             raise ValueError("a tiny model is known by the folder it was built in")
-        return ModelSource(location, self.models[which], device="cpu")
+        return ModelSource(location, self.models.get(which, which), device="cpu")
 
     def unlearning(self, run: BaseRunSpec) -> UnlearningConfig:
         """The configuration of a base run.
@@ -114,23 +171,39 @@ class Preparation:
         """Epochs a base run is trained for."""
         return self.spec.unlearning.epochs + (1 if self.spec.unlearning.schedule == "constant" else 0)
 
-    def base_run_inputs(self, run: BaseRunSpec) -> dict[str, Any]:
+    def base_run_inputs(self, config: UnlearningConfig) -> dict[str, Any]:
         """Everything that determines a base run: its address in the delta store."""
         template = self.spec.model.prompt_template if isinstance(self.spec.model, PretrainedModel) else None
         return {
             "model": self.models["initial"],
             "items": self.corpus.training_hash,
             "prompt_template": template,
-            "unlearning": self.unlearning(run).as_inputs(),
+            "unlearning": config.as_inputs(),
         }
 
     def facts(self) -> dict[str, Any]:
         """What the study's record says beside its spec."""
+        halves = {"select": self.split.select, "report": self.split.report}
+        items = {half: {name: len(chosen) for name, chosen in rows.items()} for half, rows in halves.items()}
         return {
-            "corpus": {"name": self.corpus.name, "hash": self.corpus.hash, "sets": self.corpus.set_hashes},
+            "corpus": {
+                "name": self.corpus.name,
+                "hash": self.corpus.hash,
+                "sets": self.corpus.set_hashes,
+                "items": items,
+            },
             "models": dict(self.models),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in REPORTED_PACKAGES}},
         }
+
+
+def _tiny_key(config: TinyModelConfig, corpus: Corpus, stage: str) -> str:
+    return content_key(tiny_model_inputs(config, corpus, stage))
+
+
+def _log(place: str) -> Path | None:
+    """The evaluation log meant by a model's place, None where it is a model."""
+    return Path(place) if place.endswith(".json") else None
 
 
 def load_corpus(spec: StudySpec) -> Corpus:
@@ -151,9 +224,12 @@ def check_inputs(spec: StudySpec) -> list[str]:
     if isinstance(spec.corpus, TofuCorpus) and not is_local(spec.corpus.source):
         notes.append(f"corpus.source: {spec.corpus.source} is on the hub and is fetched when the study runs")
     else:
-        load_corpus(spec)
+        split_corpus(load_corpus(spec), None if spec.split is None else spec.split.select, spec.seed)
     if isinstance(spec.model, PretrainedModel):
-        for key, value in (("initial", spec.model.initial), ("retain", spec.model.retain)):
+        given = {"initial": spec.model.initial, "retain": spec.model.retain}
+        given |= {f"other_retain[{place}]": value for place, value in enumerate(spec.model.other_retain)}
+        given |= {"never_finetuned": spec.model.never_finetuned} if spec.model.never_finetuned else {}
+        for key, value in given.items():
             if not is_local(value):
                 notes.append(f"model.{key}: {value} is on the hub and is fetched when the study runs")
             elif value.endswith(".json"):
@@ -183,7 +259,7 @@ def prepare(spec: StudySpec) -> Preparation:
             seed=spec.seed,
         )
         stages = {"initial": "full", "retain": "retain"}
-        keys = {which: content_key(tiny_model_inputs(tiny, corpus, stage)) for which, stage in stages.items()}
+        keys = {which: _tiny_key(tiny, corpus, stage) for which, stage in stages.items()}
         return Preparation(spec, corpus, tiny, keys, {})
     identity, revision = model_identity(model.initial, model.revision)
     if model.retain.endswith(".json"):

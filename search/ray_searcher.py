@@ -4,6 +4,7 @@ Not `ray.tune.search.optuna.OptunaSearch`: with several objectives it leaves tri
 and writes no attributes. This one gets every job from the study and tells it how each ended.
 """
 
+import base64
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ from search.study_store import StudyStore
 
 
 class StudySearcher(Searcher):
-    """Hands out, in this order: controls, points at alpha = 0, what the sampler proposes, random directions.
+    """Hands out, in this order: controls, points at alpha = 0, what the sampler proposes, mirrors of the front.
 
     Args:
         store: The open study; this object is its only writer while Tune runs.
@@ -29,7 +30,7 @@ class StudySearcher(Searcher):
         given: Points at alpha = 0 still to be scored.
         proposals: How many points the sampler may still propose. Failed ones count, so that a study whose every trial fails
             comes to an end; the same command tries again.
-        mirrors: Called when everything else has ended: the random directions the front still needs.
+        mirrors: Called when everything else has ended: what of the front is still to be scored otherwise.
         finished: Called with each ended job and the reason of its failure, or None.
     """
 
@@ -100,7 +101,8 @@ class StudySearcher(Searcher):
         elif result.get("reason"):
             reason = str(result["reason"])
         if reason is None and result is not None:
-            reason = self._store.complete(job, number, json.loads(result["evidence"]))
+            items = base64.b64decode(result["items"]) if "items" in result else None
+            reason = self._store.complete(job, number, json.loads(result["evidence"]), items)
         else:
             self._store.fail(job, number, reason or "unknown")
         self._finished(job, reason)

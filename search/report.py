@@ -25,6 +25,14 @@ STAGES = {
 CONTROLS = {
     "initial": ("Initial model", "Still knows everything: where every walk starts, and the utility worth keeping."),
     "retain": ("Retain model", "Never saw the forget set: what perfect forgetting looks like, by definition."),
+    "other_retain": (
+        "Retain models of other seeds",
+        "Perfect forgetting again, from other seeds: how far forget quality varies where there is nothing to choose.",
+    ),
+    "never_finetuned": (
+        "Never fine-tuned",
+        "The model before it learned any of this: forget quality alone would choose it, and its utility says why not.",
+    ),
     "next_epoch": (
         "Next epoch",
         "One more epoch of plain training: a longer walk must beat what training on would have given.",
@@ -38,6 +46,8 @@ CONTROLS = {
         "The initial model with scaled logits: how much utility sharper probabilities give with nothing learned.",
     ),
 }
+AFTERWARDS = ("held_out", "matched_scale", "confirm")
+"""Kinds of controls that belong to single front points and are shown beside them."""
 
 
 def write_report(view: ReportData, folder: Path) -> Path:
@@ -61,7 +71,7 @@ def write_report(view: ReportData, folder: Path) -> Path:
     missing = [column for column in needed if column not in view.trials.columns]
     if missing:
         raise ValueError(f"trials lack the columns {missing}")
-    strange = set(view.trials["walk"]) - set(plots.WALKS) | set(view.controls.get("kind", ())) - set(CONTROLS)
+    strange = set(view.trials["walk"]) - set(plots.WALKS) | set(view.controls.get("kind", ())) - set(CONTROLS) - set(AFTERWARDS)
     if strange:
         raise ValueError(f"walks or kinds of control that the report does not know: {sorted(map(str, strange))}")
     columns = [*CONTROL_COLUMNS, *(column.key for column in view.columns), *view.controls.columns]

@@ -1,5 +1,6 @@
 """A study's results: tables, front, hypervolumes, selection; the way from the store to report and export."""
 
+import contextlib
 import math
 import os
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from search.evaluator import Job
+from search import finalists
 from search.export import export, recipe_of
 from search.objectives import Objective
 from search.pareto import hypervolume, knee, non_dominated, utility_floor
@@ -27,23 +28,10 @@ from uipe_core.metrics import log10_p_floor
 
 POINT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk")
 RULES = ("utility-floor", "knee")
+DEFAULT_CAP = 0.3
+"""Noise ceiling of forget quality where the study was not asked to measure it, or could not."""
 DEFAULT_FLOOR = 0.95
 """Share of the initial model's utility that a selection keeps unless told otherwise."""
-
-
-def random_direction_jobs(store: StudyStore) -> list[Job]:
-    """Random directions still to be scored: one per front point that left alpha = 0, with its base, epoch and alpha."""
-    trials = store.trials_frame()
-    if trials.empty:
-        return []
-    controls = store.controls_frame()
-    mirrored = set() if controls.empty or "of_trial" not in controls else set(controls["of_trial"].dropna().astype(int))
-    front = trials[non_dominated(trials[_names(store)].to_numpy())]
-    moved = front[(front["alpha"] != 0) & ~front["trial"].isin(mirrored)]
-    return [
-        Job("random_direction", row["base"], int(row["epoch"]), float(row["alpha"]), of_trial=int(row["trial"]))
-        for row in moved.to_dict("records")
-    ]
 
 
 def _names(store: StudyStore) -> list[str]:
@@ -109,6 +97,43 @@ class StudyResult:
         """What the study maximises: forgetting, utility, and perhaps a third."""
         return self.store.objectives
 
+    @property
+    def forget_quality_cap(self) -> float:
+        """The noise ceiling: the spec's, or the lowest forget quality among retain models of other seeds (0.3 without any)."""
+        given = self.spec.hypervolume.forget_quality_cap
+        if given is not None:
+            return given
+        others = self.controls.loc[self.controls["kind"] == "other_retain", "forget_quality"]
+        return DEFAULT_CAP if others.empty else float(others.min())
+
+    def runnable_spec(self) -> StudySpec:
+        """The spec with its storage as it can be opened: the record keeps no password."""
+        if self.spec.storage is None:
+            return self.spec
+        return self.spec.model_copy(update={"storage": os.environ.get("UIPE_STORAGE") or self.spec.storage})
+
+    def finalists(self, top: int) -> pd.DataFrame:
+        """Up to `top` points of the front: what the rules select first, then by the hypervolume that only they add."""
+        chosen = []
+        for rule in RULES:
+            with contextlib.suppress(UserError):
+                chosen.append(int(self.select(rule)["trial"]))
+        corner = self.reference_point()
+        ceilings = [objective.ceiling(self.forget_quality_cap) for objective in self.objectives]
+        order = finalists.best_first(self.front, self.objectives, np.array([corner[n] for n in _names(self.store)]), ceilings)
+        numbers = list(dict.fromkeys([*chosen, *order]))[:top]
+        return self.front.set_index("trial", drop=False).loc[numbers].reset_index(drop=True)
+
+    @cached_property
+    def held_out(self) -> pd.DataFrame:
+        """The front on the items for selection and on those for reporting (`search.finalists.held_out`)."""
+        return finalists.held_out(self.front, self.controls, self.objectives)
+
+    @cached_property
+    def confirmations(self) -> pd.DataFrame:
+        """Finalists over several training seeds (`search.finalists.confirmations`)."""
+        return finalists.confirmations(self.trials, self.controls, self.objectives)
+
     @cached_property
     def front(self) -> pd.DataFrame:
         """The Pareto front, strongest forgetting first."""
@@ -170,13 +195,14 @@ class StudyResult:
         """Lowest log10 forget quality the items of an evaluation set can give."""
         items = self.item_counts.get(name)
         if items is None:
-            raise UserError(f"{self.out}: the retain model was not scored on {name!r} items; run the study again")
+            raise UserError(f"{self.out}: its corpus has no {name!r} items; leave search.third_objective out")
         return log10_p_floor(items, items)
 
     @cached_property
     def item_counts(self) -> dict[str, int]:
-        """Number of items by evaluation set."""
-        return {name: len(scores) for name, scores in read_log(self._reference_log()).sets.items()}
+        """Number of items by evaluation set that trials are scored on."""
+        counts: dict[str, int] = self.store.record["corpus"]["items"]["select"]
+        return counts
 
     @cached_property
     def hypervolume(self) -> dict[str, float]:
@@ -196,8 +222,7 @@ class StudyResult:
     def _volume(self, *frames: pd.DataFrame) -> float:
         names = _names(self.store)
         points = np.concatenate([frame[names].to_numpy(dtype=float) for frame in frames])
-        cap = self.spec.hypervolume.forget_quality_cap
-        points = np.minimum(points, [objective.ceiling(cap) for objective in self.objectives])
+        points = np.minimum(points, [objective.ceiling(self.forget_quality_cap) for objective in self.objectives])
         corner = self.reference_point()
         return float(hypervolume(points, np.array([corner[name] for name in names])))
 
@@ -220,7 +245,7 @@ class StudyResult:
             "hypervolume": self.hypervolume,
             "gain": self.gain,
             "reference_point": self.reference_point(),
-            "forget_quality_cap": self.spec.hypervolume.forget_quality_cap,
+            "forget_quality_cap": self.forget_quality_cap,
             "seconds": record["seconds"],
             "report": str(self.report_path),
             "storage": record["storage"],
@@ -286,11 +311,6 @@ class StudyResult:
         if searched < wanted:
             return [f"{searched} of {wanted} search trials are complete: the same command resumes the study."]
         return []
-
-    def _reference_log(self) -> Path:
-        own = self.out / "logs" / "retain.json"
-        retain = self.store.record["spec"]["model"].get("retain", "")
-        return own if own.is_file() or not str(retain).endswith(".json") else Path(retain)
 
 
 def _plain(value: Any) -> Any:

@@ -2,9 +2,8 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,18 @@ from sqlalchemy.exc import OperationalError
 
 from search.cluster import local_ray, worker_count
 from search.evaluator import Job, StudyContext
+from search.finalists import mirror_jobs
+from search.groundwork import Groundwork
 from search.preparation import Preparation, prepare
 from search.progress import Bars, Board
 from search.ray_searcher import StudySearcher
-from search.results import StudyResult, random_direction_jobs
+from search.results import StudyResult
 from search.samplers import make_sampler
 from search.space import distributions, given_points
 from search.spec import StudySpec
 from search.study_store import StudyStore
-from search.workers import ScoringTrial, build_tiny, score_model, train_and_publish
-from uipe_core.delta_store import BaseRun, DeltaStore
+from search.workers import ScoringTrial
 from uipe_core.errors import StudyInterrupted, UserError
-from uipe_core.evaluation_log import read_log, write_log
-from uipe_core.metrics import evaluate
-from uipe_core.models import ModelSource
-from uipe_core.score_report import ScoreReport
-from uipe_core.training import DivergedError
-
-POLL_SECONDS = 0.2
 
 
 def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False) -> StudyResult:
@@ -51,6 +44,39 @@ def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = F
         StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
     """
     folder = Path("runs", spec.name) if out is None else Path(out)
+    return _at_work(spec, folder, quiet, _Run.finish_all)
+
+
+def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False) -> StudyResult:
+    """Trains the base runs of a study's finalists from other seeds, and scores the finalists again on the items for reporting.
+
+    Args:
+        out: Folder of a finished study.
+        top: How many finalists (`StudyResult.finalists`).
+        seeds: How many other seeds: the study's own plus 1, 2, ...
+
+    Returns:
+        The study, with the confirmations among its controls (`StudyResult.confirmations`).
+
+    Raises:
+        UserError: As `run_study`; or fewer than one finalist or seed.
+        StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
+    """
+    for name, value in (("--top", top), ("--seeds", seeds)):
+        if value < 1:
+            raise UserError(f"{name}: {value} is too few; give at least 1")
+    result = StudyResult.open(out)
+    spec = result.runnable_spec()
+    jobs = [
+        Job("confirm", row["base"], int(row["epoch"]), float(row["alpha"]), of_trial=int(row["trial"]))
+        for row in result.finalists(top).to_dict("records")
+    ]
+    others = [spec.seed + step for step in range(1, seeds + 1)]
+    return _at_work(spec, Path(out), quiet, lambda run: run.confirm(jobs, others))
+
+
+def _at_work(spec: StudySpec, folder: Path, quiet: bool, work: Callable[["_Run"], None]) -> StudyResult:
+    """Opens a study, does some work on it, and writes its report."""
     with Bars(quiet) as bars:
         preparation = prepare(spec)
         store = StudyStore.create(folder, spec, preparation.fingerprint, preparation.facts())
@@ -58,7 +84,7 @@ def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = F
             orphans = store.reconcile()
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
-            _Run(preparation, store, bars).finish_all()
+            work(_Run(preparation, store, bars))
             bars.say("writing the report ...")
             result = StudyResult.of(store)
             result.report()
@@ -83,7 +109,6 @@ class _Run:
     preparation: Preparation
     store: StudyStore
     bars: Bars
-    _board: Any = field(default=None)
 
     def finish_all(self) -> None:
         """Does what the study still lacks; starts Ray only if there is something."""
@@ -92,12 +117,27 @@ class _Run:
         controls = [job for job in self._controls() if job not in done]
         given = [point for point in given_points(spec) if Job("alpha_zero", **point.params) not in done]
         missing = spec.search.trials - self._searched()
-        if not (controls or given or missing > 0 or random_direction_jobs(self.store)):
+        if not (controls or given or missing > 0 or self._mirrors()):
             return
         with local_ray(spec, self.store.out, self.bars):
-            self._board = ray.remote(num_cpus=0)(Board).remote()
-            context = self._context()
+            context = self._groundwork().context()
             self._score(context, controls, given, max(missing, 0))
+
+    def confirm(self, points: list[Job], seeds: Sequence[int]) -> None:
+        """Trains the base runs of some points from other seeds and scores the points again, on the items for reporting."""
+        done = _done_jobs(self.store)
+        jobs = [job for point in points for seed in seeds if (job := replace(point, seed=seed)) not in done]
+        if not jobs:
+            return
+        with local_ray(self.preparation.spec, self.store.out, self.bars):
+            context = self._groundwork().context(seeds, sorted({str(job.base) for job in jobs}))
+            self._score(context, jobs, [], 0)
+
+    def _groundwork(self) -> Groundwork:
+        return Groundwork(self.preparation, self.store, self.bars, ray.remote(num_cpus=0)(Board).remote())
+
+    def _mirrors(self) -> list[Job]:
+        return mirror_jobs(self.store)
 
     def _searched(self) -> int:
         """Complete search trials; counted by number, because samplers may propose a point twice."""
@@ -106,84 +146,14 @@ class _Run:
 
     def _controls(self) -> list[Job]:
         spec = self.preparation.spec
-        jobs = [Job("initial"), Job("retain")]
+        jobs = [Job(model.kind, model=model.name) for model in self.preparation.references]
+        if spec.split is not None:
+            jobs += [Job("held_out", model=name) for name in ("initial", "retain")]
         jobs += [Job("temperature", temperature=value) for value in spec.scoring.temperatures]
         if self.preparation.trained_epochs > spec.unlearning.epochs:
             next_epoch = spec.unlearning.epochs + 1
             jobs += [Job("next_epoch", run.label, next_epoch, 0.0) for run in spec.variants()]
         return jobs
-
-    def _context(self) -> StudyContext:
-        spec = self.preparation.spec
-        with self._stage("models"):
-            initial, retain = self._models()
-        with self._stage("base_runs"):
-            runs, reports = self._base_runs_and_references(initial, retain)
-        if self.preparation.retain_log is not None:
-            _check_reference(reports, spec.scoring.definition)
-        return StudyContext(
-            corpus=self.preparation.corpus,
-            source=initial,
-            runs=runs,
-            methods={run.label: run.method for run in spec.variants()},
-            reference=reports["retain"],
-            initial=reports["initial"],
-            scoring=self.preparation.scoring,
-            definition=spec.scoring.definition,
-            seed=spec.seed,
-            threads=spec.resources.threads_per_worker,
-        )
-
-    def _models(self) -> tuple[ModelSource, ModelSource | None]:
-        """Sources of the initial and the retain model; tiny ones are built where the cache lacks them."""
-        preparation, spec = self.preparation, self.preparation.spec
-        if preparation.tiny is None:
-            retain = None if preparation.retain_log is not None else preparation.source("retain")
-            return preparation.source("initial"), retain
-        stages = {"initial": "full", "retain": "retain"}
-        store = preparation.model_store
-        folders = {which: store.find(preparation.models[which]) for which in stages}
-        if not all(folders.values()):
-            arguments = (preparation.tiny, preparation.corpus, store.root, spec.resources.threads_per_worker, self._board)
-            if preparation.tiny.base is not None:
-                self._gather({"base": self._task(build_tiny, "base", *arguments)})
-            tasks = {which: self._task(build_tiny, stage, *arguments) for which, stage in stages.items()}
-            folders = self._gather(tasks)
-        return preparation.source("initial", str(folders["initial"])), preparation.source("retain", str(folders["retain"]))
-
-    def _base_runs_and_references(
-        self, initial: ModelSource, retain: ModelSource | None
-    ) -> tuple[dict[str, BaseRun], dict[str, ScoreReport]]:
-        preparation, spec = self.preparation, self.preparation.spec
-        threads = spec.resources.threads_per_worker
-        deltas = DeltaStore(preparation.delta_root)
-        tasks, found = {}, {}
-        for run in spec.variants():
-            inputs = preparation.base_run_inputs(run)
-            known = deltas.find(inputs)
-            if known is not None:
-                found[run.label] = known
-                continue
-            config = preparation.unlearning(run)
-            arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, threads, self._board, run.label)
-            tasks[run.label] = self._task(train_and_publish, *arguments)
-        reports: dict[str, ScoreReport] = {}
-        for which, source in (("initial", initial), ("retain", retain)):
-            log = self.store.out / "logs" / f"{which}.json" if source is not None else preparation.retain_log
-            if log is not None and log.is_file():
-                reports[which] = read_log(log)
-            else:
-                wanted = (source, preparation.corpus, preparation.scoring, threads, self._board, f"scoring: {which} model")
-                tasks[which] = self._task(score_model, *wanted)
-        results = self._gather(tasks)
-        for which in ("initial", "retain"):
-            if which in results:
-                reports[which] = results.pop(which)
-                write_log(reports[which], self.store.out / "logs" / f"{which}.json", {"study": spec.name, "model": which})
-        runs = {**found, **results}
-        self.store.record["base_runs"] = {label: {"delta": run.key, "epochs": list(run.epochs)} for label, run in runs.items()}
-        self.store.save_record()
-        return runs, reports
 
     def _score(self, context: StudyContext, controls: list[Job], given: list[Any], proposals: int) -> None:
         spec = self.preparation.spec
@@ -193,7 +163,7 @@ class _Run:
         self.store.use_sampler(make_sampler(spec.search.sampler, spec.seed + 1000003 * scored))
         tally = _Tally(self.bars, self.store, len(controls) + len(given), proposals)
         searcher = StudySearcher(
-            self.store, space, controls, given, proposals, lambda: tally.mirrors(random_direction_jobs(self.store)), tally.ended
+            self.store, space, controls, given, proposals, lambda: tally.mirrors(self._mirrors()), tally.ended
         )
         resources = {"cpu": spec.resources.cpus_per_worker, "gpu": spec.resources.gpus_per_worker}
         tuner = tune.Tuner(
@@ -217,36 +187,6 @@ class _Run:
         finally:
             tally.close()
 
-    def _task(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        resources = self.preparation.spec.resources
-        options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_retries": 2}
-        return ray.remote(**options)(function).remote(*arguments)
-
-    def _gather(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
-        """Results by name, showing progress meanwhile. All tasks end before the first failure is raised."""
-        names = {reference: name for name, reference in tasks.items()}
-        waiting = list(names)
-        while waiting:
-            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
-            self.bars.show_all(ray.get(self._board.read.remote()))
-        results, failures = {}, []
-        for reference, name in names.items():
-            try:
-                results[name] = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                failures.append((name, error.cause if error.cause is not None else error))
-        for name, cause in failures:
-            if isinstance(cause, UserError | DivergedError):
-                raise UserError(f"{name}: {cause}") from cause
-            raise RuntimeError(f"{name} failed: {cause}") from cause
-        return results
-
-    @contextmanager
-    def _stage(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.store.add_seconds(name, time.perf_counter() - started)
-
 
 class _Tally:
     """Shows the progress of trials and books their time to the stage they belong to."""
@@ -260,13 +200,13 @@ class _Tally:
             self._show(stage)
 
     def mirrors(self, jobs: list[Job]) -> list[Job]:
-        """Announces the random directions that follow the search."""
+        """Announces what of the front is scored once more after the search."""
         self._totals["trials"] += len(jobs)
         self._show("trials")
         return jobs
 
     def ended(self, job: Job, reason: str | None) -> None:
-        stage = "trials" if job.kind in ("search", "random_direction") else "baselines"
+        stage = "trials" if job.kind == "search" or job.of_trial is not None else "baselines"
         self._done[stage] += 1
         if reason is not None:
             where = " ".join(str(part) for part in (job.kind, job.base, job.epoch, job.alpha) if part is not None)
@@ -290,21 +230,12 @@ class _Tally:
             self._bars.show(names[stage], self._done[stage], self._totals[stage])
 
 
-def _check_reference(reports: Mapping[str, ScoreReport], definition: str) -> None:
-    """Whether a given log will do, found out once here: in the workers it would fail every trial."""
-    try:
-        for which in ("initial", "retain"):
-            evaluate(reports[which], reports["retain"], definition)
-    except UserError as error:
-        raise UserError(f"model.retain: {error}") from error
-
-
 def _done_jobs(store: StudyStore) -> set[Job]:
     """Jobs that need not be done again."""
     done = set()
     for frame in (store.trials_frame(), store.controls_frame()):
         for row in frame.to_dict("records"):
-            names = ("base", "epoch", "alpha", "of_trial")
+            names = ("base", "epoch", "alpha", "of_trial", "model", "seed")
             values = {name: None if _absent(row.get(name)) else row[name] for name in names}
             temperature = 1.0 if _absent(row.get("temperature")) else float(row["temperature"])
             done.add(Job(kind=row["kind"], temperature=temperature, **values))

@@ -23,6 +23,7 @@ from search.spec_sections import (
     Scoring,
     Search,
     Section,
+    Split,
     TinyModel,
     TofuCorpus,
     Unlearning,
@@ -91,6 +92,7 @@ class StudySpec(Section):
     model: Annotated[TinyModel | PretrainedModel, Field(discriminator="kind")]
     unlearning: Unlearning
     scoring: Scoring = Field(default_factory=Scoring)
+    split: Split | None = None
     search: Search = Field(default_factory=Search)
     hypervolume: Hypervolume = Field(default_factory=Hypervolume)
     resources: Resources = Field(default_factory=Resources)
@@ -134,10 +136,12 @@ class StudySpec(Section):
     def fingerprint_payload(self) -> dict[str, Any]:
         """What makes this study this study, ready for JSON.
 
-        Left out: the number of trials, resources, storage and caches, which may change from run to run; local paths,
-        because a folder may move: the caller puts hashes of their content in.
+        Left out: the number of trials, the other retain models and the model never fine-tuned (controls that may come
+        later), resources, storage and caches, which may change from run to run; local paths, because a folder may move: the
+        caller puts hashes of their content in.
         """
-        left_out = {"search": {"trials"}, "resources": True, "storage": True, "cache": True}
+        controls = {"other_retain_seeds", "other_retain", "never_finetuned"}
+        left_out = {"search": {"trials"}, "model": controls, "resources": True, "storage": True, "cache": True}
         payload: dict[str, Any] = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
         for section, key in (("corpus", "source"), ("model", "initial"), ("model", "retain")):
             if is_local(payload[section].get(key, "")):

@@ -122,7 +122,7 @@ def _walk(node: yaml.Node, path: KeyPath, lines: Lines, above: tuple[int, ...]) 
 def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, object], list[tuple[KeyPath, str]]]:
     """The study with its paths made absolute, and a message for each path that leads nowhere.
 
-    A value of ``corpus.source``, ``model.initial`` or ``model.retain`` is a path when it starts with ``./``, ``../``,
+    A value of ``corpus.source`` or of a key that names a model is a path when it starts with ``./``, ``../``,
     ``/`` or ``~``, ends in ``.json``, cannot be a hub name, or names a folder beside the study file. Everything else
     is a hub name, which is not looked up. A cache is always a path, and need not exist.
 
@@ -132,14 +132,18 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
     """
     result = dict(data)
     problems: list[tuple[KeyPath, str]] = []
-    for section, key in (("corpus", "source"), ("model", "initial"), ("model", "retain")):
+    for section, key in (("corpus", "source"), *(("model", key) for key in ("initial", "retain", "never_finetuned"))):
         value = _text_at(result, section, key)
-        if value is None or (local := _local_path(value, folder)) is None:
-            continue
-        _replace(result, section, key, str(local))
-        is_log = key == "retain" and local.suffix == ".json"
-        if not _exists(local, file=is_log):
-            problems.append(((section, key), _missing(section, value, local, "file" if is_log else "folder")))
+        if value is not None:
+            local, problem = _located(section, value, folder, log_allowed=key != "initial")
+            _replace(result, section, key, local)
+            problems += [((section, key), problem)] if problem else []
+    model = result.get("model")
+    others = model.get("other_retain") if isinstance(model, dict) else None
+    if isinstance(others, list) and all(isinstance(value, str) and value for value in others):
+        located = [_located("model", value, folder, log_allowed=True) for value in others]
+        _replace(result, "model", "other_retain", [local for local, _ in located])
+        problems += [(("model", "other_retain", place), text) for place, (_, text) in enumerate(located) if text]
     for key in ("models", "deltas"):
         value = _text_at(result, "cache", key)
         if value is not None:
@@ -153,7 +157,18 @@ def _text_at(data: Mapping[str, object], section: str, key: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _replace(data: dict[str, object], section: str, key: str, value: str) -> None:
+def _located(section: str, value: str, folder: Path, log_allowed: bool) -> tuple[str, str]:
+    """The value with its path made absolute, where it is one; and what is wrong with it, or an empty text."""
+    local = _local_path(value, folder)
+    if local is None:
+        return value, ""
+    is_log = log_allowed and section == "model" and local.suffix == ".json"
+    if _exists(local, file=is_log):
+        return str(local), ""
+    return str(local), _missing(section, value, local, "file" if is_log else "folder")
+
+
+def _replace(data: dict[str, object], section: str, key: str, value: object) -> None:
     inner = data[section]
     if isinstance(inner, dict):
         data[section] = {**inner, key: value}

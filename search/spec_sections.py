@@ -93,6 +93,12 @@ class TinyModel(Section):
     heads: Count = 4
     base: Stage | None = None
     finetune: Stage
+    other_retain_seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_as_tuple)] = ()
+
+    @field_validator("other_retain_seeds")
+    @classmethod
+    def _seeds_differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(int(seed) for seed in _all_different(value))
 
     @field_validator("vocab_size")
     @classmethod
@@ -119,6 +125,8 @@ class PretrainedModel(Section):
     kind: Literal["pretrained"]
     initial: Name
     retain: Name
+    other_retain: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)] = ()
+    never_finetuned: Name | None = None
     revision: Name | None = None
     retain_revision: Name | None = None
     prompt_template: str | None = None
@@ -275,6 +283,12 @@ class Search(Section):
         return value
 
 
+class Split(Section):
+    """Halves of every evaluation set: `select` is the share of items that trials are scored on, the rest is for reporting."""
+
+    select: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
 class ReferencePoint(Section):
     """The corner hypervolume is measured from; None is the floor that the number of items sets."""
 
@@ -284,14 +298,16 @@ class ReferencePoint(Section):
 
 
 class Hypervolume(Section):
-    """How a front becomes one number."""
+    """How a front becomes one number. The cap is the noise ceiling; None takes it from the other retain models."""
 
     reference_point: ReferencePoint = Field(default_factory=ReferencePoint)
-    forget_quality_cap: Annotated[float, Field(gt=0, le=1)] = 0.3
+    forget_quality_cap: Annotated[float, Field(gt=0, le=1)] | None = 0.3
 
     @field_validator("forget_quality_cap")
     @classmethod
-    def _leaves_an_area(cls, value: float, info: ValidationInfo) -> float:
+    def _leaves_an_area(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None:
+            return None
         point = info.data.get("reference_point")
         floors = () if point is None else (point.log10_forget_quality, point.related_log10_forget_quality)
         for floor in floors:

@@ -12,13 +12,16 @@ import os
 import re
 import time
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pandas as pd
 from filelock import FileLock, Timeout
+from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage
@@ -200,8 +203,8 @@ class StudyStore:
         """Starts a trial of the controls study."""
         return self.controls.ask().number
 
-    def complete(self, job: Job, number: int, evidence: Mapping[str, Any]) -> str | None:
-        """Writes all evidence, then tells the values: a finished trial takes no more attributes.
+    def complete(self, job: Job, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
+        """Writes all evidence and the scores of every item, then tells the values: a finished trial takes no more attributes.
 
         An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
         """
@@ -212,6 +215,8 @@ class StudyStore:
             reason = f"objectives are not finite: {values}"
             self.fail(job, number, reason)
             return reason
+        if items is not None:
+            write_atomic(self._items_path(study, number), items)
         identifier = self._identifier(study, number)
         for key, value in evidence.items():
             if value is not None:
@@ -222,6 +227,20 @@ class StudyStore:
     def fail(self, job: Job, number: int, reason: str) -> None:
         """Ends a trial as FAIL with its reason."""
         self._fail(self._of(job), number, reason)
+
+    def items(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
+        """Per-item arrays of a complete trial by ``set/measurement``; None where it has none (a study of an older version)."""
+        path = self._items_path(self.controls if control else self.study, number)
+        try:
+            with np.load(path) as archive:
+                return dict(archive)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise UserError(f"{path}: the item scores of trial {number} are damaged ({error}); delete the file") from error
+
+    def _items_path(self, study: optuna.Study, number: int) -> Path:
+        return self.out / "items" / ("controls" if study is self._controls else "trials") / f"{number:05d}.npz"
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds to the time a stage has taken over all runs of the study."""

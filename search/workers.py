@@ -1,11 +1,14 @@
 """What runs on Ray's workers: the tasks of a study and its trainable."""
 
+import base64
+import io
 import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from ray import tune
 
 from search.evaluator import Evaluator, Job, StudyContext, load_for_scoring
@@ -40,10 +43,18 @@ class ScoringTrial(tune.Trainable):
         try:
             if self._evaluator is None:
                 self._evaluator = Evaluator(self._context)
-            # As text, because Tune flattens nested results before its searcher sees them.
-            return {"evidence": json.dumps(self._evaluator.evaluate(self._job)), "done": True}
+            evidence, report = self._evaluator.evaluate(self._job)
+            # As text, because Tune flattens nested results before its searcher sees them, and writes them as JSON.
+            return {"evidence": json.dumps(evidence), "items": pack_arrays(report.arrays()), "done": True}
         except Exception as error:
             return {"reason": f"{type(error).__name__}: {error}", "done": True}
+
+
+def pack_arrays(arrays: Mapping[str, Any]) -> str:
+    """Named arrays as text: base64 of a compressed numpy archive."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
@@ -59,11 +70,10 @@ def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
     return note
 
 
-def build_tiny(stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any) -> Path:
+def build_tiny(title: str, stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any) -> Path:
     """Builds a tiny model unless the cache has it; returns its folder."""
     set_threads(threads)
-    titles = {"base": "base", "full": "initial", "retain": "retain"}
-    return tiny_model(config, corpus, stage, ContentStore(root), _reporter(board, f"training: {titles[stage]} model"))
+    return tiny_model(config, corpus, stage, ContentStore(root), _reporter(board, f"training: {title} model"))
 
 
 def train_and_publish(

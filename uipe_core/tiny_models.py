@@ -1,7 +1,7 @@
 """Small Llamas built and trained here, with tokenizers of their own, cached by content."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class TinyModelConfig:
         base: Stage before fine-tuning; None for corpora without base texts.
         finetune: Stage of the full (initial) and of the retain model.
         seed: Seed of initial weights and order of training texts.
+        finetune_seed: Seed of the stage after `base` where it shall be another one; None is `seed`.
     """
 
     tokenizer: str
@@ -50,6 +51,7 @@ class TinyModelConfig:
     base: Stage | None
     finetune: Stage
     seed: int
+    finetune_seed: int | None = None
 
 
 def tiny_model_inputs(config: TinyModelConfig, corpus: Corpus, stage: str) -> dict[str, Any]:
@@ -68,7 +70,7 @@ def tiny_model(
     def make(folder: Path) -> None:
         start = None
         if stage != "base" and config.base is not None:
-            start = tiny_model(config, corpus, "base", store)
+            start = tiny_model(replace(config, finetune_seed=None), corpus, "base", store)
         _train_tiny(config, corpus, stage, start, folder, progress)
 
     return store.get_or_make(tiny_model_inputs(config, corpus, stage), make)
@@ -79,13 +81,14 @@ def _train_tiny(
 ) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    seed = config.seed if config.finetune_seed is None else config.finetune_seed
     if start is not None:
         loaded = load_model(str(start), device="cpu")
         model, tokenizer = loaded.model, loaded.tokenizer
     else:
         tokenizer = _word_tokenizer(corpus) if config.tokenizer == "word" else _bpe_tokenizer(corpus, config.vocab_size)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.manual_seed(seed)
             model = LlamaForCausalLM(
                 LlamaConfig(
                     vocab_size=len(tokenizer),
@@ -101,7 +104,7 @@ def _train_tiny(
                 )
             )
     settings = config.base if stage == "base" and config.base is not None else config.finetune
-    _fit_answers(model, PromptFormat(tokenizer), corpus.build[stage], settings, config.seed, progress)
+    _fit_answers(model, PromptFormat(tokenizer), corpus.build[stage], settings, seed, progress)
     model.eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

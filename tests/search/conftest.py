@@ -30,6 +30,7 @@ TINY = {
         "heads": 2,
         "base": {"epochs": 8, "learning_rate": 0.01, "batch_size": 32},
         "finetune": {"epochs": 15, "learning_rate": 0.01, "batch_size": 16},
+        "other_retain_seeds": [5],
     },
     "unlearning": {
         "methods": {"grad_diff": {"retain_weight": 2}, "npo": {"beta": 1}},
@@ -38,6 +39,7 @@ TINY = {
         "weight_decay": 0.0,
     },
     "scoring": {"batch_size": 64, "max_new_tokens": 12, "temperatures": [0.67]},
+    "split": {"select": 0.5},
     "search": {"alpha": {"low": -1, "high": 2}, "trials": 5},
 }
 
@@ -269,7 +271,7 @@ def new_store(tmp_path):
     def make(out=None, identity="f" * 32, **changes):
         spec = parse_study(merged(TINY, changes))
         facts = {
-            "corpus": {"name": "people", "hash": "0", "sets": {}},
+            "corpus": {"name": "people", "hash": "0", "sets": {}, "items": {"select": {"forget": 16, "related": 16}}},
             "models": {"initial": "a", "retain": "b"},
             "versions": {},
         }

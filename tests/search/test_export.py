@@ -59,7 +59,11 @@ def test_exported_weights_are_the_walk_itself(exported, row, preparation):
     folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
     initial = weights(folder)
     run = next(run for run in preparation.spec.variants() if run.label == row["base"])
-    update = DeltaStore(preparation.delta_root).find(preparation.base_run_inputs(run)).load(int(row["epoch"]))
+    update = (
+        DeltaStore(preparation.delta_root)
+        .find(preparation.base_run_inputs(preparation.unlearning(run)))
+        .load(int(row["epoch"]))
+    )
     for name, tensor in weights(exported).items():
         assert torch.equal(tensor, torch.add(initial[name], update.tensors[name], alpha=1 + row["alpha"])), name
 
@@ -69,7 +73,11 @@ def test_at_alpha_zero_the_export_is_the_unlearned_epoch(result, preparation, tm
     folder = result.export(row, tmp_path / "zero", "model")
     initial = weights(tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store))
     run = next(run for run in preparation.spec.variants() if run.label == row["base"])
-    update = DeltaStore(preparation.delta_root).find(preparation.base_run_inputs(run)).load(int(row["epoch"]))
+    update = (
+        DeltaStore(preparation.delta_root)
+        .find(preparation.base_run_inputs(preparation.unlearning(run)))
+        .load(int(row["epoch"]))
+    )
     assert all(torch.equal(tensor, initial[name] + update.tensors[name]) for name, tensor in weights(folder).items())
 
 
@@ -116,7 +124,11 @@ def test_an_adapter_is_loaded_by_peft_and_already_scaled(finished, write_study, 
     )
     run = preparation.spec.variants()[0]
     training = train_base_run(source.load(), preparation.corpus, preparation.unlearning(run))
-    update = DeltaStore(preparation.delta_root).get_or_train(preparation.base_run_inputs(run), training).load(1)
+    update = (
+        DeltaStore(preparation.delta_root)
+        .get_or_train(preparation.base_run_inputs(preparation.unlearning(run)), training)
+        .load(1)
+    )
     loaded = source.load()
     loaded.model = Extrapolator(loaded.model).apply(update, 0.75)
     reference = read_log(finished.out / "logs" / "retain.json")

@@ -249,7 +249,9 @@ def test_adapters_are_searched_as_low_rank_updates(adapted):
     from search.preparation import prepare
 
     preparation = prepare(adapted.spec)
-    found = DeltaStore(preparation.delta_root).find(preparation.base_run_inputs(adapted.spec.variants()[0]))
+    found = DeltaStore(preparation.delta_root).find(
+        preparation.base_run_inputs(preparation.unlearning(adapted.spec.variants()[0]))
+    )
     update = found.load(1)
     assert update.kind == "low_rank"
     assert all(".lora_" in name for name in update.tensors)
