@@ -235,7 +235,7 @@ class Scoring(Section):
     @field_validator("definition")
     @classmethod
     def _definition_exists(cls, value: str) -> str:
-        from uipe_core.metrics import DEFINITIONS  # scipy comes with it
+        from uipe_core.definitions import DEFINITIONS
 
         if value not in DEFINITIONS:
             names = list(DEFINITIONS)

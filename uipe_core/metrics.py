@@ -1,6 +1,6 @@
 """Forget quality and model utility from scored losses: arrays in, numbers out.
 
-Code bases compute these numbers differently, so each result carries the name of its definition (`DEFINITIONS`).
+Code bases compute these numbers differently, so each result carries the name of its definition (`definitions.DEFINITIONS`).
 
 Symbols used below, for a set of n items with k perturbed answers each:
     a: (n,) mean loss of the gold answer, nats per token.
@@ -8,12 +8,11 @@ Symbols used below, for a set of n items with k perturbed answers each:
     q: (n, k) mean losses of the perturbed answers.
     R: (n,) truth ratio, mean perturbed probability over paraphrase probability; small when the model knows the fact.
 
-Sources: TOFU (arXiv 2401.06121, section 2.2); ``aggregate_eval_stat.py`` of locuslab/tofu for definition ``tofu``.
+Source: TOFU (arXiv 2401.06121, section 2.2); `definitions` has those of each definition.
 """
 
-import difflib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,9 @@ from scipy.special import gammaln, logsumexp
 from scipy.stats import ks_2samp
 
 from uipe_core.corpora.types import RELATED_SETS, UTILITY_SETS
+from uipe_core.definitions import Definition, definition_named, log_geometric_mean
 from uipe_core.errors import UserError
+from uipe_core.item_check import require_same_items
 from uipe_core.score_report import FloatArray, ScoreReport, SetScores
 
 SET_TITLES = {"retain": "Retain", "real_authors": "Real Authors", "world_facts": "Real World", "forget": "Forget"}
@@ -30,30 +31,6 @@ SET_TITLES = {"retain": "Retain", "real_authors": "Real Authors", "world_facts":
 
 CHOICE_SETS = ("real_authors", "world_facts")
 """Sets whose probability is relative to the perturbed answers, as in a multiple choice (TOFU, section 2.2.1)."""
-
-
-@dataclass(frozen=True)
-class Definition:
-    """What one code base means by truth ratio and probability.
-
-    Attributes:
-        log_mean_perturbed: (n, k) perturbed losses to (n,) log of the mean perturbed probability.
-        epsilon: Added to each denominator, 0 for none.
-    """
-
-    log_mean_perturbed: Callable[[FloatArray], FloatArray]
-    epsilon: float = 0.0
-
-
-DEFINITIONS: dict[str, Definition] = {"tofu": Definition(log_mean_perturbed=lambda losses: -losses.mean(axis=-1))}
-
-
-def definition_named(name: str) -> Definition:
-    """The definition of that name; an unknown name is a `UserError` that lists the known ones."""
-    if name in DEFINITIONS:
-        return DEFINITIONS[name]
-    hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, DEFINITIONS, n=1))
-    raise UserError(f"unknown metric definition {name!r}; known: {', '.join(sorted(DEFINITIONS))}.{hint}")
 
 
 @dataclass(frozen=True)
@@ -81,7 +58,7 @@ class Metrics:
     """The numbers of one model.
 
     Attributes:
-        definition: Key of `DEFINITIONS` that all of them follow.
+        definition: Key of `definitions.DEFINITIONS` that all of them follow.
         model_utility: Harmonic mean of the nine components, in [0, 1].
         components: The nine numbers of model utility by TOFU's names, each in [0, 1].
         forget: Probability, ROUGE and truth ratio of the forget set, each in [0, 1].
@@ -114,7 +91,8 @@ class Metrics:
 def evaluate(report: ScoreReport, reference: ScoreReport | None = None, definition: str = "tofu") -> Metrics:
     """Every number of one model; with a reference (usually the retain model) forget quality too.
 
-    The reference needs losses on the forget set only: neither its ROUGE nor its utility sets are looked at.
+    The reference needs paraphrase and perturbed losses on the forget set only: neither its gold answers, its ROUGE nor its
+    utility sets are looked at.
 
     Raises:
         UserError: Unknown definition, a missing set or ROUGE, losses that are not finite, or a reference scored on
@@ -136,16 +114,18 @@ def evaluate(report: ScoreReport, reference: ScoreReport | None = None, definiti
 def truth_ratio(paraphrase_loss: FloatArray, perturbed_loss: FloatArray, definition: str = "tofu") -> FloatArray:
     """Truth ratio R per item, (n,) in [0, inf]: mean perturbed probability over paraphrase probability.
 
-    For ``tofu`` this is exp(p - mean q), the geometric form. A difference beyond about 709 nats leaves the range of
+    For ``tofu`` this is exp(p - mean q), the geometric form; for ``tofu-utils`` the mean is arithmetic; for
+    ``open-unlearning`` 1e-10 is added to the paraphrase probability. A difference beyond about 709 nats leaves the range of
     float64: R is then inf or 0, never NaN. `forget_quality` takes such values, since only their order counts.
 
     Args:
         paraphrase_loss: (n,) finite, nats per token.
         perturbed_loss: (n, k) finite, k >= 1.
-        definition: Key of `DEFINITIONS`.
+        definition: Key of `definitions.DEFINITIONS`.
     """
+    chosen = definition_named(definition)
     with np.errstate(over="ignore", under="ignore"):
-        return np.exp(_log_truth_ratio(paraphrase_loss, perturbed_loss, definition_named(definition)))
+        return np.exp(_log_truth_ratio(paraphrase_loss, chosen.log_mean_perturbed(perturbed_loss), chosen.epsilon))
 
 
 def utility_components(report: ScoreReport, definition: str = "tofu") -> dict[str, float]:
@@ -231,12 +211,12 @@ def _log_divide(log_numerator: FloatArray, log_denominator: FloatArray, epsilon:
     return log_numerator - log_denominator
 
 
-def _log_truth_ratio(paraphrase_loss: FloatArray, perturbed_loss: FloatArray, definition: Definition) -> FloatArray:
-    return _log_divide(definition.log_mean_perturbed(perturbed_loss), -paraphrase_loss, definition.epsilon)
+def _log_truth_ratio(paraphrase_loss: FloatArray, log_perturbed: FloatArray, epsilon: float) -> FloatArray:
+    return _log_divide(log_perturbed, -paraphrase_loss, epsilon)
 
 
 def _set_components(scores: SetScores, name: str, definition: Definition) -> dict[str, float]:
-    _check_losses(scores, name)
+    _check_losses(scores, name, ("answer_loss", "paraphrase_loss", "perturbed_loss"))
     if scores.rouge_l_recall is None:
         raise UserError(f"set {name!r} has no ROUGE-L recall (rougeL_recall): score the model with generation on")
     _check_finite(scores.rouge_l_recall, name, "rouge_l_recall")
@@ -244,7 +224,8 @@ def _set_components(scores: SetScores, name: str, definition: Definition) -> dic
     if name in CHOICE_SETS:
         choices = np.concatenate([log_probability[:, None], -scores.perturbed_loss], axis=1)
         log_probability = _log_divide(log_probability, logsumexp(choices, axis=1), definition.epsilon)
-    log_ratio = _log_truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, definition)
+    log_perturbed = definition.log_mean_perturbed(scores.perturbed_loss)
+    log_ratio = _log_truth_ratio(scores.paraphrase_loss, log_perturbed, definition.epsilon)
     if name == "forget":
         log_inverse = _log_divide(np.zeros_like(log_ratio), log_ratio, definition.epsilon)
         closeness = np.exp(np.minimum(log_ratio, log_inverse))
@@ -264,12 +245,12 @@ def _require_sets(report: ScoreReport, names: Sequence[str], whose: str = "") ->
         raise UserError(f"missing evaluation sets {whose}for the metrics: {', '.join(missing)}; present: {present}")
 
 
-def _check_losses(scores: SetScores, name: str) -> None:
+def _check_losses(scores: SetScores, name: str, measurements: Sequence[str]) -> None:
     if not len(scores):
         raise UserError(f"set {name!r} has no items")
     if scores.perturbed_loss.ndim != 2 or scores.perturbed_loss.shape[1] == 0:
         raise UserError(f"set {name!r} has no perturbed answers, which the truth ratio needs")
-    for measurement in ("answer_loss", "paraphrase_loss", "perturbed_loss"):
+    for measurement in measurements:
         _check_finite(getattr(scores, measurement), name, measurement)
 
 
@@ -281,19 +262,13 @@ def _check_finite(values: FloatArray, name: str, what: str) -> None:
 
 def _quality_of_set(report: ScoreReport, reference: ScoreReport, name: str, definition: Definition) -> ForgetQuality:
     scores, expected = report.sets[name], reference.sets[name]
-    _check_losses(scores, name)
-    _check_losses(expected, f"{name} of the reference")
-    if scores.item_hash is not None and expected.item_hash is not None:
-        same, found = scores.item_hash == expected.item_hash, ("item-set hash", scores.item_hash, expected.item_hash)
-    else:
-        same, found = len(scores) == len(expected), ("item count", str(len(scores)), str(len(expected)))
-    if not same:
-        raise UserError(
-            f"the reference was scored on other items: set {name!r} has {found[0]} {found[1]}, the reference has "
-            f"{found[2]}; score the reference on the same corpus and split"
-        )
-    # The logs have the order of the ratios, without ties where those overflow.
-    return forget_quality(
-        _log_truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, definition),
-        _log_truth_ratio(expected.paraphrase_loss, expected.perturbed_loss, definition),
+    compared = ("paraphrase_loss", "perturbed_loss")
+    _check_losses(scores, name, compared)
+    _check_losses(expected, f"{name} of the reference", compared)
+    require_same_items(scores, expected, name)
+    # The logs have the order of the ratios, without ties where those overflow. Geometric in every definition.
+    first, second = (
+        _log_truth_ratio(each.paraphrase_loss, log_geometric_mean(each.perturbed_loss), definition.epsilon)
+        for each in (scores, expected)
     )
+    return forget_quality(first, second)

@@ -16,7 +16,8 @@ class SetScores:
     """Scores of one evaluation set of n items with k perturbed answers each.
 
     Attributes:
-        answer_loss: (n,) mean negative log-likelihood of the gold answer, nats per answer token, end token included.
+        answer_loss: (n,) mean negative log-likelihood of the gold answer, nats per answer token, end token included; NaN
+            where a log that serves as a reference lacks it.
         answer_tokens: (n,) number of answer tokens behind each mean.
         paraphrase_loss, paraphrase_tokens: (n,) the same for the paraphrased answer.
         perturbed_loss, perturbed_tokens: (n, k) the same for the perturbed answers.
@@ -24,6 +25,8 @@ class SetScores:
         generated: n generated texts, or None.
         questions, answers: the texts the scores belong to (written to evaluation logs), or None when unknown.
         item_hash: item-set hash of the items; None for logs that do not carry one.
+        exact_memorization, extraction_strength: (n,) in [0, 1] of the gold answer, see `memorization`; None where a log
+            lacks them.
     """
 
     answer_loss: FloatArray
@@ -38,9 +41,11 @@ class SetScores:
     questions: tuple[str, ...] | None = None
     answers: tuple[str, ...] | None = None
     item_hash: str | None = None
+    exact_memorization: FloatArray | None = None
+    extraction_strength: FloatArray | None = None
 
     def __len__(self) -> int:
-        return len(self.answer_loss)
+        return len(self.paraphrase_loss)
 
     def take(self, rows: Sequence[int], item_hash: str | None) -> "SetScores":
         """The scores of some items, in the order of `rows`; `item_hash` is that of the items taken."""
