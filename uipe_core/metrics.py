@@ -13,7 +13,7 @@ Source: TOFU (arXiv 2401.06121, section 2.2); `definitions` has those of each de
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,9 @@ SET_TITLES = {"retain": "Retain", "real_authors": "Real Authors", "world_facts":
 
 CHOICE_SETS = ("real_authors", "world_facts")
 """Sets whose probability is relative to the perturbed answers, as in a multiple choice (TOFU, section 2.2.1)."""
+
+MEMORIZED_SETS = ("forget", "retain")
+"""Sets whose memorisation is reported: what should go, and what should stay."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Metrics:
         forget: Probability, ROUGE and truth ratio of the forget set, each in [0, 1].
         forget_quality: Test against the reference, None without one.
         related: The same test on ``related`` and ``unrelated``, where both model and reference were scored on them.
+        memorization: ``exact_memorization`` and ``extraction_strength`` by set of `MEMORIZED_SETS`, where known; the same
+            in every definition.
     """
 
     definition: str
@@ -72,6 +77,7 @@ class Metrics:
     forget: Mapping[str, float]
     forget_quality: ForgetQuality | None = None
     related: Mapping[str, ForgetQuality] = field(default_factory=dict)
+    memorization: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Strict JSON content of ``uipe metrics --json``; keys that need a reference are absent without one."""
@@ -85,6 +91,8 @@ class Metrics:
             content.update(self.forget_quality.as_dict())
         if self.related:
             content["related"] = {name: quality.as_dict() for name, quality in self.related.items()}
+        if self.memorization:
+            content["memorization"] = {name: dict(values) for name, values in self.memorization.items()}
         return content
 
 
@@ -102,13 +110,14 @@ def evaluate(report: ScoreReport, reference: ScoreReport | None = None, definiti
     _require_sets(report, ("forget", *UTILITY_SETS))
     components = utility_components(report, definition)
     forget = forget_components(report, definition)
+    values = Metrics(definition, model_utility(components), components, forget, memorization=memorization(report))
     if reference is None:
-        return Metrics(definition, model_utility(components), components, forget)
+        return values
     _require_sets(reference, ("forget",), "of the reference ")
     quality = _quality_of_set(report, reference, "forget", chosen)
     shared = [name for name in RELATED_SETS if name in report.sets and name in reference.sets]
     related = {name: _quality_of_set(report, reference, name, chosen) for name in shared}
-    return Metrics(definition, model_utility(components), components, forget, quality, related)
+    return replace(values, forget_quality=quality, related=related)
 
 
 def truth_ratio(paraphrase_loss: FloatArray, perturbed_loss: FloatArray, definition: str = "tofu") -> FloatArray:
@@ -150,6 +159,18 @@ def forget_components(report: ScoreReport, definition: str = "tofu") -> dict[str
     """
     _require_sets(report, ("forget",))
     return _set_components(report.sets["forget"], "forget", definition_named(definition))
+
+
+def memorization(report: ScoreReport) -> dict[str, dict[str, float]]:
+    """Mean exact memorisation and extraction strength, each in [0, 1], of `MEMORIZED_SETS`, where the report has them."""
+    found: dict[str, dict[str, float]] = {}
+    for name in MEMORIZED_SETS:
+        scores = report.sets.get(name)
+        for key in ("exact_memorization", "extraction_strength"):
+            values = None if scores is None else getattr(scores, key)
+            if values is not None and len(values):
+                found.setdefault(name, {})[key] = float(np.mean(values))
+    return found
 
 
 def model_utility(components: Mapping[str, float]) -> float:

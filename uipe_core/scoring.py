@@ -17,6 +17,7 @@ from torch import Tensor
 
 from uipe_core.corpora.types import UTILITY_SETS, Corpus, Item, ItemSet, item_set_hash
 from uipe_core.losses import token_nll
+from uipe_core.memorization import Matches, exact_memorization, extraction_strength
 from uipe_core.models import LoadedModel
 from uipe_core.prompts import IGNORED, Example, PromptFormat
 from uipe_core.score_report import FloatArray, IntArray, ScoreReport, SetScores
@@ -56,7 +57,8 @@ class Scorer:
         self._rows = {name: self._index(items) for name, items in self.sets.items()}
         lengths = [(len(example.input_ids), example.prompt_length) for example in self._examples]
         self._order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        self._gold_rows = [row[0] for name in UTILITY_SETS for row in self._rows.get(name, [])]
+        self._gold_rows = {row[0] for rows in self._rows.values() for row in rows}
+        self._scale_rows = {row[0] for name in UTILITY_SETS for row in self._rows.get(name, [])}
 
     def _index(self, items: ItemSet) -> list[list[int]]:
         """Per item, where its answer, its paraphrase and its perturbed answers stand in the flat list of examples."""
@@ -97,13 +99,13 @@ class Scorer:
             if progress is not None:
                 progress(done, total)
 
-        losses, scales = self._losses(model, loaded.device, temperature, step)
+        losses, scales, matches = self._losses(model, loaded.device, temperature, step)
         after_losses = time.perf_counter()
         texts = self._generate(model, loaded.device, [item.question for _, item in generated_items], generation_size, step)
         by_set: dict[str, list[str]] = {}
         for (name, _), text in zip(generated_items, texts, strict=True):
             by_set.setdefault(name, []).append(text)
-        sets = {name: self._set_scores(name, losses, by_set.get(name)) for name in self.sets}
+        sets = {name: self._set_scores(name, losses, matches, by_set.get(name)) for name in self.sets}
         finished = time.perf_counter()
         return ScoreReport(
             sets=sets,
@@ -113,11 +115,12 @@ class Scorer:
 
     def _losses(
         self, model: Any, device: torch.device, temperature: float, step: Callable[[], None]
-    ) -> tuple[FloatArray, FloatArray]:
-        """Mean loss of every example (nats per answer token), and the logit scale at every gold token."""
+    ) -> tuple[FloatArray, FloatArray, dict[int, Matches]]:
+        """Mean loss of every example (nats per answer token), the logit scale at every gold token of the utility sets, and by
+        row of each gold answer, where the most likely token is its own."""
         losses = torch.zeros(len(self._examples), dtype=torch.float64)
-        gold = set(self._gold_rows)
         scales: list[Tensor] = []
+        matches: dict[int, Matches] = {}
         keep = accepts_logits_to_keep(model)
         size = self.config.batch_size
         for start in range(0, len(self._order), size):
@@ -132,12 +135,18 @@ class Scorer:
                 logits = logits.float() / temperature
             nll = token_nll(logits, targets)
             losses[rows] = (nll.double().sum(dim=1) / (targets != IGNORED).sum(dim=1)).cpu()
-            chosen = [index for index, row in enumerate(rows) if row in gold]
-            if chosen:
-                spread = logits[chosen][targets[chosen] != IGNORED].float().std(dim=-1)
+            scaled = [index for index, row in enumerate(rows) if row in self._scale_rows]
+            if scaled:
+                spread = logits[scaled][targets[scaled] != IGNORED].float().std(dim=-1)
                 scales.append(spread.double().cpu())
+            gold = [index for index, row in enumerate(rows) if row in self._gold_rows]
+            own = targets[gold] != IGNORED
+            best = logits[gold][own].argmax(dim=-1)
+            # The end token of each answer is left out.
+            hits = (best == targets[gold][own]).cpu().split(own.sum(dim=1).tolist())
+            matches.update({rows[index]: found[:-1].numpy() for index, found in zip(gold, hits, strict=True)})
             step()
-        return losses.numpy(), torch.cat(scales).numpy() if scales else np.zeros(0)
+        return losses.numpy(), torch.cat(scales).numpy() if scales else np.zeros(0), matches
 
     def _generate(
         self, model: Any, device: torch.device, questions: Sequence[str], size: int, step: Callable[[], None]
@@ -173,8 +182,9 @@ class Scorer:
         texts = self.prompts.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [str(text) for text in texts]
 
-    def _set_scores(self, name: str, losses: FloatArray, texts: list[str] | None) -> SetScores:
+    def _set_scores(self, name: str, losses: FloatArray, matches: dict[int, Matches], texts: list[str] | None) -> SetScores:
         items, rows = self.sets[name], self._rows[name]
+        gold = [matches[row[0]] for row in rows]
         tokens = np.array([example.answer_length for example in self._examples], dtype=np.int64)
 
         def column(values: Any, which: int) -> Any:
@@ -197,6 +207,8 @@ class Scorer:
             questions=tuple(item.question for item in items),
             answers=tuple(item.answer for item in items),
             item_hash=self.hashes[name],
+            exact_memorization=np.array([exact_memorization(hits) for hits in gold], dtype=np.float64),
+            extraction_strength=np.array([extraction_strength(hits) for hits in gold], dtype=np.float64),
         )
 
 

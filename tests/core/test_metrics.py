@@ -289,6 +289,18 @@ def test_as_dict_has_the_keys_of_the_command_line():
     assert set(compared) == {*alone, "forget_quality", "log10_forget_quality", "ks_statistic"}
 
 
+def test_memorisation_is_the_mean_over_items_of_the_sets_that_have_it():
+    report = with_set(random_report(), "forget", exact_memorization=np.array([1.0, 0.5, *[0.0] * 5]))
+    report = with_set(report, "retain", exact_memorization=np.ones(7), extraction_strength=np.full(7, 0.25))
+    report = with_set(report, "world_facts", exact_memorization=np.ones(7))
+    expected = {
+        "forget": {"exact_memorization": pytest.approx(1.5 / 7)},
+        "retain": {"exact_memorization": 1.0, "extraction_strength": 0.25},
+    }
+    assert evaluate(report, report).as_dict()["memorization"] == expected
+    assert evaluate(random_report()).memorization == {}
+
+
 def test_reference_needs_neither_gold_answers_nor_rouge_nor_utility_sets():
     scores = replace(random_report(1).sets["forget"], rouge_l_recall=None, answer_loss=np.full(7, np.nan))
     reference = ScoreReport({"forget": scores})
