@@ -24,6 +24,7 @@ from uipe_core.score_report import FloatArray, IntArray, ScoreReport, SetScores
 
 EXTRA_KEY = "uipe"
 MEMORIZATION = ("exact_memorization", "extraction_strength")
+OWN_MEASUREMENTS = (*MEMORIZATION, "logit_spread")
 """Fields of `SetScores` that are kept under `EXTRA_KEY`."""
 
 
@@ -72,13 +73,13 @@ def tofu_part(scores: SetScores, name: str) -> dict[str, Any]:
 
 def extra_part(report: ScoreReport, known: Collection[str], metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     """What stands under `EXTRA_KEY`; sets not in `known` go along whole."""
-    memorization = {
-        name: {field: keyed(getattr(scores, field)) for field in MEMORIZATION if getattr(scores, field) is not None}
+    own = {
+        name: {field: keyed(values) for field in OWN_MEASUREMENTS if is_whole(values := getattr(scores, field))}
         for name, scores in report.sets.items()
     }
     return {
         "item_hashes": {name: scores.item_hash for name, scores in report.sets.items() if scores.item_hash},
-        "memorization": {name: fields for name, fields in memorization.items() if fields},
+        "per_item": {name: fields for name, fields in own.items() if fields},
         "logit_scale": report.logit_scale,
         "seconds": dict(report.seconds),
         "metadata": dict(metadata or {}),
@@ -93,13 +94,20 @@ def with_extra(extra: "Part", sets: Mapping[str, SetScores]) -> ScoreReport:
         raise extra.error("item_hashes", "holds something else than a hash per set")
     if scale is not None and not is_number(scale):
         raise extra.error("logit_scale", f"is {scale!r}, expected a finite number or null")
-    further, memorization = extra.part("sets"), extra.part("memorization")
+    further, own = extra.part("sets"), extra.part("per_item")
     every = {**sets, **{name: further.part(name).scores() for name in further.content}}
     for name, scores in every.items():
-        part = memorization.part(name)
-        fields = {field: part.numbers(field, len(scores)) for field in MEMORIZATION if field in part.content}
+        part = own.part(name)
+        fields: dict[str, Any] = {
+            field: part.numbers(field, len(scores)) for field in OWN_MEASUREMENTS if field in part.content
+        }
         every[name] = replace(scores, item_hash=hashes.get(name), **fields)
     return ScoreReport(sets=every, logit_scale=scale, seconds=extra.object("seconds"))
+
+
+def is_whole(values: FloatArray | None) -> bool:
+    """Whether there are values, all of them finite: JSON has no others."""
+    return values is not None and bool(np.isfinite(values).all())
 
 
 def keyed(values: FloatArray | IntArray) -> dict[str, Any]:

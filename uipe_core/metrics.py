@@ -236,7 +236,12 @@ def _log_truth_ratio(paraphrase_loss: FloatArray, log_perturbed: FloatArray, eps
     return _log_divide(log_perturbed, -paraphrase_loss, epsilon)
 
 
-def _set_components(scores: SetScores, name: str, definition: Definition) -> dict[str, float]:
+def item_components(scores: SetScores, name: str, definition: Definition) -> dict[str, FloatArray]:
+    """What the components of one set are the means of: (n,) arrays by the components' names.
+
+    Raises:
+        UserError: No ROUGE, or losses that are not finite.
+    """
     _check_losses(scores, name, ("answer_loss", "paraphrase_loss", "perturbed_loss"))
     if scores.rouge_l_recall is None:
         raise UserError(f"set {name!r} has no ROUGE-L recall (rougeL_recall): score the model with generation on")
@@ -253,10 +258,20 @@ def _set_components(scores: SetScores, name: str, definition: Definition) -> dic
     else:
         closeness = 1.0 - np.exp(np.minimum(log_ratio, 0.0))
     return {
-        f"Prob {SET_TITLES[name]}": float(np.mean(np.exp(log_probability))),
-        f"ROUGE {SET_TITLES[name]}": float(np.mean(scores.rouge_l_recall)),
-        f"Truth Ratio {SET_TITLES[name]}": float(np.mean(closeness)),
+        f"Prob {SET_TITLES[name]}": np.exp(log_probability),
+        f"ROUGE {SET_TITLES[name]}": scores.rouge_l_recall,
+        f"Truth Ratio {SET_TITLES[name]}": closeness,
     }
+
+
+def quality_ratios(scores: SetScores, definition: Definition) -> FloatArray:
+    """(n,) log truth ratios that forget quality compares: geometric in every definition, and in logarithms, which have the
+    order of the ratios without ties where those overflow."""
+    return _log_truth_ratio(scores.paraphrase_loss, log_geometric_mean(scores.perturbed_loss), definition.epsilon)
+
+
+def _set_components(scores: SetScores, name: str, definition: Definition) -> dict[str, float]:
+    return {key: float(np.mean(values)) for key, values in item_components(scores, name, definition).items()}
 
 
 def _require_sets(report: ScoreReport, names: Sequence[str], whose: str = "") -> None:
@@ -287,9 +302,4 @@ def _quality_of_set(report: ScoreReport, reference: ScoreReport, name: str, defi
     _check_losses(scores, name, compared)
     _check_losses(expected, f"{name} of the reference", compared)
     require_same_items(scores, expected, name)
-    # The logs have the order of the ratios, without ties where those overflow. Geometric in every definition.
-    first, second = (
-        _log_truth_ratio(each.paraphrase_loss, log_geometric_mean(each.perturbed_loss), definition.epsilon)
-        for each in (scores, expected)
-    )
-    return forget_quality(first, second)
+    return forget_quality(quality_ratios(scores, definition), quality_ratios(expected, definition))

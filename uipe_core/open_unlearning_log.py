@@ -88,7 +88,7 @@ def read_open_unlearning(log: Mapping[str, Any], path: Path, as_reference: bool)
     names = [name for name in PREFIXES if name == "forget" or not as_reference or reader.is_whole(name)]
     sets = {name: reader.scores(name, losses_needed=not as_reference) for name in names}
     # Under our own part memorisation is known for every set, elsewhere for the forget set alone.
-    memorization = {key: reader.scores_of(key, len(sets["forget"])) for key in MEMORIZATION if key in log}
+    memorization: dict[str, Any] = {key: reader.scores_of(key, len(sets["forget"])) for key in MEMORIZATION if key in log}
     sets["forget"] = replace(sets["forget"], **memorization)
     return with_extra(Part(path, EXTRA_KEY, log.get(EXTRA_KEY, {})), sets)
 

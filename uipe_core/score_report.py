@@ -27,6 +27,8 @@ class SetScores:
         item_hash: item-set hash of the items; None for logs that do not carry one.
         exact_memorization, extraction_strength: (n,) in [0, 1] of the gold answer, see `memorization`; None where a log
             lacks them.
+        logit_spread: (n,) standard deviation of the logits over the vocabulary, mean over the gold answer's tokens; of the sets
+            of model utility only.
     """
 
     answer_loss: FloatArray
@@ -43,6 +45,7 @@ class SetScores:
     item_hash: str | None = None
     exact_memorization: FloatArray | None = None
     extraction_strength: FloatArray | None = None
+    logit_spread: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.paraphrase_loss)
@@ -67,7 +70,7 @@ class ScoreReport:
         sets: Scores by evaluation set name (``forget``, ``retain``, ``real_authors``, ``world_facts``, and where the
             corpus has them ``related``, ``unrelated``).
         logit_scale: Mean over gold answer tokens of the utility sets of the standard deviation of the logits over the
-            vocabulary; None for reports read from a log.
+            vocabulary; None where it was not measured.
         seconds: Wall-clock seconds by stage (``losses``, ``generation``).
     """
 
@@ -78,10 +81,10 @@ class ScoreReport:
     def take(self, rows: Mapping[str, Sequence[int]], hashes: Mapping[str, str]) -> "ScoreReport":
         """The scores of some items of every set in `rows` that the report has; `hashes` are the item-set hashes of those items.
 
-        The logit scale stays that of all items: it says how sharp the model is, not how well it does on an item.
+        The logit scale is that of the items taken, where it was kept per item.
         """
         sets = {name: self.sets[name].take(rows[name], hashes.get(name)) for name in rows if name in self.sets}
-        return replace(self, sets=sets)
+        return replace(self, sets=sets, logit_scale=logit_scale(sets) or self.logit_scale)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Every per-item array by ``set/measurement``, for a file beside the trial."""
@@ -91,3 +94,12 @@ class ScoreReport:
             for part in fields(scores)
             if isinstance(value := getattr(scores, part.name), np.ndarray)
         }
+
+
+def logit_scale(sets: Mapping[str, SetScores]) -> float | None:
+    """Mean logit spread over all gold answer tokens of the sets that have it, end tokens included; None where none has."""
+    known = [scores for scores in sets.values() if scores.logit_spread is not None]
+    if not known:
+        return None
+    spreads = np.concatenate([np.asarray(scores.logit_spread) for scores in known])
+    return float(np.average(spreads, weights=np.concatenate([scores.answer_tokens for scores in known])))

@@ -20,7 +20,7 @@ from uipe_core.losses import token_nll
 from uipe_core.memorization import Matches, exact_memorization, extraction_strength
 from uipe_core.models import LoadedModel
 from uipe_core.prompts import IGNORED, Example, PromptFormat
-from uipe_core.score_report import FloatArray, IntArray, ScoreReport, SetScores
+from uipe_core.score_report import FloatArray, IntArray, ScoreReport, SetScores, logit_scale
 
 GENERATED_SETS = ("forget", *UTILITY_SETS)
 """Sets whose ROUGE recall enters a metric; the others are not generated for."""
@@ -99,27 +99,27 @@ class Scorer:
             if progress is not None:
                 progress(done, total)
 
-        losses, scales, matches = self._losses(model, loaded.device, temperature, step)
+        losses, spreads, matches = self._losses(model, loaded.device, temperature, step)
         after_losses = time.perf_counter()
         texts = self._generate(model, loaded.device, [item.question for _, item in generated_items], generation_size, step)
         by_set: dict[str, list[str]] = {}
         for (name, _), text in zip(generated_items, texts, strict=True):
             by_set.setdefault(name, []).append(text)
-        sets = {name: self._set_scores(name, losses, matches, by_set.get(name)) for name in self.sets}
+        sets = {name: self._set_scores(name, losses, spreads, matches, by_set.get(name)) for name in self.sets}
         finished = time.perf_counter()
         return ScoreReport(
             sets=sets,
-            logit_scale=float(np.mean(scales)) if len(scales) else None,
+            logit_scale=logit_scale(sets),
             seconds={"losses": after_losses - started, "generation": finished - after_losses},
         )
 
     def _losses(
         self, model: Any, device: torch.device, temperature: float, step: Callable[[], None]
     ) -> tuple[FloatArray, FloatArray, dict[int, Matches]]:
-        """Mean loss of every example (nats per answer token), the logit scale at every gold token of the utility sets, and by
+        """Mean loss of every example (nats per answer token), the logit spread at the gold answers of the utility sets, and by
         row of each gold answer, where the most likely token is its own."""
         losses = torch.zeros(len(self._examples), dtype=torch.float64)
-        scales: list[Tensor] = []
+        spreads = torch.zeros(len(self._examples), dtype=torch.float64)
         matches: dict[int, Matches] = {}
         keep = accepts_logits_to_keep(model)
         size = self.config.batch_size
@@ -137,8 +137,9 @@ class Scorer:
             losses[rows] = (nll.double().sum(dim=1) / (targets != IGNORED).sum(dim=1)).cpu()
             scaled = [index for index, row in enumerate(rows) if row in self._scale_rows]
             if scaled:
-                spread = logits[scaled][targets[scaled] != IGNORED].float().std(dim=-1)
-                scales.append(spread.double().cpu())
+                tokens = targets[scaled] != IGNORED
+                spread = logits[scaled][tokens].float().std(dim=-1).double().cpu().split(tokens.sum(dim=1).tolist())
+                spreads[[rows[index] for index in scaled]] = torch.stack([values.mean() for values in spread])
             gold = [index for index, row in enumerate(rows) if row in self._gold_rows]
             own = targets[gold] != IGNORED
             best = logits[gold][own].argmax(dim=-1)
@@ -146,7 +147,7 @@ class Scorer:
             hits = (best == targets[gold][own]).cpu().split(own.sum(dim=1).tolist())
             matches.update({rows[index]: found[:-1].numpy() for index, found in zip(gold, hits, strict=True)})
             step()
-        return losses.numpy(), torch.cat(scales).numpy() if scales else np.zeros(0), matches
+        return losses.numpy(), spreads.numpy(), matches
 
     def _generate(
         self, model: Any, device: torch.device, questions: Sequence[str], size: int, step: Callable[[], None]
@@ -182,7 +183,9 @@ class Scorer:
         texts = self.prompts.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
         return [str(text) for text in texts]
 
-    def _set_scores(self, name: str, losses: FloatArray, matches: dict[int, Matches], texts: list[str] | None) -> SetScores:
+    def _set_scores(
+        self, name: str, losses: FloatArray, spreads: FloatArray, matches: dict[int, Matches], texts: list[str] | None
+    ) -> SetScores:
         items, rows = self.sets[name], self._rows[name]
         gold = [matches[row[0]] for row in rows]
         tokens = np.array([example.answer_length for example in self._examples], dtype=np.int64)
@@ -209,6 +212,7 @@ class Scorer:
             item_hash=self.hashes[name],
             exact_memorization=np.array([exact_memorization(hits) for hits in gold], dtype=np.float64),
             extraction_strength=np.array([extraction_strength(hits) for hits in gold], dtype=np.float64),
+            logit_spread=column(spreads, 0) if name in UTILITY_SETS else None,
         )
 
 

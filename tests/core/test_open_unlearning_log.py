@@ -244,8 +244,8 @@ def put(field, value):
         (at("ra_Q_A_ROUGE", "4", put("generation", 3)), "ra_Q_A_ROUGE/value_by_index/4/generation is 3, expected a text"),
         (at("exact_memorization", "4", put("score", "x")), "exact_memorization/value_by_index/4/score is 'x'"),
         (lambda c: c.update({EXTRA_KEY: 1}), "uipe is a int"),
-        (lambda c: c[EXTRA_KEY]["memorization"].update(retain=1), "uipe/memorization/retain is a int"),
-        (lambda c: c[EXTRA_KEY]["memorization"]["retain"]["exact_memorization"].update({"4": "x"}), "'x'"),
+        (lambda c: c[EXTRA_KEY]["per_item"].update(retain=1), "uipe/per_item/retain is a int"),
+        (lambda c: c[EXTRA_KEY]["per_item"]["retain"]["exact_memorization"].update({"4": "x"}), "'x'"),
     ],
 )
 def test_damaged_log_names_file_key_and_remedy(rewritten, change, message):

@@ -87,7 +87,7 @@ def test_temperature_moves_the_logits_and_nothing_else(evaluate):
     hot = evaluate(Job("temperature", temperature=2.0))
     initial = evaluate(Job("initial", model="initial"))
     assert hot["temperature"] == 2.0
-    assert hot["logit_scale"] == pytest.approx(0.5, rel=1e-5)
+    assert hot["logit_scale"] == pytest.approx(0.5, rel=1e-4)
     assert hot["components"]["ROUGE Retain"] == initial["components"]["ROUGE Retain"]
     assert hot["components"]["Prob Retain"] != initial["components"]["Prob Retain"]
 
