@@ -8,12 +8,14 @@ from typing import Any
 from search.space import Point
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
+from uipe_core.definitions import definition_named
 from uipe_core.delta_store import BaseRun
-from uipe_core.metrics import Metrics, evaluate
+from uipe_core.metrics import Metrics, evaluate, quality_ratios
 from uipe_core.models import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
 from uipe_core.prompts import PromptFormat
 from uipe_core.score_report import ScoreReport
 from uipe_core.scoring import Scorer, ScoringConfig
+from uipe_core.uncertainty import paired_permutation
 from uipe_core.update_vectors import Extrapolator, UpdateVector, random_direction, snapshot
 
 POINT_KINDS = ("alpha_zero", "search")
@@ -128,6 +130,7 @@ class Evaluator:
     def __init__(self, context: StudyContext) -> None:
         set_threads(context.threads)
         self.context = context
+        self._definition = definition_named(context.definition)
         self.loaded, self._walker = load_for_scoring(context.source)
         self._halves: dict[bool, _Half] = {}
         self._last: tuple[tuple[str, int], UpdateVector] | None = None
@@ -138,8 +141,11 @@ class Evaluator:
         half = self._half(job.kind in REPORTED_KINDS)
         report, norm = self._report(job, half)
         metrics = evaluate(report, half.references["retain"], self.context.definition)
+        retain = half.references["retain"]
+        ratios, expected = (quality_ratios(each.sets["forget"], self._definition) for each in (report, retain))
         facts = {
             **evidence(job, metrics, report, half.references["initial"], self.context.methods),
+            "paired_p": paired_permutation(ratios, expected, self.context.seed),
             "flagged": metrics.model_utility > half.best_utility,
             "update_norm": None if norm is None else norm * abs(1.0 + (job.alpha or 0.0)),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),

@@ -12,7 +12,7 @@ from search.spec_sections import PeopleCorpus, PretrainedModel, TinyModel, TofuC
 from search.study_store import fingerprint
 from uipe_core.content_store import ContentStore, cache_folder, content_key, file_hash
 from uipe_core.corpora.people import load_people
-from uipe_core.corpora.split import Split, split_corpus
+from uipe_core.corpora.split import Split, split_corpus, take_items
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.evaluation_log import read_log
@@ -181,6 +181,11 @@ class Preparation:
             "unlearning": config.as_inputs(),
         }
 
+    def _groups(self) -> dict[str, list[str | None]]:
+        """Whom each item that trials are scored on is about, by evaluation set: intervals resample groups."""
+        chosen = take_items(self.corpus, self.split.select)
+        return {name: [item.group for item in items] for name, items in chosen.sets.items()}
+
     def facts(self) -> dict[str, Any]:
         """What the study's record says beside its spec."""
         halves = {"select": self.split.select, "report": self.split.report}
@@ -191,6 +196,7 @@ class Preparation:
                 "hash": self.corpus.hash,
                 "sets": self.corpus.set_hashes,
                 "items": items,
+                "groups": self._groups(),
             },
             "models": dict(self.models),
             "versions": {"python": platform.python_version(), **{name: version(name) for name in REPORTED_PACKAGES}},

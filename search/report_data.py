@@ -1,6 +1,6 @@
 """The tables and the summary that a report is made of."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -41,12 +41,18 @@ class ReportData:
             created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}].
         objectives: what the study maximises.
+        certainty, held_out, matched_scale, confirmations: tables of `search.certainty` and `search.finalists`; empty where
+            nothing of the kind was scored.
     """
 
     trials: pd.DataFrame
     controls: pd.DataFrame
     summary: dict[str, Any]
     objectives: tuple[Objective, ...] = (FORGET_QUALITY, MODEL_UTILITY)
+    certainty: pd.DataFrame = field(default_factory=pd.DataFrame)
+    held_out: pd.DataFrame = field(default_factory=pd.DataFrame)
+    matched_scale: pd.DataFrame = field(default_factory=pd.DataFrame)
+    confirmations: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @property
     def columns(self) -> list[Column]:
@@ -71,6 +77,20 @@ class ReportData:
             for name, head in names.items()
             if name in self.trials.columns and name not in shown
         ]
+
+    def finalists(self) -> list[dict[str, Any]]:
+        """The front from strongest forgetting down, each point with what was found out about it afterwards."""
+        front = self.trials[self.trials["on_front"]].sort_values(
+            [objective.name for objective in self.objectives], ascending=False
+        )
+        for table, columns in (
+            (self.certainty, list(self.certainty.columns)),
+            (self.held_out, [name for name in self.held_out.columns if name.endswith(("_held_out", "_difference"))]),
+            (self.matched_scale, [name for name in self.matched_scale.columns if name.endswith("_matched")]),
+        ):
+            if not table.empty:
+                front = front.merge(table[["trial", *(name for name in columns if name != "trial")]], on="trial", how="left")
+        return [{str(key): value for key, value in row.items()} for row in front.to_dict("records")]
 
     @property
     def ceiling(self) -> float:

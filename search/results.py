@@ -13,6 +13,7 @@ import optuna
 import pandas as pd
 
 from search import finalists
+from search.certainty import certainty, smallest_groups
 from search.export import export, recipe_of
 from search.objectives import Objective
 from search.pareto import hypervolume, knee, non_dominated, utility_floor
@@ -128,6 +129,17 @@ class StudyResult:
     def held_out(self) -> pd.DataFrame:
         """The front on the items for selection and on those for reporting (`search.finalists.held_out`)."""
         return finalists.held_out(self.front, self.controls, self.objectives)
+
+    @cached_property
+    def matched_scale(self) -> pd.DataFrame:
+        """The front's utility as it is and with logits at the initial model's scale (`search.finalists.matched_scale`)."""
+        return finalists.matched_scale(self.front, self.controls, self.objectives)
+
+    @cached_property
+    def certainty(self) -> pd.DataFrame:
+        """How sure every trial's objectives are (`search.certainty.certainty`)."""
+        retain = self.control("retain")
+        return certainty(self.store, self.trials, None if retain is None else int(retain["trial"]))
 
     @cached_property
     def confirmations(self) -> pd.DataFrame:
@@ -292,8 +304,11 @@ class StudyResult:
             "selections": selections,
             "failures": self.store.failures(),
             "notes": self._notes(),
+            "item_counts": self.store.record["corpus"]["items"],
+            "smallest_groups": smallest_groups(self.store),
         }
-        return ReportData(self.trials, self.controls, summary, self.objectives)
+        tables = (self.certainty, self.held_out, self.matched_scale, self.confirmations)
+        return ReportData(self.trials, self.controls, summary, self.objectives, *tables)
 
     def verdict(self) -> list[str]:
         """What won, in plain sentences."""
