@@ -75,7 +75,7 @@ class _Draws:
         self._definition: Definition = definition_named(store.spec.scoring.definition)
         self._weights = {name: group_weights(of_set, store.spec.seed) for name, of_set in groups.items()}
         wanted = [str(objective.quality_of) for objective in self._objectives if objective.quality_of is not None]
-        self._reference = {name: quality_ratios(_set_scores(reference, name), self._definition) for name in wanted}
+        self._reference = {name: quality_ratios(set_scores(reference, name), self._definition) for name in wanted}
 
     def of(self, arrays: Arrays) -> FloatArray:
         """(d, m) the objectives of one trial in every draw."""
@@ -85,18 +85,19 @@ class _Draws:
                 columns.append(self._utility(arrays))
             else:
                 name = objective.quality_of
-                ratios = quality_ratios(_set_scores(arrays, name), self._definition)
+                ratios = quality_ratios(set_scores(arrays, name), self._definition)
                 columns.append(bootstrap_forget_quality(ratios, self._reference[name], self._weights[name]))
         return np.stack(columns, axis=1)
 
     def _utility(self, arrays: Arrays) -> FloatArray:
         components, weights = {}, {}
         for name in UTILITY_SETS:
-            for component, values in item_components(_set_scores(arrays, name), name, self._definition).items():
+            for component, values in item_components(set_scores(arrays, name), name, self._definition).items():
                 components[component], weights[component] = values, self._weights[name]
         return bootstrap_harmonic_mean(components, weights)
 
 
-def _set_scores(arrays: Arrays, name: str) -> SetScores:
+def set_scores(arrays: Arrays, name: str) -> SetScores:
+    """The scores of one evaluation set, from the arrays a trial keeps."""
     fields: dict[str, Any] = {key.partition("/")[2]: values for key, values in arrays.items() if key.startswith(f"{name}/")}
     return SetScores(**fields)

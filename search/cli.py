@@ -142,6 +142,34 @@ def rebuild(
     typer.echo(f"rebuilt and checked: {export_recipe(read_recipe(recipe), to, form)}")
 
 
+@app.command(epilog="Example: uipe confirm runs/quickstart --top 3 --seeds 2")
+def confirm(
+    out: Out,
+    top: Annotated[
+        int, typer.Option(help="How many finalists: what the rules select, then by the hypervolume only they add.")
+    ] = 3,
+    seeds: Annotated[int, typer.Option(help="How many further seeds their base runs are trained with.")] = 2,
+    as_json: Json = False,
+) -> None:
+    """Train the finalists' base runs from other seeds and score the finalists again, on the items kept for reporting."""
+    from search.runner import confirm_study
+
+    _quieten()
+    result = confirm_study(out, top, seeds)
+    rows = result.rows_of(result.confirmations)
+    if as_json:
+        _print_json({"study": result.store.record["name"], "definition": result.spec.scoring.definition, "confirmed": rows})
+        return
+    for row in rows:
+        point = f"{row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}"
+        typer.echo(f"trial {row['trial']} ({point}), further seeds: {row['seeds']}")
+        for objective in result.objectives:
+            own, mean, spread = (row[f"{objective.name}{suffix}"] for suffix in ("", "_mean", "_spread"))
+            places = objective.places
+            typer.echo(f"  {objective.title:24} own seed {own:.{places}f}   all seeds {mean:.{places}f} +- {spread:.{places}f}")
+    typer.echo(f"metrics: {result.spec.scoring.definition}; report: {result.report_path}")
+
+
 @app.command(epilog="Example: uipe report runs/quickstart")
 def report(out: Out) -> None:
     """Write the HTML report again."""

@@ -79,7 +79,7 @@ class ReportData:
         ]
 
     def finalists(self) -> list[dict[str, Any]]:
-        """The front from strongest forgetting down, each point with what was found out about it afterwards."""
+        """The front from best kept to best forgotten, each point with what was found out about it afterwards."""
         front = self.trials[self.trials["on_front"]].sort_values(
             [objective.name for objective in self.objectives], ascending=False
         )

@@ -268,7 +268,11 @@ class StudyResult:
         p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
         more = ["ks_statistic", "logit_scale", "flagged", *(f"{name}_log10_forget_quality" for name in RELATED_SETS)]
         keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]
-        return [{key: _plain(row[key]) for key in keys} for row in table.to_dict("records")]
+        return self.rows_of(table[keys])
+
+    def rows_of(self, table: pd.DataFrame) -> list[dict[str, Any]]:
+        """Every row of a table as plain JSON values."""
+        return [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
 
     @property
     def report_path(self) -> Path:
