@@ -18,6 +18,7 @@ from uipe_core.corpora.types import Corpus
 from uipe_core.evaluation_log import read_log
 from uipe_core.models import ModelSource, check_model_folder, model_identity
 from uipe_core.scoring import ScoringConfig
+from uipe_core.steering import check_layer, model_depth
 from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model_inputs
 from uipe_core.training import AdapterConfig, UnlearningConfig
 
@@ -242,7 +243,20 @@ def check_inputs(spec: StudySpec) -> list[str]:
                 read_log(value)
             else:
                 check_model_folder(value, spec.model.prompt_template)
+    if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
+        _check_steered_layers(spec, None)
     return notes
+
+
+def _check_steered_layers(spec: StudySpec, revision: str | None) -> None:
+    """Refuses layers the initial model does not have, where a method steers one."""
+    layers = spec.unlearning.methods.get("rmu", {}).get("layer", ())
+    model = spec.model
+    if not layers:
+        return
+    depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, model.trust_remote_code)
+    for layer in layers:
+        check_layer(int(layer), depth)
 
 
 def prepare(spec: StudySpec) -> Preparation:
@@ -254,6 +268,7 @@ def prepare(spec: StudySpec) -> Preparation:
     corpus = load_corpus(spec)
     model = spec.model
     if isinstance(model, TinyModel):
+        _check_steered_layers(spec, None)
         tiny = TinyModelConfig(
             tokenizer=model.tokenizer,
             vocab_size=model.vocab_size,
@@ -268,6 +283,7 @@ def prepare(spec: StudySpec) -> Preparation:
         keys = {which: _tiny_key(tiny, corpus, stage) for which, stage in stages.items()}
         return Preparation(spec, corpus, tiny, keys, {})
     identity, revision = model_identity(model.initial, model.revision)
+    _check_steered_layers(spec, revision)
     if model.retain.endswith(".json"):
         retain, retain_revision = f"log:{file_hash(Path(model.retain))[:32]}", None
     else:

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from uipe_core.content_store import ContentStore
+from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.types import Corpus, ItemSet
 from uipe_core.losses import mean_answer_nll
 from uipe_core.models import Progress, load_model
 from uipe_core.prompts import PromptFormat, pad_batch
 
-TINY_SCHEMA = 2
+TINY_SCHEMA = 3
 """Raised whenever a change in this file alters the tiny models it builds, so that cached ones are not taken for new."""
 
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
@@ -145,6 +146,7 @@ def _texts(corpus: Corpus) -> Iterator[str]:
         yield item.answer
         yield item.paraphrase
         yield from item.perturbed_answers
+    yield from REFUSALS
 
 
 def _word_tokenizer(corpus: Corpus) -> Any:

@@ -125,6 +125,19 @@ def test_a_damaged_model_folder_is_refused_before_anything_is_spent(
         check_inputs(load_study(file))
 
 
+def rmu(layer):
+    return {"unlearning": {"methods": {"rmu": {"layer": layer, "coefficient": 2}}}}
+
+
+@pytest.mark.parametrize("check", [check_inputs, prepare])
+def test_a_layer_the_model_has_not_is_refused_before_anything_is_spent(check, write_study, model_folder, finished, tmp_path):
+    log = finished.out / "logs" / "retain.json"
+    for model in ({}, pretrained(model_folder, log)):
+        check(load_study(write_study(tmp_path / "study.yaml", **model, **rmu(0))))
+        with pytest.raises(UserError, match=r"rmu\.layer: found 1, but the model has 1 decoder layer, .*; choose 0$"):
+            check(load_study(write_study(tmp_path / "study.yaml", **model, **rmu([0, 1]))))
+
+
 def test_a_log_that_is_none_is_refused_before_anything_is_spent(write_study, model_folder, tmp_path):
     (tmp_path / "log.json").write_text("{}")
     file = write_study(tmp_path / "study.yaml", **pretrained(model_folder, tmp_path / "log.json"))
