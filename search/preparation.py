@@ -12,10 +12,12 @@ from search.spec_sections import PeopleCorpus, PretrainedModel, TinyModel, TofuC
 from search.study_store import fingerprint
 from uipe_core.content_store import ContentStore, cache_folder, content_key, file_hash
 from uipe_core.corpora.people import load_people
+from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.split import Split, split_corpus, take_items
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.evaluation_log import read_log
+from uipe_core.losses import METHODS
 from uipe_core.models import ModelSource, check_model_folder, model_identity
 from uipe_core.scoring import ScoringConfig
 from uipe_core.steering import check_layer, model_depth
@@ -278,6 +280,7 @@ def prepare(spec: StudySpec) -> Preparation:
             base=None if model.base is None else Stage(**model.base.model_dump()),
             finetune=Stage(**model.finetune.model_dump()),
             seed=spec.seed,
+            extra_texts=REFUSALS if any("refusal_logp" in METHODS[name].needs for name in spec.unlearning.methods) else (),
         )
         stages = {"initial": "full", "retain": "retain"}
         keys = {which: _tiny_key(tiny, corpus, stage) for which, stage in stages.items()}

@@ -110,7 +110,7 @@ def train_base_run(
 
     Raises:
         DivergedError: If a loss or a weight is not finite; names the epoch and the remedy.
-        UserError: If the method steers a layer the model does not have, before anything is trained.
+        UserError: If the method steers a layer the model does not have, or refuses in words its vocabulary lacks.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed

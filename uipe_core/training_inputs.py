@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uipe_core.corpora.refusals import draw_refusals
+from uipe_core.corpora.refusals import REFUSALS, draw_refusals
 from uipe_core.corpora.types import ItemSet
+from uipe_core.errors import UserError
 from uipe_core.losses import LossInputs, answer_kl, answer_logp, answer_rows
 from uipe_core.models import LoadedModel
 from uipe_core.prompts import Batch, Example, pad_batch
@@ -24,7 +25,15 @@ def encode(loaded: LoadedModel, items: ItemSet) -> list[Example]:
 
 
 def encode_refusals(loaded: LoadedModel, items: ItemSet, epochs: int, seed: int) -> list[list[Example]]:
-    """For every epoch the same questions, each answered by the refusal drawn for it."""
+    """For every epoch the same questions, each answered by the refusal drawn for it.
+
+    Raises:
+        UserError: If the model's vocabulary lacks words of a refusal.
+    """
+    unknown = loaded.tokenizer.unk_token_id
+    for text in REFUSALS if epochs and unknown is not None else ():
+        if unknown in loaded.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise UserError(f"idk_dpo: the model's vocabulary lacks words of the refusal {text!r}; choose another method")
     drawn = [draw_refusals(len(items), seed, epoch) for epoch in range(1, epochs + 1)]
     return [
         [loaded.prompts.encode(item.question, refusal) for item, refusal in zip(items, refusals, strict=True)]

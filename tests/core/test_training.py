@@ -291,13 +291,13 @@ def test_rmu_steers_forget_activations_and_holds_those_of_retain(adapter, run, l
     before = float((activations(initial, world.forget_train) - target).square().mean())
     kept = activations(initial, world.retain_train)
     drift = {}
-    for weight in (0.0, 10.0):
+    for weight in (0.0, 100.0):
         settings = config("rmu", **common, hyperparameters={"layer": 0, "coefficient": 10, "retain_weight": weight})
         moved = at(load_tiny, run(settings)[-1].update)
         drift[weight] = float((activations(moved, world.retain_train) - kept).square().mean())
         if weight == 0:
             assert float((activations(moved, world.forget_train) - target).square().mean()) < 0.8 * before
-    assert drift[10.0] < 0.3 * drift[0.0]
+    assert drift[100.0] < 0.3 * drift[0.0]
 
 
 def test_rmu_moves_the_down_projections_of_three_layers_and_nothing_else(world, load_tiny):

@@ -1,6 +1,6 @@
 """Answers that admit to not knowing: what preference methods put in the place of an answer that is to be forgotten.
 
-The sentences are few and share their words, because the small word-level vocabularies of models built here must hold them.
+The sentences are few and share their words, because they add to the vocabulary of the small models built here.
 """
 
 import random
