@@ -251,14 +251,15 @@ def check_inputs(spec: StudySpec) -> list[str]:
 
 
 def _check_steered_layers(spec: StudySpec, revision: str | None) -> None:
-    """Refuses layers the initial model does not have, where a method steers one."""
+    """Refuses layers the initial model does not have, where a method steers one and the depth is known before loading."""
     layers = spec.unlearning.methods.get("rmu", {}).get("layer", ())
     model = spec.model
     if not layers:
         return
     depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, model.trust_remote_code)
-    for layer in layers:
-        check_layer(int(layer), depth)
+    if depth is not None:
+        for layer in layers:
+            check_layer(int(layer), depth)
 
 
 def prepare(spec: StudySpec) -> Preparation:

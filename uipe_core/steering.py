@@ -20,11 +20,14 @@ _DOWN_PROJECTION = re.compile(r"(^|\.)(down_proj|fc2|dense_4h_to_h|mlp\.c_proj|w
 """The last weight of a feed-forward block, by the names that Llama, Phi, GPT-NeoX, GPT-2 and Mixtral give it."""
 
 
-def model_depth(source: str, revision: str | None = None, trust_remote_code: bool = False) -> int:
-    """Decoder layers of a saved model, by its configuration alone."""
+def model_depth(source: str, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
+    """Decoder layers of a saved model by its configuration alone; None where it has none that can be read (an adapter)."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return None
     return int(config.get_text_config().num_hidden_layers)
 
 

@@ -104,6 +104,10 @@ def test_depth_is_read_from_a_saved_configuration(model, tmp_path):
     assert model_depth(str(tmp_path)) == 4
 
 
+def test_depth_of_a_folder_without_configuration_is_unknown(tmp_path):
+    assert model_depth(str(tmp_path)) is None
+
+
 def test_the_direction_is_positive_of_length_one_and_follows_the_seed():
     direction = control_direction(64, seed=3)
     assert float(direction.norm()) == pytest.approx(1.0, abs=1e-6)
