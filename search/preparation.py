@@ -12,12 +12,15 @@ from search.spec_sections import PeopleCorpus, PretrainedModel, TinyModel, TofuC
 from search.study_store import fingerprint
 from uipe_core.content_store import ContentStore, cache_folder, content_key, file_hash
 from uipe_core.corpora.people import load_people
+from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.split import Split, split_corpus, take_items
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.evaluation_log import read_log
+from uipe_core.losses import METHODS
 from uipe_core.models import ModelSource, check_model_folder, model_identity
 from uipe_core.scoring import ScoringConfig
+from uipe_core.steering import check_layer, model_depth
 from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model_inputs
 from uipe_core.training import AdapterConfig, UnlearningConfig
 
@@ -242,7 +245,21 @@ def check_inputs(spec: StudySpec) -> list[str]:
                 read_log(value)
             else:
                 check_model_folder(value, spec.model.prompt_template)
+    if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
+        _check_steered_layers(spec, None)
     return notes
+
+
+def _check_steered_layers(spec: StudySpec, revision: str | None) -> None:
+    """Refuses layers the initial model does not have, where a method steers one and the depth is known before loading."""
+    layers = spec.unlearning.methods.get("rmu", {}).get("layer", ())
+    model = spec.model
+    if not layers:
+        return
+    depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, model.trust_remote_code)
+    if depth is not None:
+        for layer in layers:
+            check_layer(int(layer), depth)
 
 
 def prepare(spec: StudySpec) -> Preparation:
@@ -254,6 +271,7 @@ def prepare(spec: StudySpec) -> Preparation:
     corpus = load_corpus(spec)
     model = spec.model
     if isinstance(model, TinyModel):
+        _check_steered_layers(spec, None)
         tiny = TinyModelConfig(
             tokenizer=model.tokenizer,
             vocab_size=model.vocab_size,
@@ -263,11 +281,13 @@ def prepare(spec: StudySpec) -> Preparation:
             base=None if model.base is None else Stage(**model.base.model_dump()),
             finetune=Stage(**model.finetune.model_dump()),
             seed=spec.seed,
+            extra_texts=REFUSALS if any("refusal_logp" in METHODS[name].needs for name in spec.unlearning.methods) else (),
         )
         stages = {"initial": "full", "retain": "retain"}
         keys = {which: _tiny_key(tiny, corpus, stage) for which, stage in stages.items()}
         return Preparation(spec, corpus, tiny, keys, {})
     identity, revision = model_identity(model.initial, model.revision)
+    _check_steered_layers(spec, revision)
     if model.retain.endswith(".json"):
         retain, retain_revision = f"log:{file_hash(Path(model.retain))[:32]}", None
     else:

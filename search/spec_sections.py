@@ -1,9 +1,8 @@
 """The parts of a study: one immutable model per section of the file, each checked against the code that will use it."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import (
     AfterValidator,
@@ -190,7 +189,7 @@ class Unlearning(Section):
 
         if not value:
             raise rule("there must be at least one method", f"Choose from {', '.join(METHODS)}.")
-        errors = [error for name in value for error in _method_errors(name, value[name], METHODS.get(name), METHODS)]
+        errors = [error for name, settings in value.items() for error in _method_errors(name, settings)]
         if errors:
             raise ValidationError.from_exception_data("methods", errors)
         return {
@@ -200,24 +199,24 @@ class Unlearning(Section):
         }
 
 
-def _method_errors(
-    name: str, settings: dict[str, tuple[float, ...]], method: Any, methods: Mapping[str, Any]
-) -> list[InitErrorDetails]:
-    if method is None:
-        error = rule(f"there is no method {name}", did_you_mean(name, list(methods)))
+def _method_errors(name: str, settings: dict[str, tuple[float, ...]]) -> list[InitErrorDetails]:
+    from uipe_core.losses import BOUNDS, METHODS
+
+    if name not in METHODS:
+        error = rule(f"there is no method {name}", did_you_mean(name, list(METHODS)))
         return [{"type": error, "loc": (name,), "input": name}]
     errors: list[InitErrorDetails] = []
+    known = list(METHODS[name].hyperparameters)
     for key, values in settings.items():
-        if key not in method.hyperparameters:
-            known = list(method.hyperparameters)
+        if key not in known:
             remedy = did_you_mean(key, known) if known else "Remove it; this method has no hyperparameters."
             errors.append({"type": rule(f"{name} does not take {key}", remedy), "loc": (name, key), "input": values})
             continue
+        bound = BOUNDS[key]
         for index, value in enumerate(values):
-            if value < 0 or (value == 0 and key == "beta"):
-                bound = "above 0" if key == "beta" else "at least 0"
-                error = rule(f"must be {bound}", f"Choose a value {bound}.")
-                errors.append({"type": error, "loc": (name, key, index), "input": value})
+            if not bound.holds(value):
+                remedy = f"Choose {bound}." if bound.whole else f"Choose a value {bound}."
+                errors.append({"type": rule(f"must be {bound}", remedy), "loc": (name, key, index), "input": value})
     return errors
 
 

@@ -1,6 +1,6 @@
 """Small Llamas built and trained here, with tokenizers of their own, cached by content."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class TinyModelConfig:
         finetune: Stage of the full (initial) and of the retain model.
         seed: Seed of initial weights and order of training texts.
         finetune_seed: Seed of the stage after `base` where it shall be another one; None is `seed`.
+        extra_texts: What the vocabulary must hold beside the texts of the corpus, and nobody teaches the model.
     """
 
     tokenizer: str
@@ -52,11 +53,15 @@ class TinyModelConfig:
     finetune: Stage
     seed: int
     finetune_seed: int | None = None
+    extra_texts: tuple[str, ...] = ()
 
 
 def tiny_model_inputs(config: TinyModelConfig, corpus: Corpus, stage: str) -> dict[str, Any]:
     """Everything that determines a tiny model: the key of its place in the cache."""
-    return {"kind": "tiny-llama", "schema": TINY_SCHEMA, "config": asdict(config), "corpus": corpus.hash, "stage": stage}
+    settings = asdict(config)
+    if not config.extra_texts:
+        del settings["extra_texts"]  # without any, a model is what it was before there could be some
+    return {"kind": "tiny-llama", "schema": TINY_SCHEMA, "config": settings, "corpus": corpus.hash, "stage": stage}
 
 
 def tiny_model(
@@ -86,7 +91,8 @@ def _train_tiny(
         loaded = load_model(str(start), device="cpu")
         model, tokenizer = loaded.model, loaded.tokenizer
     else:
-        tokenizer = _word_tokenizer(corpus) if config.tokenizer == "word" else _bpe_tokenizer(corpus, config.vocab_size)
+        texts = _texts(corpus, config.extra_texts)
+        tokenizer = _word_tokenizer(texts) if config.tokenizer == "word" else _bpe_tokenizer(texts, config.vocab_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = LlamaForCausalLM(
@@ -137,7 +143,7 @@ def _fit_answers(model: Any, prompts: PromptFormat, items: ItemSet, stage: Stage
                 progress(done, steps)
 
 
-def _texts(corpus: Corpus) -> Iterator[str]:
+def _texts(corpus: Corpus, extra: Iterable[str]) -> Iterator[str]:
     """Every text a model of this corpus may read or write, each followed by a newline as in prompts."""
     groups = [*corpus.build.values(), *corpus.sets.values()]
     for item in (item for group in groups for item in group):
@@ -145,19 +151,20 @@ def _texts(corpus: Corpus) -> Iterator[str]:
         yield item.answer
         yield item.paraphrase
         yield from item.perturbed_answers
+    yield from extra
 
 
-def _word_tokenizer(corpus: Corpus) -> Any:
+def _word_tokenizer(texts: Iterator[str]) -> Any:
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+|[^\w\s]|\n"), "removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
-    tokenizer.train_from_iterator(_texts(corpus), trainers.WordLevelTrainer(special_tokens=_SPECIAL))
+    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=_SPECIAL))
     return _finish_tokenizer(tokenizer)
 
 
-def _bpe_tokenizer(corpus: Corpus, vocab_size: int | None) -> Any:
+def _bpe_tokenizer(texts: Iterator[str], vocab_size: int | None) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -169,7 +176,7 @@ def _bpe_tokenizer(corpus: Corpus, vocab_size: int | None) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(corpus), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     return _finish_tokenizer(tokenizer)
 
 

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uipe_core.corpora.types import Corpus, ItemSet
-from uipe_core.losses import METHODS, LossInputs, answer_kl, answer_logp
+from uipe_core.corpora.types import Corpus
+from uipe_core.losses import METHODS
 from uipe_core.models import LoadedModel, Progress
-from uipe_core.prompts import Batch, Example, pad_batch
+from uipe_core.steering import train_down_projections
+from uipe_core.training_inputs import INITIAL_ON_RETAIN, encode, encode_refusals, frozen_copy, initial_logp, make_forward
 from uipe_core.update_vectors import LOW_RANK, UpdateVector, adapter_state, snapshot, take_update, wrap_adapter
 
 TRAINING_SCHEMA = 3
@@ -109,6 +110,7 @@ def train_base_run(
 
     Raises:
         DivergedError: If a loss or a weight is not finite; names the epoch and the remedy.
+        UserError: If the method steers a layer the model does not have, or refuses in words its vocabulary lacks.
     """
     from accelerate import Accelerator
     from accelerate.utils import set_seed
@@ -124,22 +126,26 @@ def train_base_run(
         device_placement=False,
         mixed_precision="bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no",
     )
-    forget = _encode(loaded, corpus.forget_train)
-    retain = _encode(loaded, corpus.retain_train) if method.needs_retain(hyperparameters) else []
-    initial_logp, reference = None, None
-    if method.initial == "forget":
-        with accelerator.autocast():
-            initial_logp = _initial_forget_logp(loaded, forget, config.batch_size)
-    elif method.initial == "retain" and retain and config.adapter is None:
-        reference = accelerator.prepare_model(_frozen_copy(loaded), evaluation_mode=True)
+    forget = encode(loaded, corpus.forget_train)
+    retain = encode(loaded, corpus.retain_train) if method.needs_retain(hyperparameters) else []
+    epochs_refused = config.epochs if "refusal_logp" in method.needs else 0
+    refusals = encode_refusals(loaded, corpus.forget_train, epochs_refused, config.seed)
+    with accelerator.autocast():
+        initial_forget = initial_logp(loaded, forget, config.batch_size) if "initial_forget_logp" in method.needs else None
+        initial_refusals = [initial_logp(loaded, examples, config.batch_size) for examples in refusals]
+    reference = None
+    if retain and method.needs & INITIAL_ON_RETAIN and config.adapter is None:
+        reference = accelerator.prepare_model(frozen_copy(loaded), evaluation_mode=True)
+    layer = int(hyperparameters["layer"]) if "forget_activations" in method.needs else None
 
-    model, initial = _trainable(loaded, config)
+    model, initial = _trainable(loaded, config, layer)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
     step_size = config.batch_size * config.gradient_accumulation
     steps_per_epoch = -(-len(forget) // step_size)
     scheduler = _schedule(optimizer, config, steps_per_epoch)
     model, optimizer = accelerator.prepare(model, optimizer)
+    forward = make_forward(model, reference, method.needs, loaded.prompts.pad_id, layer, config.seed)
 
     generator = torch.Generator().manual_seed(config.seed)
     retain_order = _endless_order(len(retain), generator)
@@ -150,14 +156,15 @@ def train_base_run(
         losses = []
         for group in _chunks(order, step_size):
             for chosen in _chunks(group, config.batch_size):
-                forget_batch = pad_batch([forget[i] for i in chosen], loaded.prompts.pad_id, device)
-                retain_batch = None
-                if retain:
-                    drawn = [retain[next(retain_order)] for _ in chosen]
-                    retain_batch = pad_batch(drawn, loaded.prompts.pad_id, device)
-                inputs = _forward(model, forget_batch, retain_batch, method.initial == "retain", reference)
-                if initial_logp is not None:
-                    inputs = replace(inputs, initial_forget_logp=initial_logp[chosen].to(device))
+                inputs = forward(
+                    [forget[i] for i in chosen],
+                    [retain[next(retain_order)] for _ in chosen] if retain else [],
+                    [refusals[epoch - 1][i] for i in chosen] if refusals else [],
+                )
+                if initial_forget is not None:
+                    inputs = replace(inputs, initial_forget_logp=initial_forget[chosen].to(device))
+                if refusals:
+                    inputs = replace(inputs, initial_refusal_logp=initial_refusals[epoch - 1][chosen].to(device))
                 loss = method.loss(inputs, hyperparameters)
                 losses.append(float(loss.detach()))
                 if not math.isfinite(losses[-1]):
@@ -188,12 +195,11 @@ def _chunks(values: list[int], size: int) -> Iterator[list[int]]:
         yield values[start : start + size]
 
 
-def _encode(loaded: LoadedModel, items: ItemSet) -> list[Example]:
-    return [loaded.prompts.encode(item.question, item.answer) for item in items]
+def _trainable(loaded: LoadedModel, config: UnlearningConfig, layer: int | None) -> tuple[Any, dict[str, Tensor]]:
+    """The model to train, and the weights dense updates are measured from.
 
-
-def _trainable(loaded: LoadedModel, config: UnlearningConfig) -> tuple[Any, dict[str, Tensor]]:
-    """The model to train, and the weights dense updates are measured from."""
+    Where a layer is steered, full fine-tuning trains only the weights the method steers it with.
+    """
     model = loaded.model
     if config.adapter is not None:
         model = wrap_adapter(model, config.adapter.as_peft())
@@ -202,6 +208,8 @@ def _trainable(loaded: LoadedModel, config: UnlearningConfig) -> tuple[Any, dict
         # bf16 weights would swallow updates of 1e-3 of their size, so the master weights are fp32.
         initial = snapshot(model)
         model.float()
+        if layer is not None:
+            train_down_projections(model, layer)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
@@ -229,48 +237,3 @@ def _schedule(optimizer: Any, config: UnlearningConfig, steps_per_epoch: int) ->
 def _endless_order(count: int, generator: torch.Generator) -> Iterator[int]:
     while count:
         yield from torch.randperm(count, generator=generator).tolist()
-
-
-def _logits(model: Any, batch: Batch) -> Tensor:
-    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return logits
-
-
-def _forward(model: Any, forget: Batch, retain: Batch | None, with_kl: bool, reference: Any) -> LossInputs:
-    logp, tokens = answer_logp(_logits(model, forget), forget.labels)
-    if retain is None:
-        return LossInputs(logp, tokens)
-    logits = _logits(model, retain)
-    if with_kl:
-        return LossInputs(logp, tokens, retain_kl=answer_kl(_initial_logits(model, reference, retain), logits, retain.labels))
-    retain_logp, retain_tokens = answer_logp(logits, retain.labels)
-    return LossInputs(logp, tokens, retain_nll=-retain_logp.sum() / retain_tokens.sum())
-
-
-@torch.no_grad()
-def _initial_logits(model: Any, reference: Any, batch: Batch) -> Tensor:
-    if reference is not None:
-        return _logits(reference, batch)
-    # A reference blurred by dropout would not be the initial model.
-    model.eval()
-    with model.disable_adapter():
-        logits = _logits(model, batch)
-    model.train()
-    return logits
-
-
-def _frozen_copy(loaded: LoadedModel) -> Any:
-    from copy import deepcopy
-
-    return deepcopy(loaded.model).eval().requires_grad_(False)
-
-
-@torch.no_grad()
-def _initial_forget_logp(loaded: LoadedModel, forget: list[Example], batch_size: int) -> Tensor:
-    """(n,) log-probability of every forget answer under the initial model, computed once: its weights never change."""
-    loaded.model.eval()
-    parts = []
-    for start in range(0, len(forget), batch_size):
-        batch = pad_batch(forget[start : start + batch_size], loaded.prompts.pad_id, loaded.device)
-        parts.append(answer_logp(_logits(loaded.model, batch), batch.labels)[0].cpu())
-    return torch.cat(parts)

@@ -4,6 +4,7 @@ import pytest
 
 from uipe_core.content_store import ContentStore
 from uipe_core.corpora.people import load_people
+from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.models import load_model
 from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
 
@@ -16,6 +17,7 @@ TINY = TinyModelConfig(
     base=Stage(epochs=4, learning_rate=1e-2, batch_size=32),
     finetune=Stage(epochs=12, learning_rate=1e-2, batch_size=16),
     seed=0,
+    extra_texts=REFUSALS,
 )
 
 

@@ -1,13 +1,14 @@
 """Unlearning objectives against loops over hand-made logits and against their limits."""
 
 import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uipe_core.losses import METHODS, LossInputs, answer_kl, answer_logp, mean_answer_nll
+from uipe_core.losses import BOUNDS, METHODS, LossInputs, answer_kl, answer_logp, mean_answer_nll
 from uipe_core.prompts import IGNORED
 
 VOCABULARY = 5
@@ -166,6 +167,170 @@ def test_npo_gradient_fades_once_an_answer_is_unlikely():
     assert float(forgotten.abs().max()) < 1e-3 * float(known.abs().max())
 
 
+@pytest.mark.parametrize("beta", [0.1, 4.5])
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_simnpo_is_its_formula_on_log_probabilities_per_token(beta, gamma, weight):
+    sums, counts = by_hand(logits(0))
+    retain_sums, _ = by_hand(logits(1))
+    terms = [math.log(1 / (1 + math.exp(beta * s / c + gamma))) for s, c in zip(sums, counts, strict=True)]
+    expected = -2 / beta * sum(terms) / len(terms) - weight * sum(retain_sums) / sum(counts)
+    hyper = {"beta": beta, "gamma": gamma, "retain_weight": weight}
+    loss = METHODS["simnpo"].loss(inputs_of(logits(0), retain=logits(1)), hyper)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_simnpo_without_margin_is_npo_against_a_certain_reference_with_beta_per_token(tokens):
+    # With answers of one length, a reference that gives them probability 1 and beta / tokens, both are the same formula but
+    # for the factor 2 / beta.
+    logp = torch.tensor([-0.3, -2.0, -7.0], dtype=torch.float64)
+    inputs = LossInputs(logp, torch.full((3,), tokens), initial_forget_logp=torch.zeros(3, dtype=torch.float64))
+    simnpo = METHODS["simnpo"].loss(inputs, {"beta": 2.0, "gamma": 0.0, "retain_weight": 0.0})
+    npo = METHODS["npo"].loss(inputs, {"beta": 2.0 / tokens, "retain_weight": 0.0})
+    assert float(simnpo) == pytest.approx(float(npo) / tokens, rel=1e-12)
+
+
+def test_simnpo_gradient_tends_to_gradient_ascent_per_answer_as_beta_vanishes():
+    scores = logits(0).requires_grad_()
+    logp, tokens = answer_logp(scores, LABELS)
+    (logp / tokens).mean().backward()
+    hyper = {"gamma": 0.0, "retain_weight": 0.0}
+    errors = [
+        float((gradient("simnpo", {"beta": beta, **hyper}, scores.detach()) - scores.grad).abs().max())
+        for beta in (1.0, 0.1, 0.001)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-2 * float(scores.grad.abs().max())
+
+
+def test_a_margin_keeps_simnpo_pushing_on_answers_that_are_unlikely_already():
+    # The weight of an answer is sigmoid((beta / tokens) log pi + gamma), twice.
+    logp = torch.tensor([-6.0], dtype=torch.float64, requires_grad=True)
+    for gamma in (0.0, 3.0):
+        loss = METHODS["simnpo"].loss(LossInputs(logp, torch.tensor([2])), {"beta": 1.0, "gamma": gamma, "retain_weight": 0.0})
+        (slope,) = torch.autograd.grad(loss, logp)
+        assert float(slope) == pytest.approx(2 / (1 + math.exp(3.0 - gamma)) / 2, rel=1e-12)
+
+
+def log_ratios(seed, **known):
+    """LossInputs of three answers with log-probabilities drawn at random, in double precision."""
+    drawn = -5 * torch.rand(4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    names = ("forget_logp", "initial_forget_logp", "refusal_logp", "initial_refusal_logp")
+    return LossInputs(forget_tokens=torch.tensor([3, 1, 2]), **{**dict(zip(names, drawn, strict=True)), **known})
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_idk_dpo_is_its_formula(beta, weight):
+    inputs = log_ratios(0, retain_nll=torch.tensor(0.7, dtype=torch.float64))
+    rows = zip(
+        *(
+            getattr(inputs, name).tolist()
+            for name in ("refusal_logp", "initial_refusal_logp", "forget_logp", "initial_forget_logp")
+        ),
+        strict=True,
+    )
+    terms = [math.log(1 / (1 + math.exp(-beta * ((r - r0) - (f - f0))))) for r, r0, f, f0 in rows]
+    loss = METHODS["idk_dpo"].loss(inputs, {"beta": beta, "retain_weight": weight})
+    assert float(loss) == pytest.approx(-2 / beta * sum(terms) / 3 + weight * 0.7, rel=1e-12)
+
+
+def test_idk_dpo_is_npo_while_the_refusal_is_where_the_initial_model_has_it():
+    hyper = {"beta": 0.5, "retain_weight": 0.0}
+    inputs = log_ratios(0)
+    inputs = replace(inputs, refusal_logp=inputs.initial_refusal_logp)
+    assert float(METHODS["idk_dpo"].loss(inputs, hyper)) == pytest.approx(float(METHODS["npo"].loss(inputs, hyper)), rel=1e-12)
+
+
+def test_idk_dpo_starts_at_indifference():
+    inputs = log_ratios(0)
+    inputs = replace(inputs, refusal_logp=inputs.initial_refusal_logp, forget_logp=inputs.initial_forget_logp)
+    loss = METHODS["idk_dpo"].loss(inputs, {"beta": 0.5, "retain_weight": 0.0})
+    assert float(loss) == pytest.approx(2 / 0.5 * math.log(2), rel=1e-12)
+
+
+def test_idk_dpo_tends_to_ascent_on_the_answer_and_descent_on_the_refusal_as_beta_vanishes():
+    inputs = log_ratios(0)
+    forget, refusal = inputs.forget_logp.requires_grad_(), inputs.refusal_logp.requires_grad_()
+    loss = METHODS["idk_dpo"].loss(inputs, {"beta": 1e-6, "retain_weight": 0.0})
+    up, down = torch.autograd.grad(loss, (forget, refusal))
+    assert up.tolist() == pytest.approx([1 / 3] * 3, rel=1e-4)
+    assert down.tolist() == pytest.approx([-1 / 3] * 3, rel=1e-4)
+
+
+FORGET = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
+RETAIN = torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64)
+UP = torch.tensor([0.6, 0.8], dtype=torch.float64)
+
+
+def steered(forget=FORGET, retain=RETAIN, initial=RETAIN - 1):
+    none = torch.zeros(1)
+    return LossInputs(
+        none, none, forget_activations=forget, direction=UP, retain_activations=retain, initial_retain_activations=initial
+    )
+
+
+def test_rmu_is_its_formula():
+    # The target is (3, 4): squares 4+4, 0+25, 9+16 over 3 * 2 entries; every retain entry is 1 away from where it was.
+    loss = METHODS["rmu"].loss(steered(), {"layer": 0, "coefficient": 5.0, "retain_weight": 100.0})
+    assert float(loss) == pytest.approx(58 / 6 + 100.0, rel=1e-12)
+
+
+def test_rmu_is_zero_where_forget_is_on_target_and_retain_where_it_was():
+    inputs = steered(forget=(5 * UP).expand(4, 2), initial=RETAIN)
+    assert float(METHODS["rmu"].loss(inputs, {"layer": 0, "coefficient": 5.0, "retain_weight": 1.0})) == 0.0
+
+
+def test_rmu_gradient_points_from_the_target_to_the_activations_and_leaves_the_frozen_ones_alone():
+    forget, retain = FORGET.clone().requires_grad_(), RETAIN.clone().requires_grad_()
+    loss = METHODS["rmu"].loss(steered(forget, retain), {"layer": 0, "coefficient": 5.0, "retain_weight": 3.0})
+    away, drift = torch.autograd.grad(loss, (forget, retain))
+    assert torch.allclose(away, 2 * (FORGET - 5 * UP) / 6)
+    assert torch.allclose(drift, 3 * 2 * torch.ones(2, 2, dtype=torch.float64) / 4)
+
+
+def test_rmu_without_retain_term_needs_no_retain_activations():
+    inputs = steered(retain=None, initial=None)
+    loss = METHODS["rmu"].loss(inputs, {"layer": 0, "coefficient": 5.0, "retain_weight": 0.0})
+    assert float(loss) == pytest.approx(58 / 6, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "hyper"),
+    [
+        ("npo", {"beta": 0.5, "retain_weight": 2.0}),
+        ("simnpo", {"beta": 2.0, "gamma": 0.5, "retain_weight": 2.0}),
+        ("idk_dpo", {"beta": 0.5, "retain_weight": 2.0}),
+        ("rmu", {"layer": 0, "coefficient": 5.0, "retain_weight": 2.0}),
+    ],
+)
+def test_gradients_are_those_of_finite_differences(method, hyper):
+    inputs = log_ratios(1, retain_nll=torch.tensor(0.7, dtype=torch.float64))
+    inputs = replace(
+        inputs, forget_activations=FORGET, direction=UP, retain_activations=RETAIN, initial_retain_activations=RETAIN - 1
+    )
+    moving = ("forget_logp", "refusal_logp", "retain_nll", "forget_activations", "retain_activations")
+    values = tuple(getattr(inputs, name).clone().requires_grad_() for name in moving)
+
+    def loss(*values):
+        return METHODS[method].loss(replace(inputs, **dict(zip(moving, values, strict=True))), hyper)
+
+    assert torch.autograd.gradcheck(loss, values)
+
+
+@pytest.mark.parametrize("method", ["npo", "simnpo", "idk_dpo"])
+def test_the_retain_term_adds_its_weight_times_the_retain_nll(method):
+    inputs = log_ratios(2, retain_nll=torch.tensor(0.7, dtype=torch.float64))
+    hyper = {**METHODS[method].hyperparameters, "beta": 1.0}
+    without, with_term = ({**hyper, "retain_weight": weight} for weight in (0.0, 2.5))
+    assert not METHODS[method].needs_retain(without)
+    assert METHODS[method].needs_retain(with_term)
+    difference = METHODS[method].loss(inputs, with_term) - METHODS[method].loss(inputs, without)
+    assert float(difference) == pytest.approx(2.5 * 0.7, rel=1e-9)
+    assert torch.equal(METHODS[method].loss(replace(inputs, retain_nll=None), without), METHODS[method].loss(inputs, without))
+
+
 @pytest.mark.parametrize("method", ["grad_diff", "kl_min"])
 def test_without_retain_weight_a_method_needs_no_retain_items(method):
     loss = METHODS[method].loss(inputs_of(logits(0)), {"retain_weight": 0.0})
@@ -174,11 +339,48 @@ def test_without_retain_weight_a_method_needs_no_retain_items(method):
 
 
 @pytest.mark.parametrize(
-    ("method", "named"), [("grad_diff", "retain_nll"), ("kl_min", "retain_kl"), ("npo", "initial_forget_logp")]
+    ("method", "named"),
+    [
+        ("grad_diff", "retain_nll"),
+        ("kl_min", "retain_kl"),
+        ("npo", "initial_forget_logp"),
+        ("simnpo", "retain_nll"),
+        ("idk_dpo", "refusal_logp"),
+        ("rmu", "forget_activations"),
+    ],
 )
 def test_a_missing_input_is_named(method, named):
     with pytest.raises(ValueError, match=named):
         METHODS[method].loss(inputs_of(logits(0)), METHODS[method].hyperparameters)
+
+
+def test_methods_need_what_a_step_can_give():
+    optional = {field.name for field in fields(LossInputs)} - {"forget_logp", "forget_tokens"}
+    assert set().union(*(method.needs for method in METHODS.values())) == optional
+
+
+def test_every_hyperparameter_has_a_bound_that_its_default_keeps():
+    for method in METHODS.values():
+        assert all(BOUNDS[name].holds(default) for name, default in method.hyperparameters.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "holds"),
+    [
+        ("beta", 0.0, False),
+        ("beta", 1e-9, True),
+        ("gamma", 0.0, True),
+        ("gamma", -1e-9, False),
+        ("retain_weight", 0.0, True),
+        ("layer", 0.0, True),
+        ("layer", 7.0, True),
+        ("layer", 0.5, False),
+        ("layer", -1.0, False),
+        ("coefficient", 0.0, False),
+    ],
+)
+def test_bounds(name, value, holds):
+    assert BOUNDS[name].holds(value) is holds
 
 
 def test_half_precision_logits_are_summed_in_single_precision():

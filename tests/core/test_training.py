@@ -4,19 +4,30 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+from uipe_core.corpora.refusals import draw_refusals
+from uipe_core.errors import UserError
 from uipe_core.losses import METHODS
 from uipe_core.models import LoadedModel
+from uipe_core.steering import control_direction, decoder_layer, outputs_of
 from uipe_core.training import AdapterConfig, DivergedError, UnlearningConfig, train_base_run
 from uipe_core.update_vectors import DENSE, LOW_RANK, Extrapolator, snapshot
 
 LORA = AdapterConfig(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "o_proj"))
+SMALL = {"simnpo": {"retain_weight": 1}, "rmu": {"layer": 0, "coefficient": 10, "retain_weight": 1}}
+"""Hyperparameters where a method's defaults are for larger models."""
 PLAIN = UnlearningConfig("grad_ascent", {}, epochs=2, learning_rate=1e-2, batch_size=8)
 
 
 def config(method="grad_ascent", **changes):
-    return replace(PLAIN, method=method, hyperparameters=METHODS[method].hyperparameters, **changes)
+    hyperparameters = {**METHODS[method].hyperparameters, **SMALL.get(method, {})}
+    return replace(PLAIN, method=method, **{"hyperparameters": hyperparameters, **changes})
+
+
+def rate(method, adapter):
+    """LoRA factors start at a product of zero, and RMU trains few weights: both need larger steps."""
+    return 3e-2 if adapter is not None or method == "rmu" else 1e-2
 
 
 @pytest.fixture
@@ -77,8 +88,7 @@ def difference(result, other):
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_forgets_more_with_every_epoch_and_extrapolation_goes_on(method, adapter, run, load_tiny, world):
-    # LoRA factors start at a product of zero and need larger steps.
-    results = run(config(method, adapter=adapter, learning_rate=1e-2 if adapter is None else 3e-2, epochs=3))
+    results = run(config(method, adapter=adapter, learning_rate=rate(method, adapter), epochs=3))
     assert [result.epoch for result in results] == [1, 2, 3]
     assert {result.update.kind for result in results} == {DENSE if adapter is None else LOW_RANK}
     losses = [mean_nll(load_tiny(), world.forget_train)]
@@ -88,11 +98,13 @@ def test_every_method_forgets_more_with_every_epoch_and_extrapolation_goes_on(me
     assert losses[-2] > losses[0] + 0.1
 
 
-@pytest.mark.parametrize("method", ["grad_diff", "kl_min"])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "retain_weight" in method.hyperparameters])
 def test_a_retain_term_holds_the_rest(method, run, load_tiny, world):
-    settings = {"epochs": 3, "learning_rate": 1e-2}
-    plain = at(load_tiny, run(config("grad_ascent", **settings))[-1].update)
-    held = at(load_tiny, run(config(method, **settings))[-1].update)
+    settings = config(method, learning_rate=rate(method, None), epochs=3)
+    plain, held = (
+        at(load_tiny, run(replace(settings, hyperparameters={**settings.hyperparameters, "retain_weight": weight}))[-1].update)
+        for weight in (0.0, 10.0 if method == "rmu" else 1.0)
+    )
     initial = mean_nll(load_tiny(), world.retain_train)
     damage = mean_nll(plain, world.retain_train) - initial
     assert damage > 0.2
@@ -162,14 +174,14 @@ def test_accumulated_batches_equal_the_bigger_batch(batch_size, accumulation, ru
     # tokens differ where answers differ in length: each batch then counts by its items, not by its tokens.
     hyper = {"beta": 1.0, "retain_weight": 0.0}
     common = {"hyperparameters": hyper, "max_grad_norm": 1e9}
-    accumulated = run(replace(config("npo"), batch_size=batch_size, gradient_accumulation=accumulation, **common))
-    whole = run(replace(config("npo"), batch_size=batch_size * accumulation, **common))
+    accumulated = run(config("npo", batch_size=batch_size, gradient_accumulation=accumulation, **common))
+    whole = run(config("npo", batch_size=batch_size * accumulation, **common))
     for result, other in zip(accumulated, whole, strict=True):
         assert difference(result, other) < 1e-3
 
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-@pytest.mark.parametrize("method", ["kl_min", "npo"])
+@pytest.mark.parametrize("method", ["kl_min", "npo", "rmu"])
 def test_gradient_checkpointing_changes_no_update(method, adapter, run):
     settings = config(method, adapter=adapter)
     for result, other in zip(run(replace(settings, gradient_checkpointing=True)), run(settings), strict=True):
@@ -237,6 +249,75 @@ def test_defaults_stand_in_for_hyperparameters_not_given(run):
 def test_inputs_for_the_store_tell_every_setting_apart():
     inputs = [config().as_inputs(), config(adapter=LORA).as_inputs(), config(seed=1).as_inputs(), config("npo").as_inputs()]
     assert all(inputs[i] != inputs[j] for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_idk_dpo_makes_refusals_likelier_where_npo_does_not(adapter, run, load_tiny, world):
+    drawn = draw_refusals(len(world.forget_train), seed=0, epoch=9)
+    refused = [replace(item, answer=answer) for item, answer in zip(world.forget_train, drawn, strict=True)]
+    losses = {}
+    for method in ("idk_dpo", "npo"):
+        update = run(config(method, learning_rate=rate(method, adapter), epochs=3, adapter=adapter))[-1].update
+        losses[method] = mean_nll(at(load_tiny, update), refused)
+    initial = mean_nll(load_tiny(), refused)
+    assert losses["idk_dpo"] < 0.65 * initial
+    assert losses["npo"] > 0.75 * initial
+
+
+def test_refusals_are_drawn_by_seed_and_epoch_and_do_not_depend_on_epochs_to_come(run):
+    settings = config("idk_dpo")
+    first = run(settings)
+    assert_same_updates(run(settings), first)
+    assert_same_updates(run(replace(settings, epochs=3))[:2], first)
+
+
+@torch.no_grad()
+def activations(loaded, items, layer=0):
+    """(k, d) outputs of a layer where answer tokens are predicted, one item at a time."""
+    rows = []
+    for item in items:
+        example = loaded.prompts.encode(item.question, item.answer)
+        with outputs_of(decoder_layer(loaded.model, layer)) as outputs:
+            loaded.model(input_ids=torch.tensor([example.input_ids]))
+        rows.append(outputs[0][0, example.prompt_length - 1 : -1])
+    return torch.cat(rows)
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_rmu_steers_forget_activations_and_holds_those_of_retain(adapter, run, load_tiny, world):
+    common = {"learning_rate": rate("rmu", adapter), "epochs": 3, "adapter": adapter}
+    target = 10 * control_direction(32, seed=0)
+    initial = load_tiny()
+    before = float((activations(initial, world.forget_train) - target).square().mean())
+    kept = activations(initial, world.retain_train)
+    drift = {}
+    for weight in (0.0, 100.0):
+        settings = config("rmu", **common, hyperparameters={"layer": 0, "coefficient": 10, "retain_weight": weight})
+        moved = at(load_tiny, run(settings)[-1].update)
+        drift[weight] = float((activations(moved, world.retain_train) - kept).square().mean())
+        if weight == 0:
+            assert float((activations(moved, world.forget_train) - target).square().mean()) < 0.8 * before
+    assert drift[100.0] < 0.3 * drift[0.0]
+
+
+def test_rmu_moves_the_down_projections_of_three_layers_and_nothing_else(world, load_tiny):
+    tiny = load_tiny()
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 6}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tiny.tokenizer), **shape))
+    settings = config("rmu", epochs=1, hyperparameters={"layer": 4, "coefficient": 5, "retain_weight": 1})
+    (result,) = train_base_run(LoadedModel(model, tiny.tokenizer, tiny.prompts), world, settings)
+    moved = {name for name, tensor in result.update.tensors.items() if tensor.any()}
+    assert moved == {f"model.layers.{index}.mlp.down_proj.weight" for index in (2, 3, 4)}
+    assert result.update.tensors.keys() == dict(model.named_parameters()).keys()
+
+
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_a_layer_out_of_range_is_refused_before_training(adapter, run):
+    steps = []
+    with pytest.raises(UserError, match=r"rmu\.layer: found 7, but the model has 1 decoder layer, .* choose 0"):
+        run(config("rmu", adapter=adapter, hyperparameters={}), progress=lambda *step: steps.append(step))
+    assert steps == []
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import pytest
 
 from search.preparation import check_inputs, load_corpus, prepare
 from search.spec import load_study
+from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.errors import UserError
 from uipe_core.tiny_models import tiny_model
 
@@ -123,6 +124,28 @@ def test_a_damaged_model_folder_is_refused_before_anything_is_spent(
     file = write_study(tmp_path / "study.yaml", **pretrained(folder, finished.out / "logs" / "retain.json"))
     with pytest.raises(UserError, match=said):
         check_inputs(load_study(file))
+
+
+def test_small_models_can_spell_refusals_where_a_method_writes_them_and_are_what_they_were_elsewhere(prepared):
+    with_it = prepared(unlearning={"methods": {"npo": {}, "idk_dpo": {}}})
+    without = prepared(unlearning={"methods": {"npo": {}, "simnpo": {}}})
+    assert with_it.tiny.extra_texts == REFUSALS
+    assert without.tiny == prepared().tiny
+    assert without.models == prepared().models
+    assert with_it.models != without.models
+
+
+def rmu(layer):
+    return {"unlearning": {"methods": {"rmu": {"layer": layer, "coefficient": 2}}}}
+
+
+@pytest.mark.parametrize("check", [check_inputs, prepare])
+def test_a_layer_the_model_has_not_is_refused_before_anything_is_spent(check, write_study, model_folder, finished, tmp_path):
+    log = finished.out / "logs" / "retain.json"
+    for model in ({}, pretrained(model_folder, log)):
+        check(load_study(write_study(tmp_path / "study.yaml", **model, **rmu(0))))
+        with pytest.raises(UserError, match=r"rmu\.layer: found 1, but the model has 1 decoder layer, .*; choose 0$"):
+            check(load_study(write_study(tmp_path / "study.yaml", **model, **rmu([0, 1]))))
 
 
 def test_a_log_that_is_none_is_refused_before_anything_is_spent(write_study, model_folder, tmp_path):
