@@ -115,16 +115,16 @@ class StudyResult:
         return self.spec.model_copy(update={"storage": os.environ.get("UIPE_STORAGE") or self.spec.storage})
 
     def finalists(self, top: int) -> pd.DataFrame:
-        """Up to `top` points of the front: what the rules select first, then by the hypervolume that only they add."""
-        chosen = []
+        """Up to `top` points, none of them collapsed: what rules select, then by the hypervolume that only they add."""
+        front, chosen = self.healthy_front, []
         for rule in RULES:
             with contextlib.suppress(UserError):
                 chosen.append(int(self.select(rule)["trial"]))
         corner = self.reference_point()
         ceilings = [objective.ceiling(self.forget_quality_cap) for objective in self.objectives]
-        order = finalists.best_first(self.front, self.objectives, np.array([corner[n] for n in _names(self.store)]), ceilings)
+        order = finalists.best_first(front, self.objectives, np.array([corner[n] for n in _names(self.store)]), ceilings)
         numbers = list(dict.fromkeys([*chosen, *order]))[:top]
-        return self.front.set_index("trial", drop=False).loc[numbers].reset_index(drop=True)
+        return front.set_index("trial", drop=False).loc[numbers].reset_index(drop=True)
 
     @cached_property
     def held_out(self) -> pd.DataFrame:

@@ -251,6 +251,7 @@ def test_no_rule_selects_a_collapsed_point_unless_told_to(with_collapse):
     assert result.select("utility-floor")["trial"] == 2
     assert result.select("utility-floor", allow_collapsed=True)["trial"] == 1
     assert result.select("knee")["trial"] in (0, 2)
+    assert set(result.finalists(3)["trial"]) == {0, 2}
     assert result.select("knee", allow_collapsed=True)["trial"] in (0, 1)
 
 
@@ -260,6 +261,7 @@ def test_where_every_trial_has_collapsed_the_way_out_is_named(with_collapse):
         with pytest.raises(UserError, match=r"every trial has collapsed; .*--allow-collapsed"):
             result.select(rule)
         assert result.select(rule, allow_collapsed=True)["collapsed"] == "broken"
+    assert result.finalists(3).empty
 
 
 def test_rows_say_why_a_point_has_collapsed_and_name_the_definition(with_collapse):
