@@ -276,3 +276,16 @@ def test_a_study_scored_before_collapse_was_looked_for_works_on(study):
     assert "collapsed" not in result.study.trials[0].user_attrs
     assert result.select("utility-floor")["trial"] == 1
     assert [row["collapsed"] for row in result.rows(result.front)] == [None, None]
+
+
+def test_the_command_line_marks_collapse_and_selects_around_it(with_collapse, call):
+    reason = "mean loss of 31 nats per token on retain (limit 20)"
+    out = with_collapse([(-5.0, 0.79, None), (-1.0, 0.78, reason)]).out
+    code, output, _ = call("pareto", out)
+    assert code == 0
+    assert "1 x" in output and f"x trial 1 has collapsed ({reason}): no rule selects it" in " ".join(output.split())
+    chosen = [json.loads(call("select", out, "--json", *more)[1]) for more in ((), ("--allow-collapsed",))]
+    assert [(row["trial"], row["collapsed"]) for row in chosen] == [(0, None), (1, reason)]
+    assert chosen[0]["definition"] == "tofu"
+    code, output, _ = call("select", out)
+    assert code == 0 and "definition tofu" in " ".join(output.split())
