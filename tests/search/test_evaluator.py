@@ -115,7 +115,7 @@ def test_evidence_is_json_of_finite_numbers(evaluate):
     jobs += [Job("never_finetuned", model="never_finetuned"), Job("other_retain", model="other_retain-1")]
     assert {job.kind for job in jobs} == {*POINT_KINDS, *CONTROL_KINDS} - {"confirm"}
     for job in jobs:
-        evidence = json.loads(json.dumps(evaluator.evaluate(job), allow_nan=False))
+        evidence = json.loads(json.dumps(evaluate(job), allow_nan=False))
         assert len(evidence["components"]) == 9
         assert all(math.isfinite(value) for value in evidence["components"].values())
         assert evidence["definition"] == "tofu"
