@@ -24,8 +24,9 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
 ]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a study, as written by `uipe run`.")]
-Definition = Annotated[str, typer.Option(help="Metric definition.")]
+Definition = Annotated[str, typer.Option(help="Metric definition: tofu, tofu-utils or open-unlearning.")]
 Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]
+AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
 Floor = Annotated[float, typer.Option(help="For utility-floor: least share of the initial model's utility.")]
 
 
@@ -91,12 +92,19 @@ def pareto(
 
 
 @app.command(epilog="Example: uipe select runs/quickstart --rule utility-floor --floor 0.95")
-def select(out: Out, rule: Rule = "utility-floor", floor: Floor = 0.95, as_json: Json = False) -> None:
+def select(
+    out: Out,
+    rule: Rule = "utility-floor",
+    floor: Floor = 0.95,
+    allow_collapsed: AllowCollapsed = False,
+    as_json: Json = False,
+) -> None:
     """Choose one point of the front by a rule."""
     from search.results import StudyResult
 
     result = StudyResult.open(out)
-    chosen = result.rows(result.select(rule or "utility-floor", floor).to_frame().T)[0]
+    picked = result.select(rule or "utility-floor", floor, allow_collapsed=allow_collapsed)
+    chosen = result.rows(picked.to_frame().T)[0]
     if as_json:
         _print_json({"rule": rule, **({"floor": floor} if rule == "utility-floor" else {}), **chosen})
         return
@@ -112,6 +120,7 @@ def export(
     trial: Annotated[int | None, typer.Option(help="Number of the trial; or give --rule.")] = None,
     rule: Rule = None,
     floor: Floor = 0.95,
+    allow_collapsed: AllowCollapsed = False,
 ) -> None:
     """Write a trial as a recipe, an adapter or a full model; it is loaded afresh and its numbers are checked."""
     from search.results import StudyResult
@@ -120,7 +129,10 @@ def export(
         raise UserError("export: give either --trial N or --rule utility-floor|knee")
     _quieten()
     result = StudyResult.open(out)
-    row = result.trial(trial) if trial is not None else result.select(str(rule), floor)
+    if trial is not None:
+        row = result.trial(trial)
+    else:
+        row = result.select(str(rule), floor, allow_collapsed=allow_collapsed)
     path = result.export(row, to, form)
     checked = "" if form == "recipe" else "; loaded afresh, its numbers are the trial's"
     typer.echo(
@@ -196,8 +208,13 @@ def score(
     corpus: Annotated[str, typer.Option(help="people, tofu (from the hub) or tofu:FOLDER.")],
     split: Annotated[str, typer.Option(help="TOFU's forget split.")] = "forget01",
     seed: Annotated[int, typer.Option(help="Seed of the people corpus.")] = 0,
-    reference: Annotated[Path | None, typer.Option(help="Evaluation log of the retain model; gives forget quality.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Write the evaluation log here (format of locuslab/tofu).")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="Retain model, or an evaluation log of it in either format; gives forget quality.")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Write the evaluation log here: a file; for open-unlearning a folder.")
+    ] = None,
+    log_format: Annotated[str, typer.Option(help="Format of the log: tofu or open-unlearning.")] = "tofu",
     definition: Definition = "tofu",
     prompt_template: Annotated[
         str | None, typer.Option(help="Prompt with {question}; the tokenizer's chat template when left out.")
@@ -209,44 +226,35 @@ def score(
     as_json: Json = False,
 ) -> None:
     """Score any model on a corpus: model utility, and forget quality against a reference."""
-    from search.progress import Bars
-    from uipe_core.corpora.people import load_people
-    from uipe_core.corpora.tofu import load_tofu
-    from uipe_core.evaluation_log import read_log, write_log
-    from uipe_core.metrics import definition_named, evaluate
-    from uipe_core.models import load_model
-    from uipe_core.scoring import Scorer, ScoringConfig
+    from search.score_once import Loading, corpus_named, score_once
+    from uipe_core.definitions import definition_named
+    from uipe_core.scoring import ScoringConfig
 
     _quieten()
     definition_named(definition)
-    against = None if reference is None else read_log(reference)
-    kind, _, folder = corpus.partition(":")
-    if kind not in ("people", "tofu") or (kind == "people" and folder):
-        raise UserError(f"--corpus: {corpus!r} is unknown; give people, tofu or tofu:FOLDER")
-    items = load_people(seed) if kind == "people" else load_tofu(folder or "locuslab/TOFU", split)
-    loaded = load_model(model, dtype=dtype, device=device, prompt_template=prompt_template)
-    with Bars() as bars:
-        scorer = Scorer(items, loaded.prompts, ScoringConfig(batch_size, max_new_tokens))
-        scores = scorer.score(loaded, progress=lambda done, total: bars.show("scoring", done, total))
-    if log is not None:
-        write_log(scores, log, {"model": model, "corpus": items.name})
-    _print_metrics(evaluate(scores, against, definition).as_dict(), as_json)
+    items, loading = corpus_named(corpus, split, seed), Loading(dtype, device, prompt_template)
+    scoring = ScoringConfig(batch_size, max_new_tokens)
+    _print_metrics(score_once(model, items, loading, scoring, definition, reference, log, log_format), as_json)
 
 
 @app.command(epilog="Example: uipe metrics unlearned.json --reference retain.json")
 def metrics(
-    log: Annotated[Path, typer.Argument(metavar="LOG", help="Evaluation log in locuslab/tofu's aggregated format.")],
-    reference: Annotated[Path | None, typer.Option(help="Evaluation log of the retain model; gives forget quality.")] = None,
+    log: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LOG", help="Evaluation log: locuslab/tofu's aggregated file, or open-unlearning's TOFU_EVAL.json."
+        ),
+    ],
+    reference: Annotated[
+        Path | None, typer.Option(help="Evaluation log of the retain model, in either format; gives forget quality.")
+    ] = None,
     definition: Definition = "tofu",
     as_json: Json = False,
 ) -> None:
     """Compute the metrics of an evaluation log."""
-    from uipe_core.evaluation_log import read_log
-    from uipe_core.metrics import definition_named, evaluate
+    from search.score_once import metrics_of_log
 
-    definition_named(definition)
-    against = None if reference is None else read_log(reference)
-    _print_metrics(evaluate(read_log(log), against, definition).as_dict(), as_json)
+    _print_metrics(metrics_of_log(log, reference, definition), as_json)
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -259,9 +267,13 @@ def _print_metrics(values: dict[str, Any], as_json: bool) -> None:
         return
     rows: dict[str, Any] = {}
     for key, value in values.items():
-        rows.update(value if isinstance(value, dict) and key != "related" else {key: value})
+        rows.update(value if key in ("components", "forget") else {key: value})
     for name, quality in rows.pop("related", {}).items():
         rows[f"{name}: log10 forget quality"] = quality["log10_forget_quality"]
+    for name, memorized in rows.pop("memorization", {}).items():
+        rows.update({f"{name}: {key.replace('_', ' ')}": value for key, value in memorized.items()})
+    if rows["collapsed"] is None:
+        del rows["collapsed"]
     for name, value in rows.items():
         typer.echo(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
 
@@ -279,6 +291,8 @@ def _print_front(result: Any) -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from search.report_data import collapsed
 
     definition = result.spec.scoring.definition
     title = f"Pareto front of {result.store.record['name']} (metrics: {definition})"
@@ -302,11 +316,14 @@ def _print_front(result: Any) -> None:
         row["walk"] = SHORT_WALKS[row["walk"]]
         cells = {key: "" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()}
         cells[utility] += " !" if row["flagged"] else ""
+        cells["trial"] += " x" if isinstance(row["collapsed"], str) else ""
         table.add_row(*map(escape, cells.values()))
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     if result.front["flagged"].any():
         console.print("! utility above both the initial and the retain model: look at its logit scale before believing it")
+    for row in result.front[collapsed(result.front)].to_dict("records"):
+        console.print(f"x trial {row['trial']} has collapsed ({row['collapsed']}): no rule selects it", markup=False)
 
 
 def _objective_columns(objectives: Any) -> dict[str, tuple[str, str]]:

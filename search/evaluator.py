@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from search.space import Point
+from uipe_core.collapse import collapse_reason
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.definitions import definition_named
@@ -211,7 +212,10 @@ def evidence(
         "components": dict(metrics.components),
         "forget_components": dict(metrics.forget),
         "logit_scale": scale,
+        "collapsed": collapse_reason(report),
     }
+    for name, memorized in metrics.memorization.items():
+        facts |= {f"{name}_{key}": value for key, value in memorized.items()}
     for name, related in metrics.related.items():
         facts[f"{name}_log10_forget_quality"] = related.log10_p
     if job.temperature != 1.0:

@@ -16,6 +16,7 @@ from search.workers import build_tiny, score_model, train_and_publish
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
 from uipe_core.evaluation_log import read_log, write_log
+from uipe_core.item_check import require_same_items
 from uipe_core.metrics import evaluate
 from uipe_core.models import ModelSource
 from uipe_core.score_report import ScoreReport
@@ -142,6 +143,9 @@ class Groundwork:
             for name in ("initial", model.name):
                 try:
                     evaluate(reports[name], reports[model.name], self.preparation.spec.scoring.definition)
+                    # Halves are taken from every set, not only from those that forget quality compares.
+                    for key in reports[name].sets.keys() & reports[model.name].sets.keys():
+                        require_same_items(reports[name].sets[key], reports[model.name].sets[key], key)
                 except UserError as error:
                     raise UserError(f"model.{model.kind}: {error}") from error
 

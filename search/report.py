@@ -76,7 +76,8 @@ def write_report(view: ReportData, folder: Path) -> Path:
         raise ValueError(f"walks or kinds of control that the report does not know: {sorted(map(str, strange))}")
     columns = [*CONTROL_COLUMNS, *(column.key for column in view.columns), *view.controls.columns]
     controls = view.controls.reindex(columns=list(dict.fromkeys(columns)))
-    view = replace(view, trials=view.trials.astype({"on_front": bool, "flagged": bool}), controls=controls)
+    trials = view.trials.astype({"on_front": bool, "flagged": bool}).assign(collapsed=view.trials.get("collapsed"))
+    view = replace(view, trials=trials, controls=controls)
     pictures = {"front": png(plots.front_figure(view)), "alpha_curves": png(plots.alpha_figure(view))}
     page = _render(view, pictures)
     try:

@@ -24,6 +24,13 @@ class Column:
     places: int = 4
 
 
+def collapsed(table: pd.DataFrame) -> pd.Series:
+    """Which rows of a table have collapsed; none of a study that was scored before collapse was looked for."""
+    if "collapsed" not in table:
+        return pd.Series(False, index=table.index)
+    return table["collapsed"].map(lambda reason: isinstance(reason, str)).astype(bool)
+
+
 @dataclass(frozen=True, eq=False)
 class ReportData:
     """All that a report shows, read from a study by the caller.

@@ -18,14 +18,15 @@ from search.export import export, recipe_of
 from search.objectives import Objective
 from search.pareto import hypervolume, knee, non_dominated, utility_floor
 from search.report import write_report
-from search.report_data import CONTROL_COLUMNS, ReportData
+from search.report_data import CONTROL_COLUMNS, ReportData, collapsed
 from search.spec import StudySpec
 from search.study_store import StudyStore
 from search.verdict import verdict
 from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.errors import UserError
 from uipe_core.evaluation_log import read_log
-from uipe_core.metrics import log10_p_floor
+from uipe_core.log_parts import MEMORIZATION
+from uipe_core.metrics import MEMORIZED_SETS, log10_p_floor
 
 POINT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk")
 RULES = ("utility-floor", "knee")
@@ -77,7 +78,7 @@ class StudyResult:
             why = f" ({len(failed)} failed, the first because: {failed[0]['reason']})" if failed else ""
             raise UserError(f"{store.out}: no trial of this study is complete yet{why}; run it with `uipe run`")
         for frame in (trials, controls):
-            for column in (*CONTROL_COLUMNS, *_names(store), "logit_scale", "walk"):
+            for column in (*CONTROL_COLUMNS, *_names(store), "logit_scale", "walk", "collapsed"):
                 if column not in frame:
                     frame[column] = None
         trials["on_front"] = non_dominated(trials[_names(store)].to_numpy())
@@ -114,16 +115,16 @@ class StudyResult:
         return self.spec.model_copy(update={"storage": os.environ.get("UIPE_STORAGE") or self.spec.storage})
 
     def finalists(self, top: int) -> pd.DataFrame:
-        """Up to `top` points of the front: what the rules select first, then by the hypervolume that only they add."""
-        chosen = []
+        """Up to `top` points, none of them collapsed: what rules select, then by the hypervolume that only they add."""
+        front, chosen = self.healthy_front, []
         for rule in RULES:
             with contextlib.suppress(UserError):
                 chosen.append(int(self.select(rule)["trial"]))
         corner = self.reference_point()
         ceilings = [objective.ceiling(self.forget_quality_cap) for objective in self.objectives]
-        order = finalists.best_first(self.front, self.objectives, np.array([corner[n] for n in _names(self.store)]), ceilings)
+        order = finalists.best_first(front, self.objectives, np.array([corner[n] for n in _names(self.store)]), ceilings)
         numbers = list(dict.fromkeys([*chosen, *order]))[:top]
-        return self.front.set_index("trial", drop=False).loc[numbers].reset_index(drop=True)
+        return front.set_index("trial", drop=False).loc[numbers].reset_index(drop=True)
 
     @cached_property
     def held_out(self) -> pd.DataFrame:
@@ -152,6 +153,15 @@ class StudyResult:
         chosen = self.trials[self.trials["on_front"]]
         return chosen.sort_values(_names(self.store), ascending=False, ignore_index=True)
 
+    @cached_property
+    def healthy_front(self) -> pd.DataFrame:
+        """The Pareto front among the trials that have not collapsed: what one of those dominated may be on it again."""
+        if not collapsed(self.trials).any():
+            return self.front
+        healthy = self.trials[~collapsed(self.trials)]
+        chosen = healthy[non_dominated(healthy[_names(self.store)].to_numpy())] if len(healthy) else healthy
+        return chosen.sort_values(_names(self.store), ascending=False, ignore_index=True)
+
     def control(self, kind: str) -> pd.Series | None:
         """The first control of a kind (``initial``, ``retain``), or None."""
         if self.controls.empty:
@@ -171,28 +181,32 @@ class StudyResult:
             raise UserError(f"--trial: {number} is not a complete trial of {self.out}; numbers go from 0 to {last}")
         return rows.iloc[0]
 
-    def select(self, rule: str, floor: float = DEFAULT_FLOOR) -> pd.Series:
-        """One trial of the front by a rule.
+    def select(self, rule: str, floor: float = DEFAULT_FLOOR, *, allow_collapsed: bool = False) -> pd.Series:
+        """One trial of the front by a rule; of the front without collapsed trials, unless they are allowed.
 
         Args:
             rule: ``utility-floor`` (strongest forgetting with at least `floor` of the initial model's utility) or ``knee``
                 (farthest from the chord between the front's ends).
             floor: Share of the initial model's utility, above 0 and at most 1.
+            allow_collapsed: Whether a collapsed model (`uipe_core.collapse`) may be chosen.
 
         Raises:
-            UserError: If the rule is unknown, or no trial has so much utility.
+            UserError: If the rule is unknown, no trial has so much utility, or every trial has collapsed.
         """
         if rule not in RULES:
             raise UserError(f"--rule: {rule!r} is unknown; choose one of {', '.join(RULES)}")
-        points = self.front[_names(self.store)].to_numpy()
+        front = self.front if allow_collapsed else self.healthy_front
+        if front.empty:
+            raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
+        points = front[_names(self.store)].to_numpy()
         if rule == "knee":
-            return self.front.iloc[knee(points)]
+            return front.iloc[knee(points)]
         if not 0 < floor <= 1:
             raise UserError(f"--floor: {floor:g} is not a share of the initial model's utility; give a number above 0, up to 1")
         initial = self.control("initial")
         if initial is None:
             raise UserError(f"{self.out}: the initial model has not been scored yet; finish the study with `uipe run`")
-        return self.front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
+        return front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
 
     def reference_point(self) -> dict[str, float]:
         """The corner hypervolume is measured from: the spec's, or the lowest forget quality the number of items can give."""
@@ -264,9 +278,11 @@ class StudyResult:
         }
 
     def rows(self, table: pd.DataFrame) -> list[dict[str, Any]]:
-        """Rows of `trials` or `front` as plain JSON values: point, objectives, p-values, flag, logit scale, K2 and K0."""
+        """Rows of `trials` or `front` as plain JSON values: point, objectives and their definition, and what qualifies them."""
         p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
-        more = ["ks_statistic", "logit_scale", "flagged", *(f"{name}_log10_forget_quality" for name in RELATED_SETS)]
+        more = ["ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
+        more += [f"{name}_log10_forget_quality" for name in RELATED_SETS]
+        more += [f"{name}_{key}" for name in MEMORIZED_SETS for key in MEMORIZATION]
         keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]
         return self.rows_of(table[keys])
 

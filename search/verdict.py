@@ -7,7 +7,7 @@ import pandas as pd
 from search.formats import alpha, count, decimal, number, probability
 from search.objectives import Objective
 from search.pareto import utility_floor
-from search.report_data import ReportData
+from search.report_data import ReportData, collapsed
 from uipe_core.errors import UserError
 
 # Gains below this share of the hypervolume at alpha = 0 are rounding, not results.
@@ -40,7 +40,19 @@ def verdict(view: ReportData) -> list[str]:
             f"{flagged} of {count(len(front), 'front point')} {'is' if flagged == 1 else 'are'} flagged: "
             "utility above both the initial and the retain model, which sharper logits alone can bring about."
         )
-    return sentences
+    return [*sentences, *_collapse_sentences(front)]
+
+
+def _collapse_sentences(front: pd.DataFrame) -> list[str]:
+    broken = front[collapsed(front)]
+    if broken.empty:
+        return []
+    first = broken.iloc[0]
+    return [
+        f"{len(broken)} of {count(len(front), 'front point')} {'has' if len(broken) == 1 else 'have'} collapsed, "
+        f"whatever the metrics say, and {'is' if len(broken) == 1 else 'are'} never selected unless asked for; "
+        f"trial {int(first['trial'])}: {first['collapsed']}."
+    ]
 
 
 def _gain_sentences(view: ReportData) -> list[str]:
@@ -95,7 +107,7 @@ def _floor_sentences(view: ReportData) -> list[str]:
     """The gain as one deployable point: the strongest forgetting at nearly the initial model's utility."""
     forgetting, utility = view.objectives[:2]
     initial = view.controls.loc[view.controls["kind"] == "initial", utility.name].dropna()
-    scored = view.trials.dropna(subset=[forgetting.name, utility.name])
+    scored = view.trials[~collapsed(view.trials)].dropna(subset=[forgetting.name, utility.name])
     if initial.empty:
         return []
     picks = []

@@ -271,7 +271,13 @@ def new_store(tmp_path):
     def make(out=None, identity="f" * 32, **changes):
         spec = parse_study(merged(TINY, changes))
         facts = {
-            "corpus": {"name": "people", "hash": "0", "sets": {}, "items": {"select": {"forget": 16, "related": 16}}},
+            "corpus": {
+                "name": "people",
+                "hash": "0",
+                "sets": {},
+                "items": {"select": {"forget": 16, "related": 16}},
+                "groups": {"forget": ["a", "b"] * 8},
+            },
             "models": {"initial": "a", "retain": "b"},
             "versions": {},
         }

@@ -14,6 +14,8 @@ import yaml
 from typer.testing import CliRunner
 
 from search import cli
+from uipe_core.corpora.split import take_items
+from uipe_core.evaluation_log import read_log, write_log
 
 COMMANDS = ["run", "validate", "pareto", "select", "export", "rebuild", "report", "dashboard", "score", "metrics"]
 TOFU_FILES = ("forget01", "retain99", *(f"{name}_perturbed" for name in ("forget01", "retain", "real_authors", "world_facts")))
@@ -126,8 +128,12 @@ def test_score_and_metrics_give_the_same_numbers(exported, finished, call, tmp_p
         assert ("48" in error and "16" in error) or "other" in error
 
 
-def test_metrics_of_a_study_log_are_those_of_its_control(finished, result, call):
-    logs = finished.out / "logs"
+def test_metrics_of_a_study_log_are_those_of_its_control(finished, preparation, result, call, tmp_path):
+    # The log has all items, the control those for selection.
+    rows, logs = preparation.split.select, tmp_path
+    hashes = take_items(preparation.corpus, rows).set_hashes
+    for name in ("initial", "retain"):
+        write_log(read_log(finished.out / "logs" / f"{name}.json").take(rows, hashes), logs / f"{name}.json")
     code, output, _ = call("metrics", logs / "initial.json", "--reference", logs / "retain.json", "--json")
     assert code == 0
     found, control = one_object(output), result.control("initial")

@@ -115,11 +115,23 @@ def test_evidence_is_json_of_finite_numbers(evaluate):
     jobs += [Job("never_finetuned", model="never_finetuned"), Job("other_retain", model="other_retain-1")]
     assert {job.kind for job in jobs} == {*POINT_KINDS, *CONTROL_KINDS} - {"confirm"}
     for job in jobs:
-        evidence = json.loads(json.dumps(evaluator.evaluate(job), allow_nan=False))
+        evidence = json.loads(json.dumps(evaluate(job), allow_nan=False))
         assert len(evidence["components"]) == 9
         assert all(math.isfinite(value) for value in evidence["components"].values())
         assert evidence["definition"] == "tofu"
         assert {"related_log10_forget_quality", "unrelated_log10_forget_quality"} <= evidence.keys()
+
+
+def test_a_walk_too_far_is_a_collapse_and_says_why(evaluate):
+    assert evaluate(Job("initial", model="initial"))["collapsed"] is None
+    assert "nats per token on retain" in evaluate(Job("search", "npo", 2, 1e4))["collapsed"]
+
+
+def test_evidence_has_memorisation_of_what_should_go_and_what_should_stay(evaluate):
+    for job in (Job("initial", model="initial"), Job("search", "npo", 2, 0.5)):
+        evidence = evaluate(job)
+        for name in ("forget", "retain"):
+            assert 0 <= evidence[f"{name}_extraction_strength"] <= evidence[f"{name}_exact_memorization"] <= 1
 
 
 def test_an_unknown_base_run_is_an_error_and_the_worker_goes_on(evaluate):

@@ -309,3 +309,24 @@ def test_bad_tables_and_folders_are_refused(view, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the report"):
         write_report(view, tmp_path / "file")
+
+
+def test_collapsed_points_are_marked_counted_and_not_chosen(tmp_path):
+    view = synthetic(searched=20)
+    assert "collapsed" not in view.trials and "collapsed," not in " ".join(verdict(view))
+    best = max(
+        (row for row in view.trials.to_dict("records") if row["model_utility"] >= 0.95 * INITIAL["model_utility"]),
+        key=lambda row: row["log10_forget_quality"],
+    )
+    assert f"trial {best['trial']} " in " ".join(verdict(view))
+    reasons = [None] * len(view.trials)
+    reasons[view.trials.index[view.trials["trial"] == best["trial"]][0]] = "generations on retain: 90% empty <b>"
+    broken = dataclasses.replace(view, trials=view.trials.assign(collapsed=reasons, on_front=view.trials["on_front"]))
+    sentences = " ".join(verdict(broken))
+    assert f"strongest forgetting is trial {best['trial']} " not in sentences
+    page = write_report(broken, tmp_path).read_text()
+    assert page.count(">collapsed</span>") == int(best["on_front"])
+    if best["on_front"]:
+        assert "1 of" in sentences and "has collapsed" in sentences
+        assert "90% empty &lt;b&gt;" in page
+    assert best["on_front"]

@@ -222,3 +222,70 @@ def test_random_directions_mirror_each_moved_front_point_once(study):
 def test_missing_trials_are_said_in_the_report(study):
     result = study([(0, -5.0, 0.8), (0.5, -1.0, 0.6)], search={"trials": 5})
     assert "1 of 5 search trials are complete" in " ".join(result.report_data().summary["notes"])
+
+
+# Collapse
+
+
+@pytest.fixture
+def with_collapse(new_store, made_up_evidence):
+    """A study whose points may have collapsed: rows of (log10 forget quality, utility, reason or None)."""
+
+    def make(points):
+        store = new_store()
+        space = distributions(parse_study(store.record["spec"]))
+        for index, (strength, utility, reason) in enumerate(points):
+            store.study.enqueue_trial({"base": "npo", "epoch": 1, "alpha": 0.1 + index / 10})
+            number, job = store.ask_point(space)
+            store.complete(job, number, made_up_evidence(job, strength, utility, collapsed=reason))
+        store.complete(Job("initial"), store.ask_control(), made_up_evidence(Job("initial"), -6.0, 0.8))
+        return StudyResult.of(store)
+
+    return make
+
+
+def test_no_rule_selects_a_collapsed_point_unless_told_to(with_collapse):
+    result = with_collapse([(-5.0, 0.79, None), (-1.0, 0.78, "generations on retain: 100% empty"), (-3.0, 0.77, None)])
+    assert result.front["trial"].tolist() == [1, 0]
+    # The third is dominated by the collapsed one alone, so it can be chosen.
+    assert result.select("utility-floor")["trial"] == 2
+    assert result.select("utility-floor", allow_collapsed=True)["trial"] == 1
+    assert result.select("knee")["trial"] in (0, 2)
+    assert set(result.finalists(3)["trial"]) == {0, 2}
+    assert result.select("knee", allow_collapsed=True)["trial"] in (0, 1)
+
+
+def test_where_every_trial_has_collapsed_the_way_out_is_named(with_collapse):
+    result = with_collapse([(-5.0, 0.79, "broken"), (-1.0, 0.78, "broken")])
+    for rule in ("knee", "utility-floor"):
+        with pytest.raises(UserError, match=r"every trial has collapsed; .*--allow-collapsed"):
+            result.select(rule)
+        assert result.select(rule, allow_collapsed=True)["collapsed"] == "broken"
+    assert result.finalists(3).empty
+
+
+def test_rows_say_why_a_point_has_collapsed_and_name_the_definition(with_collapse):
+    result = with_collapse([(-5.0, 0.79, None), (-1.0, 0.78, "broken")])
+    rows = json.loads(json.dumps(result.rows(result.front), allow_nan=False))
+    assert [row["collapsed"] for row in rows] == ["broken", None]
+    assert {row["definition"] for row in rows} == {"tofu"}
+
+
+def test_a_study_scored_before_collapse_was_looked_for_works_on(study):
+    result = study([(0, -5.0, 0.79), (0.5, -3.0, 0.77)])
+    assert "collapsed" not in result.study.trials[0].user_attrs
+    assert result.select("utility-floor")["trial"] == 1
+    assert [row["collapsed"] for row in result.rows(result.front)] == [None, None]
+
+
+def test_the_command_line_marks_collapse_and_selects_around_it(with_collapse, call):
+    reason = "mean loss of 31 nats per token on retain (limit 20)"
+    out = with_collapse([(-5.0, 0.79, None), (-1.0, 0.78, reason)]).out
+    code, output, _ = call("pareto", out)
+    assert code == 0
+    assert "1 x" in output and f"x trial 1 has collapsed ({reason}): no rule selects it" in " ".join(output.split())
+    chosen = [json.loads(call("select", out, "--json", *more)[1]) for more in ((), ("--allow-collapsed",))]
+    assert [(row["trial"], row["collapsed"]) for row in chosen] == [(0, None), (1, reason)]
+    assert chosen[0]["definition"] == "tofu"
+    code, output, _ = call("select", out)
+    assert code == 0 and "definition tofu" in " ".join(output.split())
