@@ -171,13 +171,16 @@ def score(
     reference: Annotated[Path | None, typer.Option(help="Evaluation log of the retain model; gives forget quality.")] = None,
     log: Annotated[Path | None, typer.Option(help="Write the evaluation log here (format of locuslab/tofu).")] = None,
     definition: Definition = "tofu",
-    prompt_template: Annotated[
-        str | None, typer.Option(help="Prompt with {question}; the tokenizer's chat template when left out.")
+    prompt_template: Annotated[str | None, typer.Option(help="Prompt with {question}, in place of --prompt-format.")] = None,
+    prompt_format: Annotated[
+        str | None, typer.Option(help="llama2, llama3, phi or chat; the tokenizer's chat template when left out.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Answers per batch.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest generated answer.")] = 200,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest generated answer; as the definition says when left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score any model on a corpus: model utility, and forget quality against a reference."""
@@ -185,20 +188,20 @@ def score(
     from uipe_core.corpora.people import load_people
     from uipe_core.corpora.tofu import load_tofu
     from uipe_core.evaluation_log import read_log, write_log
-    from uipe_core.metrics import definition_named, evaluate
+    from uipe_core.metrics import evaluate
     from uipe_core.models import load_model
     from uipe_core.scoring import Scorer, ScoringConfig
 
     _quieten()
-    definition_named(definition)
+    scoring = ScoringConfig.of(definition, batch_size, max_new_tokens)
     against = None if reference is None else read_log(reference)
     kind, _, folder = corpus.partition(":")
     if kind not in ("people", "tofu") or (kind == "people" and folder):
         raise UserError(f"--corpus: {corpus!r} is unknown; give people, tofu or tofu:FOLDER")
     items = load_people(seed) if kind == "people" else load_tofu(folder or "locuslab/TOFU", split)
-    loaded = load_model(model, dtype=dtype, device=device, prompt_template=prompt_template)
+    loaded = load_model(model, dtype=dtype, device=device, prompt_template=prompt_template, prompt_format=prompt_format)
     with Bars() as bars:
-        scorer = Scorer(items, loaded.prompts, ScoringConfig(batch_size, max_new_tokens))
+        scorer = Scorer(items, loaded.prompts, scoring)
         scores = scorer.score(loaded, progress=lambda done, total: bars.show("scoring", done, total))
     if log is not None:
         write_log(scores, log, {"model": model, "corpus": items.name})
