@@ -167,6 +167,9 @@ def score(
     model: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")],
     corpus: Annotated[str, typer.Option(help="people, tofu (from the hub) or tofu:FOLDER.")],
     split: Annotated[str, typer.Option(help="TOFU's forget split.")] = "forget01",
+    first_items: Annotated[
+        int | None, typer.Option(min=1, help="TOFU: only so many items of every set, 300 as in locuslab/tofu's logs.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the people corpus.")] = 0,
     reference: Annotated[Path | None, typer.Option(help="Evaluation log of the retain model; gives forget quality.")] = None,
     log: Annotated[Path | None, typer.Option(help="Write the evaluation log here (format of locuslab/tofu).")] = None,
@@ -198,7 +201,7 @@ def score(
     kind, _, folder = corpus.partition(":")
     if kind not in ("people", "tofu") or (kind == "people" and folder):
         raise UserError(f"--corpus: {corpus!r} is unknown; give people, tofu or tofu:FOLDER")
-    items = load_people(seed) if kind == "people" else load_tofu(folder or "locuslab/TOFU", split)
+    items = load_people(seed) if kind == "people" else load_tofu(folder or "locuslab/TOFU", split, None, first_items)
     loaded = load_model(model, dtype=dtype, device=device, prompt_template=prompt_template, prompt_format=prompt_format)
     with Bars() as bars:
         scorer = Scorer(items, loaded.prompts, scoring)

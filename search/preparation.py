@@ -225,7 +225,8 @@ def load_corpus(spec: StudySpec) -> Corpus:
     if isinstance(spec.corpus, PeopleCorpus):
         sizes = spec.corpus
         return load_people(spec.seed, sizes.forget_people, sizes.retain_people, sizes.pretraining_people)
-    return load_tofu(spec.corpus.source, spec.corpus.split, spec.corpus.retain_train)
+    tofu = spec.corpus
+    return load_tofu(tofu.source, tofu.split, tofu.retain_train, tofu.first_items)
 
 
 def check_inputs(spec: StudySpec) -> list[str]:

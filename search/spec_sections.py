@@ -72,6 +72,7 @@ class TofuCorpus(Section):
     source: Name = "locuslab/TOFU"
     split: Literal["forget01", "forget05", "forget10"] = "forget01"
     retain_train: Literal["retain_perturbed"] | None = None
+    first_items: Count | None = None
 
 
 class Stage(Section):

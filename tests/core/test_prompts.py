@@ -6,8 +6,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from uipe_core.corpora.types import UTILITY_SETS, Corpus, Item
-from uipe_core.errors import UserError
 from uipe_core.definitions import DEFINITIONS
+from uipe_core.errors import UserError
 from uipe_core.models import LoadedModel
 from uipe_core.prompts import FORMATS, PromptFormat
 from uipe_core.scoring import Scorer, ScoringConfig

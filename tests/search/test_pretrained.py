@@ -167,7 +167,7 @@ def test_the_prompt_format_is_part_of_what_identifies_study_and_base_runs(study)
     own, other = (prepare(load_study(study(prompt_format=name))) for name in ("llama3", None))
     run = own.spec.variants()[0]
     assert own.fingerprint != other.fingerprint
-    assert own.base_run_inputs(run) != other.base_run_inputs(run)
+    assert own.base_run_inputs(own.unlearning(run)) != other.base_run_inputs(other.unlearning(run))
     assert (own.source("initial").prompt_format, other.source("initial").prompt_format) == ("llama3", None)
 
 

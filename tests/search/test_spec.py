@@ -147,6 +147,7 @@ def test_bad_value_is_named_with_allowed_values_and_remedy(key: str, value: obje
         (put(pretrained(), "model.prompt_template", None), "model.prompt_format", "lama3", ["Did you mean llama3?", "phi"]),
         (put(pretrained(), "model.prompt_format", "phi"), "model.prompt_template", "{question}", ["(phi) is given too"]),
         (tiny_tofu(), "model.prompt_format", "phi", ["belongs to model.kind: pretrained"]),
+        (tiny_tofu(), "corpus.first_items", 0, ["at least 1"]),
         (pretrained(), "model.dtype", "int8", ["'bfloat16'"]),
         (pretrained(), "model.layers", 2, ["belongs to model.kind: tiny"]),
         (pretrained(), "model.revison", "main", ["Did you mean model.revision?"]),
