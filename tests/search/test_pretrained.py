@@ -106,6 +106,7 @@ def study(write_study, tofu_folder, model_folders, tmp_path_factory):
             model={"kind": "pretrained", **folders, "prompt_format": "llama3", "dtype": "bfloat16", "device": "cpu", **model},
             unlearning=settings | (unlearning or {}),
             scoring={"max_new_tokens": 16, "temperatures": []},
+            split=None,
             search={"trials": 2},
         )
 
