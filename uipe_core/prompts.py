@@ -177,7 +177,8 @@ class PromptFormat:
         and answer are tokenized apart, so that an answer's loss never includes prompt tokens. Nothing is truncated: the code
         bases cut at 200 (scoring) or 500 and more tokens (training), which no item of TOFU reaches.
         """
-        prompt_text, answer_text = self.prompt_text(question), self._answer_text(question, answer)
+        prompt_text = self.prompt_text(question)
+        answer_text = self._answer_text(prompt_text, question, answer)
         prompt, ids = self._ids(prompt_text), self._ids(prompt_text + answer_text)
         if ids[: len(prompt)] != prompt and not self.format.counted:
             ids = prompt + self._ids(answer_text, special=False)
@@ -185,11 +186,11 @@ class PromptFormat:
             ids.append(self.end_id)
         return Example(tuple(ids), min(len(prompt), len(ids) - 1))
 
-    def _answer_text(self, question: str, answer: str) -> str:
+    def _answer_text(self, prompt: str, question: str, answer: str) -> str:
         """What follows the prompt, up to and including the template's end token; as the chat template spaces and trims it."""
         if self.format.template is not None:
             return self.format.answer_tag + answer
-        prompt, conversation = self._chat(question), self._chat(question, answer)
+        conversation = self._chat(question, answer)
         # Templates of reasoning models write more into a prompt than they keep of an answer.
         written = conversation.removeprefix(prompt) if conversation.startswith(prompt) else answer + self._tail
         return written.removesuffix(self._tail) + self._closing

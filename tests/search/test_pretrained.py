@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
+from search.export import read_recipe
 from search.preparation import check_inputs, prepare
-from search.results import StudyResult
 from search.spec import load_study
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.types import UTILITY_SETS
@@ -147,7 +147,9 @@ def test_an_export_scores_the_same_from_its_folder_alone(ran, tofu_folder, call,
     code, output, error = call("score", *common, *reference, "--batch-size", 64)
     assert code == 0, error
     assert json.loads(output)["model_utility"] != pytest.approx(row["model_utility"], abs=1e-3)
-    assert StudyResult.open(ran.out).spec.model.prompt_format == "llama3"
+    # What a stranger needs to score it again comes with it.
+    assert read_recipe(folder / "recipe.yaml").spec.model.prompt_format == "llama3"
+    assert "- prompts: format `llama3` of UIPE Search" in (folder / "README.md").read_text()
 
 
 def test_the_same_study_with_an_adapter_gives_low_rank_updates(study, model_folders):
