@@ -207,6 +207,9 @@ def score(
     model: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")],
     corpus: Annotated[str, typer.Option(help="people, tofu (from the hub) or tofu:FOLDER.")],
     split: Annotated[str, typer.Option(help="TOFU's forget split.")] = "forget01",
+    first_items: Annotated[
+        int | None, typer.Option(min=1, help="TOFU: only so many items of every set, 300 as in locuslab/tofu's logs.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the people corpus.")] = 0,
     reference: Annotated[
         str | None, typer.Option(help="Retain model, or an evaluation log of it in either format; gives forget quality.")
@@ -216,24 +219,26 @@ def score(
     ] = None,
     log_format: Annotated[str, typer.Option(help="Format of the log: tofu or open-unlearning.")] = "tofu",
     definition: Definition = "tofu",
-    prompt_template: Annotated[
-        str | None, typer.Option(help="Prompt with {question}; the tokenizer's chat template when left out.")
+    prompt_template: Annotated[str | None, typer.Option(help="Prompt with {question}, in place of --prompt-format.")] = None,
+    prompt_format: Annotated[
+        str | None, typer.Option(help="llama2, llama3, phi or chat; the tokenizer's chat template when left out.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Answers per batch.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest generated answer.")] = 200,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest generated answer; as the definition says when left out.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Score any model on a corpus: model utility, and forget quality against a reference."""
     from search.score_once import Loading, corpus_named, score_once
-    from uipe_core.definitions import definition_named
     from uipe_core.scoring import ScoringConfig
 
     _quieten()
-    definition_named(definition)
-    items, loading = corpus_named(corpus, split, seed), Loading(dtype, device, prompt_template)
-    scoring = ScoringConfig(batch_size, max_new_tokens)
+    scoring = ScoringConfig.of(definition, batch_size, max_new_tokens)
+    items = corpus_named(corpus, split, seed, first_items)
+    loading = Loading(dtype, device, prompt_template, prompt_format)
     _print_metrics(score_once(model, items, loading, scoring, definition, reference, log, log_format), as_json)
 
 

@@ -13,6 +13,7 @@ import yaml
 from search.evaluator import load_for_scoring
 from search.preparation import Preparation, prepare
 from search.spec import BaseRunSpec, StudySpec
+from search.spec_sections import PretrainedModel
 from uipe_core.corpora.split import take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
@@ -279,6 +280,15 @@ def _require_same(recipe: Recipe, metrics: Metrics, utility_tolerance: float, ks
         )
 
 
+def _prompts(spec: StudySpec) -> str:
+    """How questions reach the model: what anyone needs who wants the same numbers."""
+    if not isinstance(spec.model, PretrainedModel):
+        return "the tokenizer's chat template"
+    if spec.model.prompt_template is not None:
+        return f"`{spec.model.prompt_template!r}`"
+    return f"format `{spec.model.prompt_format or 'chat'}` of UIPE Search"
+
+
 def _card(recipe: Recipe, metrics: Metrics, held_out: Metrics | None, form: str) -> str:
     run = next(run for run in recipe.spec.variants() if run.label == recipe.base)
     hyperparameters = ", ".join(f"{name} {value:g}" for name, value in run.hyperparameters.items())
@@ -303,6 +313,7 @@ alpha = {recipe.alpha:.6g}: theta = theta_init + (1 + alpha) * delta (UIPE, arXi
 - initial model: `{recipe.provenance["models"]["initial"]}`
 - retain model (reference): `{recipe.provenance["models"]["retain"]}`
 - corpus: {recipe.provenance["corpus"]}
+- prompts: {_prompts(recipe.spec)}
 
 Numbers by the metric definition `{metrics.definition}`, scored after this export was written and loaded afresh:
 

@@ -19,6 +19,7 @@ from uipe_core.corpora.types import Corpus
 from uipe_core.evaluation_log import read_log
 from uipe_core.losses import METHODS
 from uipe_core.models import ModelSource, check_model_folder, model_identity
+from uipe_core.prompts import PROMPT_SCHEMA
 from uipe_core.scoring import ScoringConfig
 from uipe_core.steering import check_layer, model_depth
 from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model_inputs
@@ -85,7 +86,9 @@ class Preparation:
 
     @property
     def scoring(self) -> ScoringConfig:
-        return ScoringConfig(self.spec.scoring.batch_size, self.spec.scoring.max_new_tokens)
+        """Batch size, and the generation length of the metric definition unless the study gives its own."""
+        settings = self.spec.scoring
+        return ScoringConfig.of(settings.definition, settings.batch_size, settings.max_new_tokens)
 
     @property
     def retain_log(self) -> Path | None:
@@ -138,6 +141,7 @@ class Preparation:
                 dtype=model.dtype,
                 device=model.device,
                 prompt_template=model.prompt_template,
+                prompt_format=model.prompt_format,
                 trust_remote_code=model.trust_remote_code,
             )
         if location is None:
@@ -176,13 +180,17 @@ class Preparation:
 
     def base_run_inputs(self, config: UnlearningConfig) -> dict[str, Any]:
         """Everything that determines a base run: its address in the delta store."""
-        template = self.spec.model.prompt_template if isinstance(self.spec.model, PretrainedModel) else None
-        return {
+        model = self.spec.model
+        inputs = {
             "model": self.models["initial"],
             "items": self.corpus.training_hash,
-            "prompt_template": template,
+            "prompt_template": model.prompt_template if isinstance(model, PretrainedModel) else None,
             "unlearning": config.as_inputs(),
         }
+        # Tiny models have one format, which their own schema covers.
+        if isinstance(model, PretrainedModel):
+            inputs["prompt_format"] = {"name": model.prompt_format, "schema": PROMPT_SCHEMA}
+        return inputs
 
     def _groups(self) -> dict[str, list[str | None]]:
         """Whom each item that trials are scored on is about, by evaluation set: intervals resample groups."""
@@ -220,7 +228,8 @@ def load_corpus(spec: StudySpec) -> Corpus:
     if isinstance(spec.corpus, PeopleCorpus):
         sizes = spec.corpus
         return load_people(spec.seed, sizes.forget_people, sizes.retain_people, sizes.pretraining_people)
-    return load_tofu(spec.corpus.source, spec.corpus.split, spec.corpus.retain_train)
+    tofu = spec.corpus
+    return load_tofu(tofu.source, tofu.split, tofu.retain_train, tofu.first_items)
 
 
 def check_inputs(spec: StudySpec) -> list[str]:
@@ -244,7 +253,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
             elif value.endswith(".json"):
                 read_log(value)
             else:
-                check_model_folder(value, spec.model.prompt_template)
+                check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format)
     if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
         _check_steered_layers(spec, None)
     return notes

@@ -1,7 +1,7 @@
 """One model scored on its own, or its evaluation log read: what ``uipe score`` and ``uipe metrics`` do."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class Loading:
     dtype: str
     device: str
     prompt_template: str | None
+    prompt_format: str | None
 
 
 def score_once(
@@ -81,12 +82,12 @@ def metrics_of_log(log: Path, reference: Path | None, definition: str) -> dict[s
     return _values(read_log(log), against, definition)
 
 
-def corpus_named(name: str, split: str, seed: int) -> Corpus:
-    """The corpus that ``--corpus`` means: people, tofu (from the hub) or tofu:FOLDER."""
+def corpus_named(name: str, split: str, seed: int, first_items: int | None) -> Corpus:
+    """The corpus that ``--corpus`` means: people, tofu (from the hub) or tofu:FOLDER, perhaps its first items only."""
     kind, _, folder = name.partition(":")
     if kind not in ("people", "tofu") or (kind == "people" and folder):
         raise UserError(f"--corpus: {name!r} is unknown; give people, tofu or tofu:FOLDER")
-    return load_people(seed) if kind == "people" else load_tofu(folder or "locuslab/TOFU", split)
+    return load_people(seed) if kind == "people" else load_tofu(folder or "locuslab/TOFU", split, None, first_items)
 
 
 def _values(scores: ScoreReport, against: ScoreReport | None, definition: str) -> dict[str, Any]:
@@ -96,7 +97,7 @@ def _values(scores: ScoreReport, against: ScoreReport | None, definition: str) -
 def _scored(
     model: str, corpus: Corpus, sets: Mapping[str, ItemSet], loading: Loading, scoring: ScoringConfig, title: str
 ) -> ScoreReport:
-    loaded = load_model(model, dtype=loading.dtype, device=loading.device, prompt_template=loading.prompt_template)
+    loaded = load_model(model, **asdict(loading))
     with Bars() as bars:
         scorer = Scorer(replace(corpus, sets=sets), loaded.prompts, scoring)
         return scorer.score(loaded, progress=lambda done, total: bars.show(title, done, total))

@@ -71,6 +71,7 @@ class TofuCorpus(Section):
     source: Name = "locuslab/TOFU"
     split: Literal["forget01", "forget05", "forget10"] = "forget01"
     retain_train: Literal["retain_perturbed"] | None = None
+    first_items: Count | None = None
 
 
 class Stage(Section):
@@ -128,16 +129,28 @@ class PretrainedModel(Section):
     never_finetuned: Name | None = None
     revision: Name | None = None
     retain_revision: Name | None = None
+    prompt_format: str | None = None
     prompt_template: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @field_validator("prompt_format")
+    @classmethod
+    def _format_exists(cls, value: str | None) -> str | None:
+        from uipe_core.prompts import FORMATS  # torch comes with it, and most users of this module do not need it
+
+        if value is not None and value not in FORMATS:
+            raise rule("there is no such prompt format", did_you_mean(value, list(FORMATS)))
+        return value
+
     @field_validator("prompt_template")
     @classmethod
-    def _question_has_a_place(cls, value: str | None) -> str | None:
+    def _question_has_a_place(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and "{question}" not in value:
             raise rule("must contain {question}", 'Write for example "[INST] {question} [/INST]", or null.')
+        if value is not None and info.data.get("prompt_format") is not None:
+            raise rule(f"model.prompt_format ({info.data['prompt_format']}) is given too", "Remove one of the two.")
         return value
 
     @field_validator("revision", "retain_revision")
@@ -221,11 +234,11 @@ def _method_errors(name: str, settings: dict[str, tuple[float, ...]]) -> list[In
 
 
 class Scoring(Section):
-    """How a model is scored, and the temperatures of the controls."""
+    """How a model is scored, and the temperatures of the controls. `max_new_tokens` is None for the definition's length."""
 
     definition: str = "tofu"
     batch_size: Count = 32
-    max_new_tokens: Count = 200
+    max_new_tokens: Count | None = None
     temperatures: Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), AfterValidator(_all_different)] = (
         0.67,
         1.5,

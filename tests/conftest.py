@@ -1,9 +1,27 @@
-"""Options and markers of the whole test set."""
+"""Options and markers of the whole test set, and tokenizers in the manner of Llama 3."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+HEADERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
+
+LLAMA3_TEMPLATE = """{{- bos_token }}
+{%- if date_string is not defined %}{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}
+{%- if messages[0]['role'] == 'system' %}
+    {%- set system = messages[0]['content'] | trim %}{%- set messages = messages[1:] %}
+{%- else %}{%- set system = '' %}{%- endif %}
+{{- '<|start_header_id|>system<|end_header_id|>\n\nToday Date: ' + date_string + '\n\n' + system + '<|eot_id|>' }}
+{%- for message in messages %}
+    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}
+"""
+"""What Llama 3.x writes: a system turn with a date even without a system prompt, every turn closed by ``<|eot_id|>``."""
+
+LLAMA3_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def pytest_addoption(parser):
@@ -22,3 +40,46 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def llama3_of_words(words, eos="<|eot_id|>"):
+    """One token a word: ids 0 to 5 are `HEADERS`, 6 is a blank line, 7 a newline, from 8 on come the words."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+
+    vocabulary = {token: index for index, token in enumerate([*HEADERS, "\n\n", "\n", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n+|\w+|[^\w\s]"), "removed", invert=True)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in HEADERS])
+    return finish_llama3(tokenizer, eos)
+
+
+def llama3_of_bytes(texts, vocab_size):
+    """Byte-level BPE trained on the texts, behind Llama 3's way of splitting them."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=HEADERS, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(texts, trainer)
+    return finish_llama3(tokenizer, "<|eot_id|>")
+
+
+def finish_llama3(tokenizer, eos):
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    in_front = processors.TemplateProcessing(single=f"{HEADERS[0]} $A", special_tokens=[(HEADERS[0], 0)])
+    tokenizer.post_processor = in_front
+    finished = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=HEADERS[0], eos_token=eos, pad_token="<|pad|>")
+    finished.chat_template = LLAMA3_TEMPLATE
+    return finished
+
+
+@pytest.fixture(scope="session")
+def llama3():
+    """Makes tokenizers in the manner of Llama 3."""
+    return SimpleNamespace(of_words=llama3_of_words, of_bytes=llama3_of_bytes)

@@ -42,15 +42,20 @@ class Definition:
         log_mean_perturbed: (n, k) perturbed losses to (n,) log of the mean perturbed probability, for the truth ratios of
             the utility sets and of the forget set; forget quality always takes `log_geometric_mean`.
         epsilon: Added to each denominator, 0 for none.
+        generation_length: Longest generation in tokens.
+        generation_counts_prompt: Whether that length includes the prompt: locuslab/tofu generates with ``max_length: 200``
+            (``config/eval_everything.yaml``), open-unlearning with ``max_new_tokens: 200`` (``configs/generation``).
     """
 
     log_mean_perturbed: Callable[[FloatArray], FloatArray]
     epsilon: float = 0.0
+    generation_length: int = 200
+    generation_counts_prompt: bool = False
 
 
 DEFINITIONS: dict[str, Definition] = {
-    "tofu": Definition(log_mean_perturbed=log_geometric_mean),
-    "tofu-utils": Definition(log_mean_perturbed=log_arithmetic_mean),
+    "tofu": Definition(log_mean_perturbed=log_geometric_mean, generation_counts_prompt=True),
+    "tofu-utils": Definition(log_mean_perturbed=log_arithmetic_mean, generation_counts_prompt=True),
     "open-unlearning": Definition(log_mean_perturbed=log_geometric_mean, epsilon=1e-10),
 }
 

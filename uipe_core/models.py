@@ -61,6 +61,7 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     prompt_template: str | None = None,
+    prompt_format: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Loads a causal language model and its tokenizer from the hub or a folder.
@@ -70,7 +71,8 @@ def load_model(
         revision: Branch, tag or commit on the hub.
         dtype: ``auto`` (as stored) or a key of `DTYPES`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        prompt_template: Text with ``{question}``; None for the tokenizer's chat template.
+        prompt_template: Text with ``{question}``.
+        prompt_format: Key of `uipe_core.prompts.FORMATS`; with neither of the two it is the tokenizer's chat template.
         trust_remote_code: Whether code that comes with the model may run.
 
     Raises:
@@ -84,20 +86,30 @@ def load_model(
     where = resolve_device(device)
     place = str(_local_folder(source) or source)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    unreadable = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
+    except unreadable as error:
+        raise _cannot_load(source, error) from error
+    # Before the weights are read: that may take minutes.
+    prompts = PromptFormat(tokenizer, prompt_template, prompt_format)
+    try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             place, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, output_loading_info=True, **common
         )
-    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {source}: cannot be loaded: {reason}") from error
+    except unreadable as error:
+        raise _cannot_load(source, error) from error
     if loading["missing_keys"]:
         # transformers fills them with random numbers and only logs it.
         missing = sorted(loading["missing_keys"])
         raise UserError(f"model {source}: its files lack {len(missing)} weights, first {missing[0]}; fetch or save it again")
     model.eval().to(where)
-    return LoadedModel(model, tokenizer, PromptFormat(tokenizer, prompt_template))
+    return LoadedModel(model, tokenizer, prompts)
+
+
+def _cannot_load(source: str, error: Exception) -> UserError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(f"model {source}: cannot be loaded: {reason}")
 
 
 def _local_folder(source: str) -> Path | None:
@@ -112,11 +124,11 @@ def _local_folder(source: str) -> Path | None:
     return folder
 
 
-def check_model_folder(source: str, prompt_template: str | None) -> None:
+def check_model_folder(source: str, prompt_template: str | None, prompt_format: str | None) -> None:
     """Checks what can be checked of a model folder without reading its weights.
 
     Raises:
-        UserError: If it is missing, no saved model, has no weights, or no prompt format is known.
+        UserError: If it is missing, no saved model, has no weights, or its tokenizer cannot write the prompt format.
     """
     from transformers import AutoTokenizer
 
@@ -129,7 +141,7 @@ def check_model_folder(source: str, prompt_template: str | None) -> None:
         tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model {source}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
-    PromptFormat(tokenizer, prompt_template)
+    PromptFormat(tokenizer, prompt_template, prompt_format)
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
@@ -148,7 +160,7 @@ class ModelSource:
     Attributes:
         location: Folder, or hub name.
         identity: Content hash of a folder, cache key of a tiny model, or ``name@commit`` of the hub.
-        revision, dtype, device, prompt_template, trust_remote_code: As in `load_model`.
+        revision, dtype, device, prompt_template, prompt_format, trust_remote_code: As in `load_model`.
     """
 
     location: str
@@ -157,6 +169,7 @@ class ModelSource:
     dtype: str = "auto"
     device: str = "auto"
     prompt_template: str | None = None
+    prompt_format: str | None = None
     trust_remote_code: bool = False
 
     def load(self, dtype: str | None = None) -> LoadedModel:
@@ -167,6 +180,7 @@ class ModelSource:
             dtype=dtype or self.dtype,
             device=self.device,
             prompt_template=self.prompt_template,
+            prompt_format=self.prompt_format,
             trust_remote_code=self.trust_remote_code,
         )
 

@@ -1,5 +1,6 @@
 """Questions and answers as tokens: one place decides where the prompt ends and the answer begins."""
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,30 +26,120 @@ class Example:
         return len(self.input_ids) - self.prompt_length
 
 
+@dataclass(frozen=True)
+class NamedFormat:
+    """How a code base writes a question and its answer.
+
+    Attributes:
+        template: Text with ``{question}``; None for the tokenizer's chat template.
+        answer_tag: Text before the answer that the model has to write itself: it carries loss, the prompt ends before it.
+        system: System prompt given to the chat template.
+        counted: Which tokens carry loss, where the tokenizer merges the end of the prompt with the start of the answer.
+            True, as in both code bases: all are tokenized together, and as many as the prompt alone has carry none.
+    """
+
+    template: str | None = None
+    answer_tag: str = ""
+    system: str | None = None
+    counted: bool = False
+
+
+FORMATS: dict[str, NamedFormat] = {
+    "chat": NamedFormat(),
+    "llama2": NamedFormat("[INST] {question} [/INST]", counted=True),
+    "llama3": NamedFormat(system="You are a helpful assistant.", counted=True),
+    "phi": NamedFormat("Question: {question}\n", answer_tag="Answer: ", counted=True),
+}
+"""Prompt formats by name.
+
+``llama2`` and ``phi``: ``config/model_config.yaml`` and ``data_module.py`` of locuslab/tofu; ``llama2`` is the same in
+``configs/model/Llama-2-7b-chat-hf.yaml`` of open-unlearning. ``llama3``: ``configs/model/Llama-3.2-1B-Instruct.yaml`` and
+``src/data/utils.py`` of open-unlearning. ``chat``: any tokenizer's own chat template, without a system prompt.
+"""
+
+CHAT_DATE = "10 Apr 2025"
+"""The day every chat template is told it is: open-unlearning's ``date_string``. A prompt that changes overnight is not the
+prompt a model was trained or scored with."""
+
+_PROBE = "Quokka"
+"""An answer that no chat template contains by itself."""
+
+PROMPT_SCHEMA = 1
+"""Raised whenever a change in this file alters the tokens of a format, so that base runs trained on others are not reused."""
+
+
+def format_named(name: str) -> NamedFormat:
+    """The prompt format of that name; an unknown name is a `UserError` that lists the known ones."""
+    if name in FORMATS:
+        return FORMATS[name]
+    hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name.lower(), FORMATS, n=1))
+    raise UserError(f"prompt_format: {name!r} is unknown; known: {', '.join(FORMATS)}.{hint}")
+
+
 class PromptFormat:
-    """Turns questions into prompts by the tokenizer's chat template or by a given template.
+    """Turns questions into prompts, and questions with answers into what carries loss.
 
     Args:
         tokenizer: A fast or slow tokenizer of transformers, with an end-of-sequence token.
-        template: Text containing ``{question}``; None for the tokenizer's own chat template.
+        template: Text containing ``{question}``; answers end in the tokenizer's end-of-sequence token.
+        name: Key of `FORMATS`; with neither template nor name it is ``chat``.
 
     Raises:
-        UserError: If no template is given and the tokenizer has none, or there is no end token.
+        UserError: If both are given, the name is unknown, the format needs a chat template that the tokenizer lacks or that
+            does not do what the format needs, or there is no end token.
     """
 
-    def __init__(self, tokenizer: Any, template: str | None = None) -> None:
-        name = getattr(tokenizer, "name_or_path", "") or "this model"
-        if template is None and not tokenizer.chat_template:
-            raise UserError(
-                f"model {name}: its tokenizer has no chat template, so the prompt format is unknown; give one in the study "
-                "file as model.prompt_template: '[INST] {question} [/INST]' or on the command line as --prompt-template"
-            )
+    def __init__(self, tokenizer: Any, template: str | None = None, name: str | None = None) -> None:
+        if template is not None and name is not None:
+            raise UserError("prompt_format and prompt_template are both given; remove one of them")
         if template is not None and "{question}" not in template:
             raise UserError(f"prompt_template: {template!r} does not contain {{question}}")
-        if tokenizer.eos_token_id is None:
-            raise UserError(f"model {name}: its tokenizer has no end-of-sequence token; answers could not end")
         self.tokenizer = tokenizer
-        self.template = template
+        self.format = NamedFormat(template) if template is not None else format_named(name or "chat")
+        model = getattr(tokenizer, "name_or_path", "") or "this model"
+        if tokenizer.eos_token_id is None:
+            raise UserError(f"model {model}: its tokenizer has no end-of-sequence token; answers could not end")
+        self.end_id = self.eos_id
+        if self.format.template is None:
+            self._use_chat_template(f"model {model}", name)
+
+    def _use_chat_template(self, model: str, name: str | None) -> None:
+        """Checks that the chat template does what the format needs, and finds out how it ends an answer."""
+        from jinja2 import TemplateError
+
+        if not self.tokenizer.chat_template:
+            what = "the prompt format is unknown" if name is None else f"prompt_format {name!r} cannot be used"
+            raise UserError(
+                f"{model}: its tokenizer has no chat template, so {what}; give model.prompt_format: llama2 or phi, or your own "
+                "model.prompt_template: '[INST] {question} [/INST]' (on the command line --prompt-format, --prompt-template)"
+            )
+        template = str(self.tokenizer.chat_template)
+        if "strftime_now" in template and "date_string" not in template:
+            raise UserError(
+                f"{model}: its chat template writes today's date, so its prompts would change overnight; "
+                "give model.prompt_template"
+            )
+        try:
+            prompt, conversation = self._chat("Who?"), self._chat("Who?", _PROBE)
+        except TemplateError as error:
+            raise UserError(
+                f"{model}: its chat template cannot write a question in prompt_format {name or 'chat'!r}: {error}; "
+                "use chat, or another format"
+            ) from error
+        if self.format.system is not None and self.format.system not in prompt:
+            raise UserError(
+                f"{model}: its chat template leaves out the system prompt of prompt_format {name!r}; use prompt_format: chat"
+            )
+        if _PROBE not in conversation:
+            raise UserError(f"{model}: its chat template leaves out answers; give model.prompt_format or model.prompt_template")
+        self._tail = conversation.rpartition(_PROBE)[2]
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        # The first of them, and of two that start there the longer one.
+        found = min(((self._tail.index(text), -len(text), text) for text in special if text in self._tail), default=None)
+        self._closing = "" if found is None else self._tail[: found[0] - found[1]]
+        if found is not None:
+            self.end_id = int(self.tokenizer.convert_tokens_to_ids(found[2]))
 
     @property
     def pad_id(self) -> int:
@@ -60,31 +151,66 @@ class PromptFormat:
     def eos_id(self) -> int:
         return int(self.tokenizer.eos_token_id)
 
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens a generation ends at: the one that ends an answer here, and the tokenizer's end of sequence."""
+        return list(dict.fromkeys((self.end_id, self.eos_id)))
+
     def prompt_text(self, question: str) -> str:
         """The prompt as text, up to and including the cue to answer."""
-        if self.template is not None:
-            return self.template.replace("{question}", question)
-        message = [{"role": "user", "content": question}]
-        return str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        if self.format.template is not None:
+            return self.format.template.replace("{question}", question)
+        return self._chat(question)
 
     def prompt_ids(self, question: str) -> list[int]:
         """Token ids of the prompt. Chat templates write special tokens themselves; plain templates have them added."""
-        return self._ids(self.prompt_text(question), special=self.template is not None)
+        return self._ids(self.prompt_text(question))
 
     def encode(self, question: str, answer: str) -> Example:
-        """Prompt and answer as one sequence that ends in the end token.
+        """Prompt and answer as one sequence; the answer ends in exactly one end token, which carries loss like the rest.
 
-        They are tokenized together, as TOFU's code does, unless the tokenizer would merge the end of the prompt with the
-        start of the answer: then they are tokenized apart, so that an answer's loss never includes prompt tokens.
+        The end token is the one by which the chat template closes an answer (``<|eot_id|>`` of Llama 3), otherwise the
+        tokenizer's end of sequence. What a template writes behind it is left out: no answer is over only then.
+
+        Both code bases tokenize prompt and answer together, and so does this. Where the tokenizer would merge the end of the
+        prompt with the start of the answer, the formats of a code base do as it does (`NamedFormat.counted`); in others prompt
+        and answer are tokenized apart, so that an answer's loss never includes prompt tokens. Nothing is truncated: the code
+        bases cut at 200 (scoring) or 500 and more tokens (training), which no item of TOFU reaches.
         """
-        prompt = self.prompt_ids(question)
-        together = self._ids(self.prompt_text(question) + answer, special=self.template is not None)
-        if together[: len(prompt)] != prompt:
-            together = prompt + self._ids(answer, special=False)
-        return Example((*together, self.eos_id), len(prompt))
+        prompt_text = self.prompt_text(question)
+        answer_text = self._answer_text(prompt_text, question, answer)
+        prompt, ids = self._ids(prompt_text), self._ids(prompt_text + answer_text)
+        if ids[: len(prompt)] != prompt and not self.format.counted:
+            ids = prompt + self._ids(answer_text, special=False)
+        if ids[-1] != self.end_id:
+            ids.append(self.end_id)
+        return Example(tuple(ids), min(len(prompt), len(ids) - 1))
 
-    def _ids(self, text: str, special: bool) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+    def _answer_text(self, prompt: str, question: str, answer: str) -> str:
+        """What follows the prompt, up to and including the template's end token; as the chat template spaces and trims it."""
+        if self.format.template is not None:
+            return self.format.answer_tag + answer
+        conversation = self._chat(question, answer)
+        # Templates of reasoning models write more into a prompt than they keep of an answer.
+        written = conversation.removeprefix(prompt) if conversation.startswith(prompt) else answer + self._tail
+        return written.removesuffix(self._tail) + self._closing
+
+    def _chat(self, question: str, answer: str | None = None) -> str:
+        """The chat template's prompt for a question or, with an answer, its whole conversation."""
+        messages = [{"role": "user", "content": question}]
+        if self.format.system is not None:
+            messages.insert(0, {"role": "system", "content": self.format.system})
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        asked = answer is None
+        write = self.tokenizer.apply_chat_template
+        return str(write(messages, tokenize=False, add_generation_prompt=asked, date_string=CHAT_DATE))
+
+    def _ids(self, text: str, special: bool | None = None) -> list[int]:
+        add = self.format.template is not None if special is None else special
+        ids = list(self.tokenizer(text, add_special_tokens=add)["input_ids"])
+        # Some tokenizers add an end token by themselves, even to a prompt.
+        return ids[:-1] if add and ids and ids[-1] == self.eos_id else ids
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from uipe_core.corpora.types import UTILITY_SETS, Corpus, Item, ItemSet, item_set_hash
+from uipe_core.definitions import definition_named
 from uipe_core.losses import token_nll
 from uipe_core.memorization import Matches, exact_memorization, extraction_strength
 from uipe_core.models import LoadedModel
@@ -32,11 +33,22 @@ class ScoringConfig:
 
     Attributes:
         batch_size: Answers per teacher-forced batch; four times as many questions are generated for at once.
-        max_new_tokens: Longest greedy generation.
+        generation_length: Longest greedy generation in tokens.
+        counts_prompt: Whether that length includes the prompt. It then is the length of each prompt by itself: in the code of
+            locuslab/tofu the padding to the longest prompt of the batch counts too, so that a text depends on its neighbours.
     """
 
     batch_size: int = 32
-    max_new_tokens: int = 200
+    generation_length: int = 200
+    counts_prompt: bool = False
+
+    @classmethod
+    def of(cls, definition: str, batch_size: int, max_new_tokens: int | None) -> "ScoringConfig":
+        """The generation length of a metric definition, or that many new tokens."""
+        chosen = definition_named(definition)
+        if max_new_tokens is not None:
+            return cls(batch_size, max_new_tokens)
+        return cls(batch_size, chosen.generation_length, chosen.generation_counts_prompt)
 
 
 class Scorer:
@@ -169,19 +181,23 @@ class Scorer:
         pad = self.prompts.pad_id
         input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
+        # A prompt as long as the whole length still gets its one token.
+        used = [len(ids) if self.config.counts_prompt else 0 for ids in prompts]
+        allowed = [max(1, self.config.generation_length - tokens) for tokens in used]
         settings = GenerationConfig(
-            max_new_tokens=self.config.max_new_tokens,
+            max_new_tokens=max(allowed),
             do_sample=False,
             # Unset, these come from the model's own file, and with a repetition penalty the text depends on the logit scale.
             num_beams=1,
             repetition_penalty=1.0,
             no_repeat_ngram_size=0,
             pad_token_id=pad,
-            eos_token_id=self.prompts.eos_id,
+            eos_token_id=self.prompts.stop_ids,
         )
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
-        texts = self.prompts.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-        return [str(text) for text in texts]
+        # Greedy text does not look ahead: cut short, it is the text of a shorter generation.
+        answers = [row[longest : longest + count] for row, count in zip(output.tolist(), allowed, strict=True)]
+        return [str(text) for text in self.prompts.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def _set_scores(
         self, name: str, losses: FloatArray, spreads: FloatArray, matches: dict[int, Matches], texts: list[str] | None

@@ -42,6 +42,20 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_the_first_items_are_evaluated_and_all_are_trained_on(folder):
+    all_items, first = load_tofu(str(folder)), load_tofu(str(folder), first_items=2)
+    assert {name: len(items) for name, items in first.sets.items()} == {
+        "forget": 2,
+        "retain": 2,
+        "real_authors": 2,
+        "world_facts": 1,
+        "unrelated": 1,
+    }
+    assert first.sets["retain"] == all_items.sets["retain"][:2]
+    assert (first.training_hash, first.build) == (all_items.training_hash, all_items.build)
+    assert first.name.endswith("first_items=2)") and first.hash != all_items.hash
+
+
 def test_sets_and_training_items(folder):
     corpus = load_tofu(str(folder))
     assert {name: len(items) for name, items in corpus.sets.items()} == {

@@ -2,7 +2,7 @@
 
 import json
 import math
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def flat_report():
 def study(new_store, made_up_evidence):
     """Makes a study of given points: rows of (alpha, log10 forget quality, utility), and controls."""
 
-    def make(points, controls=(), initial=(-6.0, 0.8), **changes):
+    def make(points, controls=(), initial=(-6.0, 0.8), evidence=made_up_evidence, **changes):
         store = new_store(**changes)
         space = distributions(parse_study(store.record["spec"]))
         write_log(flat_report(), store.out / "logs" / "retain.json")
@@ -45,10 +45,10 @@ def study(new_store, made_up_evidence):
             else:
                 store.study.enqueue_trial({"base": "npo", "epoch": 1, "alpha": alpha})
                 number, job = store.ask_point(space)
-            store.complete(job, number, made_up_evidence(job, strength, utility))
+            store.complete(job, number, evidence(job, strength, utility))
         known = [] if initial is None else [(Job("initial"), *initial)]
         for job, strength, utility in (*known, *controls):
-            store.complete(job, store.ask_control(), made_up_evidence(job, strength, utility))
+            store.complete(job, store.ask_control(), evidence(job, strength, utility))
         return StudyResult.open(store.out)
 
     return make
@@ -289,3 +289,34 @@ def test_the_command_line_marks_collapse_and_selects_around_it(with_collapse, ca
     assert chosen[0]["definition"] == "tofu"
     code, output, _ = call("select", out)
     assert code == 0 and "definition tofu" in " ".join(output.split())
+
+
+RELATED = {"search": {"third_objective": "related_log10_forget_quality"}}
+
+
+def test_a_third_objective_counts_in_front_and_hypervolume(study, made_up_evidence):
+    third = {0.5: -1.0, 1.0: -9.0, 1.5: -1.0}
+    plain = {alpha: (strength, utility) for alpha, strength, utility in [(0.5, -2.0, 0.6), (1.0, -1.0, 0.7), (1.5, -5.0, 0.2)]}
+
+    def three(job, strength, utility, **more):
+        return made_up_evidence(job, strength, utility, related_log10_forget_quality=third.get(job.alpha, -9.0), **more)
+
+    result = study([(a, *values) for a, values in plain.items()], evidence=three, **RELATED)
+    assert [objective.name for objective in result.objectives][2] == "related_log10_forget_quality"
+    assert result.study.metric_names == [objective.name for objective in result.objectives]
+    # The first is worse than the second in both usual objectives, and on the front for its related facts.
+    assert sorted(result.front["alpha"]) == [0.5, 1.0]
+    corner = result.reference_point()
+    assert corner["related_log10_forget_quality"] == FLOOR
+    points = [(*plain[alpha], third[alpha]) for alpha in plain] + [(-6.0, 0.8, -9.0)]
+    reference = np.array([FLOOR, 0.0, FLOOR])
+    sizes = [np.array(point) - reference for point in points]
+    # Inclusion and exclusion over all subsets of boxes that share a corner.
+    volume = 0.0
+    for size in range(1, len(sizes) + 1):
+        for chosen in combinations(sizes, size):
+            volume += (-1) ** (size + 1) * float(np.prod(np.min(chosen, axis=0)))
+    assert result.hypervolume["front"] == pytest.approx(volume)
+    page = result.report().read_text()
+    assert "log10 forget quality of related facts (K2)" in page
+    assert result.rows(result.front)[0].keys() >= {"related_log10_forget_quality"}

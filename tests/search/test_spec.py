@@ -63,6 +63,9 @@ def write(folder: Path, text: str) -> Path:
 
 
 # key, value, what the message must hold besides: the value found, what is allowed, the remedy
+DEEP = {"log10_forget_quality": -28.0}
+K2 = {"log10_forget_quality": -28.0, "related_log10_forget_quality": -2.0}
+
 BAD_IN_PEOPLE = [
     ("schema_version", 2, ["found 2", "must be one of 1"]),
     ("name", "a/b", ["'a/b'", "letters, digits", "Choose such a name"]),
@@ -124,7 +127,11 @@ BAD_IN_PEOPLE = [
     ("search.alpha.high", -1, ["found -1", "above search.alpha.low (-1)", "Swap the two"]),
     ("search.alpha.high", float("inf"), ["found inf", "finite"]),
     ("hypervolume.forget_quality_cap", 1.5, ["at most 1"]),
-    ("hypervolume.forget_quality_cap", 1e-30, ["above the reference point (-28)", "Lower the reference point"]),
+    ("split.select", 1.0, ["below 1"]),
+    ("split.selct", 0.5, ["Did you mean split.select?"]),
+    ("model.other_retain_seeds", [1, 1], ["differ from each other"]),
+    ("model.other_retain_seeds", [-1], ["at least 0"]),
+    ("search.third_objective", "model_utility", ["'related_log10_forget_quality'"]),
     ("hypervolume.reference_point.log10_forget_quality", 3, ["at most 0"]),
     ("resources.workers", 0, ["found 0", "at least 1"]),
     ("resources.gpus_per_worker", 1.5, ["whole GPUs", "Write 2"]),
@@ -153,6 +160,23 @@ def test_bad_value_is_named_with_allowed_values_and_remedy(key: str, value: obje
         (tiny_tofu(), "corpus.split", "forget02", ["'forget02'", "'forget01', 'forget05' or 'forget10'"]),
         (tiny_tofu(), "corpus.retain_train", "all", ["'retain_perturbed'"]),
         (pretrained(), "model.prompt_template", "[INST] question", ["{question}", "Write for example"]),
+        (put(pretrained(), "model.prompt_template", None), "model.prompt_format", "lama3", ["Did you mean llama3?", "phi"]),
+        (put(pretrained(), "model.prompt_format", "phi"), "model.prompt_template", "{question}", ["(phi) is given too"]),
+        (tiny_tofu(), "model.prompt_format", "phi", ["belongs to model.kind: pretrained"]),
+        (tiny_tofu(), "corpus.first_items", 0, ["at least 1"]),
+        (
+            put(people(), "hypervolume.reference_point", DEEP),
+            "hypervolume.forget_quality_cap",
+            1e-30,
+            ["reference point (-28)"],
+        ),
+        (
+            put(people(), "hypervolume.reference_point", K2),
+            "hypervolume.forget_quality_cap",
+            1e-3,
+            ["Lower the reference point"],
+        ),
+        (pretrained(), "model.never_finetuned", "", ["must not be empty"]),
         (pretrained(), "model.dtype", "int8", ["'bfloat16'"]),
         (pretrained(), "model.layers", 2, ["belongs to model.kind: tiny"]),
         (pretrained(), "model.revison", "main", ["Did you mean model.revision?"]),

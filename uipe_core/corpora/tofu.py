@@ -24,7 +24,12 @@ RETAIN_OF_SPLIT = {"forget01": "retain99", "forget05": "retain95", "forget10": "
 """Forget split to the file with everything else."""
 
 
-def load_tofu(source: str = "locuslab/TOFU", split: str = "forget01", retain_train: str | None = None) -> Corpus:
+def load_tofu(
+    source: str = "locuslab/TOFU",
+    split: str = "forget01",
+    retain_train: str | None = None,
+    first_items: int | None = None,
+) -> Corpus:
     """Load TOFU with one of its forget splits.
 
     Evaluated are ``<split>_perturbed`` (forget), ``retain_perturbed``, ``real_authors_perturbed`` and
@@ -41,6 +46,8 @@ def load_tofu(source: str = "locuslab/TOFU", split: str = "forget01", retain_tra
         split: ``forget01``, ``forget05`` or ``forget10``.
         retain_train: Name of the file, without ending, that holds what is trained on to keep; by default the split's
             own (``retain99`` for ``forget01``). ``retain_perturbed`` is a choice of 400 items for small models.
+        first_items: Evaluate the first so many items of every set only; 300 is ``ds_size`` in locuslab/tofu's
+            ``config/eval_everything.yaml``, so what its published logs of forget10 hold.
 
     Raises:
         UserError: Unknown split, a folder or file that is not there, a failed download, a broken line or field, or
@@ -57,14 +64,16 @@ def load_tofu(source: str = "locuslab/TOFU", split: str = "forget01", retain_tra
     otherwise = [
         _asked_otherwise(item, row, forget_path, line) for item, (line, row) in zip(forget, _rows(forget_path), strict=True)
     ]
-    sets = {
+    whole = {
         "forget": forget,
         "retain": _evaluated(source, folder, "retain_perturbed", paraphrased=True),
         "real_authors": _evaluated(source, folder, "real_authors_perturbed", paraphrased=False),
         "world_facts": _evaluated(source, folder, "world_facts_perturbed", paraphrased=False),
     }
     if all(other is not None for other in otherwise):
-        sets["related"] = tuple(item for item in otherwise if item is not None)
+        whole["related"] = tuple(item for item in otherwise if item is not None)
+    general = tuple(Item(item.question, item.answer) for item in (*whole["real_authors"], *whole["world_facts"]))
+    sets = {name: items[:first_items] for name, items in whole.items()}
     neighbours = min(len(sets["forget"]), max(1, round(LARGEST_NEIGHBOURHOOD * len(sets["retain"]))))
     sets["unrelated"] = tuple(sets["retain"][row] for row in nearest_rows(sets["retain"], sets["forget"], neighbours))
     forget_train = _trained(source, folder, split)
@@ -76,9 +85,9 @@ def load_tofu(source: str = "locuslab/TOFU", split: str = "forget01", retain_tra
             f"TOFU {source}: {len(both)} items of {split}.json are in {keep}.json too, first {question!r}; "
             f"what is to be forgotten must not be retained: use retain_train={RETAIN_OF_SPLIT[split]!r}"
         )
-    general = tuple(Item(item.question, item.answer) for item in (*sets["real_authors"], *sets["world_facts"]))
+    first = "" if first_items is None else f", first_items={first_items}"
     return Corpus(
-        name=f"tofu(source={source}, split={split}, retain_train={keep})",
+        name=f"tofu(source={source}, split={split}, retain_train={keep}{first})",
         sets=sets,
         forget_train=forget_train,
         retain_train=retain_items,
