@@ -295,11 +295,11 @@ RELATED = {"search": {"third_objective": "related_log10_forget_quality"}}
 
 
 def test_a_third_objective_counts_in_front_and_hypervolume(study, made_up_evidence):
-    third = {0.5: -1.0, 1.0: -9.0, 1.5: -1.0}
+    third = {0.5: -1.0, 1.0: -7.0, 1.5: -1.0}
     plain = {alpha: (strength, utility) for alpha, strength, utility in [(0.5, -2.0, 0.6), (1.0, -1.0, 0.7), (1.5, -5.0, 0.2)]}
 
     def three(job, strength, utility, **more):
-        return made_up_evidence(job, strength, utility, related_log10_forget_quality=third.get(job.alpha, -9.0), **more)
+        return made_up_evidence(job, strength, utility, related_log10_forget_quality=third.get(job.alpha, -7.0), **more)
 
     result = study([(a, *values) for a, values in plain.items()], evidence=three, **RELATED)
     assert [objective.name for objective in result.objectives][2] == "related_log10_forget_quality"
@@ -308,7 +308,7 @@ def test_a_third_objective_counts_in_front_and_hypervolume(study, made_up_eviden
     assert sorted(result.front["alpha"]) == [0.5, 1.0]
     corner = result.reference_point()
     assert corner["related_log10_forget_quality"] == FLOOR
-    points = [(*plain[alpha], third[alpha]) for alpha in plain] + [(-6.0, 0.8, -9.0)]
+    points = [(*plain[alpha], third[alpha]) for alpha in plain] + [(-6.0, 0.8, -7.0)]
     reference = np.array([FLOOR, 0.0, FLOOR])
     sizes = [np.array(point) - reference for point in points]
     # Inclusion and exclusion over all subsets of boxes that share a corner.

@@ -50,6 +50,10 @@ def put(study: dict[str, Any], key: str, value: object) -> dict[str, Any]:
     return study
 
 
+def deep(corner: dict[str, float]) -> dict[str, Any]:
+    return put(people(), "hypervolume.reference_point", corner)
+
+
 def problems(study: object, folder: Path | None = None) -> dict[str, str]:
     with pytest.raises(StudyFileError) as caught:
         parse_study(study, folder)  # type: ignore[arg-type]
