@@ -101,7 +101,7 @@ def test_every_checkpoint_is_a_given_point_under_its_own_number(ran):
 
 
 def test_there_is_no_next_epoch_of_what_was_not_trained_here(ran):
-    assert set(ran.controls["kind"]) <= {"initial", "retain", "random_direction"}
+    assert "next_epoch" not in set(ran.controls["kind"])
     page = ran.report_path.read_text()
     assert "Epochs of mine are given checkpoints: 1 is checkpoint-2, 2 is checkpoint-10" in page
     assert "training a base run" not in page
