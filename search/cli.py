@@ -65,8 +65,13 @@ def validate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study 
     spec = load_study(study)
     for note in check_inputs(spec):
         typer.echo(f"note: {note}")
-    runs, epochs = len(spec.variants()), spec.unlearning.epochs
-    typer.echo(f"{study}: valid; {runs} base runs of {epochs} epochs, {runs * epochs} base points, {spec.search.trials} trials")
+    epochs = spec.base_epochs()
+    longest, points = max(epochs.values()), sum(epochs.values())
+    lengths = f"{longest}" if min(epochs.values()) == longest else f"{min(epochs.values())} to {longest}"
+    given = f" ({len(spec.checkpoints)} given as checkpoints)" if spec.checkpoints else ""
+    typer.echo(
+        f"{study}: valid; {len(epochs)} base runs{given} of {lengths} epochs, {points} base points, {spec.search.trials} trials"
+    )
 
 
 @app.command(epilog="Example: uipe pareto runs/quickstart --csv front.csv")

@@ -14,11 +14,14 @@ from search.evaluator import load_for_scoring
 from search.preparation import Preparation, prepare
 from search.spec import BaseRunSpec, StudySpec
 from search.spec_sections import PretrainedModel
+from uipe_core.adapter_files import is_adapter
+from uipe_core.checkpoints import import_checkpoints
 from uipe_core.corpora.split import take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.errors import ExportMismatchError, UserError
 from uipe_core.evaluation_log import read_log
+from uipe_core.initial_model import open_initial
 from uipe_core.metrics import Metrics, evaluate
 from uipe_core.models import LoadedModel, ModelSource
 from uipe_core.score_report import ScoreReport
@@ -105,11 +108,11 @@ def read_recipe(path: Path) -> Recipe:
 
 
 def _require_whole(recipe: Recipe) -> None:
-    labels = [run.label for run in recipe.spec.variants()]
-    if recipe.base not in labels:
-        raise ValueError(f"point.base is {recipe.base!r}, its study has {', '.join(labels)}")
-    if not 1 <= recipe.epoch <= recipe.spec.unlearning.epochs:
-        raise ValueError(f"point.epoch is {recipe.epoch}, its study has 1 to {recipe.spec.unlearning.epochs}")
+    epochs = recipe.spec.base_epochs()
+    if recipe.base not in epochs:
+        raise ValueError(f"point.base is {recipe.base!r}, its study has {', '.join(epochs)}")
+    if not 1 <= recipe.epoch <= epochs[recipe.base]:
+        raise ValueError(f"point.epoch is {recipe.epoch}, its study has 1 to {epochs[recipe.base]}")
     numbers = [recipe.alpha, *(float(recipe.expected[name]) for name in ("model_utility", "ks_statistic"))]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("alpha or an expected number is not finite")
@@ -159,16 +162,15 @@ def export(recipe: Recipe, to: Path, form: str, reference: ScoreReport | None = 
         raise UserError(f"--as: {form!r} is unknown; choose one of {', '.join(FORMS)}")
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to {to}: it exists and is not an empty folder; choose another")
-    if form == "adapter" and recipe.spec.unlearning.adapter is None:
-        raise UserError(
-            "--as adapter: this study fine-tunes all weights, so there is no adapter; use --as model or --as recipe"
-        )
     preparation = prepare(recipe.spec)
     if preparation.fingerprint != recipe.fingerprint:
         raise UserError(
-            "the corpus, the models or the code changed since the study was run (another fingerprint); "
+            "the corpus, the models, the checkpoints or the code changed since the study was run (another fingerprint); "
             "restore them, or run the study again"
         )
+    low_rank = _is_low_rank(recipe)
+    if form == "adapter" and not low_rank:
+        raise UserError(f"--as adapter: {recipe.base} changed all weights, so there is no adapter; use --as model or recipe")
     temporary = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         temporary.mkdir(parents=True)
@@ -180,8 +182,7 @@ def export(recipe: Recipe, to: Path, form: str, reference: ScoreReport | None = 
             metrics, held_out = _score_afresh(preparation, temporary, reference)
             # The KS statistic moves in steps of one item, so a merged adapter may differ by a step or two.
             steps = 2 / len(preparation.split.select["forget"])
-            full = recipe.spec.unlearning.adapter is None
-            _require_same(recipe, metrics, SAME if full else MERGED, SAME if full else steps)
+            _require_same(recipe, metrics, MERGED if low_rank else SAME, steps if low_rank else SAME)
             (temporary / "README.md").write_text(_card(recipe, metrics, held_out, form))
         if to.exists():
             to.rmdir()
@@ -191,6 +192,13 @@ def export(recipe: Recipe, to: Path, form: str, reference: ScoreReport | None = 
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return to
+
+
+def _is_low_rank(recipe: Recipe) -> bool:
+    """Whether the point's update vector is an adapter."""
+    if recipe.base in recipe.spec.checkpoints:
+        return is_adapter(Path(recipe.spec.checkpoints[recipe.base][recipe.epoch - 1]))
+    return recipe.spec.unlearning is not None and recipe.spec.unlearning.adapter is not None
 
 
 def _write_weights(recipe: Recipe, preparation: Preparation, folder: Path, form: str) -> None:
@@ -229,7 +237,10 @@ def _source(preparation: Preparation, which: str) -> ModelSource:
 
 
 def _base_run(preparation: Preparation, label: str, source: ModelSource) -> BaseRun:
-    """A base run of the study, trained again if the delta store has lost it."""
+    """A base run of the study, trained or imported again if the delta store has lost it."""
+    if label in preparation.spec.checkpoints:
+        initial = open_initial(preparation.initial_folder, preparation.trust_remote_code)
+        return import_checkpoints(initial, preparation.checkpoints_of(label), DeltaStore(preparation.delta_root))
     runs: dict[str, BaseRunSpec] = {run.label: run for run in preparation.spec.variants()}
     run = runs[label]
     config = preparation.unlearning(run)
@@ -289,9 +300,17 @@ def _prompts(spec: StudySpec) -> str:
     return f"format `{spec.model.prompt_format or 'chat'}` of UIPE Search"
 
 
-def _card(recipe: Recipe, metrics: Metrics, held_out: Metrics | None, form: str) -> str:
+def _origin(recipe: Recipe) -> str:
+    """Where the update vector comes from, in words."""
+    if recipe.base in recipe.spec.checkpoints:
+        folder = Path(recipe.spec.checkpoints[recipe.base][recipe.epoch - 1])
+        return f"from the given checkpoint {recipe.epoch} of {recipe.base} (`{folder.name}`)"
     run = next(run for run in recipe.spec.variants() if run.label == recipe.base)
     hyperparameters = ", ".join(f"{name} {value:g}" for name, value in run.hyperparameters.items())
+    return f"unlearned with {recipe.base} ({hyperparameters}), epoch {recipe.epoch}"
+
+
+def _card(recipe: Recipe, metrics: Metrics, held_out: Metrics | None, form: str) -> str:
     rows = _card_rows(metrics)
     other = {} if held_out is None else _card_rows(held_out)
     heads = (
@@ -307,7 +326,7 @@ library_name: {"peft" if form == "adapter" else "transformers"}
 ---
 # {recipe.spec.name}: trial {recipe.trial}
 
-{what}, unlearned with {recipe.base} ({hyperparameters}), epoch {recipe.epoch}, and parameter extrapolation with
+{what}, {_origin(recipe)}, and parameter extrapolation with
 alpha = {recipe.alpha:.6g}: theta = theta_init + (1 + alpha) * delta (UIPE, arXiv 2503.04693).
 
 - initial model: `{recipe.provenance["models"]["initial"]}`

@@ -12,7 +12,8 @@ from search.evaluator import StudyContext, retrained
 from search.preparation import Preparation, ReferenceModel
 from search.progress import Bars
 from search.study_store import StudyStore
-from search.workers import build_tiny, score_model, train_and_publish
+from search.workers import build_tiny, import_and_publish, score_model, train_and_publish
+from uipe_core.checkpoints import find_checkpoints
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
 from uipe_core.evaluation_log import read_log, write_log
@@ -60,7 +61,7 @@ class Groundwork:
             split=self.preparation.split,
             source=sources["initial"],
             runs=runs,
-            methods={run.label: run.method for run in spec.variants()},
+            methods={**{run.label: run.method for run in spec.variants()}, **{label: label for label in spec.checkpoints}},
             references=reports,
             scoring=self.preparation.scoring,
             definition=spec.scoring.definition,
@@ -114,6 +115,14 @@ class Groundwork:
             initial = sources["initial"]
             arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, threads, self.board, name)
             tasks[name] = self._task(train_and_publish, *arguments)
+        for label in spec.checkpoints:
+            given = preparation.checkpoints_of(label)
+            known = find_checkpoints(deltas, [inputs for _, inputs in given])
+            if known is not None:
+                runs[label] = known
+                continue
+            imported = (preparation.initial_folder, given, preparation.delta_root, preparation.trust_remote_code, threads)
+            tasks[label] = self._task(import_and_publish, *imported, self.board, label)
         reports: dict[str, ScoreReport] = {}
         for model in preparation.references:
             log = model.log or self.store.out / "logs" / f"{model.name}.json"

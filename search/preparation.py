@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,15 +10,18 @@ from typing import Any
 from search.spec import BaseRunSpec, StudySpec
 from search.spec_sections import PeopleCorpus, PretrainedModel, TinyModel, TofuCorpus, is_local
 from search.study_store import fingerprint
+from uipe_core.checkpoints import check_checkpoint, checkpoint_identity, checkpoint_inputs
 from uipe_core.content_store import ContentStore, cache_folder, content_key, file_hash
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.split import Split, split_corpus, take_items
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
+from uipe_core.errors import UserError
 from uipe_core.evaluation_log import read_log
+from uipe_core.initial_model import open_initial
 from uipe_core.losses import METHODS
-from uipe_core.models import ModelSource, check_model_folder, model_identity
+from uipe_core.models import ModelSource, check_model_folder, model_folder, model_identity
 from uipe_core.prompts import PROMPT_SCHEMA
 from uipe_core.scoring import ScoringConfig
 from uipe_core.steering import check_layer, model_depth
@@ -57,6 +60,7 @@ class Preparation:
         tiny: How to build its models; None for models that exist already.
         models: Identity of the initial and the retain model (or of the retain model's log).
         revisions: Commits that pin models from the hub.
+        checkpoints: Identities of the given checkpoints of each base run, in order.
     """
 
     spec: StudySpec
@@ -64,11 +68,13 @@ class Preparation:
     tiny: TinyModelConfig | None
     models: Mapping[str, str]
     revisions: Mapping[str, str | None]
+    checkpoints: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
         """Identity of the study."""
-        return fingerprint(self.spec, self.corpus.hash, self.models)
+        given = {f"{label}/{epoch}": key for label, keys in self.checkpoints.items() for epoch, key in enumerate(keys, 1)}
+        return fingerprint(self.spec, self.corpus.hash, {**self.models, **given})
 
     @property
     def model_store(self) -> ContentStore:
@@ -155,6 +161,7 @@ class Preparation:
         linear schedule ends at learning rate 0, so there the searched epochs are all.
         """
         settings = self.spec.unlearning
+        assert settings is not None
         adapter = settings.adapter
         return UnlearningConfig(
             method=run.method,
@@ -176,7 +183,8 @@ class Preparation:
     @property
     def trained_epochs(self) -> int:
         """Epochs a base run is trained for."""
-        return self.spec.unlearning.epochs + (1 if self.spec.unlearning.schedule == "constant" else 0)
+        settings = self.spec.unlearning
+        return 0 if settings is None else settings.epochs + (1 if settings.schedule == "constant" else 0)
 
     def base_run_inputs(self, config: UnlearningConfig) -> dict[str, Any]:
         """Everything that determines a base run: its address in the delta store."""
@@ -197,6 +205,23 @@ class Preparation:
         chosen = take_items(self.corpus, self.split.select)
         return {name: [item.group for item in items] for name, items in chosen.sets.items()}
 
+    def checkpoints_of(self, label: str) -> list[tuple[Path, dict[str, Any]]]:
+        """Folder and address in the delta store of each given checkpoint of a base run, in order."""
+        folders, keys = self.spec.checkpoints[label], self.checkpoints[label]
+        return [
+            (Path(folder), checkpoint_inputs(self.models["initial"], key)) for folder, key in zip(folders, keys, strict=True)
+        ]
+
+    @property
+    def initial_folder(self) -> Path:
+        """Where the files of an initial model that exists already are."""
+        source = self.source("initial")
+        return model_folder(source.location, source.revision)
+
+    @property
+    def trust_remote_code(self) -> bool:
+        return isinstance(self.spec.model, PretrainedModel) and self.spec.model.trust_remote_code
+
     def facts(self) -> dict[str, Any]:
         """What the study's record says beside its spec."""
         halves = {"select": self.split.select, "report": self.split.report}
@@ -210,6 +235,7 @@ class Preparation:
                 "groups": self._groups(),
             },
             "models": dict(self.models),
+            "checkpoints": {label: list(keys) for label, keys in self.checkpoints.items()},
             "versions": {"python": platform.python_version(), **{name: version(name) for name in REPORTED_PACKAGES}},
         }
 
@@ -254,6 +280,10 @@ def check_inputs(spec: StudySpec) -> list[str]:
                 read_log(value)
             else:
                 check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format)
+        if spec.checkpoints and not is_local(spec.model.initial):
+            notes.append("checkpoints: they are held against model.initial when the study runs")
+        elif spec.checkpoints:
+            check_checkpoints(spec, Path(spec.model.initial))
     if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
         _check_steered_layers(spec, None)
     return notes
@@ -261,7 +291,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
 
 def _check_steered_layers(spec: StudySpec, revision: str | None) -> None:
     """Refuses layers the initial model does not have, where a method steers one and the depth is known before loading."""
-    layers = spec.unlearning.methods.get("rmu", {}).get("layer", ())
+    layers = sorted({run.hyperparameters["layer"] for run in spec.variants() if run.method == "rmu"})
     model = spec.model
     if not layers:
         return
@@ -269,6 +299,25 @@ def _check_steered_layers(spec: StudySpec, revision: str | None) -> None:
     if depth is not None:
         for layer in layers:
             check_layer(int(layer), depth)
+
+
+def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
+    """Holds every given checkpoint against the initial model by configurations and headers; no weights are read.
+
+    Raises:
+        UserError: With everything that does not fit.
+    """
+    trusted = isinstance(spec.model, PretrainedModel) and spec.model.trust_remote_code
+    initial = open_initial(initial_folder, trusted)
+    problems = []
+    for label, folders in spec.checkpoints.items():
+        for place, folder in enumerate(folders):
+            try:
+                check_checkpoint(initial, Path(folder))
+            except UserError as error:
+                problems.append(f"checkpoints.{label}[{place}]: {error}")
+    if problems:
+        raise UserError("\n  ".join(problems))
 
 
 def prepare(spec: StudySpec) -> Preparation:
@@ -290,17 +339,24 @@ def prepare(spec: StudySpec) -> Preparation:
             base=None if model.base is None else Stage(**model.base.model_dump()),
             finetune=Stage(**model.finetune.model_dump()),
             seed=spec.seed,
-            extra_texts=REFUSALS if any("refusal_logp" in METHODS[name].needs for name in spec.unlearning.methods) else (),
+            extra_texts=REFUSALS if any("refusal_logp" in METHODS[run.method].needs for run in spec.variants()) else (),
         )
         stages = {"initial": "full", "retain": "retain"}
         keys = {which: _tiny_key(tiny, corpus, stage) for which, stage in stages.items()}
         return Preparation(spec, corpus, tiny, keys, {})
     identity, revision = model_identity(model.initial, model.revision)
     _check_steered_layers(spec, revision)
+    given = {}
+    if spec.checkpoints:
+        # Before the hashes, which take their time.
+        check_checkpoints(spec, model_folder(model.initial, revision))
+        given = {
+            label: tuple(checkpoint_identity(Path(folder)) for folder in folders) for label, folders in spec.checkpoints.items()
+        }
     if model.retain.endswith(".json"):
         retain, retain_revision = f"log:{file_hash(Path(model.retain))[:32]}", None
     else:
         retain, retain_revision = model_identity(model.retain, model.retain_revision)
     return Preparation(
-        spec, corpus, None, {"initial": identity, "retain": retain}, {"initial": revision, "retain": retain_revision}
+        spec, corpus, None, {"initial": identity, "retain": retain}, {"initial": revision, "retain": retain_revision}, given
     )

@@ -320,7 +320,11 @@ class StudyResult:
             "alpha": spec.search.alpha.model_dump(),
             "created": record["created"],
             "versions": record["versions"],
-            "base_run_seconds": [sum(epoch["seconds"] for epoch in run["epochs"]) for run in record["base_runs"].values()],
+            "base_run_seconds": [
+                sum(epoch["seconds"] for epoch in run["epochs"])
+                for label, run in record["base_runs"].items()
+                if label not in spec.checkpoints
+            ],
             "selections": selections,
             "failures": self.store.failures(),
             "notes": self._notes(),
@@ -341,11 +345,16 @@ class StudyResult:
         return export(recipe, Path(to), form, read_log(log) if log.is_file() else None)
 
     def _notes(self) -> list[str]:
+        notes = [
+            f"Epochs of {label} are given checkpoints: "
+            + ", ".join(f"{epoch} is {Path(folder).name}" for epoch, folder in enumerate(folders, 1))
+            for label, folders in self.spec.checkpoints.items()
+        ]
         searched = int((self.trials["kind"] == "search").sum())
         wanted = self.spec.search.trials
         if searched < wanted:
-            return [f"{searched} of {wanted} search trials are complete: the same command resumes the study."]
-        return []
+            notes.append(f"{searched} of {wanted} search trials are complete: the same command resumes the study.")
+        return notes
 
 
 def _plain(value: Any) -> Any:

@@ -70,7 +70,10 @@ def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False)
     jobs = [
         Job("confirm", row["base"], int(row["epoch"]), float(row["alpha"]), of_trial=int(row["trial"]))
         for row in result.finalists(top).to_dict("records")
+        if row["base"] not in spec.checkpoints
     ]
+    if not jobs:
+        raise UserError(f"{out}: its finalists walk from given checkpoints, which cannot be trained again from other seeds")
     others = [spec.seed + step for step in range(1, seeds + 1)]
     return _at_work(spec, Path(out), quiet, lambda run: run.confirm(jobs, others))
 
@@ -150,7 +153,8 @@ class _Run:
         if spec.split is not None:
             jobs += [Job("held_out", model=name) for name in ("initial", "retain")]
         jobs += [Job("temperature", temperature=value) for value in spec.scoring.temperatures]
-        if self.preparation.trained_epochs > spec.unlearning.epochs:
+        # Only what is trained here can be trained on.
+        if spec.unlearning is not None and self.preparation.trained_epochs > spec.unlearning.epochs:
             next_epoch = spec.unlearning.epochs + 1
             jobs += [Job("next_epoch", run.label, next_epoch, 0.0) for run in spec.variants()]
         return jobs

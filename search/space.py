@@ -36,10 +36,10 @@ class Point:
 
 def distributions(spec: StudySpec) -> dict[str, BaseDistribution]:
     """The search space, in the form of ``study.ask(fixed_distributions=...)``."""
-    alpha = spec.search.alpha
+    alpha, epochs = spec.search.alpha, spec.base_epochs()
     return {
-        "base": CategoricalDistribution([run.label for run in spec.variants()]),
-        "epoch": IntDistribution(1, spec.unlearning.epochs),
+        "base": CategoricalDistribution(list(epochs)),
+        "epoch": IntDistribution(1, max(epochs.values())),
         "alpha": FloatDistribution(alpha.low, alpha.high),
     }
 
@@ -48,4 +48,22 @@ def given_points(spec: StudySpec) -> list[Point]:
     """Every epoch of every base run at alpha = 0, which the search has for free; none where alpha excludes 0."""
     if not spec.search.alpha.low <= 0 <= spec.search.alpha.high:
         return []
-    return [Point(run.label, epoch, 0.0) for run in spec.variants() for epoch in range(1, spec.unlearning.epochs + 1)]
+    return [Point(base, epoch, 0.0) for base, count in spec.base_epochs().items() for epoch in range(1, count + 1)]
+
+
+def own_epoch(sampled: int, longest: int, count: int) -> int:
+    """The epoch of a base run that a sampled one stands for.
+
+    The space stays flat where base runs differ in length: each has its epochs spread evenly over those of the longest.
+
+    Args:
+        sampled: From 1 to `longest`.
+        longest: Epochs of the longest base run.
+        count: Epochs of this one, from 1 to `longest`.
+    """
+    return -(-sampled * count // longest)
+
+
+def sampled_epoch(own: int, longest: int, count: int) -> int:
+    """The last sampled epoch that stands for an epoch of a base run; `own_epoch` of it is `own`."""
+    return own * longest // count

@@ -1,6 +1,7 @@
 """The study: what is forgotten, how, and what is searched. Checked as a whole before anything is spent."""
 
 import math
+import re
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from search.spec_errors import KeyPath, Problem, StudyFileError, explain, key_text, rule
@@ -48,6 +49,20 @@ class Resources(Section):
         if value > 1 and not value.is_integer():
             raise rule("above 1 only whole GPUs can be had", f"Write {math.ceil(value)}, or a part of one.")
         return value
+
+
+def _as_list(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _each_once(folders: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(folders)) < len(folders):
+        raise rule("a folder stands twice", "Remove the repeated one.")
+    return folders
+
+
+Folders = Annotated[tuple[Name, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_each_once)]
+"""The checkpoints of one base run in order: the first is epoch 1."""
 
 
 class Cache(Section):
@@ -90,7 +105,8 @@ class StudySpec(Section):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     corpus: Annotated[PeopleCorpus | TofuCorpus, Field(discriminator="kind")]
     model: Annotated[TinyModel | PretrainedModel, Field(discriminator="kind")]
-    unlearning: Unlearning
+    unlearning: Unlearning | None = None
+    checkpoints: dict[str, Folders] = Field(default_factory=dict)
     scoring: Scoring = Field(default_factory=Scoring)
     split: Split | None = None
     search: Search = Field(default_factory=Search)
@@ -105,6 +121,31 @@ class StudySpec(Section):
         if value in (".", ".."):
             raise rule("the name becomes a folder, and this one exists everywhere", "Choose another name.")
         return value
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _there_are_base_runs(cls, value: dict[str, tuple[str, ...]], info: ValidationInfo) -> dict[str, tuple[str, ...]]:
+        from uipe_core.losses import METHODS  # torch comes with it
+
+        if not value and info.data.get("unlearning", value) is None:
+            allowed = "a study needs base runs: a section unlearning, a section checkpoints, or both"
+            raise rule(allowed, "Write unlearning: with methods to train, or checkpoints: with folders you have.")
+        if value and isinstance(info.data.get("model"), TinyModel):
+            allowed = "checkpoints belong to a model that exists already"
+            raise rule(allowed, "Set model.kind: pretrained with model.initial, the model they were unlearned from.")
+        errors: list[Any] = []
+        for label in value:
+            if label in METHODS:
+                error = rule(f"{label} is the name of a method", f"Choose another label, for example my_{label}.")
+            elif not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label):
+                error = rule("a label is 1 to 64 letters, digits, dots, underscores or hyphens", "Choose such a label.")
+            else:
+                continue
+            errors.append({"type": error, "loc": (label,), "input": label})
+        if errors:
+            raise ValidationError.from_exception_data("checkpoints", errors)
+        # Sorted, so that the order in the file makes no other search space.
+        return dict(sorted(value.items()))
 
     @field_validator("storage")
     @classmethod
@@ -122,8 +163,10 @@ class StudySpec(Section):
         return self
 
     def variants(self) -> list[BaseRunSpec]:
-        """The base runs, by method in the order of the registry, then by value in the order of the file."""
-        runs = []
+        """The base runs to be trained, by method in the order of the registry, then by value in the order of the file."""
+        runs: list[BaseRunSpec] = []
+        if self.unlearning is None:
+            return runs
         for method, own in self.unlearning.methods.items():
             grid = {**own, "learning_rate": self.unlearning.learning_rate}
             varying = [key for key, values in grid.items() if len(values) > 1]
@@ -133,6 +176,11 @@ class StudySpec(Section):
                 runs.append(BaseRunSpec(f"{method}[{told}]" if told else method, method, chosen))
         return runs
 
+    def base_epochs(self) -> dict[str, int]:
+        """Epochs that are searched of every base run by label: those to be trained, then those given as checkpoints."""
+        trained = {} if self.unlearning is None else {run.label: self.unlearning.epochs for run in self.variants()}
+        return {**trained, **{label: len(folders) for label, folders in self.checkpoints.items()}}
+
     def fingerprint_payload(self) -> dict[str, Any]:
         """What makes this study this study, ready for JSON.
 
@@ -141,11 +189,14 @@ class StudySpec(Section):
         caller puts hashes of their content in.
         """
         controls = {"other_retain_seeds", "other_retain", "never_finetuned"}
-        left_out = {"search": {"trials"}, "model": controls, "resources": True, "storage": True, "cache": True}
+        machine = {"resources": True, "storage": True, "cache": True}
+        left_out = {"search": {"trials"}, "model": controls, "checkpoints": True, **machine}
         payload: dict[str, Any] = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
         for section, key in (("corpus", "source"), ("model", "initial"), ("model", "retain")):
             if is_local(payload[section].get(key, "")):
                 del payload[section][key]
+        if self.checkpoints:
+            payload["checkpoints"] = {label: len(folders) for label, folders in self.checkpoints.items()}
         return payload
 
 

@@ -124,7 +124,8 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
 
     A value of ``corpus.source`` or of a key that names a model is a path when it starts with ``./``, ``../``,
     ``/`` or ``~``, ends in ``.json``, cannot be a hub name, or names a folder beside the study file. Everything else
-    is a hub name, which is not looked up. A cache is always a path, and need not exist.
+    is a hub name, which is not looked up. A cache is always a path, and need not exist. Checkpoints are always folders; one
+    that holds ``checkpoint-*`` folders of a trainer stands for these, in the order of their steps.
 
     Args:
         data: The study as read.
@@ -148,7 +149,36 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
         value = _text_at(result, "cache", key)
         if value is not None:
             _replace(result, "cache", key, str(_join(folder, value)))
+    given = result.get("checkpoints")
+    if isinstance(given, dict):
+        result["checkpoints"] = {label: _checkpoints(label, value, folder, problems) for label, value in given.items()}
     return result, problems
+
+
+def _checkpoints(label: object, value: object, folder: Path, problems: list[tuple[KeyPath, str]]) -> object:
+    """The folders of a base run, absolute; what is no text is left to the checks that follow."""
+    from uipe_core.checkpoints import checkpoint_folders  # torch comes with it, and most studies need none of it
+
+    key: KeyPath = ("checkpoints", str(label))
+    if isinstance(value, str) and value:
+        path = _join(folder, value)
+        if not _exists(path, file=False):
+            problems.append((key, _missing("checkpoints", value, path, "folder")))
+            return [str(path)]
+        # The folder of a trainer may hold the last model too, which is its last checkpoint over again.
+        return [str(inner) for inner in checkpoint_folders(path)] or [str(path)]
+    if not isinstance(value, list | tuple):
+        return value
+    found: list[object] = []
+    for place, entry in enumerate(value):
+        if not isinstance(entry, str) or not entry:
+            found.append(entry)
+            continue
+        path = _join(folder, entry)
+        if not _exists(path, file=False):
+            problems.append(((*key, place), _missing("checkpoints", entry, path, "folder")))
+        found.append(str(path))
+    return found
 
 
 def _text_at(data: Mapping[str, object], section: str, key: str) -> str | None:
@@ -196,6 +226,9 @@ def _local_path(value: str, folder: Path) -> Path | None:
 
 def _missing(section: str, value: str, path: Path, what: str) -> str:
     remedy = "Correct the path (it is relative to the study file), or give a hub name."
+    if section == "checkpoints":
+        command = f"hf download NAME --local-dir {path}"
+        remedy = f"Correct the path (it is relative to the study file); what is on the hub is fetched first: `{command}`."
     if section == "corpus":
         command = f"hf download locuslab/TOFU --repo-type dataset --local-dir {path}"
         remedy = f"Put the TOFU files there (`{command}`), correct the path, or write locuslab/TOFU to use the hub."

@@ -30,6 +30,7 @@ from sqlalchemy import URL, event, make_url
 
 from search.evaluator import Job
 from search.objectives import Objective, objectives_of
+from search.space import own_epoch, sampled_epoch
 from search.spec import StudySpec
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
@@ -191,13 +192,19 @@ class StudyStore:
         return orphans
 
     def ask_point(self, space: dict[str, BaseDistribution], params: Mapping[str, Any] | None = None) -> tuple[int, Job]:
-        """Starts a trial: the given parameters at alpha = 0, or what the sampler proposes."""
+        """Starts a trial: the given parameters at alpha = 0, or what the sampler proposes.
+
+        Given parameters and jobs have the base run's own epoch; Optuna's has the one of the flat space (`space.own_epoch`).
+        """
+        counts = self.spec.base_epochs()
+        longest = max(counts.values())
         if params is not None:
+            stands_for = {**params, "epoch": sampled_epoch(params["epoch"], longest, counts[params["base"]])}
             # Without skip_if_exists: a point whose trial failed would be skipped, and the sampler's proposal taken for it.
-            self.study.enqueue_trial(dict(params), user_attrs={"kind": "alpha_zero"})
+            self.study.enqueue_trial(stands_for, user_attrs={"kind": "alpha_zero"})
         trial = self.study.ask(fixed_distributions=space)
-        kind = trial.user_attrs.get("kind", "search")
-        return trial.number, Job(kind, trial.params["base"], trial.params["epoch"], trial.params["alpha"])
+        kind, base = trial.user_attrs.get("kind", "search"), trial.params["base"]
+        return trial.number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
 
     def ask_control(self) -> int:
         """Starts a trial of the controls study."""

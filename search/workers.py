@@ -4,7 +4,7 @@ import base64
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import numpy as np
 from ray import tune
 
 from search.evaluator import Evaluator, Job, StudyContext, load_for_scoring
+from uipe_core.checkpoints import import_checkpoints
 from uipe_core.content_store import ContentStore
 from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
+from uipe_core.initial_model import open_initial
 from uipe_core.models import ModelSource, set_threads
 from uipe_core.score_report import ScoreReport
 from uipe_core.scoring import Scorer, ScoringConfig
@@ -90,6 +92,21 @@ def train_and_publish(
     set_threads(threads)
     epochs = train_base_run(source.load(dtype="auto"), corpus, config, _reporter(board, f"unlearning: {label}"))
     return DeltaStore(root).get_or_train(inputs, epochs)
+
+
+def import_and_publish(
+    initial: Path,
+    checkpoints: Sequence[tuple[Path, Mapping[str, Any]]],
+    root: Path,
+    trust_remote_code: bool,
+    threads: int,
+    board: Any,
+    label: str,
+) -> BaseRun:
+    """Makes a base run of given checkpoints, importing those that the store lacks."""
+    set_threads(threads)
+    note = _reporter(board, f"importing: {label}")
+    return import_checkpoints(open_initial(initial, trust_remote_code), checkpoints, DeltaStore(root), note)
 
 
 def score_model(

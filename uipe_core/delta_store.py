@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,26 @@ class BaseRun:
     Attributes:
         key: Content address.
         folder: Where its files are.
-        epochs: One record per epoch: ``epoch``, ``loss`` (nats), ``norm`` of the update vector, ``seconds``.
+        epochs: One record per epoch: ``epoch``, ``loss`` (nats; of trained runs), ``norm`` of the update vector, ``seconds``.
+        parts: For a run of several entries of the store, the entry of each epoch; `folder` is then the first one's.
     """
 
     key: str
     folder: Path
     epochs: tuple[Mapping[str, float], ...]
+    parts: tuple["BaseRun", ...] = ()
 
     def load(self, epoch: int) -> UpdateVector:
         """The update vector of an epoch, counted from 1."""
+        if self.parts:
+            return self.parts[epoch - 1].load(1)
         return load_update(self.folder / _epoch_file(epoch))
+
+
+def joined(runs: Sequence[BaseRun]) -> BaseRun:
+    """Runs of one epoch each as one base run, in the given order."""
+    epochs = tuple({**run.epochs[0], "epoch": number} for number, run in enumerate(runs, 1))
+    return BaseRun(content_key({"parts": [run.key for run in runs]}), runs[0].folder, epochs, tuple(runs))
 
 
 class DeltaStore:
@@ -63,6 +73,20 @@ class DeltaStore:
                 records.append(record)
                 started = time.perf_counter()
             write_atomic(folder / "run.json", json.dumps(records, indent=1).encode())
+
+        return _open(content_key(inputs), self._entries.get_or_make(inputs, make))
+
+    def get_or_import(self, inputs: Mapping[str, Any], write: Callable[[Path], float]) -> BaseRun:
+        """The run of one epoch determined by `inputs`; else `write(path)` saves its update and returns the norm.
+
+        Nothing is published if `write` raises.
+        """
+
+        def make(folder: Path) -> None:
+            started = time.perf_counter()
+            norm = write(folder / _epoch_file(1))
+            record = {"epoch": 1, "norm": norm, "seconds": time.perf_counter() - started}
+            write_atomic(folder / "run.json", json.dumps([record], indent=1).encode())
 
         return _open(content_key(inputs), self._entries.get_or_make(inputs, make))
 

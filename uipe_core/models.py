@@ -200,6 +200,22 @@ def model_identity(location: str, revision: str | None = None) -> tuple[str, str
             if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".py"):
                 digest.update(f"{path.name}:{file_hash(path)};".encode())
         return f"sha256:{digest.hexdigest()[:32]}", None
+    commit = _from_hub(location, revision)[1]
+    return f"{location}@{commit}", commit
+
+
+def model_folder(location: str, revision: str | None = None) -> Path:
+    """The folder that holds a model's files: the one given, or the hub's copy on this machine, fetched where it is missing.
+
+    Raises:
+        UserError: As `model_identity`.
+    """
+    folder = _local_folder(location)
+    return folder if folder is not None else _from_hub(location, revision)[0]
+
+
+def _from_hub(location: str, revision: str | None) -> tuple[Path, str]:
+    """Folder and commit of a model from the hub."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -211,5 +227,4 @@ def model_identity(location: str, revision: str | None = None) -> tuple[str, str
             f"model {location}: cannot be fetched from the hub ({type(error).__name__}); check the name and the network, or "
             "give the folder of a downloaded copy"
         ) from error
-    commit = Path(downloaded).name
-    return f"{location}@{commit}", commit
+    return Path(downloaded), Path(downloaded).name

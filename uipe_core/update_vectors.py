@@ -5,7 +5,8 @@ weights every time, so a walk of any length leaves no drift; the result is cast 
 """
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 DENSE, LOW_RANK = "dense", "low_rank"
+
+PART = 1 << 22
+"""Entries handled at once where torch would otherwise make a copy of a whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +69,12 @@ def factors(update: UpdateVector) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _norm(tensor: Tensor) -> float:
-    """Frobenius norm, summed in double precision: an embedding has a hundred million entries."""
-    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+    """Frobenius norm, summed in double precision: an embedding has a hundred million entries.
+
+    In parts, because torch would make a copy of the whole in that precision.
+    """
+    parts = tensor.flatten().split(PART)
+    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))
 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:
@@ -129,8 +137,46 @@ def save_update(update: UpdateVector, path: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in update.tensors.items()}, path, metadata=metadata)
 
 
+def save_streamed(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[tuple[str, Tensor]]) -> float:
+    """Writes a dense update vector as its tensors come, in the form of `save_update`, and returns its norm.
+
+    The writer of safetensors wants all tensors at once. Its format is the length of the header in 8 bytes, the header as JSON,
+    then the numbers; where names and shapes are known beforehand, one tensor at a time is all that needs to be in memory.
+
+    Args:
+        path: File to write.
+        shapes: Shape of every tensor by name, in the order in which `tensors` brings them.
+        tensors: Names and fp32 tensors on the CPU.
+
+    Raises:
+        ValueError: If a tensor comes out of turn, has another shape or is not fp32, or there are too few or too many.
+    """
+    header: dict[str, Any] = {"__metadata__": {"kind": DENSE, "adapter": json.dumps(None)}}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    norm = 0.0
+    source = iter(tensors)
+    with path.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for expected, shape in shapes.items():
+            name, tensor = next(source, ("nothing", torch.empty(0)))
+            if (name, tensor.dtype, list(tensor.shape)) != (expected, torch.float32, list(shape)):
+                raise ValueError(f"{expected} {tuple(shape)} in fp32 expected, got {name} {tuple(tensor.shape)} {tensor.dtype}")
+            stream.write(tensor.contiguous().numpy().data)
+            norm = math.hypot(norm, _norm(tensor))
+            # Let go before the next one is made: two large ones at once would double the peak.
+            del tensor
+    if (extra := next(source, None)) is not None:
+        raise ValueError(f"no more tensors expected, got {extra[0]}")
+    return norm
+
+
 def load_update(path: Path) -> UpdateVector:
-    """Reads an update vector written by `save_update`."""
+    """Reads an update vector written by `save_update` or `save_streamed`."""
     with safe_open(path, framework="pt") as stream:
         metadata = stream.metadata()
         tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
