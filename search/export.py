@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from search.evaluator import load_for_scoring
-from search.preparation import Preparation, prepare
+from search.preparation import Preparation, checkpoint_folder, prepare
 from search.spec import BaseRunSpec, StudySpec
 from search.spec_sections import PretrainedModel
 from uipe_core.adapter_files import is_adapter
@@ -197,7 +197,7 @@ def export(recipe: Recipe, to: Path, form: str, reference: ScoreReport | None = 
 def _is_low_rank(recipe: Recipe) -> bool:
     """Whether the point's update vector is an adapter."""
     if recipe.base in recipe.spec.checkpoints:
-        return is_adapter(Path(recipe.spec.checkpoints[recipe.base][recipe.epoch - 1]))
+        return is_adapter(checkpoint_folder(recipe.spec.checkpoints[recipe.base][recipe.epoch - 1]))
     return recipe.spec.unlearning is not None and recipe.spec.unlearning.adapter is not None
 
 

@@ -209,7 +209,8 @@ class Preparation:
         """Folder and address in the delta store of each given checkpoint of a base run, in order."""
         folders, keys = self.spec.checkpoints[label], self.checkpoints[label]
         return [
-            (Path(folder), checkpoint_inputs(self.models["initial"], key)) for folder, key in zip(folders, keys, strict=True)
+            (checkpoint_folder(folder), checkpoint_inputs(self.models["initial"], key))
+            for folder, key in zip(folders, keys, strict=True)
         ]
 
     @property
@@ -280,7 +281,9 @@ def check_inputs(spec: StudySpec) -> list[str]:
                 read_log(value)
             else:
                 check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format)
-        if spec.checkpoints and not is_local(spec.model.initial):
+        remote = [place for places in spec.checkpoints.values() for place in places if not is_local(place)]
+        notes += [f"checkpoints: {place} is on the hub and is fetched when the study runs" for place in remote]
+        if spec.checkpoints and (remote or not is_local(spec.model.initial)):
             notes.append("checkpoints: they are held against model.initial when the study runs")
         elif spec.checkpoints:
             check_checkpoints(spec, Path(spec.model.initial))
@@ -301,6 +304,11 @@ def _check_steered_layers(spec: StudySpec, revision: str | None) -> None:
             check_layer(int(layer), depth)
 
 
+def checkpoint_folder(place: str) -> Path:
+    """The folder of a given checkpoint: its own, or the hub's copy on this machine, fetched where it is missing."""
+    return Path(place) if is_local(place) else model_folder(place)
+
+
 def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
     """Holds every given checkpoint against the initial model by configurations and headers; no weights are read.
 
@@ -313,7 +321,7 @@ def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
     for label, folders in spec.checkpoints.items():
         for place, folder in enumerate(folders):
             try:
-                check_checkpoint(initial, Path(folder))
+                check_checkpoint(initial, checkpoint_folder(folder))
             except UserError as error:
                 problems.append(f"checkpoints.{label}[{place}]: {error}")
     if problems:
@@ -351,7 +359,8 @@ def prepare(spec: StudySpec) -> Preparation:
         # Before the hashes, which take their time.
         check_checkpoints(spec, model_folder(model.initial, revision))
         given = {
-            label: tuple(checkpoint_identity(Path(folder)) for folder in folders) for label, folders in spec.checkpoints.items()
+            label: tuple(checkpoint_identity(checkpoint_folder(place)) for place in places)
+            for label, places in spec.checkpoints.items()
         }
     if model.retain.endswith(".json"):
         retain, retain_revision = f"log:{file_hash(Path(model.retain))[:32]}", None

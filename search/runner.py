@@ -67,9 +67,6 @@ def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False)
             raise UserError(f"{name}: {value} is too few; give at least 1")
     result = StudyResult.open(out)
     spec = result.runnable_spec()
-    trained = [row for row in result.finalists(top).to_dict("records") if row["base"] not in spec.checkpoints]
-    if not trained:
-        raise UserError(f"{out}: its finalists are given checkpoints, whose training is unknown; they cannot be trained again")
     jobs = [
         Job("confirm", row["base"], int(row["epoch"]), float(row["alpha"]), of_trial=int(row["trial"]))
         for row in result.finalists(top).to_dict("records")

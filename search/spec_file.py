@@ -156,12 +156,14 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
 
 
 def _checkpoints(label: object, value: object, folder: Path, problems: list[tuple[KeyPath, str]]) -> object:
-    """The folders of a base run, absolute; what is no text is left to the checks that follow."""
+    """The checkpoints of a base run: folders, absolute, or hub names; what is no text is left to the checks that follow."""
     from uipe_core.checkpoints import checkpoint_folders  # torch comes with it, and most studies need none of it
 
     key: KeyPath = ("checkpoints", str(label))
     if isinstance(value, str) and value:
-        path = _join(folder, value)
+        path = _local_path(value, folder)
+        if path is None:
+            return [value]
         if not _exists(path, file=False):
             problems.append((key, _missing("checkpoints", value, path, "folder")))
             return [str(path)]
@@ -174,10 +176,10 @@ def _checkpoints(label: object, value: object, folder: Path, problems: list[tupl
         if not isinstance(entry, str) or not entry:
             found.append(entry)
             continue
-        path = _join(folder, entry)
-        if not _exists(path, file=False):
+        path = _local_path(entry, folder)
+        if path is not None and not _exists(path, file=False):
             problems.append(((*key, place), _missing("checkpoints", entry, path, "folder")))
-        found.append(str(path))
+        found.append(entry if path is None else str(path))
     return found
 
 
@@ -226,9 +228,6 @@ def _local_path(value: str, folder: Path) -> Path | None:
 
 def _missing(section: str, value: str, path: Path, what: str) -> str:
     remedy = "Correct the path (it is relative to the study file), or give a hub name."
-    if section == "checkpoints":
-        command = f"hf download NAME --local-dir {path}"
-        remedy = f"Correct the path (it is relative to the study file); what is on the hub is fetched first: `{command}`."
     if section == "corpus":
         command = f"hf download locuslab/TOFU --repo-type dataset --local-dir {path}"
         remedy = f"Put the TOFU files there (`{command}`), correct the path, or write locuslab/TOFU to use the hub."

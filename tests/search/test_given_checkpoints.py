@@ -1,9 +1,11 @@
 """Studies over checkpoints that somebody has already: from the study file to a rebuilt export."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import optuna
 import pytest
 import torch
@@ -261,10 +263,10 @@ def test_paths_become_absolute_and_a_trainers_folder_its_checkpoints(world):
         ({"checkpoints": {"a b": "trainer"}}, {"checkpoints.a b": "letters, digits, dots"}),
         ({"checkpoints": {"mine": ["adapter", "./adapter"]}}, {"checkpoints.mine": "a folder stands twice"}),
         (
-            {"checkpoints": {"mine": "nowhere", "yours": ["adapter", "none/at/all"]}, "search": {"trials": -1}},
+            {"checkpoints": {"mine": "./nowhere", "yours": ["adapter", "none/at/all"]}, "search": {"trials": -1}},
             {
                 "checkpoints.mine": "there is no folder",
-                "checkpoints.yours[1]": "hf download NAME --local-dir",
+                "checkpoints.yours[1]": "or give a hub name",
                 "search.trials": "at least 0",
             },
         ),
@@ -314,17 +316,40 @@ def test_of_an_initial_model_on_the_hub_the_check_waits(world):
     assert any(note.startswith("checkpoints: ") for note in notes)
 
 
-def test_the_shipped_study_is_valid_once_its_folders_are_there(tmp_path):
-    file = Path(shutil.copy(SHIPPED, tmp_path / "studies.yaml"))
-    text = file.read_text().replace("../", "./")
-    file.write_text(text)
+def test_checkpoints_may_be_on_the_hub(world, monkeypatch):
+    asked = []
+
+    def download(name, revision, allow_patterns):
+        asked.append(name)
+        return str(world / "trainer" / "checkpoint-10")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    spec = load_study(study_of(world, checkpoints={"theirs": "some/checkpoint", "both": ["adapter", "some/checkpoint"]}))
+    assert spec.checkpoints["theirs"] == ("some/checkpoint",)
+    assert any("some/checkpoint is on the hub" in note for note in check_inputs(spec))
+    assert not asked
+    preparation = prepare(spec)
+    here = prepare(load_study(study_of(world, checkpoints={"theirs": ["trainer/checkpoint-10"]})))
+    assert preparation.checkpoints["theirs"] == here.checkpoints["theirs"]
+    assert preparation.checkpoints_of("both")[1][0] == world / "trainer" / "checkpoint-10"
+
+
+def test_the_shipped_study_shows_each_kind_of_checkpoint(tmp_path):
+    assert load_study(SHIPPED).base_epochs() == {"hub_grad_diff": 1, "hub_npo": 1, "hub_rmu": 1}
+    local = re.sub(r"  hub_.*\n", "", SHIPPED.read_text())
+    for line in ("my_npo: ", "grad_diff_epochs:", "  - ../", "lora: "):
+        assert f"  # {line}" in local
+        local = local.replace(f"  # {line}", f"  {line}")
+    file = tmp_path / "studies" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(local)
     with pytest.raises(StudyFileError) as caught:
         load_study(file)
     keys = {problem.key.split("[")[0] for problem in caught.value.problems}
-    assert keys == {f"checkpoints.{label}" for label in ("trainer", "models", "lora")}
+    assert keys == {f"checkpoints.{label}" for label in ("my_npo", "grad_diff_epochs", "lora")}
     for name in ("npo/checkpoint-20", "npo/checkpoint-100", "grad_diff/epoch1", "grad_diff/epoch2", "npo_lora"):
-        (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    assert load_study(file).base_epochs() == {"lora": 1, "models": 2, "trainer": 2}
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    assert load_study(file).base_epochs() == {"grad_diff_epochs": 2, "lora": 1, "my_npo": 2}
 
 
 def test_a_result_is_read_back_from_its_folder_alone(ran):
