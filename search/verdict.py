@@ -14,6 +14,8 @@ from uipe_core.errors import UserError
 _NOTHING = 1e-6
 _AS_MUCH = 0.9
 _FLOOR = 0.95
+_GAMED = 0.05
+"""Forget quality that passes the usual test, reached by a model that was never taught."""
 
 
 def verdict(view: ReportData) -> list[str]:
@@ -31,6 +33,8 @@ def verdict(view: ReportData) -> list[str]:
         *_gain_sentences(view),
         *_next_epoch_sentences(view),
         *_floor_sentences(view),
+        *_held_out_sentences(view),
+        *_noise_sentences(view),
         f"The front has {count(len(front), 'point')}: {given} given at alpha = 0, {shorter} by interpolation "
         f"(alpha below 0) and {longer} by extrapolation (alpha above 0).",
     ]
@@ -130,6 +134,38 @@ def _floor_sentences(view: ReportData) -> list[str]:
     if picks[1][forgetting.name] >= best[forgetting.name]:
         return [f"{sentence}; no other alpha forgets more than the best unlearned epoch there."]
     return [f"{sentence}; the best unlearned epoch as trained reaches {_strength(forgetting, picks[1], named=False)}."]
+
+
+def _held_out_sentences(view: ReportData) -> list[str]:
+    """How far front points fall back on the items nothing was chosen by."""
+    if view.held_out.empty:
+        return []
+    utility = view.objectives[1]
+    change = view.held_out[f"{utility.name}_difference"].astype(float)
+    worst = int(view.held_out["trial"].iloc[int(change.argmin())])
+    return [
+        f"On the held-out items the front's {utility.title} changes by {decimal(change.mean(), utility.places)} on average, "
+        f"at worst by {decimal(change.min(), utility.places)} (trial {worst})."
+    ]
+
+
+def _noise_sentences(view: ReportData) -> list[str]:
+    """Where forget quality stops meaning anything: perfect forgetting from other seeds, and a model that never learned."""
+    others = view.controls.loc[view.controls["kind"] == "other_retain"]
+    never = view.controls.loc[view.controls["kind"] == "never_finetuned"]
+    sentences = []
+    if not others.empty and "forget_quality" in others:
+        reached = ", ".join(probability(value) for value in sorted(others["forget_quality"]))
+        seeds = count(len(others), "other seed")
+        sentences.append(f"Retain models of {seeds} reach forget quality {reached}: differences up there mean nothing.")
+    if not never.empty and "forget_quality" in never:
+        row = never.iloc[0]
+        gamed = ": forget quality alone can be had for nothing" if row["forget_quality"] >= _GAMED else ""
+        sentences.append(
+            f"A model never fine-tuned has forget quality {probability(row['forget_quality'])} at "
+            f"{view.objectives[1].title} {decimal(row[view.objectives[1].name])}{gamed}."
+        )
+    return sentences
 
 
 def _strength(forgetting: Objective, row: pd.Series, named: bool = True) -> str:

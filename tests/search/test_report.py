@@ -294,6 +294,49 @@ def test_many_trials_and_bases_wrap(tmp_path):
     assert path.stat().st_size < 6e6
 
 
+def with_afterthoughts(view):
+    """The synthetic study with everything that is found out about its front afterwards."""
+    front = view.trials[view.trials["on_front"]]
+    held = front[["trial", "log10_forget_quality", "model_utility"]].copy()
+    for name, change in (("log10_forget_quality", 0.5), ("model_utility", -0.02)):
+        held[f"{name}_held_out"], held[f"{name}_difference"] = held[name] + change, change
+    matched = front[["trial", "model_utility"]].assign(model_utility_matched=front["model_utility"] - 0.01)
+    certain = view.trials[["trial"]].assign(front_probability=0.25, alike=view.trials["on_front"].map({True: 1.0, False: None}))
+    for name in ("log10_forget_quality", "model_utility"):
+        certain[f"{name}_low"], certain[f"{name}_high"] = view.trials[name] - 0.1, view.trials[name] + 0.1
+    confirmed = front.head(1)[["trial", "base", "epoch", "alpha", "log10_forget_quality", "model_utility"]].assign(seeds=2)
+    for name in ("log10_forget_quality", "model_utility"):
+        confirmed[f"{name}_mean"], confirmed[f"{name}_spread"] = 0.4321, 0.0123
+    others = [{"kind": "other_retain", **metrics(-0.2, 0.7, 1.0)}, {"kind": "never_finetuned", **metrics(-0.9, 0.31, 1.0)}]
+    return dataclasses.replace(
+        view,
+        trials=view.trials.assign(paired_p=0.0123),
+        controls=pd.concat([view.controls, pd.DataFrame(others)], ignore_index=True),
+        summary={**view.summary, "item_counts": {"select": {"forget": 24}, "report": {"forget": 23}}, "smallest_groups": 3},
+        certainty=certain,
+        held_out=held,
+        matched_scale=matched,
+        confirmations=confirmed,
+    )
+
+
+def test_how_sure_the_front_is_stands_in_the_page(view, tmp_path):
+    page = write_report(with_afterthoughts(view), tmp_path).read_text()
+    section = re.search(r'<section id="certainty">.*?</section>', page, re.S)[0]
+    assert section.count("<tr><td") == int(view.trials["on_front"].sum()) + 1
+    for words in ("24 forget items", "the 23 that nothing", "no more than 3 of them", "0.0123", "0.25", "0.4321", "paired p"):
+        assert words in section
+    assert "How sure are we" not in write_report(view, tmp_path / "plain").read_text()
+
+
+def test_the_verdict_tells_of_held_out_items_and_of_noise(view):
+    said = " ".join(verdict(with_afterthoughts(view)))
+    assert "utility changes by −0.0200 on average, at worst by −0.0200" in said
+    assert "Retain models of 1 other seed reach forget quality 0.631" in said
+    assert "never fine-tuned has forget quality 0.126 at model utility 0.3100: forget quality alone" in said
+    assert "held-out" not in " ".join(verdict(view))
+
+
 def test_columns_of_base_runs_are_limited():
     trials = synthetic(methods=plots.MAX_BASES + 6).trials
     shown = plots.shown_bases(trials)
