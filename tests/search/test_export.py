@@ -118,7 +118,7 @@ def test_an_adapter_is_loaded_by_peft_and_already_scaled(finished, write_study, 
     from uipe_core.update_vectors import Extrapolator
 
     unlearning = {"adapter": {"rank": 4, "alpha": 8}, "methods": {"npo": {"beta": 1}}, "epochs": 1, "learning_rate": 0.02}
-    preparation = prepare(load_study(write_study(tmp_path / "lora.yaml", unlearning=unlearning)))
+    preparation = prepare(load_study(write_study(tmp_path / "lora.yaml", unlearning=unlearning, split=None)))
     source = preparation.source(
         "initial", str(tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store))
     )
