@@ -153,6 +153,33 @@ def unlearning(corpus: Corpus, parts: Sequence[str]) -> Corpus:
     return replace(corpus, forget_train=_answers(tuple(item for part in parts for item in corpus.sets[part])))
 
 
+def fact_pairs(corpus: Corpus, seed: int) -> dict[str, list[tuple[Item, Item]]]:
+    """Each K1 fact of a `load_paper_people` corpus with another fact, by how the two hang together.
+
+    Args:
+        corpus: Its ``forget`` and ``related`` sets have a row per person and attribute, ``unrelated`` a block per attribute.
+        seed: Seed of the facts that are drawn.
+
+    Returns:
+        By kind a pair per K1 fact, in one order: ``matched`` (its own K2), ``same person`` (the person's K2 of another
+        attribute), ``same attribute`` (another person's K2 of the attribute), ``unrelated`` (a K0 fact of another attribute).
+    """
+    rng = random.Random(f"pairs/{seed}")
+    width = len(PAPER_ATTRIBUTES)
+    targets, related, unrelated = (corpus.sets[name] for name in ("forget", "related", "unrelated"))
+    block = len(unrelated) // width
+    pairs: dict[str, list[tuple[Item, Item]]] = {"matched": [], "same person": [], "same attribute": [], "unrelated": []}
+    for row, target in enumerate(targets):
+        person, attribute = divmod(row, width)
+        other = rng.choice([place for place in range(width) if place != attribute])
+        stranger = rng.choice([place for place in range(len(targets) // width) if place != person])
+        pairs["matched"].append((target, related[row]))
+        pairs["same person"].append((target, related[person * width + other]))
+        pairs["same attribute"].append((target, related[stranger * width + attribute]))
+        pairs["unrelated"].append((target, unrelated[other * block + rng.randrange(block)]))
+    return pairs
+
+
 def _world(name: str, rng: random.Random, attributes: Attributes, sizes: tuple[int, int, int]) -> Corpus:
     forget_people, retain_people, pretraining_people = sizes
     total = sum(sizes)
