@@ -107,8 +107,8 @@ def run_task(settings: PaperSettings, task: Task, store: ContentStore, progress:
 
 
 def _planned(settings: PaperSettings) -> list[tuple[str, str]]:
-    """Base runs: M1 by every method, the other models of table 1 by its method."""
-    others = [(model, settings.table_method) for model in MODELS if model != "M1"]
+    """Base runs: M1 by every method, the other models of table 1 by those of the table."""
+    others = [(model, method) for model in MODELS if model != "M1" for method in settings.table_methods]
     return [*(("M1", method) for method in settings.methods), *others]
 
 

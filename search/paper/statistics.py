@@ -147,13 +147,25 @@ def correlation(a: ArrayLike, b: ArrayLike) -> float:
 
 
 def stall_epoch(values: ArrayLike, share: float = 0.1) -> int:
-    """The first epoch from 1 on after which one more brings less than `share` of the whole rise; the last but one if none.
+    """The epoch at which a rising curve stalls: half of its rise is done, and one more epoch brings less than `share` of it.
 
-    The whole rise is from epoch 0 to the highest value.
+    Args:
+        values: (n,) by epoch from 0 on, n >= 2; the whole rise is from epoch 0 to the highest value.
+        share: In (0, 1).
+
+    Returns:
+        The first such epoch from 1 on; n - 2, the last but one, if there is none.
     """
     known = np.asarray(values, dtype=np.float64)
     whole = known.max() - known[0]
     for epoch in range(1, len(known) - 1):
-        if known[epoch + 1] - known[epoch] < share * whole:
+        if known[epoch] - known[0] >= whole / 2 and known[epoch + 1] - known[epoch] < share * whole:
             return epoch
     return max(1, len(known) - 2)
+
+
+def first_below(values: ArrayLike, level: float) -> float:
+    """Fractional epoch at which a curve first falls to a level; the last epoch if it never does."""
+    known = -np.asarray(values, dtype=np.float64)
+    fallen = first_reached(known, -level)
+    return fallen if np.isfinite(fallen) else float(len(known) - 1)
