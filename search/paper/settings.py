@@ -6,11 +6,13 @@ from typing import Any
 
 from uipe_core.content_store import content_key
 from uipe_core.scoring import ScoringConfig
-from uipe_core.tiny_models import Stage, TinyModelConfig
-from uipe_core.training import AdapterConfig, UnlearningConfig
+from uipe_core.tiny_models import TINY_SCHEMA, Stage, TinyModelConfig
+from uipe_core.training import TRAINING_SCHEMA, AdapterConfig, UnlearningConfig
 
 EXPERIMENT_SCHEMA = 1
 """Raised whenever a change in this package alters what an experiment yields, so that kept results are not taken for new."""
+
+_SCHEMAS = {"experiment": EXPERIMENT_SCHEMA, "training": TRAINING_SCHEMA, "tiny_models": TINY_SCHEMA}
 
 FULL, LORA = "full", "lora"
 TUNINGS = {FULL: "full fine-tuning", LORA: "LoRA"}
@@ -88,7 +90,7 @@ class PaperSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {**asdict(self), "lora": asdict(PAPER_LORA), "models": MODELS, "schema": EXPERIMENT_SCHEMA}
+        return {**asdict(self), "lora": asdict(PAPER_LORA), "models": MODELS, "schemas": _SCHEMAS}
 
     @property
     def key(self) -> str:
