@@ -11,7 +11,7 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from search.formats import count, decimal, seconds, whole
+from search.formats import count, decimal, seconds
 from search.paper import measures
 from search.paper.claims import LOG_FQ, UTILITY, judged
 from search.paper.experiment import OTHER_RETAIN
@@ -163,6 +163,13 @@ def _matched(group: Sequence[World]) -> dict[str, Any]:
     }
 
 
+def effect_text(claim: dict[str, Any], tuning: str) -> str:
+    """Mean and standard error of a claim's effect, as people read them."""
+    found, unit = claim[tuning], claim["unit"]
+    error = "" if found["error"] is None else f" ± {_effect(found['error'], unit)}"
+    return f"{_effect(found['mean'], unit)}{error}"
+
+
 def _effect(value: Any, unit: str) -> str:
     return decimal(value, {LOG_FQ: 2, UTILITY: 4}.get(unit, 3))
 
@@ -171,7 +178,7 @@ def _render(settings: PaperSettings, summary: dict[str, Any], pngs: dict[str, by
     source = resources.files("search.paper").joinpath("paper.html.j2").read_text(encoding="utf-8")
     style = resources.files("search").joinpath("report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(decimal=decimal, effect=_effect, seconds=seconds, whole=whole)
+    environment.filters.update(decimal=decimal, effect=_effect, effect_text=effect_text, seconds=seconds)
     return environment.from_string(source).render(
         style=style,
         summary=summary,

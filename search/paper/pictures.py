@@ -87,8 +87,9 @@ def weights_figure(settings: PaperSettings, worlds: Worlds) -> Figure:
     for row, (title, group) in zip(grid, by_tuning(worlds), strict=True):
         _cosines(row[0], group)
         finish(row[0], f"Equation 2, {title}", up="gradient cosine with K1")
-        finish(row[1], f"Equation 4, {title}, {method}", up="length along the gradient")
-        finish(row[2], f"Equation 6, {title}, {method}, epoch {epoch}", up="rise of the loss, nats per token")
+        finish(row[1], f"Equation 4, {title}", up="length along the gradient")
+        finish(row[2], f"Equation 6, {title}", up="rise of the loss, nats per token")
+        whole_epochs([row[1]])
         for name, key in (("related", "k2"), ("unrelated", "k0")):
             _, colour, marker = SETS[key]
             frames = [world.projections for world in group]
@@ -99,9 +100,8 @@ def weights_figure(settings: PaperSettings, worlds: Worlds) -> Figure:
             for part in ("rise", "first_order"):
                 lines = [frame[frame["epoch"] == epoch].set_index("alpha")[part] for frame in frames]
                 draw_line(row[2], lines, colour, marker if part == "rise" else "", "-" if part == "rise" else DASHES)
-        row[2].set_yscale("symlog", linthresh=0.01)
-    finish(grid[-1, 1], across="epoch")
-    finish(grid[-1, 2], across="alpha")
+    finish(grid[-1, 1], across=f"epoch of {method}")
+    finish(grid[-1, 2], across=f"alpha, from epoch {epoch} of {method}")
     entries = [handle(*SETS[key]) for key in ("k2", "k0")]
     entries += [handle("measured", MUTED), handle("predicted from gradients of the initial model", MUTED, dashes=DASHES)]
     legend(figure, entries, noise=False)

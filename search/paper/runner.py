@@ -19,6 +19,28 @@ PARTS = "parts"
 """Folder of finished parts within the output folder."""
 
 
+def run_paper(seeds: int, out: Path, settings: PaperSettings | None = None, workers: int | None = None) -> dict[str, Any]:
+    """Runs what the experiments lack and writes their page.
+
+    Args:
+        seeds, out, settings, workers: As for `run_parts`; settings None are those of the paper's world.
+
+    Returns:
+        The content of ``results.json`` without its points, and the path of the ``page``.
+
+    Raises:
+        UserError, StudyInterrupted: As `run_parts`.
+    """
+    from search.paper.page import write_page
+
+    chosen = settings or PaperSettings()
+    with Bars() as bars:
+        results = run_parts(chosen, seeds, out, bars, workers)
+        bars.say("drawing ...")
+        page, summary = write_page(chosen, results, out)
+    return {"page": str(page), **summary}
+
+
 def run_parts(settings: PaperSettings, seeds: int, out: Path, bars: Bars, workers: int | None = None) -> list[dict[str, Any]]:
     """The results of every task of seeds 0 to seeds - 1; what is kept in the folder is not run again.
 
