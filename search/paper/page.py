@@ -2,7 +2,7 @@
 
 import base64
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,19 @@ def write_page(settings: PaperSettings, results: Sequence[dict[str, Any]], out: 
     summary = summarise(settings, worlds, results)
     points = [{"seed": result["seed"], "tuning": result["tuning"], **point} for result in results for point in result["points"]]
     page = _render(settings, summary, pngs, round(plot_style.WIDTH * plot_style.DPI / 2))
+    files = {f"{name}.png": picture for name, picture in pngs.items()}
+    files["results.json"] = json.dumps({**summary, "points": points}, indent=1, allow_nan=False).encode()
+    files["paper.html"] = page.encode()
+    _write(files, out)
+    return out / "paper.html", summary
+
+
+def _write(files: Mapping[str, bytes], out: Path) -> None:
     try:
-        for name, picture in pngs.items():
-            write_atomic(out / f"{name}.png", picture)
-        write_atomic(out / "results.json", json.dumps({**summary, "points": points}, indent=1, allow_nan=False).encode())
-        write_atomic(out / "paper.html", page.encode())
+        for name, content in files.items():
+            write_atomic(out / name, content)
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error.strerror or error}; choose another folder") from error
-    return out / "paper.html", summary
 
 
 def summarise(settings: PaperSettings, worlds: Sequence[World], results: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import queue
 import signal
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,7 @@ def _work(settings: PaperSettings, folder: Path, todo: Any, news: Any) -> None:
     """A worker: one task after another until there is none left."""
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Ctrl-C reaches every process of the terminal; the driver alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     transformers.utils.logging.set_verbosity_error()
