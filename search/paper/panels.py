@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from search.paper.measures import CEILING, World
 from search.paper.settings import TUNINGS, PaperSettings
-from search.plot_style import BAND, DPI, INK, PALETTE, WIDTH, set_title, style_axes
+from search.plot_style import BAND, DPI, INK, PALETTE, WIDTH, style, title
 
 SETS = {
     "k1": ("K1, to forget", PALETTE[0], "o"),
@@ -38,15 +38,15 @@ def grid_of(rows: int, columns: int, height: float) -> tuple[Figure, Any]:
 
 
 def by_tuning(worlds: Worlds) -> list[tuple[str, list[World]]]:
-    """Title and results of every way of fine-tuning."""
-    return [(title, [world for world in worlds if world.tuning == tuning]) for tuning, title in TUNINGS.items()]
+    """Name and results of every way of fine-tuning."""
+    return [(name, [world for world in worlds if world.tuning == tuning]) for tuning, name in TUNINGS.items()]
 
 
 def table_columns(settings: PaperSettings, worlds: Worlds) -> Iterator[tuple[int, str, str, list[World]]]:
-    """(column, title, method, results) of the pictures that have a column per way of fine-tuning and method of the table."""
-    pairs = [(title, method, group) for title, group in by_tuning(worlds) for method in settings.table_methods]
-    for column, (title, method, group) in enumerate(pairs):
-        yield column, f"{title}, {method}", method, group
+    """(column, its title, method, results) of the pictures that have a column per way of fine-tuning and method of the table."""
+    pairs = [(name, method, group) for name, group in by_tuning(worlds) for method in settings.table_methods]
+    for column, (name, method, group) in enumerate(pairs):
+        yield column, f"{name}, {method}", method, group
 
 
 def draw_line(axes: Axes, series: Sequence[pd.Series], colour: Any, marker: str, dashes: Any = "-") -> None:
@@ -62,11 +62,11 @@ def draw_line(axes: Axes, series: Sequence[pd.Series], colour: Any, marker: str,
         axes.fill_between(across, middle - error, middle + error, color=colour, alpha=0.18, linewidth=0, zorder=2)
 
 
-def finish(axes: Axes, title: str | None = None, across: str | None = None, up: str | None = None) -> None:
+def finish(axes: Axes, name: str | None = None, across: str | None = None, up: str | None = None) -> None:
     """Style, title and labels of a panel."""
-    style_axes(axes)
-    if title is not None:
-        set_title(axes, title)
+    style(axes)
+    if name is not None:
+        title(axes, name)
         axes.title.set_fontsize(9)
     if across is not None:
         axes.set_xlabel(across)

@@ -66,7 +66,7 @@ class PaperSettings:
     learning_rate: Mapping[str, float] = field(default_factory=lambda: {FULL: 2e-4, LORA: 1e-3})
     batch_size: int = 8
     alphas: tuple[float, ...] = (0.25, 0.5, 1.0, 2.0)
-    scoring: ScoringConfig = field(default_factory=lambda: ScoringConfig(batch_size=128, max_new_tokens=12))
+    scoring: ScoringConfig = field(default_factory=lambda: ScoringConfig(batch_size=128, generation_length=12))
     definition: str = "tofu"
 
     def model(self, seed: int) -> TinyModelConfig:
