@@ -43,7 +43,7 @@ def by_tuning(worlds: Worlds) -> list[tuple[str, list[World]]]:
 
 
 def table_columns(settings: PaperSettings, worlds: Worlds) -> Iterator[tuple[int, str, str, list[World]]]:
-    """(column, its title, method, results) of the pictures that have a column per way of fine-tuning and method of the table."""
+    """(column, title, method, results) of pictures with a column per way of fine-tuning and method of the table."""
     pairs = [(name, method, group) for name, group in by_tuning(worlds) for method in settings.table_methods]
     for column, (name, method, group) in enumerate(pairs):
         yield column, f"{name}, {method}", method, group
