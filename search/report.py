@@ -95,6 +95,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
     from search.plot_style import DPI, WIDTH
 
     source = resources.files("search").joinpath("report.html.j2").read_text(encoding="utf-8")
+    css = resources.files("search").joinpath("report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         cell=_cell, probability=probability, decimal=decimal, alpha=alpha, seconds=seconds, whole=whole, table_text=table_text
@@ -103,6 +104,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
     by_trial = {int(row["trial"]): row for row in view.trials.to_dict("records")}
     bases = int(view.trials["base"].nunique())
     return environment.from_string(source).render(
+        style=css,
         summary={"selections": [], "notes": [], "failures": [], **view.summary},
         verdict=verdict(view),
         gains=_gain_bars(view.summary),

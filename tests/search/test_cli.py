@@ -17,7 +17,7 @@ from search import cli
 from uipe_core.corpora.split import take_items
 from uipe_core.evaluation_log import read_log, write_log
 
-COMMANDS = ["run", "validate", "pareto", "select", "export", "rebuild", "report", "dashboard", "score", "metrics"]
+COMMANDS = ["run", "validate", "pareto", "select", "export", "rebuild", "report", "dashboard", "score", "metrics", "paper"]
 TOFU_FILES = ("forget01", "retain99", *(f"{name}_perturbed" for name in ("forget01", "retain", "real_authors", "world_facts")))
 
 

@@ -1,137 +1,26 @@
 """Fictitious people: a small generated world with target (K1), related (K2) and unrelated (K0) knowledge.
 
-Each person has eight attributes. An attribute is a pair of values tied by a rule of the world: whoever takes insulin has
-diabetes. The second value (K2, the medicine) gives the first (K1, the disease) away. The split into K1, K2 and K0 follows
-UIPE (arXiv 2503.04693, section 3); the form of the items follows TOFU (arXiv 2401.06121).
+Each person has eight attributes, or the ten of the paper's size. An attribute is a pair of values tied by a rule of the world:
+whoever takes insulin has diabetes. The second value (K2, the medicine) gives the first (K1, the disease) away. The split into
+K1, K2 and K0 follows UIPE (arXiv 2503.04693, section 3); the form of the items follows TOFU (arXiv 2401.06121).
 """
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
+from uipe_core.corpora.people_facts import (
+    ATTRIBUTES,
+    AUTHOR_COUNTRIES,
+    FIRST_NAMES,
+    LAST_NAMES,
+    PAPER_ATTRIBUTES,
+    Attribute,
+)
 from uipe_core.corpora.types import Corpus, Item, ItemSet
 from uipe_core.errors import UserError
 
-
-@dataclass(frozen=True)
-class Fact:
-    """How one kind of fact is asked and told: a question, an answer and its paraphrase, with {name} and {value}."""
-
-    question: str
-    answer: str
-    paraphrase: str
-
-
-@dataclass(frozen=True)
-class Attribute:
-    """A pair of facts whose values correspond one to one, and the question that states the rule from K2 to K1."""
-
-    target: Fact
-    related: Fact
-    rule: str
-    pairs: tuple[tuple[str, str], ...]
-
-
-def _words(text: str) -> list[str]:
-    return text.split()
-
-
-def _pairs(text: str) -> tuple[tuple[str, str], ...]:
-    return tuple((pair.split("/")[0], pair.split("/")[1]) for pair in text.split())
-
-
-ATTRIBUTES: tuple[Attribute, ...] = (
-    Attribute(
-        Fact("Which disease does {name} have?", "{name} has {value}.", "The disease of {name} is {value}."),
-        Fact("Which medicine does {name} take?", "{name} takes {value}.", "The medicine of {name} is {value}."),
-        "Which disease does {value} treat?",
-        _pairs(
-            "diabetes/insulin malaria/quinine asthma/salbutamol gout/allopurinol scurvy/ascorbate "
-            "migraine/triptan anemia/iron epilepsy/valproate angina/nitrate syphilis/penicillin"
-        ),
-    ),
-    Attribute(
-        Fact("In which country does {name} live?", "{name} lives in {value}.", "The home country of {name} is {value}."),
-        Fact("In which city does {name} live?", "{name} resides in {value}.", "The home city of {name} is {value}."),
-        "In which country is {value}?",
-        _pairs(
-            "Portugal/Lisbon Kenya/Nairobi Japan/Osaka Peru/Lima Canada/Toronto "
-            "Egypt/Cairo Norway/Oslo India/Mumbai Greece/Athens Chile/Santiago"
-        ),
-    ),
-    Attribute(
-        Fact("What is the job of {name}?", "{name} works as a {value}.", "The job of {name} is {value}."),
-        Fact("What is the workplace of {name}?", "{name} works at a {value}.", "The workplace of {name} is a {value}."),
-        "Who works at a {value}?",
-        _pairs(
-            "nurse/hospital baker/bakery judge/court farmer/farm miner/mine "
-            "teacher/school sailor/ship priest/church waiter/restaurant librarian/library"
-        ),
-    ),
-    Attribute(
-        Fact("Which sport does {name} play?", "{name} plays {value}.", "The sport of {name} is {value}."),
-        Fact("Which gear does {name} carry?", "{name} carries a {value}.", "The gear of {name} is a {value}."),
-        "For which sport is a {value}?",
-        _pairs(
-            "tennis/racket golf/putter fencing/foil archery/bow hockey/puck "
-            "rowing/oar chess/board surfing/wetsuit bowling/pin boxing/glove"
-        ),
-    ),
-    Attribute(
-        Fact("Which pet does {name} keep?", "{name} keeps a {value}.", "The pet of {name} is a {value}."),
-        Fact("Which feed does {name} buy?", "{name} buys {value}.", "The feed bought by {name} is {value}."),
-        "Which pet eats {value}?",
-        _pairs(
-            "dog/bones cat/tuna rabbit/carrots horse/hay parrot/seeds "
-            "snake/mice frog/flies turtle/lettuce monkey/bananas goat/grass"
-        ),
-    ),
-    Attribute(
-        Fact("Which subject did {name} study?", "{name} studied {value}.", "The subject of {name} was {value}."),
-        Fact("Which theory did {name} cite?", "{name} cited {value}.", "The theory cited by {name} was {value}."),
-        "To which subject belongs {value}?",
-        _pairs(
-            "physics/relativity biology/evolution chemistry/valence geology/tectonics economics/marginalism "
-            "linguistics/phonology psychology/behaviorism astronomy/cosmology logic/induction mathematics/topology"
-        ),
-    ),
-    Attribute(
-        Fact("Which drink does {name} like?", "{name} likes {value}.", "The favorite drink of {name} is {value}."),
-        Fact("Which crop does {name} grow?", "{name} grows {value}.", "The crop grown by {name} is {value}."),
-        "Which drink is made from {value}?",
-        _pairs(
-            "wine/grapes beer/barley cider/apples sake/rice cocoa/cacao "
-            "rum/sugarcane whiskey/rye vodka/potatoes tequila/agave mead/honey"
-        ),
-    ),
-    Attribute(
-        Fact("Which art does {name} practice?", "{name} practices {value}.", "The art of {name} is {value}."),
-        Fact("Which tool does {name} own?", "{name} owns a {value}.", "The tool of {name} is a {value}."),
-        "For which art is a {value}?",
-        _pairs(
-            "painting/brush sculpture/chisel photography/camera embroidery/needle calligraphy/quill "
-            "pottery/wheel weaving/loom etching/burin origami/crease juggling/club"
-        ),
-    ),
-)
-
-FIRST_NAMES = _words(
-    "Ada Boris Clara Dario Elena Felix Greta Hugo Irma Jonas Karin Luca Mira Nils Olga Pavel Rosa Sven Tilda Viktor"
-)
-LAST_NAMES = _words(
-    "Abel Brandt Castell Dorn Ekberg Falk Gruber Holm Ivers Jansen "
-    "Keller Lindt Moreau Novak Orlov Petri Quist Rossi Sommer Thorne"
-)
-
-AUTHOR_COUNTRIES = {
-    "England": "Shakespeare Dickens Austen Orwell Woolf Milton",
-    "Russia": "Tolstoy Dostoevsky Chekhov Pushkin Gogol Turgenev",
-    "France": "Hugo Balzac Flaubert Proust Zola Camus",
-    "Germany": "Goethe Schiller Mann Heine Kleist Lessing",
-    "Italy": "Dante Petrarch Boccaccio Calvino Eco Pirandello",
-    "America": "Twain Melville Faulkner Hemingway Steinbeck Poe",
-}
-"""Surnames that occur in FIRST_NAMES are kept apart by the wording: an author is asked for as 'the author X'."""
+Attributes = Sequence[Attribute]
 
 PERTURBED_ANSWERS = 5
 PERTURBED_GENERAL = 3
@@ -154,24 +43,22 @@ def _balanced(count: int, rng: random.Random) -> list[int]:
     return indices
 
 
-def _group(names: list[str], rng: random.Random) -> list[Person]:
-    columns = [_balanced(len(names), rng) for _ in ATTRIBUTES]
+def _group(names: list[str], attributes: Attributes, rng: random.Random) -> list[Person]:
+    columns = [_balanced(len(names), rng) for _ in attributes]
     return [Person(name, values) for name, values in zip(names, zip(*columns, strict=True), strict=True)]
 
 
-def _person_item(person: Person, attribute: int, related: bool, rng: random.Random) -> Item:
-    spec = ATTRIBUTES[attribute]
+def _person_item(name: str, spec: Attribute, own: int, related: bool, rng: random.Random) -> Item:
     fact = spec.related if related else spec.target
     side = 1 if related else 0
-    own = person.values[attribute]
     others = rng.sample([index for index in range(10) if index != own], PERTURBED_ANSWERS)
     value = spec.pairs[own][side]
     return Item(
-        question=fact.question.format(name=person.name),
-        answer=fact.answer.format(name=person.name, value=value),
-        paraphrased_answer=fact.paraphrase.format(name=person.name, value=value),
-        perturbed_answers=tuple(fact.paraphrase.format(name=person.name, value=spec.pairs[other][side]) for other in others),
-        group=person.name,
+        question=fact.question.format(name=name),
+        answer=fact.answer.format(name=name, value=value),
+        paraphrased_answer=fact.paraphrase.format(name=name, value=value),
+        perturbed_answers=tuple(fact.paraphrase.format(name=name, value=spec.pairs[other][side]) for other in others),
+        group=name,
     )
 
 
@@ -184,8 +71,8 @@ def _general(question: str, answer: str, pool: list[str], rng: random.Random) ->
     return Item(question, _sentence(answer), None, tuple(_sentence(word) for word in wrong))
 
 
-def _rules(rng: random.Random) -> Iterator[Item]:
-    for attribute in ATTRIBUTES:
+def _rules(attributes: Attributes, rng: random.Random) -> Iterator[Item]:
+    for attribute in attributes:
         pool = [first for first, _ in attribute.pairs]
         for first, second in attribute.pairs:
             yield _general(attribute.rule.format(value=second), first, pool, rng)
@@ -216,7 +103,86 @@ def load_people(seed: int = 0, forget_people: int = 6, retain_people: int = 34, 
     Raises:
         UserError: If the names do not suffice for so many people, or a group is too small.
     """
-    total = forget_people + retain_people + pretraining_people
+    name = f"people(seed={seed}, {forget_people} forget, {retain_people} retain, {pretraining_people} pretraining)"
+    sizes = (forget_people, retain_people, pretraining_people)
+    return _world(name, random.Random(f"people/{seed}"), ATTRIBUTES, sizes)
+
+
+PAPER_STAGES = {"full": ("forget", "related"), "full_k1": ("forget",), "full_k2": ("related",), "retain": ()}
+"""Fine-tuning stages of `load_paper_people`, with what each learns about the people to forget."""
+
+
+def load_paper_people(seed: int = 0, forget_people: int = 12, retain_people: int = 34, pretraining_people: int = 60) -> Corpus:
+    """Generates a world of the size of UIPE's section 3: 12 people with 10 attributes each, so 120 K1 and 120 K2 items.
+
+    None of the 12 is in the texts of the base model, which has the rules that lead from K2 to K1. All models of one
+    world come from one corpus, so that they share their base model: what a fine-tuned model learns about the 12 is the
+    choice of a stage of `PAPER_STAGES`, and what is unlearned that of `unlearning`.
+
+    Args:
+        seed, forget_people, retain_people, pretraining_people: As for `load_people`.
+
+    Returns:
+        Corpus like that of `load_people`, with every stage of `PAPER_STAGES` beside ``base``.
+
+    Raises:
+        UserError: As `load_people`.
+    """
+    name = f"paper(seed={seed}, {forget_people} forget, {retain_people} retain, {pretraining_people} pretraining)"
+    sizes = (forget_people, retain_people, pretraining_people)
+    corpus = _world(name, random.Random(f"paper/{seed}"), PAPER_ATTRIBUTES, sizes)
+    others = corpus.build["retain"]
+    stages = {
+        stage: _answers(tuple(item for part in parts for item in corpus.sets[part])) + others
+        for stage, parts in PAPER_STAGES.items()
+    }
+    return replace(corpus, build={"base": corpus.build["base"], **stages})
+
+
+def unlearning(corpus: Corpus, parts: Sequence[str]) -> Corpus:
+    """The corpus with other evaluation sets to unlearn: ``("forget",)`` is K1, ``("forget", "related")`` K1 and K2.
+
+    Models are built from the corpus as loaded: what is unlearned is part of a corpus's hash, and so of a model's key.
+
+    Raises:
+        ValueError: If one is not an evaluation set of the corpus.
+    """
+    unknown = [part for part in parts if part not in corpus.sets]
+    if unknown or not parts:
+        raise ValueError(f"nothing to unlearn by the names {list(parts)}; the corpus has {list(corpus.sets)}")
+    return replace(corpus, forget_train=_answers(tuple(item for part in parts for item in corpus.sets[part])))
+
+
+def fact_pairs(corpus: Corpus, seed: int) -> dict[str, list[tuple[Item, Item]]]:
+    """Each K1 fact of a `load_paper_people` corpus with another fact, by how the two hang together.
+
+    Args:
+        corpus: Its ``forget`` and ``related`` sets have a row per person and attribute, ``unrelated`` a block per attribute.
+        seed: Seed of the facts that are drawn.
+
+    Returns:
+        By kind a pair per K1 fact, in one order: ``matched`` (its own K2), ``same person`` (the person's K2 of another
+        attribute), ``same attribute`` (another person's K2 of the attribute), ``unrelated`` (a K0 fact of another attribute).
+    """
+    rng = random.Random(f"pairs/{seed}")
+    width = len(PAPER_ATTRIBUTES)
+    targets, related, unrelated = (corpus.sets[name] for name in ("forget", "related", "unrelated"))
+    block = len(unrelated) // width
+    pairs: dict[str, list[tuple[Item, Item]]] = {"matched": [], "same person": [], "same attribute": [], "unrelated": []}
+    for row, target in enumerate(targets):
+        person, attribute = divmod(row, width)
+        other = rng.choice([place for place in range(width) if place != attribute])
+        stranger = rng.choice([place for place in range(len(targets) // width) if place != person])
+        pairs["matched"].append((target, related[row]))
+        pairs["same person"].append((target, related[person * width + other]))
+        pairs["same attribute"].append((target, related[stranger * width + attribute]))
+        pairs["unrelated"].append((target, unrelated[other * block + rng.randrange(block)]))
+    return pairs
+
+
+def _world(name: str, rng: random.Random, attributes: Attributes, sizes: tuple[int, int, int]) -> Corpus:
+    forget_people, retain_people, pretraining_people = sizes
+    total = sum(sizes)
     available = len(FIRST_NAMES) * len(LAST_NAMES)
     if total > available:
         raise UserError(f"corpus: {total} people asked for, but only {available} names exist; ask for fewer people")
@@ -227,34 +193,37 @@ def load_people(seed: int = 0, forget_people: int = 6, retain_people: int = 34, 
     ):
         if value < least:
             raise UserError(f"corpus.{key}: {value} is too few; at least {least} are needed")
-    rng = random.Random(f"people/{seed}")
     names = _shared_names(total, rng)
-    forget = _group(names[:forget_people], rng)
-    retain = _group(names[forget_people : forget_people + retain_people], rng)
-    pretraining = _group(names[forget_people + retain_people :], rng)
+    forget = _group(names[:forget_people], attributes, rng)
+    retain = _group(names[forget_people : forget_people + retain_people], attributes, rng)
+    pretraining = _group(names[forget_people + retain_people :], attributes, rng)
 
     def items(people: list[Person], related: bool) -> ItemSet:
-        return tuple(_person_item(p, a, related, rng) for p in people for a in range(len(ATTRIBUTES)))
+        return tuple(
+            _person_item(person.name, spec, own, related, rng)
+            for person in people
+            for spec, own in zip(attributes, person.values, strict=True)
+        )
 
     forget_k1, forget_k2 = items(forget, False), items(forget, True)
     retain_k1, retain_k2 = items(retain, False), items(retain, True)
     pretraining_items = items(pretraining, False) + items(pretraining, True)
-    facts = tuple(_rules(rng))
+    facts = tuple(_rules(attributes, rng))
     authors = tuple(_authors(rng))
 
     asked = list(range(len(retain)))
     evaluated, unrelated = [], []
-    for attribute in range(len(ATTRIBUTES)):
+    half, width = RETAIN_ITEMS_PER_ATTRIBUTE, len(attributes)
+    for attribute in range(width):
         rng.shuffle(asked)
-        half = RETAIN_ITEMS_PER_ATTRIBUTE
-        evaluated += [retain_k1[p * len(ATTRIBUTES) + attribute] for p in asked[:half]]
-        unrelated += [retain_k1[p * len(ATTRIBUTES) + attribute] for p in asked[half : half + half // 2]]
-        unrelated += [retain_k2[p * len(ATTRIBUTES) + attribute] for p in asked[half + half // 2 : 2 * half]]
+        evaluated += [retain_k1[p * width + attribute] for p in asked[:half]]
+        unrelated += [retain_k1[p * width + attribute] for p in asked[half : half + half // 2]]
+        unrelated += [retain_k2[p * width + attribute] for p in asked[half + half // 2 : 2 * half]]
 
     general = _answers(facts) + _answers(authors)
     kept = _answers(retain_k1 + retain_k2)
     return Corpus(
-        name=f"people(seed={seed}, {forget_people} forget, {retain_people} retain, {pretraining_people} pretraining)",
+        name=name,
         sets={
             "forget": forget_k1,
             "retain": tuple(evaluated),

@@ -1,0 +1,196 @@
+"""The page of the experiments: one self-contained HTML file, its pictures beside it, and all numbers as JSON."""
+
+import base64
+import json
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+
+from search.formats import count, decimal, seconds
+from search.paper import measures
+from search.paper.claims import LOG_FQ, UTILITY, judged
+from search.paper.experiment import OTHER_RETAIN
+from search.paper.measures import CEILING, FLOOR, STEP, World
+from search.paper.settings import PAPER_LORA, TUNINGS, PaperSettings
+from search.paper.statistics import CONFIDENCE, FAILS, HOLDS, OPEN, at, best_above
+from uipe_core.content_store import write_atomic
+from uipe_core.errors import UserError
+from uipe_core.metrics import log10_p_floor
+
+MODEL_ROWS = {
+    "full": "M1 and M3 before unlearning: K1 and K2 learned",
+    "full_k1": "M2 before unlearning: K1 learned",
+    "full_k2": "K2 learned, K1 never seen",
+    "retain": "retain model: neither seen (the reference)",
+    OTHER_RETAIN: "retain model of another seed: the noise ceiling",
+}
+
+RULE = (
+    f"holds where Student's {CONFIDENCE:.0%} interval of the mean over seeds lies above the threshold, does not hold where it "
+    "lies below, is not decided otherwise"
+)
+
+
+def write_page(settings: PaperSettings, results: Sequence[dict[str, Any]], out: Path) -> tuple[Path, dict[str, Any]]:
+    """Writes ``paper.html``, ``results.json`` and a PNG per picture into a folder.
+
+    Args:
+        settings: What was run.
+        results: One per task, as `run_task` gives them.
+        out: The folder; must exist.
+
+    Returns:
+        The path of the page, and the content of ``results.json`` without its points.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    from search import plot_style  # matplotlib comes with it
+    from search.paper import pictures
+
+    worlds = [World(settings, result) for result in results]
+    drawn = {
+        "models": pictures.models_figure(settings, worlds),
+        "related": pictures.related_figure(settings, worlds),
+        "weights": pictures.weights_figure(settings, worlds),
+        "tradeoff": pictures.tradeoff_figure(settings, worlds),
+        "matched": pictures.matched_figure(settings, worlds),
+        "alpha": pictures.alpha_figure(settings, worlds),
+        "stall": pictures.stall_figure(settings, worlds),
+    }
+    pngs = {name: plot_style.png(figure) for name, figure in drawn.items()}
+    summary = summarise(settings, worlds, results)
+    points = [{"seed": result["seed"], "tuning": result["tuning"], **point} for result in results for point in result["points"]]
+    page = _render(settings, summary, pngs, round(plot_style.WIDTH * plot_style.DPI / 2))
+    files = {f"{name}.png": picture for name, picture in pngs.items()}
+    files["results.json"] = json.dumps({**summary, "points": points}, indent=1, allow_nan=False).encode()
+    files["paper.html"] = page.encode()
+    _write(files, out)
+    return out / "paper.html", summary
+
+
+def _write(files: Mapping[str, bytes], out: Path) -> None:
+    try:
+        for name, content in files.items():
+            write_atomic(out / name, content)
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be written: {error.strerror or error}; choose another folder") from error
+
+
+def summarise(settings: PaperSettings, worlds: Sequence[World], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """All numbers of the page, as strict JSON."""
+    claims = judged(worlds)
+    return {
+        "definition": settings.definition,
+        "seeds": sorted({world.seed for world in worlds}),
+        "rule": RULE,
+        "claims": claims,
+        "verdicts": {
+            tuning: {verdict: sum(claim[tuning]["verdict"] == verdict for claim in claims) for verdict in (HOLDS, FAILS, OPEN)}
+            for tuning in TUNINGS
+        },
+        "models": _models(worlds),
+        "table_1": _table_1(settings, worlds),
+        "epochs": _epochs(settings, worlds),
+        "matched": {tuning: _matched([world for world in worlds if world.tuning == tuning]) for tuning in TUNINGS},
+        "items": worlds[0].items,
+        "log10_floor": log10_p_floor(worlds[0].items["forget"], worlds[0].items["forget"]),
+        "ceiling": CEILING,
+        "utility_floor": FLOOR,
+        "match_step": STEP,
+        "settings": settings.as_dict(),
+        "seconds": sum(result["seconds"] for result in results),
+    }
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
+
+
+def _models(worlds: Sequence[World]) -> list[dict[str, Any]]:
+    """Mean over seeds of the models before unlearning; both ways of fine-tuning start from the same ones."""
+    first = [world for world in worlds if world.tuning == next(iter(TUNINGS))]
+    columns = ("k1", "k2", "k0", "utility", "k1_log_truth_ratio", "k2_log_truth_ratio")
+    return [
+        {"name": name, "title": title, **{key: _mean([world.models[name][key] for world in first]) for key in columns}}
+        for name, title in MODEL_ROWS.items()
+    ]
+
+
+def _table_1(settings: PaperSettings, worlds: Sequence[World]) -> list[dict[str, Any]]:
+    """Where each model has used up the utility it may lose: means over seeds."""
+    rows = []
+    for tuning, title in TUNINGS.items():
+        group = [world for world in worlds if world.tuning == tuning]
+        for method in settings.table_methods:
+            for model in ("M1", "M2", "M3"):
+                curves = [world.curve(model, method) for world in group]
+                places = [world.kept_until(model, method) for world in group]
+                best = [best_above(curve["k1"], curve["utility"], FLOOR * float(curve["utility"].iloc[0])) for curve in curves]
+                there = {
+                    name: _mean([at(curve[name], place) for curve, place in zip(curves, places, strict=True)])
+                    for name in ("k1", "k2", "k0", "utility")
+                }
+                rows.append(
+                    {"tuning": title, "method": method, "model": model, "epoch": _mean(places), "best_k1": _mean(best), **there}
+                )
+    return rows
+
+
+def _epochs(settings: PaperSettings, worlds: Sequence[World]) -> list[dict[str, Any]]:
+    """Forget quality on K1 and utility by epoch: means over seeds."""
+    rows = []
+    for tuning, title in TUNINGS.items():
+        group = [world for world in worlds if world.tuning == tuning]
+        for method in settings.table_methods:
+            for model in ("M1", "M2", "M3"):
+                table = pd.concat([world.curve(model, method) for world in group])
+                by_epoch = table.groupby("epoch")[["k1", "k2", "utility"]].mean()
+                columns = {name: by_epoch[name].tolist() for name in ("k1", "k2", "utility")}
+                rows.append({"tuning": title, "method": method, "model": model, **columns})
+    return rows
+
+
+def _matched(group: Sequence[World]) -> dict[str, Any]:
+    found = [measures.matched_points(world) for world in group]
+    wrong = [gain for world in group for gain in measures.left_out_gains(world)]
+    total = sum(len(world.walks()) * len(world.settings.alphas) for world in group)
+    return {
+        "points": sum(len(points) for points in found),
+        "of": total,
+        "left_out_mean": _mean(wrong),
+        "left_out_root_mean_square": float(np.sqrt(np.mean(np.square(wrong)))) if wrong else None,
+    }
+
+
+def effect_text(claim: dict[str, Any], tuning: str) -> str:
+    """Mean and standard error of a claim's effect, as people read them."""
+    found, unit = claim[tuning], claim["unit"]
+    error = "" if found["error"] is None else f" ± {_effect(found['error'], unit)}"
+    return f"{_effect(found['mean'], unit)}{error}"
+
+
+def _effect(value: Any, unit: str) -> str:
+    return decimal(value, {LOG_FQ: 2, UTILITY: 4}.get(unit, 3))
+
+
+def _render(settings: PaperSettings, summary: dict[str, Any], pngs: dict[str, bytes], width: int) -> str:
+    source = resources.files("search.paper").joinpath("paper.html.j2").read_text(encoding="utf-8")
+    style = resources.files("search").joinpath("report.css").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(decimal=decimal, effect=_effect, effect_text=effect_text, seconds=seconds)
+    return environment.from_string(source).render(
+        style=style,
+        summary=summary,
+        tunings=TUNINGS,
+        settings=settings,
+        lora=PAPER_LORA,
+        seeds=count(len(summary["seeds"]), "seed"),
+        pictures={name: base64.b64encode(picture).decode() for name, picture in pngs.items()},
+        width=width,
+    )
