@@ -1,7 +1,7 @@
 """Results on multiple-choice questions as a JSON file, question by question, written and read.
 
-One object: ``definition``, ``seconds``, ``metadata`` and ``sets``. A set has its ``item_hash`` and, in the order of its questions,
-``log_likelihood`` (a list per question with a number per choice), ``answers``, ``correct`` and ``logit_spread``.
+One object: ``definition``, ``seconds``, ``metadata`` and ``sets``. A set has its ``item_hash`` and, in the order of its
+questions, ``log_likelihood`` (a list per question, a number per choice), ``answers``, ``correct`` and ``logit_spread``.
 """
 
 import json
@@ -64,6 +64,15 @@ def read_choice_log(path: str | Path) -> ChoiceReport:
     if not isinstance(seconds, dict):
         raise _broken(path, "seconds", "is no object")
     return ChoiceReport({name: _read(path, name, part) for name, part in sets.items()}, seconds)
+
+
+def is_choice_log(path: str | Path) -> bool:
+    """Whether a file holds what `write_choice_log` writes; False too for one that cannot be read."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("definition") == CHOICE_DEFINITION
 
 
 def _written(scores: ChoiceScores) -> dict[str, Any]:

@@ -66,6 +66,11 @@ class ChoiceMetrics:
     utility: Accuracy
 
     @property
+    def definition(self) -> str:
+        """Name of the metric definition."""
+        return CHOICE_DEFINITION
+
+    @property
     def forgetting_to_chance(self) -> float:
         """Minus the forget accuracy above chance, in [-1, 0], to be maximised; 0 is chance or below, which earns nothing."""
         return 0.0 - self.forget.above_chance
@@ -78,7 +83,7 @@ class ChoiceMetrics:
     def as_dict(self) -> dict[str, Any]:
         """All numbers, ready for JSON."""
         return {
-            "definition": CHOICE_DEFINITION,
+            "definition": self.definition,
             "forgetting_to_chance": self.forgetting_to_chance,
             "forget_accuracy": self.forget.accuracy,
             "forget_accuracy_se": self.forget.standard_error,

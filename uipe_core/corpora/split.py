@@ -1,10 +1,10 @@
 """Halves of a corpus: one to choose by, one to report on, because points picked at a threshold fall back below it."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from uipe_core.corpora.types import ChoiceSet, Corpus, ItemSet
+from uipe_core.corpora.types import ChoiceItem, Corpus, Item
 from uipe_core.errors import UserError
 
 Rows = Mapping[str, tuple[int, ...]]
@@ -52,11 +52,11 @@ def split_corpus(corpus: Corpus, share: float | None, seed: int) -> Split:
     return Split(select, report)
 
 
-def _evaluated(corpus: Corpus) -> Mapping[str, ItemSet | ChoiceSet]:
+def _evaluated(corpus: Corpus) -> Mapping[str, Sequence[Item | ChoiceItem]]:
     return {**corpus.sets, **corpus.choices}
 
 
-def _chosen(items: ItemSet | ChoiceSet, share: float, seed: int) -> tuple[int, ...]:
+def _chosen(items: Sequence[Item | ChoiceItem], share: float, seed: int) -> tuple[int, ...]:
     generator = random.Random(f"split/{seed}")
     groups: dict[str | None, list[int]] = {}
     for row, item in enumerate(items):

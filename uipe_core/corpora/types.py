@@ -81,7 +81,7 @@ CHOICE_SETS = ("forget", "utility")
 """Evaluation sets of a multiple-choice corpus."""
 
 
-def item_set_hash(items: Sequence[Item] | Sequence[ChoiceItem]) -> str:
+def item_set_hash(items: Sequence[Item | ChoiceItem]) -> str:
     """Hash of what is asked and answered, in order: 16 hexadecimal digits.
 
     Index, question and every answer go in, because one TOFU question string occurs twice: text alone is no key. For a
