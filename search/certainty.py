@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from search.objectives import Objective
 from search.study_store import StudyStore
-from uipe_core.corpora.types import UTILITY_SETS
+from uipe_core.corpora.types import CHOICE_SETS, UTILITY_SETS
 from uipe_core.definitions import Definition, definition_named
 from uipe_core.metrics import item_components, quality_ratios
 from uipe_core.score_report import FloatArray, SetScores
@@ -40,14 +40,16 @@ def certainty(store: StudyStore, trials: pd.DataFrame, retain: int | None) -> pd
     Returns:
         A row per trial whose item scores are kept: ``trial``, per objective ``<name>_low`` and ``<name>_high`` (95% percentile
         interval), ``front_probability`` (share of draws in which no other trial dominates it), and for front points ``alike``
-        (a number from 1: points of one number cannot be told apart). Empty where the retain model's item scores are missing.
+        (a number from 1: points of one number cannot be told apart). Empty where forget quality lacks the retain model's
+        item scores.
     """
+    choices = store.spec.corpus.kind == "multiple_choice"
     reference = None if retain is None else store.items(retain, control=True)
     kept = {int(number): store.items(int(number)) for number in trials["trial"]}
     scores = {number: arrays for number, arrays in kept.items() if arrays is not None}
-    if reference is None or not scores:
+    if not scores or (reference is None and not choices):
         return pd.DataFrame(columns=["trial", "front_probability", "alike"])
-    draws = _Draws(store, reference)
+    draws = _ChoiceDraws(store) if reference is None else _Draws(store, reference)
     values = np.stack([draws.of(arrays) for arrays in scores.values()], axis=1)
     low, high = intervals(values)
     table = pd.DataFrame({"trial": list(scores), "front_probability": front_probability(values)})
@@ -95,6 +97,24 @@ class _Draws:
             for component, values in item_components(set_scores(arrays, name), name, self._definition).items():
                 components[component], weights[component] = values, self._weights[name]
         return bootstrap_harmonic_mean(components, weights)
+
+
+class _ChoiceDraws:
+    """The draws of a bootstrap over multiple-choice questions."""
+
+    def __init__(self, store: StudyStore) -> None:
+        groups = store.record["corpus"]["groups"]
+        self._weights = {name: group_weights(of_set, store.spec.seed) for name, of_set in groups.items()}
+
+    def of(self, arrays: Arrays) -> FloatArray:
+        """(d, 2) forgetting and utility of one trial in every draw."""
+        accuracy = {name: self._mean(name, arrays[f"{name}/correct"]) for name in CHOICE_SETS}
+        chance = self._mean("forget", 1.0 / arrays["forget/choices"])
+        return np.stack([-np.maximum(0.0, accuracy["forget"] - chance), accuracy["utility"]], axis=1)
+
+    def _mean(self, name: str, values: NDArray[Any]) -> FloatArray:
+        weights = self._weights[name]
+        return (weights @ values) / weights.sum(axis=1)
 
 
 def set_scores(arrays: Arrays, name: str) -> SetScores:

@@ -175,7 +175,7 @@ def confirm(
     result = confirm_study(out, top, seeds)
     rows = result.rows_of(result.confirmations)
     if as_json:
-        _print_json({"study": result.store.record["name"], "definition": result.spec.scoring.definition, "confirmed": rows})
+        _print_json({"study": result.store.record["name"], "definition": result.spec.definition, "confirmed": rows})
         return
     for row in rows:
         point = f"{row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}"
@@ -184,7 +184,7 @@ def confirm(
             own, mean, spread = (row[f"{objective.name}{suffix}"] for suffix in ("", "_mean", "_spread"))
             places = objective.places
             typer.echo(f"  {objective.title:24} own seed {own:.{places}f}   all seeds {mean:.{places}f} +- {spread:.{places}f}")
-    typer.echo(f"metrics: {result.spec.scoring.definition}; report: {result.report_path}")
+    typer.echo(f"metrics: {result.spec.definition}; report: {result.report_path}")
 
 
 @app.command(epilog="Example: uipe report runs/quickstart")
@@ -210,7 +210,9 @@ def dashboard(out: Out, port: Annotated[int, typer.Option(min=1, max=65535, help
 @app.command(epilog="Example: uipe score --model exported --corpus people --log scores.json")
 def score(
     model: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")],
-    corpus: Annotated[str, typer.Option(help="people, tofu (from the hub) or tofu:FOLDER.")],
+    corpus: Annotated[
+        str, typer.Option(help="people, tofu or choices (WMDP-Bio and MMLU), both from the hub, tofu:FOLDER or choices:FOLDER.")
+    ],
     split: Annotated[str, typer.Option(help="TOFU's forget split.")] = "forget01",
     first_items: Annotated[
         int | None, typer.Option(min=1, help="TOFU: only so many items of every set, 300 as in locuslab/tofu's logs.")
@@ -242,8 +244,8 @@ def score(
 
     _quieten()
     scoring = ScoringConfig.of(definition, batch_size, max_new_tokens)
-    items = corpus_named(corpus, split, seed, first_items)
     loading = Loading(dtype, device, prompt_template, prompt_format)
+    items = corpus_named(corpus, split, seed, first_items)
     _print_metrics(score_once(model, items, loading, scoring, definition, reference, log, log_format), as_json)
 
 
@@ -323,9 +325,10 @@ def _print_front(result: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from search.objectives import flag_of
     from search.report_data import collapsed
 
-    definition = result.spec.scoring.definition
+    definition = result.spec.definition
     title = f"Pareto front of {result.store.record['name']} (metrics: {definition})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     columns = {
@@ -352,7 +355,8 @@ def _print_front(result: Any) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     if result.front["flagged"].any():
-        console.print("! utility above both the initial and the retain model: look at its logit scale before believing it")
+        flag = flag_of(result.objectives)
+        console.print(f"! {flag.meaning}, {flag.caution}")
     for row in result.front[collapsed(result.front)].to_dict("records"):
         console.print(f"x trial {row['trial']} has collapsed ({row['collapsed']}): no rule selects it", markup=False)
 
@@ -363,6 +367,8 @@ def _objective_columns(objectives: Any) -> dict[str, tuple[str, str]]:
         columns[objective.name] = (objective.head, f"{{:.{objective.places}f}}")
         if objective.p_value is not None:
             columns[objective.p_value] = (objective.head.removeprefix("log10\n"), "{:.2g}")
+        for key, head in objective.beside:
+            columns[key] = (head.replace(" ", "\n", 1), f"{{:.{objective.places}f}}")
     return columns
 
 

@@ -22,7 +22,7 @@ def write_notes(result: StudyResult) -> None:
     lines = [
         f"# {record['name']}",
         *result.verdict(),
-        f"Corpus: {record['corpus']['name']}. Metric definition: {record['spec']['scoring']['definition']}.",
+        f"Corpus: {record['corpus']['name']}. Metric definition: {result.spec.definition}.",
         f"Report: {result.report_path}",
         "\n".join(table),
         f"Controls are in the study **{record['name']}.controls**.",

@@ -5,17 +5,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from search.measures import Report, is_flagged, measure, scorer_of, suspicious_utility
 from search.space import Point
+from uipe_core.choice_metrics import ChoiceMetrics
 from uipe_core.collapse import collapse_reason
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.definitions import definition_named
 from uipe_core.delta_store import BaseRun
-from uipe_core.metrics import Metrics, evaluate, quality_ratios
+from uipe_core.metrics import Metrics, quality_ratios
 from uipe_core.models import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
 from uipe_core.prompts import PromptFormat
 from uipe_core.score_report import ScoreReport
-from uipe_core.scoring import Scorer, ScoringConfig
+from uipe_core.scoring import ScoringConfig
 from uipe_core.uncertainty import paired_permutation
 from uipe_core.update_vectors import Extrapolator, UpdateVector, random_direction, snapshot
 
@@ -91,7 +93,7 @@ class StudyContext:
     source: ModelSource
     runs: Mapping[str, BaseRun]
     methods: Mapping[str, str]
-    references: Mapping[str, ScoreReport]
+    references: Mapping[str, Report]
     scoring: ScoringConfig
     definition: str
     seed: int
@@ -112,13 +114,9 @@ class _Half:
 
     def __init__(self, context: StudyContext, rows: Rows, prompts: PromptFormat) -> None:
         corpus = take_items(context.corpus, rows)
-        self.scorer = Scorer(corpus, prompts, context.scoring)
+        self.scorer = scorer_of(corpus, prompts, context.scoring)
         self.references = {name: report.take(rows, corpus.set_hashes) for name, report in context.references.items()}
-        utilities = [
-            evaluate(self.references[name], self.references["retain"], context.definition).model_utility
-            for name in ("initial", "retain")
-        ]
-        self.best_utility = max(utilities)
+        self.suspicious_utility = suspicious_utility(self.references, context.definition)
 
 
 class Evaluator:
@@ -131,23 +129,20 @@ class Evaluator:
     def __init__(self, context: StudyContext) -> None:
         set_threads(context.threads)
         self.context = context
-        self._definition = definition_named(context.definition)
         self.loaded, self._walker = load_for_scoring(context.source)
         self._halves: dict[bool, _Half] = {}
         self._last: tuple[tuple[str, int], UpdateVector] | None = None
 
-    def evaluate(self, job: Job) -> tuple[dict[str, Any], ScoreReport]:
+    def evaluate(self, job: Job) -> tuple[dict[str, Any], Report]:
         """Evidence of one job, flat and JSON-able with objectives under their metric names; and the scores behind it."""
         started = time.perf_counter()
         half = self._half(job.kind in REPORTED_KINDS)
         report, norm = self._report(job, half)
-        metrics = evaluate(report, half.references["retain"], self.context.definition)
-        retain = half.references["retain"]
-        ratios, expected = (quality_ratios(each.sets["forget"], self._definition) for each in (report, retain))
+        metrics = measure(report, half.references.get("retain"), self.context.definition)
         facts = {
             **evidence(job, metrics, report, half.references["initial"], self.context.methods),
-            "paired_p": paired_permutation(ratios, expected, self.context.seed),
-            "flagged": metrics.model_utility > half.best_utility,
+            **self._paired(report, half),
+            "flagged": is_flagged(metrics, half.suspicious_utility),
             "update_norm": None if norm is None else norm * abs(1.0 + (job.alpha or 0.0)),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "device": self.loaded.device.type,
@@ -163,7 +158,7 @@ class Evaluator:
             self._halves[reported] = _Half(self.context, rows, self.loaded.prompts)
         return self._halves[reported]
 
-    def _report(self, job: Job, half: _Half) -> tuple[ScoreReport, float | None]:
+    def _report(self, job: Job, half: _Half) -> tuple[Report, float | None]:
         if job.model is not None:
             return half.references[job.model], None
         if job.run is None or job.epoch is None or job.alpha is None:
@@ -177,6 +172,15 @@ class Evaluator:
         report = half.scorer.score(self._on(model), temperature=job.temperature)
         return replace(report, seconds={"apply": applied, **report.seconds}), update.norm
 
+    def _paired(self, report: Report, half: _Half) -> dict[str, float]:
+        """p-value of the paired test between the truth ratios of a model and the retain model; nothing for multiple choice."""
+        retain = half.references.get("retain")
+        if not isinstance(report, ScoreReport) or not isinstance(retain, ScoreReport):
+            return {}
+        definition = definition_named(self.context.definition)
+        ratios, expected = (quality_ratios(each.sets["forget"], definition) for each in (report, retain))
+        return {"paired_p": paired_permutation(ratios, expected, self.context.seed)}
+
     def _on(self, model: Any) -> LoadedModel:
         return replace(self.loaded, model=model)
 
@@ -188,12 +192,9 @@ class Evaluator:
 
 
 def evidence(
-    job: Job, metrics: Metrics, report: ScoreReport, initial: ScoreReport, methods: Mapping[str, str]
+    job: Job, metrics: Metrics | ChoiceMetrics, report: Report, initial: Report, methods: Mapping[str, str]
 ) -> dict[str, Any]:
     """Everything a trial carries about its numbers."""
-    quality = metrics.forget_quality
-    if quality is None:
-        raise ValueError("a trial is always scored against a reference")
     scale = None
     if report.logit_scale is not None and initial.logit_scale:
         scale = report.logit_scale / initial.logit_scale
@@ -204,6 +205,21 @@ def evidence(
         "epoch": job.epoch,
         "alpha": job.alpha,
         "walk": _walk(job),
+        "logit_scale": scale,
+        "collapsed": collapse_reason(report) if isinstance(report, ScoreReport) else None,
+        **(metrics.as_dict() if isinstance(metrics, ChoiceMetrics) else _free_text(metrics)),
+    }
+    if job.temperature != 1.0:
+        facts["temperature"] = job.temperature
+    facts.update({name: value for name in ("of_trial", "model", "seed") if (value := getattr(job, name)) is not None})
+    return facts
+
+
+def _free_text(metrics: Metrics) -> dict[str, Any]:
+    quality = metrics.forget_quality
+    if quality is None:
+        raise ValueError("a trial is always scored against a reference")
+    return {
         "definition": metrics.definition,
         "log10_forget_quality": quality.log10_p,
         "forget_quality": quality.p_value,
@@ -211,17 +227,9 @@ def evidence(
         "model_utility": metrics.model_utility,
         "components": dict(metrics.components),
         "forget_components": dict(metrics.forget),
-        "logit_scale": scale,
-        "collapsed": collapse_reason(report),
+        **{f"{name}_{key}": value for name, memorized in metrics.memorization.items() for key, value in memorized.items()},
+        **{f"{name}_log10_forget_quality": related.log10_p for name, related in metrics.related.items()},
     }
-    for name, memorized in metrics.memorization.items():
-        facts |= {f"{name}_{key}": value for key, value in memorized.items()}
-    for name, related in metrics.related.items():
-        facts[f"{name}_log10_forget_quality"] = related.log10_p
-    if job.temperature != 1.0:
-        facts["temperature"] = job.temperature
-    facts.update({name: value for name in ("of_trial", "model", "seed") if (value := getattr(job, name)) is not None})
-    return facts
 
 
 def _walk(job: Job) -> str | None:

@@ -11,24 +11,27 @@ from typing import Any
 import yaml
 
 from search.evaluator import load_for_scoring
+from search.measures import Report, measure, scorer_of
+from search.objectives import objectives_of
 from search.preparation import Preparation, checkpoint_folder, prepare
 from search.spec import BaseRunSpec, StudySpec
 from search.spec_sections import PretrainedModel
 from uipe_core.adapter_files import is_adapter
 from uipe_core.checkpoints import import_checkpoints
+from uipe_core.choice_metrics import ChoiceMetrics
 from uipe_core.corpora.split import take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.errors import ExportMismatchError, UserError
 from uipe_core.evaluation_log import read_log
 from uipe_core.initial_model import open_initial
-from uipe_core.metrics import Metrics, evaluate
+from uipe_core.metrics import Metrics
 from uipe_core.models import LoadedModel, ModelSource
-from uipe_core.score_report import ScoreReport
-from uipe_core.scoring import Scorer
 from uipe_core.tiny_models import tiny_model
 from uipe_core.training import train_base_run
 from uipe_core.update_vectors import DENSE, UpdateVector, adapter_scale, wrap_adapter
+
+Numbers = Metrics | ChoiceMetrics
 
 FORMS = ("recipe", "adapter", "model")
 RECIPE_FILE = "recipe.yaml"
@@ -113,7 +116,7 @@ def _require_whole(recipe: Recipe) -> None:
         raise ValueError(f"point.base is {recipe.base!r}, its study has {', '.join(epochs)}")
     if not 1 <= recipe.epoch <= epochs[recipe.base]:
         raise ValueError(f"point.epoch is {recipe.epoch}, its study has 1 to {epochs[recipe.base]}")
-    numbers = [recipe.alpha, *(float(recipe.expected[name]) for name in ("model_utility", "ks_statistic"))]
+    numbers = [recipe.alpha, *(float(recipe.expected[name]) for name in _checked(recipe.spec))]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("alpha or an expected number is not finite")
 
@@ -126,7 +129,9 @@ def recipe_of(record: Mapping[str, Any], spec: StudySpec, row: Mapping[Any, Any]
         spec: The study's spec.
         row: The trial as a row of `search.results.StudyResult.trials`.
     """
-    names = ("definition", "model_utility", "log10_forget_quality", "forget_quality", "ks_statistic")
+    objectives = objectives_of(spec)
+    p_values = [objective.p_value for objective in objectives if objective.p_value is not None]
+    names = dict.fromkeys(["definition", *(objective.name for objective in objectives), *p_values, *_checked(spec)])
     expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}
     delta = record["base_runs"][row["base"]]["delta"]
     provenance = {name: record[name] for name in ("models", "versions")} | {"corpus": record["corpus"]["name"], "delta": delta}
@@ -142,14 +147,14 @@ def recipe_of(record: Mapping[str, Any], spec: StudySpec, row: Mapping[Any, Any]
     )
 
 
-def export(recipe: Recipe, to: Path, form: str, reference: ScoreReport | None = None) -> Path:
+def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None) -> Path:
     """Writes an export, loads it afresh with transformers, and scores it again.
 
     Args:
         recipe: What to export.
         to: Folder to write; must not exist, or be empty. It appears whole or not at all.
         form: ``recipe`` (YAML), ``adapter`` (PEFT, scaled by 1 + alpha) or ``model`` (`save_pretrained`, safetensors).
-        reference: Scores of the retain model; scored here when not given.
+        reference: Scores of the retain model; scored here where there is such a model and they are not given.
 
     Returns:
         `to`.
@@ -180,9 +185,7 @@ def export(recipe: Recipe, to: Path, form: str, reference: ScoreReport | None = 
         else:
             _write_weights(recipe, preparation, temporary, form)
             metrics, held_out = _score_afresh(preparation, temporary, reference)
-            # The KS statistic moves in steps of one item, so a merged adapter may differ by a step or two.
-            steps = 2 / len(preparation.split.select["forget"])
-            _require_same(recipe, metrics, MERGED if low_rank else SAME, steps if low_rank else SAME)
+            _require_same(recipe, metrics, _tolerances(recipe.spec, preparation, low_rank))
             (temporary / "README.md").write_text(_card(recipe, metrics, held_out, form))
         if to.exists():
             to.rmdir()
@@ -252,9 +255,9 @@ def _base_run(preparation: Preparation, label: str, source: ModelSource) -> Base
     return store.get_or_train(inputs, train_base_run(source.load(dtype="auto"), preparation.corpus, config))
 
 
-def _score_afresh(preparation: Preparation, folder: Path, reference: ScoreReport | None) -> tuple[Metrics, Metrics | None]:
+def _score_afresh(preparation: Preparation, folder: Path, reference: Report | None) -> tuple[Numbers, Numbers | None]:
     """Scores the written folder as a stranger would load it: on the items trials are scored on, and on those for reporting."""
-    if reference is None:
+    if reference is None and "retain" in preparation.models:
         log = preparation.retain_log
         if log is not None:
             reference = read_log(log)
@@ -265,20 +268,41 @@ def _score_afresh(preparation: Preparation, folder: Path, reference: ScoreReport
     for rows in (split.select,) if preparation.spec.split is None else (split.select, split.report):
         # The trial's own batches: in other company the last bits of an answer's loss may differ.
         corpus = take_items(preparation.corpus, rows)
-        against = reference.take(rows, corpus.set_hashes)
-        numbers.append(evaluate(_score(corpus, preparation, loaded), against, preparation.spec.scoring.definition))
+        against = None if reference is None else reference.take(rows, corpus.set_hashes)
+        numbers.append(measure(_score(corpus, preparation, loaded), against, preparation.spec.definition))
     return numbers[0], numbers[1] if len(numbers) > 1 else None
 
 
-def _score(corpus: Corpus, preparation: Preparation, loaded: LoadedModel) -> ScoreReport:
-    return Scorer(corpus, loaded.prompts, preparation.scoring).score(loaded)
+def _score(corpus: Corpus, preparation: Preparation, loaded: LoadedModel) -> Report:
+    return scorer_of(corpus, loaded.prompts, preparation.scoring).score(loaded)
 
 
-def _require_same(recipe: Recipe, metrics: Metrics, utility_tolerance: float, ks_tolerance: float) -> None:
-    quality = metrics.forget_quality
-    assert quality is not None
-    got = {"model_utility": metrics.model_utility, "ks_statistic": quality.ks_statistic}
-    allowed = {"model_utility": utility_tolerance, "ks_statistic": ks_tolerance}
+def _checked(spec: StudySpec) -> tuple[str, str]:
+    """The numbers by which an export is known to be its trial: one of forgetting, one of utility."""
+    choices = spec.corpus.kind == "multiple_choice"
+    return ("forget_accuracy", "utility_accuracy") if choices else ("ks_statistic", "model_utility")
+
+
+def _tolerances(spec: StudySpec, preparation: Preparation, low_rank: bool) -> dict[str, float]:
+    """How far each checked number may be from the trial's.
+
+    KS statistic and accuracies move in steps of one item, so a merged adapter may differ by a step or two.
+    """
+    if not low_rank:
+        return dict.fromkeys(_checked(spec), SAME)
+    steps = {name: 2 / len(rows) for name, rows in preparation.split.select.items()}
+    if spec.corpus.kind == "multiple_choice":
+        return {"forget_accuracy": steps["forget"], "utility_accuracy": steps["utility"]}
+    return {"ks_statistic": steps["forget"], "model_utility": MERGED}
+
+
+def _require_same(recipe: Recipe, metrics: Numbers, allowed: Mapping[str, float]) -> None:
+    if isinstance(metrics, ChoiceMetrics):
+        got = {"forget_accuracy": metrics.forget.accuracy, "utility_accuracy": metrics.utility.accuracy}
+    else:
+        quality = metrics.forget_quality
+        assert quality is not None
+        got = {"ks_statistic": quality.ks_statistic, "model_utility": metrics.model_utility}
     wrong = [
         f"{name}: trial {recipe.expected[name]:.6g}, export {value:.6g}, apart by {abs(value - recipe.expected[name]):.2g}"
         for name, value in got.items()
@@ -310,7 +334,7 @@ def _origin(recipe: Recipe) -> str:
     return f"unlearned with {recipe.base} ({hyperparameters}), epoch {recipe.epoch}"
 
 
-def _card(recipe: Recipe, metrics: Metrics, held_out: Metrics | None, form: str) -> str:
+def _card(recipe: Recipe, metrics: Numbers, held_out: Numbers | None, form: str) -> str:
     rows = _card_rows(metrics)
     other = {} if held_out is None else _card_rows(held_out)
     heads = (
@@ -319,6 +343,8 @@ def _card(recipe: Recipe, metrics: Metrics, held_out: Metrics | None, form: str)
         else "| metric | items selected by | held-out items |\n|---|---|---|"
     )
     table = "\n".join(f"| {name} | {value} |" + (f" {other[name]} |" if other else "") for name, value in rows.items())
+    retain = recipe.provenance["models"].get("retain")
+    reference = "chance" if retain is None else f"retain model `{retain}`"
     what = "LoRA adapter, already scaled by 1 + alpha" if form == "adapter" else "Full model"
     return f"""---
 tags: [unlearning, uipe]
@@ -330,7 +356,7 @@ library_name: {"peft" if form == "adapter" else "transformers"}
 alpha = {recipe.alpha:.6g}: theta = theta_init + (1 + alpha) * delta (UIPE, arXiv 2503.04693).
 
 - initial model: `{recipe.provenance["models"]["initial"]}`
-- retain model (reference): `{recipe.provenance["models"]["retain"]}`
+- reference: {reference}
 - corpus: {recipe.provenance["corpus"]}
 - prompts: {_prompts(recipe.spec)}
 
@@ -343,7 +369,15 @@ Rebuild it from `{RECIPE_FILE}`: `uipe rebuild {RECIPE_FILE} --to DIR --as {form
 """
 
 
-def _card_rows(metrics: Metrics) -> dict[str, str]:
+def _card_rows(metrics: Numbers) -> dict[str, str]:
+    if isinstance(metrics, ChoiceMetrics):
+        sets = {"forget": metrics.forget, "utility": metrics.utility}
+        rows = {
+            f"{name} accuracy (chance {each.chance:.4f})": f"{each.accuracy:.4f} ± {each.standard_error:.4f}"
+            for name, each in sets.items()
+        }
+        rows["mean probability of the right forget answer"] = f"{metrics.forget.answer_probability:.4f}"
+        return {**rows, "forget accuracy below chance": "yes: answers known and avoided" if metrics.below_chance else "no"}
     quality = metrics.forget_quality
     assert quality is not None
     return {

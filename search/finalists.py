@@ -32,7 +32,9 @@ def mirror_jobs(store: StudyStore) -> list[Job]:
         if store.spec.split is not None:
             wanted.append(Job("held_out", *point, of_trial=int(row["trial"])))
         scale = row.get("logit_scale")
-        if scale is not None and np.isfinite(scale) and scale > 0:
+        # Which letter is likeliest does not depend on the scale of the logits.
+        matters = store.spec.corpus.kind != "multiple_choice"
+        if matters and scale is not None and np.isfinite(scale) and scale > 0:
             wanted.append(Job("matched_scale", *point, temperature=float(scale), of_trial=int(row["trial"])))
         jobs += [job for job in wanted if (job.kind, job.of_trial) not in done]
     return jobs

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from search.evaluator import StudyContext, retrained
+from search.measures import Report, measure, read_report, write_report
 from search.preparation import Preparation, ReferenceModel
 from search.progress import Bars
 from search.study_store import StudyStore
@@ -16,11 +17,9 @@ from search.workers import build_tiny, import_and_publish, score_model, train_an
 from uipe_core.checkpoints import find_checkpoints
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
-from uipe_core.evaluation_log import read_log, write_log
 from uipe_core.item_check import require_same_items
-from uipe_core.metrics import evaluate
 from uipe_core.models import ModelSource
-from uipe_core.score_report import ScoreReport
+from uipe_core.score_report import SetScores
 from uipe_core.tiny_models import TinyModelConfig
 from uipe_core.training import DivergedError
 
@@ -64,7 +63,7 @@ class Groundwork:
             methods={**{run.label: run.method for run in spec.variants()}, **{label: label for label in spec.checkpoints}},
             references=reports,
             scoring=self.preparation.scoring,
-            definition=spec.scoring.definition,
+            definition=spec.definition,
             seed=spec.seed,
             threads=spec.resources.threads_per_worker,
         )
@@ -96,7 +95,7 @@ class Groundwork:
 
     def _runs_and_reports(
         self, sources: Mapping[str, ModelSource], further: list[tuple[str, int]]
-    ) -> tuple[dict[str, BaseRun], dict[str, ScoreReport]]:
+    ) -> tuple[dict[str, BaseRun], dict[str, Report]]:
         preparation, spec = self.preparation, self.preparation.spec
         variants = {run.label: run for run in spec.variants()}
         wanted = {label: (run, preparation.unlearning(run)) for label, run in variants.items()}
@@ -123,11 +122,11 @@ class Groundwork:
                 continue
             imported = (preparation.initial_folder, given, preparation.delta_root, preparation.trust_remote_code, threads)
             tasks[label] = self._task(import_and_publish, *imported, self.board, label)
-        reports: dict[str, ScoreReport] = {}
+        reports: dict[str, Report] = {}
         for model in preparation.references:
             log = model.log or self.store.out / "logs" / f"{model.name}.json"
             if log.is_file():
-                reports[model.name] = read_log(log)
+                reports[model.name] = read_report(log, bool(preparation.corpus.choices))
             else:
                 title = f"scoring: {model.name.replace('_', ' ')} model"
                 wanted_scores = (sources[model.name], preparation.corpus, preparation.scoring, threads, self.board, title)
@@ -137,24 +136,26 @@ class Groundwork:
             scored = results.pop(f"score {model.name}", None)
             if scored is not None:
                 reports[model.name] = scored
-                write_log(scored, self.store.out / "logs" / f"{model.name}.json", {"study": spec.name, "model": model.name})
+                write_report(scored, self.store.out / "logs" / f"{model.name}.json", {"study": spec.name, "model": model.name})
         runs.update(results)
         known_runs = {name: {"delta": run.key, "epochs": list(run.epochs)} for name, run in runs.items()}
         self.store.record["base_runs"] = {**self.store.record.get("base_runs", {}), **known_runs}
         self.store.save_record()
         return runs, reports
 
-    def _check(self, reports: Mapping[str, ScoreReport]) -> None:
+    def _check(self, reports: Mapping[str, Report]) -> None:
         """Whether given logs will do, found out once here: in the workers they would fail every trial."""
         for model in self.preparation.references:
             if model.log is None:
                 continue
             for name in ("initial", model.name):
                 try:
-                    evaluate(reports[name], reports[model.name], self.preparation.spec.scoring.definition)
+                    measure(reports[name], reports[model.name], self.preparation.spec.definition)
                     # Halves are taken from every set, not only from those that forget quality compares.
-                    for key in reports[name].sets.keys() & reports[model.name].sets.keys():
-                        require_same_items(reports[name].sets[key], reports[model.name].sets[key], key)
+                    scores, given = reports[name].sets, reports[model.name].sets
+                    for key in scores.keys() & given.keys():
+                        if isinstance(scored := scores[key], SetScores) and isinstance(expected := given[key], SetScores):
+                            require_same_items(scored, expected, key)
                 except UserError as error:
                     raise UserError(f"model.{model.kind}: {error}") from error
 

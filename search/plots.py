@@ -15,6 +15,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 
+from search.objectives import Objective
 from search.plot_style import BAND, DPI, FAINT, INK, MUTED, PALETTE, WIDTH, padded, plain, style, title
 from search.report_data import FORGETTING, UTILITY, ReportData
 
@@ -49,8 +50,9 @@ def front_figure(view: ReportData) -> Figure:
     trials, controls = view.by_role(view.trials), view.by_role(_drawn(view.controls))
     third = view.objectives[2] if len(view.objectives) > 2 else None
     front = trials[trials["on_front"]].dropna(subset=[FORGETTING, UTILITY])
-    full = _window(pd.concat([trials, controls])[[FORGETTING, UTILITY]].dropna())
-    close = _window(pd.concat([front, controls[controls["kind"].isin(_REFERENCES)]])[[FORGETTING, UTILITY]].dropna())
+    full = _window(pd.concat([trials, controls])[[FORGETTING, UTILITY]].dropna(), view.objectives[0])
+    near = pd.concat([front, controls[controls["kind"].isin(_REFERENCES)]])[[FORGETTING, UTILITY]].dropna()
+    close = _window(near, view.objectives[0])
     zoomed = third is None and len(front) > 1 and _area(close) < 0.55 * _area(full)
     figure = Figure(figsize=(WIDTH, 6.3), dpi=DPI, layout="constrained")
     panels = list(figure.subplots(1, 1 + (zoomed or third is not None), squeeze=False)[0])
@@ -60,7 +62,9 @@ def front_figure(view: ReportData) -> Figure:
         shown.append((view.objectives[0], trials, controls, close))
     elif third is not None:
         points, references = (table.assign(**{FORGETTING: table[third.name].astype(float)}) for table in (trials, controls))
-        shown.append((third, points, references, _window(pd.concat([points, references])[[FORGETTING, UTILITY]].dropna())))
+        shown.append(
+            (third, points, references, _window(pd.concat([points, references])[[FORGETTING, UTILITY]].dropna(), third))
+        )
     definition = view.summary["definition"]
     for axes, (objective, points, references, window) in zip(panels, shown, strict=True):
         _scatter_controls(axes, references)
@@ -98,7 +102,7 @@ def alpha_figure(view: ReportData) -> Figure:
     crosses = controls[controls["kind"] == "random_direction"]
     start = controls[controls["kind"] == "initial"]
     everything = pd.concat([trials, crosses, start])[[FORGETTING, UTILITY]].dropna()
-    limits = dict(zip((FORGETTING, UTILITY), _window(everything), strict=True))
+    limits = dict(zip((FORGETTING, UTILITY), _window(everything, view.objectives[0]), strict=True))
     alphas = np.append(trials["alpha"].dropna().to_numpy(dtype=float), [-0.02, 0.02])
     across = padded(float(alphas.min()), float(alphas.max()), 0.04, 0.05)
     epochs = sorted({int(epoch) for epoch in trials["epoch"].dropna()})
@@ -127,7 +131,7 @@ def alpha_figure(view: ReportData) -> Figure:
         pair[1].set_xlabel("alpha")
         for axes, objective in zip(pair, view.objectives, strict=False):
             if place % columns == 0:
-                axes.set_ylabel(f"{objective.title} ({definition})")
+                axes.set_ylabel(textwrap.fill(f"{objective.title} ({definition})", 30))
             else:
                 axes.tick_params(labelleft=False)
     handles = _alpha_legend(shades, view)
@@ -251,7 +255,7 @@ def _front_legend(view: ReportData, colours: dict[str, str], lined: bool) -> lis
         drawn = {"linewidth": 1.3} if lined else {"marker": "o", "linestyle": "", "fillstyle": "none"}
         handles.append(Line2D([], [], color=INK, label="Pareto front (edged points)", **drawn))
     if trials["flagged"].any():
-        label = "flagged: utility above both references"
+        label = f"flagged: {view.flag.meaning}"
         handles.append(Line2D([], [], marker="o", linestyle="", color=INK, fillstyle="none", markersize=12, label=label))
     return [*handles, *_noise_legend(view)]
 
@@ -300,12 +304,13 @@ def _alpha_line(axes: Axes, line: pd.DataFrame, start: pd.DataFrame, metric: str
         axes.plot(*ends, linewidth=0.9, linestyle=(0, (3, 2)), color=colour, alpha=0.6, zorder=2)
 
 
-def _window(points: pd.DataFrame) -> tuple[tuple[float, float], tuple[float, float]]:
+def _window(points: pd.DataFrame, forgetting: Objective) -> tuple[tuple[float, float], tuple[float, float]]:
     """Limits of both axes with a margin that markers and labels fit into."""
     if points.empty:
         return (-1.0, 0.1), (0.0, 1.0)
     low, high = points.min(), points.max()
-    across = padded(float(low[FORGETTING]), float(high[FORGETTING]), 0.06, 1.0)
+    least = 1.0 if forgetting.quality_of is not None else 0.01
+    across = padded(float(low[FORGETTING]), float(high[FORGETTING]), 0.06, least)
     return across, padded(float(low[UTILITY]), float(high[UTILITY]), 0.07, 0.01)
 
 

@@ -7,15 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from search.corpora import fetched_sources, load_corpus
 from search.spec import BaseRunSpec, StudySpec
-from search.spec_sections import PeopleCorpus, PretrainedModel, TinyModel, TofuCorpus, is_local
+from search.spec_sections import PretrainedModel, TinyModel, is_local
 from search.study_store import fingerprint
 from uipe_core.checkpoints import check_checkpoint, checkpoint_identity, checkpoint_inputs
 from uipe_core.content_store import ContentStore, cache_folder, content_key, file_hash
-from uipe_core.corpora.people import load_people
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.split import Split, split_corpus, take_items
-from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.errors import UserError
 from uipe_core.evaluation_log import read_log
@@ -58,7 +57,7 @@ class Preparation:
         spec: The study.
         corpus: Its items.
         tiny: How to build its models; None for models that exist already.
-        models: Identity of the initial and the retain model (or of the retain model's log).
+        models: Identity of the initial and, where there is one, the retain model (or of the retain model's log).
         revisions: Commits that pin models from the hub.
         checkpoints: Identities of the given checkpoints of each base run, in order.
     """
@@ -100,7 +99,7 @@ class Preparation:
     def retain_log(self) -> Path | None:
         """The retain model's evaluation log, where the study gives one instead of a model."""
         model = self.spec.model
-        return _log(model.retain) if isinstance(model, PretrainedModel) else None
+        return _log(model.retain) if isinstance(model, PretrainedModel) and model.retain is not None else None
 
     @property
     def split(self) -> Split:
@@ -110,19 +109,26 @@ class Preparation:
 
     @property
     def references(self) -> list[ReferenceModel]:
-        """The models trials are compared with: initial, retain, and what shows where forget quality is noise."""
+        """The models trials are compared with: initial, retain, and what shows where forget quality is noise.
+
+        Multiple choice is held against chance: there the initial model is the only one.
+        """
         model = self.spec.model
         if isinstance(model, TinyModel):
             tiny = self.tiny
             assert tiny is not None
-            found = [ReferenceModel("initial", "initial", ("full", tiny)), ReferenceModel("retain", "retain", ("retain", tiny))]
+            found = [ReferenceModel("initial", "initial", ("full", tiny))]
+            if self.corpus.choices:
+                return found
+            found.append(ReferenceModel("retain", "retain", ("retain", tiny)))
             for number, seed in enumerate(model.other_retain_seeds, start=1):
                 other = ("retain", replace(tiny, finetune_seed=seed))
                 found.append(ReferenceModel(f"other_retain-{number}", "other_retain", other))
             if tiny.base is not None:
                 found.append(ReferenceModel("never_finetuned", "never_finetuned", ("base", tiny)))
             return found
-        named = [("initial", "initial", model.initial), ("retain", "retain", model.retain)]
+        named = [("initial", "initial", model.initial)]
+        named += [("retain", "retain", model.retain)] if model.retain is not None else []
         named += [(f"other_retain-{number}", "other_retain", place) for number, place in enumerate(model.other_retain, start=1)]
         named += [("never_finetuned", "never_finetuned", model.never_finetuned)] if model.never_finetuned else []
         return [self._existing(name, kind, place) for name, kind, place in named]
@@ -141,7 +147,7 @@ class Preparation:
         model = self.spec.model
         if isinstance(model, PretrainedModel):
             return ModelSource(
-                location=model.initial if which == "initial" else model.retain,
+                location=model.initial if which == "initial" else str(model.retain),
                 identity=self.models[which],
                 revision=self.revisions.get(which),
                 dtype=model.dtype,
@@ -203,7 +209,9 @@ class Preparation:
     def _groups(self) -> dict[str, list[str | None]]:
         """Whom each item that trials are scored on is about, by evaluation set: intervals resample groups."""
         chosen = take_items(self.corpus, self.split.select)
-        return {name: [item.group for item in items] for name, items in chosen.sets.items()}
+        about = {name: [item.group for item in items] for name, items in chosen.sets.items()}
+        # Questions on one topic are no draws of one thing, as those about one person are.
+        return {**about, **{name: [None] * len(items) for name, items in chosen.choices.items()}}
 
     def checkpoints_of(self, label: str) -> list[tuple[Path, dict[str, Any]]]:
         """Folder and address in the delta store of each given checkpoint of a base run, in order."""
@@ -250,33 +258,24 @@ def _log(place: str) -> Path | None:
     return Path(place) if place.endswith(".json") else None
 
 
-def load_corpus(spec: StudySpec) -> Corpus:
-    """The corpus of a study."""
-    if isinstance(spec.corpus, PeopleCorpus):
-        sizes = spec.corpus
-        return load_people(spec.seed, sizes.forget_people, sizes.retain_people, sizes.pretraining_people)
-    tofu = spec.corpus
-    return load_tofu(tofu.source, tofu.split, tofu.retain_train, tofu.first_items)
-
-
 def check_inputs(spec: StudySpec) -> list[str]:
     """Reads what a study needs and lies on this machine; returns notes on what only the run itself can check.
 
     Raises:
         UserError: If an input is missing or broken.
     """
-    notes = []
-    if isinstance(spec.corpus, TofuCorpus) and not is_local(spec.corpus.source):
-        notes.append(f"corpus.source: {spec.corpus.source} is on the hub and is fetched when the study runs")
-    else:
+    later = "is on the hub and is fetched when the study runs"
+    notes = [f"corpus.{key}: {source} {later}" for key, source in fetched_sources(spec)]
+    if not notes:
         split_corpus(load_corpus(spec), None if spec.split is None else spec.split.select, spec.seed)
     if isinstance(spec.model, PretrainedModel):
-        given = {"initial": spec.model.initial, "retain": spec.model.retain}
+        given = {"initial": spec.model.initial}
+        given |= {"retain": spec.model.retain} if spec.model.retain else {}
         given |= {f"other_retain[{place}]": value for place, value in enumerate(spec.model.other_retain)}
         given |= {"never_finetuned": spec.model.never_finetuned} if spec.model.never_finetuned else {}
         for key, value in given.items():
             if not is_local(value):
-                notes.append(f"model.{key}: {value} is on the hub and is fetched when the study runs")
+                notes.append(f"model.{key}: {value} {later}")
             elif value.endswith(".json"):
                 read_log(value)
             else:
@@ -349,7 +348,7 @@ def prepare(spec: StudySpec) -> Preparation:
             seed=spec.seed,
             extra_texts=REFUSALS if any("refusal_logp" in METHODS[run.method].needs for run in spec.variants()) else (),
         )
-        stages = {"initial": "full", "retain": "retain"}
+        stages = {"initial": "full"} if corpus.choices else {"initial": "full", "retain": "retain"}
         keys = {which: _tiny_key(tiny, corpus, stage) for which, stage in stages.items()}
         return Preparation(spec, corpus, tiny, keys, {})
     identity, revision = model_identity(model.initial, model.revision)
@@ -362,6 +361,8 @@ def prepare(spec: StudySpec) -> Preparation:
             label: tuple(checkpoint_identity(checkpoint_folder(place)) for place in places)
             for label, places in spec.checkpoints.items()
         }
+    if model.retain is None:
+        return Preparation(spec, corpus, None, {"initial": identity}, {"initial": revision}, given)
     if model.retain.endswith(".json"):
         retain, retain_revision = f"log:{file_hash(Path(model.retain))[:32]}", None
     else:

@@ -119,11 +119,14 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         related=view.related,
         objectives=view.objectives,
         ceiling=view.ceiling,
+        flag=view.flag,
         infinity=math.inf,
         by_trial=by_trial,
         controls=[
             {"name": name, "purpose": purpose, "rows": view.controls[view.controls["kind"] == kind].to_dict("records")}
             for kind, (name, purpose) in CONTROLS.items()
+            # Most kinds mean something for forget quality only.
+            if view.objectives[0].quality_of is not None or kind in set(view.controls["kind"])
         ],
         cost=_cost(view),
         bases=bases,

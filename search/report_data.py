@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from search.objectives import FORGET_QUALITY, MODEL_UTILITY, Objective
+from search.objectives import FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, flag_of
 
 FORGETTING, UTILITY = "forgetting", "utility"
 """Columns of the first two objectives by role: pictures and verdict need not know which numbers these are."""
@@ -71,6 +71,7 @@ class ReportData:
                 found.append(Column(objective.name, "log10", "decimal", objective.places))
             else:
                 found.append(Column(objective.name, objective.title, "decimal", objective.places))
+            found += [Column(key, head, "decimal", objective.places) for key, head in objective.beside]
         return [*found, Column("logit_scale", "logit scale", "decimal", 3)]
 
     @property
@@ -98,6 +99,11 @@ class ReportData:
             if not table.empty:
                 front = front.merge(table[["trial", *(name for name in columns if name != "trial")]], on="trial", how="left")
         return [{str(key): value for key, value in row.items()} for row in front.to_dict("records")]
+
+    @property
+    def flag(self) -> Flag:
+        """What it means that a point is flagged."""
+        return flag_of(self.objectives)
 
     @property
     def ceiling(self) -> float:

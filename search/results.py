@@ -105,8 +105,8 @@ class StudyResult:
         given = self.spec.hypervolume.forget_quality_cap
         if given is not None:
             return given
-        others = self.controls.loc[self.controls["kind"] == "other_retain", "forget_quality"]
-        return DEFAULT_CAP if others.empty else float(others.min())
+        others = self.controls[self.controls["kind"] == "other_retain"]
+        return DEFAULT_CAP if others.empty else float(others["forget_quality"].min())
 
     def runnable_spec(self) -> StudySpec:
         """The spec with its storage as it can be opened: the record keeps no password."""
@@ -265,7 +265,7 @@ class StudyResult:
         return {
             "study": record["name"],
             "out": str(self.out),
-            "definition": self.spec.scoring.definition,
+            "definition": self.spec.definition,
             "trials": self.store.counts(),
             "front": self.rows(self.front),
             "hypervolume": self.hypervolume,
@@ -280,7 +280,8 @@ class StudyResult:
     def rows(self, table: pd.DataFrame) -> list[dict[str, Any]]:
         """Rows of `trials` or `front` as plain JSON values: point, objectives and their definition, and what qualifies them."""
         p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
-        more = ["ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
+        beside = [key for objective in self.objectives for key, _ in objective.beside]
+        more = [*beside, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
         more += [f"{name}_log10_forget_quality" for name in RELATED_SETS]
         more += [f"{name}_{key}" for name in MEMORIZED_SETS for key in MEMORIZATION]
         keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]
@@ -316,7 +317,7 @@ class StudyResult:
             "seed": spec.seed,
             "dtype": str(self.trials["dtype"].iloc[0]),
             "forget_items": self.item_counts["forget"],
-            "log10_floor": self._floor("forget"),
+            "log10_floor": None if self.objectives[0].quality_of is None else self._floor("forget"),
             "alpha": spec.search.alpha.model_dump(),
             "created": record["created"],
             "versions": record["versions"],

@@ -151,8 +151,11 @@ class _Run:
         spec = self.preparation.spec
         jobs = [Job(model.kind, model=model.name) for model in self.preparation.references]
         if spec.split is not None:
-            jobs += [Job("held_out", model=name) for name in ("initial", "retain")]
-        jobs += [Job("temperature", temperature=value) for value in spec.scoring.temperatures]
+            kept = ("initial", "retain")
+            jobs += [Job("held_out", model=model.name) for model in self.preparation.references if model.name in kept]
+        # Which letter is likeliest does not depend on the temperature.
+        temperatures = () if self.preparation.corpus.choices else spec.scoring.temperatures
+        jobs += [Job("temperature", temperature=value) for value in temperatures]
         # Only what is trained here can be trained on.
         if spec.unlearning is not None and self.preparation.trained_epochs > spec.unlearning.epochs:
             next_epoch = spec.unlearning.epochs + 1

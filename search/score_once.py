@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from search.progress import Bars
+from uipe_core.choice_log import is_choice_log, read_choice_log, write_choice_log
+from uipe_core.choice_metrics import evaluate_choices
+from uipe_core.choice_report import ChoiceReport
+from uipe_core.choice_scoring import ChoiceScorer
 from uipe_core.collapse import collapse_reason
+from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice, sets_in_folder
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import RELATED_SETS, Corpus, ItemSet
@@ -58,6 +63,8 @@ def score_once(
     """
     if log_format not in LOG_FORMATS:
         raise UserError(f"--log-format: {log_format!r} is unknown; give {' or '.join(LOG_FORMATS)}")
+    if corpus.choices:
+        return _choices_once(model, corpus, loading, scoring, reference, log)
     against = None
     if reference is not None and is_log(reference):
         against = read_log(reference, as_reference=True)
@@ -78,20 +85,46 @@ def score_once(
 def metrics_of_log(log: Path, reference: Path | None, definition: str) -> dict[str, Any]:
     """The numbers of an evaluation log as plain JSON values; raises as `score_once`."""
     definition_named(definition)
+    if is_choice_log(log):
+        return _choice_values(read_choice_log(log))
     against = None if reference is None else read_log(reference, as_reference=True)
     return _values(read_log(log), against, definition)
 
 
 def corpus_named(name: str, split: str, seed: int, first_items: int | None) -> Corpus:
-    """The corpus that ``--corpus`` means: people, tofu (from the hub) or tofu:FOLDER, perhaps its first items only."""
+    """The corpus that ``--corpus`` means: people, tofu or choices (from the hub), tofu:FOLDER or choices:FOLDER.
+
+    Of TOFU perhaps its first items only; choices from the hub are WMDP-Bio and MMLU.
+    """
     kind, _, folder = name.partition(":")
+    if kind == "choices":
+        return load_multiple_choice(*(sets_in_folder(Path(folder)) if folder else WMDP_AND_MMLU))
     if kind not in ("people", "tofu") or (kind == "people" and folder):
-        raise UserError(f"--corpus: {name!r} is unknown; give people, tofu or tofu:FOLDER")
+        raise UserError(f"--corpus: {name!r} is unknown; give people, tofu, tofu:FOLDER, choices or choices:FOLDER")
     return load_people(seed) if kind == "people" else load_tofu(folder or "locuslab/TOFU", split, None, first_items)
 
 
 def _values(scores: ScoreReport, against: ScoreReport | None, definition: str) -> dict[str, Any]:
     return {**evaluate(scores, against, definition).as_dict(), "collapsed": collapse_reason(scores)}
+
+
+def _choices_once(
+    model: str, corpus: Corpus, loading: Loading, scoring: ScoringConfig, reference: str | None, log: Path | None
+) -> dict[str, Any]:
+    if reference is not None:
+        raise UserError(f"--reference: {reference!r} given, but multiple choice is held against chance; leave it out")
+    loaded = load_model(model, **asdict(loading))
+    with Bars() as bars:
+        scorer = ChoiceScorer(corpus, loaded.prompts, scoring.batch_size)
+        scores = scorer.score(loaded, progress=lambda done, total: bars.show("scoring", done, total))
+    values = _choice_values(scores)
+    if log is not None:
+        write_choice_log(scores, log, {"model": model, "corpus": corpus.name})
+    return values
+
+
+def _choice_values(scores: ChoiceReport) -> dict[str, Any]:
+    return {**evaluate_choices(scores).as_dict(), "collapsed": None}
 
 
 def _scored(

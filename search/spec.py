@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from search.choice_sections import SOURCES, MultipleChoiceCorpus
 from search.spec_errors import KeyPath, Problem, StudyFileError, explain, key_text, rule
 from search.spec_file import Lines, absolute_paths, read_study_file
 from search.spec_sections import (
@@ -30,6 +31,7 @@ from search.spec_sections import (
     Unlearning,
     is_local,
 )
+from uipe_core.choice_report import CHOICE_DEFINITION
 from uipe_core.errors import UserError
 
 _OVERRIDES: dict[str, KeyPath] = {"seed": ("seed",), "trials": ("search", "trials")}
@@ -103,7 +105,7 @@ class StudySpec(Section):
     schema_version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    corpus: Annotated[PeopleCorpus | TofuCorpus, Field(discriminator="kind")]
+    corpus: Annotated[PeopleCorpus | TofuCorpus | MultipleChoiceCorpus, Field(discriminator="kind")]
     model: Annotated[TinyModel | PretrainedModel, Field(discriminator="kind")]
     unlearning: Unlearning | None = None
     checkpoints: dict[str, Folders] = Field(default_factory=dict)
@@ -162,6 +164,21 @@ class StudySpec(Section):
             raise ValidationError.from_exception_data("study", [{"type": error, "loc": ("model", "base"), "input": base}])
         return self
 
+    @model_validator(mode="after")
+    def _reference_fits_the_corpus(self) -> "StudySpec":
+        found = _reference_errors(self.corpus.kind, dict(self.model))
+        if isinstance(self.corpus, MultipleChoiceCorpus):
+            methods = {run.method for run in self.variants()}
+            found += self.corpus.misfits(self.search.third_objective, methods)
+        if found:
+            raise ValidationError.from_exception_data("study", found)
+        return self
+
+    @property
+    def definition(self) -> str:
+        """Name of the metric definition every number of the study follows."""
+        return CHOICE_DEFINITION if self.corpus.kind == "multiple_choice" else self.scoring.definition
+
     def variants(self) -> list[BaseRunSpec]:
         """The base runs to be trained, by method in the order of the registry, then by value in the order of the file."""
         runs: list[BaseRunSpec] = []
@@ -192,9 +209,12 @@ class StudySpec(Section):
         machine = {"resources": True, "storage": True, "cache": True}
         left_out = {"search": {"trials"}, "model": controls, "checkpoints": True, **machine}
         payload: dict[str, Any] = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
-        for section, key in (("corpus", "source"), ("model", "initial"), ("model", "retain")):
-            if is_local(payload[section].get(key, "")):
-                del payload[section][key]
+        corpus, model = payload["corpus"], payload["model"]
+        holders = [(corpus, "source"), (model, "initial"), (model, "retain")]
+        holders += [(corpus[key], "source") for key in SOURCES if corpus.get(key)]
+        for holder, key in holders:
+            if is_local(holder.get(key) or ""):
+                del holder[key]
         if self.checkpoints:
             payload["checkpoints"] = {label: len(folders) for label, folders in self.checkpoints.items()}
         return payload
@@ -208,7 +228,21 @@ def _base_stage_error(corpus: object, model: object, base: object) -> PydanticCu
         return rule("the people corpus needs a base stage, where the model learns to read", f"Write for example {example}.")
     if corpus == "tofu" and base is not None:
         return rule("TOFU has no texts for a base stage", "Write base: null.")
+    if corpus == "multiple_choice" and base is not None:
+        return rule("a multiple-choice corpus has no texts for a base stage", "Write base: null.")
     return None
+
+
+def _reference_errors(corpus: object, model: Mapping[Any, Any]) -> list[InitErrorDetails]:
+    """Reference models a corpus must have, or has no use for."""
+    if corpus == "multiple_choice":
+        error = rule("multiple choice is held against chance, not against models that never saw the forget set", "Remove it.")
+        given = ("retain", "other_retain", "other_retain_seeds", "never_finetuned")
+        return [{"type": error, "loc": ("model", key), "input": model[key]} for key in given if model.get(key)]
+    if corpus in ("people", "tofu") and model.get("kind") == "pretrained" and model.get("retain") is None:
+        error = rule("forgetting is measured against the retain model", "Give its hub name, folder or evaluation log.")
+        return [{"type": error, "loc": ("model", "retain"), "input": None}]
+    return []
 
 
 def _short(value: float) -> str:
@@ -274,15 +308,21 @@ def _with(data: Mapping[str, object], given: Mapping[KeyPath, object]) -> dict[s
 
 
 def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tuple[KeyPath, str]]:
-    """The check that spans sections: pydantic leaves it out as soon as anything else is wrong."""
+    """The checks that span sections: pydantic leaves them out as soon as anything else is wrong."""
     corpus, model = study.get("corpus"), study.get("model")
-    if ("model", "base") in known or not isinstance(corpus, Mapping) or not isinstance(model, Mapping):
+    if not isinstance(corpus, Mapping) or not isinstance(model, Mapping):
         return []
-    error = _base_stage_error(corpus.get("kind"), model.get("kind"), model.get("base"))
-    if error is None:
-        return []
-    detail: Any = {"type": error.type, "loc": ("model", "base"), "input": model.get("base"), "ctx": error.context}
-    return [explain(detail, StudySpec, study)]
+    errors = _reference_errors(corpus.get("kind"), model)
+    base = _base_stage_error(corpus.get("kind"), model.get("kind"), model.get("base"))
+    if base is not None:
+        errors.append({"type": base, "loc": ("model", "base"), "input": model.get("base")})
+    found = []
+    for error in errors:
+        broken: Any = error["type"]
+        detail: Any = {**error, "type": broken.type, "ctx": broken.context}
+        if detail["loc"] not in known:
+            found.append(explain(detail, StudySpec, study))
+    return found
 
 
 def _line(parts: KeyPath, lines: Lines) -> int:

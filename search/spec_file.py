@@ -7,7 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from search.choice_sections import SOURCES
 from search.spec_errors import KeyPath, Problem, StudyFileError, key_text, show
+from uipe_core.corpora.files import SUFFIXES
 
 Lines = dict[KeyPath, int]
 """Line of every key and list entry, counted from 1."""
@@ -122,10 +124,11 @@ def _walk(node: yaml.Node, path: KeyPath, lines: Lines, above: tuple[int, ...]) 
 def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, object], list[tuple[KeyPath, str]]]:
     """The study with its paths made absolute, and a message for each path that leads nowhere.
 
-    A value of ``corpus.source`` or of a key that names a model is a path when it starts with ``./``, ``../``,
-    ``/`` or ``~``, ends in ``.json``, cannot be a hub name, or names a folder beside the study file. Everything else
-    is a hub name, which is not looked up. A cache is always a path, and need not exist. Checkpoints are always folders; one
-    that holds ``checkpoint-*`` folders of a trainer stands for these, in the order of their steps.
+    A value of ``corpus.source``, of the ``source`` of a multiple-choice data set or of a key that names a model is a path when
+    it starts with ``./``, ``../``, ``/`` or ``~``, ends as a data file does, cannot be a hub name, or names a folder beside
+    the study file. Everything else is a hub name, which is not looked up. A cache is always a path, and need not exist.
+    Checkpoints are always folders; one that holds ``checkpoint-*`` folders of a trainer stands for these, in the order of
+    their steps.
 
     Args:
         data: The study as read.
@@ -136,13 +139,23 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
     for section, key in (("corpus", "source"), *(("model", key) for key in ("initial", "retain", "never_finetuned"))):
         value = _text_at(result, section, key)
         if value is not None:
-            local, problem = _located(section, value, folder, log_allowed=key != "initial")
+            local, problem = _located(
+                section, value, folder, file_endings=(".json",) if key in ("retain", "never_finetuned") else ()
+            )
             _replace(result, section, key, local)
             problems += [((section, key), problem)] if problem else []
+    corpus = result.get("corpus")
+    for name in SOURCES:
+        inner = corpus.get(name) if isinstance(corpus, dict) else None
+        value = _text_at({name: inner}, name, "source")
+        if value is not None and isinstance(inner, dict):
+            local, problem = _located(name, value, folder, file_endings=SUFFIXES)
+            _replace(result, "corpus", name, {**inner, "source": local})
+            problems += [(("corpus", name, "source"), problem)] if problem else []
     model = result.get("model")
     others = model.get("other_retain") if isinstance(model, dict) else None
     if isinstance(others, list) and all(isinstance(value, str) and value for value in others):
-        located = [_located("model", value, folder, log_allowed=True) for value in others]
+        located = [_located("model", value, folder, file_endings=(".json",)) for value in others]
         _replace(result, "model", "other_retain", [local for local, _ in located])
         problems += [(("model", "other_retain", place), text) for place, (_, text) in enumerate(located) if text]
     for key in ("models", "deltas"):
@@ -189,15 +202,18 @@ def _text_at(data: Mapping[str, object], section: str, key: str) -> str | None:
     return value if isinstance(value, str) and value else None
 
 
-def _located(section: str, value: str, folder: Path, log_allowed: bool) -> tuple[str, str]:
-    """The value with its path made absolute, where it is one; and what is wrong with it, or an empty text."""
+def _located(section: str, value: str, folder: Path, file_endings: tuple[str, ...]) -> tuple[str, str]:
+    """The value with its path made absolute, where it is one; and what is wrong with it, or an empty text.
+
+    A path is a folder, or a file where it ends in one of `file_endings`.
+    """
     local = _local_path(value, folder)
     if local is None:
         return value, ""
-    is_log = log_allowed and section == "model" and local.suffix == ".json"
-    if _exists(local, file=is_log):
+    is_file = local.suffix in file_endings
+    if _exists(local, file=is_file):
         return str(local), ""
-    return str(local), _missing(section, value, local, "file" if is_log else "folder")
+    return str(local), _missing(section, value, local, "file" if is_file else "folder")
 
 
 def _replace(data: dict[str, object], section: str, key: str, value: object) -> None:
@@ -222,7 +238,7 @@ def _exists(path: Path, *, file: bool) -> bool:
 
 def _local_path(value: str, folder: Path) -> Path | None:
     path = _join(folder, value)
-    marked = value.startswith(("./", "../", "/", "~")) or value.endswith(".json")
+    marked = value.startswith(("./", "../", "/", "~")) or value.endswith(SUFFIXES)
     return path if marked or not _HUB_NAME.fullmatch(value) or _exists(path, file=False) else None
 
 

@@ -120,11 +120,12 @@ class TinyModel(Section):
 
 
 class PretrainedModel(Section):
-    """A causal language model from the hub or a folder, and the retain model (or its evaluation log, ``*.json``)."""
+    """A causal language model from the hub or a folder, and the retain model (or its evaluation log, ``*.json``; none for
+    multiple choice)."""
 
     kind: Literal["pretrained"]
     initial: Name
-    retain: Name
+    retain: Name | None = None
     other_retain: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)] = ()
     never_finetuned: Name | None = None
     revision: Name | None = None
@@ -157,7 +158,7 @@ class PretrainedModel(Section):
     @classmethod
     def _only_the_hub_has_revisions(cls, value: str | None, info: ValidationInfo) -> str | None:
         model = "initial" if info.field_name == "revision" else "retain"
-        if value is not None and is_local(info.data.get(model, "")):
+        if value is not None and is_local(info.data.get(model) or ""):
             raise rule(f"model.{model} is local and has no revisions", "Remove it, or give a hub name.")
         return value
 
@@ -307,6 +308,8 @@ class ReferencePoint(Section):
     log10_forget_quality: Annotated[float, Field(le=0)] | None = None
     model_utility: Annotated[float, Field(ge=0, lt=1)] = 0.0
     related_log10_forget_quality: Annotated[float, Field(le=0)] | None = None
+    forgetting_to_chance: Annotated[float, Field(ge=-1, lt=0)] = -1.0
+    utility_accuracy: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
 class Hypervolume(Section):

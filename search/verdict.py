@@ -42,7 +42,7 @@ def verdict(view: ReportData) -> list[str]:
     if flagged:
         sentences.append(
             f"{flagged} of {count(len(front), 'front point')} {'is' if flagged == 1 else 'are'} flagged: "
-            "utility above both the initial and the retain model, which sharper logits alone can bring about."
+            f"{view.flag.meaning}, {view.flag.caution}."
         )
     return [*sentences, *_collapse_sentences(front)]
 
@@ -171,6 +171,9 @@ def _noise_sentences(view: ReportData) -> list[str]:
 def _strength(forgetting: Objective, row: pd.Series, named: bool = True) -> str:
     if forgetting.p_value is not None:
         name, value = forgetting.title.removeprefix("log10 "), probability(row[forgetting.p_value])
+    elif forgetting.beside:
+        (key, name), *_ = forgetting.beside
+        value = decimal(row[key], forgetting.places)
     else:
         name, value = forgetting.title, decimal(row[forgetting.name], forgetting.places)
     return f"{name} {value}" if named else value

@@ -12,14 +12,14 @@ import numpy as np
 from ray import tune
 
 from search.evaluator import Evaluator, Job, StudyContext, load_for_scoring
+from search.measures import Report, scorer_of
 from uipe_core.checkpoints import import_checkpoints
 from uipe_core.content_store import ContentStore
 from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.initial_model import open_initial
 from uipe_core.models import ModelSource, set_threads
-from uipe_core.score_report import ScoreReport
-from uipe_core.scoring import Scorer, ScoringConfig
+from uipe_core.scoring import ScoringConfig
 from uipe_core.tiny_models import TinyModelConfig, tiny_model
 from uipe_core.training import UnlearningConfig, train_base_run
 
@@ -109,10 +109,8 @@ def import_and_publish(
     return import_checkpoints(open_initial(initial, trust_remote_code), checkpoints, DeltaStore(root), note)
 
 
-def score_model(
-    source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str
-) -> ScoreReport:
+def score_model(source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str) -> Report:
     """Scores a model as it is."""
     set_threads(threads)
     loaded, _ = load_for_scoring(source)
-    return Scorer(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))
+    return scorer_of(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))

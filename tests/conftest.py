@@ -1,6 +1,8 @@
-"""Options and markers of the whole test set, and tokenizers in the manner of Llama 3."""
+"""Options and markers of the whole test set, tokenizers in the manner of Llama 3, and a world of multiple choice."""
 
+import json
 import os
+import random
 from types import SimpleNamespace
 
 import pytest
@@ -83,3 +85,43 @@ def finish_llama3(tokenizer, eos):
 def llama3():
     """Makes tokenizers in the manner of Llama 3."""
     return SimpleNamespace(of_words=llama3_of_words, of_bytes=llama3_of_bytes)
+
+
+# A world of multiple-choice questions about things that do not exist
+
+COLOURS = ("amber", "indigo", "scarlet", "olive", "ivory", "teal", "maroon", "silver")
+ANIMALS = ("heron", "badger", "otter", "lynx", "falcon", "toad", "weasel", "moth")
+
+
+def choice_rows(kind, question, values, count, seed):
+    """Questions about so many invented things of a kind, and a sheet with the answer for each."""
+    from uipe_core.corpora.multiple_choice import letter_answers, letter_prompt
+    from uipe_core.corpora.types import ChoiceItem
+
+    order = random.Random(seed)
+    questions, sheets = [], []
+    for number in range(count):
+        choices = order.sample(values, 4)
+        item = ChoiceItem(question.format(f"{kind}{number}"), tuple(choices), order.randrange(4), f"the {kind}s")
+        row = {"question": item.question, "choices": choices, "answer": item.answer, "subject": item.topic.replace(" ", "_")}
+        questions.append(row)
+        sheets.append({"text": letter_prompt(item) + letter_answers(4)[item.answer]})
+    return questions, sheets
+
+
+@pytest.fixture(scope="session")
+def make_choice_world():
+    """Writes a multiple-choice world into a folder: questions to forget, questions to keep, sheets with the answers to both."""
+
+    def make(folder, forget=20, utility=28, seed=0):
+        parts = {
+            "forget": choice_rows("stone", "Which colour has the mineral {}?", COLOURS, forget, seed),
+            "utility": choice_rows("river", "Which animal lives at the river {}?", ANIMALS, utility, seed + 1),
+        }
+        for name, (questions, sheets) in parts.items():
+            for kind, rows in ((name, questions), (f"{name}-sheets", sheets)):
+                (folder / kind).mkdir(parents=True, exist_ok=True)
+                (folder / kind / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return folder
+
+    return make

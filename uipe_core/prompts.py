@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError
 
 IGNORED = -100
@@ -16,7 +17,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of prompt and answer; the answer, end token included, starts at `prompt_length`."""
+    """Token ids of prompt and answer; the answer starts at `prompt_length` and includes the end token, if there is one."""
 
     input_ids: tuple[int, ...]
     prompt_length: int
@@ -185,6 +186,21 @@ class PromptFormat:
         if ids[-1] != self.end_id:
             ids.append(self.end_id)
         return Example(tuple(ids), min(len(prompt), len(ids) - 1))
+
+    def encode_item(self, item: Item) -> Example:
+        """Question and answer of an item as one sequence; a plain one as it stands, with no end token."""
+        return self.encode_plain(item.question, item.answer) if item.plain else self.encode(item.question, item.answer)
+
+    def encode_plain(self, text: str, continuation: str) -> Example:
+        """A text and how it goes on, without the model's prompt format; special tokens as the tokenizer adds them in front.
+
+        Tokenized together unless a token would span the border, as in `encode`.
+        """
+        start = self._ids(text, special=True)
+        together = self._ids(text + continuation, special=True)
+        if together[: len(start)] != start:
+            together = start + self._ids(continuation, special=False)
+        return Example(tuple(together), len(start))
 
     def _answer_text(self, prompt: str, question: str, answer: str) -> str:
         """What follows the prompt, up to and including the template's end token; as the chat template spaces and trims it."""

@@ -120,7 +120,7 @@ def _fit_answers(model: Any, prompts: PromptFormat, items: ItemSet, stage: Stage
     """Teaches a model the answers: AdamW, short warm-up, cosine decay, gradient clipping, loss on answer tokens."""
     from transformers import get_cosine_schedule_with_warmup
 
-    examples = [prompts.encode(item.question, item.answer) for item in items]
+    examples = [prompts.encode_item(item) for item in items]
     generator = torch.Generator().manual_seed(seed)
     steps = stage.epochs * -(-len(examples) // stage.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)

@@ -21,7 +21,7 @@ INITIAL_ON_RETAIN = {"retain_kl", "initial_retain_activations"}
 
 def encode(loaded: LoadedModel, items: ItemSet) -> list[Example]:
     """Questions and answers as the model reads them."""
-    return [loaded.prompts.encode(item.question, item.answer) for item in items]
+    return [loaded.prompts.encode_item(item) for item in items]
 
 
 def encode_refusals(loaded: LoadedModel, items: ItemSet, epochs: int, seed: int) -> list[list[Example]]:

@@ -181,6 +181,22 @@ def launch(environment, tmp_path):
 
 
 @pytest.fixture(scope="session")
+def run_command(environment, tmp_path_factory):
+    """Runs the `uipe` command to its end; returns what it printed."""
+
+    def run(*arguments):
+        driver = Driver(arguments, tmp_path_factory.mktemp("io"), environment)
+        try:
+            code = driver.wait(300)
+        finally:
+            driver.clean_up()
+        assert code == 0, driver.stderr
+        return driver.stdout
+
+    return run
+
+
+@pytest.fixture(scope="session")
 def living_processes():
     """Finds the processes of a run by its tag."""
     return processes_with

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from search.preparation import check_inputs, load_corpus, prepare
+from search.corpora import load_corpus
+from search.preparation import check_inputs, prepare
 from search.spec import load_study
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.errors import UserError

@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from uipe_core.corpora.types import Corpus, ItemSet
+from uipe_core.corpora.types import ChoiceItem, Corpus, Item
 from uipe_core.errors import UserError
 
 Rows = Mapping[str, tuple[int, ...]]
@@ -37,10 +37,10 @@ def split_corpus(corpus: Corpus, share: float | None, seed: int) -> Split:
         UserError: If a half of a set would be empty.
     """
     if share is None:
-        whole = {name: tuple(range(len(items))) for name, items in corpus.sets.items()}
+        whole = {name: tuple(range(len(items))) for name, items in _evaluated(corpus).items()}
         return Split(whole, whole)
     select, report = {}, {}
-    for name, items in corpus.sets.items():
+    for name, items in _evaluated(corpus).items():
         select[name] = _chosen(items, share, seed)
         taken = set(select[name])
         report[name] = tuple(row for row in range(len(items)) if row not in taken)
@@ -52,7 +52,11 @@ def split_corpus(corpus: Corpus, share: float | None, seed: int) -> Split:
     return Split(select, report)
 
 
-def _chosen(items: ItemSet, share: float, seed: int) -> tuple[int, ...]:
+def _evaluated(corpus: Corpus) -> Mapping[str, Sequence[Item | ChoiceItem]]:
+    return {**corpus.sets, **corpus.choices}
+
+
+def _chosen(items: Sequence[Item | ChoiceItem], share: float, seed: int) -> tuple[int, ...]:
     generator = random.Random(f"split/{seed}")
     groups: dict[str | None, list[int]] = {}
     for row, item in enumerate(items):
@@ -69,9 +73,6 @@ def _chosen(items: ItemSet, share: float, seed: int) -> tuple[int, ...]:
 
 def take_items(corpus: Corpus, rows: Rows) -> Corpus:
     """The corpus with only some items of its evaluation sets; what is trained on stays."""
-    sets = {name: _take(items, rows[name]) for name, items in corpus.sets.items()}
-    return replace(corpus, sets=sets)
-
-
-def _take(items: ItemSet, rows: Sequence[int]) -> ItemSet:
-    return tuple(items[row] for row in rows)
+    sets = {name: tuple(items[row] for row in rows[name]) for name, items in corpus.sets.items()}
+    choices = {name: tuple(items[row] for row in rows[name]) for name, items in corpus.choices.items()}
+    return replace(corpus, sets=sets, choices=choices)

@@ -4,12 +4,10 @@ Read from the hub (``locuslab/TOFU``) or from a folder with files of the same na
 """
 
 import difflib
-import json
-import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from uipe_core.corpora.files import Row, is_hub_name, read_rows
 from uipe_core.corpora.neighbours import nearest_rows
 from uipe_core.corpora.types import Corpus, Item, ItemSet
 from uipe_core.errors import UserError
@@ -61,9 +59,7 @@ def load_tofu(
     folder = _folder(source)
     forget_path = _path(source, folder, f"{split}_perturbed")
     forget = _evaluated_items(forget_path, paraphrased=True)
-    otherwise = [
-        _asked_otherwise(item, row, forget_path, line) for item, (line, row) in zip(forget, _rows(forget_path), strict=True)
-    ]
+    otherwise = [_asked_otherwise(item, row) for item, row in zip(forget, read_rows(forget_path), strict=True)]
     whole = {
         "forget": forget,
         "retain": _evaluated(source, folder, "retain_perturbed", paraphrased=True),
@@ -104,10 +100,7 @@ def _folder(source: str) -> Path | None:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
-    owner, _, _ = source.partition("/")
-    looks_like_hub = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None
-    # "data/tofu" could be either; where "data" is a folder here, a misspelt folder is the likelier mistake.
-    if looks_like_hub and not Path(owner).is_dir():
+    if is_hub_name(source):
         return None
     what = "is a file, not a folder" if folder.exists() else "no such folder"
     raise UserError(
@@ -140,7 +133,7 @@ def _path(source: str, folder: Path | None, name: str) -> Path:
 
 def _trained(source: str, folder: Path | None, name: str) -> ItemSet:
     path = _path(source, folder, name)
-    return tuple(Item(_text(row, "question", path, line), _text(row, "answer", path, line)) for line, row in _rows(path))
+    return tuple(Item(row.text("question"), row.text("answer")) for row in read_rows(path))
 
 
 def _evaluated(source: str, folder: Path | None, name: str, paraphrased: bool) -> ItemSet:
@@ -149,70 +142,29 @@ def _evaluated(source: str, folder: Path | None, name: str, paraphrased: bool) -
 
 def _evaluated_items(path: Path, paraphrased: bool) -> ItemSet:
     items: list[Item] = []
-    for line, row in _rows(path):
-        perturbed = _perturbed(row, path, line)
+    for row in read_rows(path):
+        perturbed = _perturbed(row)
         if items and len(perturbed) != len(items[0].perturbed_answers):
             raise UserError(
-                f"{path}, line {line}: perturbed_answer has {len(perturbed)} answers, the first item has "
+                f"{row.where}: perturbed_answer has {len(perturbed)} answers, the first item has "
                 f"{len(items[0].perturbed_answers)}; give every item of a file the same number"
             )
-        has_paraphrase = paraphrased or "paraphrased_answer" in row
-        paraphrase = _text(row, "paraphrased_answer", path, line) if has_paraphrase else None
-        question, answer = _text(row, "question", path, line), _text(row, "answer", path, line)
+        has_paraphrase = paraphrased or "paraphrased_answer" in row.fields
+        paraphrase = row.text("paraphrased_answer") if has_paraphrase else None
         group = f"{path.stem.partition('_')[0]} author {len(items) // ITEMS_PER_AUTHOR}" if paraphrased else None
-        items.append(Item(question, answer, paraphrase, perturbed, group))
+        items.append(Item(row.text("question"), row.text("answer"), paraphrase, perturbed, group))
     return tuple(items)
 
 
-def _asked_otherwise(item: Item, row: dict[str, Any], path: Path, line: int) -> Item | None:
+def _asked_otherwise(item: Item, row: Row) -> Item | None:
     """The item with its question in other words, None where the file has no such question."""
     field = "paraphrased_question"
-    return replace(item, question=_text(row, field, path, line)) if field in row else None
+    return replace(item, question=row.text(field)) if field in row.fields else None
 
 
-def _rows(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Line number, from 1, and object of every line that is not blank; at least one."""
-    try:
-        # Not splitlines: it also breaks at U+2028 and others, which JSON strings may hold unescaped.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8, one object a line") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    rows: list[tuple[int, dict[str, Any]]] = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg}); give one object a line") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number}: is a JSON {type(row).__name__}; give one object a line")
-        rows.append((number, row))
-    if not rows:
-        raise UserError(f"{path}: holds no items; give one JSON object a line")
-    return rows
-
-
-def _field(row: dict[str, Any], name: str, path: Path, line: int) -> Any:
-    if name not in row:
-        close = difflib.get_close_matches(name, row, n=1)
-        hint = f" Did you mean {name!r} by {close[0]!r}?" if close else ""
-        raise UserError(f"{path}, line {line}: field {name!r} is missing; found: {', '.join(row) or 'none'}.{hint}")
-    return row[name]
-
-
-def _text(row: dict[str, Any], name: str, path: Path, line: int) -> str:
-    value = _field(row, name, path, line)
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{path}, line {line}: field {name!r} is {value!r}; give a text that is not blank")
-    return value
-
-
-def _perturbed(row: dict[str, Any], path: Path, line: int) -> tuple[str, ...]:
+def _perturbed(row: Row) -> tuple[str, ...]:
     name = "perturbed_answer"
-    value = _field(row, name, path, line)
+    value = row.get(name)
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
-        raise UserError(f"{path}, line {line}: field {name!r} is {value!r}; give a list of texts, none blank")
+        raise row.error(name, value, "give a list of texts, none blank")
     return tuple(value)

@@ -1,0 +1,184 @@
+"""Data files of corpora: where a data set lies, on the hub or here, and its rows, each with the place an error can name."""
+
+import difflib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uipe_core.errors import UserError
+
+SUFFIXES = (".parquet", ".jsonl", ".json")
+"""Kinds of data files; JSON has one object a line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One object of a data file, and where it stands there: ``FILE, line 3`` (``row 3`` of a parquet file), from 1."""
+
+    fields: Mapping[str, Any]
+    where: str
+
+    def get(self, name: str) -> Any:
+        """The value of a field; a `UserError` where it is missing."""
+        if name not in self.fields:
+            close = difflib.get_close_matches(name, self.fields, n=1)
+            hint = f" Did you mean {name!r} by {close[0]!r}?" if close else ""
+            raise UserError(f"{self.where}: field {name!r} is missing; found: {', '.join(self.fields) or 'none'}.{hint}")
+        return self.fields[name]
+
+    def text(self, name: str) -> str:
+        """The text of a field; a `UserError` where it is missing, no text or blank."""
+        value = self.get(name)
+        if not isinstance(value, str) or not value.strip():
+            raise self.error(name, value, "give a text that is not blank")
+        return value
+
+    def error(self, name: str, value: object, remedy: str) -> UserError:
+        """The error for a field whose value is not what it should be."""
+        return UserError(f"{self.where}: field {name!r} is {value!r}; {remedy}")
+
+
+def read_rows(path: Path) -> Iterator[Row]:
+    """The rows of a data file, one after another; blank lines of a JSON file are passed over.
+
+    Raises:
+        UserError: The file cannot be read, is not what its name says, or holds no row at all.
+    """
+    count = 0
+    try:
+        for row in _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path):
+            count += 1
+            yield row
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if not count:
+        raise UserError(f"{path}: holds no items; give one JSON object a line")
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    start = 0
+    with path.open("rb") as lines:
+        # Bytes, because only "\n" ends a line: JSON strings may hold U+2028 and others unescaped.
+        for number, raw in enumerate(lines, start=1):
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                place = start + error.start
+                raise UserError(f"{path}: not UTF-8 text (byte {place}); save it as UTF-8, one object a line") from error
+            start += len(raw)
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where}: not valid JSON ({error.msg}); give one object a line") from error
+            if not isinstance(fields, dict):
+                raise UserError(f"{where}: is a JSON {type(fields).__name__}; give one object a line")
+            yield Row(fields, where)
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        batches = file.iter_batches(batch_size=256)
+        number = 0
+        for batch in batches:
+            for fields in batch.to_pylist():
+                number += 1
+                yield Row(fields, f"{path}, row {number}")
+    except pyarrow.ArrowException as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: not a parquet file that can be read ({reason}); fetch it again") from error
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a source that is neither a file nor a folder is meant as ``owner/name`` on the hub."""
+    owner, _, _ = source.partition("/")
+    # "data/tofu" could be either; where "data" is a folder here, a misspelt folder is the likelier mistake.
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(owner).is_dir()
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set of the hub, a folder laid out as there, or a single file.
+
+    Attributes:
+        source: Name on the hub, folder, or file (one of `SUFFIXES`; then the rest does not count).
+        subsets: Folders inside it, which the hub calls configurations; none for one that has no such folders.
+        split: ``test``, ``train`` or another; the files of a split begin with its name.
+    """
+
+    source: str
+    subsets: tuple[str, ...] = ()
+    split: str = "test"
+
+    def __str__(self) -> str:
+        parts = [self.source, *([",".join(self.subsets)] if self.subsets else []), self.split]
+        return self.source if Path(self.source).suffix in SUFFIXES else ":".join(parts)
+
+    def rows(self) -> Iterator[tuple[str, Row]]:
+        """Every row with the name of its subset (empty where there are none), in the order of subsets and files.
+
+        Raises:
+            UserError: The data set, a subset or its split is not there or cannot be fetched, or a file is broken.
+        """
+        for subset, path in self._files():
+            for row in read_rows(path):
+                yield subset, row
+
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        path = Path(self.source).expanduser()
+        if path.is_file():
+            if path.suffix not in SUFFIXES:
+                raise UserError(f"{path}: a data file ends in {', '.join(SUFFIXES)}; give such a file, or a folder")
+            yield "", path
+            return
+        if not path.is_dir() and not is_hub_name(self.source):
+            raise UserError(f"data set {self.source!r}: no such file or folder, and no name of a data set on the hub")
+        folder = path if path.is_dir() else self._download()
+        for subset in self.subsets or ("",):
+            for file in self._split_files(folder, subset):
+                yield subset, file
+
+    def _split_files(self, folder: Path, subset: str) -> list[Path]:
+        place = folder / subset
+        if not place.is_dir():
+            present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+            raise UserError(f"data set {self.source}: no subset {subset!r}; it has {_choice(subset, present)}")
+        # The hub puts the only subset of a data set into a folder "data"; converted sets have a folder per split.
+        shelves = [shelf for shelf in (place, place / "data", place / self.split) if shelf.is_dir()]
+        files = [file for shelf in shelves for file in sorted(shelf.iterdir()) if file.suffix in SUFFIXES]
+        named = re.compile(rf"{re.escape(self.split)}([-._].*)?")
+        found = [file for file in files if file.parent.name == self.split or named.fullmatch(file.stem)]
+        if not found:
+            present = sorted({re.split(r"[-._]", file.stem)[0] for file in files})
+            raise UserError(f"data set {place}: no file of split {self.split!r}; it has {_choice(self.split, present)}")
+        return found
+
+    def _download(self) -> Path:
+        from huggingface_hub import snapshot_download
+
+        shelves = [f"{subset}/" for subset in self.subsets] or ["", "data/"]
+        wanted = [f"{shelf}{self.split}{rest}" for shelf in shelves for rest in ("*", "/*")]
+        try:
+            return Path(snapshot_download(self.source, repo_type="dataset", allow_patterns=wanted))
+        # The hub client raises errors of its own, of its HTTP library and of the system, without a common base.
+        except Exception as error:
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise UserError(
+                f"cannot get the data set {self.source} from the hub ({reason}); check name, network and, where the data set "
+                "wants it, your access; or give a folder or file that holds it"
+            ) from error
+
+
+def _choice(name: str, present: list[str]) -> str:
+    close = difflib.get_close_matches(name, present, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{', '.join(present) or 'none'}.{hint}"
