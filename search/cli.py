@@ -1,6 +1,5 @@
 """The command line: a thin layer over `search` and `uipe_core`. Parse, call, print."""
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from search.terminal import print_claims, print_confirmations, print_front, print_json, print_metrics
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 
 app = typer.Typer(
@@ -46,9 +46,9 @@ def run(
     spec = load_study(study or quickstart_path(), {"seed": seed, "trials": trials})
     result = run_study(spec, out)
     if as_json:
-        _print_json(result.summary())
+        print_json(result.summary())
         return
-    _print_front(result)
+    print_front(result)
     for sentence in result.verdict():
         typer.echo(f"- {sentence}")
     typer.echo(f"\nreport   {result.report_path}")
@@ -59,7 +59,7 @@ def run(
 @app.command(epilog="Example: uipe validate studies/quickstart.yaml")
 def validate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")]) -> None:
     """Check a study file and its local inputs; every error at once, nothing is spent."""
-    from search.preparation import check_inputs
+    from search.input_checks import check_inputs
     from search.spec import load_study
 
     spec = load_study(study)
@@ -91,9 +91,9 @@ def pareto(
     if as_json:
         keys = ("study", "definition", "front", "hypervolume", "gain", "reference_point", "forget_quality_cap")
         summary = result.summary()
-        _print_json({key: summary[key] for key in keys})
+        print_json({key: summary[key] for key in keys})
     else:
-        _print_front(result)
+        print_front(result)
 
 
 @app.command(epilog="Example: uipe select runs/quickstart --rule utility-floor --floor 0.95")
@@ -111,7 +111,7 @@ def select(
     picked = result.select(rule or "utility-floor", floor, allow_collapsed=allow_collapsed)
     chosen = result.rows(picked.to_frame().T)[0]
     if as_json:
-        _print_json({"rule": rule, **({"floor": floor} if rule == "utility-floor" else {}), **chosen})
+        print_json({"rule": rule, **({"floor": floor} if rule == "utility-floor" else {}), **chosen})
         return
     for key, value in chosen.items():
         typer.echo(f"{key:32} {value:.6g}" if isinstance(value, float) else f"{key:32} {value}")
@@ -153,7 +153,7 @@ def rebuild(
 ) -> None:
     """Rebuild an exported model from its recipe, training what the caches lack, and check its numbers."""
     from search.export import export as export_recipe
-    from search.export import read_recipe
+    from search.recipe import read_recipe
 
     _quieten()
     typer.echo(f"rebuilt and checked: {export_recipe(read_recipe(recipe), to, form)}")
@@ -175,15 +175,9 @@ def confirm(
     result = confirm_study(out, top, seeds)
     rows = result.rows_of(result.confirmations)
     if as_json:
-        _print_json({"study": result.store.record["name"], "definition": result.spec.definition, "confirmed": rows})
+        print_json({"study": result.store.record["name"], "definition": result.spec.definition, "confirmed": rows})
         return
-    for row in rows:
-        point = f"{row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}"
-        typer.echo(f"trial {row['trial']} ({point}), further seeds: {row['seeds']}")
-        for objective in result.objectives:
-            own, mean, spread = (row[f"{objective.name}{suffix}"] for suffix in ("", "_mean", "_spread"))
-            places = objective.places
-            typer.echo(f"  {objective.title:24} own seed {own:.{places}f}   all seeds {mean:.{places}f} +- {spread:.{places}f}")
+    print_confirmations(result, rows)
     typer.echo(f"metrics: {result.spec.definition}; report: {result.report_path}")
 
 
@@ -246,7 +240,7 @@ def score(
     scoring = ScoringConfig.of(definition, batch_size, max_new_tokens)
     loading = Loading(dtype, device, prompt_template, prompt_format)
     items = corpus_named(corpus, split, seed, first_items)
-    _print_metrics(score_once(model, items, loading, scoring, definition, reference, log, log_format), as_json)
+    print_metrics(score_once(model, items, loading, scoring, definition, reference, log, log_format), as_json)
 
 
 @app.command(epilog="Example: uipe metrics unlearned.json --reference retain.json")
@@ -266,7 +260,7 @@ def metrics(
     """Compute the metrics of an evaluation log."""
     from search.score_once import metrics_of_log
 
-    _print_metrics(metrics_of_log(log, reference, definition), as_json)
+    print_metrics(metrics_of_log(log, reference, definition), as_json)
 
 
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")
@@ -284,115 +278,10 @@ def paper(
     _quieten()
     result = run_paper(seeds, out)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
-    _print_claims(result)
+    print_claims(result)
     typer.echo(f"page     {result['page']}")
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    typer.echo(json.dumps(value, default=str, allow_nan=False))
-
-
-def _print_metrics(values: dict[str, Any], as_json: bool) -> None:
-    if as_json:
-        _print_json(values)
-        return
-    rows: dict[str, Any] = {}
-    for key, value in values.items():
-        rows.update(value if key in ("components", "forget") else {key: value})
-    for name, quality in rows.pop("related", {}).items():
-        rows[f"{name}: log10 forget quality"] = quality["log10_forget_quality"]
-    for name, memorized in rows.pop("memorization", {}).items():
-        rows.update({f"{name}: {key.replace('_', ' ')}": value for key, value in memorized.items()})
-    if rows["collapsed"] is None:
-        del rows["collapsed"]
-    for name, value in rows.items():
-        typer.echo(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
-
-
-SHORT_WALKS = {
-    "unlearned epoch": "trained",
-    "interpolation": "interp.",
-    "extrapolation": "extrap.",
-    "initial model": "initial",
-}
-
-
-def _print_front(result: Any) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from search.objectives import flag_of
-    from search.report_data import collapsed
-
-    definition = result.spec.definition
-    title = f"Pareto front of {result.store.record['name']} (metrics: {definition})"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    columns = {
-        "trial": ("trial", "{}"),
-        "base": ("base run", "{}"),
-        "epoch": ("epoch", "{}"),
-        "alpha": ("alpha", "{:.3f}"),
-        "walk": ("walk", "{}"),
-        **_objective_columns(result.objectives),
-        "logit_scale": ("logit\nscale", "{:.3f}"),
-        "related_log10_forget_quality": ("log10\nFQ K2", "{:.2f}"),
-        "unrelated_log10_forget_quality": ("log10\nFQ K0", "{:.2f}"),
-    }
-    columns = {key: column for key, column in columns.items() if key in result.front}
-    utility = result.objectives[1].name
-    for key, (head, _) in columns.items():
-        table.add_column(head, justify="left" if key in ("base", "walk") else "right", overflow="fold")
-    for row in result.front.to_dict("records"):
-        row["walk"] = SHORT_WALKS[row["walk"]]
-        cells = {key: "" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()}
-        cells[utility] += " !" if row["flagged"] else ""
-        cells["trial"] += " x" if isinstance(row["collapsed"], str) else ""
-        table.add_row(*map(escape, cells.values()))
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    console.print(table)
-    if result.front["flagged"].any():
-        flag = flag_of(result.objectives)
-        console.print(f"! {flag.meaning}, {flag.caution}")
-    for row in result.front[collapsed(result.front)].to_dict("records"):
-        console.print(f"x trial {row['trial']} has collapsed ({row['collapsed']}): no rule selects it", markup=False)
-
-
-def _objective_columns(objectives: Any) -> dict[str, tuple[str, str]]:
-    columns = {}
-    for objective in objectives:
-        columns[objective.name] = (objective.head, f"{{:.{objective.places}f}}")
-        if objective.p_value is not None:
-            columns[objective.p_value] = (objective.head.removeprefix("log10\n"), "{:.2g}")
-        for key, head in objective.beside:
-            columns[key] = (head.replace(" ", "\n", 1), f"{{:.{objective.places}f}}")
-    return columns
-
-
-def _print_claims(result: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    from search.paper.page import effect_text
-    from search.paper.settings import TUNINGS
-
-    title = f"What holds here (metrics: {result['definition']}; seeds: {len(result['seeds'])})"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("about")
-    table.add_column("claim", overflow="fold")
-    table.add_column("unit")
-    for name in TUNINGS.values():
-        table.add_column(name, justify="right")
-        table.add_column("")
-    for claim in result["claims"]:
-        cells = [cell for tuning in TUNINGS for cell in (effect_text(claim, tuning), claim[tuning]["verdict"])]
-        table.add_row(claim["source"], claim["claim"], claim["unit"], *cells)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
-    console.print(table)
 
 
 def _writable(what: Path | str, action: Any) -> None:

@@ -4,16 +4,15 @@ import math
 import shutil
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from search.evaluator import load_for_scoring
+from search.input_checks import checkpoint_folder
 from search.measures import Report, measure, scorer_of
-from search.objectives import objectives_of
-from search.preparation import Preparation, checkpoint_folder, prepare
+from search.preparation import Preparation, prepare
+from search.recipe import RECIPE_FILE, Recipe, checked_numbers, read_recipe
 from search.spec import BaseRunSpec, StudySpec
 from search.spec_sections import PretrainedModel
 from uipe_core.adapter_files import is_adapter
@@ -34,117 +33,11 @@ from uipe_core.update_vectors import DENSE, UpdateVector, adapter_scale, wrap_ad
 Numbers = Metrics | ChoiceMetrics
 
 FORMS = ("recipe", "adapter", "model")
-RECIPE_FILE = "recipe.yaml"
-RECIPE_SCHEMA = 1
 
 SAME = 1e-6
 """Allowed difference in model utility and KS statistic of a full model: its weights are the trial's to the bit."""
 MERGED = 1e-3
 """Allowed difference in model utility where an adapter was scaled or merged: W + BA rounds otherwise than Wx + B(Ax)."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything needed to rebuild a trial's model.
-
-    Attributes:
-        spec: The study.
-        fingerprint: Its fingerprint, by which a changed corpus or model is found out.
-        trial, base, epoch, alpha: Which point.
-        expected: The trial's numbers: model_utility, log10_forget_quality, forget_quality, ks_statistic, definition.
-        provenance: Models, corpus, delta key and versions, for people to read.
-    """
-
-    spec: StudySpec
-    fingerprint: str
-    trial: int
-    base: str
-    epoch: int
-    alpha: float
-    expected: Mapping[str, Any]
-    provenance: Mapping[str, Any]
-
-    def as_yaml(self) -> str:
-        """The recipe as a file."""
-        content = {
-            "uipe_recipe": RECIPE_SCHEMA,
-            "fingerprint": self.fingerprint,
-            "point": {"trial": self.trial, "base": self.base, "epoch": self.epoch, "alpha": self.alpha},
-            "expected": dict(self.expected),
-            "provenance": dict(self.provenance),
-            "study": self.spec.model_dump(mode="json"),
-        }
-        head = "# Rebuild this model with: uipe rebuild recipe.yaml --to DIR --as model\n"
-        return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
-
-
-def read_recipe(path: Path) -> Recipe:
-    """Reads a recipe file.
-
-    Raises:
-        UserError: If it is missing, not a recipe, or damaged.
-    """
-    try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a {RECIPE_FILE} that `uipe export --as recipe` wrote") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
-    if not isinstance(content, dict) or content.get("uipe_recipe") != RECIPE_SCHEMA:
-        raise UserError(f"{path}: not a recipe of this version; give a {RECIPE_FILE} that `uipe export --as recipe` wrote")
-    try:
-        point = content["point"]
-        recipe = Recipe(
-            spec=StudySpec.model_validate(content["study"], strict=False),
-            fingerprint=content["fingerprint"],
-            trial=int(point["trial"]),
-            base=str(point["base"]),
-            epoch=int(point["epoch"]),
-            alpha=float(point["alpha"]),
-            expected=dict(content["expected"]),
-            provenance=dict(content["provenance"]),
-        )
-        _require_whole(recipe)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: the recipe is damaged ({type(error).__name__}: {error}); export it again") from error
-    return recipe
-
-
-def _require_whole(recipe: Recipe) -> None:
-    epochs = recipe.spec.base_epochs()
-    if recipe.base not in epochs:
-        raise ValueError(f"point.base is {recipe.base!r}, its study has {', '.join(epochs)}")
-    if not 1 <= recipe.epoch <= epochs[recipe.base]:
-        raise ValueError(f"point.epoch is {recipe.epoch}, its study has 1 to {epochs[recipe.base]}")
-    numbers = [recipe.alpha, *(float(recipe.expected[name]) for name in _checked(recipe.spec))]
-    if not all(math.isfinite(number) for number in numbers):
-        raise ValueError("alpha or an expected number is not finite")
-
-
-def recipe_of(record: Mapping[str, Any], spec: StudySpec, row: Mapping[Any, Any]) -> Recipe:
-    """The recipe of a trial.
-
-    Args:
-        record: The study's record (`search.study_store.read_record`).
-        spec: The study's spec.
-        row: The trial as a row of `search.results.StudyResult.trials`.
-    """
-    objectives = objectives_of(spec)
-    p_values = [objective.p_value for objective in objectives if objective.p_value is not None]
-    names = dict.fromkeys(["definition", *(objective.name for objective in objectives), *p_values, *_checked(spec)])
-    expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}
-    delta = record["base_runs"][row["base"]]["delta"]
-    provenance = {name: record[name] for name in ("models", "versions")} | {"corpus": record["corpus"]["name"], "delta": delta}
-    return Recipe(
-        spec=spec,
-        fingerprint=record["fingerprint"],
-        trial=int(row["trial"]),
-        base=row["base"],
-        epoch=int(row["epoch"]),
-        alpha=float(row["alpha"]),
-        expected=expected,
-        provenance=provenance,
-    )
 
 
 def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None) -> Path:
@@ -277,19 +170,13 @@ def _score(corpus: Corpus, preparation: Preparation, loaded: LoadedModel) -> Rep
     return scorer_of(corpus, loaded.prompts, preparation.scoring).score(loaded)
 
 
-def _checked(spec: StudySpec) -> tuple[str, str]:
-    """The numbers by which an export is known to be its trial: one of forgetting, one of utility."""
-    choices = spec.corpus.kind == "multiple_choice"
-    return ("forget_accuracy", "utility_accuracy") if choices else ("ks_statistic", "model_utility")
-
-
 def _tolerances(spec: StudySpec, preparation: Preparation, low_rank: bool) -> dict[str, float]:
     """How far each checked number may be from the trial's.
 
     KS statistic and accuracies move in steps of one item, so a merged adapter may differ by a step or two.
     """
     if not low_rank:
-        return dict.fromkeys(_checked(spec), SAME)
+        return dict.fromkeys(checked_numbers(spec), SAME)
     steps = {name: 2 / len(rows) for name, rows in preparation.split.select.items()}
     if spec.corpus.kind == "multiple_choice":
         return {"forget_accuracy": steps["forget"], "utility_accuracy": steps["utility"]}

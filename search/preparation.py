@@ -7,23 +7,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.corpora import fetched_sources, load_corpus
+from search.corpora import load_corpus
+from search.input_checks import check_checkpoints, check_steered_layers, checkpoint_folder
 from search.spec import BaseRunSpec, StudySpec
-from search.spec_sections import PretrainedModel, TinyModel, is_local
-from search.study_store import fingerprint
-from uipe_core.checkpoints import check_checkpoint, checkpoint_identity, checkpoint_inputs
+from search.spec_sections import PretrainedModel, TinyModel
+from search.study_record import fingerprint
+from uipe_core.checkpoints import checkpoint_identity, checkpoint_inputs
 from uipe_core.content_store import ContentStore, cache_folder, content_key, file_hash
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.split import Split, split_corpus, take_items
 from uipe_core.corpora.types import Corpus
-from uipe_core.errors import UserError
-from uipe_core.evaluation_log import read_log
-from uipe_core.initial_model import open_initial
 from uipe_core.losses import METHODS
-from uipe_core.models import ModelSource, check_model_folder, model_folder, model_identity
+from uipe_core.models import ModelSource, model_folder, model_identity
 from uipe_core.prompts import PROMPT_SCHEMA
 from uipe_core.scoring import ScoringConfig
-from uipe_core.steering import check_layer, model_depth
 from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model_inputs
 from uipe_core.training import AdapterConfig, UnlearningConfig
 
@@ -258,75 +255,6 @@ def _log(place: str) -> Path | None:
     return Path(place) if place.endswith(".json") else None
 
 
-def check_inputs(spec: StudySpec) -> list[str]:
-    """Reads what a study needs and lies on this machine; returns notes on what only the run itself can check.
-
-    Raises:
-        UserError: If an input is missing or broken.
-    """
-    later = "is on the hub and is fetched when the study runs"
-    notes = [f"corpus.{key}: {source} {later}" for key, source in fetched_sources(spec)]
-    if not notes:
-        split_corpus(load_corpus(spec), None if spec.split is None else spec.split.select, spec.seed)
-    if isinstance(spec.model, PretrainedModel):
-        given = {"initial": spec.model.initial}
-        given |= {"retain": spec.model.retain} if spec.model.retain else {}
-        given |= {f"other_retain[{place}]": value for place, value in enumerate(spec.model.other_retain)}
-        given |= {"never_finetuned": spec.model.never_finetuned} if spec.model.never_finetuned else {}
-        for key, value in given.items():
-            if not is_local(value):
-                notes.append(f"model.{key}: {value} {later}")
-            elif value.endswith(".json"):
-                read_log(value)
-            else:
-                check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format)
-        remote = [place for places in spec.checkpoints.values() for place in places if not is_local(place)]
-        notes += [f"checkpoints: {place} is on the hub and is fetched when the study runs" for place in remote]
-        if spec.checkpoints and (remote or not is_local(spec.model.initial)):
-            notes.append("checkpoints: they are held against model.initial when the study runs")
-        elif spec.checkpoints:
-            check_checkpoints(spec, Path(spec.model.initial))
-    if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
-        _check_steered_layers(spec, None)
-    return notes
-
-
-def _check_steered_layers(spec: StudySpec, revision: str | None) -> None:
-    """Refuses layers the initial model does not have, where a method steers one and the depth is known before loading."""
-    layers = sorted({run.hyperparameters["layer"] for run in spec.variants() if run.method == "rmu"})
-    model = spec.model
-    if not layers:
-        return
-    depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, model.trust_remote_code)
-    if depth is not None:
-        for layer in layers:
-            check_layer(int(layer), depth)
-
-
-def checkpoint_folder(place: str) -> Path:
-    """The folder of a given checkpoint: its own, or the hub's copy on this machine, fetched where it is missing."""
-    return Path(place) if is_local(place) else model_folder(place)
-
-
-def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
-    """Holds every given checkpoint against the initial model by configurations and headers; no weights are read.
-
-    Raises:
-        UserError: With everything that does not fit.
-    """
-    trusted = isinstance(spec.model, PretrainedModel) and spec.model.trust_remote_code
-    initial = open_initial(initial_folder, trusted)
-    problems = []
-    for label, folders in spec.checkpoints.items():
-        for place, folder in enumerate(folders):
-            try:
-                check_checkpoint(initial, checkpoint_folder(folder))
-            except UserError as error:
-                problems.append(f"checkpoints.{label}[{place}]: {error}")
-    if problems:
-        raise UserError("\n  ".join(problems))
-
-
 def prepare(spec: StudySpec) -> Preparation:
     """Loads the corpus and identifies the models of a study; nothing is trained yet.
 
@@ -336,7 +264,7 @@ def prepare(spec: StudySpec) -> Preparation:
     corpus = load_corpus(spec)
     model = spec.model
     if isinstance(model, TinyModel):
-        _check_steered_layers(spec, None)
+        check_steered_layers(spec, None)
         tiny = TinyModelConfig(
             tokenizer=model.tokenizer,
             vocab_size=model.vocab_size,
@@ -352,7 +280,7 @@ def prepare(spec: StudySpec) -> Preparation:
         keys = {which: _tiny_key(tiny, corpus, stage) for which, stage in stages.items()}
         return Preparation(spec, corpus, tiny, keys, {})
     identity, revision = model_identity(model.initial, model.revision)
-    _check_steered_layers(spec, revision)
+    check_steered_layers(spec, revision)
     given = {}
     if spec.checkpoints:
         # Before the hashes, which take their time.

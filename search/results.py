@@ -13,12 +13,14 @@ import optuna
 import pandas as pd
 
 from search import finalists
-from search.certainty import certainty, smallest_groups
-from search.export import export, recipe_of
+from search.certainty import certainty
+from search.export import export
 from search.objectives import Objective
 from search.pareto import hypervolume, knee, non_dominated, utility_floor
+from search.recipe import recipe_of
 from search.report import write_report
 from search.report_data import CONTROL_COLUMNS, ReportData, collapsed
+from search.report_source import report_data
 from search.spec import StudySpec
 from search.study_store import StudyStore
 from search.verdict import verdict
@@ -214,10 +216,10 @@ class StudyResult:
         corner = {}
         for objective in self.objectives:
             value = given[objective.name]
-            corner[objective.name] = self._floor(str(objective.quality_of)) if value is None else value
+            corner[objective.name] = self.floor_of(str(objective.quality_of)) if value is None else value
         return corner
 
-    def _floor(self, name: str) -> float:
+    def floor_of(self, name: str) -> float:
         """Lowest log10 forget quality the items of an evaluation set can give."""
         items = self.item_counts.get(name)
         if items is None:
@@ -302,38 +304,7 @@ class StudyResult:
 
     def report_data(self) -> ReportData:
         """Tables and summary of the report."""
-        record, spec = self.store.record, self.spec
-        selections = []
-        for rule in RULES:
-            try:
-                title = f"{rule}, floor {DEFAULT_FLOOR}" if rule == "utility-floor" else rule
-                selections.append({"rule": title, "trial": int(self.select(rule)["trial"])})
-            except UserError:
-                continue
-        summary = {
-            **self.summary(),
-            "corpus": record["corpus"]["name"],
-            "model": _model_title(spec, record),
-            "seed": spec.seed,
-            "dtype": str(self.trials["dtype"].iloc[0]),
-            "forget_items": self.item_counts["forget"],
-            "log10_floor": None if self.objectives[0].quality_of is None else self._floor("forget"),
-            "alpha": spec.search.alpha.model_dump(),
-            "created": record["created"],
-            "versions": record["versions"],
-            "base_run_seconds": [
-                sum(epoch["seconds"] for epoch in run["epochs"])
-                for label, run in record["base_runs"].items()
-                if label not in spec.checkpoints
-            ],
-            "selections": selections,
-            "failures": self.store.failures(),
-            "notes": self._notes(),
-            "item_counts": self.store.record["corpus"]["items"],
-            "smallest_groups": smallest_groups(self.store),
-        }
-        tables = (self.certainty, self.held_out, self.matched_scale, self.confirmations)
-        return ReportData(self.trials, self.controls, summary, self.objectives, *tables)
+        return report_data(self)
 
     def verdict(self) -> list[str]:
         """What won, in plain sentences."""
@@ -345,28 +316,8 @@ class StudyResult:
         recipe = recipe_of(self.store.record, self.spec, row.to_dict())
         return export(recipe, Path(to), form, read_log(log) if log.is_file() else None)
 
-    def _notes(self) -> list[str]:
-        notes = [
-            f"Epochs of {label} are given checkpoints: "
-            + ", ".join(f"{epoch} is {Path(folder).name}" for epoch, folder in enumerate(folders, 1))
-            for label, folders in self.spec.checkpoints.items()
-        ]
-        searched = int((self.trials["kind"] == "search").sum())
-        wanted = self.spec.search.trials
-        if searched < wanted:
-            notes.append(f"{searched} of {wanted} search trials are complete: the same command resumes the study.")
-        return notes
-
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it, which knows no infinity: the logits of a collapsed model may have no finite scale."""
     plain = value.item() if hasattr(value, "item") else value
     return None if isinstance(plain, float) and not math.isfinite(plain) else plain
-
-
-def _model_title(spec: StudySpec, record: dict[str, Any]) -> str:
-    model = spec.model
-    if model.kind == "pretrained":
-        return f"{model.initial} ({record['models']['initial']})"
-    shape = f"hidden {model.hidden_size}, {model.layers} layers, {model.heads} heads"
-    return f"small Llama built here ({shape}, {model.tokenizer} tokenizer; {record['models']['initial'][:12]})"

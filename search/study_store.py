@@ -5,11 +5,8 @@ epoch, random directions, temperatures) are trials of a second study, ``NAME.con
 Optuna then see what can be chosen, and nothing else.
 """
 
-import hashlib
-import json
 import math
 import os
-import re
 import time
 import warnings
 import zipfile
@@ -26,37 +23,18 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, RDBStorage
 from optuna.trial import TrialState
-from sqlalchemy import URL, event, make_url
+from sqlalchemy import event, make_url
 
 from search.evaluator import Job
 from search.objectives import Objective, objectives_of
 from search.space import own_epoch, sampled_epoch
 from search.spec import StudySpec
+from search.study_record import RECORD, RECORD_SCHEMA, other_study, own_database, read_record, save_record, without_password
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 
-RECORD = "study.json"
-RECORD_SCHEMA = 1
-RECORD_KEYS = ("name", "fingerprint", "created", "seconds", "spec", "storage", "corpus", "models", "versions")
 STAGES = ("models", "base_runs", "baselines", "trials")
 INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
-
-
-def fingerprint(spec: StudySpec, corpus_hash: str, models: Mapping[str, str]) -> str:
-    """Identity of a study: what it searches, on which items and which weights; 32 hexadecimal digits."""
-    parts = {"schema": RECORD_SCHEMA, "spec": spec.fingerprint_payload(), "corpus": corpus_hash, "models": dict(models)}
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def without_password(url: str) -> str:
-    """A storage URL that can be shown and stored."""
-    hidden = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
-    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", hidden)
-
-
-def _own_database(out: Path) -> str:
-    """URL of the database in a study's folder; SQLAlchemy quotes the path, which may hold what means something in a URL."""
-    return URL.create("sqlite", database=str((out / "study.db").resolve())).render_as_string()
 
 
 class StudyStore:
@@ -107,12 +85,12 @@ class StudyStore:
         try:
             record = read_record(out) if (out / RECORD).exists() else None
             if record is not None and record["fingerprint"] != identity:
-                raise UserError(_other_study(out, record, spec))
+                raise UserError(other_study(out, record, spec))
             if record is None and any(not path.name.startswith(".") for path in out.iterdir()):
                 raise UserError(
                     f"output folder {out}: it is not empty and holds no study; choose another with --out or empty it"
                 )
-            url = spec.storage or _own_database(out)
+            url = spec.storage or own_database(out)
             fresh = {
                 "schema": RECORD_SCHEMA,
                 "name": spec.name,
@@ -124,7 +102,7 @@ class StudyStore:
             changing = {"spec": spec.model_dump(mode="json"), "storage": without_password(url), **facts}
             changing["spec"]["storage"] = None if spec.storage is None else without_password(spec.storage)
             # Before the database: a folder with a database and no record would be taken for somebody else's.
-            _save_record(out, {**kept, **changing})
+            save_record(out, {**kept, **changing})
             try:
                 store = cls(out, {**kept, **changing}, _open_storage(url), lock)
                 store._attach(create=True)
@@ -148,7 +126,7 @@ class StudyStore:
         """
         record = read_record(out)
         if record["spec"].get("storage") is None:
-            url = _own_database(out)  # not the recorded place: the folder may have been moved or copied
+            url = own_database(out)  # not the recorded place: the folder may have been moved or copied
         else:
             url = os.environ.get("UIPE_STORAGE") or record["storage"]
         database = make_url(url).database if url.startswith("sqlite:") else None
@@ -256,7 +234,7 @@ class StudyStore:
 
     def save_record(self) -> None:
         """Writes the record atomically."""
-        _save_record(self.out, self.record)
+        save_record(self.out, self.record)
 
     def counts(self) -> dict[str, int]:
         """Trials of the study by state."""
@@ -324,54 +302,6 @@ class StudyStore:
                 raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
             opened.append(study)
         self._study, self._controls = opened
-
-
-def _save_record(out: Path, record: Mapping[str, Any]) -> None:
-    try:
-        write_atomic(out / RECORD, json.dumps(record, indent=1).encode())
-    except OSError as error:
-        raise UserError(f"output folder {out}: {error.strerror}; free some space or choose another") from error
-
-
-def read_record(out: Path) -> dict[str, Any]:
-    """The record of a study folder.
-
-    Raises:
-        UserError: If there is none, or it cannot be read.
-    """
-    path = out / RECORD
-    if not path.is_file():
-        raise UserError(f"{out}: not a study folder (no {RECORD}); give the folder that `uipe run` wrote")
-    try:
-        record = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a folder that can be read") from error
-    except ValueError:
-        raise UserError(f"{path}: not JSON; the record is damaged, so run the study into another folder") from None
-    missing = [key for key in RECORD_KEYS if key not in record] if isinstance(record, dict) else list(RECORD_KEYS)
-    if missing:
-        raise UserError(f"{path}: not a record of a study (no {', '.join(missing)}); run the study into another folder")
-    try:
-        StudySpec.model_validate(record["spec"], strict=False)
-    except ValueError as error:
-        problem = str(error).splitlines()[0]
-        raise UserError(
-            f"{path}: its study is damaged or of another version ({problem}); run the study into another folder"
-        ) from None
-    return record
-
-
-def _other_study(out: Path, record: Mapping[str, Any], spec: StudySpec) -> str:
-    old = StudySpec.model_validate(record["spec"], strict=False).model_dump(mode="json")
-    new = spec.model_dump(mode="json")
-    free = ("resources", "storage", "cache")
-    old["search"]["trials"] = new["search"]["trials"]
-    differing = [key for key in new if key not in free and old[key] != new[key]]
-    what = f"they differ in {', '.join(differing)}" if differing else "its corpus, model or code differ"
-    return (
-        f"output folder {out}: it holds another study ({record['name']!r}): {what}; choose another folder with --out, or give "
-        "the study file it was started with"
-    )
 
 
 def _open_storage(url: str) -> BaseStorage:

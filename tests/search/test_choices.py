@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from search.evaluator import Job
+from search.input_checks import check_inputs
 from search.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, objectives_of
-from search.preparation import check_inputs, prepare
+from search.preparation import prepare
 from search.spec import load_study, parse_study
 from search.spec_errors import StudyFileError
 from uipe_core.choice_log import read_choice_log
@@ -246,7 +247,8 @@ def test_exported_it_has_the_numbers_of_its_trial_also_by_the_score_command(ran,
 
 
 def test_an_export_whose_numbers_are_not_the_trials_is_withdrawn(choice_result, tmp_path):
-    from search.export import export, recipe_of
+    from search.export import export
+    from search.recipe import recipe_of
     from uipe_core.errors import ExportMismatchError
 
     recipe = recipe_of(choice_result.store.record, choice_result.spec, choice_result.front.iloc[0].to_dict())

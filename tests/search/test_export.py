@@ -11,7 +11,8 @@ import yaml
 from safetensors.torch import load_file
 
 from search import export as exporting
-from search.export import Recipe, export, read_recipe, recipe_of
+from search.export import export
+from search.recipe import Recipe, read_recipe, recipe_of
 from uipe_core.delta_store import DeltaStore
 from uipe_core.errors import ExportMismatchError, UserError
 from uipe_core.tiny_models import tiny_model

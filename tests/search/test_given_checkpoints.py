@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from search.preparation import check_inputs, prepare
+from search.input_checks import check_inputs
+from search.preparation import prepare
 from search.progress import Bars
 from search.results import StudyResult
 from search.runner import _Run

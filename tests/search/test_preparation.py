@@ -5,7 +5,8 @@ import shutil
 import pytest
 
 from search.corpora import load_corpus
-from search.preparation import check_inputs, prepare
+from search.input_checks import check_inputs
+from search.preparation import prepare
 from search.spec import load_study
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.errors import UserError

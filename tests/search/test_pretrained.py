@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 
-from search.export import read_recipe
-from search.preparation import check_inputs, prepare
+from search.input_checks import check_inputs
+from search.preparation import prepare
+from search.recipe import read_recipe
 from search.spec import load_study
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.types import UTILITY_SETS

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from search.preparation import check_inputs, prepare
+from search.input_checks import check_inputs
+from search.preparation import prepare
 from search.score_once import corpus_named
 from search.spec import load_study
 from uipe_core.definitions import DEFINITIONS

@@ -11,7 +11,8 @@ from optuna.trial import TrialState
 from search.evaluator import Job
 from search.space import Point, distributions
 from search.spec import parse_study
-from search.study_store import StudyStore, read_record, without_password
+from search.study_record import read_record, without_password
+from search.study_store import StudyStore
 from uipe_core.errors import UserError
 
 OBJECTIVES = ("log10_forget_quality", "model_utility")

@@ -1,0 +1,72 @@
+"""From a study's results to what its report is made of."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search.certainty import smallest_groups
+from search.report_data import ReportData
+from search.spec import StudySpec
+from uipe_core.errors import UserError
+
+if TYPE_CHECKING:
+    from search.results import StudyResult
+
+RULES = {"utility-floor": "utility-floor, floor 0.95", "knee": "knee"}
+"""Rules whose choice the report shows, and how it names them."""
+
+
+def report_data(result: "StudyResult") -> ReportData:
+    """Tables and summary of the report."""
+    record, spec = result.store.record, result.spec
+    trained = [run["epochs"] for label, run in record["base_runs"].items() if label not in spec.checkpoints]
+    summary = {
+        **result.summary(),
+        "corpus": record["corpus"]["name"],
+        "model": _model_title(spec, record),
+        "seed": spec.seed,
+        "dtype": str(result.trials["dtype"].iloc[0]),
+        "forget_items": result.item_counts["forget"],
+        "log10_floor": None if result.objectives[0].quality_of is None else result.floor_of("forget"),
+        "alpha": spec.search.alpha.model_dump(),
+        "created": record["created"],
+        "versions": record["versions"],
+        "base_run_seconds": [sum(epoch["seconds"] for epoch in epochs) for epochs in trained],
+        "selections": _selections(result),
+        "failures": result.store.failures(),
+        "notes": _notes(result),
+        "item_counts": record["corpus"]["items"],
+        "smallest_groups": smallest_groups(result.store),
+    }
+    tables = (result.certainty, result.held_out, result.matched_scale, result.confirmations)
+    return ReportData(result.trials, result.controls, summary, result.objectives, *tables)
+
+
+def _selections(result: "StudyResult") -> list[dict[str, Any]]:
+    found = []
+    for rule, title in RULES.items():
+        try:
+            found.append({"rule": title, "trial": int(result.select(rule)["trial"])})
+        except UserError:
+            continue
+    return found
+
+
+def _notes(result: "StudyResult") -> list[str]:
+    notes = [
+        f"Epochs of {label} are given checkpoints: "
+        + ", ".join(f"{epoch} is {Path(folder).name}" for epoch, folder in enumerate(folders, 1))
+        for label, folders in result.spec.checkpoints.items()
+    ]
+    searched = int((result.trials["kind"] == "search").sum())
+    wanted = result.spec.search.trials
+    if searched < wanted:
+        notes.append(f"{searched} of {wanted} search trials are complete: the same command resumes the study.")
+    return notes
+
+
+def _model_title(spec: StudySpec, record: dict[str, Any]) -> str:
+    model = spec.model
+    if model.kind == "pretrained":
+        return f"{model.initial} ({record['models']['initial']})"
+    shape = f"hidden {model.hidden_size}, {model.layers} layers, {model.heads} heads"
+    return f"small Llama built here ({shape}, {model.tokenizer} tokenizer; {record['models']['initial'][:12]})"

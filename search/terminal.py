@@ -1,0 +1,126 @@
+"""What the command line prints: JSON, metrics, the front, confirmations, claims."""
+
+import json
+import sys
+from typing import Any
+
+import typer
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on standard output."""
+    typer.echo(json.dumps(value, default=str, allow_nan=False))
+
+
+def print_metrics(values: dict[str, Any], as_json: bool) -> None:
+    """The numbers of one model, a line each, or as JSON."""
+    if as_json:
+        print_json(values)
+        return
+    rows: dict[str, Any] = {}
+    for key, value in values.items():
+        rows.update(value if key in ("components", "forget") else {key: value})
+    for name, quality in rows.pop("related", {}).items():
+        rows[f"{name}: log10 forget quality"] = quality["log10_forget_quality"]
+    for name, memorized in rows.pop("memorization", {}).items():
+        rows.update({f"{name}: {key.replace('_', ' ')}": value for key, value in memorized.items()})
+    if rows["collapsed"] is None:
+        del rows["collapsed"]
+    for name, value in rows.items():
+        typer.echo(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
+
+
+SHORT_WALKS = {
+    "unlearned epoch": "trained",
+    "interpolation": "interp.",
+    "extrapolation": "extrap.",
+    "initial model": "initial",
+}
+
+
+def print_front(result: Any) -> None:
+    """The front as a table that fits a terminal."""
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from search.objectives import flag_of
+    from search.report_data import collapsed
+
+    definition = result.spec.definition
+    title = f"Pareto front of {result.store.record['name']} (metrics: {definition})"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = {
+        "trial": ("trial", "{}"),
+        "base": ("base run", "{}"),
+        "epoch": ("epoch", "{}"),
+        "alpha": ("alpha", "{:.3f}"),
+        "walk": ("walk", "{}"),
+        **_objective_columns(result.objectives),
+        "logit_scale": ("logit\nscale", "{:.3f}"),
+        "related_log10_forget_quality": ("log10\nFQ K2", "{:.2f}"),
+        "unrelated_log10_forget_quality": ("log10\nFQ K0", "{:.2f}"),
+    }
+    columns = {key: column for key, column in columns.items() if key in result.front}
+    utility = result.objectives[1].name
+    for key, (head, _) in columns.items():
+        table.add_column(head, justify="left" if key in ("base", "walk") else "right", overflow="fold")
+    for row in result.front.to_dict("records"):
+        row["walk"] = SHORT_WALKS[row["walk"]]
+        cells = {key: "" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()}
+        cells[utility] += " !" if row["flagged"] else ""
+        cells["trial"] += " x" if isinstance(row["collapsed"], str) else ""
+        table.add_row(*map(escape, cells.values()))
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(table)
+    if result.front["flagged"].any():
+        flag = flag_of(result.objectives)
+        console.print(f"! {flag.meaning}, {flag.caution}")
+    for row in result.front[collapsed(result.front)].to_dict("records"):
+        console.print(f"x trial {row['trial']} has collapsed ({row['collapsed']}): no rule selects it", markup=False)
+
+
+def _objective_columns(objectives: Any) -> dict[str, tuple[str, str]]:
+    columns = {}
+    for objective in objectives:
+        columns[objective.name] = (objective.head, f"{{:.{objective.places}f}}")
+        if objective.p_value is not None:
+            columns[objective.p_value] = (objective.head.removeprefix("log10\n"), "{:.2g}")
+        for key, head in objective.beside:
+            columns[key] = (head.replace(" ", "\n", 1), f"{{:.{objective.places}f}}")
+    return columns
+
+
+def print_claims(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from search.paper.page import effect_text
+    from search.paper.settings import TUNINGS
+
+    title = f"What holds here (metrics: {result['definition']}; seeds: {len(result['seeds'])})"
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("about")
+    table.add_column("claim", overflow="fold")
+    table.add_column("unit")
+    for name in TUNINGS.values():
+        table.add_column(name, justify="right")
+        table.add_column("")
+    for claim in result["claims"]:
+        cells = [cell for tuning in TUNINGS for cell in (effect_text(claim, tuning), claim[tuning]["verdict"])]
+        table.add_row(claim["source"], claim["claim"], claim["unit"], *cells)
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table)
+
+
+def print_confirmations(result: Any, rows: list[dict[str, Any]]) -> None:
+    """Each confirmed trial with its numbers over training seeds."""
+    for row in rows:
+        point = f"{row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}"
+        typer.echo(f"trial {row['trial']} ({point}), further seeds: {row['seeds']}")
+        for objective in result.objectives:
+            own, mean, spread = (row[f"{objective.name}{suffix}"] for suffix in ("", "_mean", "_spread"))
+            places = objective.places
+            typer.echo(f"  {objective.title:24} own seed {own:.{places}f}   all seeds {mean:.{places}f} +- {spread:.{places}f}")
