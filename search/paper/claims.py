@@ -105,7 +105,7 @@ CLAIMS = (
     Claim(
         "cosine_person",
         "equation 2, control",
-        "and it is not only the person they share",
+        "It is not only the person that related facts share",
         "mean gradient cosine, K1 and its own K2 less K1 and the person's K2 of another attribute",
         COSINE,
         0.02,
@@ -114,7 +114,7 @@ CLAIMS = (
     Claim(
         "cosine_attribute",
         "equation 2, control",
-        "nor only the kind of question",
+        "It is not only the kind of question that related facts share",
         "mean gradient cosine, K1 and its own K2 less K1 and another person's K2 of the attribute",
         COSINE,
         0.02,
@@ -186,7 +186,7 @@ CLAIMS = (
     Claim(
         "next_utility",
         "figure 7",
-        "and where it forgets as much, it costs less utility",
+        "Where a walk forgets as much as the next epoch, it costs less utility",
         "utility where a walk forgets K1 as well as the next epoch, less that of the next epoch",
         UTILITY,
         0.0,
@@ -204,8 +204,8 @@ CLAIMS = (
     Claim(
         "stall_k0",
         "figure 8",
-        "while unrelated knowledge",
-        "the same for K0; it may lose one unit",
+        "Unrelated knowledge stays meanwhile",
+        "the same for K0, which may lose one unit",
         LOG_FQ,
         -1.0,
         lambda world: measures.doubled_from_stall(world, "k0"),
@@ -213,8 +213,8 @@ CLAIMS = (
     Claim(
         "stall_utility",
         "figure 8",
-        "and utility stay",
-        "the same for utility; it may lose 0.02",
+        "Utility stays meanwhile",
+        "the same for utility, which may lose 0.02",
         UTILITY,
         -0.02,
         lambda world: measures.doubled_from_stall(world, "utility"),
