@@ -43,10 +43,10 @@ class World:
         rows = self.points[(self.points["model"] == "M1") & (self.points["method"] == method)]
         return rows[rows["epoch"] == epoch].sort_values("alpha").reset_index(drop=True)
 
-    def walks(self) -> list[tuple[str, int, pd.DataFrame]]:
-        """Every walk of M1 as (method, epoch, rows)."""
+    def walks(self, methods: Sequence[str] | None = None) -> list[tuple[str, int, pd.DataFrame]]:
+        """Every walk of M1 by the methods, None for all, as (method, epoch, rows)."""
         epochs = range(1, self.settings.epochs + 1)
-        return [(method, epoch, self.walk(method, epoch)) for method in self.settings.methods for epoch in epochs]
+        return [(method, epoch, self.walk(method, epoch)) for method in methods or self.settings.methods for epoch in epochs]
 
     def kept_until(self, model: str, method: str) -> float:
         """Fractional epoch up to which a model keeps `FLOOR` of its utility."""
@@ -144,10 +144,13 @@ def as_next(world: World, name: str) -> float:
     return mean(gains)
 
 
-def at_same_k1(world: World, name: str) -> float:
-    """A quantity of the points with alpha above 0, less that of plain training where it first forgets K1 as well; mean."""
+def at_same_k1(world: World, name: str, methods: Sequence[str] | None = None) -> float:
+    """A quantity of the points with alpha above 0, less that of plain training where it first forgets K1 as well.
+
+    Mean over the points of the methods, None for all, that training gets as far as.
+    """
     gains = []
-    for method, _, rows in world.walks():
+    for method, _, rows in world.walks(methods):
         curve = world.curve("M1", method)
         for point in rows[rows["alpha"] > 0].to_dict("records"):
             place = first_reached(curve["k1"], float(point["k1"]))

@@ -13,11 +13,11 @@ import pandas as pd
 
 from search.formats import count, decimal, seconds
 from search.paper import measures
-from search.paper.claims import LOG_FQ, UTILITY, judged
+from search.paper.claims import LOG_FQ, SHARE, UTILITY, judged
 from search.paper.experiment import OTHER_RETAIN
 from search.paper.measures import CEILING, FLOOR, STEP, World
 from search.paper.settings import PAPER_LORA, TUNINGS, PaperSettings
-from search.paper.statistics import CONFIDENCE, FAILS, HOLDS, OPEN, at, best_above
+from search.paper.statistics import CONFIDENCE, FAILS, HOLDS, OPEN, at, best_above, estimate
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 from uipe_core.metrics import log10_p_floor
@@ -98,6 +98,7 @@ def summarise(settings: PaperSettings, worlds: Sequence[World], results: Sequenc
         "table_1": _table_1(settings, worlds),
         "epochs": _epochs(settings, worlds),
         "matched": {tuning: _matched([world for world in worlds if world.tuning == tuning]) for tuning in TUNINGS},
+        "by_method": _by_method(settings, worlds),
         "items": worlds[0].items,
         "log10_floor": log10_p_floor(worlds[0].items["forget"], worlds[0].items["forget"]),
         "ceiling": CEILING,
@@ -168,22 +169,43 @@ def _matched(group: Sequence[World]) -> dict[str, Any]:
     }
 
 
+def _by_method(settings: PaperSettings, worlds: Sequence[World]) -> list[dict[str, Any]]:
+    """What extrapolation gains over plain training, method by method: the claims on figure 6 and on K2 in detail."""
+    rows = []
+    for tuning, title in TUNINGS.items():
+        group = [world for world in worlds if world.tuning == tuning]
+        for method in settings.methods:
+            k2 = [
+                measures.mean([point["k2_gain"] for point in measures.matched_points(world) if point["method"] == method])
+                for world in group
+            ]
+            utility = [measures.at_same_k1(world, "utility", [method]) for world in group]
+            gains = {"k2": estimate(k2).as_dict(), "utility": estimate(utility).as_dict()}
+            rows.append({"tuning": title, "method": method, **gains})
+    return rows
+
+
 def effect_text(claim: dict[str, Any], tuning: str) -> str:
     """Mean and standard error of a claim's effect, as people read them."""
-    found, unit = claim[tuning], claim["unit"]
+    return _estimate_text(claim[tuning], claim["unit"])
+
+
+def _estimate_text(found: dict[str, Any], unit: str) -> str:
     error = "" if found["error"] is None else f" ± {_effect(found['error'], unit)}"
     return f"{_effect(found['mean'], unit)}{error}"
 
 
 def _effect(value: Any, unit: str) -> str:
-    return decimal(value, {LOG_FQ: 2, UTILITY: 4}.get(unit, 3))
+    return decimal(value, {LOG_FQ: 2, UTILITY: 4, SHARE: 4}.get(unit, 3))
 
 
 def _render(settings: PaperSettings, summary: dict[str, Any], pngs: dict[str, bytes], width: int) -> str:
     source = resources.files("search.paper").joinpath("paper.html.j2").read_text(encoding="utf-8")
     style = resources.files("search").joinpath("report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(decimal=decimal, effect=_effect, effect_text=effect_text, seconds=seconds)
+    environment.filters.update(
+        decimal=decimal, effect=_effect, effect_text=effect_text, estimate_text=_estimate_text, seconds=seconds
+    )
     return environment.from_string(source).render(
         style=style,
         summary=summary,
