@@ -151,5 +151,5 @@ def test_bad_arguments_end_with_2_and_say_what_to_do(models, logs, call, tmp_pat
 
 
 def test_an_unknown_corpus_is_refused():
-    with pytest.raises(UserError, match="--corpus: 'peple' is unknown; give people, tofu or tofu:FOLDER"):
+    with pytest.raises(UserError, match=r"--corpus: 'peple' is unknown; give people, .*choices or choices:FOLDER"):
         corpus_named("peple", "forget01", 0, None)
