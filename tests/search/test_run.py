@@ -12,6 +12,7 @@ import pytest
 from search.results import StudyResult
 from search.space import given_points
 from search.study_store import StudyStore
+from uipe_core.corpora.split import take_items
 from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.delta_store import DeltaStore
 from uipe_core.evaluation_log import read_log
@@ -23,7 +24,7 @@ from uipe_core.training import train_base_run
 OBJECTIVES = ("log10_forget_quality", "model_utility")
 
 GIVEN = 4
-CONTROLS = {"initial": 1, "retain": 1, "temperature": 1, "next_epoch": 2}
+CONTROLS = {"initial": 1, "retain": 1, "other_retain": 1, "never_finetuned": 1, "temperature": 1, "next_epoch": 2}
 
 
 def files_below(folder):
@@ -78,6 +79,8 @@ def test_controls_are_scored(result):
     moved = result.front[result.front["alpha"] != 0]
     counts = controls["kind"].value_counts().to_dict()
     randoms = counts.pop("random_direction", 0)
+    # The initial and the retain model are held out too.
+    assert (counts.pop("held_out"), counts.pop("matched_scale")) == (len(result.front) + 2, len(result.front))
     assert counts == CONTROLS
     assert randoms == len(moved) > 0
     mirrors = controls[controls["kind"] == "random_direction"].set_index("of_trial")
@@ -107,10 +110,12 @@ def test_flags_are_for_utility_above_both_references(result):
 
 def test_points_at_alpha_zero_are_the_unlearned_models_themselves(result, preparation):
     folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
-    reference = read_log(result.out / "logs" / "retain.json")
+    rows = preparation.split.select
+    corpus = take_items(preparation.corpus, rows)
+    reference = read_log(result.out / "logs" / "retain.json").take(rows, corpus.set_hashes)
     for run in preparation.spec.variants():
         loaded = preparation.source("initial", str(folder)).load()
-        scorer = Scorer(preparation.corpus, loaded.prompts, preparation.scoring)
+        scorer = Scorer(corpus, loaded.prompts, preparation.scoring)
         for epoch in train_base_run(loaded, preparation.corpus, preparation.unlearning(run)):
             if epoch.epoch > preparation.spec.unlearning.epochs:
                 break
@@ -126,7 +131,9 @@ def test_everything_written_is_in_the_output_folder_or_the_caches(finished, plac
     assert {path.name.partition("-")[0] for path in finished.cwd.iterdir()} == {"stdout", "stderr"}
     assert {path.name for path in place["cache"].iterdir()} == {"models", "deltas"}
     visible = {path.name for path in finished.out.iterdir() if not path.name.startswith(".")}
-    assert visible == {"study.json", "study.db", "logs", "ray", "report"}
+    # SQLite's own files lie beside the database as long as somebody reads it.
+    visible -= {"study.db-wal", "study.db-shm"}
+    assert visible == {"study.json", "study.db", "items", "logs", "ray", "report"}
 
 
 def test_the_same_command_does_nothing_again(finished, call, place):
