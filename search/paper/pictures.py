@@ -171,7 +171,7 @@ def stall_figure(settings: PaperSettings, worlds: Worlds) -> Figure:
             draw_line(grid[0, column], [walk[name] for walk in walks], colour, marker)
         draw_line(grid[1, column], [walk["utility"] for walk in walks], INK, "o")
         stalls = ", ".join(str(world.stall(method)) for world in group)
-        finish(grid[0, column], f"{title}, {method}\nfrom epoch {stalls}")
+        finish(grid[0, column], f"{title}\nfrom epoch {stalls}")
         finish(grid[1, column], across="alpha")
     finish(grid[0, 0], up=f"log10 FQ ({settings.definition})")
     finish(grid[1, 0], up=f"model utility ({settings.definition})")
