@@ -122,11 +122,11 @@ def _floor_sentences(view: ReportData) -> list[str]:
             break
         picks.append(table.iloc[row])
     if not picks:
-        return [f"No trial keeps {_FLOOR:.0%} of the initial model's utility."]
+        return [f"No trial keeps {_FLOOR:.0%} of the initial {utility.title}."]
     best = picks[0]
     point = f"{best['base']}, epoch {int(best['epoch'])}, alpha {alpha(best['alpha'])}"
     sentence = (
-        f"At {_FLOOR:.0%} or more of the initial model's utility the strongest forgetting is "
+        f"At {_FLOOR:.0%} or more of the initial {utility.title} the strongest forgetting is "
         f"trial {int(best['trial'])} ({point}) with {_strength(forgetting, best)}"
     )
     if len(picks) == 1:

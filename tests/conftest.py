@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import random
 from types import SimpleNamespace
 
@@ -33,6 +34,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     # Tests never reach for the network: a missing model must fail at once, not after retries.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # A shell's background job ignores Ctrl-C, and so would every command the tests start and interrupt.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
 
 
