@@ -2,8 +2,8 @@
 
 import json
 import os
-import signal
 import random
+import signal
 from types import SimpleNamespace
 
 import pytest
