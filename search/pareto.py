@@ -10,6 +10,11 @@ from uipe_core.errors import UserError
 
 FloatArray = NDArray[np.float64]
 
+RULES = ("utility-floor", "knee")
+"""Rules that pick one point of a front, by the name users give."""
+DEFAULT_FLOOR = 0.95
+"""Share of the initial model's utility that a selection keeps unless told otherwise."""
+
 
 def dominates(a: ArrayLike, b: ArrayLike) -> bool:
     """Whether `a` is at least as good as `b` everywhere and better somewhere; both have shape (m,)."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import jinja2
 
+from search.certainty import FEW_GROUPS
 from search.formats import alpha, decimal, number, probability, seconds, table_text, whole
 from search.report_data import CONTROL_COLUMNS, TRIAL_COLUMNS, Column, ReportData
 from search.verdict import verdict
@@ -112,6 +113,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         columns=view.columns,
         finalists=view.finalists(),
         certain=not view.certainty.empty,
+        few_groups=FEW_GROUPS,
         apart=not view.held_out.empty,
         matched=not view.matched_scale.empty,
         paired="paired_p" in view.trials.columns,

@@ -4,15 +4,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.certainty import smallest_groups
+from search.pareto import DEFAULT_FLOOR, RULES
 from search.report_data import ReportData
 from search.spec import StudySpec
 from uipe_core.errors import UserError
 
 if TYPE_CHECKING:
     from search.results import StudyResult
-
-RULES = {"utility-floor": "utility-floor, floor 0.95", "knee": "knee"}
-"""Rules whose choice the report shows, and how it names them."""
 
 
 def report_data(result: "StudyResult") -> ReportData:
@@ -43,7 +41,8 @@ def report_data(result: "StudyResult") -> ReportData:
 
 def _selections(result: "StudyResult") -> list[dict[str, Any]]:
     found = []
-    for rule, title in RULES.items():
+    for rule in RULES:
+        title = f"{rule}, floor {DEFAULT_FLOOR}" if rule == "utility-floor" else rule
         try:
             found.append({"rule": title, "trial": int(result.select(rule)["trial"])})
         except UserError:

@@ -16,7 +16,7 @@ from search import finalists
 from search.certainty import certainty
 from search.export import export
 from search.objectives import Objective
-from search.pareto import hypervolume, knee, non_dominated, utility_floor
+from search.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
 from search.recipe import recipe_of
 from search.report import write_report
 from search.report_data import CONTROL_COLUMNS, ReportData, collapsed
@@ -31,11 +31,8 @@ from uipe_core.log_parts import MEMORIZATION
 from uipe_core.metrics import MEMORIZED_SETS, log10_p_floor
 
 POINT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk")
-RULES = ("utility-floor", "knee")
 DEFAULT_CAP = 0.3
 """Noise ceiling of forget quality where the study was not asked to measure it, or could not."""
-DEFAULT_FLOOR = 0.95
-"""Share of the initial model's utility that a selection keeps unless told otherwise."""
 
 
 def _names(store: StudyStore) -> list[str]:

@@ -6,14 +6,13 @@ import pandas as pd
 
 from search.formats import alpha, count, decimal, number, probability
 from search.objectives import Objective
-from search.pareto import utility_floor
+from search.pareto import DEFAULT_FLOOR, utility_floor
 from search.report_data import ReportData, collapsed
 from uipe_core.errors import UserError
 
 # Gains below this share of the hypervolume at alpha = 0 are rounding, not results.
 _NOTHING = 1e-6
 _AS_MUCH = 0.9
-_FLOOR = 0.95
 _GAMED = 0.05
 """Forget quality that passes the usual test, reached by a model that was never taught."""
 
@@ -117,16 +116,16 @@ def _floor_sentences(view: ReportData) -> list[str]:
     picks = []
     for table in (scored, scored[scored["kind"] == "alpha_zero"]):
         try:
-            row = utility_floor(table[forgetting.name], table[utility.name], _FLOOR * float(initial.iloc[0]))
+            row = utility_floor(table[forgetting.name], table[utility.name], DEFAULT_FLOOR * float(initial.iloc[0]))
         except UserError:
             break
         picks.append(table.iloc[row])
     if not picks:
-        return [f"No trial keeps {_FLOOR:.0%} of the initial {utility.title}."]
+        return [f"No trial keeps {DEFAULT_FLOOR:.0%} of the initial {utility.title}."]
     best = picks[0]
     point = f"{best['base']}, epoch {int(best['epoch'])}, alpha {alpha(best['alpha'])}"
     sentence = (
-        f"At {_FLOOR:.0%} or more of the initial {utility.title} the strongest forgetting is "
+        f"At {DEFAULT_FLOOR:.0%} or more of the initial {utility.title} the strongest forgetting is "
         f"trial {int(best['trial'])} ({point}) with {_strength(forgetting, best)}"
     )
     if len(picks) == 1:
