@@ -30,18 +30,18 @@ ENVIRONMENT = {
 
 def worker_count(spec: StudySpec) -> int:
     """How many trials run at once: as asked, or as many as the cluster has room for."""
-    return spec.resources.workers or _room(spec)
+    return spec.resources.max_concurrent or _room(spec)
 
 
 def _room(spec: StudySpec) -> int:
-    total = ray.cluster_resources()
-    room = int(total.get("CPU", 1) // spec.resources.cpus_per_worker)
-    if spec.resources.gpus_per_worker > 0:
-        room = min(room, int(total.get("GPU", 0) / spec.resources.gpus_per_worker))
+    total, trial = ray.cluster_resources(), spec.resources.trial
+    room = int(total.get("CPU", 1) // trial.cpus)
+    if trial.gpus > 0:
+        room = min(room, int(total.get("GPU", 0) / trial.gpus))
     if room < 1:
         raise UserError(
-            f"resources: a worker needs {spec.resources.cpus_per_worker:g} CPUs and {spec.resources.gpus_per_worker:g} GPUs, "
-            f"but the cluster has {total.get('CPU', 0):g} and {total.get('GPU', 0):g}; lower resources.*_per_worker"
+            f"resources.trial: a trial needs {trial.cpus:g} CPUs and {trial.gpus:g} GPUs, but the cluster has "
+            f"{total.get('CPU', 0):g} and {total.get('GPU', 0):g}; lower cpus or gpus"
         )
     return room
 
@@ -108,5 +108,5 @@ def _interrupts_held() -> Iterator[None]:
 
 def _check_room(spec: StudySpec) -> None:
     _room(spec)
-    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.gpus_per_worker == 0:
-        raise UserError("model.device: 'cuda' needs GPUs for the workers; set resources.gpus_per_worker, for example to 1")
+    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.trial.gpus == 0:
+        raise UserError("model.device: 'cuda' needs GPUs for the trials; set resources.trial.gpus, for example to 1")

@@ -65,7 +65,7 @@ class Groundwork:
             scoring=self.preparation.scoring,
             definition=spec.definition,
             seed=spec.seed,
-            threads=spec.resources.threads_per_worker,
+            threads=spec.resources.trial.threads,
         )
 
     def _sources(self) -> dict[str, ModelSource]:
@@ -88,7 +88,7 @@ class Groundwork:
 
     def _build(self, model: ReferenceModel, stage: str, config: TinyModelConfig) -> Any:
         title = {"never_finetuned": "base"}.get(model.name, model.name.replace("_", " "))
-        preparation, threads = self.preparation, self.preparation.spec.resources.threads_per_worker
+        preparation, threads = self.preparation, self.preparation.spec.resources.base_run.threads
         return self._task(
             build_tiny, title, stage, config, preparation.corpus, preparation.model_store.root, threads, self.board
         )
@@ -103,7 +103,7 @@ class Groundwork:
             config = replace(preparation.unlearning(variants[label]), seed=seed)
             wanted[retrained(label, seed)] = (variants[label], config)
         deltas = DeltaStore(preparation.delta_root)
-        threads = spec.resources.threads_per_worker
+        threads = spec.resources.base_run.threads
         tasks, runs = {}, {}
         for name, (_, config) in wanted.items():
             inputs = preparation.base_run_inputs(config)
@@ -160,8 +160,8 @@ class Groundwork:
                     raise UserError(f"model.{model.kind}: {error}") from error
 
     def _task(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        resources = self.preparation.spec.resources
-        options = {"num_cpus": resources.cpus_per_worker, "num_gpus": resources.gpus_per_worker, "max_retries": 2}
+        needs = self.preparation.spec.resources.base_run
+        options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "resources": needs.custom, "max_retries": 2}
         return ray.remote(**options)(function).remote(*arguments)
 
     def _gather(self, tasks: Mapping[str, Any]) -> dict[str, Any]:

@@ -172,7 +172,8 @@ class _Run:
         searcher = StudySearcher(
             self.store, space, controls, given, proposals, lambda: tally.mirrors(self._mirrors()), tally.ended
         )
-        resources = {"cpu": spec.resources.cpus_per_worker, "gpu": spec.resources.gpus_per_worker}
+        trial = spec.resources.trial
+        resources = {"cpu": trial.cpus, "gpu": trial.gpus, **trial.custom}
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(ScoringTrial, context=context), resources),
             tune_config=tune.TuneConfig(

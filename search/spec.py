@@ -1,6 +1,5 @@
 """The study: what is forgotten, how, and what is searched. Checked as a whole before anything is spent."""
 
-import math
 import re
 import sysconfig
 from collections.abc import Mapping
@@ -9,18 +8,16 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from search.choice_sections import SOURCES, MultipleChoiceCorpus
+from search.running_sections import Budget, Cache, Folders, FoldersOrNone, Resources
 from search.spec_errors import KeyPath, Problem, StudyFileError, explain, key_text, rule
 from search.spec_file import Lines, absolute_paths, read_study_file
 from search.spec_sections import (
-    Count,
     Hypervolume,
-    Name,
     PeopleCorpus,
-    Positive,
     PretrainedModel,
     Scoring,
     Search,
@@ -36,42 +33,8 @@ from uipe_core.errors import UserError
 
 _OVERRIDES: dict[str, KeyPath] = {"seed": ("seed",), "trials": ("search", "trials")}
 
-
-class Resources(Section):
-    """What a study may use. None workers: as many as there is room for."""
-
-    workers: Count | None = None
-    cpus_per_worker: Positive = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
-    threads_per_worker: Count = 1
-
-    @field_validator("gpus_per_worker")
-    @classmethod
-    def _no_more_than_one_in_part(cls, value: float) -> float:
-        if value > 1 and not value.is_integer():
-            raise rule("above 1 only whole GPUs can be had", f"Write {math.ceil(value)}, or a part of one.")
-        return value
-
-
-def _as_list(value: object) -> object:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
-
-
-def _each_once(folders: tuple[str, ...]) -> tuple[str, ...]:
-    if len(set(folders)) < len(folders):
-        raise rule("a folder stands twice", "Remove the repeated one.")
-    return folders
-
-
-Folders = Annotated[tuple[Name, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_each_once)]
-"""The checkpoints of one base run in order: the first is epoch 1."""
-
-
-class Cache(Section):
-    """Folders shared between studies; None is the user's cache folder."""
-
-    models: Name | None = None
-    deltas: Name | None = None
+RUNNING_KEYS = ("resources", "budget", "warm_start", "storage", "cache")
+"""How a study runs, which does not make it another study."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +77,8 @@ class StudySpec(Section):
     search: Search = Field(default_factory=Search)
     hypervolume: Hypervolume = Field(default_factory=Hypervolume)
     resources: Resources = Field(default_factory=Resources)
+    budget: Budget = Field(default_factory=Budget)
+    warm_start: FoldersOrNone = ()
     storage: str | None = None
     cache: Cache = Field(default_factory=Cache)
 
@@ -202,12 +167,11 @@ class StudySpec(Section):
         """What makes this study this study, ready for JSON.
 
         Left out: the number of trials, the other retain models and the model never fine-tuned (controls that may come
-        later), resources, storage and caches, which may change from run to run; local paths, because a folder may move: the
+        later), what `RUNNING_KEYS` names, which may change from run to run; local paths, because a folder may move: the
         caller puts hashes of their content in.
         """
         controls = {"other_retain_seeds", "other_retain", "never_finetuned"}
-        machine = {"resources": True, "storage": True, "cache": True}
-        left_out = {"search": {"trials"}, "model": controls, "checkpoints": True, **machine}
+        left_out = {"search": {"trials"}, "model": controls, "checkpoints": True, **dict.fromkeys(RUNNING_KEYS, True)}
         payload: dict[str, Any] = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
         corpus, model = payload["corpus"], payload["model"]
         holders = [(corpus, "source"), (model, "initial"), (model, "retain")]

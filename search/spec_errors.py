@@ -241,7 +241,8 @@ def _known_instead(parts: KeyPath, root: type[BaseModel], data: object) -> str:
     for model in candidates:
         if name in model.model_fields:
             return f"It belongs to {key_text((*above, 'kind'))}: {_kind_of(model)}. Remove it, or change the kind."
-    elsewhere = {path[-1]: key_text(path) for path in _all_keys(root)}
+    # Of keys with the same name the one nearest to the top: it comes last, so it stays.
+    elsewhere = {path[-1]: key_text(path) for path in sorted(_all_keys(root), key=len, reverse=True)}
     close = get_close_matches(name.lower(), list(elsewhere), n=1)
     hint = f"Did you mean {elsewhere[close[0]]}? " if close else ""
     return f"{hint}Allowed here: {', '.join(allowed)}."

@@ -127,6 +127,7 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
     A value of ``corpus.source``, of the ``source`` of a multiple-choice data set or of a key that names a model is a path when
     it starts with ``./``, ``../``, ``/`` or ``~``, ends as a data file does, cannot be a hub name, or names a folder beside
     the study file. Everything else is a hub name, which is not looked up. A cache is always a path, and need not exist.
+    The studies of ``warm_start`` are always folders.
     Checkpoints are always folders; one that holds ``checkpoint-*`` folders of a trainer stands for these, in the order of
     their steps.
 
@@ -162,6 +163,18 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
         value = _text_at(result, "cache", key)
         if value is not None:
             _replace(result, "cache", key, str(_join(folder, value)))
+    earlier = result.get("warm_start")
+    if isinstance(earlier, str) and earlier:
+        earlier = [earlier]
+    if isinstance(earlier, list) and all(isinstance(value, str) and value for value in earlier):
+        places = [_join(folder, value) for value in earlier]
+        result["warm_start"] = [str(place) for place in places]
+        remedy = "Correct the path (it is relative to the study file), or remove it."
+        problems += [
+            (("warm_start", number), f"found {earlier[number]!r}; there is no folder {place}. {remedy}")
+            for number, place in enumerate(places)
+            if not _exists(place, file=False)
+        ]
     given = result.get("checkpoints")
     if isinstance(given, dict):
         result["checkpoints"] = {label: _checkpoints(label, value, folder, problems) for label, value in given.items()}

@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import URL
 
-from search.spec import StudySpec
+from search.spec import RUNNING_KEYS, StudySpec
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 
@@ -77,9 +77,8 @@ def read_record(out: Path) -> dict[str, Any]:
 def other_study(out: Path, record: Mapping[str, Any], spec: StudySpec) -> str:
     old = StudySpec.model_validate(record["spec"], strict=False).model_dump(mode="json")
     new = spec.model_dump(mode="json")
-    free = ("resources", "storage", "cache")
     old["search"]["trials"] = new["search"]["trials"]
-    differing = [key for key in new if key not in free and old[key] != new[key]]
+    differing = [key for key in new if key not in RUNNING_KEYS and old[key] != new[key]]
     what = f"they differ in {', '.join(differing)}" if differing else "its corpus, model or code differ"
     return (
         f"output folder {out}: it holds another study ({record['name']!r}): {what}; choose another folder with --out, or give "

@@ -36,7 +36,8 @@ def pretrained(folder, retain, **more):
     "changes",
     [
         {"search": {"trials": 99}},
-        {"resources": {"workers": 3, "threads_per_worker": 2}},
+        {"resources": {"max_concurrent": 3, "trial": {"threads": 2}}},
+        {"budget": {"hours": 2}},
         {"storage": "sqlite:////elsewhere/study.db"},
         {"cache": {"deltas": "/elsewhere"}},
     ],

@@ -148,7 +148,7 @@ def test_the_same_command_does_nothing_again(finished, call, place):
 
 def test_more_trials_extend_a_moved_study_by_exactly_those(finished, copied, write_study, call, place, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(copied.parent))  # too long for Ray's sockets
-    file = write_study(copied.parent / "again.yaml", resources={"workers": 1})
+    file = write_study(copied.parent / "again.yaml", resources={"max_concurrent": 1})
     deltas = files_below(place["cache"] / "deltas")
     before = StudyResult.open(finished.out).trials.set_index("trial")
     code, output, error = call("run", file, "--out", copied, "--trials", 7, "--json")
@@ -196,7 +196,11 @@ def test_another_seed_on_the_command_line_is_refused(finished, call):
 
 
 def test_other_resources_are_the_same_study(finished, write_study, call, tmp_path):
-    file = write_study(tmp_path / "other.yaml", resources={"workers": 1, "threads_per_worker": 2}, search={"trials": 3})
+    file = write_study(
+        tmp_path / "other.yaml",
+        resources={"max_concurrent": 1, "trial": {"threads": 2}, "base_run": {"threads": 2}},
+        search={"trials": 3},
+    )
     code, output, error = call("run", file, "--out", finished.out, "--json")
     assert code == 0
     assert "starting Ray" not in error
