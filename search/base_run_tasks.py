@@ -47,15 +47,19 @@ class BaseRunTasks:
             self._start(beside_trials=True)
 
     def wait(self, enough: Callable[[], bool]) -> None:
-        """Trains, without trials beside, until enough is there or nothing is missing.
-
-        Raises:
-            UserError: No base run is there, nor will be.
-        """
+        """Trains, without trials beside, until enough is there or nothing is missing."""
         self._collect(0.0)
         while self.runs.missing and not enough():
             self._start(beside_trials=False)
             self._collect(POLL_SECONDS)
+
+    def require_one(self) -> None:
+        """Checks that a base run is there, or may still come.
+
+        Raises:
+            UserError: All failed; the first failure, where it was the user's to mend.
+            RuntimeError: The first failure otherwise.
+        """
         if self._error is not None and not (self.runs.missing or self.runs.published):
             raise self._error
 
@@ -76,15 +80,20 @@ class BaseRunTasks:
             self.runs.start(name)
 
     def _collect(self, timeout: float) -> None:
-        if self._tasks:
-            # All of them, or the first to end: whoever waits wants to know of it at once.
-            ended, _ = ray.wait(list(self._tasks), num_returns=1, timeout=timeout)
-            while ended:
-                self._note(self._tasks.pop(ended[0]), ended[0])
-                ended, _ = ray.wait(list(self._tasks), num_returns=1, timeout=0) if self._tasks else ([], [])
-        if time.monotonic() - self._looked > POLL_SECONDS:
+        """Notes what has ended, at most `timeout` seconds after the call, and shows how far the rest is."""
+        ended = self._ended(timeout)
+        for task in ended:
+            self._note(self._tasks.pop(task), task)
+        if ended or time.monotonic() - self._looked > POLL_SECONDS:
             self._watch()
             self._looked = time.monotonic()
+
+    def _ended(self, timeout: float) -> list[Any]:
+        """The tasks that have ended; waits for the first."""
+        if not self._tasks:
+            return []
+        ray.wait(list(self._tasks), timeout=timeout)
+        return ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)[0]
 
     def _note(self, name: str, task: Any) -> None:
         try:

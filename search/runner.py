@@ -202,11 +202,13 @@ class _Run:
         try:
             for part in count(1):
                 ground.wait(base_runs, searcher.has_work)
+                base_runs.require_one()
                 tally.begin()
                 self._tune(trainable, searcher, base_runs.runs.room, part)
                 if searcher.error is not None:
                     raise searcher.error
                 if searcher.done:
+                    base_runs.require_one()
                     break
         finally:
             base_runs.cancel()
