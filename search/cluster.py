@@ -12,6 +12,8 @@ from pathlib import Path
 
 import ray
 
+from search.base_runs import Room
+from search.capacity import Fleet, Need, autoscaler_fleet, need_of, per_base_run, trials_held
 from search.progress import Bars
 from search.spec import StudySpec
 from search.spec_sections import PretrainedModel
@@ -28,32 +30,20 @@ ENVIRONMENT = {
 }
 
 
-def worker_count(spec: StudySpec) -> int:
-    """How many trials run at once: as asked, or as many as the cluster has room for."""
-    return spec.resources.max_concurrent or _room(spec)
-
-
-def _room(spec: StudySpec) -> int:
-    total, trial = ray.cluster_resources(), spec.resources.trial
-    room = int(total.get("CPU", 1) // trial.cpus)
-    if trial.gpus > 0:
-        room = min(room, int(total.get("GPU", 0) / trial.gpus))
-    if room < 1:
-        raise UserError(
-            f"resources.trial: a trial needs {trial.cpus:g} CPUs and {trial.gpus:g} GPUs, but the cluster has "
-            f"{total.get('CPU', 0):g} and {total.get('GPU', 0):g}; lower cpus or gpus"
-        )
-    return room
-
-
 @contextmanager
-def local_ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
-    """A Ray cluster of this machine's cores for the length of a run; one that is already connected is used as it is."""
+def local_ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[Room]:
+    """A Ray cluster of this machine's cores for the length of a run; one that is already connected is used as it is.
+
+    Yields:
+        What it holds of the study.
+
+    Raises:
+        UserError: No node of it could ever hold a trial, or a base run.
+    """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
-        _check_room(spec)
-        yield
+        yield _room(spec, own=False)
         return
     # A local cluster asks for a token. Our own keeps others on this machine out and leaves no token file in the home folder.
     if "RAY_AUTH_MODE" not in os.environ:
@@ -81,8 +71,7 @@ def local_ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[None]:
             )
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
-        _check_room(spec)
-        yield
+        yield _room(spec, own=True)
     except SystemExit as error:
         raise KeyboardInterrupt from error  # SIGTERM while Ray was starting, and had its own handler in place
     finally:
@@ -106,7 +95,41 @@ def _interrupts_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _check_room(spec: StudySpec) -> None:
-    _room(spec)
-    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.trial.gpus == 0:
+def _room(spec: StudySpec, own: bool) -> Room:
+    """What the cluster holds of a study's trials and base runs, now or once its autoscaler has brought what it may.
+
+    Args:
+        spec: The study.
+        own: The cluster was started for this run and stays as it is. On another an autoscaler that leaves no description
+            (KubeRay's) may bring nodes that are not there yet: then it is enough that the study says how many trials to run.
+
+    Raises:
+        UserError: No node could ever hold a trial, or a base run.
+    """
+    resources = spec.resources
+    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and resources.trial.gpus == 0:
         raise UserError("model.device: 'cuda' needs GPUs for the trials; set resources.trial.gpus, for example to 1")
+    nodes: list[Need] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    fleet = Fleet() if own else autoscaler_fleet()
+    held = {
+        key: trials_held(need_of(needs), nodes, fleet)
+        for key, needs in (("trial", resources.trial), ("base_run", resources.base_run))
+    }
+    if own or resources.max_concurrent is None:
+        for key, count in held.items():
+            if count < 1:
+                raise UserError(_too_much(key, need_of(getattr(resources, key)), nodes, own))
+    slots = held["trial"] or resources.max_concurrent or 1
+    return Room(slots, per_base_run(resources.base_run, resources.trial), resources.max_concurrent or slots)
+
+
+def _too_much(key: str, need: Need, nodes: list[Need], own: bool) -> str:
+    most: dict[str, float] = {"CPU": 0.0, "GPU": 0.0}
+    for node in nodes:
+        # Memory, and the names that Ray gives its nodes, are nothing a study asks for.
+        most |= {
+            name: max(most.get(name, 0.0), amount) for name, amount in node.items() if ":" not in name and "memory" not in name
+        }
+    asked, had = (", ".join(f"{amount:g} {name}" for name, amount in sorted(found.items())) for found in (need, most))
+    remedy = "lower it" if own else "lower it, or set resources.max_concurrent if an autoscaler will bring such nodes"
+    return f"resources.{key}: it asks for {asked}, but the most that a node of this cluster has is {had}; {remedy}"

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from search.measures import Report, is_flagged, measure, scorer_of, suspicious_utility
@@ -12,7 +13,7 @@ from uipe_core.collapse import collapse_reason
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.definitions import definition_named
-from uipe_core.delta_store import BaseRun
+from uipe_core.delta_store import DeltaStore
 from uipe_core.metrics import Metrics, quality_ratios
 from uipe_core.models import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
 from uipe_core.prompts import PromptFormat
@@ -49,6 +50,8 @@ class Job:
         of_trial: For one of `MIRROR_KINDS`, the trial whose base, epoch and alpha it mirrors.
         model: Name of the reference model where no vector is involved; None for the initial one.
         seed: For a confirmation, the seed its base run was trained with.
+        delta: Entries of the delta store that hold its base run. They travel with the job, because a base run may be published
+            after a worker has started; they do not make it another job.
     """
 
     kind: str
@@ -59,15 +62,16 @@ class Job:
     of_trial: int | None = None
     model: str | None = None
     seed: int | None = None
+    delta: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def run(self) -> str | None:
-        """Key of its base run in `StudyContext.runs`."""
+        """Its base run: the label, or `retrained` from another seed."""
         return self.base if self.seed is None else retrained(str(self.base), self.seed)
 
 
 def retrained(label: str, seed: int) -> str:
-    """Key of a base run that was trained again from another seed."""
+    """Name of a base run that was trained again from another seed."""
     return f"{label}@{seed}"
 
 
@@ -79,7 +83,7 @@ class StudyContext:
         corpus: Evaluation sets.
         split: Which of their items are for selection and which for reporting.
         source: The initial model.
-        runs: Finished base runs by label; those trained from another seed by `retrained`.
+        deltas: Root of the delta store.
         methods: Method by base-run label.
         references: Scores of the models that are scored as they are, by name, on all items.
         scoring: Batch size and generation length.
@@ -91,7 +95,7 @@ class StudyContext:
     corpus: Corpus
     split: Split
     source: ModelSource
-    runs: Mapping[str, BaseRun]
+    deltas: Path
     methods: Mapping[str, str]
     references: Mapping[str, Report]
     scoring: ScoringConfig
@@ -131,7 +135,8 @@ class Evaluator:
         self.context = context
         self.loaded, self._walker = load_for_scoring(context.source)
         self._halves: dict[bool, _Half] = {}
-        self._last: tuple[tuple[str, int], UpdateVector] | None = None
+        self._deltas = DeltaStore(context.deltas)
+        self._last: tuple[tuple[tuple[str, ...], int], UpdateVector] | None = None
 
     def evaluate(self, job: Job) -> tuple[dict[str, Any], Report]:
         """Evidence of one job, flat and JSON-able with objectives under their metric names; and the scores behind it."""
@@ -163,7 +168,7 @@ class Evaluator:
             return half.references[job.model], None
         if job.run is None or job.epoch is None or job.alpha is None:
             return half.scorer.score(self._on(self._walker.reset()), temperature=job.temperature), None
-        update = self._update(job.run, job.epoch)
+        update = self._update(job.delta, job.epoch)
         if job.kind == "random_direction":
             update = random_direction(update, self.context.seed)
         applying = time.perf_counter()
@@ -184,10 +189,12 @@ class Evaluator:
     def _on(self, model: Any) -> LoadedModel:
         return replace(self.loaded, model=model)
 
-    def _update(self, run: str, epoch: int) -> UpdateVector:
+    def _update(self, delta: tuple[str, ...], epoch: int) -> UpdateVector:
         """The update vector of a base epoch; the last one stays in memory."""
-        if self._last is None or self._last[0] != (run, epoch):
-            self._last = ((run, epoch), self.context.runs[run].load(epoch))
+        if not delta:
+            raise ValueError("a job of a base run comes with the entries of the delta store that hold it")
+        if self._last is None or self._last[0] != (delta, epoch):
+            self._last = ((delta, epoch), self._deltas.open(delta).load(epoch))
         return self._last[1]
 
 

@@ -1,17 +1,21 @@
-"""What a study needs before its first trial, as Ray tasks: models, base runs, and the scores of the reference models."""
+"""What a study needs for its trials, as Ray tasks: models, the scores of the reference models, and base runs."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
 
+from search.base_run_tasks import POLL_SECONDS, BaseRunTasks, problem_of
+from search.base_runs import Room
 from search.evaluator import StudyContext, retrained
 from search.measures import Report, measure, read_report, write_report
 from search.preparation import Preparation, ReferenceModel
 from search.progress import Bars
+from search.running_sections import BaseRunResources, TrialResources
 from search.study_store import StudyStore
 from search.workers import build_tiny, import_and_publish, score_model, train_and_publish
 from uipe_core.checkpoints import find_checkpoints
@@ -21,9 +25,12 @@ from uipe_core.item_check import require_same_items
 from uipe_core.models import ModelSource
 from uipe_core.score_report import SetScores
 from uipe_core.tiny_models import TinyModelConfig
-from uipe_core.training import DivergedError
+from uipe_core.training import UnlearningConfig
 
-POLL_SECONDS = 0.2
+TASK_RETRIES = 5
+"""How often Ray runs a task again whose worker or node died: a machine that may be taken away is, while a model trains."""
+BOARD_SECONDS = 5.0
+"""How long an answer about progress is waited for."""
 
 
 @dataclass
@@ -35,31 +42,41 @@ class Groundwork:
         store: Its folder, where the logs of the reference models are kept.
         bars: Progress.
         board: Actor the tasks note their progress with.
+        room: The cluster.
     """
 
     preparation: Preparation
     store: StudyStore
     bars: Bars
     board: Any
+    room: Room
 
-    def context(self, seeds: Iterable[int] = (), labels: Iterable[str] = ()) -> StudyContext:
-        """Everything a worker needs to score any job of the study.
+    def begin(self, seeds: Iterable[int] = (), labels: Iterable[str] = ()) -> tuple[StudyContext, BaseRunTasks]:
+        """Builds models and scores references; base runs begin meanwhile and may go on afterwards.
 
         Args:
             seeds: Further seeds to train base runs with.
             labels: Which base runs to train with them.
+
+        Returns:
+            Everything a worker needs to score any job of the study whose base run is there; and the base runs.
         """
         spec = self.preparation.spec
         with self._stage("models"):
             sources = self._sources()
-        with self._stage("base_runs"):
-            runs, reports = self._runs_and_reports(sources, [(label, seed) for seed in seeds for label in labels])
-        self._check(reports)
-        return StudyContext(
+        tasks = self._base_runs(sources["initial"], [(label, seed) for seed in seeds for label in labels])
+        try:
+            with self._stage("base_runs"):
+                reports = self._reports(sources, tasks)
+            self._check(reports)
+        except BaseException:
+            tasks.cancel()
+            raise
+        context = StudyContext(
             corpus=self.preparation.corpus,
             split=self.preparation.split,
             source=sources["initial"],
-            runs=runs,
+            deltas=self.preparation.delta_root,
             methods={**{run.label: run.method for run in spec.variants()}, **{label: label for label in spec.checkpoints}},
             references=reports,
             scoring=self.preparation.scoring,
@@ -67,6 +84,12 @@ class Groundwork:
             seed=spec.seed,
             threads=spec.resources.trial.threads,
         )
+        return context, tasks
+
+    def wait(self, tasks: BaseRunTasks, enough: Callable[[], bool]) -> None:
+        """Waits until enough base runs are there; see `BaseRunTasks.wait`."""
+        with self._stage("base_runs"):
+            tasks.wait(enough)
 
     def _sources(self) -> dict[str, ModelSource]:
         """Sources of the reference models, by name; tiny ones are built where the cache lacks them."""
@@ -89,59 +112,80 @@ class Groundwork:
     def _build(self, model: ReferenceModel, stage: str, config: TinyModelConfig) -> Any:
         title = {"never_finetuned": "base"}.get(model.name, model.name.replace("_", " "))
         preparation, threads = self.preparation, self.preparation.spec.resources.base_run.threads
-        return self._task(
-            build_tiny, title, stage, config, preparation.corpus, preparation.model_store.root, threads, self.board
+        needs = self.preparation.spec.resources.base_run
+        return _task(
+            needs, build_tiny, title, stage, config, preparation.corpus, preparation.model_store.root, threads, self.board
         )
 
-    def _runs_and_reports(
-        self, sources: Mapping[str, ModelSource], further: list[tuple[str, int]]
-    ) -> tuple[dict[str, BaseRun], dict[str, Report]]:
+    def _base_runs(self, initial: ModelSource, further: list[tuple[str, int]]) -> BaseRunTasks:
+        """The base runs of the study and further ones (label and seed): which are there, and a task for each that is not."""
         preparation, spec = self.preparation, self.preparation.spec
         variants = {run.label: run for run in spec.variants()}
-        wanted = {label: (run, preparation.unlearning(run)) for label, run in variants.items()}
-        for label, seed in further:
-            config = replace(preparation.unlearning(variants[label]), seed=seed)
-            wanted[retrained(label, seed)] = (variants[label], config)
+        wanted = {label: preparation.unlearning(run) for label, run in variants.items()}
+        wanted |= {
+            retrained(label, seed): replace(preparation.unlearning(variants[label]), seed=seed) for label, seed in further
+        }
         deltas = DeltaStore(preparation.delta_root)
-        threads = spec.resources.base_run.threads
-        tasks, runs = {}, {}
-        for name, (_, config) in wanted.items():
-            inputs = preparation.base_run_inputs(config)
-            known = deltas.find(inputs)
-            if known is not None:
-                runs[name] = known
-                continue
-            initial = sources["initial"]
-            arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, threads, self.board, name)
-            tasks[name] = self._task(train_and_publish, *arguments)
+        known: dict[str, BaseRun | None] = {}
+        starters: dict[str, Callable[[], Any]] = {}
+        for name, config in wanted.items():
+            known[name] = deltas.find(preparation.base_run_inputs(config))
+            starters[name] = partial(self._train, name, initial, config)
         for label in spec.checkpoints:
-            given = preparation.checkpoints_of(label)
-            known = find_checkpoints(deltas, [inputs for _, inputs in given])
-            if known is not None:
-                runs[label] = known
-                continue
-            imported = (preparation.initial_folder, given, preparation.delta_root, preparation.trust_remote_code, threads)
-            tasks[label] = self._task(import_and_publish, *imported, self.board, label)
+            known[label] = find_checkpoints(deltas, [inputs for _, inputs in preparation.checkpoints_of(label)])
+            starters[label] = partial(self._import, label)
+        there = {name: run for name, run in known.items() if run is not None}
+        for name, run in there.items():
+            self._news(name, run)
+        missing = {name: start for name, start in starters.items() if name not in there}
+        return BaseRunTasks(self.room, there, missing, self._news, self._show)
+
+    def _train(self, name: str, initial: ModelSource, config: UnlearningConfig) -> Any:
+        """Starts the training of a base run: the one place where such a task is made."""
+        preparation, needs = self.preparation, self.preparation.spec.resources.base_run
+        inputs = preparation.base_run_inputs(config)
+        arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, needs.threads, self.board, name)
+        return _task(needs, train_and_publish, *arguments)
+
+    def _import(self, label: str) -> Any:
+        """Starts the import of given checkpoints as a base run."""
+        preparation, needs = self.preparation, self.preparation.spec.resources.base_run
+        given = preparation.checkpoints_of(label)
+        arguments = (preparation.initial_folder, given, preparation.delta_root, preparation.trust_remote_code, needs.threads)
+        return _task(needs, import_and_publish, *arguments, self.board, label)
+
+    def _news(self, name: str, run: BaseRun | str) -> None:
+        """Writes into the study's record which base run has come, or why it has not."""
+        record = self.store.record
+        failed = {label: reason for label, reason in record.get("failed_base_runs", {}).items() if label != name}
+        if isinstance(run, BaseRun):
+            record["base_runs"] = {**record.get("base_runs", {}), name: {"delta": run.key, "epochs": list(run.epochs)}}
+        else:
+            failed[name] = run
+            self.bars.say(f"failed: base run {name}: {run}")
+        record["failed_base_runs"] = failed
+        self.store.save_record()
+
+    def _reports(self, sources: Mapping[str, ModelSource], base_runs: BaseRunTasks) -> dict[str, Report]:
+        """The scores of the reference models, which every trial needs; base runs start behind them."""
+        preparation, needs = self.preparation, self.preparation.spec.resources.trial
         reports: dict[str, Report] = {}
+        tasks = {}
         for model in preparation.references:
             log = model.log or self.store.out / "logs" / f"{model.name}.json"
             if log.is_file():
                 reports[model.name] = read_report(log, bool(preparation.corpus.choices))
             else:
                 title = f"scoring: {model.name.replace('_', ' ')} model"
-                wanted_scores = (sources[model.name], preparation.corpus, preparation.scoring, threads, self.board, title)
-                tasks[f"score {model.name}"] = self._task(score_model, *wanted_scores)
-        results = self._gather(tasks)
-        for model in preparation.references:
-            scored = results.pop(f"score {model.name}", None)
-            if scored is not None:
-                reports[model.name] = scored
-                write_report(scored, self.store.out / "logs" / f"{model.name}.json", {"study": spec.name, "model": model.name})
-        runs.update(results)
-        known_runs = {name: {"delta": run.key, "epochs": list(run.epochs)} for name, run in runs.items()}
-        self.store.record["base_runs"] = {**self.store.record.get("base_runs", {}), **known_runs}
-        self.store.save_record()
-        return runs, reports
+                wanted = (sources[model.name], preparation.corpus, preparation.scoring, needs.threads, self.board, title)
+                tasks[model.name] = _task(needs, score_model, *wanted)
+        scored_models = self._gather({f"score {name}": task for name, task in tasks.items()}, base_runs.tend)
+        for title, scored in scored_models.items():
+            name = title.removeprefix("score ")
+            reports[name] = scored
+            facts = {"study": preparation.spec.name, "model": name}
+            write_report(scored, self.store.out / "logs" / f"{name}.json", facts)
+        return reports
 
     def _check(self, reports: Mapping[str, Report]) -> None:
         """Whether given logs will do, found out once here: in the workers they would fail every trial."""
@@ -159,32 +203,36 @@ class Groundwork:
                 except UserError as error:
                     raise UserError(f"model.{model.kind}: {error}") from error
 
-    def _task(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        needs = self.preparation.spec.resources.base_run
-        options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "resources": needs.custom, "max_retries": 2}
-        return ray.remote(**options)(function).remote(*arguments)
-
-    def _gather(self, tasks: Mapping[str, Any]) -> dict[str, Any]:
+    def _gather(self, tasks: Mapping[str, Any], meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
         """Results by name, showing progress meanwhile. All tasks end before the first failure is raised."""
-        names = {reference: name for name, reference in tasks.items()}
-        waiting = list(names)
+        waiting = list(tasks.values())
         while waiting:
+            meanwhile()
             _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
-            self.bars.show_all(ray.get(self.board.read.remote()))
-        results, failures = {}, []
-        for reference, name in names.items():
+            self._show()
+        results: dict[str, Any] = {}
+        failures = []
+        for name, task in tasks.items():
             try:
-                results[name] = ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                failures.append((name, error.cause if error.cause is not None else error))
-        for name, cause in failures:
-            if isinstance(cause, UserError | DivergedError):
-                raise UserError(f"{name}: {cause}") from cause
-            raise RuntimeError(f"{name} failed: {cause}") from cause
+                results[name] = ray.get(task)
+            except ray.exceptions.RayError as error:
+                failures.append(problem_of(name, error))
+        if failures:
+            raise failures[0]
         return results
+
+    def _show(self) -> None:
+        """Shows how far the tasks are; while the board's node has just died, nothing."""
+        with suppress(ray.exceptions.RayError):
+            self.bars.show_all(ray.get(self.board.read.remote(), timeout=BOARD_SECONDS))
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.store.add_seconds(name, time.perf_counter() - started)
+
+
+def _task(needs: TrialResources | BaseRunResources, function: Callable[..., Any], *arguments: Any) -> Any:
+    options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "resources": needs.custom}
+    return ray.remote(**options, max_retries=TASK_RETRIES)(function).remote(*arguments)

@@ -6,55 +6,76 @@ and writes no attributes. This one gets every job from the study and tells it ho
 
 import base64
 import json
-from collections import deque
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 from ray.tune.search import Searcher
 
-from search.evaluator import Job
-from search.space import Point
+from search.base_runs import BaseRuns
+from search.evaluator import POINT_KINDS, Job
 from search.study_store import StudyStore
+
+DIED = "the worker died or was killed"
+TIMES_AGAIN = 2
+"""How often a job is run again whose worker died."""
+IDLE_SECONDS = 30.0
+"""How long warm workers are kept while there is nothing for them to do."""
 
 
 class StudySearcher(Searcher):
-    """Hands out, in this order: controls, points at alpha = 0, what the sampler proposes, mirrors of the front.
+    """Hands out, in this order: jobs as their base runs come, what the sampler proposes, mirrors of the front.
 
     Args:
         store: The open study; this object is its only writer while Tune runs.
         space: The search space.
-        controls: Controls still to be scored.
-        given: Points at alpha = 0 still to be scored.
+        jobs: What is to be scored whatever the sampler says: controls, points at alpha = 0, points of a grid.
         proposals: How many points the sampler may still propose. Failed ones count, so that a study whose every trial fails
             comes to an end; the same command tries again.
+        runs: The base runs: jobs wait for theirs, and end with it if it failed.
+        poll: Brings `runs` up to date.
         mirrors: Called when everything else has ended: what of the front is still to be scored otherwise.
-        finished: Called with each ended job and the reason of its failure, or None.
+        finished: Called with each ended job, the reason of its failure or None, and whether it will be run again.
+
+    Attributes:
+        done: Nothing is left to hand out. While base runs are missing, Tune may be told FINISHED without that, so that idle
+            workers give their resources back; then it is to be started again as soon as `has_work`.
+        error: What the study's storage or folder raised; the search has then stopped, and its caller raises it.
     """
 
     def __init__(
         self,
         store: StudyStore,
         space: dict[str, BaseDistribution],
-        controls: Iterable[Job],
-        given: Iterable[Point],
+        jobs: Iterable[Job],
         proposals: int,
+        runs: BaseRuns,
+        poll: Callable[[], None],
         mirrors: Callable[[], list[Job]],
-        finished: Callable[[Job, str | None], None],
+        finished: Callable[[Job, str | None, bool], None],
     ) -> None:
         super().__init__()
         self._store = store
         self._space = space
-        self._controls = deque(controls)
-        self._given = deque(given)
+        self._jobs = deque(jobs)
         self._proposals = proposals
+        self._runs, self._poll = runs, poll
         self._mirrors: Callable[[], list[Job]] | None = mirrors
         self._finished = finished
         self._running: dict[str, tuple[int, Job]] = {}
+        self._deaths: Counter[Job] = Counter()
+        self._proposed = _proposed(store)
+        self._idle_since: float | None = None
+        self.done = False
         self.error: Exception | None = None
-        """What the study's storage or folder raised; the search has then stopped, and its caller raises it."""
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Says that this searcher limits itself, so that it is asked, and base runs are looked after, at every step of Tune."""
+        return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next job as a Tune configuration; None while the end of running jobs must be awaited."""
@@ -73,39 +94,115 @@ class StudySearcher(Searcher):
         except Exception as problem:
             self.error = self.error or problem
 
+    def has_work(self) -> bool:
+        """Whether there is something for Tune to do now: a job whose base run is there, or the end of it all."""
+        if not self._runs.missing:
+            return True
+        ready = self._ready_job() is not None or self._base_to_propose() is not None
+        return ready and self._runs.trials_at_once() > 0
+
     def _next(self, trial_id: str) -> dict[str, Any] | str | None:
-        if not (self._controls or self._given or self._proposals):
-            if self._running:
-                return None
-            if self._mirrors is not None:
-                self._controls.extend(self._mirrors())
-                self._mirrors = None
-        if self._controls:
-            job = self._controls.popleft()
-            number = self._store.ask_control()
-        elif self._given:
-            number, job = self._store.ask_point(self._space, self._given.popleft().params)
-        elif self._proposals:
-            self._proposals -= 1
-            number, job = self._store.ask_point(self._space)
-        else:
+        self._poll()
+        self._end_jobs_without_base_run()
+        if len(self._running) < self._runs.trials_at_once() and (asked := self._ask()) is not None:
+            self._running[trial_id] = asked
+            self._idle_since = None
+            job = asked[1]
+            return {"job": asdict(replace(job, delta=self._runs.published.get(str(job.run), ())))}
+        if self._running:
+            return None
+        if self._runs.missing:
+            return self._idle()
+        if self._mirrors is not None:
+            self._jobs.extend(self._mirrors())
+            self._mirrors = None
+            return self._next(trial_id)
+        self.done = True
+        return self.FINISHED
+
+    def _ask(self) -> tuple[int, Job] | None:
+        """Starts the trial of the next job, if one can be run now."""
+        job = self._ready_job()
+        if job is not None:
+            self._jobs.remove(job)
+            return self._ask_for(job)
+        base = self._base_to_propose()
+        if base is None:
+            return None
+        self._proposals -= 1
+        everything_is_there = not (self._runs.missing or self._runs.failed)
+        asked = self._store.ask_point(self._space, None if everything_is_there else {"base": base})
+        self._proposed[str(asked[1].base)] += 1
+        return asked
+
+    def _ask_for(self, job: Job) -> tuple[int, Job]:
+        if job.kind not in POINT_KINDS:
+            return self._store.ask_control(), job
+        params = {"base": job.base, "epoch": job.epoch, "alpha": job.alpha}
+        return self._store.ask_point(self._space, params, job.kind)
+
+    def _ready_job(self) -> Job | None:
+        return next((job for job in self._jobs if job.run is None or job.run in self._runs.published), None)
+
+    def _base_to_propose(self) -> str | None:
+        """A base run that a point may be proposed for, the one with the fewest; None if there is none or enough was proposed.
+
+        While some are missing, each that is there gets its equal share of the study's trials at most: the last to come is then
+        searched as well as the first.
+        """
+        if not self._proposals:
+            return None
+        bases = self._space["base"].choices  # type: ignore[attr-defined]
+        there = [base for base in bases if base in self._runs.published]
+        if self._runs.missing:
+            share = max(self._store.spec.search.trials // len(bases), 1)
+            there = [base for base in there if self._proposed[base] < share]
+        return min(there, key=lambda base: self._proposed[base], default=None)
+
+    def _idle(self) -> str | None:
+        """Nothing can be handed out before another base run is there: for a while workers are kept warm.
+
+        Not if a base run waits for the room they take; and not for ever, because what else holds a cluster is not known here.
+        """
+        now = time.monotonic()
+        self._idle_since = now if self._idle_since is None else self._idle_since
+        if self._runs.waiting or now - self._idle_since > IDLE_SECONDS:
+            self._idle_since = None
             return self.FINISHED
-        self._running[trial_id] = (number, job)
-        return {"job": asdict(job)}
+        return None
+
+    def _end_jobs_without_base_run(self) -> None:
+        """Ends jobs whose base run failed, with that as their reason; of a grid nothing is asked that its alpha = 0 tells."""
+        if not self._runs.failed:
+            return
+        for job in [job for job in self._jobs if job.run in self._runs.failed]:
+            self._jobs.remove(job)
+            if job.kind != "search":
+                number, _ = self._ask_for(job)
+                self._fail(job, number, self._runs.failed[str(job.run)], again=False)
 
     def _end(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
         number, job = self._running.pop(trial_id)
-        reason = None
         if error or result is None:
-            reason = "the worker died or was killed"
+            self._fail(job, number, DIED, again=self._again(job))
         elif result.get("reason"):
-            reason = str(result["reason"])
-        if reason is None and result is not None:
+            self._fail(job, number, str(result["reason"]), again=False)
+        else:
             items = base64.b64decode(result["items"]) if "items" in result else None
             reason = self._store.complete(job, number, json.loads(result["evidence"]), items)
-        else:
-            self._store.fail(job, number, reason or "unknown")
-        self._finished(job, reason)
+            self._finished(job, reason, False)
+
+    def _again(self, job: Job) -> bool:
+        """Puts a job back whose worker died; False if it has been put back often enough."""
+        if self._deaths[job] >= TIMES_AGAIN:
+            return False
+        self._deaths[job] += 1
+        self._jobs.appendleft(job)
+        return True
+
+    def _fail(self, job: Job, number: int, reason: str, again: bool) -> None:
+        self._store.fail(job, number, reason)
+        self._finished(job, reason, again)
 
     def save(self, checkpoint_path: str) -> None:
         """Writes a note in place of a state: the study itself is the state, and the same command resumes it."""
@@ -117,3 +214,9 @@ class StudySearcher(Searcher):
     def __getstate__(self) -> dict[str, Any]:
         """Tune pickles its searcher beside its results; an open database cannot and need not travel."""
         return {}
+
+
+def _proposed(store: StudyStore) -> Counter[str]:
+    """Points scored of each base run so far, those at alpha = 0 aside."""
+    trials = store.trials_frame()
+    return Counter() if trials.empty else Counter(trials.loc[trials["kind"] == "search", "base"])

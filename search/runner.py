@@ -2,18 +2,24 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import ray
 from optuna.exceptions import StorageInternalError
 from ray import tune
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from sqlalchemy.exc import OperationalError
 
-from search.cluster import local_ray, worker_count
-from search.evaluator import Job, StudyContext
+from search.base_run_tasks import BaseRunTasks
+from search.base_runs import Room
+from search.capacity import need_of
+from search.cluster import local_ray
+from search.evaluator import POINT_KINDS, Job, StudyContext
 from search.finalists import mirror_jobs
 from search.groundwork import Groundwork
 from search.preparation import Preparation, prepare
@@ -21,7 +27,7 @@ from search.progress import Bars, Board
 from search.ray_searcher import StudySearcher
 from search.results import StudyResult
 from search.samplers import make_sampler
-from search.space import distributions, given_points
+from search.space import distributions, given_points, grid_points
 from search.spec import StudySpec
 from search.study_store import StudyStore
 from search.workers import ScoringTrial
@@ -117,14 +123,19 @@ class _Run:
         """Does what the study still lacks; starts Ray only if there is something."""
         spec = self.preparation.spec
         done = _done_jobs(self.store)
-        controls = [job for job in self._controls() if job not in done]
-        given = [point for point in given_points(spec) if Job("alpha_zero", **point.params) not in done]
-        missing = spec.search.trials - self._searched()
-        if not (controls or given or missing > 0 or self._mirrors()):
+        jobs = [job for job in self._controls() if job not in done]
+        jobs += [job for point in given_points(spec) if (job := Job("alpha_zero", **point.params)) not in done]
+        if spec.search.sampler == "grid":
+            scored = {(job.base, job.epoch, job.alpha) for job in done if job.kind in POINT_KINDS}
+            jobs += [Job("search", **point.params) for point in grid_points(spec) if (*point.params.values(),) not in scored]
+            proposals = 0
+        else:
+            proposals = max(spec.search.trials - self._searched(), 0)
+        if not (jobs or proposals or self._mirrors()):
             return
-        with local_ray(spec, self.store.out, self.bars):
-            context = self._groundwork().context()
-            self._score(context, controls, given, max(missing, 0))
+        with local_ray(spec, self.store.out, self.bars) as room:
+            ground = self._groundwork(room)
+            self._score(ground, *ground.begin(), jobs, proposals)
 
     def confirm(self, points: list[Job], seeds: Sequence[int]) -> None:
         """Trains the base runs of some points from other seeds and scores the points again, on the items for reporting."""
@@ -132,12 +143,15 @@ class _Run:
         jobs = [job for point in points for seed in seeds if (job := replace(point, seed=seed)) not in done]
         if not jobs:
             return
-        with local_ray(self.preparation.spec, self.store.out, self.bars):
-            context = self._groundwork().context(seeds, sorted({str(job.base) for job in jobs}))
-            self._score(context, jobs, [], 0)
+        with local_ray(self.preparation.spec, self.store.out, self.bars) as room:
+            ground = self._groundwork(room)
+            self._score(ground, *ground.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
 
-    def _groundwork(self) -> Groundwork:
-        return Groundwork(self.preparation, self.store, self.bars, ray.remote(num_cpus=0)(Board).remote())
+    def _groundwork(self, room: Room) -> Groundwork:
+        # On the driver's node: what ends that ends the study, too.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+        board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board).remote()
+        return Groundwork(self.preparation, self.store, self.bars, board, room)
 
     def _mirrors(self) -> list[Job]:
         return mirror_jobs(self.store)
@@ -162,50 +176,77 @@ class _Run:
             jobs += [Job("next_epoch", run.label, next_epoch, 0.0) for run in spec.variants()]
         return jobs
 
-    def _score(self, context: StudyContext, controls: list[Job], given: list[Any], proposals: int) -> None:
+    def _score(
+        self, ground: Groundwork, context: StudyContext, base_runs: BaseRunTasks, jobs: list[Job], proposals: int
+    ) -> None:
+        """Scores jobs and proposals as their base runs come."""
         spec = self.preparation.spec
-        space = distributions(spec)
         # A resumed study must not propose what it proposed before, so its length goes into the seed.
         scored = len(self.store.study.get_trials(deepcopy=False))
         self.store.use_sampler(make_sampler(spec.search.sampler, spec.seed + 1000003 * scored))
-        tally = _Tally(self.bars, self.store, len(controls) + len(given), proposals)
+        tally = _Tally(self.bars, self.store, jobs, proposals)
         searcher = StudySearcher(
-            self.store, space, controls, given, proposals, lambda: tally.mirrors(self._mirrors()), tally.ended
+            self.store,
+            distributions(spec),
+            jobs,
+            proposals,
+            base_runs.runs,
+            base_runs.poll,
+            lambda: tally.mirrors(self._mirrors()),
+            tally.ended,
         )
-        trial = spec.resources.trial
-        resources = {"cpu": trial.cpus, "gpu": trial.gpus, **trial.custom}
+        resources = tune.PlacementGroupFactory([dict(need_of(spec.resources.trial))])
+        trainable = tune.with_resources(tune.with_parameters(ScoringTrial, context=context), resources)
+        # The searcher tells of every failure in one line; Tune would add a traceback, which it keeps in its folder anyway.
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+        try:
+            for part in count(1):
+                ground.wait(base_runs, searcher.has_work)
+                base_runs.require_one()
+                tally.begin()
+                self._tune(trainable, searcher, base_runs.runs.room, part)
+                if searcher.error is not None:
+                    raise searcher.error
+                if searcher.done:
+                    base_runs.require_one()
+                    break
+        finally:
+            base_runs.cancel()
+            tally.close()
+
+    def _tune(self, trainable: Any, searcher: StudySearcher, room: Room, part: int) -> None:
+        """Lets Tune run what the searcher hands out until it has nothing more at the moment."""
         tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(ScoringTrial, context=context), resources),
+            trainable,
             tune_config=tune.TuneConfig(
-                search_alg=searcher, num_samples=-1, max_concurrent_trials=worker_count(spec), reuse_actors=True
+                search_alg=searcher, num_samples=-1, max_concurrent_trials=room.most, reuse_actors=True
             ),
             run_config=tune.RunConfig(
-                name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}",
+                name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}-{part}",
                 storage_path=str((self.store.out / "ray").resolve()),
                 verbose=0,
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
-        # The searcher tells of every failure in one line; Tune would add a traceback, which it keeps in its folder anyway.
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
-        try:
-            tuner.fit()
-            if searcher.error is not None:
-                raise searcher.error
-        finally:
-            tally.close()
+        tuner.fit()
 
 
 class _Tally:
     """Shows the progress of trials and books their time to the stage they belong to."""
 
-    def __init__(self, bars: Bars, store: StudyStore, baselines: int, proposals: int) -> None:
+    def __init__(self, bars: Bars, store: StudyStore, jobs: Iterable[Job], proposals: int) -> None:
         self._bars, self._store = bars, store
-        self._totals = {"baselines": baselines, "trials": proposals}
-        self._done = {"baselines": 0, "trials": 0}
-        self._booked = time.perf_counter()
+        self._totals = Counter({"baselines": 0, "trials": proposals}) + Counter(_stage(job) for job in jobs)
+        self._done: Counter[str] = Counter()
+        self._seconds = {"baselines": 0.0, "trials": 0.0}
+        self._stage = "baselines"
+        self.begin()
         for stage in ("baselines", "trials"):
             self._show(stage)
+
+    def begin(self) -> None:
+        """Time counts from now."""
+        self._since = time.perf_counter()
 
     def mirrors(self, jobs: list[Job]) -> list[Job]:
         """Announces what of the front is scored once more after the search."""
@@ -213,29 +254,35 @@ class _Tally:
         self._show("trials")
         return jobs
 
-    def ended(self, job: Job, reason: str | None) -> None:
-        stage = "trials" if job.kind == "search" or job.of_trial is not None else "baselines"
-        self._done[stage] += 1
+    def ended(self, job: Job, reason: str | None, again: bool) -> None:
+        """Counts a job, unless it is run again; since trials overlap, the time since the last one ended goes to its stage."""
+        self._stage = _stage(job)
+        self._done[self._stage] += not again
         if reason is not None:
             where = " ".join(str(part) for part in (job.kind, job.base, job.epoch, job.alpha) if part is not None)
-            self._bars.say(f"failed: {where}: {reason}")
-        self._show(stage)
-        if stage == "baselines" and self._done[stage] == self._totals[stage]:
-            self._book(stage)
+            self._bars.say(f"failed: {where}: {reason}{'; it is run again' if again else ''}")
+        self._show(self._stage)
+        self._count()
 
     def close(self) -> None:
-        """Books what is left, also of a run that was interrupted."""
-        self._book("trials" if self._done["baselines"] == self._totals["baselines"] else "baselines")
+        """Books the time, also of a run that was interrupted."""
+        self._count()
+        for stage, seconds in self._seconds.items():
+            self._store.add_seconds(stage, seconds)
 
-    def _book(self, stage: str) -> None:
+    def _count(self) -> None:
         now = time.perf_counter()
-        self._store.add_seconds(stage, now - self._booked)
-        self._booked = now
+        self._seconds[self._stage] += now - self._since
+        self._since = now
 
     def _show(self, stage: str) -> None:
         names = {"baselines": "scoring: alpha = 0 and controls", "trials": "searching: (method, epoch, alpha)"}
         if self._totals[stage]:
             self._bars.show(names[stage], self._done[stage], self._totals[stage])
+
+
+def _stage(job: Job) -> str:
+    return "trials" if job.kind == "search" or job.of_trial is not None else "baselines"
 
 
 def _done_jobs(store: StudyStore) -> set[Job]:
@@ -244,7 +291,7 @@ def _done_jobs(store: StudyStore) -> set[Job]:
     for frame in (store.trials_frame(), store.controls_frame()):
         for row in frame.to_dict("records"):
             names = ("base", "epoch", "alpha", "of_trial", "model", "seed")
-            values = {name: None if _absent(row.get(name)) else row[name] for name in names}
+            values: dict[str, Any] = {name: None if _absent(row.get(name)) else row[name] for name in names}
             temperature = 1.0 if _absent(row.get("temperature")) else float(row["temperature"])
             done.add(Job(kind=row["kind"], temperature=temperature, **values))
     return done

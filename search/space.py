@@ -51,6 +51,20 @@ def given_points(spec: StudySpec) -> list[Point]:
     return [Point(base, epoch, 0.0) for base, count in spec.base_epochs().items() for epoch in range(1, count + 1)]
 
 
+def grid_points(spec: StudySpec) -> list[Point]:
+    """Every epoch of every base run at alphas spread evenly from the lowest to the highest, as many as the trials allow.
+
+    A point at alpha = 0 among them is left out, because `given_points` has it.
+    """
+    bases = [(base, epoch) for base, count in spec.base_epochs().items() for epoch in range(1, count + 1)]
+    steps = spec.search.trials // len(bases)
+    low, high = spec.search.alpha.low, spec.search.alpha.high
+    # Rounded, so that 0 is 0; the ends stay what they are.
+    inner = [round(low + (high - low) * step / (steps - 1), 9) for step in range(1, steps - 1)]
+    alphas = [low, *inner, high]
+    return [Point(base, epoch, alpha) for alpha in alphas if alpha != 0 for base, epoch in bases]
+
+
 def own_epoch(sampled: int, longest: int, count: int) -> int:
     """The epoch of a base run that a sampled one stands for.
 

@@ -139,6 +139,17 @@ class StudySpec(Section):
             raise ValidationError.from_exception_data("study", found)
         return self
 
+    @model_validator(mode="after")
+    def _grid_has_its_points(self) -> "StudySpec":
+        if self.search.sampler == "grid":
+            least = 2 * sum(self.base_epochs().values())
+            if self.search.trials < least:
+                allowed = f"a grid has each of the {least // 2} base epochs at two values of alpha at least"
+                error = rule(allowed, f"Give at least {least} trials, or another sampler.")
+                detail: InitErrorDetails = {"type": error, "loc": ("search", "trials"), "input": self.search.trials}
+                raise ValidationError.from_exception_data("study", [detail])
+        return self
+
     @property
     def definition(self) -> str:
         """Name of the metric definition every number of the study follows."""

@@ -169,19 +169,23 @@ class StudyStore:
                 orphans += 1
         return orphans
 
-    def ask_point(self, space: dict[str, BaseDistribution], params: Mapping[str, Any] | None = None) -> tuple[int, Job]:
-        """Starts a trial: the given parameters at alpha = 0, or what the sampler proposes.
+    def ask_point(
+        self, space: dict[str, BaseDistribution], params: Mapping[str, Any] | None = None, kind: str = "search"
+    ) -> tuple[int, Job]:
+        """Starts a trial of a kind: with what the sampler proposes, or with the given parameters and its proposal for the rest.
 
         Given parameters and jobs have the base run's own epoch; Optuna's has the one of the flat space (`space.own_epoch`).
         """
         counts = self.spec.base_epochs()
         longest = max(counts.values())
         if params is not None:
-            stands_for = {**params, "epoch": sampled_epoch(params["epoch"], longest, counts[params["base"]])}
+            stands_for = dict(params)
+            if "epoch" in params:
+                stands_for["epoch"] = sampled_epoch(params["epoch"], longest, counts[params["base"]])
             # Without skip_if_exists: a point whose trial failed would be skipped, and the sampler's proposal taken for it.
-            self.study.enqueue_trial(stands_for, user_attrs={"kind": "alpha_zero"})
+            self.study.enqueue_trial(stands_for, user_attrs={"kind": kind})
         trial = self.study.ask(fixed_distributions=space)
-        kind, base = trial.user_attrs.get("kind", "search"), trial.params["base"]
+        base = trial.params["base"]
         return trial.number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
 
     def ask_control(self) -> int:

@@ -28,6 +28,11 @@ class BaseRun:
     epochs: tuple[Mapping[str, float], ...]
     parts: tuple["BaseRun", ...] = ()
 
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The entries of the store it is made of: its address, for those who `DeltaStore.open` it."""
+        return tuple(part.key for part in self.parts) or (self.key,)
+
     def load(self, epoch: int) -> UpdateVector:
         """The update vector of an epoch, counted from 1."""
         if self.parts:
@@ -56,6 +61,11 @@ class DeltaStore:
         key = content_key(inputs)
         folder = self._entries.find(key)
         return None if folder is None else _open(key, folder)
+
+    def open(self, keys: Sequence[str]) -> BaseRun:
+        """The base run of these entries, which `find` or a maker has found intact: what a driver says is not checked again."""
+        runs = [_open(key, self._entries.root / key) for key in keys]
+        return runs[0] if len(runs) == 1 else joined(runs)
 
     def get_or_train(self, inputs: Mapping[str, Any], train: Iterable[EpochResult]) -> BaseRun:
         """The base run determined by `inputs`; consumes `train` and publishes its epochs if there is none yet.

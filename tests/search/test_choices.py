@@ -261,17 +261,14 @@ def test_an_export_whose_numbers_are_not_the_trials_is_withdrawn(choice_result, 
 def evaluator(choice_result, spec, corpus=None):
     """An evaluator of the study that ran, of another split or corpus."""
     from search.evaluator import Evaluator, StudyContext
-    from uipe_core.delta_store import DeltaStore
 
     preparation = prepare(spec)
     source = preparation.source("initial", str(preparation.model_store.find(preparation.models["initial"])))
-    deltas = DeltaStore(preparation.delta_root)
-    inputs = {run.label: preparation.base_run_inputs(preparation.unlearning(run)) for run in spec.variants()}
     context = StudyContext(
         corpus=corpus or preparation.corpus,
         split=preparation.split,
         source=source,
-        runs={label: deltas.find(known) for label, known in inputs.items()},
+        deltas=preparation.delta_root,
         methods={run.label: run.method for run in spec.variants()},
         references={"initial": read_choice_log(choice_result.out / "logs" / "initial.json")},
         scoring=preparation.scoring,
@@ -282,13 +279,23 @@ def evaluator(choice_result, spec, corpus=None):
     return Evaluator(context)
 
 
+def with_delta(spec, job):
+    """A job as the driver hands it out: with the entries of the delta store that hold its base run."""
+    from uipe_core.delta_store import DeltaStore
+
+    preparation = prepare(spec)
+    inputs = {run.label: preparation.base_run_inputs(preparation.unlearning(run)) for run in spec.variants()}
+    return replace(job, delta=DeltaStore(preparation.delta_root).find(inputs[job.base]).keys)
+
+
 def test_halves_are_scored_apart(choice_result, world):
     whole = choice_result.trial(1)
     data = study(world, split={"select": 0.4})
-    halves = evaluator(choice_result, parse_study(data))
+    spec = parse_study(data)
+    halves = evaluator(choice_result, spec)
     point = ("grad_diff", int(whole["epoch"]), float(whole["alpha"]))
     kinds = {"search": Job("search", *point), "held_out": Job("held_out", *point, of_trial=1)}
-    (selected, shorter), (reported, longer) = (halves.evaluate(job) for job in kinds.values())
+    (selected, shorter), (reported, longer) = (halves.evaluate(with_delta(spec, job)) for job in kinds.values())
     sizes = {name: (len(shorter.sets[name]), len(longer.sets[name])) for name in ("forget", "utility")}
     assert sizes == {"forget": (8, 12), "utility": (11, 17)}
     for name, (few, many) in sizes.items():
@@ -315,7 +322,8 @@ def test_an_evaluator_flags_below_chance(choice_result):
     preparation = prepare(spec)
     turned = tuple(replace(item, answer=(item.answer + 1) % 4) for item in preparation.corpus.choices["forget"])
     corpus = replace(preparation.corpus, choices={**preparation.corpus.choices, "forget": turned})
-    evidence, report = evaluator(choice_result, spec, corpus).evaluate(Job("search", "grad_diff", 1, -1.0))
+    job = with_delta(spec, Job("search", "grad_diff", 1, -1.0))
+    evidence, report = evaluator(choice_result, spec, corpus).evaluate(job)
     assert evidence["forget_accuracy"] < 0.1
     assert evidence["forgetting_to_chance"] == 0.0
     assert evidence["below_chance"] is True

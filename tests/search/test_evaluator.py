@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,18 +17,24 @@ from uipe_core.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")
-def context(finished, preparation):
-    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
+def with_delta(preparation):
+    """A job as the driver hands it out: with the entries of the delta store that hold its base run."""
     deltas = DeltaStore(preparation.delta_root)
     runs = {
         run.label: deltas.find(preparation.base_run_inputs(preparation.unlearning(run))) for run in preparation.spec.variants()
     }
+    return lambda job: replace(job, delta=runs[job.base].keys if job.base in runs else ())
+
+
+@pytest.fixture(scope="module")
+def context(finished, preparation):
+    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
     return StudyContext(
         corpus=preparation.corpus,
         split=preparation.split,
         source=preparation.source("initial", str(folder)),
-        runs=runs,
-        methods={label: label for label in runs},
+        deltas=preparation.delta_root,
+        methods={run.label: run.method for run in preparation.spec.variants()},
         references={model.name: read_log(finished.out / "logs" / f"{model.name}.json") for model in preparation.references},
         scoring=preparation.scoring,
         definition="tofu",
@@ -44,9 +51,9 @@ def evaluator(context):
 
 
 @pytest.fixture(scope="module")
-def evaluate(evaluator):
+def evaluate(evaluator, with_delta):
     """The evidence of a job."""
-    return lambda job: evaluator.evaluate(job)[0]
+    return lambda job: evaluator.evaluate(with_delta(job))[0]
 
 
 def numbers(evidence):
@@ -135,15 +142,15 @@ def test_evidence_has_memorisation_of_what_should_go_and_what_should_stay(evalua
 
 
 def test_an_unknown_base_run_is_an_error_and_the_worker_goes_on(evaluate):
-    with pytest.raises(KeyError):
+    with pytest.raises(ValueError, match="entries of the delta store"):
         evaluate(Job("search", "nothing", 1, 0.5))
     assert evaluate(Job("search", "npo", 1, 0.5))["model_utility"] > 0
 
 
-def test_held_out_points_are_scored_on_the_other_items(evaluator, preparation):
+def test_held_out_points_are_scored_on_the_other_items(evaluator, with_delta, preparation):
     split, corpus = preparation.split, preparation.corpus
     for kind, rows in (("search", split.select), ("held_out", split.report)):
-        _, report = evaluator.evaluate(Job(kind, "npo", 2, 0.5, of_trial=1 if kind == "held_out" else None))
+        _, report = evaluator.evaluate(with_delta(Job(kind, "npo", 2, 0.5, of_trial=1 if kind == "held_out" else None)))
         asked = tuple(corpus.sets["forget"][row].question for row in rows["forget"])
         assert report.sets["forget"].questions == asked
 
@@ -155,9 +162,9 @@ def test_matched_scale_brings_the_logits_to_those_of_the_initial_model(evaluate)
     assert matched["components"]["ROUGE Retain"] == sharp["components"]["ROUGE Retain"]
 
 
-def test_item_scores_travel_as_text(evaluator):
+def test_item_scores_travel_as_text(evaluator, with_delta):
     from search.workers import pack_arrays
 
-    _, report = evaluator.evaluate(Job("search", "npo", 1, 0.5))
+    _, report = evaluator.evaluate(with_delta(Job("search", "npo", 1, 0.5)))
     arrays = np.load(io.BytesIO(base64.b64decode(pack_arrays(report.arrays()))))
     assert np.array_equal(arrays["forget/answer_loss"], report.sets["forget"].answer_loss)

@@ -5,6 +5,8 @@ import os
 import signal
 import sqlite3
 import time
+from datetime import datetime, timedelta
+from itertools import accumulate
 
 import pytest
 
@@ -35,6 +37,17 @@ def complete(out):
 def values(out):
     frame = StudyResult.open(out).trials.set_index("trial")
     return frame[[*OBJECTIVES, "base", "epoch", "alpha", "seconds"]]
+
+
+def at_once(out, since):
+    """How many trials were being scored at the same time, at most, among those that began after a moment."""
+    changes = []
+    for trial in StudyResult.open(out).study.trials:
+        if trial.state.name == "COMPLETE":
+            began = trial.datetime_complete - timedelta(seconds=trial.user_attrs["seconds"])
+            if began >= since:
+                changes += [(began, 1), (trial.datetime_complete, -1)]
+    return max(accumulate(change for _, change in sorted(changes)), default=0)
 
 
 def scoring_workers(driver, living_processes):
@@ -74,8 +87,8 @@ def test_killed_drivers_and_workers_lose_only_what_was_running(slower_study, lau
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
     again.until(lambda: len(set(scoring_workers(again, living_processes)) - {workers[0]}) == 2)
-    done = complete(out)
-    again.until(lambda: complete(out) >= done + 2)
+    moment, done = datetime.now(), complete(out)
+    again.until(lambda: complete(out) >= done + 6)
     assert "the worker died or was killed" in again.stderr
     assert "trials of an interrupted run were closed" in again.stderr
     # As a terminal does: to the driver and everything it started.
@@ -85,6 +98,8 @@ def test_killed_drivers_and_workers_lose_only_what_was_running(slower_study, lau
     assert "Traceback" not in again.stderr
     assert again.left_behind() == {}
     nothing_is_open(out)
+    # The one that was killed has been replaced for good, not by one worker that does it all.
+    assert at_once(out, moment) == 2
     the_rest_is_kept(first, out)
     second = values(out)
 

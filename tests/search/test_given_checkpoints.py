@@ -211,7 +211,7 @@ def test_a_failed_given_point_is_asked_for_again_with_the_flat_spaces_epoch(worl
         space = distributions(preparation.spec)
         assert space["epoch"] == optuna.distributions.IntDistribution(1, 5)
         for point in given_points(preparation.spec):
-            number, job = store.ask_point(space, point.params)
+            number, job = store.ask_point(space, point.params, "alpha_zero")
             assert Point(job.base, job.epoch, job.alpha) == point
             assert job.kind == "alpha_zero"
             store.fail(job, number, "made up")

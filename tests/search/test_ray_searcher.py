@@ -7,28 +7,38 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import event
 
+from search.base_runs import BaseRuns, Room
 from search.evaluator import Job
-from search.ray_searcher import StudySearcher
+from search.ray_searcher import DIED, IDLE_SECONDS, TIMES_AGAIN, StudySearcher
 from search.samplers import make_sampler
-from search.space import Point, distributions
+from search.space import distributions, grid_points
 from search.spec import parse_study
 
-GIVEN = [Point("npo", 1, 0.0), Point("npo", 2, 0.0)]
+GIVEN = [Job("alpha_zero", "npo", 1, 0.0), Job("alpha_zero", "npo", 2, 0.0)]
 CONTROLS = [Job("initial"), Job("next_epoch", "npo", 3, 0.0)]
 MIRROR = Job("random_direction", "npo", 1, 0.5, of_trial=3)
+
+
+THERE = {"grad_diff": ("aa",), "npo": ("bb",)}
+"""Base runs of the tiny study, and made-up entries of the delta store."""
 
 
 class Harness:
     """A searcher on a real study, and the ends it reported."""
 
-    def __init__(self, store, controls=(), given=(), proposals=0, mirrors=list):
+    def __init__(self, store, jobs=(), proposals=0, mirrors=list, slots=99, there=THERE, coming=()):
         self.store = store
         self.ends = []
+        self.runs = BaseRuns(Room(slots, 1, slots), dict(there), training=set(coming))
+        self.polls = 0
         store.use_sampler(make_sampler("random", 0))
-        space = distributions(parse_study(store.record["spec"]))
-        ended = lambda job, reason: self.ends.append((job, reason))  # noqa: E731
-        self.searcher = StudySearcher(store, space, controls, given, proposals, mirrors, ended)
+        self.space = distributions(parse_study(store.record["spec"]))
+        ended = lambda *end: self.ends.append(end)  # noqa: E731
+        self.searcher = StudySearcher(store, self.space, jobs, proposals, self.runs, self.poll, mirrors, ended)
         self.asked = 0
+
+    def poll(self):
+        self.polls += 1
 
     def next(self):
         self.asked += 1
@@ -38,6 +48,9 @@ class Harness:
     def finish(self, name, evidence):
         self.searcher.on_trial_complete(str(name), {"evidence": json.dumps(evidence)})
 
+    def kill(self, name):
+        self.searcher.on_trial_complete(str(name), None, True)
+
 
 @pytest.fixture
 def harness(new_store):
@@ -46,7 +59,7 @@ def harness(new_store):
 
 
 def test_order_is_controls_given_points_proposals_and_then_mirrors(harness, made_up_evidence):
-    study = harness(controls=CONTROLS, given=GIVEN, proposals=2, mirrors=lambda: [MIRROR])
+    study = harness(jobs=CONTROLS + GIVEN, proposals=2, mirrors=lambda: [MIRROR])
     jobs = []
     for number in range(1, 8):
         jobs.append(study.next())
@@ -60,18 +73,17 @@ def test_order_is_controls_given_points_proposals_and_then_mirrors(harness, made
         "search",
         "random_direction",
     ]
-    assert jobs[:2] == CONTROLS
-    assert [Point(job.base, job.epoch, job.alpha) for job in jobs[2:4]] == GIVEN
+    assert jobs[:4] == CONTROLS + GIVEN
     assert jobs[-1] == MIRROR
     assert study.next() == StudySearcher.FINISHED
-    assert [reason for _, reason in study.ends] == [None] * 7
+    assert [(reason, again) for _, reason, again in study.ends] == [(None, False)] * 7
     assert study.store.counts()["complete"] == 4
     assert len(study.store.controls_frame()) == 3
 
 
 def test_mirrors_wait_for_the_end_of_everything_else(harness, made_up_evidence):
     calls = []
-    study = harness(given=GIVEN, mirrors=lambda: calls.append(1) or [MIRROR])
+    study = harness(jobs=GIVEN, mirrors=lambda: calls.append(1) or [MIRROR])
     first, second = study.next(), study.next()
     assert study.next() is None
     study.finish(2, made_up_evidence(second))
@@ -110,13 +122,13 @@ def test_failed_proposals_count_so_that_a_study_ends(harness):
     study = harness(proposals=3)
     for number in range(1, 4):
         assert study.next().kind == "search"
-        study.searcher.on_trial_complete(str(number), None, True)
+        study.searcher.on_trial_complete(str(number), {"reason": "no memory"})
     assert study.next() == StudySearcher.FINISHED
     assert study.store.counts()["failed"] == 3
 
 
 def test_a_failed_control_ends_in_the_controls_study(harness):
-    study = harness(controls=CONTROLS[:1])
+    study = harness(jobs=CONTROLS[:1])
     study.next()
     study.searcher.on_trial_complete("1", None, True)
     assert study.store.controls.trials[0].state == TrialState.FAIL
@@ -154,3 +166,129 @@ def test_tune_can_pickle_it_beside_its_results(harness, tmp_path):
     assert pickle.dumps(searcher)
     searcher.save(str(tmp_path / "note"))
     searcher.restore(str(tmp_path / "note"))
+
+
+def test_a_job_travels_with_the_entries_of_its_base_run(harness):
+    study = harness(jobs=[*CONTROLS, *GIVEN[:1]], proposals=1)
+    jobs = [study.next() for _ in range(4)]
+    assert [job.delta for job in jobs] == [(), THERE["npo"], THERE["npo"], THERE[jobs[3].base]]
+
+
+def test_jobs_wait_for_their_base_run_and_for_nothing_else(harness):
+    late = Job("alpha_zero", "grad_diff", 1, 0.0)
+    study = harness(jobs=[late, *GIVEN], there={"npo": ("bb",)}, coming=["grad_diff"])
+    assert [study.next(), study.next()] == GIVEN
+    assert study.next() is None
+    study.runs.publish("grad_diff", ("cc",))
+    assert (study.next(), study.polls) == (late, 4)
+
+
+def test_while_base_runs_are_missing_only_those_that_are_there_are_proposed_up_to_their_share(harness):
+    study = harness(proposals=5, there={"npo": ("bb",)}, coming=["grad_diff"])
+    first = [study.next() for _ in range(2)]
+    assert [(job.kind, job.base) for job in first] == [("search", "npo")] * 2
+    assert len({(job.epoch, job.alpha) for job in first}) == 2
+    # Five trials on two base runs: two for the first before the other is there.
+    assert study.next() is None
+    assert study.searcher.has_work() is False
+    study.runs.publish("grad_diff", ("cc",))
+    rest = [study.next() for _ in range(3)]
+    assert all(job.kind == "search" for job in rest)
+    assert study.next() is None
+    assert {trial.user_attrs.get("kind", "search") for trial in study.store.study.trials} == {"search"}
+
+
+def test_what_was_searched_before_counts_for_the_share(harness, made_up_evidence):
+    before = harness(proposals=2, there={"npo": ("bb",)}, coming=["grad_diff"])
+    for number in (1, 2):
+        before.finish(number, made_up_evidence(before.next()))
+    again = harness(proposals=3, there={"npo": ("bb",)}, coming=["grad_diff"])
+    assert again.next() is None
+
+
+def test_without_a_base_run_that_failed_the_others_are_searched_evenly(harness, made_up_evidence):
+    lost = [Job("next_epoch", "npo", 3, 0.0), *GIVEN]
+    mirrored = []
+    study = harness(jobs=lost, proposals=4, there={"grad_diff": ("aa",)}, mirrors=lambda: mirrored.append(1) or [])
+    study.runs.fail("npo", "the loss is not finite")
+    for number in range(1, 5):
+        job = study.next()
+        assert (job.kind, job.base) == ("search", "grad_diff")
+        study.finish(number, made_up_evidence(job))
+    assert study.next() == StudySearcher.FINISHED and study.searcher.done
+    assert mirrored == [1]
+    reason = "base run npo failed: the loss is not finite"
+    assert study.ends[:3] == [(job, reason, False) for job in lost]
+    assert [failure["reason"] for failure in study.store.failures()] == [reason] * 2
+    assert [trial.user_attrs["reason"] for trial in study.store.controls.trials] == [reason]
+    assert study.store.counts() == {"complete": 4, "pruned": 0, "failed": 2, "running": 0}
+
+
+def test_a_job_whose_worker_died_is_run_again_as_it_was_and_not_for_ever(harness, made_up_evidence):
+    study = harness(proposals=1)
+    jobs = []
+    for number in range(1, TIMES_AGAIN + 2):
+        jobs.append(study.next())
+        study.kill(number)
+    assert study.next() == StudySearcher.FINISHED
+    assert len({(job.kind, job.base, job.epoch, job.alpha, job.delta) for job in jobs}) == 1
+    assert jobs[0].kind == "search"
+    assert [again for *_, again in study.ends] == [True] * TIMES_AGAIN + [False]
+    assert [failure["reason"] for failure in study.store.failures()] == [DIED] * (TIMES_AGAIN + 1)
+    params = [trial.params for trial in study.store.study.trials]
+    assert params == [params[0]] * (TIMES_AGAIN + 1)
+
+
+def test_a_job_run_again_comes_before_all_others_and_completes(harness, made_up_evidence):
+    study = harness(jobs=[*CONTROLS[1:], *GIVEN], proposals=1)
+    control, given = study.next(), study.next()
+    study.kill(1)
+    study.kill(2)
+    assert {study.next(), study.next()} == {control, given}
+    study.finish(3, made_up_evidence(given))
+    study.finish(4, made_up_evidence(control))
+    assert [study.next(), study.next().kind] == [GIVEN[1], "search"]
+    assert list(study.store.trials_frame()["kind"]) == ["alpha_zero"]
+
+
+def test_no_more_trials_at_once_than_base_runs_leave_room_for(harness, made_up_evidence):
+    study = harness(jobs=[*CONTROLS, *GIVEN], slots=3, coming=["x", "y", "z"])
+    job = study.next()
+    assert study.next() is None
+    study.runs.publish("x", ("x",))
+    study.runs.publish("y", ("y",))
+    assert study.next() is not None and study.next() is None
+    study.runs.publish("z", ("z",))
+    assert study.next() is not None and study.next() is None
+    study.finish(1, made_up_evidence(job))
+    assert study.next() is not None
+
+
+def test_idle_workers_give_their_room_back(harness, monkeypatch):
+    clock = [1000.0]
+    monkeypatch.setattr("search.ray_searcher.time.monotonic", lambda: clock[0])
+    study = harness(jobs=GIVEN, there={}, coming=["npo"])
+    # Workers stay warm for a while, if no base run needs their room.
+    assert study.next() is None
+    clock[0] += IDLE_SECONDS / 2
+    assert study.next() is None
+    clock[0] += IDLE_SECONDS
+    assert study.next() == StudySearcher.FINISHED
+    assert not study.searcher.done
+    study.runs.waiting.append("grad_diff")
+    assert study.next() == StudySearcher.FINISHED
+    study.runs.waiting.clear()
+    study.runs.publish("npo", ("bb",))
+    assert study.searcher.has_work()
+    assert study.next() == GIVEN[0]
+
+
+def test_a_grid_is_handed_out_once_each_and_less_of_it_without_a_base_run(new_store):
+    store = new_store(search={"sampler": "grid", "trials": 12})
+    points = [Job("search", **point.params) for point in grid_points(store.spec)]
+    study = Harness(store, jobs=points, there={"npo": ("bb",)})
+    study.runs.fail("grad_diff", "no memory")
+    jobs = [study.next() for _ in range(6)]
+    assert jobs == [job for job in points if job.base == "npo"]
+    assert study.next() is None
+    assert study.store.failures() == []

@@ -41,7 +41,7 @@ def study(new_store, made_up_evidence):
         store.save_record()
         for alpha, strength, utility in points:
             if alpha == 0:
-                number, job = store.ask_point(space, Point("npo", 1, 0.0).params)
+                number, job = store.ask_point(space, Point("npo", 1, 0.0).params, "alpha_zero")
             else:
                 store.study.enqueue_trial({"base": "npo", "epoch": 1, "alpha": alpha})
                 number, job = store.ask_point(space)

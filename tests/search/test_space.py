@@ -1,14 +1,17 @@
 """The search space of a study, its given points, and the samplers."""
 
+from itertools import pairwise
+
 import optuna
 import pytest
 
 from search.samplers import SAMPLERS, make_sampler
-from search.space import Point, distributions, given_points
+from search.space import Point, distributions, given_points, grid_points
 from search.spec import StudySpec, parse_study
+from search.spec_errors import StudyFileError
 
 
-def study(low: float = -1, high: float = 2) -> StudySpec:
+def study(low: float = -1, high: float = 2, **search: object) -> StudySpec:
     stage = {"epochs": 1, "learning_rate": 0.01, "batch_size": 8}
     return parse_study(
         {
@@ -21,7 +24,7 @@ def study(low: float = -1, high: float = 2) -> StudySpec:
                 "epochs": 3,
                 "learning_rate": 0.01,
             },
-            "search": {"alpha": {"low": low, "high": high}},
+            "search": {"alpha": {"low": low, "high": high}, **search},
         }
     )
 
@@ -72,3 +75,24 @@ def test_samplers_propose_within_the_space_and_repeat_by_seed(name: str) -> None
     assert runs[0] == runs[1]
     assert [Point(**params) for params in runs[0][:9]] == given_points(spec)
     assert all(-1 <= params["alpha"] <= 2 for params in runs[0])
+
+
+def test_a_grid_is_every_epoch_at_evenly_spaced_alphas_and_zero_only_once() -> None:
+    points = grid_points(study(-1, 2, sampler="grid", trials=9 * 4 + 8))
+    assert sorted({point.alpha for point in points}) == [-1.0, 1.0, 2.0]
+    assert len(points) == len(set(points)) == 9 * 3
+    assert {(point.base, point.epoch) for point in points} == {(point.base, point.epoch) for point in given_points(study())}
+
+
+def test_a_grid_stays_within_its_range_and_fits_the_space() -> None:
+    spec = study(-0.1, 0.7, sampler="grid", trials=9 * 13)
+    alphas = sorted({point.alpha for point in grid_points(spec)})
+    assert (alphas[0], alphas[-1], len(alphas)) == (-0.1, 0.7, 13)
+    assert len({round(second - first, 6) for first, second in pairwise(alphas)}) == 1
+
+
+def test_a_grid_with_too_few_trials_is_refused_with_how_many_it_takes() -> None:
+    assert len(grid_points(study(sampler="grid", trials=18))) == 18
+    with pytest.raises(StudyFileError, match=r"search\.trials") as caught:
+        study(sampler="grid", trials=17)
+    assert "9 base epochs" in str(caught.value) and "at least 18 trials" in str(caught.value)

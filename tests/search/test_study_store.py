@@ -26,7 +26,7 @@ def space(store):
 
 
 def ask(store, params=None):
-    return store.ask_point(space(store), params)
+    return store.ask_point(space(store), params, "search" if params is None else "alpha_zero")
 
 
 def state(store, number):
