@@ -1,13 +1,14 @@
 """How much a cluster holds: of the nodes it has, and of those its autoscaler may bring."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from search.running_sections import BaseRunResources, TrialResources
+from search.base_runs import Room
+from search.running_sections import BaseRunResources, Resources, TrialResources
 from uipe_core.errors import UserError
 
 CLUSTER_DESCRIPTION = Path("~/ray_bootstrap_config.yaml")
@@ -84,3 +85,37 @@ def trials_held(need: Need, nodes: Iterable[Need], fleet: Fleet) -> int:
         added = min(count, left)
         left, brought = left - added, brought + held * added
     return max(sum(fits(need, node) for node in nodes), brought)
+
+
+def room_for(resources: Resources, nodes: Sequence[Need], fleet: Fleet | None) -> Room:
+    """What a cluster holds of a study's trials and base runs, now or once its autoscaler has brought what it may.
+
+    Args:
+        resources: What the study asks for.
+        nodes: Resources of the nodes that are there.
+        fleet: Nodes that may come. None: the cluster was started for this run and stays as it is. On another an autoscaler
+            that leaves no description (KubeRay's) may bring nodes that are not there yet: then it is enough that the study
+            says how many trials to run.
+
+    Raises:
+        UserError: No node could ever hold a trial, or a process of a base run.
+    """
+    asked = resources.max_concurrent
+    parts = {"trial": need_of(resources.trial), "base_run": need_of(resources.base_run)}
+    held = {part: trials_held(need, nodes, fleet or Fleet()) for part, need in parts.items()}
+    if fleet is None or asked is None:
+        for part, count in held.items():
+            if count < 1:
+                raise UserError(_too_much(part, parts[part], nodes, fleet is None))
+    slots = held["trial"] or asked or 1
+    return Room(slots, per_base_run(resources.base_run, resources.trial), asked or slots)
+
+
+def _too_much(part: str, need: Need, nodes: Sequence[Need], own: bool) -> str:
+    most: dict[str, float] = {"CPU": 0.0, "GPU": 0.0}
+    for node in nodes:
+        # Memory, and the names that Ray gives its nodes, are nothing a study asks for.
+        most |= {name: max(most.get(name, 0.0), has) for name, has in node.items() if ":" not in name and "memory" not in name}
+    asked, had = (", ".join(f"{amount:g} {name}" for name, amount in sorted(found.items())) for found in (need, most))
+    remedy = "lower it" if own else "lower it, or set resources.max_concurrent if an autoscaler will bring such nodes"
+    return f"resources.{part}: it asks for {asked}, but the most that a node of this cluster has is {had}; {remedy}"

@@ -13,7 +13,7 @@ from pathlib import Path
 import ray
 
 from search.base_runs import Room
-from search.capacity import Fleet, Need, autoscaler_fleet, need_of, per_base_run, trials_held
+from search.capacity import autoscaler_fleet, room_for
 from search.progress import Bars
 from search.spec import StudySpec
 from search.spec_sections import PretrainedModel
@@ -96,40 +96,8 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _room(spec: StudySpec, own: bool) -> Room:
-    """What the cluster holds of a study's trials and base runs, now or once its autoscaler has brought what it may.
-
-    Args:
-        spec: The study.
-        own: The cluster was started for this run and stays as it is. On another an autoscaler that leaves no description
-            (KubeRay's) may bring nodes that are not there yet: then it is enough that the study says how many trials to run.
-
-    Raises:
-        UserError: No node could ever hold a trial, or a base run.
-    """
-    resources = spec.resources
-    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and resources.trial.gpus == 0:
+    """What the cluster holds of the study; see `room_for`."""
+    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.trial.gpus == 0:
         raise UserError("model.device: 'cuda' needs GPUs for the trials; set resources.trial.gpus, for example to 1")
-    nodes: list[Need] = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    fleet = Fleet() if own else autoscaler_fleet()
-    held = {
-        key: trials_held(need_of(needs), nodes, fleet)
-        for key, needs in (("trial", resources.trial), ("base_run", resources.base_run))
-    }
-    if own or resources.max_concurrent is None:
-        for key, count in held.items():
-            if count < 1:
-                raise UserError(_too_much(key, need_of(getattr(resources, key)), nodes, own))
-    slots = held["trial"] or resources.max_concurrent or 1
-    return Room(slots, per_base_run(resources.base_run, resources.trial), resources.max_concurrent or slots)
-
-
-def _too_much(key: str, need: Need, nodes: list[Need], own: bool) -> str:
-    most: dict[str, float] = {"CPU": 0.0, "GPU": 0.0}
-    for node in nodes:
-        # Memory, and the names that Ray gives its nodes, are nothing a study asks for.
-        most |= {
-            name: max(most.get(name, 0.0), amount) for name, amount in node.items() if ":" not in name and "memory" not in name
-        }
-    asked, had = (", ".join(f"{amount:g} {name}" for name, amount in sorted(found.items())) for found in (need, most))
-    remedy = "lower it" if own else "lower it, or set resources.max_concurrent if an autoscaler will bring such nodes"
-    return f"resources.{key}: it asks for {asked}, but the most that a node of this cluster has is {had}; {remedy}"
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return room_for(spec.resources, nodes, None if own else autoscaler_fleet())

@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from search.base_runs import BaseRuns, Room
-from search.capacity import Fleet, autoscaler_fleet, fits, need_of, per_base_run, trials_held
-from search.running_sections import BaseRunResources, TrialResources
+from search.capacity import Fleet, autoscaler_fleet, fits, need_of, per_base_run, room_for, trials_held
+from search.running_sections import BaseRunResources, Resources, TrialResources
 from uipe_core.errors import UserError
 
 CLUSTER = Path(__file__).resolve().parents[2] / "ray_cluster.yaml"
@@ -95,6 +95,41 @@ def test_a_cluster_without_gpus_counts_those_its_autoscaler_may_bring(tmp_path):
     assert trials_held({"CPU": 4, "GPU": 16}, [head], fleet) == 0
     # What is there counts, where it is more.
     assert trials_held({"CPU": 1}, [{"CPU": 1000.0}], fleet) == 1000
+
+
+def test_a_study_gets_what_it_asks_for_or_all_there_is():
+    nodes = [{"CPU": 8.0, "GPU": 2.0}] * 3
+    trial, base_run = TrialResources(cpus=2, gpus=1), BaseRunResources(cpus=2, gpus=2)
+    assert room_for(Resources(trial=trial, base_run=base_run), nodes, None) == Room(6, 2, 6)
+    assert room_for(Resources(max_concurrent=2, trial=trial, base_run=base_run), nodes, None) == Room(6, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("part", "needs", "said"),
+    [
+        ("trial", TrialResources(gpus=1), ["resources.trial", "1 CPU, 1 GPU", "8 CPU, 0 GPU, 1 fast"]),
+        ("trial", TrialResources(cpus=9), ["9 CPU"]),
+        ("base_run", BaseRunResources(custom={"a100": 0.5}), ["resources.base_run", "0.5 a100"]),
+    ],
+)
+def test_what_no_node_could_ever_hold_is_refused(part, needs, said):
+    nodes = [{"CPU": 8.0, "fast": 1.0, "memory": 1e9, "object_store_memory": 1e8, "node:10.0.0.1": 1.0}]
+    for fleet in (None, Fleet()):
+        with pytest.raises(UserError) as caught:
+            room_for(Resources(**{part: needs}), nodes, fleet)
+        for words in (*said, "lower it"):
+            assert words in str(caught.value)
+        assert "memory" not in str(caught.value) and "10.0.0.1" not in str(caught.value)
+    # Somebody else's cluster may grow by means not known here; one's own does not.
+    patient = Resources(max_concurrent=5, **{part: needs})
+    assert room_for(patient, nodes, Fleet()).most == 5
+    with pytest.raises(UserError):
+        room_for(patient, nodes, None)
+
+
+def test_a_cluster_that_has_no_gpu_yet_is_no_error(tmp_path):
+    resources = Resources(trial=TrialResources(cpus=4, gpus=1), base_run=BaseRunResources(cpus=4, gpus=1))
+    assert room_for(resources, [{"CPU": 8.0}], autoscaler_fleet(described(tmp_path))) == Room(20, 1, 20)
 
 
 def test_no_description_is_no_autoscaler(tmp_path):
