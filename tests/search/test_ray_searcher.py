@@ -343,10 +343,15 @@ def test_a_plateau_ends_the_search_and_the_front_is_still_mirrored(harness, made
 
 def test_no_plateau_before_all_base_runs_are_there(harness, made_up_evidence):
     budget = Budget(plateau=Plateau(trials=5, gain=0.01))
-    study = harness(proposals=50, there={"npo": ("bb",)}, coming=["grad_diff"], budget=budget)
+    grid = [Job("search", "npo", 1, 0.1 * step) for step in range(1, 20)]
+    study = harness(jobs=[*grid, CONTROLS[0]], there={"npo": ("bb",)}, coming=["grad_diff"], budget=budget)
     for number in range(1, 9):
         study.finish(number, made_up_evidence(study.next()))
     assert study.said == []
+    study.runs.publish("grad_diff", ("aa",))
+    # Points of the grid are given up, the control is not.
+    assert study.next() == CONTROLS[0]
+    assert "budget.plateau" in study.said[0]
 
 
 def test_failures_end_the_study_with_their_reasons(harness):
