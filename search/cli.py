@@ -7,7 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from search.terminal import print_claims, print_confirmations, print_front, print_json, print_metrics
+from search.terminal import print_claims, print_confirmations, print_front, print_json, print_metrics, print_stop
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 
 app = typer.Typer(
@@ -51,6 +51,7 @@ def run(
     print_front(result)
     for sentence in result.verdict():
         typer.echo(f"- {sentence}")
+    print_stop(result)
     typer.echo(f"\nreport   {result.report_path}")
     typer.echo(f"browse   uipe dashboard {result.out}")
     typer.echo(f"export   uipe export {result.out} --rule knee --to {result.out}/export/knee --as model")

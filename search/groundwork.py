@@ -16,6 +16,7 @@ from search.measures import Report, measure, read_report, write_report
 from search.preparation import Preparation, ReferenceModel
 from search.progress import Bars
 from search.running_sections import BaseRunResources, TrialResources
+from search.study_guard import StudyGuard
 from search.study_store import StudyStore
 from search.workers import build_tiny, import_and_publish, score_model, train_and_publish
 from uipe_core.checkpoints import find_checkpoints
@@ -43,6 +44,7 @@ class Groundwork:
         bars: Progress.
         board: Actor the tasks note their progress with.
         room: The cluster.
+        guard: Told what base runs have used.
     """
 
     preparation: Preparation
@@ -50,6 +52,7 @@ class Groundwork:
     bars: Bars
     board: Any
     room: Room
+    guard: StudyGuard
 
     def begin(self, seeds: Iterable[int] = (), labels: Iterable[str] = ()) -> tuple[StudyContext, BaseRunTasks]:
         """Builds models and scores references; base runs begin meanwhile and may go on afterwards.
@@ -83,6 +86,7 @@ class Groundwork:
             definition=spec.definition,
             seed=spec.seed,
             threads=spec.resources.trial.threads,
+            trial_minutes=spec.budget.trial_minutes,
         )
         return context, tasks
 
@@ -138,7 +142,7 @@ class Groundwork:
         for name, run in there.items():
             self._news(name, run)
         missing = {name: start for name, start in starters.items() if name not in there}
-        return BaseRunTasks(self.room, there, missing, self._news, self._show)
+        return BaseRunTasks(self.room, there, missing, self._came, self._show)
 
     def _train(self, name: str, initial: ModelSource, config: UnlearningConfig) -> Any:
         """Starts the training of a base run: the one place where such a task is made."""
@@ -153,6 +157,13 @@ class Groundwork:
         given = preparation.checkpoints_of(label)
         arguments = (preparation.initial_folder, given, preparation.delta_root, preparation.trust_remote_code, needs.threads)
         return _task(needs, import_and_publish, *arguments, self.board, label)
+
+    def _came(self, name: str, run: BaseRun | str) -> None:
+        """Counts what a base run has used that came in this run of the study."""
+        if isinstance(run, BaseRun):
+            seconds = sum(float(epoch.get("seconds", 0.0)) for epoch in run.epochs)
+            self.guard.held(seconds, self.preparation.spec.resources.base_run)
+        self._news(name, run)
 
     def _news(self, name: str, run: BaseRun | str) -> None:
         """Writes into the study's record which base run has come, or why it has not."""

@@ -18,9 +18,10 @@ from ray.tune.search import Searcher
 
 from search.base_runs import BaseRuns
 from search.evaluator import POINT_KINDS, Job
+from search.study_guard import StudyGuard
 from search.study_store import StudyStore
+from search.workforce import Workforce
 
-DIED = "the worker died or was killed"
 TIMES_AGAIN = 2
 """How often a job is run again whose worker died."""
 IDLE_SECONDS = 30.0
@@ -40,6 +41,8 @@ class StudySearcher(Searcher):
         poll: Brings `runs` up to date.
         mirrors: Called when everything else has ended: what of the front is still to be scored otherwise.
         finished: Called with each ended job, the reason of its failure or None, and whether it will be run again.
+        workforce: Tells why a worker died, and for how long it was at work.
+        guard: Says when the study's budget is used up.
 
     Attributes:
         done: Nothing is left to hand out. While base runs are missing, Tune may be told FINISHED without that, so that idle
@@ -57,6 +60,8 @@ class StudySearcher(Searcher):
         poll: Callable[[], None],
         mirrors: Callable[[], list[Job]],
         finished: Callable[[Job, str | None, bool], None],
+        workforce: Workforce,
+        guard: StudyGuard,
     ) -> None:
         super().__init__()
         self._store = store
@@ -66,7 +71,9 @@ class StudySearcher(Searcher):
         self._runs, self._poll = runs, poll
         self._mirrors: Callable[[], list[Job]] | None = mirrors
         self._finished = finished
+        self._workforce, self._guard = workforce, guard
         self._running: dict[str, tuple[int, Job]] = {}
+        self._held: set[str] = set()
         self._deaths: Counter[Job] = Counter()
         self._proposed = _proposed(store)
         self._idle_since: float | None = None
@@ -87,8 +94,16 @@ class StudySearcher(Searcher):
             self.error = error
             return self.FINISHED
 
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Ends the trial in the study already, where its worker is held a while longer (see `search.workforce`)."""
+        self.on_trial_complete(trial_id, result)
+        self._held.add(trial_id)
+
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Ends the trial in the study: complete with its evidence, or failed with its reason."""
+        self._held.discard(trial_id)
+        if trial_id not in self._running:
+            return
         try:
             self._end(trial_id, result, error)
         except Exception as problem:
@@ -96,20 +111,22 @@ class StudySearcher(Searcher):
 
     def has_work(self) -> bool:
         """Whether there is something for Tune to do now: a job whose base run is there, or the end of it all."""
+        self._heed_budget()
         if not self._runs.missing:
             return True
         ready = self._ready_job() is not None or self._base_to_propose() is not None
         return ready and self._runs.trials_at_once() > 0
 
     def _next(self, trial_id: str) -> dict[str, Any] | str | None:
+        self._heed_budget()
         self._poll()
         self._end_jobs_without_base_run()
-        if len(self._running) < self._runs.trials_at_once() and (asked := self._ask()) is not None:
+        if len(self._running) + len(self._held) < self._runs.trials_at_once() and (asked := self._ask()) is not None:
             self._running[trial_id] = asked
             self._idle_since = None
             job = asked[1]
             return {"job": asdict(replace(job, delta=self._runs.published.get(str(job.run), ())))}
-        if self._running:
+        if self._running or self._held:
             return None
         if self._runs.missing:
             return self._idle()
@@ -181,16 +198,43 @@ class StudySearcher(Searcher):
                 number, _ = self._ask_for(job)
                 self._fail(job, number, self._runs.failed[str(job.run)], again=False)
 
+    def _heed_budget(self) -> None:
+        """Hands out and trains nothing more when the budget is used up; what is at work ends by itself.
+
+        A front that stopped growing is still scored once more. Whether it has is not asked before all base runs are there.
+        """
+        stop = self._guard.stop(settled=not self._runs.missing)
+        if stop is None:
+            return
+        self._proposals = 0
+        if stop.mirrored:
+            # Points of a grid are proposals, too; those that died and come again are not.
+            self._jobs = deque(job for job in self._jobs if job.kind != "search" or job in self._deaths)
+        else:
+            self._jobs.clear()
+            self._runs.waiting.clear()
+            self._mirrors = None
+
     def _end(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
         number, job = self._running.pop(trial_id)
         if error or result is None:
-            self._fail(job, number, DIED, again=self._again(job))
-        elif result.get("reason"):
-            self._fail(job, number, str(result["reason"]), again=False)
+            death = self._workforce.death(trial_id)
+            reason, again = death.reason, not death.timed_out and self._again(job)
         else:
-            items = base64.b64decode(result["items"]) if "items" in result else None
-            reason = self._store.complete(job, number, json.loads(result["evidence"]), items)
-            self._finished(job, reason, False)
+            reason, again = str(result.get("reason") or ""), False
+        self._guard.held(self._workforce.ended(trial_id), self._store.spec.resources.trial)
+        if reason or result is None:
+            self._guard.failed(reason, again)
+            self._fail(job, number, reason, again)
+            return
+        evidence = json.loads(result["evidence"])
+        items = base64.b64decode(result["items"]) if "items" in result else None
+        incomplete = self._store.complete(job, number, evidence, items)
+        if incomplete is None:
+            self._guard.scored(job, evidence)
+        else:
+            self._guard.failed(incomplete)
+        self._finished(job, incomplete, False)
 
     def _again(self, job: Job) -> bool:
         """Puts a job back whose worker died; False if it has been put back often enough."""

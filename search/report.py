@@ -106,7 +106,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
     bases = int(view.trials["base"].nunique())
     return environment.from_string(source).render(
         style=css,
-        summary={"selections": [], "notes": [], "failures": [], **view.summary},
+        summary={"selections": [], "notes": [], "failures": [], "failure_reasons": [], "usage": None, **view.summary},
         verdict=verdict(view),
         gains=_gain_bars(view.summary),
         front=front.to_dict("records"),

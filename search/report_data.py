@@ -46,7 +46,9 @@ class ReportData:
             forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, running}, hypervolume, gain
             {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage,
             created (ISO time), versions; and,
-            where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}].
+            where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}],
+            failure_reasons [(reason, count)],
+            usage {hours, cpu_hours, gpu_hours}.
         objectives: what the study maximises.
         certainty, held_out, matched_scale, confirmations: tables of `search.certainty` and `search.finalists`; empty where
             nothing of the kind was scored.

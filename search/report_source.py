@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search.budgets import counted
 from search.certainty import smallest_groups
 from search.pareto import DEFAULT_FLOOR, RULES
 from search.report_data import ReportData
@@ -31,6 +32,7 @@ def report_data(result: "StudyResult") -> ReportData:
         "base_run_seconds": [sum(epoch["seconds"] for epoch in epochs) for epochs in trained],
         "selections": _selections(result),
         "failures": result.store.failures(),
+        "failure_reasons": counted(failure["reason"] for failure in result.store.failures()),
         "notes": _notes(result),
         "item_counts": record["corpus"]["items"],
         "smallest_groups": smallest_groups(result.store),
@@ -57,8 +59,12 @@ def _notes(result: "StudyResult") -> list[str]:
         for label, folders in result.spec.checkpoints.items()
     ]
     searched = int((result.trials["kind"] == "search").sum())
-    wanted = result.spec.search.trials
-    if searched < wanted:
+    wanted, stopped = result.spec.search.trials, result.store.record.get("stopped")
+    if stopped:
+        notes.append(
+            f"Stopped after {searched} of {wanted} search trials: {stopped}. A larger budget and the same command go on."
+        )
+    elif searched < wanted:
         notes.append(f"{searched} of {wanted} search trials are complete: the same command resumes the study.")
     return notes
 

@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 import pandas as pd
 
-from search import finalists
+from search import finalists, yardstick
 from search.certainty import certainty
 from search.export import export
 from search.objectives import Objective
@@ -28,11 +28,9 @@ from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.errors import UserError
 from uipe_core.evaluation_log import read_log
 from uipe_core.log_parts import MEMORIZATION
-from uipe_core.metrics import MEMORIZED_SETS, log10_p_floor
+from uipe_core.metrics import MEMORIZED_SETS
 
 POINT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk")
-DEFAULT_CAP = 0.3
-"""Noise ceiling of forget quality where the study was not asked to measure it, or could not."""
 
 
 def _names(store: StudyStore) -> list[str]:
@@ -100,12 +98,8 @@ class StudyResult:
 
     @property
     def forget_quality_cap(self) -> float:
-        """The noise ceiling: the spec's, or the lowest forget quality among retain models of other seeds (0.3 without any)."""
-        given = self.spec.hypervolume.forget_quality_cap
-        if given is not None:
-            return given
-        others = self.controls[self.controls["kind"] == "other_retain"]
-        return DEFAULT_CAP if others.empty else float(others["forget_quality"].min())
+        """The noise ceiling (`search.yardstick`)."""
+        return yardstick.forget_quality_cap(self.spec, self.controls)
 
     def runnable_spec(self) -> StudySpec:
         """The spec with its storage as it can be opened: the record keeps no password."""
@@ -208,20 +202,12 @@ class StudyResult:
         return front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
 
     def reference_point(self) -> dict[str, float]:
-        """The corner hypervolume is measured from: the spec's, or the lowest forget quality the number of items can give."""
-        given = self.spec.hypervolume.reference_point.model_dump()
-        corner = {}
-        for objective in self.objectives:
-            value = given[objective.name]
-            corner[objective.name] = self.floor_of(str(objective.quality_of)) if value is None else value
-        return corner
+        """The corner hypervolume is measured from (`search.yardstick`)."""
+        return yardstick.reference_point(self.store)
 
     def floor_of(self, name: str) -> float:
         """Lowest log10 forget quality the items of an evaluation set can give."""
-        items = self.item_counts.get(name)
-        if items is None:
-            raise UserError(f"{self.out}: its corpus has no {name!r} items; leave search.third_objective out")
-        return log10_p_floor(items, items)
+        return yardstick.quality_floor(self.store, name)
 
     @cached_property
     def item_counts(self) -> dict[str, int]:
@@ -272,6 +258,8 @@ class StudyResult:
             "reference_point": self.reference_point(),
             "forget_quality_cap": self.forget_quality_cap,
             "seconds": record["seconds"],
+            "usage": record.get("usage"),
+            "stopped": record.get("stopped"),
             "report": str(self.report_path),
             "storage": record["storage"],
         }

@@ -3,7 +3,8 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -26,11 +27,14 @@ from search.preparation import Preparation, prepare
 from search.progress import Bars, Board
 from search.ray_searcher import StudySearcher
 from search.results import StudyResult
+from search.running_sections import Budget
 from search.samplers import make_sampler
 from search.space import distributions, given_points, grid_points
 from search.spec import StudySpec
+from search.study_guard import Stop, StudyGuard
 from search.study_store import StudyStore
 from search.workers import ScoringTrial
+from search.workforce import Workforce
 from uipe_core.errors import StudyInterrupted, UserError
 
 
@@ -93,7 +97,10 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, work: Callable[["_Run"]
             orphans = store.reconcile()
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
-            work(_Run(preparation, store, bars))
+            run = _Run(preparation, store, bars)
+            work(run)
+            if run.stopped is not None and (run.stopped.gave_up or not store.counts()["complete"]):
+                raise UserError(_without_result(folder, run.stopped, store))
             bars.say("writing the report ...")
             result = StudyResult.of(store)
             result.report()
@@ -111,6 +118,15 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, work: Callable[["_Run"]
     return result
 
 
+def _without_result(folder: Path, stop: Stop, store: StudyStore) -> str:
+    """Why a study ended without what was asked for; what there is of it is in its report."""
+    if store.counts()["complete"]:
+        StudyResult.of(store).report()
+    if stop.gave_up:
+        return f"{folder}: the study gave up: {stop.reason}; mend the cause, then the same command goes on"
+    return f"{folder}: no trial was complete when the study stopped: {stop.reason}; give it more and the same command goes on"
+
+
 @dataclass
 class _Run:
     """One run of a study: what is missing, and getting it done."""
@@ -118,6 +134,8 @@ class _Run:
     preparation: Preparation
     store: StudyStore
     bars: Bars
+    stopped: Stop | None = None
+    """Why it ended before everything was done, if it did."""
 
     def finish_all(self) -> None:
         """Does what the study still lacks; starts Ray only if there is something."""
@@ -131,11 +149,16 @@ class _Run:
             proposals = 0
         else:
             proposals = max(spec.search.trials - self._searched(), 0)
-        if not (jobs or proposals or self._mirrors()):
-            return
-        with local_ray(spec, self.store.out, self.bars) as room:
-            ground = self._groundwork(room)
-            self._score(ground, *ground.begin(), jobs, proposals)
+        searched_for = [job for job in jobs if job.kind == "search"]
+        besides = len(jobs) > len(searched_for) or bool(self._mirrors())
+        if besides or searched_for or proposals:
+            with self._guarded(spec.budget) as guard:
+                stop = guard.stop()
+                if stop is None or (stop.mirrored and besides):
+                    with local_ray(spec, self.store.out, self.bars) as room:
+                        ground = self._groundwork(room, guard)
+                        self._score(ground, *ground.begin(), jobs, proposals)
+        self._note_stop()
 
     def confirm(self, points: list[Job], seeds: Sequence[int]) -> None:
         """Trains the base runs of some points from other seeds and scores the points again, on the items for reporting."""
@@ -143,15 +166,33 @@ class _Run:
         jobs = [job for point in points for seed in seeds if (job := replace(point, seed=seed)) not in done]
         if not jobs:
             return
-        with local_ray(self.preparation.spec, self.store.out, self.bars) as room:
-            ground = self._groundwork(room)
+        # Asked for by itself: only failures end it, and why the search stopped stays as it was.
+        budget = Budget(failure_rate=self.preparation.spec.budget.failure_rate)
+        with self._guarded(budget) as guard, local_ray(self.preparation.spec, self.store.out, self.bars) as room:
+            ground = self._groundwork(room, guard)
             self._score(ground, *ground.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
 
-    def _groundwork(self, room: Room) -> Groundwork:
+    @contextmanager
+    def _guarded(self, budget: Budget) -> Iterator[StudyGuard]:
+        guard = StudyGuard(self.store, budget, self.bars.say)
+        try:
+            yield guard
+        finally:
+            self.stopped = guard.stopped
+            guard.close()
+
+    def _note_stop(self) -> None:
+        """Writes why the study ended before it had everything, or that it did not."""
+        reason = None if self.stopped is None else self.stopped.reason
+        if self.store.record.get("stopped") != reason:
+            self.store.record["stopped"] = reason
+            self.store.save_record()
+
+    def _groundwork(self, room: Room, guard: StudyGuard) -> Groundwork:
         # On the driver's node: what ends that ends the study, too.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board).remote()
-        return Groundwork(self.preparation, self.store, self.bars, board, room)
+        return Groundwork(self.preparation, self.store, self.bars, board, room, guard)
 
     def _mirrors(self) -> list[Job]:
         return mirror_jobs(self.store)
@@ -185,6 +226,7 @@ class _Run:
         scored = len(self.store.study.get_trials(deepcopy=False))
         self.store.use_sampler(make_sampler(spec.search.sampler, spec.seed + 1000003 * scored))
         tally = _Tally(self.bars, self.store, jobs, proposals)
+        workforce = Workforce(spec.budget.trial_minutes)
         searcher = StudySearcher(
             self.store,
             distributions(spec),
@@ -194,6 +236,8 @@ class _Run:
             base_runs.poll,
             lambda: tally.mirrors(self._mirrors()),
             tally.ended,
+            workforce,
+            ground.guard,
         )
         resources = tune.PlacementGroupFactory([dict(need_of(spec.resources.trial))])
         trainable = tune.with_resources(tune.with_parameters(ScoringTrial, context=context), resources)
@@ -204,7 +248,7 @@ class _Run:
                 ground.wait(base_runs, searcher.has_work)
                 base_runs.require_one()
                 tally.begin()
-                self._tune(trainable, searcher, base_runs.runs.room, part)
+                self._tune(trainable, searcher, workforce, base_runs.runs.room, part)
                 if searcher.error is not None:
                     raise searcher.error
                 if searcher.done:
@@ -214,17 +258,22 @@ class _Run:
             base_runs.cancel()
             tally.close()
 
-    def _tune(self, trainable: Any, searcher: StudySearcher, room: Room, part: int) -> None:
+    def _tune(self, trainable: Any, searcher: StudySearcher, workforce: Workforce, room: Room, part: int) -> None:
         """Lets Tune run what the searcher hands out until it has nothing more at the moment."""
         tuner = tune.Tuner(
             trainable,
             tune_config=tune.TuneConfig(
-                search_alg=searcher, num_samples=-1, max_concurrent_trials=room.most, reuse_actors=True
+                search_alg=searcher,
+                scheduler=workforce.scheduler(),
+                num_samples=-1,
+                max_concurrent_trials=room.most,
+                reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}-{part}",
                 storage_path=str((self.store.out / "ray").resolve()),
                 verbose=0,
+                callbacks=[workforce.callback()],
                 checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )

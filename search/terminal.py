@@ -6,6 +6,9 @@ from typing import Any
 
 import typer
 
+SHOWN_REASONS = 8
+"""How many reasons of failure a terminal shows."""
+
 
 def print_json(value: dict[str, Any]) -> None:
     """One JSON object on standard output."""
@@ -79,6 +82,23 @@ def print_front(result: Any) -> None:
         console.print(f"! {flag.meaning}, {flag.caution}")
     for row in result.front[collapsed(result.front)].to_dict("records"):
         console.print(f"x trial {row['trial']} has collapsed ({row['collapsed']}): no rule selects it", markup=False)
+
+
+def print_stop(result: Any) -> None:
+    """Why a study ended before it had all its trials, and which trials failed."""
+    from search.budgets import counted
+
+    stopped = result.store.record.get("stopped")
+    if stopped:
+        typer.echo(f"\nstopped: {stopped}; a larger budget and the same command go on")
+    failures = result.store.failures()
+    if failures:
+        typer.echo(f"\nfailed trials: {len(failures)}")
+        kinds = counted(failure["reason"] for failure in failures)
+        for reason, count in kinds[:SHOWN_REASONS]:
+            typer.echo(f"  {count} x {reason}")
+        if len(kinds) > SHOWN_REASONS:
+            typer.echo(f"  and {len(kinds) - SHOWN_REASONS} other reasons: see the report")
 
 
 def _objective_columns(objectives: Any) -> dict[str, tuple[str, str]]:

@@ -13,6 +13,7 @@ from ray import tune
 
 from search.evaluator import Evaluator, Job, StudyContext, load_for_scoring
 from search.measures import Report, scorer_of
+from search.trial_limits import OutOfMemory, score_within_memory, time_limit
 from uipe_core.checkpoints import import_checkpoints
 from uipe_core.content_store import ContentStore
 from uipe_core.corpora.types import Corpus
@@ -23,6 +24,9 @@ from uipe_core.scoring import ScoringConfig
 from uipe_core.tiny_models import TinyModelConfig, tiny_model
 from uipe_core.training import UnlearningConfig, train_base_run
 
+HOLD_SECONDS = 0.2
+"""How long a worker with nothing to do waits before it asks again (see `search.workforce`)."""
+
 REPORT_SECONDS = 0.2
 """Least time between two notes on the progress of a task."""
 
@@ -32,8 +36,9 @@ class ScoringTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], context: StudyContext) -> None:
         """Notes the job; the model is loaded with the first step, because slow set-ups upset actor reuse."""
-        self._job, self._context = Job(**config["job"]), context
-        self._evaluator: Evaluator | None = None
+        self._job: Job | None = Job(**config["job"])
+        self._context = context
+        self._loaded: Evaluator | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next job."""
@@ -41,15 +46,28 @@ class ScoringTrial(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """Scores the job. A failure is a result: an exception would cost the warm actor and, with it, concurrency."""
+        """Scores the job. A failure is a result: an exception would cost the warm actor and, with it, concurrency.
+
+        The job's end is not the trial's: `search.workforce` may ask again and again until another worker has started.
+        """
+        if self._job is None:
+            time.sleep(HOLD_SECONDS)
+            return {}
+        job, self._job = self._job, None
         try:
-            if self._evaluator is None:
-                self._evaluator = Evaluator(self._context)
-            evidence, report = self._evaluator.evaluate(self._job)
-            # As text, because Tune flattens nested results before its searcher sees them, and writes them as JSON.
-            return {"evidence": json.dumps(evidence), "items": pack_arrays(report.arrays()), "done": True}
+            with time_limit(self._context.trial_minutes):
+                evidence, report = score_within_memory(self._evaluator, job, self._context.scoring.batch_size)
+                # As text, because Tune flattens nested results before its searcher sees them, and writes them as JSON.
+                return {"evidence": json.dumps(evidence), "items": pack_arrays(report.arrays())}
+        except OutOfMemory as error:
+            return {"reason": str(error)}
         except Exception as error:
-            return {"reason": f"{type(error).__name__}: {error}", "done": True}
+            return {"reason": f"{type(error).__name__}: {error}"}
+
+    def _evaluator(self) -> Evaluator:
+        if self._loaded is None:
+            self._loaded = Evaluator(self._context)
+        return self._loaded
 
 
 def pack_arrays(arrays: Mapping[str, Any]) -> str:

@@ -168,3 +168,12 @@ def test_item_scores_travel_as_text(evaluator, with_delta):
     _, report = evaluator.evaluate(with_delta(Job("search", "npo", 1, 0.5)))
     arrays = np.load(io.BytesIO(base64.b64decode(pack_arrays(report.arrays()))))
     assert np.array_equal(arrays["forget/answer_loss"], report.sets["forget"].answer_loss)
+
+
+def test_half_a_batch_gives_the_same_numbers_and_says_so(evaluator, with_delta):
+    job = with_delta(Job("search", "npo", 1, 0.5))
+    (whole, _), (half, _) = evaluator.evaluate(job), evaluator.evaluate(job, 32)
+    assert "batch_size" not in whole
+    assert half.pop("batch_size") == 32
+    assert half["model_utility"] == pytest.approx(whole["model_utility"], abs=1e-6)
+    assert half["log10_forget_quality"] == pytest.approx(whole["log10_forget_quality"], abs=1e-9)

@@ -9,10 +9,14 @@ from sqlalchemy import event
 
 from search.base_runs import BaseRuns, Room
 from search.evaluator import Job
-from search.ray_searcher import DIED, IDLE_SECONDS, TIMES_AGAIN, StudySearcher
+from search.ray_searcher import IDLE_SECONDS, TIMES_AGAIN, StudySearcher
+from search.running_sections import Budget, Plateau
 from search.samplers import make_sampler
 from search.space import distributions, grid_points
 from search.spec import parse_study
+from search.study_guard import StudyGuard
+from search.trial_limits import DIED, cause_of_death
+from search.workforce import Workforce
 
 GIVEN = [Job("alpha_zero", "npo", 1, 0.0), Job("alpha_zero", "npo", 2, 0.0)]
 CONTROLS = [Job("initial"), Job("next_epoch", "npo", 3, 0.0)]
@@ -26,15 +30,18 @@ THERE = {"grad_diff": ("aa",), "npo": ("bb",)}
 class Harness:
     """A searcher on a real study, and the ends it reported."""
 
-    def __init__(self, store, jobs=(), proposals=0, mirrors=list, slots=99, there=THERE, coming=()):
+    def __init__(self, store, jobs=(), proposals=0, mirrors=list, slots=99, there=THERE, coming=(), budget=None):
         self.store = store
-        self.ends = []
+        self.ends, self.said = [], []
         self.runs = BaseRuns(Room(slots, 1, slots), dict(there), training=set(coming))
         self.polls = 0
         store.use_sampler(make_sampler("random", 0))
         self.space = distributions(parse_study(store.record["spec"]))
         ended = lambda *end: self.ends.append(end)  # noqa: E731
-        self.searcher = StudySearcher(store, self.space, jobs, proposals, self.runs, self.poll, mirrors, ended)
+        guard = StudyGuard(store, budget or store.spec.budget, self.said.append)
+        self.searcher = StudySearcher(
+            store, self.space, jobs, proposals, self.runs, self.poll, mirrors, ended, Workforce(None), guard
+        )
         self.asked = 0
 
     def poll(self):
@@ -292,3 +299,78 @@ def test_a_grid_is_handed_out_once_each_and_less_of_it_without_a_base_run(new_st
     assert jobs == [job for job in points if job.base == "npo"]
     assert study.next() is None
     assert study.store.failures() == []
+
+
+def test_a_trial_may_end_before_its_worker_is_let_go(harness, made_up_evidence):
+    study = harness(proposals=2, slots=1)
+    job = study.next()
+    study.searcher.on_trial_result("1", {"evidence": json.dumps(made_up_evidence(job))})
+    assert study.store.counts()["complete"] == 1
+    study.searcher.on_trial_result("1", {})
+    # Its room is taken as long as its worker is held.
+    assert study.searcher.suggest("2") is None
+    assert study.store.counts()["running"] == 0
+    study.searcher.on_trial_complete("1", {})
+    assert study.store.counts() == {"complete": 1, "pruned": 0, "failed": 0, "running": 0}
+    assert len(study.ends) == 1
+    assert isinstance(study.searcher.suggest("3"), dict)
+
+
+def test_hours_that_are_over_end_all_but_what_is_at_work(harness):
+    study = harness(jobs=CONTROLS + GIVEN, proposals=5, mirrors=lambda: [MIRROR], budget=Budget(hours=1e-12))
+    study.runs.waiting.append("late")
+    assert study.next() == StudySearcher.FINISHED
+    assert study.searcher.done
+    assert study.runs.waiting == []
+    assert study.store.study.trials == study.store.controls.trials == []
+    assert "budget.hours" in study.said[0] and len(study.said) == 1
+
+
+def test_a_plateau_ends_the_search_and_the_front_is_still_mirrored(harness, made_up_evidence):
+    budget = Budget(plateau=Plateau(trials=5, gain=0.01))
+    study = harness(jobs=GIVEN[:1], proposals=50, mirrors=lambda: [MIRROR], budget=budget)
+    kinds = []
+    for number in range(1, 100):
+        job = study.next()
+        if job == StudySearcher.FINISHED:
+            break
+        kinds.append(job.kind)
+        # The hypervolume grows up to the third search trial.
+        study.finish(number, made_up_evidence(job, model_utility=0.5 + 0.1 * min(3, kinds.count("search"))))
+    assert kinds == ["alpha_zero", *["search"] * 8, "random_direction"]
+    assert "grew by 0.00% over the last 5 trials" in study.said[0]
+
+
+def test_no_plateau_before_all_base_runs_are_there(harness, made_up_evidence):
+    budget = Budget(plateau=Plateau(trials=5, gain=0.01))
+    grid = [Job("search", "npo", 1, 0.1 * step) for step in range(1, 20)]
+    study = harness(jobs=[*grid, CONTROLS[0]], there={"npo": ("bb",)}, coming=["grad_diff"], budget=budget)
+    for number in range(1, 9):
+        study.finish(number, made_up_evidence(study.next()))
+    assert study.said == []
+    study.runs.publish("grad_diff", ("aa",))
+    # Points of the grid are given up, the control is not.
+    assert study.next() == CONTROLS[0]
+    assert "budget.plateau" in study.said[0]
+
+
+def test_failures_end_the_study_with_their_reasons(harness):
+    study = harness(proposals=50)
+    for number in range(1, 100):
+        if study.next() == StudySearcher.FINISHED:
+            break
+        study.searcher.on_trial_complete(str(number), {"reason": "RuntimeError: no memory" if number % 3 else "worse"})
+    assert study.store.counts()["failed"] == 10
+    assert study.said == [
+        "no more trials are started: 10 of the last 10 trials failed (budget.failure_rate: 0.5): "
+        "7 x RuntimeError: no memory; 3 x worse"
+    ]
+
+
+def test_a_trial_beyond_its_time_is_not_run_again(harness, monkeypatch):
+    study = harness(proposals=1)
+    study.next()
+    monkeypatch.setattr(Workforce, "death", lambda self, trial_id: cause_of_death("", 61.0, 1.0))
+    study.kill(1)
+    assert study.ends[0][1:] == ("ran past its time limit of 1 minutes (budget.trial_minutes)", False)
+    assert study.next() == StudySearcher.FINISHED

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from search import plots
+from search.budgets import counted
 from search.pareto import hypervolume, knee, non_dominated, utility_floor
 from search.report import write_report
 from search.report_data import ReportData
@@ -373,3 +374,22 @@ def test_collapsed_points_are_marked_counted_and_not_chosen(tmp_path):
         assert "1 of" in sentences and "has collapsed" in sentences
         assert "90% empty &lt;b&gt;" in page
     assert best["on_front"]
+
+
+def test_why_a_study_stopped_and_what_failed_stand_in_the_page(view, tmp_path):
+    reason = "out of memory also with batches of 4"
+    failures = [{"trial": number, "reason": reason} for number in (3, 5, 8)]
+    stopped = "Stopped after 3 of 9 search trials: its runs took 2 hours of 2 (budget.hours)."
+    more = {
+        "failures": failures,
+        "failure_reasons": counted(failure["reason"] for failure in failures),
+        "notes": [stopped],
+        "usage": {"hours": 2.0, "cpu_hours": 3.5, "gpu_hours": 0.25},
+    }
+    stopped_view = dataclasses.replace(view, summary={**view.summary, **more})
+    page = Page(write_report(stopped_view, tmp_path).read_text())
+    assert stopped in page.words[""]
+    details = " ".join(page.words["details"].split())
+    assert f"3{reason} Each of them:" in details
+    assert f"3{reason} 5{reason} 8{reason}" in details
+    assert "3.50 CPU-hours, 0.25 GPU-hours" in details
