@@ -7,6 +7,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from search.authentication import settle_authentication
 from search.terminal import print_claims, print_confirmations, print_front, print_json, print_metrics
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 
@@ -27,6 +28,10 @@ Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a study, as 
 Definition = Annotated[str, typer.Option(help="Metric definition: tofu, tofu-utils or open-unlearning.")]
 Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]
 AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster this is a node of: auto, or host:port; Ray on this machine alone when left out."),
+]
 Floor = Annotated[float, typer.Option(help="For utility-floor: least share of the initial model's utility.")]
 
 
@@ -36,15 +41,18 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Output folder; runs/<study name> when left out.")] = None,
     trials: Annotated[int | None, typer.Option(help="Search trials in all, in place of search.trials.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, in place of the file's.")] = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Run a study; the same command resumes an interrupted one and extends a finished one."""
+    if address is not None:
+        settle_authentication()
     from search.runner import run_study
     from search.spec import load_study, quickstart_path
 
     _quieten()
     spec = load_study(study or quickstart_path(), {"seed": seed, "trials": trials})
-    result = run_study(spec, out)
+    result = run_study(spec, out, address=address)
     if as_json:
         print_json(result.summary())
         return
@@ -166,13 +174,16 @@ def confirm(
         int, typer.Option(help="How many finalists: what the rules select, then by the hypervolume only they add.")
     ] = 3,
     seeds: Annotated[int, typer.Option(help="How many further seeds their base runs are trained with.")] = 2,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Train the finalists' base runs from other seeds and score the finalists again, on the items kept for reporting."""
+    if address is not None:
+        settle_authentication()
     from search.runner import confirm_study
 
     _quieten()
-    result = confirm_study(out, top, seeds)
+    result = confirm_study(out, top, seeds, address=address)
     rows = result.rows_of(result.confirmations)
     if as_json:
         print_json({"study": result.store.record["name"], "definition": result.spec.definition, "confirmed": rows})

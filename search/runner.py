@@ -18,7 +18,7 @@ from sqlalchemy.exc import OperationalError
 from search.base_run_tasks import BaseRunTasks
 from search.base_runs import Room
 from search.capacity import need_of
-from search.cluster import local_ray
+from search.cluster import connected
 from search.evaluator import POINT_KINDS, Job, StudyContext
 from search.finalists import mirror_jobs
 from search.groundwork import Groundwork
@@ -34,13 +34,16 @@ from search.workers import ScoringTrial
 from uipe_core.errors import StudyInterrupted, UserError
 
 
-def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False) -> StudyResult:
+def run_study(
+    spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False, address: str | None = None
+) -> StudyResult:
     """Runs a study, or resumes or extends the one in its folder.
 
     Args:
         spec: The study (see `search.spec.load_study`).
         out: Output folder; None is ``runs/<study name>``.
         quiet: No progress bars.
+        address: Ray cluster to run on (see `search.cluster.connected`); None is this machine.
 
     Returns:
         The finished study: front, tables, selection, export, report.
@@ -50,16 +53,19 @@ def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = F
         StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
     """
     folder = Path("runs", spec.name) if out is None else Path(out)
-    return _at_work(spec, folder, quiet, _Run.finish_all)
+    return _at_work(spec, folder, quiet, address, _Run.finish_all)
 
 
-def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False) -> StudyResult:
+def confirm_study(
+    out: Path | str, top: int, seeds: int, *, quiet: bool = False, address: str | None = None
+) -> StudyResult:
     """Trains the base runs of a study's finalists from other seeds, and scores the finalists again on the items for reporting.
 
     Args:
         out: Folder of a finished study.
         top: How many finalists (`StudyResult.finalists`).
         seeds: How many other seeds: the study's own plus 1, 2, ...
+        quiet, address: As `run_study`.
 
     Returns:
         The study, with the confirmations among its controls (`StudyResult.confirmations`).
@@ -81,10 +87,12 @@ def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False)
     if not jobs:
         raise UserError(f"{out}: its finalists walk from given checkpoints, which cannot be trained again from other seeds")
     others = [spec.seed + step for step in range(1, seeds + 1)]
-    return _at_work(spec, Path(out), quiet, lambda run: run.confirm(jobs, others))
+    return _at_work(spec, Path(out), quiet, address, lambda run: run.confirm(jobs, others))
 
 
-def _at_work(spec: StudySpec, folder: Path, quiet: bool, work: Callable[["_Run"], None]) -> StudyResult:
+def _at_work(
+    spec: StudySpec, folder: Path, quiet: bool, address: str | None, work: Callable[["_Run"], None]
+) -> StudyResult:
     """Opens a study, does some work on it, and writes its report."""
     with Bars(quiet) as bars:
         preparation = prepare(spec)
@@ -93,7 +101,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, work: Callable[["_Run"]
             orphans = store.reconcile()
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
-            work(_Run(preparation, store, bars))
+            work(_Run(preparation, store, bars, address))
             bars.say("writing the report ...")
             result = StudyResult.of(store)
             result.report()
@@ -118,6 +126,7 @@ class _Run:
     preparation: Preparation
     store: StudyStore
     bars: Bars
+    address: str | None = None
 
     def finish_all(self) -> None:
         """Does what the study still lacks; starts Ray only if there is something."""
@@ -133,7 +142,7 @@ class _Run:
             proposals = max(spec.search.trials - self._searched(), 0)
         if not (jobs or proposals or self._mirrors()):
             return
-        with local_ray(spec, self.store.out, self.bars) as room:
+        with connected(spec, self.store.out, self.bars, self.address) as room:
             ground = self._groundwork(room)
             self._score(ground, *ground.begin(), jobs, proposals)
 
@@ -143,7 +152,7 @@ class _Run:
         jobs = [job for point in points for seed in seeds if (job := replace(point, seed=seed)) not in done]
         if not jobs:
             return
-        with local_ray(self.preparation.spec, self.store.out, self.bars) as room:
+        with connected(self.preparation.spec, self.store.out, self.bars, self.address) as room:
             ground = self._groundwork(room)
             self._score(ground, *ground.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
 
