@@ -29,6 +29,7 @@ from search.results import StudyResult
 from search.samplers import make_sampler
 from search.space import distributions, given_points, grid_points
 from search.spec import StudySpec
+from search.status import StatusLines
 from search.study_store import StudyStore
 from search.workers import ScoringTrial
 from uipe_core.errors import StudyInterrupted, UserError
@@ -101,7 +102,8 @@ def _at_work(
             orphans = store.reconcile()
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
-            work(_Run(preparation, store, bars, address))
+            with StatusLines(store, bars):
+                work(_Run(preparation, store, bars, address))
             bars.say("writing the report ...")
             result = StudyResult.of(store)
             result.report()

@@ -34,6 +34,8 @@ from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 
 STAGES = ("models", "base_runs", "baselines", "trials")
+LOCK_SECONDS = 1
+"""How long a run waits for its folder: longer than a look at its status holds it."""
 INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
 
 
@@ -79,7 +81,7 @@ class StudyStore:
             raise UserError(f"output folder {out}: {error.strerror}; choose another with --out") from error
         lock = FileLock(out / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             raise UserError(f"output folder {out}: another run of this study is under way; wait for it or stop it") from None
         try:
