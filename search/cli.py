@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from search.authentication import settle_authentication
+from search.cluster_commands import register
 from search.terminal import print_claims, print_confirmations, print_front, print_json, print_metrics
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 
@@ -293,6 +294,9 @@ def paper(
         return
     print_claims(result)
     typer.echo(f"page     {result['page']}")
+
+
+register(app)
 
 
 def _writable(what: Path | str, action: Any) -> None:

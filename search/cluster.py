@@ -62,7 +62,7 @@ def connected(spec: StudySpec, out: Path, bars: Bars, address: str | None = None
         _check_room(spec)
         yield
         return
-    with (_joined(address, bars) if address else _own(out, bars)):
+    with _joined(address, bars) if address else _own(out, bars):
         _check_room(spec)
         yield
 
@@ -146,7 +146,7 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise UserError(f"--address: nobody listens at {address} ({error}); is the cluster up, and is this its port?") from error
+        raise UserError(f"--address: nobody listens at {address} ({error}); is the cluster up and the port right?") from error
 
 
 def _restore(on_terminate: Any) -> None:

@@ -57,9 +57,7 @@ def run_study(
     return _at_work(spec, folder, quiet, address, _Run.finish_all)
 
 
-def confirm_study(
-    out: Path | str, top: int, seeds: int, *, quiet: bool = False, address: str | None = None
-) -> StudyResult:
+def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False, address: str | None = None) -> StudyResult:
     """Trains the base runs of a study's finalists from other seeds, and scores the finalists again on the items for reporting.
 
     Args:
@@ -91,9 +89,7 @@ def confirm_study(
     return _at_work(spec, Path(out), quiet, address, lambda run: run.confirm(jobs, others))
 
 
-def _at_work(
-    spec: StudySpec, folder: Path, quiet: bool, address: str | None, work: Callable[["_Run"], None]
-) -> StudyResult:
+def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, work: Callable[["_Run"], None]) -> StudyResult:
     """Opens a study, does some work on it, and writes its report."""
     with Bars(quiet) as bars:
         preparation = prepare(spec)

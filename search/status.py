@@ -53,7 +53,9 @@ def is_running(out: Path) -> bool:
     return False
 
 
-def status_of(store: StudyStore, state: str | None = None, progress: dict[str, tuple[int, int]] | None = None) -> dict[str, Any]:
+def status_of(
+    store: StudyStore, state: str | None = None, progress: dict[str, tuple[int, int]] | None = None
+) -> dict[str, Any]:
     """The status of an open study, ready for JSON.
 
     Args:
