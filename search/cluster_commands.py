@@ -130,7 +130,9 @@ def _jobs(address: str | None) -> Any:
 
 
 def _quiet_ray() -> None:
-    logging.getLogger("ray").setLevel(logging.WARNING)  # it tells of every package it sends, and of every default
+    # It tells of every package it sends, and of every default.
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _follow(jobs: Any, name: str) -> None:
