@@ -59,12 +59,10 @@ def connected(spec: StudySpec, out: Path, bars: Bars, address: str | None = None
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
-        _check_room(spec)
-        yield
+        yield _room(spec, own=False)
         return
     with _joined(address, bars) if address else _own(out, bars):
-        _check_room(spec)
-        yield
+        yield _room(spec, own=not address)
 
 
 @contextmanager

@@ -99,12 +99,15 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
             with StatusLines(store, bars):
-                work(_Run(preparation, store, bars, address))
+                try:
+                    work(_Run(preparation, store, bars, address))
+                except KeyboardInterrupt:
+                    store.reconcile()  # before the last status is told
+                    raise
             bars.say("writing the report ...")
             result = StudyResult.of(store)
             result.report()
         except KeyboardInterrupt:
-            store.reconcile()
             raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None
         except (OSError, StorageInternalError, OperationalError) as error:
             cause = error.__cause__ or error

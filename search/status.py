@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.progress import Bars
 from search.results import StudyResult
+from search.space import grid_points
 from search.study_store import StudyStore
 from uipe_core.errors import UserError
 
@@ -71,7 +72,9 @@ def status_of(
     """
     trials = store.study.get_trials(deepcopy=False)
     states = [trial.state for trial in trials]
-    asked = {"alpha_zero": sum(store.spec.base_epochs().values()), "search": store.spec.search.trials}
+    spec = store.spec
+    proposed = len(grid_points(spec)) if spec.search.sampler == "grid" else spec.search.trials
+    asked = {"alpha_zero": sum(spec.base_epochs().values()), "search": proposed}
     complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     kinds = [trial.user_attrs.get("kind") for trial in complete]
     missing = sum(max(0, wanted - kinds.count(kind)) for kind, wanted in asked.items())
