@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.progress import Bars
 from search.results import StudyResult
 from search.space import grid_points
-from search.study_store import StudyStore
+from search.study_store import INTERRUPTED, StudyStore
 from uipe_core.errors import UserError
 
 PREFIX = "uipe-status: "
@@ -65,10 +65,10 @@ def status_of(
         progress: Work under way: (done, total) by name.
 
     Returns:
-        ``study``, ``out``, ``state``; ``trials``: ``done``, ``total``, ``running``, ``failed``, ``pruned`` (points at alpha = 0
-        and search trials; controls are not counted); ``front`` (points) and ``hypervolume`` (``now``, ``given``), None
-        before the first trial; ``gpu_hours`` and ``hours`` of all runs together; ``expected_end`` (ISO 8601 with offset, None
-        where nothing tells); ``progress``; ``updated``.
+        ``study``, ``out``, ``state``; ``trials``: ``done``, ``total``, ``running``, ``failed``, ``interrupted`` (by the end of
+        a run: run again by the next) and ``pruned``, of points at alpha = 0 and search trials without the controls; ``front``
+        (points) and ``hypervolume`` (``now``, ``given``), None before the first trial; ``gpu_hours`` and ``hours`` of all runs
+        together; ``expected_end`` (ISO 8601 with offset, None where nothing tells); ``progress``; ``updated``.
     """
     trials = store.study.get_trials(deepcopy=False)
     states = [trial.state for trial in trials]
@@ -79,6 +79,7 @@ def status_of(
     kinds = [trial.user_attrs.get("kind") for trial in complete]
     missing = sum(max(0, wanted - kinds.count(kind)) for kind, wanted in asked.items())
     running = states.count(TrialState.RUNNING)
+    interrupted = sum(trial.user_attrs.get("reason") == INTERRUPTED for trial in trials if trial.state == TrialState.FAIL)
     now = datetime.now()
     left = _seconds_left(complete, missing, running) if state == "running" else None
     usage = store.record.get("usage", {})
@@ -90,7 +91,8 @@ def status_of(
             "done": len(complete),
             "total": max(len(complete), sum(asked.values())),
             "running": running,
-            "failed": states.count(TrialState.FAIL),
+            "failed": states.count(TrialState.FAIL) - interrupted,
+            "interrupted": interrupted,
             "pruned": states.count(TrialState.PRUNED),
         },
         **_front(store),

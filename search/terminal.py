@@ -143,7 +143,7 @@ def print_status(status: dict[str, Any]) -> None:
 def _progress_lines(status: dict[str, Any]) -> dict[str, str]:
     trials, volumes = status["trials"], status["hypervolume"]
     counts = [f"{trials['done']} of {trials['total']} done", f"{trials['running']} running", f"{trials['failed']} failed"]
-    counts += [f"{trials['pruned']} pruned"] if trials["pruned"] else []
+    counts += [f"{trials[name]} {name}" for name in ("interrupted", "pruned") if trials.get(name)]
     lines = {"trials": ", ".join(counts)}
     if volumes is not None:
         lines["front"] = f"{status['front']} points"

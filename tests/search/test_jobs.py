@@ -150,7 +150,7 @@ def test_a_study_is_submitted_attached_to_followed_and_resumed(client, copied, f
     assert "uipe-status" not in output
     status = ended(call, job)
     assert (status["state"], status["exit_code"]) == ("finished", 0)
-    assert status["trials"] == {"done": 9, "total": 9, "running": 0, "failed": 0, "pruned": 0}
+    assert status["trials"] == {"done": 9, "total": 9, "running": 0, "failed": 0, "interrupted": 0, "pruned": 0}
     assert status["hypervolume"]["now"] >= status["hypervolume"]["given"]
     assert "9 of 9 done" in call("status", job)[1]
     assert call("logs", job)[1].count("uipe-status") == 0

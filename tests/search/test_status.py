@@ -46,7 +46,7 @@ def begun(new_store, made_up_evidence):
 def test_an_unfinished_study_tells_counts_front_and_hypervolume(begun):
     status = status_of(begun)
     assert status["state"] == "unfinished"
-    assert status["trials"] == {"done": 3, "total": 4 + 5, "running": 1, "failed": 1, "pruned": 0}
+    assert status["trials"] == {"done": 3, "total": 4 + 5, "running": 1, "failed": 1, "interrupted": 0, "pruned": 0}
     assert status["front"] == 3
     assert status["hypervolume"]["now"] > status["hypervolume"]["given"] > 0
     assert status["expected_end"] is None
