@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from search.authentication import settle_authentication
-from search.terminal import print_json, print_status, print_studies
+from search.terminal import Json, print_json, print_status, print_studies
 from uipe_core.errors import StudyInterrupted, UserError
 
 Server = Annotated[
@@ -15,7 +15,6 @@ Server = Annotated[
     typer.Option("--address", help="URL of the cluster's job server; RAY_API_SERVER_ADDRESS when left out."),
 ]
 Job = Annotated[str, typer.Argument(metavar="ID", help="Id of a study's job, as `uipe submit` and `uipe studies` print it.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Go on with the driver's log until the study ends.")]
 
 cluster = typer.Typer(name="cluster", help="Files that describe clusters.", no_args_is_help=True)

@@ -2,9 +2,13 @@
 
 import json
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
+]
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -176,3 +180,13 @@ def print_studies(studies: list[dict[str, Any]]) -> None:
         (Console() if sys.stdout.isatty() else Console(width=160)).print(table, markup=False)
     else:
         typer.echo("no studies")
+
+
+def quieten() -> None:
+    """Keeps the chatter of libraries off a terminal that shows progress bars and results."""
+    import optuna
+    import transformers
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
