@@ -7,7 +7,10 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from search.terminal import print_claims, print_confirmations, print_front, print_json, print_metrics, print_stop
+from search.authentication import settle_authentication
+from search.cluster_commands import register as register_clusters
+from search.model_commands import register as register_models
+from search.terminal import Json, print_claims, print_confirmations, print_front, print_json, print_stop, quieten
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 
 app = typer.Typer(
@@ -20,13 +23,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
-]
 Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a study, as written by `uipe run`.")]
-Definition = Annotated[str, typer.Option(help="Metric definition: tofu, tofu-utils or open-unlearning.")]
 Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]
 AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster this is a node of: auto, or host:port; Ray on this machine alone when left out."),
+]
 Floor = Annotated[float, typer.Option(help="For utility-floor: least share of the initial model's utility.")]
 
 
@@ -36,15 +39,18 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Output folder; runs/<study name> when left out.")] = None,
     trials: Annotated[int | None, typer.Option(help="Search trials in all, in place of search.trials.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, in place of the file's.")] = None,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Run a study; the same command resumes an interrupted one and extends a finished one."""
+    if address is not None:
+        settle_authentication()
     from search.runner import run_study
     from search.spec import load_study, quickstart_path
 
-    _quieten()
+    quieten()
     spec = load_study(study or quickstart_path(), {"seed": seed, "trials": trials})
-    result = run_study(spec, out)
+    result = run_study(spec, out, address=address)
     if as_json:
         print_json(result.summary())
         return
@@ -133,7 +139,7 @@ def export(
 
     if (trial is None) == (rule is None):
         raise UserError("export: give either --trial N or --rule utility-floor|knee")
-    _quieten()
+    quieten()
     result = StudyResult.open(out)
     if trial is not None:
         row = result.trial(trial)
@@ -156,7 +162,7 @@ def rebuild(
     from search.export import export as export_recipe
     from search.recipe import read_recipe
 
-    _quieten()
+    quieten()
     typer.echo(f"rebuilt and checked: {export_recipe(read_recipe(recipe), to, form)}")
 
 
@@ -167,13 +173,16 @@ def confirm(
         int, typer.Option(help="How many finalists: what the rules select, then by the hypervolume only they add.")
     ] = 3,
     seeds: Annotated[int, typer.Option(help="How many further seeds their base runs are trained with.")] = 2,
+    address: Address = None,
     as_json: Json = False,
 ) -> None:
     """Train the finalists' base runs from other seeds and score the finalists again, on the items kept for reporting."""
+    if address is not None:
+        settle_authentication()
     from search.runner import confirm_study
 
-    _quieten()
-    result = confirm_study(out, top, seeds)
+    quieten()
+    result = confirm_study(out, top, seeds, address=address)
     rows = result.rows_of(result.confirmations)
     if as_json:
         print_json({"study": result.store.record["name"], "definition": result.spec.definition, "confirmed": rows})
@@ -202,68 +211,6 @@ def dashboard(out: Out, port: Annotated[int, typer.Option(min=1, max=65535, help
     _writable(f"port {port}", lambda: serve(result.store.storage, port))
 
 
-@app.command(epilog="Example: uipe score --model exported --corpus people --log scores.json")
-def score(
-    model: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")],
-    corpus: Annotated[
-        str, typer.Option(help="people, tofu or choices (WMDP-Bio and MMLU), both from the hub, tofu:FOLDER or choices:FOLDER.")
-    ],
-    split: Annotated[str, typer.Option(help="TOFU's forget split.")] = "forget01",
-    first_items: Annotated[
-        int | None, typer.Option(min=1, help="TOFU: only so many items of every set, 300 as in locuslab/tofu's logs.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the people corpus.")] = 0,
-    reference: Annotated[
-        str | None, typer.Option(help="Retain model, or an evaluation log of it in either format; gives forget quality.")
-    ] = None,
-    log: Annotated[
-        Path | None, typer.Option(help="Write the evaluation log here: a file; for open-unlearning a folder.")
-    ] = None,
-    log_format: Annotated[str, typer.Option(help="Format of the log: tofu or open-unlearning.")] = "tofu",
-    definition: Definition = "tofu",
-    prompt_template: Annotated[str | None, typer.Option(help="Prompt with {question}, in place of --prompt-format.")] = None,
-    prompt_format: Annotated[
-        str | None, typer.Option(help="llama2, llama3, phi or chat; the tokenizer's chat template when left out.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers per batch.")] = 32,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest generated answer; as the definition says when left out.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Score any model on a corpus: model utility, and forget quality against a reference."""
-    from search.score_once import Loading, corpus_named, score_once
-    from uipe_core.scoring import ScoringConfig
-
-    _quieten()
-    scoring = ScoringConfig.of(definition, batch_size, max_new_tokens)
-    loading = Loading(dtype, device, prompt_template, prompt_format)
-    items = corpus_named(corpus, split, seed, first_items)
-    print_metrics(score_once(model, items, loading, scoring, definition, reference, log, log_format), as_json)
-
-
-@app.command(epilog="Example: uipe metrics unlearned.json --reference retain.json")
-def metrics(
-    log: Annotated[
-        Path,
-        typer.Argument(
-            metavar="LOG", help="Evaluation log: locuslab/tofu's aggregated file, or open-unlearning's TOFU_EVAL.json."
-        ),
-    ],
-    reference: Annotated[
-        Path | None, typer.Option(help="Evaluation log of the retain model, in either format; gives forget quality.")
-    ] = None,
-    definition: Definition = "tofu",
-    as_json: Json = False,
-) -> None:
-    """Compute the metrics of an evaluation log."""
-    from search.score_once import metrics_of_log
-
-    print_metrics(metrics_of_log(log, reference, definition), as_json)
-
-
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")
 def paper(
     seeds: Annotated[int, typer.Option(help="Worlds to run; more narrow the intervals, and those run before are kept.")] = 3,
@@ -276,7 +223,7 @@ def paper(
     """
     from search.paper.runner import run_paper
 
-    _quieten()
+    quieten()
     result = run_paper(seeds, out)
     if as_json:
         print_json(result)
@@ -285,21 +232,15 @@ def paper(
     typer.echo(f"page     {result['page']}")
 
 
+register_models(app)
+register_clusters(app)
+
+
 def _writable(what: Path | str, action: Any) -> None:
     try:
         action()
     except OSError as error:
         raise UserError(f"{what}: {error.strerror or error}; choose another") from error
-
-
-def _quieten() -> None:
-    """Keeps the chatter of libraries off a terminal that shows progress bars and results."""
-    import optuna
-    import transformers
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _interrupt(signum: int, frame: Any) -> NoReturn:

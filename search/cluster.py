@@ -1,17 +1,23 @@
 """The Ray cluster a study runs on: connected already, or started on this machine for the length of a run."""
 
 import os
+import re
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import ray
 
+import search
+import uipe_core
+from search.authentication import ADVICE, MODE, settle_authentication
 from search.base_runs import Room
 from search.capacity import autoscaler_fleet, room_for
 from search.progress import Bars
@@ -22,6 +28,9 @@ from uipe_core.errors import UserError
 OBJECT_STORE_BYTES = 256 * 2**20
 LONGEST_SCRATCH = 24
 """Length of a folder for temporary files that still leaves room for the names of Ray's sockets."""
+CONNECT_SECONDS = 5
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable by which Ray's job server hands a job its runtime environment."""
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the study is the record; Tune's own loggers double the time of a trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the runner's: it leaves a study that can be resumed
@@ -31,22 +40,60 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def local_ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[Room]:
-    """A Ray cluster of this machine's cores for the length of a run; one that is already connected is used as it is.
+def connected(spec: StudySpec, out: Path, bars: Bars, address: str | None = None) -> Iterator[Room]:
+    """A Ray cluster for the length of a run.
+
+    Args:
+        spec: The study.
+        out: Its output folder, where a cluster of our own keeps its files.
+        bars: Progress.
+        address: ``auto`` or ``host:port`` of a cluster one of whose nodes this is; None starts one on this machine's cores.
+            A cluster that is already connected is used as it is.
 
     Yields:
         What it holds of the study.
 
     Raises:
-        UserError: No node of it could ever hold a trial, or a base run.
+        UserError: If the cluster cannot be reached, refuses the token, or no node of it could ever hold a trial or base run.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         yield _room(spec, own=False)
         return
+    with _joined(address, bars) if address else _own(out, bars):
+        yield _room(spec, own=not address)
+
+
+@contextmanager
+def _joined(address: str, bars: Bars) -> Iterator[None]:
+    """A cluster that runs already. Its workers get this very code, whatever is installed there."""
+    _check_address(address)
+    settle_authentication()
+    # A submitted job's own environment holds already for its workers, and Ray takes no second one.
+    environment = None if IN_A_JOB in os.environ else code_environment()
+    bars.say(f"connecting to Ray at {address} ...")
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        with _interrupts_held():
+            ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+        _restore(on_terminate)
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error  # SIGTERM while Ray was connecting, and had its own handler in place
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        if ray.is_initialized():
+            raise  # not of the connection: the study's own
+        raise UserError(f"--address: no Ray cluster at {address} took us in ({_first_line(error)}); {ADVICE}") from error
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own(out: Path, bars: Bars) -> Iterator[None]:
+    """A cluster of this machine's cores."""
     # A local cluster asks for a token. Our own keeps others on this machine out and leaves no token file in the home folder.
-    if "RAY_AUTH_MODE" not in os.environ:
+    if MODE not in os.environ:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     folder = (out / "ray").resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -69,14 +116,44 @@ def local_ray(spec: StudySpec, out: Path, bars: Bars) -> Iterator[Room]:
                 _temp_dir=str(link),
                 _node_ip_address="127.0.0.1",
             )
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
-        yield _room(spec, own=True)
+        _restore(on_terminate)
+        yield
     except SystemExit as error:
         raise KeyboardInterrupt from error  # SIGTERM while Ray was starting, and had its own handler in place
     finally:
         ray.shutdown()
         shutil.rmtree(link.parent, ignore_errors=True)
+
+
+def code_environment() -> dict[str, Any]:
+    """The runtime environment that gives a cluster's workers this very code: the two packages as they are here."""
+    packages = [str(Path(str(module.__file__)).parent) for module in (search, uipe_core)]
+    return {"py_modules": packages, "excludes": ["__pycache__"]}
+
+
+def _check_address(address: str) -> None:
+    """Refuses what is no address of a node, and one where nobody listens: Ray itself would try for a minute and a half."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+|\[[0-9a-fA-F:]+\]", host) or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(
+            f"--address: {address} is not the address of a node; on one of the cluster's nodes give auto or host:port, from "
+            "elsewhere use `uipe submit`"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"--address: nobody listens at {address} ({error}); is the cluster up and the port right?") from error
+
+
+def _restore(on_terminate: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 @contextmanager

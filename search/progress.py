@@ -28,6 +28,7 @@ class Bars:
             disable=not self.console.is_terminal,
         )
         self._tasks: dict[str, TaskID] = {}
+        self._levels: dict[str, tuple[int, int]] = {}
         self._full: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -43,11 +44,21 @@ class Bars:
             self._tasks[name] = self._progress.add_task(name, total=total)
             if not self.console.is_terminal:
                 self.say(f"{name} ...")
+        self._levels[name] = (done, total)
         self._progress.update(self._tasks[name], completed=done, total=total)
         if done >= total and name not in self._full:
             self._full.add(name)
             if not self.console.is_terminal:
                 self.say(f"{name}: {total} of {total}")
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is something to write to, but no terminal."""
+        return not self.console.is_terminal and not self.console.quiet
+
+    def under_way(self) -> dict[str, tuple[int, int]]:
+        """Bars that are not full yet, as (done, total)."""
+        return {name: (done, total) for name, (done, total) in list(self._levels.items()) if done < total}
 
     def show_all(self, board: Mapping[str, tuple[int, int]]) -> None:
         """Sets several bars at once."""

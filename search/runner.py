@@ -19,7 +19,7 @@ from sqlalchemy.exc import OperationalError
 from search.base_run_tasks import BaseRunTasks
 from search.base_runs import Room
 from search.capacity import need_of
-from search.cluster import local_ray
+from search.cluster import connected
 from search.evaluator import POINT_KINDS, Job, StudyContext
 from search.finalists import mirror_jobs
 from search.groundwork import Groundwork
@@ -31,6 +31,7 @@ from search.running_sections import Budget
 from search.samplers import make_sampler
 from search.space import distributions, given_points, grid_points
 from search.spec import StudySpec
+from search.status import StatusLines
 from search.study_guard import Stop, StudyGuard
 from search.study_store import StudyStore
 from search.workers import ScoringTrial
@@ -38,13 +39,16 @@ from search.workforce import Workforce
 from uipe_core.errors import StudyInterrupted, UserError
 
 
-def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False) -> StudyResult:
+def run_study(
+    spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False, address: str | None = None
+) -> StudyResult:
     """Runs a study, or resumes or extends the one in its folder.
 
     Args:
         spec: The study (see `search.spec.load_study`).
         out: Output folder; None is ``runs/<study name>``.
         quiet: No progress bars.
+        address: Ray cluster to run on (see `search.cluster.connected`); None is this machine.
 
     Returns:
         The finished study: front, tables, selection, export, report.
@@ -54,16 +58,17 @@ def run_study(spec: StudySpec, out: Path | str | None = None, *, quiet: bool = F
         StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
     """
     folder = Path("runs", spec.name) if out is None else Path(out)
-    return _at_work(spec, folder, quiet, _Run.finish_all)
+    return _at_work(spec, folder, quiet, address, _Run.finish_all)
 
 
-def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False) -> StudyResult:
+def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False, address: str | None = None) -> StudyResult:
     """Trains the base runs of a study's finalists from other seeds, and scores the finalists again on the items for reporting.
 
     Args:
         out: Folder of a finished study.
         top: How many finalists (`StudyResult.finalists`).
         seeds: How many other seeds: the study's own plus 1, 2, ...
+        quiet, address: As `run_study`.
 
     Returns:
         The study, with the confirmations among its controls (`StudyResult.confirmations`).
@@ -85,10 +90,10 @@ def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False)
     if not jobs:
         raise UserError(f"{out}: its finalists walk from given checkpoints, which cannot be trained again from other seeds")
     others = [spec.seed + step for step in range(1, seeds + 1)]
-    return _at_work(spec, Path(out), quiet, lambda run: run.confirm(jobs, others))
+    return _at_work(spec, Path(out), quiet, address, lambda run: run.confirm(jobs, others))
 
 
-def _at_work(spec: StudySpec, folder: Path, quiet: bool, work: Callable[["_Run"], None]) -> StudyResult:
+def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, work: Callable[["_Run"], None]) -> StudyResult:
     """Opens a study, does some work on it, and writes its report."""
     with Bars(quiet) as bars:
         preparation = prepare(spec)
@@ -97,15 +102,19 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, work: Callable[["_Run"]
             orphans = store.reconcile()
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
-            run = _Run(preparation, store, bars)
-            work(run)
+            run = _Run(preparation, store, bars, address)
+            with StatusLines(store, bars):
+                try:
+                    work(run)
+                except KeyboardInterrupt:
+                    store.reconcile()  # before the last status is told
+                    raise
             if run.stopped is not None and (run.stopped.gave_up or not store.counts()["complete"]):
                 raise UserError(_without_result(folder, run.stopped, store))
             bars.say("writing the report ...")
             result = StudyResult.of(store)
             result.report()
         except KeyboardInterrupt:
-            store.reconcile()
             raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None
         except (OSError, StorageInternalError, OperationalError) as error:
             cause = error.__cause__ or error
@@ -134,6 +143,7 @@ class _Run:
     preparation: Preparation
     store: StudyStore
     bars: Bars
+    address: str | None = None
     stopped: Stop | None = None
     """Why it ended before everything was done, if it did."""
 
@@ -155,7 +165,7 @@ class _Run:
             with self._guarded(spec.budget) as guard:
                 stop = guard.stop()
                 if stop is None or (stop.mirrored and besides):
-                    with local_ray(spec, self.store.out, self.bars) as room:
+                    with connected(spec, self.store.out, self.bars, self.address) as room:
                         ground = self._groundwork(room, guard)
                         self._score(ground, *ground.begin(), jobs, proposals)
         self._note_stop()
@@ -168,7 +178,8 @@ class _Run:
             return
         # Asked for by itself: only failures end it, and why the search stopped stays as it was.
         budget = Budget(failure_rate=self.preparation.spec.budget.failure_rate)
-        with self._guarded(budget) as guard, local_ray(self.preparation.spec, self.store.out, self.bars) as room:
+        place = connected(self.preparation.spec, self.store.out, self.bars, self.address)
+        with self._guarded(budget) as guard, place as room:
             ground = self._groundwork(room, guard)
             self._score(ground, *ground.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
 

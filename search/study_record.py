@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 
 RECORD = "study.json"
+HIDDEN = "***"
+"""Stands for a password."""
 
 
 RECORD_SCHEMA = 1
@@ -30,8 +33,29 @@ def fingerprint(spec: StudySpec, corpus_hash: str, models: Mapping[str, str]) ->
 
 def without_password(url: str) -> str:
     """A storage URL that can be shown and stored."""
-    hidden = re.sub(r"(://[^:/@]*):[^@]*@", r"\1:***@", url)
-    return re.sub(r"([?&]\w*password=)[^&]*", r"\1***", hidden)
+    hidden = re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url)
+    return re.sub(r"([?&]\w*password=)[^&]*", rf"\1{HIDDEN}", hidden)
+
+
+def whole_storage(url: str) -> str:
+    """A storage URL that can be opened: where its password is hidden, UIPE_STORAGE has the whole.
+
+    Raises:
+        UserError: If it has not.
+    """
+    if HIDDEN not in url:
+        return url
+    whole = os.environ.get("UIPE_STORAGE", "")
+    if not whole:
+        raise UserError(
+            f"storage: the password of {url} is not in the study file; start Ray on the head node with the whole URL in the "
+            "environment variable UIPE_STORAGE (docs/clusters.md)"
+        )
+    if without_password(whole) != url:
+        raise UserError(
+            f"storage: UIPE_STORAGE is the URL of another storage ({without_password(whole)}, not {url}); correct one"
+        )
+    return whole
 
 
 def own_database(out: Path) -> str:

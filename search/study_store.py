@@ -29,11 +29,22 @@ from search.evaluator import Job
 from search.objectives import Objective, objectives_of
 from search.space import own_epoch, sampled_epoch
 from search.spec import StudySpec
-from search.study_record import RECORD, RECORD_SCHEMA, other_study, own_database, read_record, save_record, without_password
+from search.study_record import (
+    RECORD,
+    RECORD_SCHEMA,
+    other_study,
+    own_database,
+    read_record,
+    save_record,
+    whole_storage,
+    without_password,
+)
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 
 STAGES = ("models", "base_runs", "baselines", "trials")
+LOCK_SECONDS = 1
+"""How long a run waits for its folder: longer than a look at its status holds it."""
 INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
 
 
@@ -79,7 +90,7 @@ class StudyStore:
             raise UserError(f"output folder {out}: {error.strerror}; choose another with --out") from error
         lock = FileLock(out / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             raise UserError(f"output folder {out}: another run of this study is under way; wait for it or stop it") from None
         try:
@@ -90,7 +101,7 @@ class StudyStore:
                 raise UserError(
                     f"output folder {out}: it is not empty and holds no study; choose another with --out or empty it"
                 )
-            url = spec.storage or own_database(out)
+            url = own_database(out) if spec.storage is None else whole_storage(spec.storage)
             fresh = {
                 "schema": RECORD_SCHEMA,
                 "name": spec.name,

@@ -2,9 +2,13 @@
 
 import json
 import sys
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
+]
 
 SHOWN_REASONS = 8
 """How many reasons of failure a terminal shows."""
@@ -144,3 +148,65 @@ def print_confirmations(result: Any, rows: list[dict[str, Any]]) -> None:
             own, mean, spread = (row[f"{objective.name}{suffix}"] for suffix in ("", "_mean", "_spread"))
             places = objective.places
             typer.echo(f"  {objective.title:24} own seed {own:.{places}f}   all seeds {mean:.{places}f} +- {spread:.{places}f}")
+
+
+def print_status(status: dict[str, Any]) -> None:
+    """How far one study is, a line each."""
+    job = f", job {status['job']}" if status.get("job") else ""
+    lines = {"study": f"{status['study']} ({status['out']}{job})", "state": status["state"]}
+    if status.get("exit_code"):
+        lines["exit code"] = str(status["exit_code"])
+    if "trials" in status:
+        lines.update(_progress_lines(status))
+    elif status.get("message"):
+        lines["message"] = str(status["message"]).strip().splitlines()[0]
+    for name, text in lines.items():
+        typer.echo(f"{name:13} {text}")
+
+
+def _progress_lines(status: dict[str, Any]) -> dict[str, str]:
+    trials, volumes = status["trials"], status["hypervolume"]
+    counts = [f"{trials['done']} of {trials['total']} done", f"{trials['running']} running", f"{trials['failed']} failed"]
+    counts += [f"{trials[name]} {name}" for name in ("interrupted", "pruned") if trials.get(name)]
+    lines = {"trials": ", ".join(counts)}
+    if volumes is not None:
+        lines["front"] = f"{status['front']} points"
+        known = {name: "not finite" if value is None else f"{value:.6g}" for name, value in volumes.items()}
+        lines["hypervolume"] = f"{known['now']} ({known['given']} at alpha = 0)"
+    lines["GPU-hours"] = f"{status['gpu_hours']:.2f} ({status['hours']:.2f} hours)"
+    for name, (done, total) in status["progress"].items():
+        lines[f"  {name}"] = f"{done} of {total}"
+    lines["expected end"] = status["expected_end"] or "not known"
+    lines["as of"] = status["updated"]
+    return lines
+
+
+def print_studies(studies: list[dict[str, Any]]) -> None:
+    """Studies, a row each: of folders, or of a cluster's jobs."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    columns = [
+        key for key in ("job", "study", "state", "trials", "started", "ended", "out") if any(key in row for row in studies)
+    ]
+    for key in columns:
+        table.add_column(key, overflow="fold")
+    for row in studies:
+        cells = {**row, "trials": "{done} of {total}".format(**row["trials"]) if "trials" in row else ""}
+        table.add_row(*(str(cells.get(key) or "") for key in columns))
+    if studies:
+        (Console() if sys.stdout.isatty() else Console(width=160)).print(table, markup=False)
+    else:
+        typer.echo("no studies")
+
+
+def quieten() -> None:
+    """Keeps the chatter of libraries off a terminal that shows progress bars and results."""
+    import optuna
+    import transformers
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
