@@ -21,8 +21,10 @@ from uipe_core.checkpoints import (
 )
 from uipe_core.delta_store import DeltaStore
 from uipe_core.errors import UserError
+from uipe_core.extrapolator import Extrapolator, extrapolate
 from uipe_core.initial_model import open_initial
-from uipe_core.update_vectors import DENSE, LOW_RANK, Extrapolator, extrapolate, load_update, save_streamed
+from uipe_core.update_files import load_update, save_streamed
+from uipe_core.update_vectors import DENSE, LOW_RANK
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 SHARDS = "5KB"
