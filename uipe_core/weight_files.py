@@ -16,7 +16,7 @@ FLOATS = ("F32", "BF16", "F16")
 
 REMEDY = "fetch or save it again"
 
-MAPPED = 1 << 26
+MAPPED = 1 << 24
 """Bytes read of a file after which it is mapped anew: pages that were read count as the process's memory until then."""
 
 PART = 1 << 22
