@@ -1,11 +1,11 @@
 """Peak memory of a trial against the size of the model: streamed, against theta_init and the whole update in memory.
 
-Builds synthetic Llamas (fp32, in shards) and an update vector of each, and loads, walks, draws a random direction, scores a few
-items and exports, each in a child process of its own, both ways. Prints one JSON object. Two peaks are given, both less what the
-process had after imports: `anonymous`, memory that the process itself filled (RssAnon, sampled every 2 ms), and `resident`,
-which counts pages of mapped files too (VmHWM); those the system can take back at any time. Further down: seconds of a walk at
-another alpha, also of a model of the quickstart's size. Linux only. Everything written is deleted. Needs `uipe_core` alone, and
-4 times the largest model on disk (8 GB as it stands).
+Builds synthetic Llamas (fp32, in shards) and an update vector of each, and loads, walks, draws a random direction, scores a
+few items and exports, each in a child process of its own, both ways. Prints one JSON object. Two peaks are given, both less
+what the process had after imports: `anonymous`, memory that the process itself filled (RssAnon, sampled every 2 ms), and
+`resident`, which counts pages of mapped files too (VmHWM); those the system can take back at any time. Further down: seconds of
+a walk at another alpha, also of a model of the quickstart's size. Linux only. Everything written is deleted. Needs `uipe_core`
+alone, and 4 times the largest model on disk (8 GB as it stands).
 
     python benchmarks/memory.py
     python benchmarks/memory.py --hidden 512 --layers 4                  # a small one, in a minute
@@ -65,7 +65,7 @@ def main() -> None:
         small = tiny_model(QUICKSTART, load_people(seed=0), "full", ContentStore(folder / "small"))
         write_update(small, folder / "small.safetensors")
         result = {
-            "baseline": "whole: a copy of theta_init, and all tensors of the update at once (mapped from its file), beside the model",
+            "baseline": "whole: beside the model a copy of theta_init, and all tensors of the update at once (its file mapped)",
             "models": [against_size(options, layers, folder, small) for layers in options.layers],
             "small_model": seconds_of_a_walk(small, folder / "small.safetensors"),
             "machine": machine(),

@@ -12,12 +12,22 @@ import torch
 from torch import Tensor
 
 from uipe_core.update_vectors import LOW_RANK, UpdateVector, adapter_state, snapshot, wrap_adapter
-from uipe_core.weight_files import parts, shapes_of
+from uipe_core.weight_files import parts, passing, shapes_of
 
 
-def extrapolate(initial: Tensor, delta: Tensor, alpha: float) -> Tensor:
-    """theta_init + (1 + alpha) * delta in fp32; exactly theta_init at alpha = -1."""
-    return torch.add(initial.float(), delta, alpha=1.0 + alpha)
+@torch.no_grad()
+def extrapolate(target: Tensor, initial: Tensor, delta: Tensor, alpha: float) -> None:
+    """Sets `target` to theta_init + (1 + alpha) * delta, summed in fp32 and cast once; exactly theta_init at alpha = -1.
+
+    Part by part on the target's device, and in place where it is fp32.
+    """
+    cut = parts(target)
+    scratch = None if target.dtype == torch.float32 else passing(cut[0].shape).to(target.device)
+    for part, start, change in zip(cut, parts(initial), parts(delta), strict=True):
+        total = part if scratch is None else scratch[: len(part)] if part.dim() else scratch
+        total.copy_(start).add_(change.to(part.device), alpha=1.0 + alpha)
+        if total is not part:
+            part.copy_(total)
 
 
 class Extrapolator:
@@ -55,7 +65,7 @@ class Extrapolator:
         self._moved = True
         # In the update's order: what is drawn or read is then asked for as it comes.
         for name in update.tensors:
-            _move(parameters[name], self._initial[name], update.tensors[name], alpha)
+            extrapolate(parameters[name], self._initial[name], update.tensors[name], alpha)
         return self.model
 
     def reset(self) -> Any:
@@ -91,13 +101,6 @@ class Extrapolator:
         if self._adapter is not None:
             self.model = self.model.unload()
             self._adapter, self._loaded = None, None
-
-
-@torch.no_grad()
-def _move(target: Tensor, initial: Tensor, delta: Tensor, alpha: float) -> None:
-    """Sets a weight, part by part and each on the weight's own device."""
-    for part, start, change in zip(parts(target), parts(initial), parts(delta), strict=True):
-        part.copy_(extrapolate(start.to(part.device), change.to(part.device), alpha))
 
 
 Shapes = Mapping[str, tuple[int, ...]]

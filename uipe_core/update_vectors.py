@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uipe_core.weight_files import PART, OnDemand, shapes_of
+from uipe_core.weight_files import PART, OnDemand, passing, shapes_of
 
 DENSE, LOW_RANK = "dense", "low_rank"
 
@@ -71,7 +71,8 @@ def tensor_norm(tensor: Tensor) -> float:
     In parts, because torch would make a copy of the whole in that precision.
     """
     parts = tensor.flatten().split(PART)
-    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))
+    doubles = passing(parts[0].shape, torch.float64)
+    return math.hypot(*(float(torch.linalg.vector_norm(doubles[: len(part)].copy_(part))) for part in parts))
 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:
@@ -147,7 +148,7 @@ class _Noise:
     def _randn(self) -> Tensor:
         shape = self._update.shapes[self._names[self._next]]
         self._next += 1
-        return torch.randn(shape, generator=self._generator)
+        return passing(shape).normal_(generator=self._generator)
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

@@ -1,11 +1,14 @@
 """The safetensors files of a model or adapter folder: what is in them by their headers, and tensors one at a time."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -76,6 +79,20 @@ def parts(tensor: Tensor) -> tuple[Tensor, ...]:
     if tensor.numel() <= PART:
         return (tensor,)
     return tensor.split(max(1, PART * len(tensor) // tensor.numel()))
+
+
+def passing(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor on the CPU for passing use, all zeros; its memory goes back to the system with it.
+
+    Blocks of up to 32 MiB that are allocated and let go for tensor after tensor were seen to leave holes in the process's
+    memory that added up to the size of the model.
+    """
+    count = math.prod(shape)
+    if not count:
+        return torch.zeros(tuple(shape), dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, dtype.itemsize * count, access=mmap.ACCESS_COPY), dtype=dtype, count=count).view(
+        tuple(shape)
+    )
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
