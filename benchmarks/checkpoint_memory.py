@@ -28,7 +28,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from uipe_core.checkpoints import import_checkpoints
 from uipe_core.delta_store import DeltaStore
 from uipe_core.initial_model import open_initial
-from uipe_core.update_vectors import DENSE, UpdateVector, save_update
+from uipe_core.update_files import save_update
+from uipe_core.update_vectors import DENSE, UpdateVector
 
 
 def main() -> None:

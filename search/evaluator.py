@@ -14,13 +14,15 @@ from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.definitions import definition_named
 from uipe_core.delta_store import DeltaStore
+from uipe_core.extrapolator import Extrapolator
+from uipe_core.initial_weights import pristine, saved_folder
 from uipe_core.metrics import Metrics, quality_ratios
 from uipe_core.models import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
 from uipe_core.prompts import PromptFormat
 from uipe_core.score_report import ScoreReport
 from uipe_core.scoring import ScoringConfig
 from uipe_core.uncertainty import paired_permutation
-from uipe_core.update_vectors import Extrapolator, UpdateVector, random_direction, snapshot
+from uipe_core.update_vectors import UpdateVector, random_direction
 
 POINT_KINDS = ("alpha_zero", "search")
 """Points of the search space: trials of the study."""
@@ -109,7 +111,7 @@ class StudyContext:
 def load_for_scoring(source: ModelSource) -> tuple[LoadedModel, Extrapolator]:
     """The initial model in the dtype it is scored in, and its walker, which starts from the weights as stored."""
     loaded = source.load(dtype="auto")
-    initial = snapshot(loaded.model)
+    initial = pristine(loaded.model, saved_folder(source.location, source.revision))
     if source.dtype != "auto":
         cast_weights(loaded.model, DTYPES[source.dtype])
     return loaded, Extrapolator(loaded.model, initial)
@@ -185,7 +187,9 @@ class Evaluator:
         model = self._walker.apply(update, job.alpha)
         applied = time.perf_counter() - applying
         report = half.scorer.score(self._on(model), temperature=job.temperature)
-        return replace(report, seconds={"apply": applied, **report.seconds}), update.norm
+        # As recorded: a walk of a large update reads it once, and its norm would take another reading.
+        norm = self.context.runs[job.run].epochs[job.epoch - 1]["norm"]
+        return replace(report, seconds={"apply": applied, **report.seconds}), norm
 
     def _paired(self, report: Report, half: _Half) -> dict[str, float]:
         """p-value of the paired test between the truth ratios of a model and the retain model; nothing for multiple choice."""
@@ -200,7 +204,7 @@ class Evaluator:
         return replace(self.loaded, model=model)
 
     def _update(self, delta: tuple[str, ...], epoch: int) -> UpdateVector:
-        """The update vector of a base epoch; the last one stays in memory."""
+        """The update vector of a base epoch; the last one stays open, in memory where it is small."""
         if not delta:
             raise ValueError("a job of a base run comes with the entries of the delta store that hold it")
         if self._last is None or self._last[0] != (delta, epoch):

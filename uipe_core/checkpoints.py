@@ -29,8 +29,8 @@ from uipe_core.delta_store import BaseRun, DeltaStore, joined
 from uipe_core.errors import UserError
 from uipe_core.initial_model import InitialModel, dense_weights
 from uipe_core.models import Progress
-from uipe_core.update_vectors import PART, save_streamed, save_update
-from uipe_core.weight_files import ShardReader, StoredTensor, weight_files
+from uipe_core.update_files import save_streamed, save_update
+from uipe_core.weight_files import PART, ShardReader, StoredTensor, weight_files
 
 CHECKPOINT_SCHEMA = 1
 """Raised whenever a change in how checkpoints are read alters the update vectors that come out."""

@@ -9,7 +9,8 @@ from typing import Any
 
 from uipe_core.content_store import ContentStore, content_key, write_atomic
 from uipe_core.training import EpochResult
-from uipe_core.update_vectors import UpdateVector, load_update, save_update
+from uipe_core.update_files import load_update, save_update
+from uipe_core.update_vectors import UpdateVector
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class BaseRun:
         return tuple(part.key for part in self.parts) or (self.key,)
 
     def load(self, epoch: int) -> UpdateVector:
-        """The update vector of an epoch, counted from 1."""
+        """The update vector of an epoch, counted from 1; a large dense one stays in its file (`load_update`)."""
         if self.parts:
             return self.parts[epoch - 1].load(1)
         return load_update(self.folder / _epoch_file(epoch))
@@ -81,6 +82,8 @@ class DeltaStore:
                 seconds = time.perf_counter() - started
                 record = {"epoch": result.epoch, "loss": result.loss, "norm": result.update.norm, "seconds": seconds}
                 records.append(record)
+                # Else it would be in memory while the next epoch trains.
+                del result
                 started = time.perf_counter()
             write_atomic(folder / "run.json", json.dumps(records, indent=1).encode())
 

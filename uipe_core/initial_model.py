@@ -85,7 +85,7 @@ def _match(folder: Path, skeleton: Any, shapes: Mapping[str, tuple[int, ...]], o
     """Where each parameter of the model is stored in a folder, in the order of its files."""
     no_weight = _buffers(skeleton)
     stored = {name: place for name, place in read_headers(weight_files(folder)).items() if not no_weight.search(name)}
-    for alias, name in _aliases(skeleton, shapes).items():
+    for alias, name in tied_names(skeleton, shapes).items():
         if alias in stored:
             copy = stored.pop(alias)
             if name in stored:
@@ -111,10 +111,10 @@ def _match(folder: Path, skeleton: Any, shapes: Mapping[str, tuple[int, ...]], o
     return stored
 
 
-def _aliases(skeleton: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+def tied_names(model: Any, parameters: Mapping[str, Any]) -> dict[str, str]:
     """The other names of tied weights, each with the name that the model's parameters have."""
-    pairs = getattr(skeleton, "all_tied_weights_keys", None) or {}
-    return {(one if other in shapes else other): (other if other in shapes else one) for one, other in pairs.items()}
+    pairs = getattr(model, "all_tied_weights_keys", None) or {}
+    return {(one if other in parameters else other): (other if other in parameters else one) for one, other in pairs.items()}
 
 
 def _buffers(skeleton: Any) -> re.Pattern[str]:

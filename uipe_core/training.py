@@ -181,6 +181,8 @@ def train_base_run(
         if not all(torch.isfinite(tensor).all() for tensor in update.tensors.values()):
             raise DivergedError(_diverged(config, epoch))
         yield EpochResult(epoch, update, sum(losses) / len(losses))
+        # Gradients take its place in memory while the next epoch trains.
+        del update
 
 
 def _diverged(config: UnlearningConfig, epoch: int) -> str:

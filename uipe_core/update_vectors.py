@@ -1,25 +1,16 @@
-"""Update vectors: what unlearning changed, dense or low-rank, and models moved along them.
+"""Update vectors: what unlearning changed, dense or low-rank; their norms, and random directions of the same norms."""
 
-theta(alpha) = theta_init + (1 + alpha) * delta, UIPE (arXiv 2503.04693). Arithmetic is fp32, from pristine
-weights every time, so a walk of any length leaves no drift; the result is cast to the dtype the model is scored in.
-"""
-
-import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-DENSE, LOW_RANK = "dense", "low_rank"
+from uipe_core.weight_files import PART, OnDemand, passing, shapes_of
 
-PART = 1 << 22
-"""Entries handled at once where torch would otherwise make a copy of a whole tensor."""
+DENSE, LOW_RANK = "dense", "low_rank"
 
 
 @dataclass(frozen=True)
@@ -28,7 +19,8 @@ class UpdateVector:
 
     Attributes:
         kind: ``dense`` (a tensor per weight) or ``low_rank`` (the LoRA factors A and B of each adapted module).
-        tensors: fp32 tensors on the CPU. Dense: by parameter name. Low-rank: by PEFT's adapter state names.
+        tensors: fp32 tensors on the CPU. Dense: by parameter name, perhaps read or made one at a time (`OnDemand`). Low-rank:
+            by PEFT's adapter state names.
         adapter: PEFT's adapter configuration; None for dense vectors.
     """
 
@@ -38,11 +30,16 @@ class UpdateVector:
     _norms: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by name; nothing is read for it."""
+        return shapes_of(self.tensors)
+
+    @property
     def norms(self) -> dict[str, float]:
         """Frobenius norm of the update per weight; for low-rank vectors that of the product scale * B A, by module."""
         if not self._norms:
             if self.kind == DENSE:
-                self._norms.update((name, _norm(tensor)) for name, tensor in self.tensors.items())
+                self._norms.update((name, tensor_norm(self.tensors[name])) for name in self.tensors)
             else:
                 scale = adapter_scale(self)
                 for module, (a, b) in factors(self).items():
@@ -68,13 +65,14 @@ def factors(update: UpdateVector) -> dict[str, tuple[Tensor, Tensor]]:
     return {n: (update.tensors[f"{n}.lora_A.weight"], update.tensors[f"{n}.lora_B.weight"]) for n in names}
 
 
-def _norm(tensor: Tensor) -> float:
+def tensor_norm(tensor: Tensor) -> float:
     """Frobenius norm, summed in double precision: an embedding has a hundred million entries.
 
     In parts, because torch would make a copy of the whole in that precision.
     """
     parts = tensor.flatten().split(PART)
-    return math.hypot(*(float(torch.linalg.vector_norm(part, dtype=torch.float64)) for part in parts))
+    doubles = passing(parts[0].shape, torch.float64)
+    return math.hypot(*(float(torch.linalg.vector_norm(doubles[: len(part)].copy_(part))) for part in parts))
 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:
@@ -104,165 +102,53 @@ def take_update(model: Any, initial: Mapping[str, Tensor]) -> UpdateVector:
     return UpdateVector(DENSE, tensors)
 
 
-def extrapolate(initial: Tensor, delta: Tensor, alpha: float) -> Tensor:
-    """theta_init + (1 + alpha) * delta in fp32; exactly theta_init at alpha = -1."""
-    return torch.add(initial.float(), delta, alpha=1.0 + alpha)
-
-
 def random_direction(update: UpdateVector, seed: int) -> UpdateVector:
     """A Gaussian direction with the same norm per tensor (per adapted module for low-rank updates): the control of a search.
+
+    A dense one is drawn while it is used, a tensor at a time.
 
     Args:
         update: The update whose norms to match.
         seed: Seed of the direction.
     """
+    if update.kind == DENSE:
+        return UpdateVector(DENSE, OnDemand(update.shapes, _Noise(update, seed).draw))
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Tensor] = {}
-    if update.kind == DENSE:
-        for name, tensor in update.tensors.items():
-            noise = torch.randn(tensor.shape, generator=generator)
-            drawn[name] = noise * (update.norms[name] / max(_norm(noise), 1e-30))
-    else:
-        scale = adapter_scale(update)
-        for module, (a, b) in factors(update).items():
-            new_a, new_b = torch.randn(a.shape, generator=generator), torch.randn(b.shape, generator=generator)
-            drawn[f"{module}.lora_A.weight"] = new_a
-            drawn[f"{module}.lora_B.weight"] = new_b * (update.norms[module] / (scale * _product_norm(new_a, new_b)))
+    scale = adapter_scale(update)
+    for module, (a, b) in factors(update).items():
+        new_a, new_b = torch.randn(a.shape, generator=generator), torch.randn(b.shape, generator=generator)
+        drawn[f"{module}.lora_A.weight"] = new_a
+        drawn[f"{module}.lora_B.weight"] = new_b * (update.norms[module] / (scale * _product_norm(new_a, new_b)))
     return UpdateVector(update.kind, drawn, update.adapter)
 
 
-def save_update(update: UpdateVector, path: Path) -> None:
-    """Writes an update vector as one safetensors file; kind and adapter configuration are its metadata."""
-    metadata = {"kind": update.kind, "adapter": json.dumps(update.adapter)}
-    save_file({name: tensor.contiguous() for name, tensor in update.tensors.items()}, path, metadata=metadata)
+class _Noise:
+    """A random direction of a dense update's norms, a tensor at a time from one stream of random numbers.
 
-
-def save_streamed(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[tuple[str, Tensor]]) -> float:
-    """Writes a dense update vector as its tensors come, in the form of `save_update`, and returns its norm.
-
-    The writer of safetensors wants all tensors at once. Its format is the length of the header in 8 bytes, the header as JSON,
-    then the numbers; where names and shapes are known beforehand, one tensor at a time is all that needs to be in memory.
-
-    Args:
-        path: File to write.
-        shapes: Shape of every tensor by name, in the order in which `tensors` brings them.
-        tensors: Names and fp32 tensors on the CPU.
-
-    Raises:
-        ValueError: If a tensor comes out of turn, has another shape or is not fp32, or there are too few or too many.
-    """
-    header: dict[str, Any] = {"__metadata__": {"kind": DENSE, "adapter": json.dumps(None)}}
-    end = 0
-    for name, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    norm = 0.0
-    source = iter(tensors)
-    with path.open("wb") as stream:
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for expected, shape in shapes.items():
-            name, tensor = next(source, ("nothing", torch.empty(0)))
-            if (name, tensor.dtype, list(tensor.shape)) != (expected, torch.float32, list(shape)):
-                raise ValueError(f"{expected} {tuple(shape)} in fp32 expected, got {name} {tuple(tensor.shape)} {tensor.dtype}")
-            stream.write(tensor.contiguous().numpy().data)
-            norm = math.hypot(norm, _norm(tensor))
-            # Let go before the next one is made: two large ones at once would double the peak.
-            del tensor
-    if (extra := next(source, None)) is not None:
-        raise ValueError(f"no more tensors expected, got {extra[0]}")
-    return norm
-
-
-def load_update(path: Path) -> UpdateVector:
-    """Reads an update vector written by `save_update` or `save_streamed`."""
-    with safe_open(path, framework="pt") as stream:
-        metadata = stream.metadata()
-        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
-    return UpdateVector(metadata["kind"], tensors, json.loads(metadata["adapter"]))
-
-
-class Extrapolator:
-    """Moves one model along update vectors, always from its pristine weights.
-
-    Dense updates are written into the weights. Low-rank updates are loaded as a PEFT adapter whose scale is set; they are
-    never merged, so the weights underneath stay as they are.
-
-    Args:
-        model: A transformers model holding theta_init. It is changed in place (and wrapped for low-rank updates).
-        initial: The weights theta_init as stored; taken from the model when not given. Give them when the model was cast to
-            another dtype, so that extrapolation still starts from the stored values.
+    A tensor asked for out of turn costs the draws before it; the numbers are the same.
     """
 
-    def __init__(self, model: Any, initial: Mapping[str, Tensor] | None = None) -> None:
-        self.model = model
-        self._initial = dict(initial) if initial is not None else snapshot(model)
-        self._moved = False
-        self._adapter: Mapping[str, Any] | None = None
-        self._loaded: UpdateVector | None = None
+    def __init__(self, update: UpdateVector, seed: int) -> None:
+        self._update, self._seed = update, seed
+        self._names = list(update.shapes)
+        self._next = 0
+        self._generator = torch.Generator().manual_seed(seed)
 
-    def apply(self, update: UpdateVector, alpha: float) -> Any:
-        """Sets the model to theta(alpha) and returns it.
+    def draw(self, name: str) -> Tensor:
+        wanted = self._names.index(name)
+        if wanted < self._next:
+            self._next = 0
+            self._generator.manual_seed(self._seed)
+        while self._next < wanted:
+            self._randn()
+        noise = self._randn()
+        return noise.mul_(self._update.norms[name] / max(tensor_norm(noise), 1e-30))
 
-        Raises:
-            ValueError: If the update does not fit the model's weights.
-        """
-        if update.kind == LOW_RANK:
-            return self._apply_low_rank(update, alpha)
-        self._unwrap()
-        parameters = dict(self.model.named_parameters())
-        _check_fit(update.tensors, parameters)
-        self._moved = True
-        with torch.no_grad():
-            for name, target in parameters.items():
-                initial, delta = self._initial[name].to(target.device), update.tensors[name].to(target.device)
-                target.copy_(extrapolate(initial, delta, alpha))
-        return self.model
-
-    def reset(self) -> Any:
-        """Sets the model back to theta_init and returns it."""
-        if self._adapter is not None:
-            _scale_adapter(self.model, 0.0)
-        elif self._moved:
-            with torch.no_grad():
-                for name, parameter in self.model.named_parameters():
-                    parameter.copy_(self._initial[name])
-            self._moved = False
-        return self.model
-
-    def _apply_low_rank(self, update: UpdateVector, alpha: float) -> Any:
-        from peft import set_peft_model_state_dict
-
-        if self._adapter is None or self._adapter != update.adapter:
-            self._unwrap()
-            self.reset()
-            self.model = wrap_adapter(self.model, update.adapter or {})
-            self.model.eval()
-            self._adapter = update.adapter
-        if self._loaded is not update:
-            _check_fit(update.tensors, adapter_state(self.model))
-            set_peft_model_state_dict(self.model, dict(update.tensors))
-            self._loaded = update
-        _scale_adapter(self.model, 1.0 + alpha)
-        return self.model
-
-    def _unwrap(self) -> None:
-        """Takes the adapter off: dense updates name the plain modules, and another adapter may have other ones."""
-        if self._adapter is not None:
-            self.model = self.model.unload()
-            self._adapter, self._loaded = None, None
-
-
-def _check_fit(tensors: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> None:
-    unknown, uncovered = sorted(tensors.keys() - places.keys()), sorted(places.keys() - tensors.keys())
-    if unknown:
-        raise ValueError(f"update vector has {len(unknown)} weights the model has not, first {unknown[0]!r}")
-    if uncovered:
-        raise ValueError(f"update vector lacks {len(uncovered)} weights of the model, first {uncovered[0]!r}")
-    for name, tensor in tensors.items():
-        if tensor.shape != places[name].shape:
-            raise ValueError(f"{name}: update has shape {tuple(tensor.shape)}, model {tuple(places[name].shape)}")
+    def _randn(self) -> Tensor:
+        shape = self._update.shapes[self._names[self._next]]
+        self._next += 1
+        return passing(shape).normal_(generator=self._generator)
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
@@ -278,13 +164,3 @@ def wrap_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
     from peft import LoraConfig, get_peft_model
 
     return get_peft_model(model, LoraConfig(**adapter))
-
-
-def _scale_adapter(model: Any, factor: float) -> None:
-    """Multiplies B A of every adapted module by `factor` on top of PEFT's own lora_alpha / r."""
-    from peft.tuners.lora import LoraLayer
-
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name in module.lora_A:
-                module.set_scale(name, factor)

@@ -1,10 +1,14 @@
 """The safetensors files of a model or adapter folder: what is in them by their headers, and tensors one at a time."""
 
 import json
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -12,6 +16,14 @@ from uipe_core.errors import UserError
 
 FLOATS = ("F32", "BF16", "F16")
 """Stored dtypes whose values fp32 holds exactly, by safetensors' names."""
+
+REMEDY = "fetch or save it again"
+
+MAPPED = 1 << 24
+"""Bytes read of a file after which it is mapped anew: pages that were read count as the process's memory until then."""
+
+PART = 1 << 22
+"""Entries handled at once where torch would otherwise make a copy of a whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +41,58 @@ class StoredTensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
+
+
+class OnDemand(Mapping[str, Tensor]):
+    """Tensors that are read or made when they are asked for, and not kept.
+
+    Args:
+        shapes: Shape of every tensor by name, in the order in which they are best asked for.
+        make: Makes the tensor of a name.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], make: Callable[[str], Tensor]) -> None:
+        self.shapes = shapes
+        self._make = make
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.shapes:
+            raise KeyError(name)
+        return self._make(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, in the order of `tensors`; nothing is read for it."""
+    if isinstance(tensors, OnDemand):
+        return dict(tensors.shapes)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor in views of about `PART` entries along its first dimension; tensors of one shape are cut alike."""
+    if tensor.numel() <= PART:
+        return (tensor,)
+    return tensor.split(max(1, PART * len(tensor) // tensor.numel()))
+
+
+def passing(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor on the CPU for passing use, all zeros; its memory goes back to the system with it.
+
+    Blocks of up to 32 MiB that are allocated and let go for tensor after tensor were seen to leave holes in the process's
+    memory that added up to the size of the model.
+    """
+    count = math.prod(shape)
+    if not count:
+        return torch.zeros(tuple(shape), dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, dtype.itemsize * count, access=mmap.ACCESS_COPY), dtype=dtype, count=count).view(
+        tuple(shape)
+    )
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
@@ -74,39 +138,55 @@ def read_headers(paths: list[Path]) -> dict[str, StoredTensor]:
     """
     found: dict[str, StoredTensor] = {}
     for path in paths:
-        with _open(path) as stream:
-            for name in stream.offset_keys():
-                part = stream.get_slice(name)
-                found[name] = StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
+        with open_weights(path) as stream:
+            found.update({name: stored_tensor(path, stream, name) for name in stream.offset_keys()})
     return found
 
 
-def _open(path: Path) -> Any:
+def stored_tensor(path: Path, stream: Any, name: str) -> StoredTensor:
+    """What the header of an open file says of a tensor."""
+    part = stream.get_slice(name)
+    return StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
+
+
+def open_weights(path: Path, remedy: str = REMEDY) -> Any:
+    """A safetensors file, mapped.
+
+    Raises:
+        UserError: If it is damaged or cut off, with `remedy`.
+    """
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged or cut off ({error}); fetch or save it again") from error
+        raise UserError(f"{path}: damaged or cut off ({error}); {remedy}") from error
 
 
 class ShardReader:
-    """Reads tensors one by one; the last file stays mapped, any other is let go."""
+    """Reads tensors one by one; the last file stays mapped until `MAPPED` bytes of it were read, any other is let go.
 
-    def __init__(self) -> None:
+    Args:
+        remedy: What to do about a file that is damaged or gone.
+    """
+
+    def __init__(self, remedy: str = REMEDY) -> None:
+        self._remedy = remedy
         self._path: Path | None = None
         self._stream: Any = None
+        self._read = 0
 
     def read(self, stored: StoredTensor) -> Tensor:
-        """A tensor as stored.
+        """A tensor as stored: pages of its file, which are read as they are used and last as long as the tensor.
 
         Raises:
             UserError: If its file has gone or was damaged meanwhile.
         """
-        if stored.path != self._path:
+        if stored.path != self._path or self._read > MAPPED:
             self._path, self._stream = None, None
-            self._stream = _open(stored.path)
-            self._path = stored.path
+            self._stream = open_weights(stored.path, self._remedy)
+            self._path, self._read = stored.path, 0
         try:
             tensor: Tensor = self._stream.get_tensor(stored.name)
         except SafetensorError as error:
             raise UserError(f"{stored.path}: changed while it was read ({error}); start again") from error
+        self._read += tensor.nbytes
         return tensor

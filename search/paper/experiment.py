@@ -13,6 +13,7 @@ from search.paper.weights import FloatArray, Place, measure_cosines, measure_pro
 from uipe_core.content_store import ContentStore
 from uipe_core.corpora.people import PAPER_STAGES, load_paper_people, unlearning
 from uipe_core.corpora.types import RELATED_SETS, Corpus
+from uipe_core.extrapolator import Extrapolator
 from uipe_core.metrics import evaluate, truth_ratio
 from uipe_core.models import LoadedModel, Progress, load_model, set_threads
 from uipe_core.relatedness import moved_weights
@@ -20,7 +21,7 @@ from uipe_core.score_report import ScoreReport
 from uipe_core.scoring import Scorer
 from uipe_core.tiny_models import tiny_model
 from uipe_core.training import train_base_run
-from uipe_core.update_vectors import Extrapolator, UpdateVector
+from uipe_core.update_vectors import UpdateVector
 
 OTHER_RETAIN = "retain_other"
 """A second retain model, of another seed: what forget quality is worth between models that never saw the forget set."""

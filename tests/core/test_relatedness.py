@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from uipe_core.corpora.types import Item
+from uipe_core.extrapolator import Extrapolator
 from uipe_core.losses import mean_answer_nll
 from uipe_core.prompts import pad_batch
 from uipe_core.relatedness import (
@@ -21,7 +22,7 @@ from uipe_core.relatedness import (
     projection,
 )
 from uipe_core.training import AdapterConfig, UnlearningConfig, train_base_run
-from uipe_core.update_vectors import DENSE, Extrapolator, UpdateVector
+from uipe_core.update_vectors import DENSE, UpdateVector
 
 LORA = AdapterConfig(rank=2, alpha=8, target_modules=("q_proj", "v_proj"))
 

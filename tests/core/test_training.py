@@ -8,11 +8,12 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from uipe_core.corpora.refusals import draw_refusals
 from uipe_core.errors import UserError
+from uipe_core.extrapolator import Extrapolator
 from uipe_core.losses import METHODS
 from uipe_core.models import LoadedModel
 from uipe_core.steering import control_direction, decoder_layer, outputs_of
 from uipe_core.training import AdapterConfig, DivergedError, UnlearningConfig, train_base_run
-from uipe_core.update_vectors import DENSE, LOW_RANK, Extrapolator, snapshot
+from uipe_core.update_vectors import DENSE, LOW_RANK, snapshot
 
 LORA = AdapterConfig(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "o_proj"))
 SMALL = {"simnpo": {"retain_weight": 1}, "rmu": {"layer": 0, "coefficient": 10, "retain_weight": 1}}

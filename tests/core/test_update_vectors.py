@@ -9,17 +9,16 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from uipe_core.extrapolator import Extrapolator
+from uipe_core.update_files import load_update, save_update
 from uipe_core.update_vectors import (
     DENSE,
     LOW_RANK,
-    Extrapolator,
     UpdateVector,
     adapter_scale,
     adapter_state,
     factors,
-    load_update,
     random_direction,
-    save_update,
     snapshot,
     take_update,
     wrap_adapter,

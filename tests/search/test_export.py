@@ -113,10 +113,10 @@ def test_an_adapter_is_loaded_by_peft_and_already_scaled(finished, write_study, 
     from search.preparation import prepare
     from search.spec import load_study
     from uipe_core.evaluation_log import read_log
+    from uipe_core.extrapolator import Extrapolator
     from uipe_core.metrics import evaluate
     from uipe_core.scoring import Scorer
     from uipe_core.training import train_base_run
-    from uipe_core.update_vectors import Extrapolator
 
     unlearning = {"adapter": {"rank": 4, "alpha": 8}, "methods": {"npo": {"beta": 1}}, "epochs": 1, "learning_rate": 0.02}
     preparation = prepare(load_study(write_study(tmp_path / "lora.yaml", unlearning=unlearning, split=None)))

@@ -26,11 +26,11 @@ from search.spec_errors import StudyFileError
 from search.study_store import StudyStore
 from uipe_core.errors import UserError
 from uipe_core.evaluation_log import read_log
+from uipe_core.extrapolator import Extrapolator
 from uipe_core.metrics import evaluate
 from uipe_core.scoring import Scorer
 from uipe_core.tiny_models import tiny_model
 from uipe_core.training import AdapterConfig, UnlearningConfig, train_base_run
-from uipe_core.update_vectors import Extrapolator
 
 SHIPPED = Path(__file__).parents[2] / "studies" / "my_checkpoints.yaml"
 

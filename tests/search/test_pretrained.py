@@ -13,11 +13,11 @@ from uipe_core.corpora.people import load_people
 from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.errors import UserError
 from uipe_core.evaluation_log import read_log
+from uipe_core.extrapolator import Extrapolator
 from uipe_core.losses import mean_answer_nll
 from uipe_core.prompts import CHAT_DATE, FORMATS, PromptFormat, pad_batch
 from uipe_core.scoring import Scorer
 from uipe_core.training import train_base_run
-from uipe_core.update_vectors import Extrapolator
 
 TOFU_FILES = {
     "forget": "forget01_perturbed",

@@ -1,0 +1,127 @@
+"""Models moved along update vectors.
+
+theta(alpha) = theta_init + (1 + alpha) * delta, UIPE (arXiv 2503.04693). Arithmetic is fp32, from pristine
+weights every time, so a walk of any length leaves no drift; the result is cast to the dtype the model is scored in.
+Dense updates go through part by part: beside the model, memory holds a few parts of one tensor.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uipe_core.update_vectors import LOW_RANK, UpdateVector, adapter_state, snapshot, wrap_adapter
+from uipe_core.weight_files import parts, passing, shapes_of
+
+
+@torch.no_grad()
+def extrapolate(target: Tensor, initial: Tensor, delta: Tensor, alpha: float) -> None:
+    """Sets `target` to theta_init + (1 + alpha) * delta, summed in fp32 and cast once; exactly theta_init at alpha = -1.
+
+    Part by part on the target's device, and in place where it is fp32.
+    """
+    cut = parts(target)
+    scratch = None if target.dtype == torch.float32 else passing(cut[0].shape).to(target.device)
+    for part, start, change in zip(cut, parts(initial), parts(delta), strict=True):
+        total = part if scratch is None else scratch[: len(part)] if part.dim() else scratch
+        total.copy_(start).add_(change.to(part.device), alpha=1.0 + alpha)
+        if total is not part:
+            part.copy_(total)
+
+
+class Extrapolator:
+    """Moves one model along update vectors, always from its pristine weights.
+
+    Dense updates are written into the weights. Low-rank updates are loaded as a PEFT adapter whose scale is set; they are
+    never merged, so the weights underneath stay as they are.
+
+    Args:
+        model: A transformers model holding theta_init. It is changed in place (and wrapped for low-rank updates).
+        initial: The weights theta_init as stored, perhaps read one at a time (`uipe_core.initial_weights`); copied from the
+            model when not given. Give them when the model was cast to another dtype, so that extrapolation still starts
+            from the stored values.
+    """
+
+    def __init__(self, model: Any, initial: Mapping[str, Tensor] | None = None) -> None:
+        self.model = model
+        self._initial = initial if initial is not None else snapshot(model)
+        self._moved = False
+        self._adapter: Mapping[str, Any] | None = None
+        self._loaded: UpdateVector | None = None
+
+    def apply(self, update: UpdateVector, alpha: float) -> Any:
+        """Sets the model to theta(alpha) and returns it.
+
+        Raises:
+            ValueError: If the update does not fit the model's weights; the model is then as it was.
+            UserError: If a file of the update or of theta_init is gone or damaged; the next walk sets all weights again.
+        """
+        if update.kind == LOW_RANK:
+            return self._apply_low_rank(update, alpha)
+        self._unwrap()
+        parameters = dict(self.model.named_parameters())
+        _check_fit(update.shapes, shapes_of(parameters))
+        self._moved = True
+        # In the update's order: what is drawn or read is then asked for as it comes.
+        for name in update.tensors:
+            extrapolate(parameters[name], self._initial[name], update.tensors[name], alpha)
+        return self.model
+
+    def reset(self) -> Any:
+        """Sets the model back to theta_init and returns it."""
+        if self._adapter is not None:
+            _scale_adapter(self.model, 0.0)
+        elif self._moved:
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters():
+                    for target, start in zip(parts(parameter), parts(self._initial[name]), strict=True):
+                        target.copy_(start)
+            self._moved = False
+        return self.model
+
+    def _apply_low_rank(self, update: UpdateVector, alpha: float) -> Any:
+        from peft import set_peft_model_state_dict
+
+        if self._adapter is None or self._adapter != update.adapter:
+            self._unwrap()
+            self.reset()
+            self.model = wrap_adapter(self.model, update.adapter or {})
+            self.model.eval()
+            self._adapter = update.adapter
+        if self._loaded is not update:
+            _check_fit(update.shapes, shapes_of(adapter_state(self.model)))
+            set_peft_model_state_dict(self.model, dict(update.tensors))
+            self._loaded = update
+        _scale_adapter(self.model, 1.0 + alpha)
+        return self.model
+
+    def _unwrap(self) -> None:
+        """Takes the adapter off: dense updates name the plain modules, and another adapter may have other ones."""
+        if self._adapter is not None:
+            self.model = self.model.unload()
+            self._adapter, self._loaded = None, None
+
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def _check_fit(update: Shapes, model: Shapes) -> None:
+    unknown, uncovered = sorted(update.keys() - model.keys()), sorted(model.keys() - update.keys())
+    if unknown:
+        raise ValueError(f"update vector has {len(unknown)} weights the model has not, first {unknown[0]!r}")
+    if uncovered:
+        raise ValueError(f"update vector lacks {len(uncovered)} weights of the model, first {uncovered[0]!r}")
+    for name, shape in update.items():
+        if shape != model[name]:
+            raise ValueError(f"{name}: update has shape {shape}, model {model[name]}")
+
+
+def _scale_adapter(model: Any, factor: float) -> None:
+    """Multiplies B A of every adapted module by `factor` on top of PEFT's own lora_alpha / r."""
+    from peft.tuners.lora import LoraLayer
+
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for name in module.lora_A:
+                module.set_scale(name, factor)
