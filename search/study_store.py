@@ -21,7 +21,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from sqlalchemy import event, make_url
 
@@ -30,6 +30,7 @@ from search.objectives import Objective, objectives_of
 from search.space import own_epoch, sampled_epoch
 from search.spec import StudySpec
 from search.study_record import RECORD, RECORD_SCHEMA, other_study, own_database, read_record, save_record, without_password
+from search.trial_attributes import write_attributes
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 
@@ -43,13 +44,14 @@ class StudyStore:
     Use `create` to run a study (it takes the folder's lock) and `open` to read one.
     """
 
-    def __init__(self, out: Path, record: dict[str, Any], storage: BaseStorage, lock: FileLock | None = None) -> None:
+    def __init__(self, out: Path, record: dict[str, Any], storage: RDBStorage, lock: FileLock | None = None) -> None:
         self.out = out
         self.record = record
         self.storage = storage
         self._lock = lock
         self._study: optuna.Study | None = None
         self._controls: optuna.Study | None = None
+        self._study_ids: dict[str, int] = {}
         self.spec = StudySpec.model_validate(record["spec"], strict=False)
 
     @property
@@ -193,7 +195,7 @@ class StudyStore:
         return self.controls.ask().number
 
     def complete(self, job: Job, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
-        """Writes all evidence and the scores of every item, then tells the values: a finished trial takes no more attributes.
+        """Writes all evidence and the scores of every item, then ends the trial with its values: nothing is complete without them.
 
         An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
         """
@@ -207,10 +209,9 @@ class StudyStore:
         if items is not None:
             write_atomic(self._items_path(study, number), items)
         identifier = self._identifier(study, number)
-        for key, value in evidence.items():
-            if value is not None:
-                self.storage.set_trial_user_attr(identifier, key, value)
-        study.tell(number, list(values.values()), skip_if_finished=True)
+        write_attributes(self.storage.engine, identifier, {key: value for key, value in evidence.items() if value is not None})
+        # Not `tell`, which reads the whole trial twice; what it adds, `after_trial` of the sampler, does nothing for ours.
+        self.storage.set_trial_state_values(identifier, TrialState.COMPLETE, list(values.values()))
         return None
 
     def fail(self, job: Job, number: int, reason: str) -> None:
@@ -277,12 +278,12 @@ class StudyStore:
 
     def _identifier(self, study: optuna.Study, number: int) -> int:
         """The storage's own id of a trial."""
-        study_id = self.storage.get_study_id_from_name(study.study_name)
-        return self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self.storage.get_trial_id_from_study_id_trial_number(self._study_ids[study.study_name], number)
 
     def _fail(self, study: optuna.Study, number: int, reason: str) -> None:
-        self.storage.set_trial_user_attr(self._identifier(study, number), "reason", reason)
-        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        identifier = self._identifier(study, number)
+        self.storage.set_trial_user_attr(identifier, "reason", reason)
+        self.storage.set_trial_state_values(identifier, TrialState.FAIL)
 
     def _attach(self, create: bool) -> None:
         name, identity = self.record["name"], self.record["fingerprint"]
@@ -305,13 +306,14 @@ class StudyStore:
             except KeyError:
                 raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
             opened.append(study)
+            self._study_ids[title] = self.storage.get_study_id_from_name(title)
         self._study, self._controls = opened
 
 
-def _open_storage(url: str) -> BaseStorage:
+def _open_storage(url: str) -> RDBStorage:
     try:
         if not url.startswith("sqlite"):
-            return optuna.storages.get_storage(url)
+            return RDBStorage(url)
         storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
     except Exception as error:
         raise UserError(f"storage {without_password(url)}: cannot be opened: {type(error).__name__}") from error
