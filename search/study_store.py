@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import event, make_url
 
 from search.evaluator import Job
@@ -52,6 +52,7 @@ class StudyStore:
         self._study: optuna.Study | None = None
         self._controls: optuna.Study | None = None
         self._study_ids: dict[str, int] = {}
+        self._seen: optuna.Study | None = None
         self.spec = StudySpec.model_validate(record["spec"], strict=False)
 
     @property
@@ -156,8 +157,14 @@ class StudyStore:
         return self._controls
 
     def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
-        """Sets the sampler that `ask` proposes with."""
-        self.study.sampler = sampler
+        """Sets the sampler that `ask_point` proposes with.
+
+        It sees the study's trials in memory, without their evidence. Optuna reads every running trial from the database again
+        for each question, and keeps what it has read: with many workers that costs more than all the rest of a trial.
+        """
+        self._seen = optuna.create_study(directions=self.study.directions, sampler=sampler)
+        for trial in self.storage.get_all_trials(self._study_ids[self.study.study_name], deepcopy=False):
+            self._seen.add_trial(_sketch(trial, {}))
 
     def reconcile(self) -> int:
         """Ends what an interrupted run left RUNNING or WAITING as FAIL with its reason; returns how many there were."""
@@ -178,6 +185,10 @@ class StudyStore:
 
         Given parameters and jobs have the base run's own epoch; Optuna's has the one of the flat space (`space.own_epoch`).
         """
+        if self._seen is None:
+            self.use_sampler(self.study.sampler)
+        seen = self._seen
+        assert seen is not None
         counts = self.spec.base_epochs()
         longest = max(counts.values())
         if params is not None:
@@ -185,8 +196,9 @@ class StudyStore:
             if "epoch" in params:
                 stands_for["epoch"] = sampled_epoch(params["epoch"], longest, counts[params["base"]])
             # Without skip_if_exists: a point whose trial failed would be skipped, and the sampler's proposal taken for it.
-            self.study.enqueue_trial(stands_for, user_attrs={"kind": kind})
-        trial = self.study.ask(fixed_distributions=space)
+            seen.enqueue_trial(stands_for, user_attrs={"kind": kind})
+        trial = seen.ask(fixed_distributions=space)
+        self._begin(seen.get_trials(deepcopy=False)[trial.number])
         base = trial.params["base"]
         return trial.number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
 
@@ -210,8 +222,7 @@ class StudyStore:
             write_atomic(self._items_path(study, number), items)
         identifier = self._identifier(study, number)
         write_attributes(self.storage.engine, identifier, {key: value for key, value in evidence.items() if value is not None})
-        # Not `tell`, which reads the whole trial twice; what it adds, `after_trial` of the sampler, does nothing for ours.
-        self.storage.set_trial_state_values(identifier, TrialState.COMPLETE, list(values.values()))
+        self._end(study, number, identifier, TrialState.COMPLETE, list(values.values()))
         return None
 
     def fail(self, job: Job, number: int, reason: str) -> None:
@@ -283,7 +294,22 @@ class StudyStore:
     def _fail(self, study: optuna.Study, number: int, reason: str) -> None:
         identifier = self._identifier(study, number)
         self.storage.set_trial_user_attr(identifier, "reason", reason)
-        self.storage.set_trial_state_values(identifier, TrialState.FAIL)
+        self._end(study, number, identifier, TrialState.FAIL)
+
+    def _begin(self, trial: FrozenTrial) -> None:
+        """Writes a trial that the sampler has proposed into the database, in one transaction."""
+        study_id = self._study_ids[self.study.study_name]
+        identifier = self.storage.create_new_trial(study_id, _sketch(trial, trial.user_attrs))
+        if self.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number) != identifier:
+            raise UserError(f"storage {self.record['storage']}: another program wrote trials into this study; stop it and run again")
+
+    def _end(
+        self, study: optuna.Study, number: int, identifier: int, state: TrialState, values: list[float] | None = None
+    ) -> None:
+        # Not `tell` of the study in the database, which reads the whole trial twice before it writes.
+        self.storage.set_trial_state_values(identifier, state, values)
+        if study is self._study and self._seen is not None:
+            self._seen.tell(number, values, state=state)
 
     def _attach(self, create: bool) -> None:
         name, identity = self.record["name"], self.record["fingerprint"]
@@ -308,6 +334,18 @@ class StudyStore:
             opened.append(study)
             self._study_ids[title] = self.storage.get_study_id_from_name(title)
         self._study, self._controls = opened
+
+
+def _sketch(trial: FrozenTrial, user_attrs: Mapping[str, Any]) -> FrozenTrial:
+    """A trial as samplers see it: state, values, parameters, and what samplers note with it."""
+    return create_trial(
+        state=trial.state,
+        values=trial.values,
+        params=trial.params,
+        distributions=trial.distributions,
+        user_attrs=dict(user_attrs),
+        system_attrs=trial.system_attrs,
+    )
 
 
 def _open_storage(url: str) -> RDBStorage:
