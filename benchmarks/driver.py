@@ -1,7 +1,7 @@
 """What a trial costs its driver as a study grows: storage and sampler, and Ray with many workers. Prints one JSON object.
 
-Storage: the real `StudyStore` with the evidence of a real trial (28 attributes) and item scores of 21 kB, trials 1 to N, each asked
-for and completed; median milliseconds over the trials before each mark, and the memory of the process. Its baseline is plain
+Storage: the real `StudyStore` with the evidence of a real trial (28 attributes) and item scores of 21 kB, trials 1 to N, each
+asked for and completed; median milliseconds over the trials before each mark, and the memory of the process. Its baseline is plain
 Optuna on the same database as it is at the end: ask, one `set_user_attr` per attribute, tell; with SQLite's own settings.
 Sampler: what an ask takes longer with it than with random, at the same marks. Ray: `benchmarks/many_workers.py`.
 
@@ -41,7 +41,11 @@ STUDY = {
         "base": {"epochs": 1, "learning_rate": 0.01, "batch_size": 32},
         "finetune": {"epochs": 1, "learning_rate": 0.01, "batch_size": 32},
     },
-    "unlearning": {"methods": {"grad_ascent": {}, "grad_diff": {}, "kl_min": {}, "npo": {}}, "epochs": 5, "learning_rate": 0.001},
+    "unlearning": {
+        "methods": {"grad_ascent": {}, "grad_diff": {}, "kl_min": {}, "npo": {}},
+        "epochs": 5,
+        "learning_rate": 0.001,
+    },
     "search": {"alpha": {"low": -1, "high": 3}, "trials": 10000},
 }
 EVIDENCE: dict[str, Any] = {  # of a trial of the quickstart study
@@ -130,7 +134,9 @@ def benchmark(trials: int, folder: Path) -> dict[str, Any]:
         "rows": rows,
         "table_of_all_trials_ms": round(1e3 * frame, 1),
         "database_bytes_per_trial": round((folder / "study" / "study.db").stat().st_size / done),
-        "memory_bytes_per_trial": round(1e6 * (rows[-1]["resident_mb"] - rows[0]["resident_mb"]) / max(done - rows[0]["trials"], 1)),
+        "memory_bytes_per_trial": round(
+            1e6 * (rows[-1]["resident_mb"] - rows[0]["resident_mb"]) / max(done - rows[0]["trials"], 1)
+        ),
         "baseline": {"name": "plain Optuna: ask, set_user_attr each, tell, on the same database", "storage": plain},
         "ratio_to_baseline": round(rows[-1]["storage"] / plain, 3),
         "machine": {"cores": os.cpu_count(), "load_at_end": os.getloadavg()[0], "python": platform.python_version()},

@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, make_url
 
 from search.evaluator import Job
 from search.objectives import Objective, objectives_of
+from search.proposer import Proposer
 from search.space import own_epoch, sampled_epoch
 from search.spec import StudySpec
 from search.study_record import RECORD, RECORD_SCHEMA, other_study, own_database, read_record, save_record, without_password
@@ -52,7 +53,7 @@ class StudyStore:
         self._study: optuna.Study | None = None
         self._controls: optuna.Study | None = None
         self._study_ids: dict[str, int] = {}
-        self._seen: optuna.Study | None = None
+        self._proposer: Proposer | None = None
         self.spec = StudySpec.model_validate(record["spec"], strict=False)
 
     @property
@@ -157,14 +158,9 @@ class StudyStore:
         return self._controls
 
     def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
-        """Sets the sampler that `ask_point` proposes with.
-
-        It sees the study's trials in memory, without their evidence. Optuna reads every running trial from the database again
-        for each question, and keeps what it has read: with many workers that costs more than all the rest of a trial.
-        """
-        self._seen = optuna.create_study(directions=self.study.directions, sampler=sampler)
-        for trial in self.storage.get_all_trials(self._study_ids[self.study.study_name], deepcopy=False):
-            self._seen.add_trial(_sketch(trial, {}))
+        """Sets the sampler that `ask_point` proposes with."""
+        trials = self.storage.get_all_trials(self._study_ids[self.study.study_name], deepcopy=False)
+        self._proposer = Proposer(self.study.directions, sampler, trials)
 
     def reconcile(self) -> int:
         """Ends what an interrupted run left RUNNING or WAITING as FAIL with its reason; returns how many there were."""
@@ -185,29 +181,25 @@ class StudyStore:
 
         Given parameters and jobs have the base run's own epoch; Optuna's has the one of the flat space (`space.own_epoch`).
         """
-        if self._seen is None:
+        if self._proposer is None:
             self.use_sampler(self.study.sampler)
-        seen = self._seen
-        assert seen is not None
+        assert self._proposer is not None
         counts = self.spec.base_epochs()
         longest = max(counts.values())
-        if params is not None:
-            stands_for = dict(params)
-            if "epoch" in params:
-                stands_for["epoch"] = sampled_epoch(params["epoch"], longest, counts[params["base"]])
-            # Without skip_if_exists: a point whose trial failed would be skipped, and the sampler's proposal taken for it.
-            seen.enqueue_trial(stands_for, user_attrs={"kind": kind})
-        trial = seen.ask(fixed_distributions=space)
-        self._begin(seen.get_trials(deepcopy=False)[trial.number])
+        given = None if params is None else dict(params)
+        if given is not None and "epoch" in given:
+            given["epoch"] = sampled_epoch(given["epoch"], longest, counts[given["base"]])
+        number, trial = self._proposer.ask(space, given, kind)
+        self._begin(number, trial)
         base = trial.params["base"]
-        return trial.number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
+        return number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
 
     def ask_control(self) -> int:
         """Starts a trial of the controls study."""
         return self.controls.ask().number
 
     def complete(self, job: Job, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
-        """Writes all evidence and the scores of every item, then ends the trial with its values: nothing is complete without them.
+        """Writes all evidence and the scores of every item, then ends the trial with its values: none is complete without them.
 
         An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
         """
@@ -296,20 +288,26 @@ class StudyStore:
         self.storage.set_trial_user_attr(identifier, "reason", reason)
         self._end(study, number, identifier, TrialState.FAIL)
 
-    def _begin(self, trial: FrozenTrial) -> None:
-        """Writes a trial that the sampler has proposed into the database, in one transaction."""
+    def _begin(self, number: int, trial: FrozenTrial) -> None:
+        """Writes a trial into the database, in one transaction."""
         study_id = self._study_ids[self.study.study_name]
-        identifier = self.storage.create_new_trial(study_id, _sketch(trial, trial.user_attrs))
-        if self.storage.get_trial_id_from_study_id_trial_number(study_id, trial.number) != identifier:
-            raise UserError(f"storage {self.record['storage']}: another program wrote trials into this study; stop it and run again")
+        identifier = self.storage.create_new_trial(study_id, trial)
+        try:
+            mine = self.storage.get_trial_id_from_study_id_trial_number(study_id, number) == identifier
+        except KeyError:
+            mine = False
+        if not mine:
+            raise UserError(
+                f"storage {self.record['storage']}: another program writes trials into this study; end it and run again"
+            )
 
     def _end(
         self, study: optuna.Study, number: int, identifier: int, state: TrialState, values: list[float] | None = None
     ) -> None:
         # Not `tell` of the study in the database, which reads the whole trial twice before it writes.
         self.storage.set_trial_state_values(identifier, state, values)
-        if study is self._study and self._seen is not None:
-            self._seen.tell(number, values, state=state)
+        if study is self._study and self._proposer is not None:
+            self._proposer.end(number, state, values)
 
     def _attach(self, create: bool) -> None:
         name, identity = self.record["name"], self.record["fingerprint"]
@@ -334,18 +332,6 @@ class StudyStore:
             opened.append(study)
             self._study_ids[title] = self.storage.get_study_id_from_name(title)
         self._study, self._controls = opened
-
-
-def _sketch(trial: FrozenTrial, user_attrs: Mapping[str, Any]) -> FrozenTrial:
-    """A trial as samplers see it: state, values, parameters, and what samplers note with it."""
-    return create_trial(
-        state=trial.state,
-        values=trial.values,
-        params=trial.params,
-        distributions=trial.distributions,
-        user_attrs=dict(user_attrs),
-        system_attrs=trial.system_attrs,
-    )
 
 
 def _open_storage(url: str) -> RDBStorage:
