@@ -1,9 +1,10 @@
 """What a trial costs its driver as a study grows: storage and sampler, and Ray with many workers. Prints one JSON object.
 
-Storage: the real `StudyStore` with the evidence of a real trial (28 attributes) and item scores of 21 kB, trials 1 to N, each
-asked for and completed; median milliseconds over the trials before each mark, and the memory of the process. Its baseline is plain
-Optuna on the same database as it is at the end: ask, one `set_user_attr` per attribute, tell; with SQLite's own settings.
-Sampler: what an ask takes longer with it than with random, at the same marks. Ray: `benchmarks/many_workers.py`.
+Storage: the real `StudyStore` with the evidence of a real trial (28 attributes) and item scores of 21 kB. Trials 1 to N are
+asked for and completed while so many others run; milliseconds are medians over the 100 trials before each mark, `cpu` of this
+thread alone: what other programs take away shows in the difference. Its baseline is plain Optuna on the same database as it
+is at the end: ask, one `set_user_attr` per attribute, tell; with SQLite's own settings, and as many others running. Sampler:
+what an ask takes longer with it than with random, at the same marks. Ray: `benchmarks/many_workers.py`.
 
     python benchmarks/driver.py                       # 10,000 trials, about 4 minutes on two idle cores
     python benchmarks/driver.py --trials 500          # a small one
@@ -16,6 +17,7 @@ import platform
 import shutil
 import sqlite3
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -83,74 +85,85 @@ ITEM_BYTES = 21_000
 MARKS = (100, 1000, 5000, 10000)
 SAMPLERS = ("nsga2", "tpe")
 ASKS = 5
+Seconds = tuple[float, float]
+"""Wall-clock and CPU."""
+Cost = tuple[Seconds, Seconds]
+"""Of asking for a trial and of completing it."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=10000)
+    parser.add_argument("--running", type=int, default=64, help="trials that run meanwhile")
     parser.add_argument("--dir", type=Path, help="where to write the study; a temporary folder when left out")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     folder = Path(tempfile.mkdtemp(prefix="driver-", dir=options.dir))
     try:
-        print(json.dumps(benchmark(options.trials, folder), indent=1))
+        print(json.dumps(benchmark(options.trials, options.running, folder), indent=1))
     finally:
         shutil.rmtree(folder)
 
 
-def benchmark(trials: int, folder: Path) -> dict[str, Any]:
+def benchmark(trials: int, running: int, folder: Path) -> dict[str, Any]:
     spec = parse_study(STUDY, folder)
     store = StudyStore.create(folder / "study", spec, "f" * 32, {})
     space = distributions(spec)
     items = os.urandom(ITEM_BYTES)
+    store.use_sampler(make_sampler("random", 0))
+    others = [store.ask_point(space) for _ in range(running)]
     marks = sorted({min(mark, trials) for mark in MARKS} | {trials})
-    rows = []
-    taken: dict[str, list[float]] = {"ask": [], "complete": []}
-    done = 0
-    for mark in marks:
-        while done < mark - len(SAMPLERS) * ASKS:
-            one(store, space, items, taken)
-            done += 1
-        recent = {name: values[-100:] for name, values in taken.items()}
-        row: dict[str, Any] = {name: milliseconds(values) for name, values in recent.items()}
-        row["storage"] = milliseconds([sum(pair) for pair in zip(*recent.values(), strict=True)])
+    rows: list[dict[str, Any]] = []
+    taken: list[Cost] = []
+    while len(taken) < marks[-1]:
+        taken.append(one(store, space, items))
+        if len(taken) not in marks:
+            continue
+        row: dict[str, Any] = {"trials": len(taken), "resident_mb": resident(), **costs(taken[-100:])}
         for name in SAMPLERS:
             store.use_sampler(make_sampler(name, 0))
-            found: dict[str, list[float]] = {"ask": [], "complete": []}
-            for _ in range(ASKS):
-                one(store, space, items, found)
-                done += 1
-            row[name] = round(milliseconds(found["ask"]) - row["ask"], 2)
-        store.use_sampler(make_sampler("random", done))
-        rows.append({"trials": done, **row, "resident_mb": resident()})
+            found = costs([one(store, space, items) for _ in range(ASKS)])
+            row[name] = {clock: round(found["ask"][clock] - row["ask"][clock], 2) for clock in ("wall", "cpu")}
+        store.use_sampler(make_sampler("random", len(taken)))
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    for number, job in others:
+        store.fail(job, number, "only ran meanwhile")
+    done = len(taken) + len(marks) * len(SAMPLERS) * ASKS
     started = time.perf_counter()
     assert len(store.trials_frame()) == done
     frame = time.perf_counter() - started
     store.close()
-    plain = plain_optuna(folder)
+    plain = plain_optuna(folder, running)
+    first, last = rows[0], rows[-1]
+    memory = round(1e6 * (last["resident_mb"] - first["resident_mb"]) / max(last["trials"] - first["trials"], 1))
     return {
         "unit": "milliseconds per trial, medians",
         "trials": done,
         "rows": rows,
         "table_of_all_trials_ms": round(1e3 * frame, 1),
         "database_bytes_per_trial": round((folder / "study" / "study.db").stat().st_size / done),
-        "memory_bytes_per_trial": round(
-            1e6 * (rows[-1]["resident_mb"] - rows[0]["resident_mb"]) / max(done - rows[0]["trials"], 1)
-        ),
+        "memory_bytes_per_trial": memory,
         "baseline": {"name": "plain Optuna: ask, set_user_attr each, tell, on the same database", "storage": plain},
-        "ratio_to_baseline": round(rows[-1]["storage"] / plain, 3),
+        "ratio_to_baseline": {clock: round(last["storage"][clock] / plain[clock], 3) for clock in ("wall", "cpu")},
         "machine": {"cores": os.cpu_count(), "load_at_end": os.getloadavg()[0], "python": platform.python_version()},
         "versions": {name: version(name) for name in ("optuna", "sqlalchemy")} | {"sqlite": sqlite3.sqlite_version},
     }
 
 
-def one(store: StudyStore, space: dict[str, BaseDistribution], items: bytes, taken: dict[str, list[float]]) -> None:
+def one(store: StudyStore, space: dict[str, BaseDistribution], items: bytes) -> Cost:
     """A trial from its question to its end."""
-    (number, job), seconds = timed(lambda: store.ask_point(space))
-    taken["ask"].append(seconds)
+    (number, job), asking = timed(lambda: store.ask_point(space))
     evidence = evidence_of(job)
-    _, seconds = timed(lambda: store.complete(job, number, evidence, items))
-    taken["complete"].append(seconds)
+    _, completing = timed(lambda: store.complete(job, number, evidence, items))
+    return asking, completing
+
+
+def costs(taken: list[Cost]) -> dict[str, dict[str, float]]:
+    """Medians of asking, completing, and both, which is the storage's part with a sampler that takes no time."""
+    both = [(asking[0] + completing[0], asking[1] + completing[1]) for asking, completing in taken]
+    parts = {"ask": [asking for asking, _ in taken], "complete": [completing for _, completing in taken], "storage": both}
+    return {name: milliseconds(found) for name, found in parts.items()}
 
 
 def evidence_of(job: Job) -> dict[str, Any]:
@@ -170,7 +183,7 @@ def evidence_of(job: Job) -> dict[str, Any]:
     }
 
 
-def plain_optuna(folder: Path) -> float:
+def plain_optuna(folder: Path, running: int) -> dict[str, float]:
     """Median milliseconds of a trial as Optuna alone would write it."""
     copy = folder / "plain.db"
     source, target = sqlite3.connect(folder / "study" / "study.db"), sqlite3.connect(copy)
@@ -189,18 +202,24 @@ def plain_optuna(folder: Path) -> float:
             asked.set_user_attr(key, value)
         study.tell(asked, [evidence["log10_forget_quality"], evidence["model_utility"]])
 
-    trial()  # reads the whole study once
+    for _ in range(running):
+        study.ask(fixed_distributions=space)
     return milliseconds([timed(trial)[1] for _ in range(20)])
 
 
-def timed(action: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
+def timed(action: Callable[[], Any]) -> tuple[Any, Seconds]:
+    """What it returns, and its wall-clock and CPU seconds."""
+    started, cpu = time.perf_counter(), time.thread_time()
     result = action()
-    return result, time.perf_counter() - started
+    return result, (time.perf_counter() - started, time.thread_time() - cpu)
 
 
-def milliseconds(seconds: list[float]) -> float:
-    return round(1e3 * statistics.median(seconds), 2)
+def milliseconds(found: list[Seconds]) -> dict[str, float]:
+    """Medians."""
+    return {
+        name: round(1e3 * statistics.median(part), 2)
+        for name, part in zip(("wall", "cpu"), zip(*found, strict=True), strict=True)
+    }
 
 
 def resident() -> float:

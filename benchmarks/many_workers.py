@@ -1,9 +1,9 @@
 """Throughput of a study on many workers whose trials sleep instead of scoring. Prints one JSON object.
 
-Everything but the score is real: `StudyStore` on SQLite, `StudySearcher`, Tune with the settings of a study, warm workers, evidence
-and item scores of a real trial's size. The workers are processes of this machine, more than it has cores: they only sleep. The
-share of linear is trials per second times seconds per trial over workers, from when all workers have begun until the last
-proposal. Its baseline, in the same run, is a bare pool of as many actors without a study: what Ray itself takes.
+Everything but the score is real: `StudyStore` on SQLite, `StudySearcher`, Tune with the settings of a study, warm workers,
+evidence and item scores of a real trial's size. The workers are processes of this machine, more than it has cores: they only
+sleep. The share of linear is trials per second times seconds per trial over workers, from when all workers have begun until
+the last proposal. Its baseline, in the same run, is a bare pool of as many actors without a study: what Ray itself takes.
 
     python benchmarks/many_workers.py                         # 64 workers, 1 s a trial: 3 minutes on two idle cores, 8 GB
     python benchmarks/many_workers.py --workers 8 --trials 80 # a small one
@@ -133,9 +133,9 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     for name in ("ask_point", "complete"):
         setattr(store, name, clock.wrap(getattr(store, name)))
     labels = [variant.label for variant in spec.variants()]
-    runs = BaseRuns(Room(slots=options.workers, most=options.workers), published={label: () for label in labels})
+    runs = BaseRuns(Room(slots=options.workers, most=options.workers), published=dict.fromkeys(labels, ()))
     searcher = StudySearcher(
-        store, distributions(spec), [], options.trials, runs, lambda: None, lambda: [], lambda *ended: clock.note(*ended)
+        store, distributions(spec), [], options.trials, runs, lambda: None, list, lambda *ended: clock.note(*ended)
     )
     items = base64.b64encode(os.urandom(ITEM_BYTES)).decode()
     trainable = tune.with_parameters(Sleeper, seconds=options.seconds, evidence=EVIDENCE, items=items)
