@@ -34,6 +34,7 @@ IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the study is the record; Tune's own loggers double the time of a trial
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the runner's: it leaves a study that can be resumed
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # its snapshots of all trials are never read: the study is what resumes
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }

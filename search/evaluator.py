@@ -140,7 +140,7 @@ class Evaluator:
         self.loaded, self._walker = load_for_scoring(context.source)
         self._halves: dict[tuple[bool, int], _Half] = {}
         self._deltas = DeltaStore(context.deltas)
-        self._last: tuple[tuple[tuple[str, ...], int], UpdateVector] | None = None
+        self._last: tuple[tuple[tuple[str, ...], int], UpdateVector, float] | None = None
 
     def evaluate(self, job: Job, batch_size: int | None = None) -> tuple[dict[str, Any], Report]:
         """Evidence of one job, flat and JSON-able with objectives under their metric names; and the scores behind it.
@@ -180,15 +180,13 @@ class Evaluator:
             return half.references[job.model], None
         if job.run is None or job.epoch is None or job.alpha is None:
             return half.scorer.score(self._on(self._walker.reset()), temperature=job.temperature), None
-        update = self._update(job.delta, job.epoch)
+        update, norm = self._update(job.delta, job.epoch)
         if job.kind == "random_direction":
             update = random_direction(update, self.context.seed)
         applying = time.perf_counter()
         model = self._walker.apply(update, job.alpha)
         applied = time.perf_counter() - applying
         report = half.scorer.score(self._on(model), temperature=job.temperature)
-        # As recorded: a walk of a large update reads it once, and its norm would take another reading.
-        norm = self.context.runs[job.run].epochs[job.epoch - 1]["norm"]
         return replace(report, seconds={"apply": applied, **report.seconds}), norm
 
     def _paired(self, report: Report, half: _Half) -> dict[str, float]:
@@ -203,13 +201,15 @@ class Evaluator:
     def _on(self, model: Any) -> LoadedModel:
         return replace(self.loaded, model=model)
 
-    def _update(self, delta: tuple[str, ...], epoch: int) -> UpdateVector:
-        """The update vector of a base epoch; the last one stays open, in memory where it is small."""
+    def _update(self, delta: tuple[str, ...], epoch: int) -> tuple[UpdateVector, float]:
+        """The update vector of a base epoch and its norm; the last one stays open, in memory where it is small."""
         if not delta:
             raise ValueError("a job of a base run comes with the entries of the delta store that hold it")
         if self._last is None or self._last[0] != (delta, epoch):
-            self._last = ((delta, epoch), self._deltas.open(delta).load(epoch))
-        return self._last[1]
+            run = self._deltas.open(delta)
+            # The norm as recorded: a walk of a large update reads it once, and taking its norm would be another reading.
+            self._last = ((delta, epoch), run.load(epoch), run.epochs[epoch - 1]["norm"])
+        return self._last[1:]
 
 
 def evidence(

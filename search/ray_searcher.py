@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from optuna.distributions import BaseDistribution
+from ray import tune
+from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from search.base_runs import BaseRuns
@@ -264,3 +266,42 @@ def _proposed(store: StudyStore) -> Counter[str]:
     """Points scored of each base run so far, those at alpha = 0 aside."""
     trials = store.trials_frame()
     return Counter() if trials.empty else Counter(trials.loc[trials["kind"] == "search", "base"])
+
+
+class _Forgetting(tune.Callback):
+    """Lets go of what Tune keeps of a trial that has ended: its whole result, item scores included, and statistics of it."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when the searcher has had the result."""
+        for kept in (trial.last_result, trial.metric_analysis, trial.metric_n_steps):
+            kept.clear()
+
+
+def run_trials(trainable: Any, searcher: StudySearcher, workforce: Workforce, at_once: int, folder: Path, name: str) -> None:
+    """Lets Tune run what a searcher hands out until it has nothing more at the moment.
+
+    Args:
+        trainable: What a worker runs for each job, with its resources.
+        searcher: Where jobs come from and results go.
+        workforce: Watches the workers.
+        at_once: How many trials run at the same time at most.
+        folder: Tune's own files go here, below `name`.
+        name: Of this run of Tune, unique in the folder.
+    """
+    tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=workforce.scheduler(),
+            num_samples=-1,
+            max_concurrent_trials=at_once,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(folder.resolve()),
+            verbose=0,
+            callbacks=[workforce.callback(), _Forgetting()],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    ).fit()

@@ -25,7 +25,7 @@ from search.finalists import mirror_jobs
 from search.groundwork import Groundwork
 from search.preparation import Preparation, prepare
 from search.progress import Bars, Board
-from search.ray_searcher import StudySearcher
+from search.ray_searcher import StudySearcher, run_trials
 from search.results import StudyResult
 from search.running_sections import Budget
 from search.samplers import make_sampler
@@ -259,7 +259,8 @@ class _Run:
                 ground.wait(base_runs, searcher.has_work)
                 base_runs.require_one()
                 tally.begin()
-                self._tune(trainable, searcher, workforce, base_runs.runs.room, part)
+                name = f"tune-{time.strftime('%Y%m%d-%H%M%S')}-{part}"
+                run_trials(trainable, searcher, workforce, base_runs.runs.room.most, self.store.out / "ray", name)
                 if searcher.error is not None:
                     raise searcher.error
                 if searcher.done:
@@ -268,27 +269,6 @@ class _Run:
         finally:
             base_runs.cancel()
             tally.close()
-
-    def _tune(self, trainable: Any, searcher: StudySearcher, workforce: Workforce, room: Room, part: int) -> None:
-        """Lets Tune run what the searcher hands out until it has nothing more at the moment."""
-        tuner = tune.Tuner(
-            trainable,
-            tune_config=tune.TuneConfig(
-                search_alg=searcher,
-                scheduler=workforce.scheduler(),
-                num_samples=-1,
-                max_concurrent_trials=room.most,
-                reuse_actors=True,
-            ),
-            run_config=tune.RunConfig(
-                name=f"tune-{time.strftime('%Y%m%d-%H%M%S')}-{part}",
-                storage_path=str((self.store.out / "ray").resolve()),
-                verbose=0,
-                callbacks=[workforce.callback()],
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
-            ),
-        )
-        tuner.fit()
 
 
 class _Tally:

@@ -21,12 +21,13 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import BaseStorage, RDBStorage
-from optuna.trial import TrialState
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import event, make_url
 
 from search.evaluator import Job
 from search.objectives import Objective, objectives_of
+from search.proposer import Proposer
 from search.space import own_epoch, sampled_epoch
 from search.spec import StudySpec
 from search.study_record import (
@@ -39,6 +40,7 @@ from search.study_record import (
     whole_storage,
     without_password,
 )
+from search.trial_attributes import write_attributes
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 
@@ -54,13 +56,15 @@ class StudyStore:
     Use `create` to run a study (it takes the folder's lock) and `open` to read one.
     """
 
-    def __init__(self, out: Path, record: dict[str, Any], storage: BaseStorage, lock: FileLock | None = None) -> None:
+    def __init__(self, out: Path, record: dict[str, Any], storage: RDBStorage, lock: FileLock | None = None) -> None:
         self.out = out
         self.record = record
         self.storage = storage
         self._lock = lock
         self._study: optuna.Study | None = None
         self._controls: optuna.Study | None = None
+        self._study_ids: dict[str, int] = {}
+        self._proposer: Proposer | None = None
         self.spec = StudySpec.model_validate(record["spec"], strict=False)
 
     @property
@@ -165,8 +169,9 @@ class StudyStore:
         return self._controls
 
     def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
-        """Sets the sampler that `ask` proposes with."""
-        self.study.sampler = sampler
+        """Sets the sampler that `ask_point` proposes with."""
+        trials = self.storage.get_all_trials(self._study_ids[self.study.study_name], deepcopy=False)
+        self._proposer = Proposer(self.study.directions, sampler, trials)
 
     def reconcile(self) -> int:
         """Ends what an interrupted run left RUNNING or WAITING as FAIL with its reason; returns how many there were."""
@@ -187,24 +192,25 @@ class StudyStore:
 
         Given parameters and jobs have the base run's own epoch; Optuna's has the one of the flat space (`space.own_epoch`).
         """
+        if self._proposer is None:
+            self.use_sampler(self.study.sampler)
+        assert self._proposer is not None
         counts = self.spec.base_epochs()
         longest = max(counts.values())
-        if params is not None:
-            stands_for = dict(params)
-            if "epoch" in params:
-                stands_for["epoch"] = sampled_epoch(params["epoch"], longest, counts[params["base"]])
-            # Without skip_if_exists: a point whose trial failed would be skipped, and the sampler's proposal taken for it.
-            self.study.enqueue_trial(stands_for, user_attrs={"kind": kind})
-        trial = self.study.ask(fixed_distributions=space)
+        given = None if params is None else dict(params)
+        if given is not None and "epoch" in given:
+            given["epoch"] = sampled_epoch(given["epoch"], longest, counts[given["base"]])
+        number, trial = self._proposer.ask(space, given, kind)
+        self._begin(number, trial)
         base = trial.params["base"]
-        return trial.number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
+        return number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
 
     def ask_control(self) -> int:
         """Starts a trial of the controls study."""
         return self.controls.ask().number
 
     def complete(self, job: Job, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
-        """Writes all evidence and the scores of every item, then tells the values: a finished trial takes no more attributes.
+        """Writes all evidence and the scores of every item, then ends the trial with its values: none is complete without them.
 
         An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
         """
@@ -218,10 +224,8 @@ class StudyStore:
         if items is not None:
             write_atomic(self._items_path(study, number), items)
         identifier = self._identifier(study, number)
-        for key, value in evidence.items():
-            if value is not None:
-                self.storage.set_trial_user_attr(identifier, key, value)
-        study.tell(number, list(values.values()), skip_if_finished=True)
+        write_attributes(self.storage.engine, identifier, {key: value for key, value in evidence.items() if value is not None})
+        self._end(study, number, identifier, TrialState.COMPLETE, list(values.values()))
         return None
 
     def fail(self, job: Job, number: int, reason: str) -> None:
@@ -288,12 +292,33 @@ class StudyStore:
 
     def _identifier(self, study: optuna.Study, number: int) -> int:
         """The storage's own id of a trial."""
-        study_id = self.storage.get_study_id_from_name(study.study_name)
-        return self.storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        return self.storage.get_trial_id_from_study_id_trial_number(self._study_ids[study.study_name], number)
 
     def _fail(self, study: optuna.Study, number: int, reason: str) -> None:
-        self.storage.set_trial_user_attr(self._identifier(study, number), "reason", reason)
-        study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
+        identifier = self._identifier(study, number)
+        self.storage.set_trial_user_attr(identifier, "reason", reason)
+        self._end(study, number, identifier, TrialState.FAIL)
+
+    def _begin(self, number: int, trial: FrozenTrial) -> None:
+        """Writes a trial into the database, in one transaction."""
+        study_id = self._study_ids[self.study.study_name]
+        identifier = self.storage.create_new_trial(study_id, trial)
+        try:
+            mine = self.storage.get_trial_id_from_study_id_trial_number(study_id, number) == identifier
+        except KeyError:
+            mine = False
+        if not mine:
+            raise UserError(
+                f"storage {self.record['storage']}: another program writes trials into this study; end it and run again"
+            )
+
+    def _end(
+        self, study: optuna.Study, number: int, identifier: int, state: TrialState, values: list[float] | None = None
+    ) -> None:
+        # Not `tell` of the study in the database, which reads the whole trial twice before it writes.
+        self.storage.set_trial_state_values(identifier, state, values)
+        if study is self._study and self._proposer is not None:
+            self._proposer.end(number, state, values)
 
     def _attach(self, create: bool) -> None:
         name, identity = self.record["name"], self.record["fingerprint"]
@@ -316,13 +341,14 @@ class StudyStore:
             except KeyError:
                 raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
             opened.append(study)
+            self._study_ids[title] = self.storage.get_study_id_from_name(title)
         self._study, self._controls = opened
 
 
-def _open_storage(url: str) -> BaseStorage:
+def _open_storage(url: str) -> RDBStorage:
     try:
         if not url.startswith("sqlite"):
-            return optuna.storages.get_storage(url)
+            return RDBStorage(url)
         storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
     except Exception as error:
         raise UserError(f"storage {without_password(url)}: cannot be opened: {type(error).__name__}") from error

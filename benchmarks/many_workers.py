@@ -1,0 +1,186 @@
+"""Throughput of a study on many workers whose trials sleep instead of scoring. Prints one JSON object.
+
+Everything but the score is real: `StudyStore` on SQLite, `StudySearcher`, Tune with the settings of a study, warm workers,
+evidence and item scores of a real trial's size. The workers are processes of this machine, more than it has cores: they only
+sleep. The share of linear is trials per second times seconds per trial over workers, from when all workers have begun until
+the last proposal. Its baseline, in the same run, is a bare pool of as many actors without a study: what Ray itself takes.
+
+    python benchmarks/many_workers.py                         # 64 workers, 1 s a trial: 3 minutes on two idle cores, 8 GB
+    python benchmarks/many_workers.py --workers 8 --trials 80 # a small one
+"""
+
+import argparse
+import base64
+import json
+import logging
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import optuna
+import ray
+from driver import EVIDENCE, ITEM_BYTES, STUDY, resident
+from ray import tune
+
+from search.base_runs import BaseRuns, Room
+from search.cluster import ENVIRONMENT
+from search.ray_searcher import StudySearcher, run_trials
+from search.samplers import make_sampler
+from search.space import distributions
+from search.spec import parse_study
+from search.study_store import StudyStore
+
+
+class Sleeper(tune.Trainable):
+    """Takes jobs as `ScoringTrial` does, and sleeps."""
+
+    def setup(self, config: dict[str, Any], seconds: float, evidence: dict[str, Any], items: str) -> None:
+        self._job, self._seconds, self._evidence, self._items = config["job"], seconds, evidence, items
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._job = new_config["job"]
+        return True
+
+    def step(self) -> dict[str, Any]:
+        time.sleep(self._seconds)
+        walked = (1 + self._job["alpha"]) * self._job["epoch"] / 5
+        known = {key: self._job[key] for key in ("kind", "base", "epoch", "alpha")}
+        objectives = {"log10_forget_quality": -20 * 2.718281828**-walked, "model_utility": 0.9 - 0.1 * walked}
+        return {"evidence": json.dumps({**known, **self._evidence, **objectives}), "items": self._items, "done": True}
+
+
+class Timed:
+    """Seconds and CPU seconds of the driver's calls of some functions."""
+
+    def __init__(self) -> None:
+        self.seconds = self.cpu = 0.0
+        self.ends: list[tuple[float, float, float, float]] = []
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*given: Any, **named: Any) -> Any:
+            started, cpu = time.perf_counter(), time.thread_time()
+            try:
+                return function(*given, **named)
+            finally:
+                self.seconds += time.perf_counter() - started
+                self.cpu += time.thread_time() - cpu
+
+        return timed
+
+    def note(self, *_: Any) -> None:
+        """Called when a trial has ended."""
+        self.ends.append((time.perf_counter(), time.process_time(), self.seconds, resident()))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=64)
+    parser.add_argument("--trials", type=int, default=1280)
+    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument("--sampler", default="random")
+    parser.add_argument("--no-pool", action="store_true", help="without the baseline")
+    parser.add_argument("--dir", type=Path, help="where to write the study; a temporary folder when left out")
+    options = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    folder = Path(tempfile.mkdtemp(prefix="w", dir=options.dir))
+    ray.init(
+        address="local",
+        num_cpus=options.workers,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=256 * 2**20,
+        _temp_dir=str(folder / "r"),
+        _node_ip_address="127.0.0.1",
+    )
+    try:
+        pool = None if options.no_pool else pool_share(options.workers, options.trials, options.seconds)
+        found = study_share(options, folder)
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+    print(json.dumps(summary(options, found, pool), indent=1))
+
+
+def summary(options: argparse.Namespace, found: dict[str, float], pool: float | None) -> dict[str, Any]:
+    return {
+        "workers": options.workers,
+        "seconds_per_trial": options.seconds,
+        "sampler": options.sampler,
+        **found,
+        "baseline": {"name": "bare pool of actors, no study", "share_of_linear": pool},
+        "ratio_to_baseline": None if pool is None else round(found["share_of_linear"] / pool, 3),
+        "machine": {"cores": os.cpu_count(), "load_at_end": os.getloadavg()[0], "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("ray", "optuna")},
+    }
+
+
+def study_share(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+    """A study of as many trials as asked for, and what each cost."""
+    spec = parse_study(STUDY, folder)
+    store = StudyStore.create(folder / "study", spec, "f" * 32, {})
+    store.use_sampler(make_sampler(options.sampler, 0))
+    clock = Timed()
+    for name in ("ask_point", "complete"):
+        setattr(store, name, clock.wrap(getattr(store, name)))
+    labels = [variant.label for variant in spec.variants()]
+    runs = BaseRuns(Room(slots=options.workers, most=options.workers), published=dict.fromkeys(labels, ()))
+    searcher = StudySearcher(
+        store, distributions(spec), [], options.trials, runs, lambda: None, list, lambda *ended: clock.note(*ended)
+    )
+    items = base64.b64encode(os.urandom(ITEM_BYTES)).decode()
+    trainable = tune.with_parameters(Sleeper, seconds=options.seconds, evidence=EVIDENCE, items=items)
+    run_trials(tune.with_resources(trainable, {"cpu": 1}), searcher, options.workers, folder / "ray", "tune")
+    if searcher.error is not None:
+        raise searcher.error
+    assert store.counts()["complete"] == options.trials
+    store.close()
+    # From when each worker has had a trial until there are no more to hand out.
+    first, last = clock.ends[2 * options.workers], clock.ends[-options.workers]
+    count = len(clock.ends) - 3 * options.workers
+    rate = count / (last[0] - first[0])
+    return {
+        "trials": options.trials,
+        "trials_per_second": round(rate, 2),
+        "share_of_linear": round(rate * options.seconds / options.workers, 3),
+        "driver_cpu_ms_per_trial": round(1e3 * (last[1] - first[1]) / count, 2),
+        "of_it_storage_and_sampler_cpu_ms": round(1e3 * clock.cpu / options.trials, 2),
+        "storage_and_sampler_ms": round(1e3 * (last[2] - first[2]) / count, 2),
+        "driver_memory_bytes_per_trial": round(1e6 * (last[3] - first[3]) / count),
+    }
+
+
+def pool_share(workers: int, trials: int, seconds: float) -> float:
+    """Share of linear of a bare pool."""
+
+    class Bare:
+        def step(self) -> str:
+            time.sleep(seconds)
+            return "x" * ITEM_BYTES
+
+    actors = [ray.remote(num_cpus=1)(Bare).remote() for _ in range(workers)]
+    running = {actor.step.remote(): actor for actor in actors}
+    ends = []
+    for _ in range(trials):
+        (ended,), _ = ray.wait(list(running), num_returns=1)
+        ray.get(ended)
+        actor = running.pop(ended)
+        running[actor.step.remote()] = actor
+        ends.append(time.perf_counter())
+    for actor in actors:
+        ray.kill(actor)
+    first, last = ends[2 * workers], ends[-1]
+    return round((len(ends) - 1 - 2 * workers) / (last - first) * seconds / workers, 3)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+"""What keeps a study cheap for its driver however many trials it has: few statements, whole transactions, nothing kept."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.trial import TrialState
+from sqlalchemy import event, text
+from sqlalchemy.exc import IntegrityError
+
+from search.samplers import make_sampler
+from search.space import distributions
+from search.trial_attributes import write_attributes
+from uipe_core.errors import UserError
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def store(new_store):
+    return new_store()
+
+
+def ask(store):
+    return store.ask_point(distributions(store.spec))
+
+
+def score(store, made_up_evidence, count=1):
+    for _ in range(count):
+        number, job = ask(store)
+        store.complete(job, number, made_up_evidence(job, -5.0 * (1 + job.alpha), 0.9 - 0.1 * job.alpha))
+
+
+def statements(store, action):
+    """How many statements an action sends to the database."""
+    sent = []
+    listen = lambda *given: sent.append(given[2])  # noqa: E731
+    event.listen(store.storage.engine, "before_cursor_execute", listen)
+    try:
+        action()
+    finally:
+        event.remove(store.storage.engine, "before_cursor_execute", listen)
+    return len(sent)
+
+
+def attributes(store, number):
+    return store.study.trials[number].user_attrs
+
+
+def test_evidence_is_there_under_its_names_and_none_twice(store, made_up_evidence):
+    number, job = store.ask_point(distributions(store.spec), {"base": "npo", "epoch": 1, "alpha": 0.0}, "alpha_zero")
+    evidence = made_up_evidence(job, note="ü 'quoted' % :name", flagged=True, of_trial=None)
+    store.complete(job, number, evidence)
+    assert attributes(store, number) == {key: value for key, value in evidence.items() if value is not None}
+    with store.storage.engine.connect() as connection:
+        rows = connection.execute(text("SELECT key FROM trial_user_attributes")).scalars().all()
+    assert sorted(rows) == sorted(attributes(store, number))
+
+
+def test_evidence_is_written_whole_or_not_at_all(store, made_up_evidence):
+    number, job = ask(store)
+    with store.storage.engine.begin() as connection:
+        connection.execute(
+            text(
+                "CREATE TRIGGER no_room BEFORE INSERT ON trial_user_attributes WHEN NEW.key = 'device' "
+                "BEGIN SELECT RAISE(ABORT, 'no room'); END"
+            )
+        )
+    with pytest.raises(IntegrityError, match="no room"):
+        store.complete(job, number, made_up_evidence(job))
+    assert attributes(store, number) == {}
+    assert store.study.trials[number].state == TrialState.RUNNING
+    with store.storage.engine.begin() as connection:
+        connection.execute(text("DROP TRIGGER no_room"))
+    assert store.complete(job, number, made_up_evidence(job)) is None
+    assert attributes(store, number)["device"] == "cpu"
+
+
+def test_writing_attributes_again_changes_them_and_leaves_the_others(store):
+    number, _ = ask(store)
+    identifier = store.storage.get_trial_id_from_study_id_trial_number(1, number)
+    write_attributes(store.storage.engine, identifier, {"a": 1, "b": [1, 2]})
+    write_attributes(store.storage.engine, identifier, {"a": 2})
+    write_attributes(store.storage.engine, identifier, {})
+    assert attributes(store, number) == {"a": 2, "b": [1, 2]}
+
+
+def test_what_a_trial_costs_depends_neither_on_running_trials_nor_on_ended_ones(store, made_up_evidence):
+    store.use_sampler(RandomSampler(seed=0))
+    score(store, made_up_evidence, 2)
+    alone = statements(store, lambda: score(store, made_up_evidence))
+    for _ in range(12):
+        ask(store)
+    score(store, made_up_evidence, 12)
+    assert statements(store, lambda: score(store, made_up_evidence)) == alone
+    assert alone < 30
+
+
+def test_the_sampler_proposes_as_it_would_on_the_study_itself(store, made_up_evidence):
+    score(store, made_up_evidence, 15)
+    ask(store)
+    itself = optuna.load_study(
+        study_name=store.study.study_name, storage=store.storage, sampler=TPESampler(multivariate=True, seed=3)
+    )
+    expected = itself.ask(fixed_distributions=distributions(store.spec)).params
+    itself.tell(16, state=TrialState.FAIL)
+    store.use_sampler(TPESampler(multivariate=True, seed=3))
+    # The failed one is no part of what it learns from.
+    number, _ = ask(store)
+    assert number == 17
+    assert store.study.trials[number].params == expected
+
+
+class Noting(RandomSampler):
+    """Notes the trials it is shown."""
+
+    def before_trial(self, study, trial):
+        self.shown = study.get_trials(deepcopy=False)
+
+
+def test_a_resumed_study_shows_its_sampler_all_trials_with_their_numbers_and_without_evidence(new_store, made_up_evidence):
+    store = new_store()
+    score(store, made_up_evidence, 2)
+    failed, job = ask(store)
+    store.fail(job, failed, "no memory")
+    ask(store)
+    store.close()
+    store = new_store(out=store.out)
+    assert store.reconcile() == 1
+    sampler = Noting(seed=0)
+    assert isinstance(sampler, BaseSampler)
+    store.use_sampler(sampler)
+    number, _ = ask(store)
+    assert number == 4
+    written = store.study.trials
+    assert [trial.state.name for trial in sampler.shown] == ["COMPLETE", "COMPLETE", "FAIL", "FAIL", "RUNNING"]
+    assert [(trial.params, trial.values) for trial in sampler.shown[:4]] == [(t.params, t.values) for t in written[:4]]
+    assert all(not trial.user_attrs for trial in sampler.shown)
+    assert written[0].user_attrs
+
+
+def test_what_a_sampler_notes_with_a_trial_is_kept_for_the_next_run(new_store, made_up_evidence):
+    store = new_store()
+    store.use_sampler(make_sampler("nsga2", 0))
+    score(store, made_up_evidence, 14)
+    noted = [trial.system_attrs for trial in store.study.trials]
+    assert all(noted)
+    sampler = Noting(seed=0)
+    store.use_sampler(sampler)
+    ask(store)
+    assert [trial.system_attrs for trial in sampler.shown[:14]] == noted
+
+
+def test_trials_that_another_program_writes_into_the_study_are_noticed(store):
+    ask(store)
+    optuna.load_study(study_name=store.study.study_name, storage=str(store.storage.url)).ask()
+    with pytest.raises(UserError, match="another program"):
+        ask(store)
+
+
+def test_tune_keeps_nothing_of_what_trials_returned(finished):
+    states = [json.loads(path.read_text()) for path in (finished.out / "ray").glob("tune-*/experiment_state-*.json")]
+    trials = [trial for state in states for trial in state["trial_data"]]
+    assert len(trials) > 10
+    assert all("items" not in metadata and "evidence" not in metadata for _, metadata in trials)
+
+
+@pytest.mark.slow
+def test_memory_of_the_driver_is_flat():
+    command = [
+        sys.executable,
+        BENCHMARKS / "many_workers.py",
+        "--workers",
+        "2",
+        "--trials",
+        "2000",
+        "--seconds",
+        "0",
+        "--no-pool",
+    ]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=900).stdout)
+    # Item scores alone are 28 kB a trial on their way, and 21 kB on disk.
+    assert 0 < found["driver_memory_bytes_per_trial"] < 20_000
+
+
+@pytest.mark.slow
+def test_the_storage_benchmark_runs_and_beats_its_baseline():
+    command = [sys.executable, BENCHMARKS / "driver.py", "--trials", "150", "--running", "16"]
+    found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
+    assert found["rows"][-1]["trials"] == 150
+    assert found["ratio_to_baseline"]["cpu"] < 0.6
