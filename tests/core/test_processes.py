@@ -28,17 +28,23 @@ from uipe_core.update_vectors import save_update
 
 LORA = AdapterConfig(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "o_proj"))
 SMALL = {
-    "simnpo": {"retain_weight": 1},
-    "rmu": {"layer": 1, "coefficient": 10, "retain_weight": 1},
     "npo": {"retain_weight": 0.5},
+    "simnpo": {"beta": 0.5, "retain_weight": 1},
+    "rmu": {"layer": 1, "coefficient": 10, "retain_weight": 1},
 }
+"""Hyperparameters under which every term of a loss counts in a small model."""
+
+CLIPPING = {"npo": 28.0, "idk_dpo": 35.0, "rmu": 2.3}
+"""Between the norms of gradients (4.5 elsewhere): AdamW sees no scale common to all of them, clipping some of them does."""
+
 TOLERANCE = 1e-5
 """Norm of the difference of two update vectors, relative to their own: gradients are summed, and rounded, in another order."""
 
 
 def config(method, **changes):
     hyperparameters = {**METHODS[method].hyperparameters, **SMALL.get(method, {})}
-    settings = UnlearningConfig(method, hyperparameters, epochs=2, learning_rate=1e-3, batch_size=5)
+    clipping = CLIPPING.get(method, 4.5) * (1.0 if changes.get("adapter") is None else 0.5)
+    settings = UnlearningConfig(method, hyperparameters, epochs=2, learning_rate=1e-3, batch_size=5, max_grad_norm=clipping)
     return replace(settings, **changes)
 
 
