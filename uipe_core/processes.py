@@ -66,12 +66,19 @@ class Processes:
             tensor = moved.cpu()
         return tensor
 
-    def add_up_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Sums the gradients of weights that every process has whole; shards are summed by the backward pass itself."""
-        for parameter in parameters if self.count > 1 else ():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+    def add_up_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Sums the gradients of weights that every process has whole; shards are summed by the backward pass itself.
+
+        A weight without a gradient anywhere stays without one: the optimiser would let one with a gradient of 0 decay.
+        """
+        if self.count == 1:
+            return
+        found = self.add_up(torch.tensor([float(parameter.grad is not None) for parameter in parameters]))
+        for parameter, holders in zip(parameters, found.tolist(), strict=True):
+            if holders:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
 
     def shard(self, model: Any, dtype: torch.dtype | None = None) -> None:
         """Deals the weights of a model to all processes, in place: layer by layer, moved to `device` and cast as they go.

@@ -41,6 +41,10 @@ TOLERANCE = 1e-5
 """Norm of the difference of two update vectors, relative to their own: gradients are summed, and rounded, in another order."""
 
 
+COARSER = {"bf16 kl_min": 5e-3}
+"""A frozen model in bf16 reads an item a little differently next to others: its rounding depends on how long the batch is."""
+
+
 def config(method, **changes):
     hyperparameters = {**METHODS[method].hyperparameters, **SMALL.get(method, {})}
     clipping = CLIPPING.get(method, 4.5) * (1.0 if changes.get("adapter") is None else 0.5)
@@ -177,7 +181,7 @@ def assert_same(name, settings, seen, out, model_folder):
         squares = [(float((shared[n] - t).norm()), float(t.norm())) for n, t in result.update.tensors.items()]
         difference = sum(d**2 for d, _ in squares) ** 0.5 / sum(s**2 for _, s in squares) ** 0.5
         print(f"{name}, epoch {result.epoch}: {difference:.1e}")
-        assert difference < TOLERANCE, (name, result.epoch)
+        assert difference < COARSER.get(name, TOLERANCE), (name, result.epoch)
         assert seen[0]["losses"][name][result.epoch - 1] == pytest.approx(result.loss, rel=1e-4, abs=1e-5)
 
 
