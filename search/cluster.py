@@ -119,6 +119,11 @@ def _room(spec: StudySpec, own: bool) -> Room:
         for key, count in held.items():
             if count < 1:
                 raise UserError(_too_much(key, need_of(getattr(resources, key)), nodes, own))
+        if held["base_run"] < resources.base_run.processes:
+            raise UserError(
+                f"resources.base_run.processes: {resources.base_run.processes} processes train together, but this cluster has "
+                f"room for {held['base_run']} of them; lower it, or what each of them asks for"
+            )
     slots = held["trial"] or resources.max_concurrent or 1
     return Room(slots, per_base_run(resources.base_run, resources.trial), resources.max_concurrent or slots)
 

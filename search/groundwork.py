@@ -11,6 +11,7 @@ import ray
 
 from search.base_run_tasks import POLL_SECONDS, BaseRunTasks, problem_of
 from search.base_runs import Room
+from search.distributed import train_in_processes
 from search.evaluator import StudyContext, retrained
 from search.measures import Report, measure, read_report, write_report
 from search.preparation import Preparation, ReferenceModel
@@ -145,7 +146,11 @@ class Groundwork:
         preparation, needs = self.preparation, self.preparation.spec.resources.base_run
         inputs = preparation.base_run_inputs(config)
         arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, needs.threads, self.board, name)
-        return _task(needs, train_and_publish, *arguments)
+        if needs.processes == 1:
+            return _task(needs, train_and_publish, *arguments)
+        on_gpus = needs.gpus > 0 and initial.device != "cpu"
+        folder = (self.store.out / "ray").resolve()
+        return train_in_processes(needs, on_gpus, folder, TASK_RETRIES, partial(train_and_publish, *arguments))
 
     def _import(self, label: str) -> Any:
         """Starts the import of given checkpoints as a base run."""
