@@ -49,6 +49,7 @@ def train_in_processes(
 
 def _follow(needs: BaseRunResources, on_gpus: bool, folder: Path, retries: int, train: Callable[[], BaseRun | None]) -> BaseRun:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(ROOM_SECONDS)
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # caches may be given by relative paths
     problems = Queue(actor_options={"num_cpus": 0})
     # Not left to Ray Train: it would train a run that diverges again, too.
     for attempt in range(retries + 1):

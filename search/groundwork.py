@@ -76,7 +76,7 @@ class Groundwork:
         context = StudyContext(
             corpus=self.preparation.corpus,
             split=self.preparation.split,
-            source=sources["initial"],
+            source=_spread(sources["initial"], spec.resources.trial),
             deltas=self.preparation.delta_root,
             methods={**{run.label: run.method for run in spec.variants()}, **{label: label for label in spec.checkpoints}},
             references=reports,
@@ -182,7 +182,14 @@ class Groundwork:
                 reports[model.name] = read_report(log, bool(preparation.corpus.choices))
             else:
                 title = f"scoring: {model.name.replace('_', ' ')} model"
-                wanted = (sources[model.name], preparation.corpus, preparation.scoring, needs.threads, self.board, title)
+                wanted = (
+                    _spread(sources[model.name], needs),
+                    preparation.corpus,
+                    preparation.scoring,
+                    needs.threads,
+                    self.board,
+                    title,
+                )
                 tasks[model.name] = _task(needs, score_model, *wanted)
         scored_models = self._gather({f"score {name}": task for name, task in tasks.items()}, base_runs.tend)
         for title, scored in scored_models.items():
@@ -236,6 +243,11 @@ class Groundwork:
         started = time.perf_counter()
         yield
         self.store.add_seconds(name, time.perf_counter() - started)
+
+
+def _spread(source: ModelSource, trial: TrialResources) -> ModelSource:
+    """A model as trials load it: over all GPUs a trial has, where it has several and the study names no device."""
+    return replace(source, device_map="auto") if trial.gpus > 1 and source.device == "auto" else source
 
 
 def _task(needs: TrialResources | BaseRunResources, function: Callable[..., Any], *arguments: Any) -> Any:

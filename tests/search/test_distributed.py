@@ -7,18 +7,14 @@ import time
 
 import pytest
 
+from search.preparation import prepare
+from search.spec import load_study
 from uipe_core.delta_store import DeltaStore
+from uipe_core.tiny_models import tiny_model
+from uipe_core.training import train_base_run
 
 PROCESSES = {"base_run": {"processes": 2}}
 RUNS = {"methods": {"grad_diff": {"retain_weight": 2}, "kl_min": {}}, "epochs": 2}
-
-
-def deltas_of(folder):
-    """The base runs of a delta store by content address: their epochs' update vectors."""
-    store = DeltaStore(folder)
-    manifests = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("*/manifest.json")}
-    runs = {key: store.find(manifest["inputs"]) for key, manifest in manifests.items()}
-    return {key: [run.load(record["epoch"]) for record in run.epochs] for key, run in runs.items()}
 
 
 def difference(update, other):
@@ -28,26 +24,33 @@ def difference(update, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("adapter", [None, {"rank": 4, "alpha": 8}], ids=["full", "lora"])
-def test_a_study_trained_by_two_processes_has_the_base_runs_of_one(adapter, write_study, run_command, tmp_path):
-    found = {}
-    for count in (1, 2):
-        changes = {
-            "unlearning": {**RUNS, "adapter": adapter},
-            "resources": {"base_run": {"processes": count}},
-            "cache": {"deltas": str(tmp_path / f"deltas-{count}")},
-            "search": {"trials": 2},
-        }
-        study, out = write_study(tmp_path / f"{count}.yaml", **changes), tmp_path / f"out-{count}"
-        summary = json.loads(run_command("run", study, "--out", out, "--json"))
-        assert summary["trials"]["complete"] == 4 + 2 and summary["trials"]["failed"] == 0
-        found[count] = deltas_of(tmp_path / f"deltas-{count}")
-    # The same addresses: the number of processes is no input of a base run.
-    assert found[1].keys() == found[2].keys() and len(found[1]) == 2
-    for key, updates in found[1].items():
-        for update, other in zip(updates, found[2][key], strict=True):
-            assert update.tensors.keys() == other.tensors.keys()
-            assert difference(update, other) < 1e-4
-    notes = [path for path in (tmp_path / "out-2" / "ray").glob("train-*/**/*") if path.is_file()]
+def test_a_study_trained_by_two_processes_has_the_base_runs_of_one(adapter, write_study, launch, tmp_path):
+    changes = {
+        "unlearning": {**RUNS, "adapter": adapter},
+        "search": {"trials": 2},
+        "cache": {"deltas": str(tmp_path / "deltas")},
+    }
+    driver = launch(
+        "run", write_study(tmp_path / "2.yaml", **changes, resources=PROCESSES), "--out", tmp_path / "out", "--json"
+    )
+    assert driver.wait(900) == 0, driver.stderr
+    assert json.loads(driver.stdout)["trials"] == {"complete": 4 + 2, "pruned": 0, "failed": 0, "running": 0}
+    assert "unlearning: kl_min" in driver.stderr
+    single = prepare(load_study(write_study(tmp_path / "1.yaml", **changes)))
+    folder = tiny_model(single.tiny, single.corpus, "full", single.model_store)
+    for run in single.spec.variants():
+        config = single.unlearning(run)
+        # The same address: the number of processes is no input of a base run.
+        found = DeltaStore(single.delta_root).find(single.base_run_inputs(config))
+        epochs = list(train_base_run(single.source("initial", str(folder)).load(), single.corpus, config))
+        assert [record["epoch"] for record in found.epochs] == [result.epoch for result in epochs]
+        for result, record in zip(epochs, found.epochs, strict=True):
+            shared = found.load(result.epoch)
+            assert shared.tensors.keys() == result.update.tensors.keys()
+            assert difference(shared, result.update) < 1e-4
+            assert record["loss"] == pytest.approx(result.loss, rel=1e-4)
+            assert record["norm"] == pytest.approx(result.update.norm, rel=1e-4)
+    notes = [path for path in (tmp_path / "out" / "ray").glob("train-*/**/*") if path.is_file()]
     assert all(path.stat().st_size < 100_000 and path.suffix != ".safetensors" for path in notes)
 
 
@@ -56,7 +59,7 @@ def test_a_run_that_diverges_in_two_processes_says_so_and_is_not_trained_again(w
     methods = {"unlearning": {**RUNS, "learning_rate": 1e30, "methods": {"grad_ascent": {}}}}
     study = write_study(tmp_path / "study.yaml", **methods, resources=PROCESSES)
     driver = launch("run", study, "--out", tmp_path / "out")
-    assert driver.wait(300) == 2
+    assert driver.wait(900) == 2
     assert "grad_ascent: grad_ascent with learning rate 1e+30 diverged in epoch 1" in driver.stderr
     assert "Traceback" not in driver.stderr
     assert len(list((tmp_path / "out" / "ray").glob("train-*"))) == 1
@@ -67,20 +70,22 @@ def test_a_run_whose_process_was_killed_is_trained_anew(write_study, launch, liv
     changes = {"unlearning": {**RUNS, "epochs": 40, "methods": {"grad_ascent": {}}, "learning_rate": 1e-5}}
     changes |= {"resources": PROCESSES, "cache": {"deltas": str(tmp_path / "deltas")}, "search": {"trials": 1}}
     driver = launch("run", write_study(tmp_path / "study.yaml", **changes), "--out", tmp_path / "out")
-    until = time.monotonic() + 200
+    until = time.monotonic() + 600
     while "unlearning: grad_ascent" not in driver.stderr:
         assert time.monotonic() < until and driver.process.poll() is None, driver.stderr
         time.sleep(0.2)
     trainers = [pid for pid, command in living_processes(driver.tag).items() if "RayTrainWorker" in command]
     assert len(trainers) == 2
     os.kill(trainers[0], signal.SIGKILL)
-    assert driver.wait(300) == 0, driver.stderr
-    assert [len(updates) for updates in deltas_of(tmp_path / "deltas").values()] == [40]
+    assert driver.wait(900) == 0, driver.stderr
+    (record,) = (tmp_path / "deltas").glob("*/run.json")
+    assert len(json.loads(record.read_text())) == 41
+    assert len(list((tmp_path / "out" / "ray").glob("train-*"))) == 2
 
 
 @pytest.mark.slow
 def test_more_processes_than_the_machine_holds_are_refused(write_study, launch, tmp_path):
     study = write_study(tmp_path / "study.yaml", resources={"base_run": {"processes": 1000}})
     driver = launch("run", study, "--out", tmp_path / "out")
-    assert driver.wait(120) == 2
+    assert driver.wait(600) == 2
     assert "resources.base_run.processes: 1000 processes train together, but this cluster has room for" in driver.stderr
