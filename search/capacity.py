@@ -98,7 +98,7 @@ def room_for(resources: Resources, nodes: Sequence[Need], fleet: Fleet | None) -
             says how many trials to run.
 
     Raises:
-        UserError: No node could ever hold a trial, or a process of a base run.
+        UserError: No node could ever hold a trial, or all nodes together the processes of a base run.
     """
     asked = resources.max_concurrent
     parts = {"trial": need_of(resources.trial), "base_run": need_of(resources.base_run)}
@@ -107,6 +107,11 @@ def room_for(resources: Resources, nodes: Sequence[Need], fleet: Fleet | None) -
         for part, count in held.items():
             if count < 1:
                 raise UserError(_too_much(part, parts[part], nodes, fleet is None))
+        if held["base_run"] < resources.base_run.processes:
+            raise UserError(
+                f"resources.base_run.processes: {resources.base_run.processes} processes train together, but this cluster has "
+                f"room for {held['base_run']} of them; lower it, or what each of them asks for"
+            )
     slots = held["trial"] or asked or 1
     return Room(slots, per_base_run(resources.base_run, resources.trial), asked or slots)
 

@@ -11,6 +11,7 @@ import ray
 
 from search.base_run_tasks import POLL_SECONDS, BaseRunTasks, problem_of
 from search.base_runs import Room
+from search.distributed import train_in_processes
 from search.evaluator import StudyContext, retrained
 from search.measures import Report, measure, read_report, write_report
 from search.preparation import Preparation, ReferenceModel
@@ -78,7 +79,7 @@ class Groundwork:
         context = StudyContext(
             corpus=self.preparation.corpus,
             split=self.preparation.split,
-            source=sources["initial"],
+            source=_spread(sources["initial"], spec.resources.trial),
             deltas=self.preparation.delta_root,
             methods={**{run.label: run.method for run in spec.variants()}, **{label: label for label in spec.checkpoints}},
             references=reports,
@@ -149,7 +150,11 @@ class Groundwork:
         preparation, needs = self.preparation, self.preparation.spec.resources.base_run
         inputs = preparation.base_run_inputs(config)
         arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, needs.threads, self.board, name)
-        return _task(needs, train_and_publish, *arguments)
+        if needs.processes == 1:
+            return _task(needs, train_and_publish, *arguments)
+        on_gpus = needs.gpus > 0 and initial.device != "cpu"
+        folder = (self.store.out / "ray").resolve()
+        return train_in_processes(needs, on_gpus, folder, TASK_RETRIES, partial(train_and_publish, *arguments))
 
     def _import(self, label: str) -> Any:
         """Starts the import of given checkpoints as a base run."""
@@ -188,7 +193,14 @@ class Groundwork:
                 reports[model.name] = read_report(log, bool(preparation.corpus.choices))
             else:
                 title = f"scoring: {model.name.replace('_', ' ')} model"
-                wanted = (sources[model.name], preparation.corpus, preparation.scoring, needs.threads, self.board, title)
+                wanted = (
+                    _spread(sources[model.name], needs),
+                    preparation.corpus,
+                    preparation.scoring,
+                    needs.threads,
+                    self.board,
+                    title,
+                )
                 tasks[model.name] = _task(needs, score_model, *wanted)
         scored_models = self._gather({f"score {name}": task for name, task in tasks.items()}, base_runs.tend)
         for title, scored in scored_models.items():
@@ -242,6 +254,11 @@ class Groundwork:
         started = time.perf_counter()
         yield
         self.store.add_seconds(name, time.perf_counter() - started)
+
+
+def _spread(source: ModelSource, trial: TrialResources) -> ModelSource:
+    """A model as trials load it: over all GPUs a trial has, where it has several and the study names no device."""
+    return replace(source, device_map="auto") if trial.gpus > 1 and source.device == "auto" else source
 
 
 def _task(needs: TrialResources | BaseRunResources, function: Callable[..., Any], *arguments: Any) -> Any:

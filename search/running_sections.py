@@ -6,7 +6,7 @@ None of this is part of a study's identity: it may change from run to run.
 import math
 from typing import Annotated
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from search.spec_errors import rule
 from search.spec_sections import Count, Name, Positive, Section
@@ -55,6 +55,14 @@ class BaseRunResources(Section):
     threads: Count = 1
     processes: Count = 1
     custom: Custom = Field(default_factory=dict)
+
+    @field_validator("processes")
+    @classmethod
+    def _one_gpu_each(cls, value: int, info: ValidationInfo) -> int:
+        gpus = info.data.get("gpus", 0)
+        if value > 1 and gpus not in (0, 1):
+            raise rule(f"each of several processes trains on one GPU, not on {gpus:g}", "Write gpus: 1, or processes: 1.")
+        return value
 
 
 class Resources(Section):

@@ -5,6 +5,8 @@ import io
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.initial_model import open_initial
 from uipe_core.models import ModelSource, set_threads
+from uipe_core.processes import current_processes
 from uipe_core.scoring import ScoringConfig
 from uipe_core.tiny_models import TinyModelConfig, tiny_model
 from uipe_core.training import UnlearningConfig, train_base_run
@@ -105,11 +108,18 @@ def train_and_publish(
     threads: int,
     board: Any,
     label: str,
-) -> BaseRun:
-    """Trains a base run and publishes it, unless the store has it by now."""
+) -> BaseRun | None:
+    """Trains a base run and publishes it, unless the store has it by now.
+
+    In a process group the first process publishes what all train together, and returns it; the others return None.
+    """
     set_threads(threads)
-    epochs = train_base_run(source.load(dtype="auto"), corpus, config, _reporter(board, f"unlearning: {label}"))
-    return DeltaStore(root).get_or_train(inputs, epochs)
+    processes = current_processes()
+    if processes.count > 1 and config.adapter is None:
+        source = replace(source, device="cpu")  # from there each process takes its shards
+    report = _reporter(board, f"unlearning: {label}") if processes.rank == 0 else None
+    epochs = train_base_run(source.load(dtype="auto"), corpus, config, report)
+    return processes.lead(epochs, partial(DeltaStore(root).get_or_train, inputs))
 
 
 def import_and_publish(

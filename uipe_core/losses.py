@@ -15,6 +15,24 @@ from uipe_core.prompts import IGNORED
 
 
 @dataclass(frozen=True)
+class Shares:
+    """What part of a whole batch is read here, where several processes read it together; all of it in one process.
+
+    A loss weighs each of its means by the share of what it is a mean of: then the losses of all processes, and their
+    gradients, add up to those of the whole batch, however unevenly it was dealt.
+
+    Attributes:
+        items: Of the forget items.
+        tokens: Of the forget answers' tokens.
+        retain_tokens: Of the retain answers' tokens.
+    """
+
+    items: float = 1.0
+    tokens: float = 1.0
+    retain_tokens: float = 1.0
+
+
+@dataclass(frozen=True)
 class LossInputs:
     """What one optimisation step has computed: the first two always, the rest where `Method.needs` names it.
 
@@ -30,6 +48,7 @@ class LossInputs:
         direction: (d,) direction of length 1 these are steered to.
         retain_activations: (k, d) the same layer's outputs for the retain batch.
         initial_retain_activations: (k, d) `retain_activations` under the initial model.
+        shares: What part of the whole batch all this is; a loss weighs its means by it.
     """
 
     forget_logp: Tensor
@@ -43,11 +62,12 @@ class LossInputs:
     direction: Tensor | None = None
     retain_activations: Tensor | None = None
     initial_retain_activations: Tensor | None = None
+    shares: Shares = Shares()
 
     @property
     def forget_nll(self) -> Tensor:
-        """() mean negative log-likelihood per answer token of the forget batch."""
-        return -self.forget_logp.sum() / self.forget_tokens.sum()
+        """() mean negative log-likelihood per answer token of the forget batch, weighted by its share of the tokens."""
+        return self.shares.tokens * (-self.forget_logp.sum() / self.forget_tokens.sum())
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
@@ -103,9 +123,10 @@ def _needed(value: Tensor | None, name: str) -> Tensor:
     return value
 
 
-def _retain_term(hyper: Hyperparameters, value: Tensor | None, name: str) -> Tensor | float:
+def _retain_term(inputs: LossInputs, hyper: Hyperparameters, name: str) -> Tensor | float:
+    """A mean over retain answer tokens, weighted by its weight and by its share of them; 0 where it has no weight."""
     weight = hyper["retain_weight"]
-    return weight * _needed(value, name) if weight > 0 else 0.0
+    return inputs.shares.retain_tokens * (weight * _needed(getattr(inputs, name), name)) if weight > 0 else 0.0
 
 
 def grad_ascent(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
@@ -115,12 +136,12 @@ def grad_ascent(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
 
 def grad_diff(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """Gradient difference: -NLL(forget) + retain_weight * NLL(retain). TOFU (arXiv 2401.06121), section 4."""
-    return -inputs.forget_nll + _retain_term(hyper, inputs.retain_nll, "retain_nll")
+    return -inputs.forget_nll + _retain_term(inputs, hyper, "retain_nll")
 
 
 def kl_min(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """KL minimisation: -NLL(forget) + retain_weight * KL(initial || current) on retain answers. TOFU, section 4."""
-    return -inputs.forget_nll + _retain_term(hyper, inputs.retain_kl, "retain_kl")
+    return -inputs.forget_nll + _retain_term(inputs, hyper, "retain_kl")
 
 
 def npo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
@@ -132,7 +153,7 @@ def npo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     beta = hyper["beta"]
     log_ratio = inputs.forget_logp - _needed(inputs.initial_forget_logp, "initial_forget_logp")
     forget = -(2 / beta) * F.logsigmoid(-beta * log_ratio).mean()
-    return forget + _retain_term(hyper, inputs.retain_nll, "retain_nll")
+    return inputs.shares.items * forget + _retain_term(inputs, hyper, "retain_nll")
 
 
 def simnpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
@@ -145,7 +166,7 @@ def simnpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """
     beta = hyper["beta"]
     forget = -(2 / beta) * F.logsigmoid(-beta * inputs.forget_logp / inputs.forget_tokens - hyper["gamma"]).mean()
-    return forget + _retain_term(hyper, inputs.retain_nll, "retain_nll")
+    return inputs.shares.items * forget + _retain_term(inputs, hyper, "retain_nll")
 
 
 def idk_dpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
@@ -160,7 +181,7 @@ def idk_dpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     refusal = _needed(inputs.refusal_logp, "refusal_logp") - _needed(inputs.initial_refusal_logp, "initial_refusal_logp")
     forget = inputs.forget_logp - _needed(inputs.initial_forget_logp, "initial_forget_logp")
     preference = -(2 / beta) * F.logsigmoid(beta * (refusal - forget)).mean()
-    return preference + _retain_term(hyper, inputs.retain_nll, "retain_nll")
+    return inputs.shares.items * preference + _retain_term(inputs, hyper, "retain_nll")
 
 
 def rmu(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
@@ -178,12 +199,12 @@ def rmu(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """
     activations = _needed(inputs.forget_activations, "forget_activations")
     target = hyper["coefficient"] * _needed(inputs.direction, "direction")
-    misdirection = F.mse_loss(activations, target.expand_as(activations))
+    misdirection = inputs.shares.tokens * F.mse_loss(activations, target.expand_as(activations))
     if not hyper["retain_weight"] > 0:
         return misdirection
     initial = _needed(inputs.initial_retain_activations, "initial_retain_activations")
     drift = F.mse_loss(_needed(inputs.retain_activations, "retain_activations"), initial)
-    return misdirection + hyper["retain_weight"] * drift
+    return misdirection + inputs.shares.retain_tokens * (hyper["retain_weight"] * drift)
 
 
 @dataclass(frozen=True)
@@ -191,7 +212,7 @@ class Method:
     """An unlearning objective and what it needs.
 
     Attributes:
-        loss: The objective.
+        loss: The objective, its means weighted by `LossInputs.shares`.
         hyperparameters: Names and defaults of what the objective takes.
         needs: Optional fields of `LossInputs` it reads; those of the retain batch only where there is a retain term.
     """

@@ -1,7 +1,7 @@
 """Causal language models: loaded by name or folder, or small ones built and trained here."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.model.device)
+        """Where its inputs go: the device of its embeddings, also of a model that is spread over several."""
+        return torch.device(self.model.get_input_embeddings().weight.device)
 
 
 def resolve_device(name: str) -> torch.device:
@@ -63,6 +64,7 @@ def load_model(
     prompt_template: str | None = None,
     prompt_format: str | None = None,
     trust_remote_code: bool = False,
+    device_map: str | Mapping[str, str] | None = None,
 ) -> LoadedModel:
     """Loads a causal language model and its tokenizer from the hub or a folder.
 
@@ -74,9 +76,11 @@ def load_model(
         prompt_template: Text with ``{question}``.
         prompt_format: Key of `uipe_core.prompts.FORMATS`; with neither of the two it is the tokenizer's chat template.
         trust_remote_code: Whether code that comes with the model may run.
+        device_map: For a model spread over several devices, in place of `device`: ``auto`` (over all GPUs of this process,
+            whole layers each) or devices by module, as transformers takes it. Such a model is for scoring.
 
     Raises:
-        UserError: If it cannot be found or read, lacks weights, or no prompt format is known.
+        UserError: If it cannot be found or read, lacks weights, no prompt format is known, or it does not fit its devices.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -85,7 +89,7 @@ def load_model(
         raise UserError(f"model.dtype: {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     where = resolve_device(device)
     place = str(_local_folder(source) or source)
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     unreadable = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
@@ -93,6 +97,8 @@ def load_model(
         raise _cannot_load(source, error) from error
     # Before the weights are read: that may take minutes.
     prompts = PromptFormat(tokenizer, prompt_template, prompt_format)
+    if device_map is not None:
+        common["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             place, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, output_loading_info=True, **common
@@ -103,7 +109,12 @@ def load_model(
         # transformers fills them with random numbers and only logs it.
         missing = sorted(loading["missing_keys"])
         raise UserError(f"model {source}: its files lack {len(missing)} weights, first {missing[0]}; fetch or save it again")
-    model.eval().to(where)
+    model.eval()
+    if device_map is None:
+        model.to(where)
+    elif any(parameter.is_meta for parameter in model.parameters()):
+        # What lies on the host's memory or disk is brought in anew for every pass: writing update vectors would change nothing.
+        raise UserError(f"model {source}: does not fit into its {torch.cuda.device_count()} GPUs; raise resources.trial.gpus")
     return LoadedModel(model, tokenizer, prompts)
 
 
@@ -160,7 +171,7 @@ class ModelSource:
     Attributes:
         location: Folder, or hub name.
         identity: Content hash of a folder, cache key of a tiny model, or ``name@commit`` of the hub.
-        revision, dtype, device, prompt_template, prompt_format, trust_remote_code: As in `load_model`.
+        revision, dtype, device, prompt_template, prompt_format, trust_remote_code, device_map: As in `load_model`.
     """
 
     location: str
@@ -171,6 +182,7 @@ class ModelSource:
     prompt_template: str | None = None
     prompt_format: str | None = None
     trust_remote_code: bool = False
+    device_map: str | None = None
 
     def load(self, dtype: str | None = None) -> LoadedModel:
         """Loads the model; `dtype` overrides the one of the source (training starts from the weights as stored)."""
@@ -182,6 +194,7 @@ class ModelSource:
             prompt_template=self.prompt_template,
             prompt_format=self.prompt_format,
             trust_remote_code=self.trust_remote_code,
+            device_map=self.device_map,
         )
 
 

@@ -56,13 +56,19 @@ def decoder_layer(model: Any, index: int) -> nn.Module:
     return layers[index]
 
 
-def _decoder_layers(model: Any) -> nn.ModuleList:
-    """The outermost list of as many modules as the model's configuration counts layers."""
+def find_decoder_layers(model: Any) -> nn.ModuleList | None:
+    """The outermost list of as many modules as the model's configuration counts layers, or None."""
     depth = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise UserError(f"rmu: cannot find the {depth} decoder layers of {type(model).__name__}; choose another method")
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next((module for module in lists if len(module) == depth), None)
+
+
+def _decoder_layers(model: Any) -> nn.ModuleList:
+    layers = find_decoder_layers(model)
+    if layers is None:
+        depth = model.config.get_text_config().num_hidden_layers
+        raise UserError(f"rmu: cannot find the {depth} decoder layers of {type(model).__name__}; choose another method")
+    return layers
 
 
 def train_down_projections(model: Any, layer: int) -> None:

@@ -12,8 +12,12 @@ from uipe_core.corpora.types import ItemSet
 from uipe_core.errors import UserError
 from uipe_core.losses import LossInputs, answer_kl, answer_logp, answer_rows
 from uipe_core.models import LoadedModel
+from uipe_core.processes import Processes
 from uipe_core.prompts import Batch, Example, pad_batch
 from uipe_core.steering import control_direction, decoder_layer, outputs_of
+
+INITIAL_BEFORE_TRAINING = {"initial_forget_logp", "initial_refusal_logp"}
+"""Fields of `LossInputs` that the initial model gives once, before it is trained."""
 
 INITIAL_ON_RETAIN = {"retain_kl", "initial_retain_activations"}
 """Fields of `LossInputs` for which the initial model reads the retain batch of every step."""
@@ -42,14 +46,22 @@ def encode_refusals(loaded: LoadedModel, items: ItemSet, epochs: int, seed: int)
 
 
 @torch.no_grad()
-def initial_logp(loaded: LoadedModel, examples: list[Example], batch_size: int) -> Tensor:
-    """(n,) log-probability of every answer under the initial model, computed before it is trained."""
+def initial_logp(loaded: LoadedModel, examples: list[Example], batch_size: int, processes: Processes) -> Tensor:
+    """(n,) log-probability of every answer under the initial model, computed before it is trained.
+
+    Batches are dealt to the processes in turn. Where fewer are left than there are processes, the rest read the last one too,
+    to no effect: all of them gather the weights of a sharded model together.
+    """
     loaded.model.eval()
-    parts = []
-    for start in range(0, len(examples), batch_size):
-        batch = pad_batch(examples[start : start + batch_size], loaded.prompts.pad_id, loaded.device)
-        parts.append(answer_logp(_logits(loaded.model, batch), batch.labels)[0].cpu())
-    return torch.cat(parts)
+    logp = torch.zeros(len(examples))
+    starts = range(0, len(examples), batch_size)
+    for turn in range(processes.rank, -(-len(starts) // processes.count) * processes.count, processes.count):
+        rows = slice(starts[min(turn, len(starts) - 1)], starts[min(turn, len(starts) - 1)] + batch_size)
+        batch = pad_batch(examples[rows], loaded.prompts.pad_id, loaded.device)
+        read = answer_logp(_logits(loaded.model, batch), batch.labels)[0].cpu()
+        if turn < len(starts):
+            logp[rows] = read
+    return processes.add_up(logp)
 
 
 def frozen_copy(loaded: LoadedModel) -> Any:

@@ -355,7 +355,7 @@ def test_a_missing_input_is_named(method, named):
 
 
 def test_methods_need_what_a_step_can_give():
-    optional = {field.name for field in fields(LossInputs)} - {"forget_logp", "forget_tokens"}
+    optional = {field.name for field in fields(LossInputs)} - {"forget_logp", "forget_tokens", "shares"}
     assert set().union(*(method.needs for method in METHODS.values())) == optional
 
 

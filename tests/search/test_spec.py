@@ -142,6 +142,8 @@ BAD_IN_PEOPLE = [
     ("resources.workers", 2, ["unknown", "max_concurrent, trial, base_run"]),
     ("resources.trial.custom", {"a100": 0}, ["found 0", "above 0"]),
     ("resources.base_run.processes", 0, ["found 0", "at least 1"]),
+    ("resources.base_run", {"processes": 2, "gpus": 0.5}, ["one GPU, not on 0.5", "Write gpus: 1, or processes: 1"]),
+    ("resources.base_run", {"processes": 2, "gpus": 4}, ["one GPU, not on 4", "Write gpus: 1, or processes: 1"]),
     ("budget.hours", 0, ["found 0", "above 0"]),
     ("budget.plateau", {"trials": 2}, ["are chance", "Write trials: 10"]),
     ("budget.plateau", {"gain": 0.1}, ["missing"]),
