@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from datetime import datetime, timedelta
 
@@ -105,10 +106,8 @@ def test_a_held_lock_means_a_driver_is_at_work(begun):
 
 def test_a_look_at_the_status_keeps_no_driver_out(begun, new_store):
     begun.close()
-    look = FileLock(begun.out / ".lock")
+    look = FileLock(begun.out / ".lock", thread_local=False)
     look.acquire()
-    import threading
-
     threading.Timer(0.3, look.release).start()
     new_store(out=begun.out)  # waits a moment, and opens
 
