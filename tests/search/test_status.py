@@ -142,6 +142,7 @@ def test_a_log_that_ends_in_the_middle_of_a_line_has_the_status_before():
     assert last_status(log) == {"state": "running"}
     assert last_status("words\n") is None
     assert without_status(log) == "words\n"
+    assert without_status("(raylet) died\n    [state-dump] 1 total\nnext\n") == "(raylet) died\nnext\n"
 
 
 def test_a_storage_that_is_away_costs_a_line_and_nothing_else(begun, capsys, monkeypatch):
