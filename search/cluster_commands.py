@@ -130,7 +130,7 @@ def _jobs(address: str | None) -> Any:
 
 def _quiet_ray() -> None:
     # It tells of every package it sends, and of every default.
-    for name in ("ray", "ray.dashboard.modules.dashboard_sdk"):
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

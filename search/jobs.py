@@ -20,7 +20,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 from search.authentication import ADVICE, cluster_token
 from search.cluster import code_environment
 from search.parcel import STUDY_FILE, pack, submission_id
-from search.status import PREFIX, last_status
+from search.status import is_noise, last_status
 from search.study_record import without_password
 from uipe_core.errors import StudyInterrupted, UserError
 
@@ -157,7 +157,7 @@ class Jobs:
         lines = _Lines(self._client.tail_job_logs(name))
         try:
             while (line := self._ask(lines.next)) is not None:
-                if not line.startswith(PREFIX):
+                if not is_noise(line):
                     yield line
         except KeyboardInterrupt:
             raise StudyInterrupted(f"{name} goes on; `uipe logs {name} --follow` follows it again") from None

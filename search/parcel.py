@@ -58,6 +58,9 @@ def pack(study: Path, folder: Path) -> Parcel:
     spec = load_study(study)
     notes = check_inputs(spec)
     data, _ = read_study_file(study)
+    for where, text in _texts(data, ""):
+        if where != "storage" and without_password(text) != text:
+            raise UserError(f"{where}: a password would travel in this URL; give it to the nodes by their environment")
     content, _ = absolute_paths(data, study.resolve().parent)
     inputs = [(holder, key) for holder, key in _sources(content) if is_local(str(holder[key])) and _travels(holder[key])]
     _check_size({str(holder[key]) for holder, key in inputs})
@@ -71,9 +74,6 @@ def pack(study: Path, folder: Path) -> Parcel:
         holder[key] = moved[value]
     notes += [f"{key}: {value} does not travel; every node must see it there" for key, value in _staying(content)]
     notes += _hide_storage(content)
-    for where, text in _texts(content, ""):
-        if where != "storage" and without_password(text) != text:
-            raise UserError(f"{where}: a password would travel in this URL; give it to the nodes by their environment")
     (folder / STUDY_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     parts = {"study": spec.fingerprint_payload(), "inputs": _hashes(folder / "inputs"), "stays": sorted(_staying(content))}
     return Parcel(spec, folder, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), notes)

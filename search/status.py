@@ -178,6 +178,11 @@ def last_status(log: str) -> dict[str, Any] | None:
     return None
 
 
+def is_noise(line: str) -> bool:
+    """Whether a line of a driver's log is not for people: a status, or the memory of a raylet that Ray prints when it died."""
+    return line.startswith(PREFIX) or "[state-dump]" in line
+
+
 def without_status(log: str) -> str:
     """A log as people read it."""
-    return "".join(line for line in log.splitlines(keepends=True) if not line.startswith(PREFIX))
+    return "".join(line for line in log.splitlines(keepends=True) if not is_noise(line))

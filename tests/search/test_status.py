@@ -2,6 +2,7 @@
 
 import json
 import sys
+import threading
 import time
 from datetime import datetime, timedelta
 
@@ -105,10 +106,8 @@ def test_a_held_lock_means_a_driver_is_at_work(begun):
 
 def test_a_look_at_the_status_keeps_no_driver_out(begun, new_store):
     begun.close()
-    look = FileLock(begun.out / ".lock")
+    look = FileLock(begun.out / ".lock", thread_local=False)
     look.acquire()
-    import threading
-
     threading.Timer(0.3, look.release).start()
     new_store(out=begun.out)  # waits a moment, and opens
 
@@ -143,6 +142,7 @@ def test_a_log_that_ends_in_the_middle_of_a_line_has_the_status_before():
     assert last_status(log) == {"state": "running"}
     assert last_status("words\n") is None
     assert without_status(log) == "words\n"
+    assert without_status("(raylet) died\n    [state-dump] 1 total\nnext\n") == "(raylet) died\nnext\n"
 
 
 def test_a_storage_that_is_away_costs_a_line_and_nothing_else(begun, capsys, monkeypatch):
