@@ -26,7 +26,7 @@ from search.workforce import Workforce
 
 TIMES_AGAIN = 2
 """How often a job is run again whose worker died."""
-IDLE_SECONDS = 30.0
+IDLE_SECONDS = 120.0
 """How long warm workers are kept while there is nothing for them to do."""
 
 
@@ -166,8 +166,8 @@ class StudySearcher(Searcher):
     def _base_to_propose(self) -> str | None:
         """A base run that a point may be proposed for, the one with the fewest; None if there is none or enough was proposed.
 
-        While some are missing, each that is there gets its equal share of the study's trials at most: the last to come is then
-        searched as well as the first.
+        While some are missing, each that is there gets its equal share of the study's trials at most, so that the last to come
+        finds some left.
         """
         if not self._proposals:
             return None

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 import sqlite3
+from collections import Counter
 
 import pytest
 
@@ -15,6 +16,8 @@ TRIALS = 16
 
 def complete(out):
     """Search trials that are complete, read beside the driver that writes them."""
+    if not (out / "study.db").is_file():
+        return 0
     query = "SELECT COUNT(*) FROM trials JOIN studies USING (study_id) WHERE study_name = 'streams' AND state = 'COMPLETE'"
     with contextlib.closing(sqlite3.connect(f"file:{out / 'study.db'}?mode=ro", uri=True, timeout=30)) as database:
         try:
@@ -68,7 +71,11 @@ def test_trials_run_while_base_runs_train_and_a_killed_one_is_trained_again_alon
     result = StudyResult.open(out)
     assert result.store.counts() == {"complete": TRIALS, "pruned": 0, "failed": 0, "running": 0}
     assert result.store.record["failed_base_runs"] == {}
-    assert set(result.trials["base"]) == set(result.spec.base_epochs())
+    # Trials ran before the last base run was there, and of each that was there no more than its share.
+    last = max(when for path, (_, when) in after.items() if path.name == "manifest.json") / 1e9
+    early = [trial.params["base"] for trial in result.study.trials if trial.datetime_start.timestamp() < last]
+    assert early
+    assert max(Counter(early).values()) <= TRIALS // 4
 
 
 def test_a_base_run_that_fails_ends_its_own_points_and_not_the_study(finished, write_study, call, tmp_path):
@@ -76,16 +83,15 @@ def test_a_base_run_that_fails_ends_its_own_points_and_not_the_study(finished, w
     unlearning = {"methods": {"npo": {"beta": 1}}, "learning_rate": [0.002, 1e30]}
     file = write_study(tmp_path / "study.yaml", unlearning=unlearning, search={"trials": 3}, scoring={"temperatures": []})
     good, bad = "npo[learning_rate=0.002]", "npo[learning_rate=1e+30]"
-    for attempt in (1, 2):
-        code, output, error = call("run", file, "--out", tmp_path / "out", "--json")
-        assert code == 0, error
-        assert f"failed: base run {bad}: " in error
-        result = StudyResult.open(tmp_path / "out")
-        assert json.loads(output)["trials"] == {"complete": 2 + 3, "pruned": 0, "failed": 2 * attempt, "running": 0}
-        assert set(result.trials["base"]) == {good}
-        assert all(failure["reason"].startswith(f"base run {bad} failed: ") for failure in result.store.failures())
-        assert set(result.store.record["failed_base_runs"]) == {bad}
-        assert set(result.store.record["base_runs"]) == {good}
+    code, output, error = call("run", file, "--out", tmp_path / "out", "--json")
+    assert code == 0, error
+    assert f"failed: base run {bad}: " in error
+    result = StudyResult.open(tmp_path / "out")
+    assert json.loads(output)["trials"] == {"complete": 2 + 3, "pruned": 0, "failed": 2, "running": 0}
+    assert set(result.trials["base"]) == {good}
+    assert all(failure["reason"].startswith(f"base run {bad} failed: ") for failure in result.store.failures())
+    assert set(result.store.record["failed_base_runs"]) == {bad}
+    assert set(result.store.record["base_runs"]) == {good}
 
 
 def test_a_study_none_of_whose_base_runs_can_be_trained_ends_with_the_reason(finished, write_study, call, tmp_path):
