@@ -186,7 +186,7 @@ def test_trials_that_hang_are_ended_and_their_workers_replaced(study, launch, li
     assert len(searched) + len(ended) == 12
     assert set(searched["base"]) == {"is_sound"}
     # Each that was ended cost one worker, and nobody else's.
-    assert len(seen) == 2 + len(ended) or len(seen) == 1 + len(ended)
+    assert 2 <= len(seen) <= 2 + len(ended)
     # Not one was run a second time.
     assert result.store.counts()["failed"] == len(ended)
     assert "stuck_in_c" not in set(result.controls["base"])
