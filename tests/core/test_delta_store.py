@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import weakref
 
 import pytest
 import torch
@@ -86,6 +87,20 @@ def test_a_run_that_fails_midway_publishes_nothing(root):
     assert store.find(INPUTS) is None
     assert list((root / "tmp").iterdir()) == []
     assert len(store.get_or_train(INPUTS, training()).epochs) == 3
+
+
+def test_an_update_is_let_go_before_the_next_epoch_trains(root):
+    def training_with_little_memory():
+        for epoch in (1, 2, 3):
+            tensors = update(epoch)
+            alive = weakref.ref(tensors)
+            result = EpochResult(epoch, tensors, loss=0.0)
+            del tensors
+            yield result
+            del result
+            assert alive() is None
+
+    assert len(DeltaStore(root).get_or_train(INPUTS, training_with_little_memory()).epochs) == 3
 
 
 def test_an_altered_update_is_never_loaded_but_trained_again(root, caplog):

@@ -12,7 +12,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from uipe_core.errors import UserError
 from uipe_core.extrapolator import Extrapolator
@@ -35,6 +34,9 @@ def nothing_is_small(monkeypatch):
 
 
 def llama(tied=False, seed=0, dtype="float32"):
+    # Not above: the children that measure memory do without, and start in half the time.
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=21,
@@ -56,6 +58,8 @@ def saved(folder, stored="float32", tied=False, shard_size="5GB"):
 
 
 def reload(folder):
+    from transformers import LlamaForCausalLM
+
     return LlamaForCausalLM.from_pretrained(folder, dtype="auto")
 
 
@@ -327,10 +331,10 @@ def test_a_walk_holds_neither_the_update_nor_the_initial_weights(tmp_path):
     assert peaks["whole"]["walk"]["anonymous"] > 90 * MIB
     assert peaks["whole"]["walk"]["resident"] > 180 * MIB
     assert peaks["whole"]["random_direction"]["anonymous"] > 180 * MIB
-    # A tensor has 12 MiB, and a file is mapped anew when 16 MiB of it were read.
+    # A tensor has 12 MiB (24 in double precision for its norm), and a file is mapped anew when 16 MiB of it were read.
     assert peaks["streamed"]["walk"]["anonymous"] < 40 * MIB
     assert peaks["streamed"]["walk"]["resident"] < 100 * MIB
-    assert peaks["streamed"]["random_direction"]["anonymous"] < 40 * MIB
+    assert peaks["streamed"]["random_direction"]["anonymous"] < 50 * MIB
     # Weights cast to bf16 take up 49 MiB beside the fp32 ones that they replace one by one.
     assert peaks["streamed"]["bf16"]["anonymous"] < 90 * MIB
 
