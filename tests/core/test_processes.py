@@ -24,7 +24,7 @@ from uipe_core.models import load_model
 from uipe_core.processes import Processes, current_processes
 from uipe_core.prompts import Example
 from uipe_core.training import AdapterConfig, DivergedError, UnlearningConfig, train_base_run
-from uipe_core.update_vectors import save_update
+from uipe_core.update_files import save_update
 
 LORA = AdapterConfig(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "o_proj"))
 SMALL = {

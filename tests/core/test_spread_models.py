@@ -9,10 +9,10 @@ from accelerate import dispatch_model
 from torch import nn
 
 from uipe_core.errors import UserError
+from uipe_core.extrapolator import Extrapolator
 from uipe_core.models import LoadedModel, load_model
 from uipe_core.scoring import Scorer, ScoringConfig
 from uipe_core.training import AdapterConfig, UnlearningConfig, train_base_run
-from uipe_core.update_vectors import Extrapolator
 
 PARTS = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
 
