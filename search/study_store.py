@@ -64,6 +64,7 @@ class StudyStore:
         self._study: optuna.Study | None = None
         self._controls: optuna.Study | None = None
         self._study_ids: dict[str, int] = {}
+        self._identifiers: dict[int, int] = {}
         self._proposer: Proposer | None = None
         self.spec = StudySpec.model_validate(record["spec"], strict=False)
 
@@ -291,8 +292,10 @@ class StudyStore:
         return self.study if job.kind in ("alpha_zero", "search") else self.controls
 
     def _identifier(self, study: optuna.Study, number: int) -> int:
-        """The storage's own id of a trial."""
-        return self.storage.get_trial_id_from_study_id_trial_number(self._study_ids[study.study_name], number)
+        """The storage's own id of a trial, which is about to end."""
+        known = self._identifiers.pop(number, None) if study is self._study else None
+        study_id = self._study_ids[study.study_name]
+        return self.storage.get_trial_id_from_study_id_trial_number(study_id, number) if known is None else known
 
     def _fail(self, study: optuna.Study, number: int, reason: str) -> None:
         identifier = self._identifier(study, number)
