@@ -1,9 +1,10 @@
 """The section of a study about multiple-choice questions."""
 
 from collections.abc import Collection
+from pathlib import PurePath
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_core import InitErrorDetails
 
 from search.spec_errors import rule
@@ -21,6 +22,16 @@ class DataSource(Section):
     source: Name
     subset: Annotated[tuple[Name, ...], *OneOrMore] | None = None
     split: Name = "test"
+
+    @field_validator("subset", "split")
+    @classmethod
+    def _stays_inside(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
+        for name in (value,) if isinstance(value, str) else value or ():
+            if ".." in PurePath(name).parts or PurePath(name).is_absolute():
+                raise rule(
+                    "must be a name inside the data set", "Write the name of the subset or split, without a way out of it."
+                )
+        return value
 
     @classmethod
     def of(cls, data_set: DataSet) -> "DataSource":

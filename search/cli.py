@@ -9,8 +9,10 @@ import typer
 
 from search.authentication import settle_authentication
 from search.cluster_commands import register as register_clusters
+from search.loopback import stay_on_loopback
 from search.model_commands import register as register_models
 from search.terminal import Json, print_claims, print_confirmations, print_front, print_json, print_stop, quieten
+from search.upkeep_commands import register as register_upkeep
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 
 app = typer.Typer(
@@ -45,6 +47,8 @@ def run(
     """Run a study; the same command resumes an interrupted one and extends a finished one."""
     if address is not None:
         settle_authentication()
+    else:
+        stay_on_loopback()
     from search.runner import run_study
     from search.spec import load_study, quickstart_path
 
@@ -179,6 +183,8 @@ def confirm(
     """Train the finalists' base runs from other seeds and score the finalists again, on the items kept for reporting."""
     if address is not None:
         settle_authentication()
+    else:
+        stay_on_loopback()
     from search.runner import confirm_study
 
     quieten()
@@ -234,6 +240,7 @@ def paper(
 
 register_models(app)
 register_clusters(app)
+register_upkeep(app)
 
 
 def _writable(what: Path | str, action: Any) -> None:

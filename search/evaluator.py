@@ -54,6 +54,7 @@ class Job:
         seed: For a confirmation, the seed its base run was trained with.
         delta: Entries of the delta store that hold its base run. They travel with the job, because a base run may be published
             after a worker has started; they do not make it another job.
+        warm_start: The earlier study on whose front the point was; that does not make it another job either.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Job:
     model: str | None = None
     seed: int | None = None
     delta: tuple[str, ...] = field(default=(), compare=False)
+    warm_start: str | None = field(default=None, compare=False)
 
     @property
     def run(self) -> str | None:
@@ -232,7 +234,8 @@ def evidence(
     }
     if job.temperature != 1.0:
         facts["temperature"] = job.temperature
-    facts.update({name: value for name in ("of_trial", "model", "seed") if (value := getattr(job, name)) is not None})
+    origin = ("of_trial", "model", "seed", "warm_start")
+    facts.update({name: value for name in origin if (value := getattr(job, name)) is not None})
     return facts
 
 

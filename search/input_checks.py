@@ -5,6 +5,7 @@ from pathlib import Path
 from search.corpora import fetched_sources, load_corpus
 from search.spec import StudySpec
 from search.spec_sections import PretrainedModel, TinyModel, is_local
+from search.warm_start import earlier_fronts
 from uipe_core.checkpoints import check_checkpoint
 from uipe_core.corpora.split import split_corpus
 from uipe_core.errors import UserError
@@ -35,7 +36,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
             elif value.endswith(".json"):
                 read_log(value)
             else:
-                check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format)
+                check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format, spec.model.trust_remote_code)
         remote = [place for places in spec.checkpoints.values() for place in places if not is_local(place)]
         notes += [f"checkpoints: {place} is on the hub and is fetched when the study runs" for place in remote]
         if spec.checkpoints and (remote or not is_local(spec.model.initial)):
@@ -44,7 +45,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
             check_checkpoints(spec, Path(spec.model.initial))
     if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
         check_steered_layers(spec, None)
-    return notes
+    return [*notes, *earlier_fronts(spec).notes]
 
 
 def check_steered_layers(spec: StudySpec, revision: str | None) -> None:

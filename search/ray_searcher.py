@@ -158,7 +158,8 @@ class StudySearcher(Searcher):
         if job.kind not in POINT_KINDS:
             return self._store.ask_control(), job
         params = {"base": job.base, "epoch": job.epoch, "alpha": job.alpha}
-        return self._store.ask_point(self._space, params, job.kind)
+        number, asked = self._store.ask_point(self._space, params, job.kind)
+        return number, replace(asked, warm_start=job.warm_start)
 
     def _ready_job(self) -> Job | None:
         return next((job for job in self._jobs if job.run is None or job.run in self._runs.published), None)

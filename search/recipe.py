@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from search.objectives import objectives_of
-from search.spec import StudySpec
+from search.spec import RUNNING_KEYS, StudySpec
 from uipe_core.errors import UserError
 
 RECIPE_FILE = "recipe.yaml"
@@ -40,14 +40,14 @@ class Recipe:
     provenance: Mapping[str, Any]
 
     def as_yaml(self) -> str:
-        """The recipe as a file."""
+        """The recipe as a file, without what the study says about how it is run."""
         content = {
             "uipe_recipe": RECIPE_SCHEMA,
             "fingerprint": self.fingerprint,
             "point": {"trial": self.trial, "base": self.base, "epoch": self.epoch, "alpha": self.alpha},
             "expected": dict(self.expected),
             "provenance": dict(self.provenance),
-            "study": self.spec.model_dump(mode="json"),
+            "study": self.spec.model_dump(mode="json", exclude=set(RUNNING_KEYS)),
         }
         head = "# Rebuild this model with: uipe rebuild recipe.yaml --to DIR --as model\n"
         return head + yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
@@ -70,7 +70,10 @@ def read_recipe(path: Path) -> Recipe:
     try:
         point = content["point"]
         recipe = Recipe(
-            spec=StudySpec.model_validate(content["study"], strict=False),
+            # A recipe comes from elsewhere: where its maker kept caches and trials is no place to write to here.
+            spec=StudySpec.model_validate(
+                {key: value for key, value in content["study"].items() if key not in RUNNING_KEYS}, strict=False
+            ),
             fingerprint=content["fingerprint"],
             trial=int(point["trial"]),
             base=str(point["base"]),

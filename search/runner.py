@@ -20,6 +20,7 @@ from search.base_run_tasks import BaseRunTasks
 from search.base_runs import Room
 from search.capacity import need_of
 from search.cluster import connected
+from search.controls import control_jobs
 from search.evaluator import POINT_KINDS, Job, StudyContext
 from search.finalists import mirror_jobs
 from search.groundwork import Groundwork
@@ -34,6 +35,7 @@ from search.spec import StudySpec
 from search.status import StatusLines
 from search.study_guard import Stop, StudyGuard
 from search.study_store import StudyStore
+from search.warm_start import earlier_fronts
 from search.workers import ScoringTrial
 from search.workforce import Workforce
 from uipe_core.errors import StudyInterrupted, UserError
@@ -151,7 +153,7 @@ class _Run:
         """Does what the study still lacks; starts Ray only if there is something."""
         spec = self.preparation.spec
         done = _done_jobs(self.store)
-        jobs = [job for job in self._controls() if job not in done]
+        jobs = [job for job in control_jobs(self.preparation) if job not in done]
         jobs += [job for point in given_points(spec) if (job := Job("alpha_zero", **point.params)) not in done]
         if spec.search.sampler == "grid":
             scored = {(job.base, job.epoch, job.alpha) for job in done if job.kind in POINT_KINDS}
@@ -159,6 +161,8 @@ class _Run:
             proposals = 0
         else:
             proposals = max(spec.search.trials - self._searched(), 0)
+            earlier = self._earlier(done)[:proposals]
+            jobs, proposals = jobs + earlier, proposals - len(earlier)
         searched_for = [job for job in jobs if job.kind == "search"]
         besides = len(jobs) > len(searched_for) or bool(self._mirrors())
         if besides or searched_for or proposals:
@@ -208,25 +212,18 @@ class _Run:
     def _mirrors(self) -> list[Job]:
         return mirror_jobs(self.store)
 
+    def _earlier(self, done: set[Job]) -> list[Job]:
+        """Points of earlier studies' fronts that have not been scored here."""
+        fronts = earlier_fronts(self.preparation.spec)
+        for note in fronts.notes:
+            self.bars.say(note)
+        jobs = [Job("search", **point.params, warm_start=point.warm_start) for point in fronts.points]
+        return [job for job in jobs if job not in done]
+
     def _searched(self) -> int:
         """Complete search trials; counted by number, because samplers may propose a point twice."""
         trials = self.store.trials_frame()
         return 0 if trials.empty else int((trials["kind"] == "search").sum())
-
-    def _controls(self) -> list[Job]:
-        spec = self.preparation.spec
-        jobs = [Job(model.kind, model=model.name) for model in self.preparation.references]
-        if spec.split is not None:
-            kept = ("initial", "retain")
-            jobs += [Job("held_out", model=model.name) for model in self.preparation.references if model.name in kept]
-        # Which letter is likeliest does not depend on the temperature.
-        temperatures = () if self.preparation.corpus.choices else spec.scoring.temperatures
-        jobs += [Job("temperature", temperature=value) for value in temperatures]
-        # Only what is trained here can be trained on.
-        if spec.unlearning is not None and self.preparation.trained_epochs > spec.unlearning.epochs:
-            next_epoch = spec.unlearning.epochs + 1
-            jobs += [Job("next_epoch", run.label, next_epoch, 0.0) for run in spec.variants()]
-        return jobs
 
     def _score(
         self, ground: Groundwork, context: StudyContext, base_runs: BaseRunTasks, jobs: list[Job], proposals: int

@@ -3,7 +3,7 @@
 Flat, because samplers treat conditional parameters as independent draws.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
@@ -13,11 +13,17 @@ from search.spec import StudySpec
 
 @dataclass(frozen=True)
 class Point:
-    """One place in the space: the update of base run `base` after `epoch`, walked by `alpha`."""
+    """One place in the space: the update of base run `base` after `epoch`, walked by `alpha`.
+
+    Attributes:
+        base, epoch, alpha: The place.
+        warm_start: The earlier study whose front it was on; None for a point at alpha = 0 given anyway.
+    """
 
     base: str
     epoch: int
     alpha: float
+    warm_start: str | None = field(default=None, compare=False)
 
     @property
     def walk(self) -> str:

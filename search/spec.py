@@ -33,6 +33,9 @@ from uipe_core.errors import UserError
 
 _OVERRIDES: dict[str, KeyPath] = {"seed": ("seed",), "trials": ("search", "trials")}
 
+DATABASES = ("sqlite", "postgresql", "mysql", "mariadb")
+"""Databases that trials may be kept in, by SQLAlchemy's names: Optuna reads and writes JSON there."""
+
 RUNNING_KEYS = ("resources", "budget", "warm_start", "storage", "cache")
 """How a study runs, which does not make it another study."""
 
@@ -117,8 +120,10 @@ class StudySpec(Section):
     @field_validator("storage")
     @classmethod
     def _is_a_url(cls, value: str | None) -> str | None:
-        if value is not None and "://" not in value:
-            raise rule("must be a storage URL of Optuna", "Write for example sqlite:////data/study.db, or null.")
+        # Other storages of Optuna (journals on Redis) keep pickles, which run code when they are read.
+        if value is not None and not re.match(rf"({'|'.join(DATABASES)})(\+\w+)?://", value):
+            allowed = f"must be the URL of a database: {', '.join(DATABASES)}"
+            raise rule(allowed, "Write for example sqlite:////data/study.db, postgresql+psycopg://host/studies, or null.")
         return value
 
     @model_validator(mode="after")

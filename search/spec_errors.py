@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from search.url_secrets import without_password
 from uipe_core.errors import UserError
 
 KeyPath = tuple[str | int, ...]
@@ -76,11 +77,18 @@ def rule(allowed: str, remedy: str) -> PydanticCustomError:
     return PydanticCustomError(RULE, "{allowed}", {"allowed": allowed, "remedy": remedy})
 
 
+class _WithoutSecrets(reprlib.Repr):
+    """Values as messages show them: short, and without the passwords of URLs, which must go before anything is cut off."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(without_password(x), level)
+
+
 def show(value: object) -> str:
-    """A value as a study file would have it, shortened to what fits in a message."""
+    """A value as a study file would have it, shortened to what fits in a message; passwords in URLs are hidden."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    short = reprlib.Repr()
+    short = _WithoutSecrets()
     short.maxstring = short.maxother = 120
     return short.repr(value)
 

@@ -17,6 +17,12 @@ Lines = dict[KeyPath, int]
 MAX_BYTES = 2**20
 """A study file is a few kilobytes; the limit keeps a mistyped path to a weights file from being read whole."""
 
+MAX_NODES = 100_000
+"""Keys and values of a study with every alias written out: a few lines of aliases can stand for billions."""
+
+_UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
+"""What PyYAML raises where a value is not what its tag or its form promises: ``!!bool maybe``, ``2026-99-99``."""
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
@@ -35,8 +41,9 @@ def read_study_file(path: Path) -> tuple[dict[str, object], Lines]:
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = ", ".join(part for part in (error.context, error.problem) if part)
         problem = Problem("", f"not valid YAML: {what}. Correct it there or just before.", place)
-    except (yaml.YAMLError, ValueError) as error:
-        problem = Problem("", f"not valid YAML: {str(error).splitlines()[0]}. Correct or remove it.")
+    except (yaml.YAMLError, *_UNREADABLE) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        problem = Problem("", f"not valid YAML: {reason}. Correct or remove it.")
     except _UnusableFileError as error:
         problem = Problem("", str(error))
     else:
@@ -103,8 +110,20 @@ def _walk(node: yaml.Node, path: KeyPath, lines: Lines, above: tuple[int, ...]) 
     if id(node) in above:
         yield Problem(key_text(path), "this alias contains itself. Write the value out.", place)
         return
+    if len(lines) > MAX_NODES:
+        raise _UnusableFileError(
+            f"it stands for more than {MAX_NODES} values, by aliases that repeat each other. Write out what you need."
+        )
     lines.setdefault(path, node.start_mark.line + 1)
     above = (*above, id(node))
+    if isinstance(node, yaml.ScalarNode):
+        try:
+            _loader()("").construct_object(node)
+        except yaml.YAMLError:
+            pass  # these know their place themselves
+        except _UNREADABLE:
+            message = f"found {show(node.value)}, which is not what its form or its tag ({node.tag}) promises. "
+            yield Problem(key_text(path), f"{message}Correct it, or put it in quotes to have it as a text.", place)
     if isinstance(node, yaml.SequenceNode):
         for index, inner in enumerate(node.value):
             yield from _walk(inner, (*path, index), lines, above)
@@ -112,6 +131,11 @@ def _walk(node: yaml.Node, path: KeyPath, lines: Lines, above: tuple[int, ...]) 
         first: dict[str, int] = {}
         for key, inner in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                yield Problem(
+                    key_text(path), "a key here is a list or a mapping. Write a text before the colon.", f"line {line}"
+                )
+                continue
             name = str(key.value)
             if name in first:
                 message = f"this key stands twice, first on line {first[name]}. Keep one of them."

@@ -172,6 +172,10 @@ class Adapter(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0
 
 
+MOST_BASE_RUNS = 1000
+"""Base runs of one study: lists multiply, and a slip must not ask for a million trainings."""
+
+
 class Unlearning(Section):
     """The base runs: every method with every combination of the values listed for it and for the learning rate.
 
@@ -188,6 +192,16 @@ class Unlearning(Section):
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Positive = 1.0
     adapter: Adapter | None = None
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _not_too_many(cls, value: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        methods = info.data.get("methods", {})
+        count = len(value) * sum(math.prod(map(len, own.values())) for own in methods.values())
+        if count > MOST_BASE_RUNS:
+            allowed = f"the lists of this study make {count} base runs, and {MOST_BASE_RUNS} are the most"
+            raise rule(allowed, "Give fewer values here or to the methods, or make several studies of it.")
+        return value
 
     @field_validator("methods", mode="before")
     @classmethod

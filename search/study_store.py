@@ -38,9 +38,9 @@ from search.study_record import (
     read_record,
     save_record,
     whole_storage,
-    without_password,
 )
 from search.trial_attributes import write_attributes
+from search.url_secrets import without_password
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 

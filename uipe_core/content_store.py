@@ -14,10 +14,10 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from uipe_core.errors import UserError
 
@@ -66,6 +66,17 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_free(lock: Path) -> bool:
+    """Whether nobody holds a lock file that exists; the lock is the system's, so one of a dead process is free."""
+    probe = FileLock(lock)
+    try:
+        probe.acquire(timeout=0)
+    except Timeout:
+        return False
+    probe.release()
+    return True
+
+
 def cache_folder(name: str) -> Path:
     """Default place of a cache: under the environment variable UIPE_CACHE, or ``~/.cache/uipe``."""
     return Path(os.environ.get("UIPE_CACHE", Path.home() / ".cache" / "uipe")).expanduser() / name
@@ -81,6 +92,23 @@ def write_atomic(path: Path, content: bytes) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _files_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Size and hash of every file of an entry by its name, which is a path inside the entry.
+
+    Raises:
+        BrokenEntryError: If the manifest says so of no files, or of files elsewhere.
+    """
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys() for facts in files.values()
+    ):
+        raise BrokenEntryError("manifest does not say what files there are")
+    for name in files:
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
+            raise BrokenEntryError(f"manifest names a file outside its entry: {name!r}")
+    return files
 
 
 class ContentStore:
@@ -102,6 +130,41 @@ class ContentStore:
             # Looked at again under the lock: what was broken may have been made anew since, and that must not be moved away.
             with self._lock(key):
                 return self._intact_or_quarantine(key)
+
+    def holds(self, key: str) -> bool:
+        """Whether there is an entry, its checksums unseen: what `find` reads whole, this only looks for."""
+        return (self.root / key / MANIFEST).is_file()
+
+    def flaw(self, key: str) -> str | None:
+        """What is wrong with an entry that is there, by its checksums; None where nothing is. Changes nothing.
+
+        Raises:
+            FileNotFoundError: If there is no entry.
+        """
+        if not (self.root / key).is_dir():
+            raise FileNotFoundError(key)
+        try:
+            self._verify(key)
+        except BrokenEntryError as error:
+            return str(error)
+        return None
+
+    def unfinished(self) -> list[str]:
+        """Keys of entries that somebody began to write, and that are written no more: their maker holds no lock."""
+        return [path.name for path in sorted((self.root / "tmp").glob("*")) if self._lock_is_free(path.name)]
+
+    def clear_unfinished(self, key: str) -> bool:
+        """Removes what a maker that was killed left of an entry; False where one is at work on it again."""
+        lock = FileLock(self.root / "locks" / f"{key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        try:
+            shutil.rmtree(self.root / "tmp" / key)
+        finally:
+            lock.release()
+        return True
 
     def get_or_make(self, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """Folder of the entry for `inputs`; calls `make(empty_folder)` when there is none yet.
@@ -152,6 +215,10 @@ class ContentStore:
                 "(cache.models and cache.deltas in the study file, or the environment variable UIPE_CACHE)"
             ) from error
 
+    def _lock_is_free(self, key: str) -> bool:
+        path = self.root / "locks" / f"{key}.lock"
+        return not path.exists() or is_free(path)
+
     def _intact(self, key: str) -> Path | None:
         folder = self.root / key
         if not folder.is_dir():
@@ -200,9 +267,9 @@ class ContentStore:
         checksum = manifest.pop("checksum", None)
         if checksum != hashlib.sha256(_canonical(manifest)).hexdigest():
             raise BrokenEntryError("manifest was altered")
-        if manifest["key"] != key or content_key(manifest["inputs"]) != key:
+        if manifest.get("key") != key or content_key(manifest.get("inputs", {})) != key:
             raise BrokenEntryError("entry belongs to another key")
-        for name, facts in manifest["files"].items():
+        for name, facts in _files_of(manifest).items():
             path = self.root / key / name
             if not path.is_file():
                 raise BrokenEntryError(f"{name} is missing")

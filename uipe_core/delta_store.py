@@ -68,6 +68,10 @@ class DeltaStore:
         runs = [_open(key, self._entries.root / key) for key in keys]
         return runs[0] if len(runs) == 1 else joined(runs)
 
+    def holds(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the base run determined by `inputs` is there, without reading it."""
+        return self._entries.holds(content_key(inputs))
+
     def get_or_train(self, inputs: Mapping[str, Any], train: Iterable[EpochResult]) -> BaseRun:
         """The base run determined by `inputs`; consumes `train` and publishes its epochs if there is none yet.
 

@@ -46,18 +46,33 @@ def open_initial(folder: Path, trust_remote_code: bool = False) -> InitialModel:
     Raises:
         UserError: If the folder is no saved model, or its files do not hold its parameters.
     """
+    skeleton = meta_model(str(folder), trust_remote_code=trust_remote_code)
+    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
+    weights = _match(folder, skeleton, shapes, "its own configuration asks for")
+    return InitialModel(folder, skeleton, shapes, weights, trust_remote_code)
+
+
+def meta_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
+    """A causal language model on torch's meta device, without weights, from its configuration alone.
+
+    Args:
+        source: Folder or hub name.
+        revision: Branch, tag or commit on the hub.
+        trust_remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        UserError: If there is no configuration that can be read, or it makes no causal language model.
+    """
     from transformers import AutoModelForCausalLM
 
-    config = _config(folder, trust_remote_code)
+    config = _config(source, trust_remote_code, revision)
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         skeleton.tie_weights()
     except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise UserError(f"{folder}: its configuration makes no causal language model: {_first_line(error)}") from error
-    shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    weights = _match(folder, skeleton, shapes, "its own configuration asks for")
-    return InitialModel(folder, skeleton, shapes, weights, trust_remote_code)
+        raise UserError(f"{source}: its configuration makes no causal language model: {_first_line(error)}") from error
+    return skeleton
 
 
 def dense_weights(initial: InitialModel, folder: Path) -> dict[str, StoredTensor]:
@@ -67,7 +82,7 @@ def dense_weights(initial: InitialModel, folder: Path) -> dict[str, StoredTensor
         UserError: If the checkpoint computes otherwise, or names, shapes or dtypes will not do; says what differs.
     """
     ours = initial.skeleton.config.to_dict()
-    theirs = _config(folder, initial.trust_remote_code).to_dict()
+    theirs = _config(str(folder), initial.trust_remote_code).to_dict()
     differing = [
         f"{key}: {theirs.get(key)!r}, initial model {ours.get(key)!r}"
         for key in sorted(ours.keys() | theirs.keys())
@@ -132,13 +147,13 @@ def _require_equal(folder: Path, stored: StoredTensor, copy: StoredTensor) -> No
         )
 
 
-def _config(folder: Path, trust_remote_code: bool) -> Any:
+def _config(source: str, trust_remote_code: bool, revision: str | None = None) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"{folder}: its config.json cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
 
 
 def _some(names: Sequence[str], separator: str = ", ") -> str:

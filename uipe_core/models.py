@@ -11,6 +11,7 @@ import torch
 from uipe_core.content_store import file_hash
 from uipe_core.errors import UserError
 from uipe_core.prompts import PromptFormat
+from uipe_core.weight_files import weight_files
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -88,7 +89,10 @@ def load_model(
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"model.dtype: {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
     where = resolve_device(device)
-    place = str(_local_folder(source) or source)
+    folder = _local_folder(source)
+    if folder is not None:
+        _require_inside(folder)
+    place = str(folder or source)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     unreadable = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
     try:
@@ -118,6 +122,13 @@ def load_model(
     return LoadedModel(model, tokenizer, prompts)
 
 
+def _require_inside(folder: Path) -> None:
+    """Refuses an index whose shards lie elsewhere: what is loaded must be what the identity of the folder covers."""
+    for stem in ("model", "adapter_model"):
+        if (folder / f"{stem}.safetensors.index.json").is_file():
+            weight_files(folder, stem)
+
+
 def _cannot_load(source: str, error: Exception) -> UserError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return UserError(f"model {source}: cannot be loaded: {reason}")
@@ -135,7 +146,9 @@ def _local_folder(source: str) -> Path | None:
     return folder
 
 
-def check_model_folder(source: str, prompt_template: str | None, prompt_format: str | None) -> None:
+def check_model_folder(
+    source: str, prompt_template: str | None, prompt_format: str | None, trust_remote_code: bool = False
+) -> None:
     """Checks what can be checked of a model folder without reading its weights.
 
     Raises:
@@ -148,8 +161,10 @@ def check_model_folder(source: str, prompt_template: str | None, prompt_format: 
         raise UserError(f"model {source}: no such folder")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model {source}: the folder has no *.safetensors weights; save the model again as safetensors")
+    _require_inside(folder)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        # Never None, for which transformers asks on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(f"model {source}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
     PromptFormat(tokenizer, prompt_template, prompt_format)

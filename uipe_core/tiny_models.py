@@ -84,36 +84,48 @@ def tiny_model(
 def _train_tiny(
     config: TinyModelConfig, corpus: Corpus, stage: str, start: Path | None, folder: Path, progress: Progress | None
 ) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     seed = config.seed if config.finetune_seed is None else config.finetune_seed
     if start is not None:
         loaded = load_model(str(start), device="cpu")
         model, tokenizer = loaded.model, loaded.tokenizer
     else:
-        texts = _texts(corpus, config.extra_texts)
-        tokenizer = _word_tokenizer(texts) if config.tokenizer == "word" else _bpe_tokenizer(texts, config.vocab_size)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = LlamaForCausalLM(
-                LlamaConfig(
-                    vocab_size=len(tokenizer),
-                    hidden_size=config.hidden_size,
-                    intermediate_size=4 * round(2 * config.hidden_size / 3),
-                    num_hidden_layers=config.layers,
-                    num_attention_heads=config.heads,
-                    num_key_value_heads=config.heads,
-                    max_position_embeddings=1024,
-                    bos_token_id=tokenizer.bos_token_id,
-                    eos_token_id=tokenizer.eos_token_id,
-                    pad_token_id=tokenizer.pad_token_id,
-                )
-            )
+            model, tokenizer = _new_model(config, corpus)
     settings = config.base if stage == "base" and config.base is not None else config.finetune
     _fit_answers(model, PromptFormat(tokenizer), corpus.build[stage], settings, seed, progress)
     model.eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def tiny_skeleton(config: TinyModelConfig, corpus: Corpus) -> Any:
+    """The small model on torch's meta device: its shape, without weights."""
+    with torch.device("meta"):
+        return _new_model(config, corpus)[0]
+
+
+def _new_model(config: TinyModelConfig, corpus: Corpus) -> tuple[Any, Any]:
+    """The small model with weights as drawn, and its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    texts = _texts(corpus, config.extra_texts)
+    tokenizer = _word_tokenizer(texts) if config.tokenizer == "word" else _bpe_tokenizer(texts, config.vocab_size)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=4 * round(2 * config.hidden_size / 3),
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            num_key_value_heads=config.heads,
+            max_position_embeddings=1024,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    return model, tokenizer
 
 
 def _fit_answers(model: Any, prompts: PromptFormat, items: ItemSet, stage: Stage, seed: int, progress: Progress | None) -> None:

@@ -121,6 +121,10 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
         paths = [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: damaged ({type(error).__name__}); fetch or save the checkpoint again") from error
+    # By name, not by where links lead: in the hub's cache every file is one.
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise UserError(f"{index}: it names {outside[0]!r}, which is not a file of its folder; do not use this checkpoint")
     missing = [path.name for path in paths if not path.is_file()]
     if not paths:
         raise UserError(f"{index}: it names no shard; fetch or save the checkpoint again")
