@@ -21,7 +21,7 @@ from search.authentication import ADVICE, cluster_token
 from search.cluster import code_environment
 from search.parcel import STUDY_FILE, pack, submission_id
 from search.status import PREFIX, last_status
-from search.study_record import without_password
+from search.url_secrets import without_password
 from uipe_core.errors import StudyInterrupted, UserError
 
 ADDRESS = "RAY_API_SERVER_ADDRESS"

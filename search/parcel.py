@@ -16,7 +16,7 @@ from search.input_checks import check_inputs
 from search.spec import StudySpec, load_study
 from search.spec_file import absolute_paths, read_study_file
 from search.spec_sections import is_local
-from search.study_record import without_password
+from search.url_secrets import without_password
 from uipe_core.errors import UserError
 
 LIMIT_BYTES = 20 * 2**20

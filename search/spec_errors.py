@@ -9,6 +9,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from search.url_secrets import without_password
 from uipe_core.errors import UserError
 
 KeyPath = tuple[str | int, ...]
@@ -77,12 +78,21 @@ def rule(allowed: str, remedy: str) -> PydanticCustomError:
 
 
 def show(value: object) -> str:
-    """A value as a study file would have it, shortened to what fits in a message."""
+    """A value as a study file would have it, shortened to what fits in a message, without the secrets of a URL."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     short = reprlib.Repr()
     short.maxstring = short.maxother = 120
-    return short.repr(value)
+    return short.repr(_without_secrets(value))
+
+
+def _without_secrets(value: object) -> object:
+    """Before it is shortened: half a password is told from nothing."""
+    if isinstance(value, str):
+        return without_password(value)
+    if isinstance(value, list | tuple):
+        return [_without_secrets(inner) for inner in value]
+    return {key: _without_secrets(inner) for key, inner in value.items()} if isinstance(value, dict) else value
 
 
 def key_text(parts: KeyPath) -> str:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ from typing import Any
 from sqlalchemy import URL
 
 from search.spec import RUNNING_KEYS, StudySpec
+from search.url_secrets import HIDDEN, without_password
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 
 RECORD = "study.json"
-HIDDEN = "***"
-"""Stands for a password."""
 
 
 RECORD_SCHEMA = 1
@@ -29,12 +27,6 @@ def fingerprint(spec: StudySpec, corpus_hash: str, models: Mapping[str, str]) ->
     """Identity of a study: what it searches, on which items and which weights; 32 hexadecimal digits."""
     parts = {"schema": RECORD_SCHEMA, "spec": spec.fingerprint_payload(), "corpus": corpus_hash, "models": dict(models)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def without_password(url: str) -> str:
-    """A storage URL that can be shown and stored."""
-    hidden = re.sub(r"(://[^:/@]*):[^@]*@", rf"\1:{HIDDEN}@", url)
-    return re.sub(r"([?&]\w*password=)[^&]*", rf"\1{HIDDEN}", hidden)
 
 
 def whole_storage(url: str) -> str:

@@ -11,8 +11,9 @@ from optuna.trial import TrialState
 from search.evaluator import Job
 from search.space import Point, distributions
 from search.spec import parse_study
-from search.study_record import read_record, without_password
+from search.study_record import read_record
 from search.study_store import StudyStore
+from search.url_secrets import without_password
 from uipe_core.errors import UserError
 
 OBJECTIVES = ("log10_forget_quality", "model_utility")
