@@ -25,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Out = Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a study, as written by `uipe run`.")]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")]
 Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]
 AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
 Address = Annotated[
@@ -38,7 +38,9 @@ Floor = Annotated[float, typer.Option(help="For utility-floor: least share of th
 @app.command(epilog="Example: uipe run studies/quickstart.yaml --out runs/first --trials 30")
 def run(
     study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="Study file; the quickstart when left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Output folder; runs/<study name> when left out.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Output folder, or its URL (s3://bucket/runs/first); runs/<study name> when left out.")
+    ] = None,
     trials: Annotated[int | None, typer.Option(help="Search trials in all, in place of search.trials.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, in place of the file's.")] = None,
     address: Address = None,

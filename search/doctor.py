@@ -13,6 +13,7 @@ from search.findings import ADVICE, FIXED, OK, PROBLEM, Finding, Repairable
 from search.spec import StudySpec
 from search.study_record import read_record
 from search.study_store import StudyStore
+from search.url_secrets import without_password
 from uipe_core.checkpoints import checkpoint_inputs
 from uipe_core.content_store import ContentStore, cache_folder, content_key
 from uipe_core.errors import UserError
@@ -99,9 +100,15 @@ def _checks(out: Path, record: Mapping[str, Any], running: bool) -> Iterator[Fin
         yield from findings.agreement(store)
         yield from findings.orphans(store, running)
         yield from findings.item_scores(store)
-    deltas = ContentStore(Path(spec.cache.deltas or cache_folder("deltas")))
-    yield from base_runs(deltas, record)
-    yield from unfinished(deltas)
+    place = spec.cache.deltas or str(cache_folder("deltas"))
+    elsewhere = "://" in place
+    deltas = ContentStore(cache_folder("node") if elsewhere else Path(place))
+    if elsewhere:
+        meaning = "every node holds what it fetches against its checksums"
+        yield Finding("base runs", ADVICE, f"at {without_password(place)}, not looked at", meaning, "nothing to do")
+    else:
+        yield from base_runs(deltas, record)
+        yield from unfinished(deltas)
     if store is not None:
         yield from findings.bounds(store)
         yield from findings.repeats(store)

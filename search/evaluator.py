@@ -19,6 +19,7 @@ from uipe_core.initial_weights import pristine, saved_folder
 from uipe_core.metrics import Metrics, quality_ratios
 from uipe_core.models import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
 from uipe_core.prompts import PromptFormat
+from uipe_core.remote_store import RemotePlace
 from uipe_core.score_report import ScoreReport
 from uipe_core.scoring import ScoringConfig
 from uipe_core.uncertainty import paired_permutation
@@ -100,7 +101,7 @@ class StudyContext:
     corpus: Corpus
     split: Split
     source: ModelSource
-    deltas: Path
+    deltas: Path | RemotePlace
     methods: Mapping[str, str]
     references: Mapping[str, Report]
     scoring: ScoringConfig

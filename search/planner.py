@@ -25,6 +25,7 @@ from uipe_core.errors import UserError
 from uipe_core.initial_model import meta_model
 from uipe_core.losses import METHODS
 from uipe_core.models import DTYPES
+from uipe_core.remote_store import RemotePlace
 from uipe_core.tiny_models import TinyModelConfig, tiny_skeleton
 from uipe_core.training_inputs import INITIAL_ON_RETAIN
 from uipe_core.update_vectors import adapter_state, wrap_adapter
@@ -215,10 +216,11 @@ def _why_not_timed(spec: StudySpec, sizes: Sizes | None, machine: Machine) -> st
     return None
 
 
-def _machine(deltas: Path, out: Path) -> Machine:
+def _machine(deltas: Path | RemotePlace, out: Path) -> Machine:
     import torch
 
-    there, here = _nearest(deltas), _nearest(out)
+    # Of a store at a URL this machine has its node cache.
+    there, here = _nearest(deltas.node_root if isinstance(deltas, RemotePlace) else deltas), _nearest(out)
     return Machine(
         cpus=len(os.sched_getaffinity(0)),
         memory=_memory(),

@@ -19,7 +19,9 @@ from uipe_core.corpora.split import Split, split_corpus, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.losses import METHODS
 from uipe_core.models import ModelSource, model_folder, model_identity
+from uipe_core.node_cache import GIGABYTE
 from uipe_core.prompts import PROMPT_SCHEMA
+from uipe_core.remote_store import RemotePlace
 from uipe_core.scoring import ScoringConfig
 from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model_inputs
 from uipe_core.training import AdapterConfig, UnlearningConfig
@@ -82,9 +84,12 @@ class Preparation:
         return _tiny_key(config, self.corpus, stage)
 
     @property
-    def delta_root(self) -> Path:
-        """Folder of the delta store."""
-        return Path(self.spec.cache.deltas or cache_folder("deltas"))
+    def delta_root(self) -> Path | RemotePlace:
+        """Folder of the delta store, or where it is at a URL."""
+        cache = self.spec.cache
+        if cache.deltas is not None and "://" in cache.deltas:
+            return RemotePlace(cache.deltas, int(cache.node_gigabytes * GIGABYTE))
+        return Path(cache.deltas or cache_folder("deltas"))
 
     @property
     def scoring(self) -> ScoringConfig:

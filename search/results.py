@@ -16,6 +16,7 @@ from search import finalists, yardstick
 from search.certainty import certainty
 from search.export import export
 from search.objectives import Objective
+from search.out_mirror import readable_folder
 from search.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
 from search.recipe import recipe_of
 from search.report import write_report
@@ -55,12 +56,12 @@ class StudyResult:
 
     @classmethod
     def open(cls, out: Path | str) -> "StudyResult":
-        """Reads a study folder.
+        """Reads a study folder, or a copy of the one at a URL.
 
         Raises:
             UserError: If it is none, or holds no complete trial yet.
         """
-        return cls.of(StudyStore.open(Path(out)))
+        return cls.of(StudyStore.open(readable_folder(out)))
 
     @classmethod
     def of(cls, store: StudyStore) -> "StudyResult":

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from optuna.exceptions import StorageInternalError
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-from sqlalchemy.exc import OperationalError
 
 from search.base_run_tasks import BaseRunTasks
 from search.base_runs import Room
@@ -24,6 +22,7 @@ from search.controls import control_jobs
 from search.evaluator import POINT_KINDS, Job, StudyContext
 from search.finalists import mirror_jobs
 from search.groundwork import Groundwork
+from search.out_mirror import working_folder
 from search.preparation import Preparation, prepare
 from search.progress import Bars, Board
 from search.ray_searcher import StudySearcher, run_trials
@@ -33,6 +32,7 @@ from search.samplers import make_sampler
 from search.space import distributions, given_points, grid_points
 from search.spec import StudySpec
 from search.status import StatusLines
+from search.storage import STORAGE_ERRORS, explain_storage_error
 from search.study_guard import Stop, StudyGuard
 from search.study_store import StudyStore
 from search.warm_start import earlier_fronts
@@ -48,7 +48,7 @@ def run_study(
 
     Args:
         spec: The study (see `search.spec.load_study`).
-        out: Output folder; None is ``runs/<study name>``.
+        out: Output folder, or URL of one (`search.out_mirror`); None is ``runs/<study name>``.
         quiet: No progress bars.
         address: Ray cluster to run on (see `search.cluster.connected`); None is this machine.
 
@@ -59,8 +59,8 @@ def run_study(
         UserError: Bad input; nothing is lost.
         StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
     """
-    folder = Path("runs", spec.name) if out is None else Path(out)
-    return _at_work(spec, folder, quiet, address, _Run.finish_all)
+    with working_folder(Path("runs", spec.name) if out is None else out) as folder:
+        return _at_work(spec, folder, quiet, address, _Run.finish_all)
 
 
 def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False, address: str | None = None) -> StudyResult:
@@ -92,7 +92,8 @@ def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False,
     if not jobs:
         raise UserError(f"{out}: its finalists walk from given checkpoints, which cannot be trained again from other seeds")
     others = [spec.seed + step for step in range(1, seeds + 1)]
-    return _at_work(spec, Path(out), quiet, address, lambda run: run.confirm(jobs, others))
+    with working_folder(out) as folder:
+        return _at_work(spec, folder, quiet, address, lambda run: run.confirm(jobs, others))
 
 
 def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, work: Callable[["_Run"], None]) -> StudyResult:
@@ -109,7 +110,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
                 try:
                     work(run)
                 except KeyboardInterrupt:
-                    store.reconcile()  # before the last status is told
+                    store.end_running()  # before the last status is told
                     raise
             if run.stopped is not None and (run.stopped.gave_up or not store.counts()["complete"]):
                 raise UserError(_without_result(folder, run.stopped, store))
@@ -118,12 +119,14 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
             result.report()
         except KeyboardInterrupt:
             raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None
-        except (OSError, StorageInternalError, OperationalError) as error:
-            cause = error.__cause__ or error
+        except (OSError, *STORAGE_ERRORS) as error:
+            # Not from the error: what a database says may hold what its URL must not show.
+            said = explain_storage_error(error, spec.storage or "")
             raise UserError(
-                f"output folder {folder} or storage {store.record['storage']}: {str(cause).splitlines()[0]}; mend that (a full "
-                "disk? lost rights?), then the same command resumes the study: what was done is kept"
-            ) from error
+                f"output folder {folder} or storage {store.record['storage']}: {said}; "
+                "mend that (a full disk? lost rights? a database that is locked or gone?), then the same command resumes the "
+                "study: what was done is kept, and what could not be written is done again"
+            ) from None
         finally:
             store.close()
     return result

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 
 from search.spec_errors import rule
 from search.spec_sections import Count, Name, Positive, Section
+from search.url_secrets import without_password
+from uipe_core.remote_folder import SCHEMES
 
 
 def _whole_above_one(value: float) -> float:
@@ -106,7 +108,28 @@ class Budget(Section):
 
 
 class Cache(Section):
-    """Folders shared between studies; None is the user's cache folder."""
+    """Folders shared between studies; None is the user's cache folder. Update vectors may be at a URL, from which each node
+    keeps up to `node_gigabytes`."""
 
     models: Name | None = None
     deltas: Name | None = None
+    node_gigabytes: Positive = 100
+
+    @field_validator("models")
+    @classmethod
+    def _is_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise rule("models are read from folders", "Give a folder; a pretrained model comes from the hub or a folder.")
+        return value
+
+    @field_validator("deltas")
+    @classmethod
+    def _can_be_opened(cls, value: str | None) -> str | None:
+        if value is None or "://" not in value:
+            return value
+        if value.partition("://")[0] not in SCHEMES:
+            raise rule(f"a URL of a store starts with one of {', '.join(SCHEMES)}", "Write for example s3://bucket/deltas.")
+        if without_password(value) != value:
+            remedy = "Take it out; give it in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or the like."
+            raise rule("a URL of a store holds no keys and no passwords", remedy)
+        return value

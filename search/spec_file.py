@@ -185,7 +185,7 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
         problems += [(("model", "other_retain", place), text) for place, (_, text) in enumerate(located) if text]
     for key in ("models", "deltas"):
         value = _text_at(result, "cache", key)
-        if value is not None:
+        if value is not None and "://" not in value:
             _replace(result, "cache", key, str(_join(folder, value)))
     earlier = result.get("warm_start")
     if isinstance(earlier, str) and earlier:

@@ -5,6 +5,7 @@ epoch, random directions, temperatures) are trials of a second study, ``NAME.con
 Optuna then see what can be chosen, and nothing else.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -21,15 +22,15 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import event, make_url
+from sqlalchemy import make_url
 
 from search.evaluator import Job
 from search.objectives import Objective, objectives_of
 from search.proposer import Proposer
 from search.space import own_epoch, sampled_epoch
 from search.spec import StudySpec
+from search.storage import STORAGE_ERRORS, Database, open_storage
 from search.study_record import (
     RECORD,
     RECORD_SCHEMA,
@@ -56,10 +57,11 @@ class StudyStore:
     Use `create` to run a study (it takes the folder's lock) and `open` to read one.
     """
 
-    def __init__(self, out: Path, record: dict[str, Any], storage: RDBStorage, lock: FileLock | None = None) -> None:
+    def __init__(self, out: Path, record: dict[str, Any], database: Database, lock: FileLock | None = None) -> None:
         self.out = out
         self.record = record
-        self.storage = storage
+        self.storage = database.direct
+        self._database = database
         self._lock = lock
         self._study: optuna.Study | None = None
         self._controls: optuna.Study | None = None
@@ -120,8 +122,10 @@ class StudyStore:
             # Before the database: a folder with a database and no record would be taken for somebody else's.
             save_record(out, {**kept, **changing})
             try:
-                store = cls(out, {**kept, **changing}, _open_storage(url), lock)
+                store = cls(out, {**kept, **changing}, open_storage(url), lock)
                 store._attach(create=True)
+                if spec.storage is not None:
+                    store._database.claim(url, spec.name)
             except UserError:
                 if record is None:
                     (out / RECORD).unlink()
@@ -148,12 +152,13 @@ class StudyStore:
         database = make_url(url).database if url.startswith("sqlite:") else None
         if database is not None and not Path(database).is_file():
             raise UserError(f"{out}: its trials ({database}) are missing; restore the file or run the study again")
-        store = cls(out, record, _open_storage(url))
+        store = cls(out, record, open_storage(url))
         store._attach(create=False)
         return store
 
     def close(self) -> None:
-        """Gives the folder back."""
+        """Gives the folder and the storage back."""
+        self._database.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -185,6 +190,12 @@ class StudyStore:
                 self.storage.set_trial_state_values(identifier, TrialState.FAIL)
                 orphans += 1
         return orphans
+
+    def end_running(self) -> None:
+        """As `reconcile`, for a run that was interrupted: a storage that does not answer at once leaves it to the next run."""
+        self._database.hurry()
+        with contextlib.suppress(*STORAGE_ERRORS):
+            self.reconcile()
 
     def ask_point(
         self, space: dict[str, BaseDistribution], params: Mapping[str, Any] | None = None, kind: str = "search"
@@ -225,7 +236,8 @@ class StudyStore:
         if items is not None:
             write_atomic(self._items_path(study, number), items)
         identifier = self._identifier(study, number)
-        write_attributes(self.storage.engine, identifier, {key: value for key, value in evidence.items() if value is not None})
+        attributes = {key: value for key, value in evidence.items() if value is not None}
+        self._database.patiently(lambda: write_attributes(self._database.engine, identifier, attributes))
         self._end(study, number, identifier, TrialState.COMPLETE, list(values.values()))
         return None
 
@@ -331,7 +343,10 @@ class StudyStore:
             try:
                 if create:
                     study = optuna.create_study(
-                        study_name=title, storage=self.storage, directions=["maximize"] * len(names), load_if_exists=True
+                        study_name=title,
+                        storage=self._database.cached,
+                        directions=["maximize"] * len(names),
+                        load_if_exists=True,
                     )
                     if study.user_attrs.get("fingerprint", identity) != identity:
                         raise UserError(f"storage {self.record['storage']}: it holds another study named {title!r}; rename one")
@@ -340,29 +355,9 @@ class StudyStore:
                         warnings.simplefilter("ignore", ExperimentalWarning)
                         study.set_metric_names(names)
                 else:
-                    study = optuna.load_study(study_name=title, storage=self.storage)
+                    study = optuna.load_study(study_name=title, storage=self._database.cached)
             except KeyError:
                 raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
             opened.append(study)
             self._study_ids[title] = self.storage.get_study_id_from_name(title)
         self._study, self._controls = opened
-
-
-def _open_storage(url: str) -> RDBStorage:
-    try:
-        if not url.startswith("sqlite"):
-            return RDBStorage(url)
-        storage = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}})
-    except Exception as error:
-        raise UserError(f"storage {without_password(url)}: cannot be opened: {type(error).__name__}") from error
-
-    @event.listens_for(storage.engine, "connect")
-    def _fast_and_safe(connection: Any, _: Any) -> None:
-        # With a write-ahead log a commit survives the death of the process without waiting for the disk each time.
-        cursor = connection.cursor()
-        cursor.execute("PRAGMA journal_mode=WAL")
-        cursor.execute("PRAGMA synchronous=NORMAL")
-        cursor.close()
-
-    storage.engine.dispose()
-    return storage

@@ -23,6 +23,7 @@ from uipe_core.delta_store import BaseRun, DeltaStore
 from uipe_core.initial_model import open_initial
 from uipe_core.models import ModelSource, set_threads
 from uipe_core.processes import current_processes
+from uipe_core.remote_store import RemotePlace
 from uipe_core.scoring import ScoringConfig
 from uipe_core.tiny_models import TinyModelConfig, tiny_model
 from uipe_core.training import UnlearningConfig, train_base_run
@@ -104,7 +105,7 @@ def train_and_publish(
     corpus: Corpus,
     config: UnlearningConfig,
     inputs: Mapping[str, Any],
-    root: Path,
+    root: Path | RemotePlace,
     threads: int,
     board: Any,
     label: str,
@@ -125,7 +126,7 @@ def train_and_publish(
 def import_and_publish(
     initial: Path,
     checkpoints: Sequence[tuple[Path, Mapping[str, Any]]],
-    root: Path,
+    root: Path | RemotePlace,
     trust_remote_code: bool,
     threads: int,
     board: Any,

@@ -42,6 +42,43 @@ def _canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+def manifest_of(key: str, inputs: Mapping[str, Any], files: Mapping[str, Any], **more: str) -> dict[str, Any]:
+    """The manifest of an entry: what determines it, size and SHA-256 of its files by name, and a checksum of itself."""
+    manifest: dict[str, Any] = {"key": key, "inputs": dict(inputs), "files": dict(files), **more}
+    manifest["checksum"] = hashlib.sha256(_canonical(manifest)).hexdigest()
+    return manifest
+
+
+def read_manifest(content: bytes) -> dict[str, Any]:
+    """A manifest from its file's content.
+
+    Raises:
+        BrokenEntryError: If it is none.
+    """
+    try:
+        manifest = json.loads(content)
+    except ValueError:
+        raise BrokenEntryError("manifest is not JSON") from None
+    if not isinstance(manifest, dict):
+        raise BrokenEntryError("manifest is not an object")
+    return manifest
+
+
+def check_manifest(manifest: Mapping[str, Any], key: str) -> None:
+    """Whether a manifest is whole and that of a key.
+
+    Raises:
+        BrokenEntryError: If it was altered, belongs to another key, or names files outside its entry.
+    """
+    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+    if manifest.get("checksum") != hashlib.sha256(_canonical(rest)).hexdigest():
+        raise BrokenEntryError("manifest was altered")
+    if manifest.get("key") != key or content_key(manifest.get("inputs", {})) != key:
+        raise BrokenEntryError("entry belongs to another key")
+    # The checksum is no secret: a foreign manifest can have a right one.
+    _files_of(manifest)
+
+
 def _system_error(error: Exception) -> int:
     """Number of the operating system's error behind an exception; 0 if there is none."""
     if isinstance(error, OSError):
@@ -128,7 +165,7 @@ class ContentStore:
             return self._intact(key)
         except BrokenEntryError:
             # Looked at again under the lock: what was broken may have been made anew since, and that must not be moved away.
-            with self._lock(key):
+            with self.locked(key):
                 return self._intact_or_quarantine(key)
 
     def holds(self, key: str) -> bool:
@@ -179,7 +216,7 @@ class ContentStore:
         found = self.find(key)
         if found is not None:
             return found
-        with self._lock(key):
+        with self.locked(key):
             return self._intact_or_quarantine(key) or self._make(key, inputs, make)
 
     def manifest(self, key: str) -> dict[str, Any]:
@@ -188,24 +225,25 @@ class ContentStore:
         Raises:
             BrokenEntryError: If it is missing or is not a manifest.
         """
-        path = self.root / key / MANIFEST
         try:
-            manifest = json.loads(path.read_text())
+            content = (self.root / key / MANIFEST).read_bytes()
         except FileNotFoundError:
             raise BrokenEntryError("manifest is missing (the entry was never finished)") from None
-        except (ValueError, UnicodeDecodeError):
-            raise BrokenEntryError("manifest is not JSON") from None
-        if not isinstance(manifest, dict):
-            raise BrokenEntryError("manifest is not an object")
-        return manifest
+        return read_manifest(content)
 
     @contextmanager
-    def _lock(self, key: str) -> Iterator[None]:
-        """Holds the lock of an entry; what the system refuses meanwhile becomes a UserError."""
-        try:
+    def locked(self, key: str) -> Iterator[None]:
+        """Holds the lock of an entry, or one of another name; what the system refuses meanwhile becomes a UserError."""
+        with self.as_user_errors():
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
             with FileLock(self.root / "locks" / f"{key}.lock"):
                 yield
+
+    @contextmanager
+    def as_user_errors(self) -> Iterator[None]:
+        """Turns what the system refuses in the block (a full disk, a read-only folder) into a UserError."""
+        try:
+            yield
         except Exception as error:
             number = _system_error(error)
             if number not in UNWRITABLE:
@@ -257,18 +295,13 @@ class ContentStore:
             fsync_path(path)
             name = path.relative_to(folder).as_posix()
             files[name] = {"bytes": path.stat().st_size, "sha256": file_hash(path)}
-        manifest: dict[str, Any] = {"key": key, "inputs": dict(inputs), "files": files}
-        manifest["checksum"] = hashlib.sha256(_canonical(manifest)).hexdigest()
+        manifest = manifest_of(key, inputs, files)
         write_atomic(folder / MANIFEST, json.dumps(manifest, indent=1, ensure_ascii=False).encode())
         fsync_path(folder)
 
     def _verify(self, key: str) -> None:
         manifest = self.manifest(key)
-        checksum = manifest.pop("checksum", None)
-        if checksum != hashlib.sha256(_canonical(manifest)).hexdigest():
-            raise BrokenEntryError("manifest was altered")
-        if manifest.get("key") != key or content_key(manifest.get("inputs", {})) != key:
-            raise BrokenEntryError("entry belongs to another key")
+        check_manifest(manifest, key)
         for name, facts in _files_of(manifest).items():
             path = self.root / key / name
             if not path.is_file():

@@ -2,15 +2,19 @@
 
 import json
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uipe_core.content_store import ContentStore, content_key, write_atomic
+from uipe_core.content_store import BrokenEntryError, ContentStore, content_key, write_atomic
+from uipe_core.remote_store import RemoteEntry, RemotePlace, RemoteStore
 from uipe_core.training import EpochResult
 from uipe_core.update_files import load_update, save_update
 from uipe_core.update_vectors import UpdateVector
+
+RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -19,15 +23,17 @@ class BaseRun:
 
     Attributes:
         key: Content address.
-        folder: Where its files are.
+        folder: Where its files are; None for one that lies at a URL.
         epochs: One record per epoch: ``epoch``, ``loss`` (nats; of trained runs), ``norm`` of the update vector, ``seconds``.
         parts: For a run of several entries of the store, the entry of each epoch; `folder` is then the first one's.
+        remote: Its entry at a URL; a node that loads an update vector fetches it from there.
     """
 
     key: str
-    folder: Path
+    folder: Path | None
     epochs: tuple[Mapping[str, float], ...]
     parts: tuple["BaseRun", ...] = ()
+    remote: RemoteEntry | None = None
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -38,7 +44,19 @@ class BaseRun:
         """The update vector of an epoch, counted from 1; a large dense one stays in its file (`load_update`)."""
         if self.parts:
             return self.parts[epoch - 1].load(1)
-        return load_update(self.folder / _epoch_file(epoch))
+        name = _epoch_file(epoch)
+        if self.folder is not None:
+            return load_update(self.folder / name)
+        assert self.remote is not None
+        folder, release = self.remote.hold(name)
+        try:
+            update = load_update(folder / name)
+        except BaseException:
+            release()
+            raise
+        # Its file stays on this node for as long as it may be read from.
+        weakref.finalize(update, release)
+        return update
 
 
 def joined(runs: Sequence[BaseRun]) -> BaseRun:
@@ -51,26 +69,39 @@ class DeltaStore:
     """Content-addressed store of base runs: atomic, checksummed, safetensors only.
 
     Args:
-        root: Folder of the store.
+        root: Folder of the store, or where it is at a URL.
     """
 
-    def __init__(self, root: Path) -> None:
-        self._entries = ContentStore(root)
+    def __init__(self, root: Path | RemotePlace) -> None:
+        self._entries: ContentStore | RemoteStore
+        self._entries = RemoteStore(root) if isinstance(root, RemotePlace) else ContentStore(root)
 
     def find(self, inputs: Mapping[str, Any]) -> BaseRun | None:
         """The base run determined by `inputs`, or None; a broken entry is quarantined and counts as missing."""
         key = content_key(inputs)
-        folder = self._entries.find(key)
-        return None if folder is None else _open(key, folder)
+        found = self._entries.find(key)
+        try:
+            return None if found is None else _open(key, found)
+        except BrokenEntryError:
+            return None  # has been reported and put aside
 
     def open(self, keys: Sequence[str]) -> BaseRun:
         """The base run of these entries, which `find` or a maker has found intact: what a driver says is not checked again."""
-        runs = [_open(key, self._entries.root / key) for key in keys]
+        runs = [_open(key, self._published(key)) for key in keys]
         return runs[0] if len(runs) == 1 else joined(runs)
 
     def holds(self, inputs: Mapping[str, Any]) -> bool:
         """Whether the base run determined by `inputs` is there, without reading it."""
-        return self._entries.holds(content_key(inputs))
+        key = content_key(inputs)
+        return self._entries.holds(key) if isinstance(self._entries, ContentStore) else self._entries.find(key) is not None
+
+    def _published(self, key: str) -> Path | RemoteEntry:
+        if isinstance(self._entries, ContentStore):
+            return self._entries.root / key
+        found = self._entries.find(key)
+        if found is None:
+            raise BrokenEntryError(f"base run {key} is no longer in the store; the same command trains it again")
+        return found
 
     def get_or_train(self, inputs: Mapping[str, Any], train: Iterable[EpochResult]) -> BaseRun:
         """The base run determined by `inputs`; consumes `train` and publishes its epochs if there is none yet.
@@ -89,7 +120,7 @@ class DeltaStore:
                 # Else it would be in memory while the next epoch trains.
                 del result
                 started = time.perf_counter()
-            write_atomic(folder / "run.json", json.dumps(records, indent=1).encode())
+            write_atomic(folder / RUN, json.dumps(records, indent=1).encode())
 
         return _open(content_key(inputs), self._entries.get_or_make(inputs, make))
 
@@ -103,7 +134,7 @@ class DeltaStore:
             started = time.perf_counter()
             norm = write(folder / _epoch_file(1))
             record = {"epoch": 1, "norm": norm, "seconds": time.perf_counter() - started}
-            write_atomic(folder / "run.json", json.dumps([record], indent=1).encode())
+            write_atomic(folder / RUN, json.dumps([record], indent=1).encode())
 
         return _open(content_key(inputs), self._entries.get_or_make(inputs, make))
 
@@ -112,5 +143,11 @@ def _epoch_file(epoch: int) -> str:
     return f"epoch-{epoch:03d}.safetensors"
 
 
-def _open(key: str, folder: Path) -> BaseRun:
-    return BaseRun(key, folder, tuple(json.loads((folder / "run.json").read_text())))
+def _open(key: str, entry: Path | RemoteEntry) -> BaseRun:
+    if isinstance(entry, Path):
+        return BaseRun(key, entry, _epochs((entry / RUN).read_bytes()))
+    return BaseRun(key, None, _epochs(entry.read(RUN)), remote=entry)
+
+
+def _epochs(content: bytes) -> tuple[Mapping[str, float], ...]:
+    return tuple(json.loads(content))

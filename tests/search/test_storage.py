@@ -1,0 +1,408 @@
+"""A study's database that is shared, locked or gone: a real server that is stopped, a file that another connection locks."""
+
+import contextlib
+import logging
+import os
+import pwd
+import shutil
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState
+from sqlalchemy.exc import OperationalError
+
+import search
+from search import storage
+from search.results import StudyResult
+from search.space import Point, distributions
+from search.storage import STORAGE_ERRORS
+from search.study_store import StudyStore
+from search.url_secrets import without_password, without_secrets_of
+from uipe_core.errors import UserError
+
+SECRET = "correct/horse+battery"
+QUOTED = "correct%2Fhorse%2Bbattery"
+
+HOLDER = """
+import sys, time
+from search.storage import open_storage
+storage = open_storage(sys.argv[1])
+storage.claim(sys.argv[1], sys.argv[2])
+print("claimed", flush=True)
+time.sleep(600)
+"""
+
+
+def server_binaries():
+    """Folder of initdb and pg_ctl; None where PostgreSQL's server is not installed."""
+    found = shutil.which("initdb")
+    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+    return next((folder for folder in folders if (folder / "initdb").exists() and (folder / "pg_ctl").exists()), None)
+
+
+class Server:
+    """A PostgreSQL server on a free port of 127.0.0.1, with a password, that can be stopped and started again."""
+
+    def __init__(self, binaries):
+        self._bin = binaries
+        # Not below pytest's folder, which the server's user may not enter: it refuses to run as root.
+        self.folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
+        self._user = []
+        if os.geteuid() == 0:
+            owner = next(entry for entry in pwd.getpwall() if entry.pw_name in ("postgres", "nobody"))
+            os.chown(self.folder, owner.pw_uid, owner.pw_gid)
+            self._user = ["runuser", "-u", owner.pw_name, "--"]
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self._port = probe.getsockname()[1]
+        (self.folder / "password").write_text(SECRET)
+        passwords = ("--auth=scram-sha-256", f"--pwfile={self.folder / 'password'}")
+        self._call("initdb", "-D", self.folder / "data", "-U", "uipe", *passwords, "--no-sync", "-E", "UTF8")
+        self.start()
+
+    @property
+    def url(self):
+        return f"postgresql+psycopg://uipe:{QUOTED}@127.0.0.1:{self._port}/postgres"
+
+    def start(self):
+        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"
+        self._call("pg_ctl", "-D", self.folder / "data", "-l", self.folder / "log", "-o", options, "-w", "-t", "120", "start")
+
+    def stop(self):
+        self._call("pg_ctl", "-D", self.folder / "data", "-m", "immediate", "-w", "-t", "120", "stop")
+
+    def remove(self):
+        with contextlib.suppress(AssertionError):
+            self.stop()
+        shutil.rmtree(self.folder)
+
+    def _call(self, name, *arguments):
+        # The server keeps what it inherits open, so its output must not be a pipe whose end somebody waits for.
+        said = self.folder / f"{name}.out"
+        command = [*self._user, str(self._bin / name), *map(str, arguments)]
+        with said.open("w") as output:
+            done = subprocess.run(command, stdout=output, stderr=output, cwd=self.folder, timeout=180, check=False)
+        assert done.returncode == 0, said.read_text()
+
+
+@pytest.fixture(scope="module")
+def server():
+    binaries = server_binaries()
+    if binaries is None:
+        pytest.skip("PostgreSQL's server (initdb, pg_ctl) is not installed; apt-get install postgresql")
+    running = Server(binaries)
+    yield running
+    running.remove()
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def shared_url(request, tmp_path):
+    """A database that several output folders may name."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'shared.db'}"
+    return request.getfixturevalue("server").url
+
+
+def score(store, made_up_evidence, count):
+    """Some trials from their beginning to their end; their numbers."""
+    numbers = []
+    for _ in range(count):
+        number, job = store.ask_point(distributions(store.spec))
+        assert store.complete(job, number, made_up_evidence(job)) is None
+        numbers.append(number)
+    return numbers
+
+
+def states(store):
+    return [trial.state for trial in store.study.get_trials(deepcopy=False)]
+
+
+@contextlib.contextmanager
+def locked(database):
+    """Another process's write lock on an SQLite file."""
+    with contextlib.closing(sqlite3.connect(database, isolation_level=None)) as connection:
+        connection.execute("BEGIN EXCLUSIVE")
+        yield
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr(storage, "PATIENCE_SECONDS", 2.0)
+    monkeypatch.setattr(storage, "BUSY_SECONDS", 0)
+
+
+def test_a_second_driver_of_a_shared_database_is_refused_whatever_its_folder(new_store, shared_url, tmp_path, monkeypatch):
+    first = new_store(tmp_path / "one", storage=shared_url, name="drivers")
+    with pytest.raises(UserError, match="another run writes to its study 'drivers'") as caught:
+        new_store(tmp_path / "two", storage=shared_url, name="drivers")
+    assert SECRET not in str(caught.value) and QUOTED not in str(caught.value)
+    other = new_store(tmp_path / "three", storage=shared_url, name="others")
+    assert other.study.study_name == "others"
+    monkeypatch.setenv("UIPE_STORAGE", shared_url)
+    assert StudyStore.open(tmp_path / "one").trials_frame().empty  # reading is everybody's
+    first.close()
+    assert new_store(tmp_path / "two", storage=shared_url, name="drivers").study.study_name == "drivers"
+
+
+def test_a_claim_dies_with_its_holder(new_store, shared_url, tmp_path):
+    command = [sys.executable, "-c", HOLDER, shared_url, "dead"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(search.__file__).parents[1])}
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert holder.stdout.readline() == "claimed\n"
+        with pytest.raises(UserError, match="another run writes"):
+            new_store(tmp_path / "one", storage=shared_url, name="dead")
+    finally:
+        holder.kill()
+        holder.communicate()
+    ends = time.monotonic() + 30
+    while True:
+        try:
+            new_store(tmp_path / "one", storage=shared_url, name="dead")
+            break
+        except UserError:
+            assert time.monotonic() < ends
+            time.sleep(0.2)
+
+
+def test_a_server_that_is_stopped_and_started_again_costs_nothing(server, new_store, made_up_evidence, caplog):
+    store = new_store(storage=server.url, name="restarted")
+    numbers = score(store, made_up_evidence, 3)
+    number, job = store.ask_point(distributions(store.spec))
+    server.stop()
+    starting = threading.Timer(1.5, server.start)
+    starting.start()
+    with caplog.at_level(logging.WARNING):
+        assert store.complete(job, number, made_up_evidence(job)) is None
+    starting.join()
+    numbers += [number, *score(store, made_up_evidence, 2)]
+    assert numbers == list(range(6))
+    assert states(store) == [TrialState.COMPLETE] * 6
+    assert "trying again" in caplog.text and "there again after" in caplog.text
+    assert SECRET not in caplog.text
+    # Asking anew, too, makes one trial and not two.
+    server.stop()
+    starting = threading.Timer(1.0, server.start)
+    starting.start()
+    given = Point("npo", 1, 0.0)
+    number, job = store.ask_point(distributions(store.spec), given.params, "alpha_zero")
+    starting.join()
+    assert (number, job.kind, job.alpha) == (6, "alpha_zero", 0.0)
+    assert states(store)[6:] == [TrialState.RUNNING]
+    with pytest.raises(UserError, match="another run writes"):
+        # The claim ended with the server's memory of it, and was taken again.
+        new_store(store.out.parent / "two", storage=server.url, name="restarted")
+
+
+def test_a_driver_whose_claim_went_to_another_stops(server, new_store, made_up_evidence, tmp_path):
+    store = new_store(tmp_path / "one", storage=server.url, name="taken")
+    server.stop()
+    server.start()
+    new_store(tmp_path / "two", storage=server.url, name="taken")
+    with pytest.raises(UserError, match="another run writes to its study 'taken'"):
+        score(store, made_up_evidence, 1)
+
+
+@pytest.mark.parametrize("given", [None, Point("npo", 1, 0.0).params])
+def test_an_answer_that_was_lost_makes_no_second_trial(new_store, made_up_evidence, monkeypatch, given):
+    store = new_store()
+    score(store, made_up_evidence, 2)
+    backend, lost = store.storage._storage, []
+
+    def losing(call):
+        def then_fail(*arguments, **named):
+            result = call(*arguments, **named)
+            if call not in lost:
+                lost.append(call)
+                # As when a server dies right after the commit: the write is done, and nobody hears of it.
+                raise StorageInternalError from OperationalError("COMMIT", {}, sqlite3.OperationalError("database is locked"))
+            return result
+
+        return then_fail
+
+    for name in ("create_new_trial", "set_trial_state_values"):
+        monkeypatch.setattr(backend, name, losing(getattr(backend, name)))
+    number, job = store.ask_point(distributions(store.spec), given)
+    assert (number, job.kind) == (2, "search")
+    assert store.complete(job, number, made_up_evidence(job)) is None
+    assert len(lost) == 2
+    assert score(store, made_up_evidence, 1) == [3]
+    assert states(store) == [TrialState.COMPLETE] * 4
+
+
+@pytest.mark.parametrize("seconds", [0.5, 3.0])
+def test_a_locked_file_is_waited_for(new_store, made_up_evidence, tmp_path, monkeypatch, seconds):
+    monkeypatch.setattr(storage, "BUSY_SECONDS", 1)
+    store = new_store()
+    number, job = store.ask_point(distributions(store.spec))
+    held, freed = threading.Event(), []
+
+    def hold():
+        with locked(tmp_path / "out" / "study.db"):
+            held.set()
+            time.sleep(seconds)
+            freed.append(time.monotonic())
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    assert store.complete(job, number, made_up_evidence(job)) is None
+    assert time.monotonic() >= freed[0]
+    holder.join()
+    assert states(store) == [TrialState.COMPLETE]
+
+
+def test_patience_ends_and_is_not_begun_again_for_every_trial(impatient, new_store, made_up_evidence, tmp_path):
+    store = new_store()
+    jobs = [store.ask_point(distributions(store.spec)) for _ in range(5)]
+    with locked(tmp_path / "out" / "study.db"):
+        started = time.monotonic()
+        with pytest.raises(STORAGE_ERRORS):
+            store.complete(jobs[0][1], jobs[0][0], made_up_evidence(jobs[0][1]))
+        first = time.monotonic() - started
+        for number, job in jobs[1:]:
+            with pytest.raises(STORAGE_ERRORS):
+                store.complete(job, number, made_up_evidence(job))
+        assert first > 1 and time.monotonic() - started < 3 * first
+        store.end_running()
+    store.close()
+    again = new_store()
+    assert again.reconcile() == 5
+    assert states(again) == [TrialState.FAIL] * 5
+
+
+def test_opening_a_locked_file_waits_and_opening_nothing_does_not(new_store, tmp_path):
+    new_store().close()
+    opened = []
+    with locked(tmp_path / "out" / "study.db"):
+        thread = threading.Thread(target=lambda: opened.append(StudyStore.open(tmp_path / "out").counts()))
+        thread.start()
+        time.sleep(0.5)
+    thread.join(30)
+    assert opened == [{"complete": 0, "pruned": 0, "failed": 0, "running": 0}]
+    started = time.monotonic()
+    with pytest.raises(UserError, match="cannot be opened: OperationalError"):
+        new_store(tmp_path / "elsewhere", storage=f"sqlite:///{tmp_path / 'no such folder' / 'a.db'}")
+    assert time.monotonic() - started < 10
+
+
+def test_a_wrong_password_is_said_without_the_password(server, new_store, tmp_path):
+    wrong = server.url.replace(QUOTED, "hunter2%2Fhunter3")
+    with pytest.raises(UserError, match="password authentication failed") as caught:
+        new_store(storage=wrong)
+    assert "hunter" not in str(caught.value)
+    assert caught.value.__cause__ is None
+    assert not (tmp_path / "out" / "study.json").exists()
+
+
+def test_a_study_in_postgresql_keeps_no_password(server, new_store, made_up_evidence, tmp_path, monkeypatch):
+    store = new_store(storage=server.url, name="secretive")
+    score(store, made_up_evidence, 2)
+    store.close()
+    for path in (tmp_path / "out").rglob("*"):
+        if path.is_file():
+            assert SECRET.encode() not in path.read_bytes() and QUOTED.encode() not in path.read_bytes()
+    with pytest.raises(UserError, match="cannot be opened"):
+        StudyStore.open(tmp_path / "out")
+    monkeypatch.setenv("UIPE_STORAGE", server.url)
+    assert len(StudyStore.open(tmp_path / "out").trials_frame()) == 2
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIAEXAMPLE:hunter2@bucket/deltas",
+        "s3://AKIAEXAMPLE:hunter2/hunter2+hunter2@bucket/deltas?region=us-east-1",
+        "s3://bucket/deltas?access_key=me&secret_key=hunter2&session_token=hunter2",
+        "abfs://account:hunter2@container/deltas",
+        "abfs://container/deltas?sas_token=hunter2&x=1",
+        "https://store.example/deltas?X-Amz-Signature=hunter2&X-Amz-Credential=hunter2",
+        "postgresql://me:hunt@hunter2@host/db",
+    ],
+)
+def test_secrets_of_any_url_are_hidden(url):
+    assert "hunter2" not in without_password(url)
+    assert "hunter2" not in without_secrets_of(f"cannot reach {url}", url)
+    assert without_secrets_of("the key is hunter2", "s3://me:hunter2@bucket/a?b=1") == "the key is ***"
+    assert without_secrets_of("the key is a/b", "s3://me:a%2Fb@bucket/a") == "the key is ***"
+    assert without_password(url).partition("://")[0] == url.partition("://")[0]
+
+
+def test_urls_without_secrets_are_shown_as_they_are():
+    for url in ("s3://bucket/deltas?region=eu-west-1&endpoint_override=localhost:9000", "gs://bucket/a b", "file:///a/b@c"):
+        assert without_password(url) == url
+
+
+@pytest.mark.slow
+def test_a_study_runs_in_postgresql_through_a_restart_of_its_server_and_is_resumed(
+    server, finished, write_study, launch, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("UIPE_STORAGE", server.url)
+    file = write_study(tmp_path / "study.yaml", storage=server.url, search={"trials": 12}, scoring={"batch_size": 2})
+    command = ("run", file, "--out", tmp_path / "out")
+
+    def done():
+        with contextlib.suppress(UserError):
+            return StudyStore.open(tmp_path / "out").counts()["complete"]
+        return 0
+
+    driver = launch(*command)
+    driver.until(lambda: done() >= 3)
+    second = launch("run", file, "--out", tmp_path / "other")
+    assert second.wait() == 2
+    assert "another run writes to its study 'tiny'" in second.stderr
+    server.stop()
+    time.sleep(3)
+    server.start()
+    kept = done()
+    driver.until(lambda: done() > kept)
+    os.killpg(driver.process.pid, signal.SIGKILL)
+    driver.wait()
+    again = launch(*command)
+    assert again.wait() == 0, again.stderr
+    result = StudyResult.open(tmp_path / "out")
+    assert result.trials["kind"].value_counts().to_dict() == {"search": 12, "alpha_zero": 4}
+    assert result.store.counts()["running"] == 0
+    for output in (driver, second, again):
+        assert SECRET not in output.stderr + output.stdout and QUOTED not in output.stderr + output.stdout
+
+
+@pytest.mark.slow
+def test_a_study_whose_server_stays_away_stops_cleanly_and_is_resumed(
+    server, finished, write_study, launch, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("UIPE_STORAGE", server.url)
+    changes = {"name": "away", "search": {"trials": 12}, "scoring": {"batch_size": 2}}
+    file = write_study(tmp_path / "study.yaml", storage=server.url, **changes)
+    command = ("run", file, "--out", tmp_path / "out")
+
+    def done():
+        with contextlib.suppress(UserError):
+            return StudyStore.open(tmp_path / "out").counts()["complete"]
+        return 0
+
+    driver = launch(*command)
+    driver.until(lambda: done() >= 3)
+    before = done()
+    server.stop()
+    try:
+        assert driver.wait(300) == 2, driver.stderr
+    finally:
+        server.start()
+    assert "then the same command resumes the study" in driver.stderr
+    assert "Traceback" not in driver.stderr and SECRET not in driver.stderr
+    again = launch(*command)
+    assert again.wait() == 0, again.stderr
+    result = StudyResult.open(tmp_path / "out")
+    assert result.trials["kind"].value_counts().to_dict() == {"search": 12, "alpha_zero": 4}
+    assert result.store.counts()["running"] == 0
+    assert result.store.counts()["complete"] >= before
