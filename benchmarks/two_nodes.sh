@@ -21,7 +21,7 @@ common=(--node-ip-address=127.0.0.1 --object-store-memory=100000000 --min-worker
 
 raylets() { pgrep -f "raylet/raylet .*$place" | sort; }
 end() { for pid in $(pgrep -f "$place"); do test "$pid" = $$ || kill -9 "$pid" 2> /dev/null || true; done; }
-trap end EXIT
+trap 'test $? = 0 || cat "$place"/*.txt; end' EXIT   # where a node did not start, Ray says why
 say() { printf '\n\033[1m$ %s\033[0m\n' "$*"; "$@"; }
 field() { uipe status "$job" --json | python -c "import json, sys; status = json.load(sys.stdin); print($1)"; }
 

@@ -75,7 +75,9 @@ def pack(study: Path, folder: Path) -> Parcel:
     notes += [f"{key}: {value} does not travel; every node must see it there" for key, value in _staying(content)]
     notes += _hide_storage(content)
     (folder / STUDY_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    parts = {"study": spec.fingerprint_payload(), "inputs": _hashes(folder / "inputs"), "stays": sorted(_staying(content))}
+    # Caches and earlier studies may change from run to run.
+    stays = sorted(entry for entry in _staying(content) if entry[0].startswith(("model.", "checkpoints.")))
+    parts = {"study": spec.fingerprint_payload(), "inputs": _hashes(folder / "inputs"), "stays": stays}
     return Parcel(spec, folder, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), notes)
 
 

@@ -125,7 +125,9 @@ def test_the_id_follows_from_study_inputs_and_output_folder(packed, pretrained, 
     assert len(first) == len("tiny-") + 8
     assert submission_id(packed(study), "/srv/a") == first
     assert submission_id(packed(study), "/srv/b") != first
-    more = write_study(tmp_path / "study.yaml", search={"trials": 50}, resources={"max_concurrent": 3})
+    more = write_study(
+        tmp_path / "study.yaml", search={"trials": 50}, resources={"max_concurrent": 3}, cache={"deltas": str(tmp_path)}
+    )
     assert submission_id(packed(more), "/srv/a") == first  # still the same study
     other = write_study(tmp_path / "study.yaml", unlearning={"epochs": 1})
     assert submission_id(packed(other), "/srv/a") != first
