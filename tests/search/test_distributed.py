@@ -60,7 +60,7 @@ def test_a_run_that_diverges_in_two_processes_says_so_and_is_not_trained_again(w
     study = write_study(tmp_path / "study.yaml", **methods, resources=PROCESSES)
     driver = launch("run", study, "--out", tmp_path / "out")
     assert driver.wait(900) == 2
-    assert "grad_ascent: grad_ascent with learning rate 1e+30 diverged in epoch 1" in driver.stderr
+    assert "grad_ascent: grad_ascent with learning rate 1e+30 diverged in epoch" in driver.stderr
     assert "Traceback" not in driver.stderr
     assert len(list((tmp_path / "out" / "ray").glob("train-*"))) == 1
 
