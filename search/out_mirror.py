@@ -82,7 +82,7 @@ class _Mirror:
         self._owner = ""
         self._seen: dict[str, tuple[int, int]] = {}
         self._index: dict[str, Any] = {"files": {}}
-        self._replaced: list[str] = []
+        self._replaced: set[str] = set()
         self._done = threading.Event()
         self._lost = False
 
@@ -183,11 +183,11 @@ class _Mirror:
         index = {"schema": 1, "id": uuid.uuid4().hex, "files": files}
         self._remote.write(INDEX, json.dumps(index).encode())
         write_atomic(self.folder / NOTE, json.dumps(index).encode())
-        # Readers of the index before may still be at work, so its files go one push later.
-        for outdated in self._replaced:
+        # Readers of the index before may still be at work, so its files go one push later; a file may be as it once was.
+        current = {_object(name, facts) for name, facts in files.items()}
+        for outdated in self._replaced - current:
             self._remote.delete(outdated)
-        before = self._index["files"]
-        self._replaced = [_object(name, facts) for name, facts in before.items() if files.get(name) != facts]
+        self._replaced = {_object(name, facts) for name, facts in self._index["files"].items()} - current
         self._index = index
 
     def _keep_up(self) -> None:
