@@ -70,7 +70,15 @@ def readable_folder(out: Path | str) -> Path:
     return folder
 
 
+def is_worked_on(url: str) -> bool:
+    """Whether a run has lately been seen to work on a URL."""
+    lease = _Mirror(url).lease()
+    return lease is not None and time.time() - lease["seen"] < STALE_SECONDS
+
+
 class _Mirror:
+    """The folder at a URL, and the one on this machine that it mirrors."""
+
     def __init__(self, url: str) -> None:
         if without_password(url) != url:
             raise UserError(
@@ -222,7 +230,7 @@ class _Mirror:
             ) from None
 
     def _take_lease(self) -> None:
-        lease = self._lease()
+        lease = self.lease()
         age = time.time() - lease["seen"] if lease is not None else STALE_SECONDS
         if lease is not None and lease["owner"] != self._owner and age < STALE_SECONDS:
             raise self._under_way(f"on another machine, last seen {max(age, 0):.0f} s ago")
@@ -239,13 +247,14 @@ class _Mirror:
         logger.error("%s: another run has taken it over; this one is no longer mirrored there", self._url)
 
     def _is_ours(self) -> bool:
-        lease = self._lease()
+        lease = self.lease()
         return lease is not None and lease["owner"] == self._owner
 
     def _write_lease(self) -> None:
         self._remote.write(LEASE, json.dumps({"owner": self._owner, "seen": time.time()}).encode())
 
-    def _lease(self) -> dict[str, Any] | None:
+    def lease(self) -> dict[str, Any] | None:
+        """Whose run it is: ``owner``, and when that was last ``seen``."""
         found = _parsed(self._remote.read(LEASE))
         good = found is not None and isinstance(found.get("owner"), str) and isinstance(found.get("seen"), int | float)
         return found if good else None

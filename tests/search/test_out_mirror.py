@@ -10,6 +10,7 @@ from search import out_mirror
 from search.out_mirror import readable_folder, working_folder
 from search.results import StudyResult
 from search.space import distributions
+from search.status import read_status
 from search.study_store import StudyStore
 from uipe_core.errors import UserError
 
@@ -70,6 +71,8 @@ def test_a_run_is_seen_at_its_url_while_it_grows_and_goes_on_elsewhere(url, remo
         (folder / "ray" / "huge.log").write_text("Ray's own")
         score(store, made_up_evidence, 2)
         until(lambda: complete(url) == 2)
+        status = read_status(url)
+        assert (status["state"], status["out"], status["trials"]["done"]) == ("running", url, 2)
         score(store, made_up_evidence)
         store.close()
     names = {path.name for path in remote.rglob("*") if path.is_file()}
@@ -78,6 +81,7 @@ def test_a_run_is_seen_at_its_url_while_it_grows_and_goes_on_elsewhere(url, remo
 
     on_machine("machine-2")
     assert complete(url) == 3
+    assert read_status(url)["state"] != "running"
     with working_folder(url) as folder:
         assert not (folder / "ray").exists()
         store = new_store(folder)
