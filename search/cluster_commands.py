@@ -56,6 +56,7 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show how far a study is: trials, hypervolume, GPU-hours, expected end; from its folder or from its cluster."""
+    from search.out_mirror import is_url
     from search.status import read_status
 
     if what is None:
@@ -65,7 +66,7 @@ def status(
         found: list[dict[str, Any]] = [read_status(folder) for folder in folders]
         print_json({"studies": found}) if as_json else print_studies(found)
         return
-    known = read_status(Path(what)) if Path(what).is_dir() else _jobs(address).status(what)
+    known = read_status(what) if is_url(what) or Path(what).is_dir() else _jobs(address).status(what)
     print_json(known) if as_json else print_status(known)
 
 

@@ -70,7 +70,15 @@ def readable_folder(out: Path | str) -> Path:
     return folder
 
 
+def is_worked_on(url: str) -> bool:
+    """Whether a run has lately been seen to work on a URL."""
+    lease = _Mirror(url).lease()
+    return lease is not None and time.time() - lease["seen"] < STALE_SECONDS
+
+
 class _Mirror:
+    """The folder at a URL, and the one on this machine that it mirrors."""
+
     def __init__(self, url: str) -> None:
         if without_password(url) != url:
             raise UserError(
@@ -82,7 +90,7 @@ class _Mirror:
         self._owner = ""
         self._seen: dict[str, tuple[int, int]] = {}
         self._index: dict[str, Any] = {"files": {}}
-        self._replaced: list[str] = []
+        self._replaced: set[str] = set()
         self._done = threading.Event()
         self._lost = False
 
@@ -183,11 +191,11 @@ class _Mirror:
         index = {"schema": 1, "id": uuid.uuid4().hex, "files": files}
         self._remote.write(INDEX, json.dumps(index).encode())
         write_atomic(self.folder / NOTE, json.dumps(index).encode())
-        # Readers of the index before may still be at work, so its files go one push later.
-        for outdated in self._replaced:
+        # Readers of the index before may still be at work, so its files go one push later; a file may be as it once was.
+        current = {_object(name, facts) for name, facts in files.items()}
+        for outdated in self._replaced - current:
             self._remote.delete(outdated)
-        before = self._index["files"]
-        self._replaced = [_object(name, facts) for name, facts in before.items() if files.get(name) != facts]
+        self._replaced = {_object(name, facts) for name, facts in self._index["files"].items()} - current
         self._index = index
 
     def _keep_up(self) -> None:
@@ -222,7 +230,7 @@ class _Mirror:
             ) from None
 
     def _take_lease(self) -> None:
-        lease = self._lease()
+        lease = self.lease()
         age = time.time() - lease["seen"] if lease is not None else STALE_SECONDS
         if lease is not None and lease["owner"] != self._owner and age < STALE_SECONDS:
             raise self._under_way(f"on another machine, last seen {max(age, 0):.0f} s ago")
@@ -239,13 +247,14 @@ class _Mirror:
         logger.error("%s: another run has taken it over; this one is no longer mirrored there", self._url)
 
     def _is_ours(self) -> bool:
-        lease = self._lease()
+        lease = self.lease()
         return lease is not None and lease["owner"] == self._owner
 
     def _write_lease(self) -> None:
         self._remote.write(LEASE, json.dumps({"owner": self._owner, "seen": time.time()}).encode())
 
-    def _lease(self) -> dict[str, Any] | None:
+    def lease(self) -> dict[str, Any] | None:
+        """Whose run it is: ``owner``, and when that was last ``seen``."""
         found = _parsed(self._remote.read(LEASE))
         good = found is not None and isinstance(found.get("owner"), str) and isinstance(found.get("seen"), int | float)
         return found if good else None

@@ -14,6 +14,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
+from search.out_mirror import is_url, is_worked_on, readable_folder
 from search.progress import Bars
 from search.results import StudyResult
 from search.space import grid_points
@@ -28,14 +29,15 @@ SHORTEST, LONGEST, SHARE = 10.0, 120.0, 0.02
 """Seconds between two status lines: a share of the time so far, within limits; and the share of it that they may cost."""
 
 
-def read_status(out: Path) -> dict[str, Any]:
-    """The status of a study's folder.
+def read_status(out: Path | str) -> dict[str, Any]:
+    """The status of a study's folder, or of the one at a URL.
 
     Raises:
         UserError: If it holds no study.
     """
-    store = StudyStore.open(out)
-    return status_of(store, "running" if is_running(out) else None)
+    folder = readable_folder(out)
+    at_work = is_worked_on(str(out)) if is_url(out) else is_running(folder)
+    return {**status_of(StudyStore.open(folder), "running" if at_work else None), "out": str(out)}
 
 
 def is_running(out: Path) -> bool:

@@ -206,7 +206,7 @@ FOUND_AT_ONCE = {
     "manifest without upload": (lambda root: resealed(root, upload="../../elsewhere"), "manifest names no upload"),
     "escaping name": (
         lambda root: resealed(root, files={"../../stolen": {"bytes": 1, "sha256": "0"}}),
-        "leads out of the entry",
+        "names a file outside its entry",
     ),
     "missing file": (lambda root: (uploads(root)[0] / "weights.bin").unlink(), "weights.bin is missing"),
     "truncated file": (lambda root: (uploads(root)[0] / "weights.bin").write_bytes(b"short"), "has 5 bytes, expected 5120"),
