@@ -176,8 +176,7 @@ class StudyStore:
 
     def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
         """Sets the sampler that `ask_point` proposes with."""
-        trials = self.storage.get_all_trials(self._study_ids[self.study.study_name], deepcopy=False)
-        self._proposer = Proposer(self.study.directions, sampler, trials)
+        self._proposer = Proposer(self.study.directions, sampler, self.study.get_trials(deepcopy=False))
 
     def reconcile(self) -> int:
         """Ends what an interrupted run left RUNNING or WAITING as FAIL with its reason; returns how many there were."""
