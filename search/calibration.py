@@ -191,6 +191,7 @@ def past_rates(folder: Path, preparation: Preparation, trains: Iterable[str], bu
     """
     store = StudyStore.open(folder)
     record, trials = store.record, store.trials_frame()
+    store.close()
     # What is not on this machine is known by its name only, and the corpus by its section of the study file.
     model, ours = record["models"].get("initial", ""), preparation.models["initial"]
     corpus_known = bool(preparation.corpus.sets or preparation.corpus.forget_train)

@@ -116,6 +116,7 @@ def _checks(out: Path, record: Mapping[str, Any], running: bool) -> Iterator[Fin
     yield from findings.last_stop(record)
     if store is not None:
         yield from disk(store, deltas)
+        store.close()
     yield from findings.ray_folders(out, running)
 
 

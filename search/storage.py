@@ -6,6 +6,7 @@ import math
 import sqlite3
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import optuna
@@ -47,6 +48,13 @@ PASSING_ONCE_OPEN = (*PASSING_IN_SQLITE, "unable to open", "disk I/O")
 """Words of SQLite's errors that mean: later it may go. The last two are what a network file system that is away looks like."""
 
 
+def sqlite_file(url: URL) -> Path | None:
+    """File of an SQLite database; None for one in memory, or another database. SQLAlchemy leaves ``file:`` in front of URIs."""
+    if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
+        return None
+    return Path(url.database.removeprefix("file:"))
+
+
 class DriverClaim:
     """The right of one driver to write a study's trials into a database that other drivers can reach; ends with its process.
 
@@ -70,8 +78,8 @@ class DriverClaim:
             self._engine = create_engine(
                 url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=_connect_arguments(url)
             )
-        elif backend == "sqlite" and url.database:
-            self._file = FileLock(f"{url.database}.{name}.lock")
+        elif (file := sqlite_file(url)) is not None:
+            self._file = FileLock(f"{file}.{name}.lock")
 
     def take(self) -> None:
         """Takes the claim.

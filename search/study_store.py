@@ -30,7 +30,7 @@ from search.objectives import Objective, objectives_of
 from search.proposer import Proposer
 from search.space import own_epoch, sampled_epoch
 from search.spec import StudySpec
-from search.storage import STORAGE_ERRORS, Database, open_storage
+from search.storage import STORAGE_ERRORS, Database, open_storage, sqlite_file
 from search.study_record import (
     RECORD,
     RECORD_SCHEMA,
@@ -149,8 +149,8 @@ class StudyStore:
             url = own_database(out)  # not the recorded place: the folder may have been moved or copied
         else:
             url = os.environ.get("UIPE_STORAGE") or record["storage"]
-        database = make_url(url).database if url.startswith("sqlite:") else None
-        if database is not None and not Path(database).is_file():
+        database = sqlite_file(make_url(url)) if url.startswith("sqlite") else None
+        if database is not None and not database.is_file():
             raise UserError(f"{out}: its trials ({database}) are missing; restore the file or run the study again")
         store = cls(out, record, open_storage(url))
         store._attach(create=False)

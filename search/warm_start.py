@@ -60,6 +60,7 @@ def _front_of(spec: StudySpec, where: str, folder: Path) -> tuple[str, list[Poin
             "objectives, or remove it"
         )
     trials = store.trials_frame()
+    store.close()
     if trials.empty:
         raise UserError(f"{where}{folder}: no trial of this study is complete yet; finish it, or remove it")
     name = str(store.record["name"])

@@ -122,7 +122,12 @@ def test_a_database_that_cannot_be_reached_does_not_tell_the_secret(new_store):
 )  # fmt: skip
 def test_secrets_of_urls_are_hidden_wherever_they_stand(url):
     assert SECRET not in without_password(url)
-    assert SECRET not in without_secrets_of(f"could not reach {url}: {SECRET} is wrong", url)
+    assert SECRET not in without_secrets_of(f"could not reach {url}, tried twice: {url}", url)
+
+
+def test_secrets_are_hidden_where_somebody_else_writes_them_out():
+    url = f"postgresql://me:{SECRET}%40@host/db?sslpassword=k"
+    assert without_secrets_of(f"password {SECRET}@ or {SECRET}%40 is wrong", url) == "password *** or *** is wrong"
 
 
 def test_an_opened_study_shows_no_secret(secret_study, monkeypatch, new_store, tmp_path):
