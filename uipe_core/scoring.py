@@ -77,7 +77,7 @@ class Scorer:
         self.prompts = prompts
         self.sets = dict(corpus.sets)
         self.hashes = {name: item_set_hash(items) for name, items in self.sets.items()}
-        self._examples: list[Example] = []
+        self.examples: list[Example] = []
         self._rows = {name: self._index(items) for name, items in self.sets.items()}
         self._gold_rows = {row[0] for rows in self._rows.values() for row in rows}
         self._scale_rows = {row[0] for name in UTILITY_SETS for row in self._rows.get(name, [])}
@@ -88,15 +88,19 @@ class Scorer:
         self._neighbours: list[list[int]] = [[] for _ in items]
         """The texts of the last model that was scored: of another alpha, so much alike."""
 
+    def forget_texts(self) -> None:
+        """Scores the next model without the last one's texts as drafts: the same numbers, as long as it takes."""
+        self._neighbours = [[] for _ in self._neighbours]
+
     def _index(self, items: ItemSet) -> list[list[int]]:
         """Per item, where its answer, its paraphrase and its perturbed answers stand in the flat list of examples."""
         rows = []
         for item in items:
             answers = [item.answer, *([item.paraphrase] if item.paraphrase != item.answer else [])]
-            positions = list(range(len(self._examples), len(self._examples) + len(answers)))
+            positions = list(range(len(self.examples), len(self.examples) + len(answers)))
             paraphrase = positions[-1]
-            self._examples += [self.prompts.encode(item.question, text) for text in (*answers, *item.perturbed_answers)]
-            rows.append([positions[0], paraphrase, *range(paraphrase + 1, len(self._examples))])
+            self.examples += [self.prompts.encode(item.question, text) for text in (*answers, *item.perturbed_answers)]
+            rows.append([positions[0], paraphrase, *range(paraphrase + 1, len(self.examples))])
         return rows
 
     @torch.inference_mode()
@@ -117,7 +121,7 @@ class Scorer:
         model.eval()
         started = time.perf_counter()
         size = self.config.batch_size
-        groups = (grouped if self._takes_packed_rows(model, loaded.device) else single)(self._examples)
+        groups = (grouped if self._takes_packed_rows(model, loaded.device) else single)(self.examples)
         batches = list(batched(groups, size))
         total = len(batches) + 1
         done = 0
@@ -147,7 +151,7 @@ class Scorer:
     def _takes_packed_rows(self, model: Any, device: torch.device) -> bool:
         kind = type(model)
         if kind not in self._packed:
-            found = takes_packed_rows(model, self._examples, self.prompts.pad_id, device)
+            found = takes_packed_rows(model, self.examples, self.prompts.pad_id, device)
             if found is None:
                 return False  # this one cannot tell, the next one may
             self._packed[kind] = found
@@ -158,12 +162,12 @@ class Scorer:
     ) -> tuple[FloatArray, FloatArray, dict[int, list[int]]]:
         """Mean loss of every example (nats per answer token), the logit spread at the gold answers of the utility sets, and of
         each gold answer the most likely token at every place."""
-        losses = np.zeros(len(self._examples))
-        spreads = np.zeros(len(self._examples))
+        losses = np.zeros(len(self.examples))
+        spreads = np.zeros(len(self.examples))
         best: dict[int, list[int]] = {}
         keep = accepts_logits_to_keep(model)
         for groups in batches:
-            rows = lay_out(groups, self._examples, self.prompts.pad_id, device)
+            rows = lay_out(groups, self.examples, self.prompts.pad_id, device)
             logits = answer_logits(model, rows, keep)
             if temperature != 1.0:
                 logits = logits.float() / temperature
@@ -181,13 +185,13 @@ class Scorer:
             if gold:
                 chosen = torch.from_numpy(np.isin(tokens, gold)).to(device)
                 likeliest = iter(logits[chosen].argmax(dim=-1).tolist())
-                best.update({number: list(islice(likeliest, self._examples[number].answer_length)) for number in gold})
+                best.update({number: list(islice(likeliest, self.examples[number].answer_length)) for number in gold})
             step()
         return losses, spreads, best
 
     def _matches(self, number: int, best: list[int]) -> Matches:
         """Where the most likely token is the answer's own; the end token of the answer is left out."""
-        example = self._examples[number]
+        example = self.examples[number]
         return np.array(best[:-1]) == np.array(example.input_ids[example.prompt_length : -1])
 
     def _generate(self, model: Any, best: dict[int, list[int]]) -> list[str]:
@@ -197,7 +201,7 @@ class Scorer:
             # A prompt as long as the whole length still gets its one token.
             used = len(prompt) if self.config.counts_prompt else 0
             text = Text(prompt, max(1, self.config.generation_length - used), [])
-            example = self._examples[number]
+            example = self.examples[number]
             if list(example.input_ids[: example.prompt_length]) == prompt:
                 text.verify(example.input_ids[example.prompt_length :], best[number], self.prompts.stop_ids)
             texts.append(text)
@@ -212,7 +216,7 @@ class Scorer:
     ) -> SetScores:
         items, rows = self.sets[name], self._rows[name]
         gold = [matches[row[0]] for row in rows]
-        tokens = np.array([example.answer_length for example in self._examples], dtype=np.int64)
+        tokens = np.array([example.answer_length for example in self.examples], dtype=np.int64)
 
         def column(values: Any, which: int) -> Any:
             return values[[row[which] for row in rows]]
