@@ -17,9 +17,9 @@ from uipe_core.choice_report import ChoiceReport, ChoiceScores
 from uipe_core.corpora.multiple_choice import letter_answers, letter_prompt
 from uipe_core.corpora.types import ChoiceItem, Corpus, item_set_hash
 from uipe_core.models import LoadedModel
+from uipe_core.packing import accepts_logits_to_keep
 from uipe_core.prompts import PromptFormat
 from uipe_core.score_report import FloatArray
-from uipe_core.scoring import accepts_logits_to_keep
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,38 @@
 """Scores a model on a corpus: losses of every answer, greedy generations, ROUGE recall, logit scale.
 
 Teacher-forced losses are computed in batches sorted by length, padded on the right to the longest of the batch, with logits
-for answer positions only. Attention is causal, so padding on the right cannot reach an answer and needs no mask.
+for answer positions only; answers to one question share its prompt where the model takes that (`uipe_core.packing`). Text is
+generated only where the losses have not shown already what it is (`uipe_core.generation`).
 """
 
-import inspect
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from uipe_core.corpora.types import UTILITY_SETS, Corpus, Item, ItemSet, item_set_hash
 from uipe_core.definitions import definition_named
-from uipe_core.losses import token_nll
+from uipe_core.generation import Text, complete, verify_drafts
 from uipe_core.memorization import Matches, exact_memorization, extraction_strength
 from uipe_core.models import LoadedModel
-from uipe_core.prompts import IGNORED, Example, PromptFormat
+from uipe_core.packing import (
+    Group,
+    accepts_logits_to_keep,
+    answer_logits,
+    batched,
+    grouped,
+    lay_out,
+    single,
+    takes_packed_rows,
+)
+from uipe_core.prompts import Example, PromptFormat
 from uipe_core.score_report import FloatArray, IntArray, ScoreReport, SetScores, logit_scale
 
 GENERATED_SETS = ("forget", *UTILITY_SETS)
@@ -65,22 +77,30 @@ class Scorer:
         self.prompts = prompts
         self.sets = dict(corpus.sets)
         self.hashes = {name: item_set_hash(items) for name, items in self.sets.items()}
-        self._examples: list[Example] = []
+        self.examples: list[Example] = []
         self._rows = {name: self._index(items) for name, items in self.sets.items()}
-        lengths = [(len(example.input_ids), example.prompt_length) for example in self._examples]
-        self._order = sorted(range(len(lengths)), key=lengths.__getitem__)
         self._gold_rows = {row[0] for rows in self._rows.values() for row in rows}
         self._scale_rows = {row[0] for name in UTILITY_SETS for row in self._rows.get(name, [])}
+        self._generated = [(name, row[0]) for name in GENERATED_SETS for row in self._rows.get(name, [])]
+        items = [item for name in GENERATED_SETS for item in self.sets.get(name, ())]
+        self._prompts = [prompts.prompt_ids(item.question) for item in items]
+        self._packed: dict[type, bool] = {}
+        self._neighbours: list[list[int]] = [[] for _ in items]
+        """The texts of the last model that was scored: of another alpha, so much alike."""
+
+    def forget_texts(self) -> None:
+        """Scores the next model without the last one's texts as drafts: the same numbers, as long as it takes."""
+        self._neighbours = [[] for _ in self._neighbours]
 
     def _index(self, items: ItemSet) -> list[list[int]]:
         """Per item, where its answer, its paraphrase and its perturbed answers stand in the flat list of examples."""
         rows = []
         for item in items:
             answers = [item.answer, *([item.paraphrase] if item.paraphrase != item.answer else [])]
-            positions = list(range(len(self._examples), len(self._examples) + len(answers)))
+            positions = list(range(len(self.examples), len(self.examples) + len(answers)))
             paraphrase = positions[-1]
-            self._examples += [self.prompts.encode(item.question, text) for text in (*answers, *item.perturbed_answers)]
-            rows.append([positions[0], paraphrase, *range(paraphrase + 1, len(self._examples))])
+            self.examples += [self.prompts.encode(item.question, text) for text in (*answers, *item.perturbed_answers)]
+            rows.append([positions[0], paraphrase, *range(paraphrase + 1, len(self.examples))])
         return rows
 
     @torch.inference_mode()
@@ -100,9 +120,10 @@ class Scorer:
         model = loaded.model
         model.eval()
         started = time.perf_counter()
-        generated_items = [(name, item) for name in GENERATED_SETS for item in self.sets.get(name, ())]
-        generation_size = 4 * self.config.batch_size
-        total = -(-len(self._examples) // self.config.batch_size) + -(-len(generated_items) // generation_size)
+        size = self.config.batch_size
+        groups = (grouped if self._takes_packed_rows(model, loaded.device) else single)(self.examples)
+        batches = list(batched(groups, size))
+        total = len(batches) + 1
         done = 0
 
         def step() -> None:
@@ -111,12 +132,14 @@ class Scorer:
             if progress is not None:
                 progress(done, total)
 
-        losses, spreads, matches = self._losses(model, loaded.device, temperature, step)
+        losses, spreads, best = self._losses(model, loaded.device, batches, temperature, step)
         after_losses = time.perf_counter()
-        texts = self._generate(model, loaded.device, [item.question for _, item in generated_items], generation_size, step)
+        texts = self._generate(model, best)
+        step()
         by_set: dict[str, list[str]] = {}
-        for (name, _), text in zip(generated_items, texts, strict=True):
+        for (name, _), text in zip(self._generated, texts, strict=True):
             by_set.setdefault(name, []).append(text)
+        matches = {number: self._matches(number, tokens) for number, tokens in best.items()}
         sets = {name: self._set_scores(name, losses, spreads, matches, by_set.get(name)) for name in self.sets}
         finished = time.perf_counter()
         return ScoreReport(
@@ -125,86 +148,75 @@ class Scorer:
             seconds={"losses": after_losses - started, "generation": finished - after_losses},
         )
 
+    def _takes_packed_rows(self, model: Any, device: torch.device) -> bool:
+        kind = type(model)
+        if kind not in self._packed:
+            found = takes_packed_rows(model, self.examples, self.prompts.pad_id, device)
+            if found is None:
+                return False  # this one cannot tell, the next one may
+            self._packed[kind] = found
+        return self._packed[kind]
+
     def _losses(
-        self, model: Any, device: torch.device, temperature: float, step: Callable[[], None]
-    ) -> tuple[FloatArray, FloatArray, dict[int, Matches]]:
-        """Mean loss of every example (nats per answer token), the logit spread at the gold answers of the utility sets, and by
-        row of each gold answer, where the most likely token is its own."""
-        losses = torch.zeros(len(self._examples), dtype=torch.float64)
-        spreads = torch.zeros(len(self._examples), dtype=torch.float64)
-        matches: dict[int, Matches] = {}
+        self, model: Any, device: torch.device, batches: list[list[Group]], temperature: float, step: Callable[[], None]
+    ) -> tuple[FloatArray, FloatArray, dict[int, list[int]]]:
+        """Mean loss of every example (nats per answer token), the logit spread at the gold answers of the utility sets, and of
+        each gold answer the most likely token at every place."""
+        losses = np.zeros(len(self.examples))
+        spreads = np.zeros(len(self.examples))
+        best: dict[int, list[int]] = {}
         keep = accepts_logits_to_keep(model)
-        size = self.config.batch_size
-        for start in range(0, len(self._order), size):
-            rows = self._order[start : start + size]
-            examples = [self._examples[row] for row in rows]
-            first = min(example.prompt_length for example in examples) - 1
-            last = max(len(example.input_ids) for example in examples) - 1
-            input_ids, targets = _teacher_forcing(examples, first, last, self.prompts.pad_id, device)
-            # The final token predicts nothing, so it is not even fed.
-            logits = _answer_logits(model, input_ids[:, :last], first, keep)
+        for groups in batches:
+            rows = lay_out(groups, self.examples, self.prompts.pad_id, device)
+            logits = answer_logits(model, rows, keep)
             if temperature != 1.0:
                 logits = logits.float() / temperature
-            nll = token_nll(logits, targets)
-            losses[rows] = (nll.double().sum(dim=1) / (targets != IGNORED).sum(dim=1)).cpu()
-            scaled = [index for index, row in enumerate(rows) if row in self._scale_rows]
+            nll = F.cross_entropy(logits.float(), rows.targets, reduction="none")
+            losses[list(rows.owners)] = _means(nll, rows.lengths)
+            tokens = np.repeat(rows.owners, rows.lengths)
+            scaled = [
+                (number, length) for number, length in zip(rows.owners, rows.lengths, strict=True) if number in self._scale_rows
+            ]
             if scaled:
-                tokens = targets[scaled] != IGNORED
-                spread = logits[scaled][tokens].float().std(dim=-1).double().cpu().split(tokens.sum(dim=1).tolist())
-                spreads[[rows[index] for index in scaled]] = torch.stack([values.mean() for values in spread])
-            gold = [index for index, row in enumerate(rows) if row in self._gold_rows]
-            own = targets[gold] != IGNORED
-            best = logits[gold][own].argmax(dim=-1)
-            # The end token of each answer is left out.
-            hits = (best == targets[gold][own]).cpu().split(own.sum(dim=1).tolist())
-            matches.update({rows[index]: found[:-1].numpy() for index, found in zip(gold, hits, strict=True)})
+                chosen = torch.from_numpy(np.isin(tokens, [number for number, _ in scaled])).to(device)
+                spread = logits[chosen].float().std(dim=-1)
+                spreads[[number for number, _ in scaled]] = _means(spread, [length for _, length in scaled])
+            gold = [number for number in rows.owners if number in self._gold_rows]
+            if gold:
+                chosen = torch.from_numpy(np.isin(tokens, gold)).to(device)
+                likeliest = iter(logits[chosen].argmax(dim=-1).tolist())
+                best.update({number: list(islice(likeliest, self.examples[number].answer_length)) for number in gold})
             step()
-        return losses.numpy(), spreads.numpy(), matches
+        return losses, spreads, best
 
-    def _generate(
-        self, model: Any, device: torch.device, questions: Sequence[str], size: int, step: Callable[[], None]
-    ) -> list[str]:
-        prompts = [self.prompts.prompt_ids(question) for question in questions]
-        order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        texts = [""] * len(prompts)
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
-            for row, text in zip(rows, self._generate_batch(model, device, [prompts[r] for r in rows]), strict=True):
-                texts[row] = text
-            step()
-        return texts
+    def _matches(self, number: int, best: list[int]) -> Matches:
+        """Where the most likely token is the answer's own; the end token of the answer is left out."""
+        example = self.examples[number]
+        return np.array(best[:-1]) == np.array(example.input_ids[example.prompt_length : -1])
 
-    def _generate_batch(self, model: Any, device: torch.device, prompts: list[list[int]]) -> list[str]:
-        from transformers import GenerationConfig
-
-        longest = max(len(ids) for ids in prompts)
-        pad = self.prompts.pad_id
-        input_ids = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts], device=device)
-        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
-        # A prompt as long as the whole length still gets its one token.
-        used = [len(ids) if self.config.counts_prompt else 0 for ids in prompts]
-        allowed = [max(1, self.config.generation_length - tokens) for tokens in used]
-        settings = GenerationConfig(
-            max_new_tokens=max(allowed),
-            do_sample=False,
-            # Unset, these come from the model's own file, and with a repetition penalty the text depends on the logit scale.
-            num_beams=1,
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            pad_token_id=pad,
-            eos_token_id=self.prompts.stop_ids,
-        )
-        output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
-        # Greedy text does not look ahead: cut short, it is the text of a shorter generation.
-        answers = [row[longest : longest + count] for row, count in zip(output.tolist(), allowed, strict=True)]
-        return [str(text) for text in self.prompts.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+    def _generate(self, model: Any, best: dict[int, list[int]]) -> list[str]:
+        """Greedy text of every question of `GENERATED_SETS`, from what the losses have shown of it."""
+        texts = []
+        for (_, number), prompt in zip(self._generated, self._prompts, strict=True):
+            # A prompt as long as the whole length still gets its one token.
+            used = len(prompt) if self.config.counts_prompt else 0
+            text = Text(prompt, max(1, self.config.generation_length - used), [])
+            example = self.examples[number]
+            if list(example.input_ids[: example.prompt_length]) == prompt:
+                text.verify(example.input_ids[example.prompt_length :], best[number], self.prompts.stop_ids)
+            texts.append(text)
+        size, pad, stops = self.config.batch_size, self.prompts.pad_id, self.prompts.stop_ids
+        verify_drafts(model, texts, self._neighbours, stops, pad, size)
+        complete(model, texts, stops, pad, 4 * size)
+        self._neighbours = [text.tokens for text in texts]
+        return [str(text) for text in self.prompts.tokenizer.batch_decode(self._neighbours, skip_special_tokens=True)]
 
     def _set_scores(
         self, name: str, losses: FloatArray, spreads: FloatArray, matches: dict[int, Matches], texts: list[str] | None
     ) -> SetScores:
         items, rows = self.sets[name], self._rows[name]
         gold = [matches[row[0]] for row in rows]
-        tokens = np.array([example.answer_length for example in self._examples], dtype=np.int64)
+        tokens = np.array([example.answer_length for example in self.examples], dtype=np.int64)
 
         def column(values: Any, which: int) -> Any:
             return values[[row[which] for row in rows]]
@@ -232,31 +244,10 @@ class Scorer:
         )
 
 
-def accepts_logits_to_keep(model: Any) -> bool:
-    """Whether the model's forward can be asked for the logits of chosen positions only."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
-
-
-def _teacher_forcing(
-    examples: Sequence[Example], first: int, last: int, pad_id: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """(b, last + 1) right-padded ids, and (b, last - first) targets of positions first..last - 1 (`IGNORED` off answers)."""
-    ids = np.full((len(examples), last + 1), pad_id, dtype=np.int64)
-    targets = np.full((len(examples), last + 1), IGNORED, dtype=np.int64)
-    for row, example in enumerate(examples):
-        end = len(example.input_ids)
-        ids[row, :end] = example.input_ids
-        targets[row, example.prompt_length : end] = example.input_ids[example.prompt_length :]
-    return torch.from_numpy(ids).to(device), torch.from_numpy(targets[:, first + 1 :]).to(device)
-
-
-def _answer_logits(model: Any, input_ids: Tensor, first: int, keep: bool) -> Tensor:
-    """(b, t - first, v) logits of positions first and later."""
-    length = input_ids.shape[1]
-    if keep:
-        return model(input_ids=input_ids, use_cache=False, logits_to_keep=length - first).logits
-    return model(input_ids=input_ids, use_cache=False).logits[:, first:]
+def _means(values: Tensor, lengths: Sequence[int]) -> FloatArray:
+    """Means of so many values each, one group after the other."""
+    counts = torch.tensor(lengths, device=values.device)
+    return torch.segment_reduce(values.double(), "mean", lengths=counts).cpu().numpy()
 
 
 @cache

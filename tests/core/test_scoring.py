@@ -24,8 +24,9 @@ from transformers import (
 from uipe_core.corpora.types import Corpus, item_set_hash
 from uipe_core.errors import UserError
 from uipe_core.models import LoadedModel
+from uipe_core.packing import accepts_logits_to_keep
 from uipe_core.prompts import IGNORED, PromptFormat, pad_batch
-from uipe_core.scoring import Scorer, ScoringConfig, accepts_logits_to_keep
+from uipe_core.scoring import Scorer, ScoringConfig
 from uipe_core.update_vectors import wrap_adapter
 
 NEW_TOKENS = 12

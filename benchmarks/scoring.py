@@ -1,0 +1,195 @@
+"""Scoring a model: this scorer against the straightforward way, on the same model and items, with the same numbers.
+
+The straightforward way is a loop over transformers as most evaluation scripts have it: every answer a row of its own, batches
+of 32 in the order of the items, padded, logits everywhere; and `generate` for every question, 32 at a time. Both are timed on
+weights that are healthy, half unlearned and collapsed (moved by 0, 0.5 and 3 times their own spread in a random direction),
+and must agree. Prints one JSON object; a ratio is the time of the straightforward way over that of the scorer. Needs
+`uipe_core` alone.
+
+    python benchmarks/scoring.py                                          # a small Llama trained on the people corpus
+    python benchmarks/scoring.py --tofu data/tofu --device cuda --dtype bfloat16
+    python benchmarks/scoring.py --model FOLDER --tofu data/tofu          # a model of your own
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from uipe_core.content_store import ContentStore, cache_folder
+from uipe_core.corpora.people import load_people
+from uipe_core.corpora.tofu import load_tofu
+from uipe_core.corpora.types import Corpus
+from uipe_core.models import LoadedModel, load_model
+from uipe_core.prompts import IGNORED, pad_batch
+from uipe_core.scoring import GENERATED_SETS, Scorer, ScoringConfig
+from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
+
+BATCH = 32
+STATES = {"healthy": 0.0, "half unlearned": 0.5, "collapsed": 3.0}
+
+SMALL = TinyModelConfig(
+    tokenizer="word",
+    vocab_size=None,
+    hidden_size=64,
+    layers=2,
+    heads=4,
+    base=Stage(epochs=12, learning_rate=0.005, batch_size=64),
+    finetune=Stage(epochs=15, learning_rate=0.003, batch_size=32),
+    seed=0,
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tofu", help="folder or hub name of TOFU; the people corpus when left out")
+    parser.add_argument("--model", help="folder or hub name; a small Llama trained here when left out")
+    parser.add_argument("--prompt-template", default="Question: {question}\nAnswer: ")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--new-tokens", type=int, default=24)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    corpus = load_people() if options.tofu is None else load_tofu(options.tofu)
+    if options.model is None:
+        folder = str(tiny_model(SMALL, corpus, "full", ContentStore(cache_folder("models"))))
+        loaded = load_model(folder, dtype=options.dtype, device=options.device)
+    else:
+        template = options.prompt_template
+        loaded = load_model(options.model, dtype=options.dtype, device=options.device, prompt_template=template)
+    print(json.dumps(benchmark(loaded, corpus, options), indent=1))
+
+
+def benchmark(loaded: LoadedModel, corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
+    config = ScoringConfig(BATCH, options.new_tokens)
+    scorer = Scorer(corpus, loaded.prompts, config)
+    initial = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
+    results = {}
+    for state, scale in STATES.items():
+        move(loaded.model, initial, scale)
+        scorer.score(loaded)
+        ours, theirs, kept = [], [], []
+        for _ in range(options.repeats):
+            scorer.forget_texts()
+            report, seconds = timed(loaded, lambda: scorer.score(loaded))
+            ours.append({"all": seconds, **report.seconds})
+            # The text of the last scoring as a draft: the same weights, so the best a neighbour can be.
+            kept.append(timed(loaded, lambda: scorer.score(loaded))[1])
+            losses, texts, parts = plain_scores(loaded, corpus, options.new_tokens)
+            theirs.append({"all": sum(parts.values()), **parts})
+        results[state] = {
+            "seconds": {key: round(median(ours, key), 4) for key in ours[0]},
+            "seconds_with_own_texts_as_drafts": round(statistics.median(kept), 4),
+            "straightforward_seconds": {key: round(median(theirs, key), 4) for key in theirs[0]},
+            "ratio": {key: round(median(theirs, key) / median(ours, key), 2) for key in ours[0]},
+            "largest_difference_in_nats": largest_difference(report, losses),
+            "texts_that_differ": sum(
+                ours_ != theirs_
+                for name in texts
+                for ours_, theirs_ in zip(report.sets[name].generated or (), texts[name], strict=True)
+            ),
+        }
+    model = loaded.model
+    return {
+        "benchmark": "scoring",
+        "baseline": "every answer a row of its own, padded batches of 32, all logits; generate for every question",
+        "model": {"class": type(model).__name__, "parameters": model.num_parameters(), "dtype": str(model.dtype)},
+        "items": {name: len(items) for name, items in corpus.sets.items()},
+        "answers": len(scorer.examples),
+        "repeats": options.repeats,
+        "states": results,
+        "machine": {
+            "device": torch.cuda.get_device_name()
+            if loaded.device.type == "cuda"
+            else platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "torch": version("torch"),
+            "transformers": version("transformers"),
+        },
+    }
+
+
+def median(runs: list[dict[str, float]], key: str) -> float:
+    return statistics.median(run[key] for run in runs)
+
+
+def timed(loaded: LoadedModel, work: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    found = work()
+    if loaded.device.type == "cuda":
+        torch.cuda.synchronize()
+    return found, time.perf_counter() - started
+
+
+@torch.no_grad()
+def move(model: Any, initial: dict[str, torch.Tensor], scale: float) -> None:
+    draws = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        start = initial[name]
+        noise = torch.randn(start.shape, generator=draws).to(start)
+        parameter.copy_(start + scale * start.float().std().to(start) * noise)
+
+
+@torch.inference_mode()
+def plain_scores(
+    loaded: LoadedModel, corpus: Corpus, new_tokens: int
+) -> tuple[dict[str, list[list[float]]], dict[str, list[str]], dict[str, float]]:
+    """Losses of every answer by set and item, a text for every question, and seconds by stage, without the scorer's ideas."""
+    model, prompts, device = loaded.model, loaded.prompts, loaded.device
+    started = time.perf_counter()
+    losses: dict[str, list[list[float]]] = {}
+    for name, items in corpus.sets.items():
+        answers = [[item.answer, item.paraphrase, *item.perturbed_answers] for item in items]
+        examples = [prompts.encode(item.question, text) for item, texts in zip(items, answers, strict=True) for text in texts]
+        found: list[float] = []
+        for start in range(0, len(examples), BATCH):
+            batch = pad_batch(examples[start : start + BATCH], prompts.pad_id, device)
+            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
+            targets = batch.labels[:, 1:]
+            nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+            found += (nll.sum(dim=1) / (targets != IGNORED).sum(dim=1)).tolist()
+        rest = iter(found)
+        losses[name] = [[next(rest) for _ in texts] for texts in answers]
+    middle = time.perf_counter()
+    texts: dict[str, list[str]] = {}
+    for name in GENERATED_SETS:
+        texts[name] = []
+        questions = [item.question for item in corpus.sets.get(name, ())]
+        for start in range(0, len(questions), BATCH):
+            known = [prompts.prompt_ids(question) for question in questions[start : start + BATCH]]
+            longest = max(map(len, known))
+            ids = torch.tensor([[prompts.pad_id] * (longest - len(row)) + row for row in known], device=device)
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in known], device=device)
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=prompts.pad_id,
+                eos_token_id=prompts.stop_ids,
+            )
+            texts[name] += loaded.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return losses, texts, {"losses": middle - started, "generation": time.perf_counter() - middle}
+
+
+def largest_difference(report: Any, losses: dict[str, list[list[float]]]) -> float:
+    found = 0.0
+    for name, rows in losses.items():
+        scores = report.sets[name]
+        for row, values in enumerate(rows):
+            ours = [scores.answer_loss[row], scores.paraphrase_loss[row], *scores.perturbed_loss[row]]
+            found = max(found, *(abs(a - b) for a, b in zip(ours, values, strict=True)))
+    return found
+
+
+if __name__ == "__main__":
+    main()
