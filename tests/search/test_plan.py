@@ -125,7 +125,8 @@ def test_a_study_for_a_cluster_is_not_held_against_this_machine(write_study, tmp
 
 
 def test_a_finished_study_has_nothing_to_train(finished, call):
-    code, output, _ = call("plan", finished.file, "--like", finished.out, "--json")
+    code, output, error = call("plan", finished.file, "--like", finished.out, "--json")
+    assert code == 0, error
     plan = json.loads(output)
     assert (code, plan["fits"], plan["misfits"]) == (0, True, [])
     found = {line["what"]: line for line in plan["lines"]}
