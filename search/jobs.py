@@ -100,7 +100,10 @@ class Jobs:
                 "working_dir": folder,
                 "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
             }
-            command = f"exec python -m search run {STUDY_FILE} --address auto --out {_quoted(place)}"
+            # Not from the folder the job came in: Ray may clear that away when a node dies, and a process without a folder
+            # can no longer tell where it is.
+            run = f'exec python -m search run "$study" --address auto --out {_quoted(place)}'
+            command = f'study="$PWD/{STUDY_FILE}"; cd; {run}'
             try:
                 self._ask(
                     lambda: self._client.submit_job(
