@@ -148,7 +148,7 @@ def explain(error: ErrorDetails, root: type[BaseModel], data: object) -> tuple[K
     if kind == "missing":
         return parts, "this key is missing and has no default. Add it."
     if kind == "union_tag_not_found":
-        return (*parts, "kind"), f"this key is missing. Add it: one of {context['discriminator']}: " + _kinds(parts, root)
+        return (*parts, "kind"), f"this key is missing. Add it: one of {_kinds(parts, root)}."
     if kind == "union_tag_invalid":
         return (
             *parts,

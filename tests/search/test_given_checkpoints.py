@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from search.controls import control_jobs
 from search.input_checks import check_inputs
 from search.preparation import prepare
-from search.progress import Bars
 from search.results import StudyResult
-from search.runner import _Run
 from search.space import Point, distributions, given_points, own_epoch, sampled_epoch
 from search.spec import load_study, parse_study
 from search.spec_errors import StudyFileError
@@ -191,15 +190,11 @@ def test_moved_checkpoints_are_the_same_study_and_other_ones_another(world, tmp_
     assert len({run.fingerprint for run in (here, shorter, turned, changed)}) == 4
 
 
-def test_only_trained_base_runs_have_a_next_epoch(world, tmp_path):
+def test_only_trained_base_runs_have_a_next_epoch(world):
     unlearning = {"methods": {"npo": {"beta": 1}}, "epochs": 3, "learning_rate": 0.002}
     preparation = prepare(load_study(study_of(world, unlearning=unlearning)))
     assert preparation.spec.base_epochs() == {"npo": 3, "lora": 1, "mine": 2}
-    store = StudyStore.create(tmp_path / "out", preparation.spec, preparation.fingerprint, preparation.facts())
-    try:
-        jobs = _Run(preparation, store, Bars(quiet=True))._controls()
-    finally:
-        store.close()
+    jobs = control_jobs(preparation)
     assert [(job.base, job.epoch) for job in jobs if job.kind == "next_epoch"] == [("npo", 4)]
 
 

@@ -125,7 +125,8 @@ def submitted(output):
 
 def ended(call, job, seconds=120):
     ends = time.monotonic() + seconds
-    while (status := json.loads(call("status", job, "--json")[1]))["state"] in ("pending", "running"):
+    # A study is finished a moment before the process that ran it has ended.
+    while (status := json.loads(call("status", job, "--json")[1]))["ended"] is None:
         assert time.monotonic() < ends, status
         time.sleep(0.5)
     return status

@@ -43,8 +43,7 @@ def study(new_store, made_up_evidence):
             if alpha == 0:
                 number, job = store.ask_point(space, Point("npo", 1, 0.0).params, "alpha_zero")
             else:
-                store.study.enqueue_trial({"base": "npo", "epoch": 1, "alpha": alpha})
-                number, job = store.ask_point(space)
+                number, job = store.ask_point(space, {"base": "npo", "epoch": 1, "alpha": alpha}, "search")
             store.complete(job, number, evidence(job, strength, utility))
         known = [] if initial is None else [(Job("initial"), *initial)]
         for job, strength, utility in (*known, *controls):
@@ -235,8 +234,7 @@ def with_collapse(new_store, made_up_evidence):
         store = new_store()
         space = distributions(parse_study(store.record["spec"]))
         for index, (strength, utility, reason) in enumerate(points):
-            store.study.enqueue_trial({"base": "npo", "epoch": 1, "alpha": 0.1 + index / 10})
-            number, job = store.ask_point(space)
+            number, job = store.ask_point(space, {"base": "npo", "epoch": 1, "alpha": 0.1 + index / 10}, "search")
             store.complete(job, number, made_up_evidence(job, strength, utility, collapsed=reason))
         store.complete(Job("initial"), store.ask_control(), made_up_evidence(Job("initial"), -6.0, 0.8))
         return StudyResult.of(store)
