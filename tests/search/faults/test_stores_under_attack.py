@@ -1,4 +1,4 @@
-"""Delta entries damaged in every way, disks full or read-only, locks of the dead: found, told of, mended, nothing else touched."""
+"""Delta entries damaged in every way, disks full or read-only, locks of the dead: found, mended, nothing else touched."""
 
 import os
 import shutil
