@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 BIN = $(VENV)/bin
 SETUP = $(VENV)/.setup
 
-.PHONY: setup run test test-slow lint clean
+.PHONY: setup run test test-slow test-faults lint clean
 
 setup: $(SETUP)
 
@@ -32,6 +32,11 @@ test: lint
 
 test-slow: setup
 	$(BIN)/pytest --slow
+
+# every fault this often, each time at another moment
+REPEATS ?= 3
+test-faults: setup
+	$(BIN)/pytest tests/search/faults --faults --fault-repeats $(REPEATS)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
