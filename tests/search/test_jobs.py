@@ -163,6 +163,7 @@ def test_a_study_is_submitted_attached_to_followed_and_resumed(client, copied, f
     assert [row["job"] for row in json.loads(call("studies", "--json")[1])["studies"]] == [f"{job}-2", job]
 
 
+@pytest.mark.slow
 def test_a_study_that_fails_fails_its_follower(client, finished, call, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "something").write_text("")

@@ -94,6 +94,7 @@ def test_a_base_run_that_fails_ends_its_own_points_and_not_the_study(finished, w
     assert set(result.store.record["base_runs"]) == {good}
 
 
+@pytest.mark.slow
 def test_a_study_none_of_whose_base_runs_can_be_trained_ends_with_the_reason(finished, write_study, call, tmp_path):
     unlearning = {"methods": {"npo": {"beta": 1}}, "learning_rate": 1e30}
     file = write_study(tmp_path / "study.yaml", unlearning=unlearning, search={"trials": 3}, scoring={"temperatures": []})
