@@ -124,10 +124,11 @@ class Driver:
     def wait(self, seconds=180):
         return self.process.wait(seconds)
 
-    def left_behind(self, seconds=60):
+    def left_behind(self, seconds=120):
         """Processes of this run that outlive it, after a while in which they may end.
 
-        A worker of Ray that was just starting when its node was killed gives up after about 26 s.
+        A worker of Ray that was just starting when its node was killed gives up after about 26 s; a node's agents spend a
+        minute on telling a server that is gone, too, before they end.
         """
         ends = time.monotonic() + seconds
         while (living := processes_with(self.tag)) and time.monotonic() < ends:

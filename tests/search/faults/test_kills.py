@@ -18,8 +18,9 @@ def wait_for_moment(study, driver):
 
 @pytest.mark.parametrize("how", ["kill -9", "SIGINT", "SIGTERM", "kill -9, its Ray too"])
 def test_driver(watched, hold, end, how, repeat):
+    drivers = []
     for _ in range(2):
-        driver = watched.start()
+        drivers.append(driver := watched.start())
         wait_for_moment(watched, driver)
         if driver.process.poll() is None:
             number = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}.get(how, signal.SIGKILL)
@@ -27,9 +28,9 @@ def test_driver(watched, hold, end, how, repeat):
             end(driver.process.pid, number, group=how in ("SIGINT", "kill -9, its Ray too"))
         code = driver.wait(120)
         assert code in (0, 130, -signal.SIGKILL), driver.stderr
-        assert driver.left_behind() == {}
         watched.look()
-    watched.finish(watched.start())
+    drivers.append(watched.finish(watched.start()))
+    assert [driver.left_behind() for driver in drivers] == [{}, {}, {}]
     hold(f"driver: {how}", watched)
 
 

@@ -88,7 +88,6 @@ def stop_with_base_runs(study, end, wanted):
     driver.until(lambda: len(list(study.deltas.glob("*/manifest.json"))) == 4 and study.complete() >= wanted)
     end(driver.process.pid, signal.SIGKILL)
     driver.wait()
-    assert driver.left_behind() == {}
     study.look()
 
 
