@@ -138,6 +138,7 @@ def test_no_split_means_nothing_is_held_out():
     assert matched_scale(front, empty, OBJECTIVES).empty
 
 
+@pytest.mark.slow
 def test_confirm_trains_from_other_seeds_and_is_not_done_twice(copied, launch):
     driver = launch("confirm", copied, "--top", 1, "--seeds", 1, "--json")
     assert driver.wait() == 0, driver.stderr

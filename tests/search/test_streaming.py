@@ -78,6 +78,7 @@ def test_trials_run_while_base_runs_train_and_a_killed_one_is_trained_again_alon
     assert max(Counter(early).values()) <= TRIALS // 4
 
 
+@pytest.mark.slow
 def test_a_base_run_that_fails_ends_its_own_points_and_not_the_study(finished, write_study, call, tmp_path):
     # One that the shared study has trained, and one that cannot end well.
     unlearning = {"methods": {"npo": {"beta": 1}}, "learning_rate": [0.002, 1e30]}
