@@ -34,7 +34,9 @@ from search.ray_searcher import StudySearcher, run_trials
 from search.samplers import make_sampler
 from search.space import distributions
 from search.spec import parse_study
+from search.study_guard import StudyGuard
 from search.study_store import StudyStore
+from search.workforce import Workforce
 
 
 class Sleeper(tune.Trainable):
@@ -134,12 +136,12 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         setattr(store, name, clock.wrap(getattr(store, name)))
     labels = [variant.label for variant in spec.variants()]
     runs = BaseRuns(Room(slots=options.workers, most=options.workers), published=dict.fromkeys(labels, ()))
-    searcher = StudySearcher(
-        store, distributions(spec), [], options.trials, runs, lambda: None, list, lambda *ended: clock.note(*ended)
-    )
+    workforce, guard = Workforce(None), StudyGuard(store, spec.budget, print)
+    ended = clock.note
+    searcher = StudySearcher(store, distributions(spec), [], options.trials, runs, lambda: None, list, ended, workforce, guard)
     items = base64.b64encode(os.urandom(ITEM_BYTES)).decode()
     trainable = tune.with_parameters(Sleeper, seconds=options.seconds, evidence=EVIDENCE, items=items)
-    run_trials(tune.with_resources(trainable, {"cpu": 1}), searcher, options.workers, folder / "ray", "tune")
+    run_trials(tune.with_resources(trainable, {"cpu": 1}), searcher, workforce, options.workers, folder / "ray", "tune")
     if searcher.error is not None:
         raise searcher.error
     assert store.counts()["complete"] == options.trials
