@@ -191,9 +191,9 @@ def takes_packed_rows(model: Any, examples: Sequence[Example], pad_id: int, devi
     open_to_all = Rows(**{**vars(packed), "segments": torch.zeros_like(packed.segments)})
     try:
         read = [answer_logits(model, rows, keep).float() for rows in (packed, alone, open_to_all)]
-    except Exception as error:
+    except Exception as problem:
         # Whatever else it is, such rows are not for this model; code that comes with a model may raise anything.
-        if ran_out(error):
+        if ran_out(problem):
             raise
         return False
     spread = float(read[1].std()) or 1.0
