@@ -325,6 +325,7 @@ class StudyStore:
             raise UserError(
                 f"storage {self.record['storage']}: another program writes trials into this study; end it and run again"
             )
+        self._identifiers[number] = identifier
 
     def _end(
         self, study: optuna.Study, number: int, identifier: int, state: TrialState, values: list[float] | None = None
