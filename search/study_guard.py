@@ -81,9 +81,7 @@ class StudyGuard:
                 "failure_rate": too_many_failures(list(self._ends), budget.failure_rate),
                 "hours": over_time(self._used["hours"], budget.hours),
                 "gpu_hours": over_gpu_time(self._used["gpu_hours"], budget.gpu_hours),
-                "plateau": None
-                if plateau is None or not settled
-                else on_plateau(list(self._volumes), plateau.trials, plateau.gain),
+                "plateau": None if plateau is None else on_plateau(list(self._volumes), plateau.trials, plateau.gain),
             }
             self.stopped = next((Stop(key, reason) for key, reason in found.items() if reason is not None), None)
             if self.stopped is not None:

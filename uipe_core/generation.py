@@ -48,22 +48,20 @@ class Text:
             self.tokens.append(token)
             self.finished = len(self.tokens) >= self.limit
 
-    def verify(self, draft: Sequence[int], best: Sequence[int], stops: Sequence[int]) -> int:
-        """Takes over what a draft and the most likely tokens at its places tell; returns how many tokens that is.
+    def verify(self, draft: Sequence[int], best: Sequence[int], stops: Sequence[int]) -> None:
+        """Takes over what a draft and the most likely tokens at its places tell.
 
         Args:
             draft: Tokens that were read behind the prompt, beginning with what is known already.
             best: The most likely token at each of their places, and perhaps behind the last.
             stops: Tokens that end a text.
         """
-        before = len(self.tokens)
-        for place in range(before, len(best)):
+        for place in range(len(self.tokens), len(best)):
             if self.finished:
                 break
             self.add(int(best[place]), stops)
             if place >= len(draft) or best[place] != draft[place]:
                 break
-        return len(self.tokens) - before
 
 
 def complete(model: Any, texts: Sequence[Text], stops: Sequence[int], pad_id: int, size: int) -> None:
