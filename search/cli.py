@@ -252,21 +252,30 @@ def _writable(what: Path | str, action: Any) -> None:
         raise UserError(f"{what}: {error.strerror or error}; choose another") from error
 
 
-def _interrupt(signum: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted and resumable, 1 anything else."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    heard: list[int] = []
+
+    def interrupt(number: int, _: Any) -> NoReturn:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell sets it for what runs in its background
+        signal.signal(signal.SIGINT, interrupt)
     try:
         app()
-    except UserError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
     except StudyInterrupted as error:
         typer.echo(f"interrupted: {error}", err=True)
         sys.exit(130)
-    except ExportMismatchError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+    except Exception as error:
+        if heard:  # compiled code that is hit by an interrupt may raise an error of its own for it
+            typer.echo("interrupted", err=True)
+            sys.exit(130)
+        if isinstance(error, UserError):
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        if isinstance(error, ExportMismatchError):
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        raise

@@ -17,6 +17,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
+from search.interrupts import held_back
 from search.url_secrets import without_password, without_secrets_of
 from uipe_core.errors import UserError
 
@@ -206,8 +207,11 @@ class Database:
         again = False
         while True:
             try:
-                self._check_claim(again)
-                result = action(again)
+                # An interrupt in the middle of a transaction can leave its connection, and its lock, with nobody to close it:
+                # what ends the open trials afterwards would find the database locked.
+                with held_back():
+                    self._check_claim(again)
+                    result = action(again)
             except STORAGE_ERRORS as error:
                 now = time.monotonic()
                 if not _may_pass(error, PASSING_ONCE_OPEN):

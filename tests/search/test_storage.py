@@ -17,7 +17,9 @@ from pathlib import Path
 
 import pytest
 from optuna.exceptions import StorageInternalError
+from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
+from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
 import search
@@ -278,6 +280,41 @@ def test_patience_ends_and_is_not_begun_again_for_every_trial(impatient, new_sto
     again = new_store()
     assert again.reconcile() == 5
     assert states(again) == [TrialState.FAIL] * 5
+
+
+def test_an_interrupt_waits_for_the_end_of_a_transaction(new_store):
+    store = new_store()
+    done = []
+
+    def interrupted_in_the_middle():
+        with store.storage.engine.begin() as connection:
+            connection.execute(text("INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, 'half', '1')"))
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            done.append(connection.execute(text("UPDATE study_user_attributes SET value_json = '2' WHERE key = 'half'")))
+
+    with pytest.raises(KeyboardInterrupt):
+        store._database.patiently(interrupted_in_the_middle)
+    assert done
+    assert store.storage.get_study_user_attrs(1)["half"] == 2
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+
+
+def test_interrupted_runs_leave_nothing_open(new_store, made_up_evidence):
+    """At moments that differ: between statements and in the middle of them."""
+    store = new_store()
+    main = threading.main_thread().ident
+    for round_ in range(30):
+        with pytest.raises(KeyboardInterrupt):
+            threading.Timer(0.002 + 0.0007 * round_, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
+            while True:
+                number, job = store.ask_point(distributions(store.spec))
+                store.complete(job, number, made_up_evidence(job, -5.0, 0.9))
+        store.end_running()
+        assert {trial.state for trial in store.study.get_trials(deepcopy=False)} <= {TrialState.COMPLETE, TrialState.FAIL}
+        store.use_sampler(RandomSampler(seed=round_))
 
 
 def test_opening_a_locked_file_waits_and_opening_nothing_does_not(new_store, tmp_path):
