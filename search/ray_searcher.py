@@ -28,6 +28,8 @@ TIMES_AGAIN = 2
 """How often a job is run again whose worker died."""
 IDLE_SECONDS = 120.0
 """How long warm workers are kept while there is nothing for them to do."""
+TRIALS_A_PART = 2500
+"""After so many trials Tune is ended and begun anew: it keeps about 10 kB of every trial, and its workers for that long."""
 
 
 class StudySearcher(Searcher):
@@ -79,6 +81,7 @@ class StudySearcher(Searcher):
         self._deaths: Counter[Job] = Counter()
         self._proposed = _proposed(store)
         self._idle_since: float | None = None
+        self._handed_out = 0
         self.done = False
         self.error: Exception | None = None
 
@@ -123,13 +126,18 @@ class StudySearcher(Searcher):
         self._heed_budget()
         self._poll()
         self._end_jobs_without_base_run()
-        if len(self._running) + len(self._held) < self._runs.trials_at_once() and (asked := self._ask()) is not None:
+        room = len(self._running) + len(self._held) < self._runs.trials_at_once()
+        if room and self._handed_out < TRIALS_A_PART and (asked := self._ask()) is not None:
+            self._handed_out += 1
             self._running[trial_id] = asked
             self._idle_since = None
             job = asked[1]
             return {"job": asdict(replace(job, delta=self._runs.published.get(str(job.run), ())))}
         if self._running or self._held:
             return None
+        if self._handed_out >= TRIALS_A_PART:
+            self._handed_out = 0
+            return self.FINISHED
         if self._runs.missing:
             return self._idle()
         if self._mirrors is not None:

@@ -172,11 +172,11 @@ def environment(place):
 
 @pytest.fixture
 def launch(environment, tmp_path):
-    """Starts the `uipe` command; whatever it started is killed at the end of the test."""
+    """Starts the `uipe` command, with more variables in its environment; all it started is killed after the test."""
     started = []
 
-    def start(*arguments):
-        started.append(Driver(arguments, tmp_path, environment))
+    def start(*arguments, **variables):
+        started.append(Driver(arguments, tmp_path, {**environment, **variables}))
         return started[-1]
 
     yield start
@@ -262,7 +262,7 @@ def call(place, monkeypatch, capsys):
     """Runs the command line in this process: exit code, standard output, standard error."""
     from search import cli
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["uipe", *map(str, arguments)])
@@ -277,7 +277,8 @@ def call(place, monkeypatch, capsys):
         return code, output.out, output.err
 
     yield run
-    signal.signal(signal.SIGTERM, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import signal
 import time
 
 import pytest
+from ray_nodes import TOKEN, Cluster
 
 pytestmark = pytest.mark.faults
 
@@ -72,3 +73,19 @@ def test_raylet_of_the_only_node(watched, hold, end, workers, repeat):
             end(pid)
     watched.finish(driver)
     hold("the only node's raylet: kill -9", watched)
+
+
+def test_second_node(watched, environment, living_processes, hold, end, repeat):
+    cluster = Cluster(environment, living_processes, cpus=1)
+    try:
+        second = cluster.add_node(cpus=2)
+        watched.command += ("--address", cluster.gcs)
+        watched.variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+        driver = watched.start()
+        wait_for_moment(watched, driver)
+        watched.look()
+        end(second)
+        watched.finish(driver)
+    finally:
+        cluster.end()
+    hold("a second node: kill -9", watched)
