@@ -292,21 +292,19 @@ def test_idle_workers_give_their_room_back(harness, monkeypatch):
 
 def test_tune_is_begun_anew_after_so_many_trials(harness, monkeypatch, made_up_evidence):
     monkeypatch.setattr("search.ray_searcher.TRIALS_A_PART", 3)
-    study = harness(proposals=7)
-    parts = []
-    while not study.searcher.done:
-        parts.append(0)
-        while (job := study.next()) != StudySearcher.FINISHED:
-            if job is None:  # what is at work is waited for before the part ends
-                study.finish(study.asked - 1, made_up_evidence(last))
-            else:
-                parts[-1] += 1
-                last = job
-                if parts[-1] < 3:
-                    study.finish(study.asked, made_up_evidence(job))
-        assert study.searcher.done or study.searcher.has_work()
-    assert parts == [3, 3, 1]
-    assert study.store.counts() == {"complete": 7, "pruned": 0, "failed": 0, "running": 0}
+    study = harness(proposals=4)
+    jobs = [study.next() for _ in range(3)]
+    for number, job in enumerate(jobs[:2], start=1):
+        study.finish(number, made_up_evidence(job))
+    assert study.next() is None  # what is at work is waited for before the part ends
+    study.finish(3, made_up_evidence(jobs[2]))
+    assert study.next() == StudySearcher.FINISHED
+    assert not study.searcher.done and study.searcher.has_work()
+    job = study.next()
+    study.finish(study.asked, made_up_evidence(job))
+    assert study.next() == StudySearcher.FINISHED
+    assert study.searcher.done
+    assert study.store.counts() == {"complete": 4, "pruned": 0, "failed": 0, "running": 0}
 
 
 def test_a_grid_is_handed_out_once_each_and_less_of_it_without_a_base_run(new_store):
