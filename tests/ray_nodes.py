@@ -86,7 +86,7 @@ class Cluster:
         while not happened(status := self.state(job)):
             assert time.monotonic() < ends, status
             assert status["state"] in ("pending", "running"), (status, self.uipe("logs", job))
-            time.sleep(1)
+            time.sleep(3)  # asking is a process that imports torch
         return status
 
     def end(self):
