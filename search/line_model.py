@@ -6,9 +6,9 @@ and theta_init inform each other. All items share the kernel; each group of them
 
 Symbols: M update vectors, P points, N of them trained on, C candidates, S draws, n items of a group.
 
-Sources: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, chapters 2 (prediction) and 5 (marginal likelihood);
-Bonilla, Chai and Williams, "Multi-task Gaussian process prediction", NeurIPS 2007 (items that share a kernel); Foster et al., "Stable
-and efficient Gaussian process calculations", JMLR 10, 2009 (pivoted Cholesky as a choice of points).
+Sources: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, chapters 2 (prediction) and 5 (marginal
+likelihood); Bonilla, Chai and Williams, "Multi-task Gaussian process prediction", NeurIPS 2007 (items that share a kernel);
+Foster et al., "Stable and efficient Gaussian process calculations", JMLR 10, 2009 (pivoted Cholesky as a choice of points).
 """
 
 from collections.abc import Mapping
@@ -95,7 +95,7 @@ class Kernel:
     nugget: float = JITTER
 
     def parts(self, inner: FloatArray, a: FloatArray, b: FloatArray) -> tuple[FloatArray, ...]:
-        """Matrices whose sum is the kernel's, given inner products and squared norms, and how the last grows with log length."""
+        """Matrices whose sum is the kernel's, given inner products and squared norms; and its slope in log length."""
         ratio = np.sqrt(5.0 * np.maximum(a[:, None] + b[None, :] - 2.0 * inner, 0.0)) / self.length
         decay = np.exp(-ratio)
         matern = (1.0 + ratio + ratio**2 / 3.0) * decay
@@ -260,7 +260,7 @@ class LineModel:
         self._trained.update(dict.fromkeys(values, trained))
 
     def predict(self, candidates: Places, pending: Places | None = None) -> Prediction:
-        """What is expected of the candidates; `pending` points count as scored just as expected, so deviations shrink near them."""
+        """What is expected of candidates; `pending` points count as scored just as expected, so deviations shrink near them."""
         mean, deviation = {}, {}
         for trained in {id(each): each for each in self._trained.values()}.values():
             kernel, geometry = trained.kernel, self._geometry
@@ -281,8 +281,8 @@ class LineModel:
     def errors(self, generator: np.random.Generator, draws: int) -> dict[str, FloatArray]:
         """(S, n) by group: joint draws of what predictions may miss, for a deviation of 1.
 
-        What the points scored so far did to the items that the ones before them did not tell of, mixed at random: items that went
-        together go together.
+        What each point scored so far did to the items and the ones before it did not tell of, mixed at random: items that
+        went together go together.
         """
         mixes = generator.standard_normal((draws, len(self._places)))
         return {

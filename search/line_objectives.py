@@ -1,7 +1,7 @@
 """From the scores of single items to curves that are smooth along a walk, and from curves to objectives.
 
-What a Gaussian process can follow are logarithms: of truth ratios and of probabilities. Objectives are made from them in the end:
-means of their exponentials, harmonic means of those, and KS tests, by the formulas of `uipe_core.metrics`. Pure: numpy only.
+What a Gaussian process can follow are logarithms: of truth ratios and of probabilities. Objectives are made from them in the
+end: means of their exponentials, harmonic means of those, and KS tests, by the formulas of `uipe_core.metrics`. Pure.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,7 @@ from search.line_model import FloatArray
 from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.definitions import definition_named
 from uipe_core.metrics import SET_TITLES, item_components, quality_ratios, truth_ratio
-from uipe_core.score_report import SetScores
+from uipe_core.score_report import set_scores
 from uipe_core.uncertainty import log10_p_table
 
 LEAST_LOG = -30.0
@@ -39,7 +39,7 @@ class Curves:
         self._qualities = tuple(qualities)
         named = definition_named(definition)
         self._expected = {
-            name: np.sort(quality_ratios(_scores(reference, name), named)) for name in self._qualities if name is not None
+            name: np.sort(quality_ratios(set_scores(reference, name), named)) for name in self._qualities if name is not None
         }
 
     @property
@@ -57,13 +57,15 @@ class Curves:
         curves = {}
         for name in self._expected:
             if f"{name}/paraphrase_loss" in arrays:
-                curves[f"{name}/quality"] = quality_ratios(_scores(arrays, name), definition)
+                curves[f"{name}/quality"] = quality_ratios(set_scores(arrays, name), definition)
         for name in UTILITY_SETS if None in self._qualities else ():
             if f"{name}/answer_loss" not in arrays:
                 continue
-            scores = _scores(arrays, name)
+            scores = set_scores(arrays, name)
             text = scores.rouge_l_recall
-            parts = item_components(replace(scores, rouge_l_recall=np.zeros(len(scores)) if text is None else text), name, definition)
+            parts = item_components(
+                replace(scores, rouge_l_recall=np.zeros(len(scores)) if text is None else text), name, definition
+            )
             title = SET_TITLES[name]
             ratios = truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, self._definition)
             with np.errstate(divide="ignore"):
@@ -79,7 +81,9 @@ class Curves:
 
     def objectives(self, curves: Mapping[str, FloatArray]) -> FloatArray:
         """(..., m) objectives of curves (..., n)."""
-        return np.stack([self._utility(curves) if name is None else self._quality(curves, name) for name in self._qualities], axis=-1)
+        return np.stack(
+            [self._utility(curves) if name is None else self._quality(curves, name) for name in self._qualities], axis=-1
+        )
 
     def _quality(self, curves: Mapping[str, FloatArray], name: str) -> FloatArray:
         expected = self._expected[name]
@@ -99,8 +103,3 @@ class Curves:
             text = np.clip(curves[f"{name}/text"].mean(axis=-1), 0.0, 1.0)
             inverse = inverse + sum(1.0 / np.maximum(part, 1e-12) for part in (probability, truth, text))
         return np.asarray(3.0 * len(UTILITY_SETS) / inverse)
-
-
-def _scores(arrays: Mapping[str, NDArray[Any]], name: str) -> SetScores:
-    fields: dict[str, Any] = {key.partition("/")[2]: values for key, values in arrays.items() if key.startswith(f"{name}/")}
-    return SetScores(**fields)

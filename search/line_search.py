@@ -3,15 +3,13 @@
 Pure: arrays in, a place out; nothing is drawn but from the generator given. The sampler of a study (`search.line_sampler`) and
 replays on recorded tables use the same object.
 
-Sources: Emmerich, Giannakoglou and Naujoks, IEEE Trans. Evol. Comput. 10, 2006 (expected hypervolume improvement); Ginsbourger, Le
-Riche and Carraro, "Kriging is well-suited to parallelize optimization", 2010 (points under way count as scored as expected).
+Sources: Emmerich, Giannakoglou and Naujoks, IEEE Trans. Evol. Comput. 10, 2006 (expected hypervolume improvement); Ginsbourger,
+Le Riche and Carraro, "Kriging is well-suited to parallelize optimization", 2010 (points under way count as scored as expected).
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from search.line_model import FloatArray, Geometry, Kernel, LineModel, Places, Prediction
 from search.line_objectives import Curves
@@ -47,19 +45,20 @@ class LineSearch:
     def __len__(self) -> int:
         return len(self._places)
 
-    def tell(self, vector: int, scale: float, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Takes in what was scored at a point: theta_init + scale * update vector; sets may be missing.
+    def tell(self, vector: int, scale: float, values: Mapping[str, FloatArray]) -> None:
+        """Takes in what was scored at a point.
+
+        Args:
+            vector, scale: The point: theta_init + scale * update vector.
+            values: `Curves.of` its item scores; some may be missing.
 
         Raises:
-            KeyError, UserError, ValueError: Arrays that no scorer wrote; nothing is taken in then.
+            ValueError: No values, or of other items than the points before; nothing is taken in then.
         """
-        values = self._curves.of(arrays)
-        if not values:
-            raise ValueError("no evaluation set that objectives are made of")
-        for before in self._values[:1]:
-            other = [name for name in values if name in before and len(before[name]) != len(values[name])]
-            if other:
-                raise ValueError(f"other items than the first point's: {', '.join(other)}")
+        known = {name: len(each) for before in self._values for name, each in before.items()}
+        other = [name for name, each in values.items() if len(each) != known.get(name, len(each))]
+        if other or not values:
+            raise ValueError(f"curves of other items than before: {', '.join(other)}" if other else "no curves")
         self._places.append((vector, scale))
         self._values.append(values)
         self._model = None
@@ -67,7 +66,9 @@ class LineSearch:
     @property
     def places(self) -> Places:
         """Of the points scored so far."""
-        return Places(np.array([each[0] for each in self._places], dtype=np.int64), np.array([each[1] for each in self._places]))
+        return Places(
+            np.array([each[0] for each in self._places], dtype=np.int64), np.array([each[1] for each in self._places])
+        )
 
     def propose(self, candidates: Places, pending: Places | None, generator: np.random.Generator) -> int:
         """The candidate to score next, by its number.

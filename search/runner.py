@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from optuna.samplers import BaseSampler
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,6 +23,8 @@ from search.controls import control_jobs
 from search.evaluator import POINT_KINDS, Job, StudyContext
 from search.finalists import mirror_jobs
 from search.groundwork import Groundwork
+from search.inner_products import InnerProducts
+from search.line_study import line_sampler
 from search.out_mirror import working_folder
 from search.preparation import Preparation, prepare
 from search.progress import Bars, Board
@@ -235,7 +238,11 @@ class _Run:
         spec = self.preparation.spec
         # A resumed study must not propose what it proposed before, so its length goes into the seed.
         scored = len(self.store.study.get_trials(deepcopy=False))
-        self.store.use_sampler(make_sampler(spec.search.sampler, spec.seed + 1000003 * scored))
+        sampler = make_sampler(spec.search.sampler, spec.seed + 1000003 * scored)
+        poll = base_runs.poll
+        if spec.search.sampler == "line" and proposals:
+            sampler, poll = self._on_the_line(sampler, context, base_runs, spec.seed + 1000003 * scored)
+        self.store.use_sampler(sampler)
         tally = _Tally(self.bars, self.store, jobs, proposals)
         workforce = Workforce(spec.budget.trial_minutes)
         searcher = StudySearcher(
@@ -244,7 +251,7 @@ class _Run:
             jobs,
             proposals,
             base_runs.runs,
-            base_runs.poll,
+            poll,
             lambda: tally.mirrors(self._mirrors()),
             tally.ended,
             workforce,
@@ -269,6 +276,23 @@ class _Run:
         finally:
             base_runs.cancel()
             tally.close()
+
+    def _on_the_line(
+        self, fallback: BaseSampler, context: StudyContext, base_runs: BaseRunTasks, seed: int
+    ) -> tuple[BaseSampler, Callable[[], None]]:
+        """The sampler that knows the line, and what looks after base runs and their inner products."""
+        if context.corpus.choices:
+            self.bars.say("sampler line: multiple choice has no losses to follow; tpe proposes in its place")
+            return fallback, base_runs.poll
+        products = InnerProducts(
+            base_runs.runs, self.preparation.spec.base_epochs(), context.deltas, self.store.out, self.bars.say
+        )
+
+        def poll() -> None:
+            base_runs.poll()
+            products.poll()
+
+        return line_sampler(self.store, context, products.lines, fallback, seed, self.bars.say), poll
 
 
 class _Tally:
