@@ -3,7 +3,7 @@
 import io
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +44,13 @@ class InnerProducts:
         self._failed: set[str] = set()
         self._lines: Lines | None = None
         self._known = ""
-        self._read()
+        kept = kept_gram(self._file, self._there())
+        if kept is not None:
+            self._take(*kept)
 
     def poll(self, timeout: float = 0.0) -> None:
         """Starts what is missing, and takes what has come within `timeout` seconds."""
-        wanted = self._wanted()
+        wanted = json.dumps(self._there())  # names what is computed
         if self._task is None and wanted not in (self._known, "{}") and wanted not in self._failed:
             task = ray.remote(num_cpus=0, max_retries=_RETRIES)(inner_products)
             self._task = (wanted, task.remote(self._deltas, json.loads(wanted)))
@@ -77,29 +79,38 @@ class InnerProducts:
             self._patience, started = self._patience - (now - started), now
         return self._lines
 
-    def _wanted(self) -> str:
-        """Base runs that are there, with their entries in the store and their epochs, as text: it names what was computed."""
-        there = {
-            label: [list(self._runs.published[label]), count]
-            for label, count in self._epochs.items()
-            if label in self._runs.published
-        }
-        return json.dumps(there)
+    def cancel(self) -> None:
+        """Ends a task that is still at work."""
+        if self._task is not None:
+            ray.cancel(self._task[1], force=True)
+            self._task = None
+
+    def _there(self) -> dict[str, tuple[Sequence[str], int]]:
+        """Base runs that are there: their entries in the store and their epochs."""
+        published = self._runs.published
+        return {label: (list(published[label]), count) for label, count in self._epochs.items() if label in published}
 
     def _take(self, name: str, gram: NDArray[np.float64]) -> None:
         places = [(label, epoch) for label, (_, count) in json.loads(name).items() for epoch in range(1, count + 1)]
-        if gram.shape == (len(places), len(places)):
-            self._lines, self._known = Lines({place: number for number, place in enumerate(places)}, gram), name
+        self._lines, self._known = Lines({place: number for number, place in enumerate(places)}, gram), name
 
-    def _read(self) -> None:
-        """Takes what an earlier run of the study has kept, if it is of base runs that are there; else it is computed anew."""
-        try:
-            with np.load(self._file) as archive:
-                name, gram = str(archive["runs"]), archive["gram"]
-            kept = json.loads(name)
-            there = {label: [list(keys), self._epochs.get(label)] for label, keys in self._runs.published.items()}
-            if kept and all(there.get(label) == run for label, run in kept.items()) and np.isfinite(gram).all():
-                self._take(name, gram)
-        except Exception:
-            # Whatever is wrong with the file: it can be had again.
-            return
+
+def kept_gram(file: Path, runs: Mapping[str, tuple[Sequence[str], int]]) -> tuple[str, NDArray[np.float64]] | None:
+    """What an earlier run of a study has kept, and of which base runs, as text.
+
+    Args:
+        file: Where it would be.
+        runs: The base runs that are there: entries in the store and epochs by label. Those of the file must be among them.
+
+    Returns:
+        None if there is nothing of use: it can be computed again, whatever is wrong with the file.
+    """
+    try:
+        with np.load(file) as archive:
+            name, gram = str(archive["runs"]), archive["gram"]
+        kept = json.loads(name)
+        size = sum(count for _, count in kept.values())
+        there = all(label in runs and [list(runs[label][0]), runs[label][1]] == run for label, run in kept.items())
+        return (name, gram) if there and gram.shape == (size, size) and size and np.isfinite(gram).all() else None
+    except Exception:
+        return None

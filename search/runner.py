@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from optuna.samplers import BaseSampler
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -238,11 +237,18 @@ class _Run:
         spec = self.preparation.spec
         # A resumed study must not propose what it proposed before, so its length goes into the seed.
         scored = len(self.store.study.get_trials(deepcopy=False))
-        sampler = make_sampler(spec.search.sampler, spec.seed + 1000003 * scored)
-        poll = base_runs.poll
-        if spec.search.sampler == "line" and proposals:
-            sampler, poll = self._on_the_line(sampler, context, base_runs, spec.seed + 1000003 * scored)
+        seed = spec.seed + 1000003 * scored
+        sampler = make_sampler(spec.search.sampler, seed)
+        products = self._inner_products(context, base_runs) if spec.search.sampler == "line" and proposals else None
+        if products is not None:
+            sampler = line_sampler(self.store, context, products.lines, sampler, seed, self.bars.say)
         self.store.use_sampler(sampler)
+
+        def poll() -> None:
+            base_runs.poll()
+            if products is not None:
+                products.poll()
+
         tally = _Tally(self.bars, self.store, jobs, proposals)
         workforce = Workforce(spec.budget.trial_minutes)
         searcher = StudySearcher(
@@ -275,24 +281,17 @@ class _Run:
                     break
         finally:
             base_runs.cancel()
+            if products is not None:
+                products.cancel()
             tally.close()
 
-    def _on_the_line(
-        self, fallback: BaseSampler, context: StudyContext, base_runs: BaseRunTasks, seed: int
-    ) -> tuple[BaseSampler, Callable[[], None]]:
-        """The sampler that knows the line, and what looks after base runs and their inner products."""
+    def _inner_products(self, context: StudyContext, base_runs: BaseRunTasks) -> InnerProducts | None:
+        """What the sampler that knows the line needs; None, and a word about it, where there are no losses to follow."""
         if context.corpus.choices:
             self.bars.say("sampler line: multiple choice has no losses to follow; tpe proposes in its place")
-            return fallback, base_runs.poll
-        products = InnerProducts(
-            base_runs.runs, self.preparation.spec.base_epochs(), context.deltas, self.store.out, self.bars.say
-        )
-
-        def poll() -> None:
-            base_runs.poll()
-            products.poll()
-
-        return line_sampler(self.store, context, products.lines, fallback, seed, self.bars.say), poll
+            return None
+        epochs = self.preparation.spec.base_epochs()
+        return InnerProducts(base_runs.runs, epochs, context.deltas, self.store.out, self.bars.say)
 
 
 class _Tally:
