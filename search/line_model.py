@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg.lapack import dpstrf
 from scipy.optimize import minimize
 
 FloatArray = NDArray[np.float64]
@@ -26,6 +27,8 @@ TRAINED_ON = 160
 """Most points that predictions rest on; with more of them, those that tell most are taken."""
 FITTED_ON = 96
 """Most points that the kernel's settings are fitted on."""
+LOOKED_AT = 800
+"""Most points that those are taken from."""
 JITTER = 1e-6
 """Variance of what no smooth function of weights explains, as a share of the kernel's own; float32 scores have about that."""
 _PRIOR_SD = 3.0
@@ -166,20 +169,20 @@ def fit(geometry: Geometry, places: Places, products: list[tuple[FloatArray, int
 
 
 def choose(geometry: Geometry, kernel: Kernel, places: Places, most: int) -> IntArray:
-    """At most so many points, each the one the others before it tell least of; all of them in their order if they are few."""
+    """At most so many points, each the one the others before it tell least of; all of them if they are few. In their order.
+
+    Of more than `LOOKED_AT` points the first half and the last half of that are looked at.
+    """
+    rows = np.arange(len(places))
     if len(places) <= most:
-        return np.arange(len(places))
-    left = kernel.diagonal(geometry, places)
-    rows = np.zeros((most, len(places)))
-    chosen = []
-    for step in range(most):
-        pivot = int(np.argmax(left))
-        chosen.append(pivot)
-        column = kernel.matrix(geometry, places.take(np.array([pivot])), places)[0] - rows[:step, pivot] @ rows[:step]
-        rows[step] = column / np.sqrt(left[pivot])
-        left = np.maximum(left - rows[step] ** 2, 0.0)
-        left[pivot] = -1.0
-    return np.array(sorted(chosen))
+        return rows
+    if len(places) > LOOKED_AT:
+        rows = np.concatenate([rows[: LOOKED_AT // 2], rows[-(LOOKED_AT // 2) :]])
+    looked_at = places.take(rows)
+    covariance = kernel.matrix(geometry, looked_at, looked_at)
+    # Without the nugget points that are the same would end it early.
+    _, pivots, _, _ = dpstrf(_with_nugget(covariance, max(kernel.nugget, JITTER)), lower=1)
+    return np.sort(rows[pivots[:most] - 1])
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,13 @@ class Curves:
         """Curves that are steps: text changes at once."""
         return frozenset(f"{name}/text" for name in UTILITY_SETS)
 
+    @property
+    def names(self) -> frozenset[str]:
+        """All curves of a model that was scored as a whole."""
+        own = {f"{name}/quality" for name in self._expected}
+        parts = ("probability", "ratio", "text")
+        return frozenset(own | {f"{name}/{part}" for name in UTILITY_SETS for part in parts if None in self._qualities})
+
     def of(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, FloatArray]:
         """(n,) by curve of one scored model; sets, or the text of a set, may be missing.
 

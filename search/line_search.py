@@ -38,6 +38,8 @@ class LineSearch:
         self._corner, self._ceiling = np.asarray(corner, dtype=float), np.asarray(ceiling, dtype=float)
         self._places: list[tuple[int, float]] = []
         self._values: list[Mapping[str, FloatArray]] = []
+        self._widths: dict[str, int] = {}
+        self._front = np.zeros((0, len(self._corner)))
         self._model: LineModel | None = None
         self._kernels: tuple[Kernel, Kernel] | None = None
         self._fitted_on = 0
@@ -55,12 +57,15 @@ class LineSearch:
         Raises:
             ValueError: No values, or of other items than the points before; nothing is taken in then.
         """
-        known = {name: len(each) for before in self._values for name, each in before.items()}
-        other = [name for name, each in values.items() if len(each) != known.get(name, len(each))]
+        other = [name for name, each in values.items() if len(each) != self._widths.get(name, len(each))]
         if other or not values:
             raise ValueError(f"curves of other items than before: {', '.join(other)}" if other else "no curves")
+        self._widths |= {name: len(each) for name, each in values.items()}
         self._places.append((vector, scale))
         self._values.append(values)
+        if values.keys() >= self._curves.names:
+            points = np.vstack([self._front, np.minimum(self._curves.objectives(values), self._ceiling)])
+            self._front = points[non_dominated(points)]
         self._model = None
 
     @property
@@ -85,7 +90,7 @@ class LineSearch:
             raise ValueError("no candidates to choose from")
         model = self._current_model()
         prediction = model.predict(candidates, pending)
-        front = self._front(model, pending)
+        front = self._front_with(model, pending)
         few, many = (model.errors(generator, draws) for draws in (FEW_DRAWS, MANY_DRAWS))
         for wider in _WIDER:
             first = self._gain(prediction, few, front, wider)
@@ -109,24 +114,20 @@ class LineSearch:
         values = self._curves.objectives(drawn)
         return growth(np.minimum(values, self._ceiling), front, self._corner).mean(axis=1)
 
-    def _front(self, model: LineModel, pending: Places | None) -> FloatArray:
-        complete = [values for values in self._values if len(values) == self._groups()]
-        scored = self._curves.objectives({name: np.stack([values[name] for values in complete]) for name in complete[0]})
-        if pending is not None and len(pending):
-            scored = np.concatenate([scored, self._curves.objectives(model.predict(pending).mean)])
-        points = np.minimum(scored, self._ceiling)
+    def _front_with(self, model: LineModel, pending: Places | None) -> FloatArray:
+        """The front of what has been scored, and of points under way as expected."""
+        if pending is None or not len(pending):
+            return self._front
+        expected = np.minimum(self._curves.objectives(model.predict(pending).mean), self._ceiling)
+        points = np.concatenate([self._front, expected])
         return points[non_dominated(points)]
-
-    def _groups(self) -> int:
-        return max((len(values) for values in self._values), default=0)
 
     def _current_model(self) -> LineModel:
         if not self._values:
             raise ValueError("nothing has been scored yet")
         if self._model is None:
-            widths = {name: len(values) for each in self._values for name, values in each.items()}
-            missing = {name: np.full(width, np.nan) for name, width in widths.items()}
-            values = {name: np.stack([each.get(name, missing[name]) for each in self._values]) for name in widths}
+            missing = {name: np.full(width, np.nan) for name, width in self._widths.items()}
+            values = {name: np.stack([each.get(name, missing[name]) for each in self._values]) for name in missing}
             again = len(self) >= FIT_AGAIN * self._fitted_on
             known = None if again else self._kernels
             self._model = LineModel(self._geometry, self.places, values, self._curves.noisy & values.keys(), known)
