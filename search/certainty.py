@@ -12,7 +12,7 @@ from search.study_store import StudyStore
 from uipe_core.corpora.types import CHOICE_SETS, UTILITY_SETS
 from uipe_core.definitions import Definition, definition_named
 from uipe_core.metrics import item_components, quality_ratios
-from uipe_core.score_report import FloatArray, SetScores
+from uipe_core.score_report import FloatArray, set_scores
 from uipe_core.uncertainty import (
     bootstrap_forget_quality,
     bootstrap_harmonic_mean,
@@ -115,9 +115,3 @@ class _ChoiceDraws:
     def _mean(self, name: str, values: NDArray[Any]) -> FloatArray:
         weights = self._weights[name]
         return (weights @ values) / weights.sum(axis=1)
-
-
-def set_scores(arrays: Arrays, name: str) -> SetScores:
-    """The scores of one evaluation set, from the arrays a trial keeps."""
-    fields: dict[str, Any] = {key.partition("/")[2]: values for key, values in arrays.items() if key.startswith(f"{name}/")}
-    return SetScores(**fields)

@@ -22,6 +22,8 @@ from search.controls import control_jobs
 from search.evaluator import POINT_KINDS, Job, StudyContext
 from search.finalists import mirror_jobs
 from search.groundwork import Groundwork
+from search.inner_products import InnerProducts
+from search.line_study import line_sampler
 from search.out_mirror import working_folder
 from search.preparation import Preparation, prepare
 from search.progress import Bars, Board
@@ -235,7 +237,18 @@ class _Run:
         spec = self.preparation.spec
         # A resumed study must not propose what it proposed before, so its length goes into the seed.
         scored = len(self.store.study.get_trials(deepcopy=False))
-        self.store.use_sampler(make_sampler(spec.search.sampler, spec.seed + 1000003 * scored))
+        seed = spec.seed + 1000003 * scored
+        sampler = make_sampler(spec.search.sampler, seed)
+        products = self._inner_products(context, base_runs) if spec.search.sampler == "line" and proposals else None
+        if products is not None:
+            sampler = line_sampler(self.store, context, products.lines, sampler, seed, self.bars.say)
+        self.store.use_sampler(sampler)
+
+        def poll() -> None:
+            base_runs.poll()
+            if products is not None:
+                products.poll()
+
         tally = _Tally(self.bars, self.store, jobs, proposals)
         workforce = Workforce(spec.budget.trial_minutes)
         searcher = StudySearcher(
@@ -244,7 +257,7 @@ class _Run:
             jobs,
             proposals,
             base_runs.runs,
-            base_runs.poll,
+            poll,
             lambda: tally.mirrors(self._mirrors()),
             tally.ended,
             workforce,
@@ -268,7 +281,17 @@ class _Run:
                     break
         finally:
             base_runs.cancel()
+            if products is not None:
+                products.cancel()
             tally.close()
+
+    def _inner_products(self, context: StudyContext, base_runs: BaseRunTasks) -> InnerProducts | None:
+        """What the sampler that knows the line needs; None, and a word about it, where there are no losses to follow."""
+        if context.corpus.choices:
+            self.bars.say("sampler line: multiple choice has no losses to follow; tpe proposes in its place")
+            return None
+        epochs = self.preparation.spec.base_epochs()
+        return InnerProducts(base_runs.runs, epochs, context.deltas, self.store.out, self.bars.say)
 
 
 class _Tally:

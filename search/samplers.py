@@ -26,8 +26,9 @@ def _random(seed: int) -> BaseSampler:
 
 
 SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = MappingProxyType(
-    # The points of a grid are all known beforehand (`space.grid_points`); its sampler is never asked for any.
-    {"tpe": _tpe, "nsga2": _nsga2, "gp": _gp, "random": _random, "grid": _random}
+    # The points of a grid are all known beforehand (`space.grid_points`); its sampler is never asked for any. Of `line` this is
+    # what proposes where nothing is known of the lines (`line_sampler`).
+    {"line": _tpe, "tpe": _tpe, "nsga2": _nsga2, "gp": _gp, "random": _random, "grid": _random}
 )
 """Makers of samplers by the name a study gives."""
 

@@ -296,8 +296,8 @@ class Search(Section):
     """What is searched, for how long, by which sampler."""
 
     alpha: AlphaRange = Field(default_factory=AlphaRange)
-    trials: Annotated[int, Field(ge=0)] = 60
-    sampler: str = "tpe"
+    trials: Annotated[int, Field(ge=0)] = 25
+    sampler: str = "line"
     third_objective: Literal["related_log10_forget_quality"] | None = None
 
     @field_validator("sampler")

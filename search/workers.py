@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from ray import tune
 
 from search.evaluator import Evaluator, Job, StudyContext, load_for_scoring
@@ -20,6 +21,7 @@ from uipe_core.checkpoints import import_checkpoints
 from uipe_core.content_store import ContentStore
 from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
+from uipe_core.gram import gram_matrix
 from uipe_core.initial_model import open_initial
 from uipe_core.models import ModelSource, set_threads
 from uipe_core.processes import current_processes
@@ -136,6 +138,14 @@ def import_and_publish(
     set_threads(threads)
     note = _reporter(board, f"importing: {label}")
     return import_checkpoints(open_initial(initial, trust_remote_code), checkpoints, DeltaStore(root), note)
+
+
+def inner_products(root: Path | RemotePlace, runs: Mapping[str, tuple[Sequence[str], int]]) -> NDArray[np.float64]:
+    """(M, M) inner products of the update vectors of base runs: store entries and number of epochs by label, in order."""
+    set_threads(1)
+    deltas = DeltaStore(root)
+    opened = [(deltas.open(keys), count) for keys, count in runs.values()]
+    return gram_matrix([run.load(epoch) for run, count in opened for epoch in range(1, count + 1)])
 
 
 def score_model(source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str) -> Report:

@@ -96,6 +96,12 @@ class ScoreReport:
         }
 
 
+def set_scores(arrays: Mapping[str, NDArray[Any]], name: str) -> SetScores:
+    """The scores of one evaluation set, from arrays as `ScoreReport.arrays` names them."""
+    fields_of_set: dict[str, Any] = {key.partition("/")[2]: each for key, each in arrays.items() if key.startswith(f"{name}/")}
+    return SetScores(**fields_of_set)
+
+
 def logit_scale(sets: Mapping[str, SetScores]) -> float | None:
     """Mean logit spread over all gold answer tokens of the sets that have it, end tokens included; None where none has."""
     known = [scores for scores in sets.values() if scores.logit_spread is not None]

@@ -83,11 +83,11 @@ def bootstrap_forget_quality(ratios: FloatArray, reference: FloatArray, weights:
     ends = np.append(values[1:] != values[:-1], True)
     distances = np.rint(np.abs(np.cumsum(steps, axis=1)[:, ends]).max(axis=1)).astype(int)
     sizes = np.rint(weights.sum(axis=1)).astype(int)
-    return np.array([_log10_p_table(size)[distance] for size, distance in zip(sizes, distances, strict=True)])
+    return np.array([log10_p_table(size)[distance] for size, distance in zip(sizes, distances, strict=True)])
 
 
 @cache
-def _log10_p_table(size: int) -> FloatArray:
+def log10_p_table(size: int) -> FloatArray:
     """(size + 1,) log10 p-value of the two-sided KS test of two samples of `size`, by size times the statistic."""
 
     def log_share(k: int, distance: int) -> float:

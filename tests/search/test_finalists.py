@@ -57,7 +57,7 @@ def test_other_retain_models_and_the_one_never_fine_tuned_are_scored(result):
 
 def test_paired_p_is_that_of_the_kept_item_scores(result):
     definition = definition_named("tofu")
-    from search.certainty import set_scores
+    from uipe_core.score_report import set_scores
 
     retain = result.store.items(int(result.control("retain")["trial"]), control=True)
     reference = quality_ratios(set_scores(retain, "forget"), definition)

@@ -1,0 +1,112 @@
+"""From the scores of single items to curves that are smooth along a walk, and from curves to objectives.
+
+What a Gaussian process can follow are logarithms: of truth ratios and of probabilities. Objectives are made from them in the
+end: means of their exponentials, harmonic means of those, and KS tests, by the formulas of `uipe_core.metrics`. Pure.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.line_model import FloatArray
+from uipe_core.corpora.types import UTILITY_SETS
+from uipe_core.definitions import definition_named
+from uipe_core.metrics import SET_TITLES, item_components, quality_ratios, truth_ratio
+from uipe_core.score_report import set_scores
+from uipe_core.uncertainty import log10_p_table
+
+LEAST_LOG = -30.0
+"""Logarithms of probabilities and ratios are kept above: below it they count for nothing, and would only bend the curves."""
+
+
+class Curves:
+    """How arrays of item scores become curves, and curves objectives.
+
+    Args:
+        definition: Metric definition.
+        qualities: The evaluation set of each objective that is a forget quality; None for model utility.
+        reference: Item arrays of the retain model by ``set/measurement``, on the same items.
+
+    Raises:
+        UserError: The reference lacks what the forget qualities need.
+    """
+
+    def __init__(self, definition: str, qualities: Sequence[str | None], reference: Mapping[str, NDArray[Any]]) -> None:
+        self._definition = definition
+        self._qualities = tuple(qualities)
+        named = definition_named(definition)
+        self._expected = {
+            name: np.sort(quality_ratios(set_scores(reference, name), named)) for name in self._qualities if name is not None
+        }
+
+    @property
+    def noisy(self) -> frozenset[str]:
+        """Curves that are steps: text changes at once."""
+        return frozenset(f"{name}/text" for name in UTILITY_SETS)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All curves of a model that was scored as a whole."""
+        own = {f"{name}/quality" for name in self._expected}
+        parts = ("probability", "ratio", "text")
+        return frozenset(own | {f"{name}/{part}" for name in UTILITY_SETS for part in parts if None in self._qualities})
+
+    def of(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, FloatArray]:
+        """(n,) by curve of one scored model; sets, or the text of a set, may be missing.
+
+        Raises:
+            KeyError, UserError, ValueError: Arrays that are not what a scorer writes, or not finite.
+        """
+        definition = definition_named(self._definition)
+        curves = {}
+        for name in self._expected:
+            if f"{name}/paraphrase_loss" in arrays:
+                curves[f"{name}/quality"] = quality_ratios(set_scores(arrays, name), definition)
+        for name in UTILITY_SETS if None in self._qualities else ():
+            if f"{name}/answer_loss" not in arrays:
+                continue
+            scores = set_scores(arrays, name)
+            text = scores.rouge_l_recall
+            parts = item_components(
+                replace(scores, rouge_l_recall=np.zeros(len(scores)) if text is None else text), name, definition
+            )
+            title = SET_TITLES[name]
+            ratios = truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, self._definition)
+            with np.errstate(divide="ignore"):
+                curves[f"{name}/probability"] = np.maximum(np.log(parts[f"Prob {title}"]), LEAST_LOG)
+                curves[f"{name}/ratio"] = np.clip(np.log(ratios), LEAST_LOG, -LEAST_LOG)
+            if text is not None:
+                # Its mean is all that utility takes of it, so there is nothing to gain by single items.
+                curves[f"{name}/text"] = np.array([text.mean()])
+        bad = [name for name, values in curves.items() if not np.isfinite(values).all()]
+        if bad:
+            raise ValueError(f"curves that are not finite: {', '.join(bad)}")
+        return curves
+
+    def objectives(self, curves: Mapping[str, FloatArray]) -> FloatArray:
+        """(..., m) objectives of curves (..., n)."""
+        return np.stack(
+            [self._utility(curves) if name is None else self._quality(curves, name) for name in self._qualities], axis=-1
+        )
+
+    def _quality(self, curves: Mapping[str, FloatArray], name: str) -> FloatArray:
+        expected = self._expected[name]
+        ratios = np.sort(curves[f"{name}/quality"], axis=-1)
+        count = ratios.shape[-1]
+        # The distance of two distribution functions is greatest at, or just below, a value of the sample.
+        passed = np.searchsorted(expected, ratios, side="right")
+        places = np.arange(count)
+        distances = np.maximum(places + 1 - passed, passed - places).max(axis=-1)
+        return np.asarray(log10_p_table(count)[np.clip(distances, 0, count)])
+
+    def _utility(self, curves: Mapping[str, FloatArray]) -> FloatArray:
+        inverse: FloatArray | float = 0.0
+        for name in UTILITY_SETS:
+            probability = np.exp(np.minimum(curves[f"{name}/probability"], 0.0)).mean(axis=-1)
+            truth = 1.0 - np.exp(np.minimum(curves[f"{name}/ratio"], 0.0)).mean(axis=-1)
+            text = np.clip(curves[f"{name}/text"].mean(axis=-1), 0.0, 1.0)
+            inverse = inverse + sum(1.0 / np.maximum(part, 1e-12) for part in (probability, truth, text))
+        return np.asarray(3.0 * len(UTILITY_SETS) / inverse)
