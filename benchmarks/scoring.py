@@ -29,7 +29,7 @@ from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.models import LoadedModel, load_model
 from uipe_core.prompts import IGNORED, pad_batch
-from uipe_core.scoring import GENERATED_SETS, Scorer, ScoringConfig
+from uipe_core.scoring import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
 from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
 
 BATCH = 32
@@ -81,7 +81,8 @@ def benchmark(loaded: LoadedModel, corpus: Corpus, options: argparse.Namespace) 
         for _ in range(options.repeats):
             scorer.forget_texts()
             report, seconds = timed(loaded, lambda: scorer.score(loaded))
-            ours.append({"all": seconds, **report.seconds})
+            generation = report.seconds[GENERATION]
+            ours.append({"all": seconds, "losses": sum(report.seconds.values()) - generation, "generation": generation})
             # The text of the last scoring as a draft: the same weights, so the best a neighbour can be.
             kept.append(timed(loaded, lambda: scorer.score(loaded))[1])
             losses, texts, parts = plain_scores(loaded, corpus, options.new_tokens)

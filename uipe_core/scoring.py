@@ -1,13 +1,15 @@
 """Scores a model on a corpus: losses of every answer, greedy generations, ROUGE recall, logit scale.
 
-Teacher-forced losses are computed in batches sorted by length, padded on the right to the longest of the batch, with logits
-for answer positions only; answers to one question share its prompt where the model takes that (`uipe_core.packing`). Text is
-generated only where the losses have not shown already what it is (`uipe_core.generation`).
+In stages in order of their cost, so that whoever has seen enough need not pay for the rest. Teacher-forced losses are computed
+in batches sorted by length, padded on the right to the longest of the batch, with logits for answer positions only; answers to
+one question share its prompt where the model takes that (`uipe_core.packing`). Text is generated only where the losses have not
+shown already what it is (`uipe_core.generation`).
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import islice
 from typing import Any
@@ -37,6 +39,11 @@ from uipe_core.score_report import FloatArray, IntArray, ScoreReport, SetScores,
 
 GENERATED_SETS = ("forget", *UTILITY_SETS)
 """Sets whose ROUGE recall enters a metric; the others are not generated for."""
+
+LOSS_STAGES = {"forget": ("forget",), "general": ("real_authors", "world_facts"), "retain": ("retain",)}
+"""Sets whose losses are taken in a stage, in the order of the stages. All other sets come after them."""
+OTHERS, GENERATION = "others", "generation"
+"""The stages that follow: losses of the sets that no stage names, and greedy text for all of `GENERATED_SETS`."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,10 @@ class Scorer:
         self._generated = [(name, row[0]) for name in GENERATED_SETS for row in self._rows.get(name, [])]
         items = [item for name in GENERATED_SETS for item in self.sets.get(name, ())]
         self._prompts = [prompts.prompt_ids(item.question) for item in items]
+        named = {name for names in LOSS_STAGES.values() for name in names}
+        wanted = {**LOSS_STAGES, OTHERS: tuple(name for name in self.sets if name not in named)}
+        present = {stage: tuple(name for name in names if name in self.sets) for stage, names in wanted.items()}
+        self._stages = {stage: names for stage, names in present.items() if names}
         self._packed: dict[type, bool] = {}
         self._neighbours: list[list[int]] = [[] for _ in items]
         """The texts of the last model that was scored: of another alpha, so much alike."""
@@ -103,7 +114,6 @@ class Scorer:
             rows.append([positions[0], paraphrase, *range(paraphrase + 1, len(self.examples))])
         return rows
 
-    @torch.inference_mode()
     def score(
         self, loaded: LoadedModel, *, temperature: float = 1.0, progress: Callable[[int, int], None] | None = None
     ) -> ScoreReport:
@@ -117,13 +127,29 @@ class Scorer:
         Returns:
             ScoreReport with every set of the corpus; ROUGE for `GENERATED_SETS`.
         """
+        return deque(self.stages(loaded, temperature=temperature, progress=progress), maxlen=1).pop()
+
+    @torch.inference_mode()
+    def stages(
+        self, loaded: LoadedModel, *, temperature: float = 1.0, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[ScoreReport]:
+        """Scores the model as it stands, stage by stage; the model must stay as it is until the last one is there.
+
+        Args:
+            loaded, temperature, progress: As in `score`.
+
+        Yields:
+            After each stage, which is the last key of ``seconds``, all that is known: sets without ROUGE, no logit scale. The
+            last report is what `score` returns. Batches do not reach beyond a stage, so the numbers do not depend on where
+            one stops.
+        """
         model = loaded.model
         model.eval()
-        started = time.perf_counter()
         size = self.config.batch_size
-        groups = (grouped if self._takes_packed_rows(model, loaded.device) else single)(self.examples)
-        batches = list(batched(groups, size))
-        total = len(batches) + 1
+        began = time.perf_counter()
+        group = grouped if self._takes_packed_rows(model, loaded.device) else single
+        batches = {stage: list(batched(group(self.examples, self._numbers(stage)), size)) for stage in self._stages}
+        total = sum(map(len, batches.values())) + 1
         done = 0
 
         def step() -> None:
@@ -132,21 +158,27 @@ class Scorer:
             if progress is not None:
                 progress(done, total)
 
-        losses, spreads, best = self._losses(model, loaded.device, batches, temperature, step)
-        after_losses = time.perf_counter()
-        texts = self._generate(model, best)
-        step()
+        read = Readings(len(self.examples))
+        sets: dict[str, SetScores] = {}
+        seconds: dict[str, float] = {}
+        for stage, names in self._stages.items():
+            self._read(model, loaded.device, batches[stage], temperature, read, step)
+            sets |= {name: self._set_scores(name, read) for name in names}
+            seconds[stage] = time.perf_counter() - began
+            # In the order of the corpus, as the whole report has them.
+            yield ScoreReport({name: sets[name] for name in self.sets if name in sets}, seconds=dict(seconds))
+            began = time.perf_counter()
         by_set: dict[str, list[str]] = {}
-        for (name, _), text in zip(self._generated, texts, strict=True):
+        for (name, _), text in zip(self._generated, self._generate(model, read.best), strict=True):
             by_set.setdefault(name, []).append(text)
-        matches = {number: self._matches(number, tokens) for number, tokens in best.items()}
-        sets = {name: self._set_scores(name, losses, spreads, matches, by_set.get(name)) for name in self.sets}
-        finished = time.perf_counter()
-        return ScoreReport(
-            sets=sets,
-            logit_scale=logit_scale(sets),
-            seconds={"losses": after_losses - started, "generation": finished - after_losses},
-        )
+        step()
+        whole = {name: self._with_texts(name, sets[name], by_set.get(name)) for name in self.sets}
+        seconds[GENERATION] = time.perf_counter() - began
+        yield ScoreReport(whole, logit_scale(whole), seconds)
+
+    def _numbers(self, stage: str) -> list[int]:
+        """Where the examples of a stage stand in the flat list."""
+        return sorted({number for name in self._stages[stage] for row in self._rows[name] for number in row})
 
     def _takes_packed_rows(self, model: Any, device: torch.device) -> bool:
         kind = type(model)
@@ -157,14 +189,16 @@ class Scorer:
             self._packed[kind] = found
         return self._packed[kind]
 
-    def _losses(
-        self, model: Any, device: torch.device, batches: list[list[Group]], temperature: float, step: Callable[[], None]
-    ) -> tuple[FloatArray, FloatArray, dict[int, list[int]]]:
-        """Mean loss of every example (nats per answer token), the logit spread at the gold answers of the utility sets, and of
-        each gold answer the most likely token at every place."""
-        losses = np.zeros(len(self.examples))
-        spreads = np.zeros(len(self.examples))
-        best: dict[int, list[int]] = {}
+    def _read(
+        self,
+        model: Any,
+        device: torch.device,
+        batches: list[list[Group]],
+        temperature: float,
+        read: "Readings",
+        step: Callable[[], None],
+    ) -> None:
+        """Reads batches of answers and notes what they tell."""
         keep = accepts_logits_to_keep(model)
         for groups in batches:
             rows = lay_out(groups, self.examples, self.prompts.pad_id, device)
@@ -172,7 +206,7 @@ class Scorer:
             if temperature != 1.0:
                 logits = logits.float() / temperature
             nll = F.cross_entropy(logits.float(), rows.targets, reduction="none")
-            losses[list(rows.owners)] = _means(nll, rows.lengths)
+            read.losses[list(rows.owners)] = _means(nll, rows.lengths)
             tokens = np.repeat(rows.owners, rows.lengths)
             scaled = [
                 (number, length) for number, length in zip(rows.owners, rows.lengths, strict=True) if number in self._scale_rows
@@ -180,14 +214,13 @@ class Scorer:
             if scaled:
                 chosen = torch.from_numpy(np.isin(tokens, [number for number, _ in scaled])).to(device)
                 spread = logits[chosen].float().std(dim=-1)
-                spreads[[number for number, _ in scaled]] = _means(spread, [length for _, length in scaled])
+                read.spreads[[number for number, _ in scaled]] = _means(spread, [length for _, length in scaled])
             gold = [number for number in rows.owners if number in self._gold_rows]
             if gold:
                 chosen = torch.from_numpy(np.isin(tokens, gold)).to(device)
                 likeliest = iter(logits[chosen].argmax(dim=-1).tolist())
-                best.update({number: list(islice(likeliest, self.examples[number].answer_length)) for number in gold})
+                read.best.update({number: list(islice(likeliest, self.examples[number].answer_length)) for number in gold})
             step()
-        return losses, spreads, best
 
     def _matches(self, number: int, best: list[int]) -> Matches:
         """Where the most likely token is the answer's own; the end token of the answer is left out."""
@@ -211,11 +244,10 @@ class Scorer:
         self._neighbours = [text.tokens for text in texts]
         return [str(text) for text in self.prompts.tokenizer.batch_decode(self._neighbours, skip_special_tokens=True)]
 
-    def _set_scores(
-        self, name: str, losses: FloatArray, spreads: FloatArray, matches: dict[int, Matches], texts: list[str] | None
-    ) -> SetScores:
+    def _set_scores(self, name: str, read: "Readings") -> SetScores:
+        """The scores of a set whose losses have been taken, without ROUGE."""
         items, rows = self.sets[name], self._rows[name]
-        gold = [matches[row[0]] for row in rows]
+        gold = [self._matches(row[0], read.best[row[0]]) for row in rows]
         tokens = np.array([example.answer_length for example in self.examples], dtype=np.int64)
 
         def column(values: Any, which: int) -> Any:
@@ -224,24 +256,41 @@ class Scorer:
         def perturbed(values: FloatArray | IntArray) -> Any:
             return np.stack([values[row[2:]] for row in rows])
 
-        rouge = _rouge_recall(items, texts) if texts is not None else None
         return SetScores(
-            answer_loss=column(losses, 0),
+            answer_loss=column(read.losses, 0),
             answer_tokens=column(tokens, 0),
-            paraphrase_loss=column(losses, 1),
+            paraphrase_loss=column(read.losses, 1),
             paraphrase_tokens=column(tokens, 1),
-            perturbed_loss=perturbed(losses),
+            perturbed_loss=perturbed(read.losses),
             perturbed_tokens=perturbed(tokens),
-            rouge_l_recall=None if rouge is None else rouge[:, 0],
-            rouge_1_recall=None if rouge is None else rouge[:, 1],
-            generated=None if texts is None else tuple(texts),
             questions=tuple(item.question for item in items),
             answers=tuple(item.answer for item in items),
             item_hash=self.hashes[name],
             exact_memorization=np.array([exact_memorization(hits) for hits in gold], dtype=np.float64),
             extraction_strength=np.array([extraction_strength(hits) for hits in gold], dtype=np.float64),
-            logit_spread=column(spreads, 0) if name in UTILITY_SETS else None,
+            logit_spread=column(read.spreads, 0) if name in UTILITY_SETS else None,
         )
+
+    def _with_texts(self, name: str, scores: SetScores, texts: list[str] | None) -> SetScores:
+        if texts is None:
+            return scores
+        rouge = _rouge_recall(self.sets[name], texts)
+        return replace(scores, rouge_l_recall=rouge[:, 0], rouge_1_recall=rouge[:, 1], generated=tuple(texts))
+
+
+class Readings:
+    """What reading answers has told so far, by their place in the flat list of n examples.
+
+    Attributes:
+        losses: (n,) mean loss, nats per answer token.
+        spreads: (n,) logit spread at the gold answers of the utility sets.
+        best: Of each gold answer the most likely token at every place.
+    """
+
+    def __init__(self, examples: int) -> None:
+        self.losses = np.zeros(examples)
+        self.spreads = np.zeros(examples)
+        self.best: dict[int, list[int]] = {}
 
 
 def _means(values: Tensor, lengths: Sequence[int]) -> FloatArray:
