@@ -13,15 +13,14 @@ and must agree. Prints one JSON object; a ratio is the time of the straightforwa
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import machine
 
 from uipe_core.content_store import ContentStore, cache_folder
 from uipe_core.corpora.people import load_people
@@ -108,14 +107,7 @@ def benchmark(loaded: LoadedModel, corpus: Corpus, options: argparse.Namespace) 
         "answers": len(scorer.examples),
         "repeats": options.repeats,
         "states": results,
-        "machine": {
-            "device": torch.cuda.get_device_name()
-            if loaded.device.type == "cuda"
-            else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
+        "machine": machine(loaded.device),
     }
 
 

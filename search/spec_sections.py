@@ -293,12 +293,13 @@ class AlphaRange(Section):
 
 
 class Search(Section):
-    """What is searched, for how long, by which sampler."""
+    """What is searched, for how long, by which sampler. `prune` is None for what suits the sampler (`StudySpec.prunes`)."""
 
     alpha: AlphaRange = Field(default_factory=AlphaRange)
     trials: Annotated[int, Field(ge=0)] = 60
     sampler: str = "tpe"
     third_objective: Literal["related_log10_forget_quality"] | None = None
+    prune: bool | None = None
 
     @field_validator("sampler")
     @classmethod
