@@ -127,9 +127,9 @@ def load_for_scoring(source: ModelSource) -> tuple[LoadedModel, Extrapolator]:
 class _Half:
     """One half of the items: how they are scored, and what the reference models have on them."""
 
-    def __init__(self, context: StudyContext, rows: Rows, prompts: PromptFormat, batch_size: int) -> None:
+    def __init__(self, context: StudyContext, rows: Rows, prompts: PromptFormat) -> None:
         corpus = take_items(context.corpus, rows)
-        self.scorer = scorer_of(corpus, prompts, replace(context.scoring, batch_size=batch_size))
+        self.scorer = scorer_of(corpus, prompts, context.scoring)
         self.references = {name: report.take(rows, corpus.set_hashes) for name, report in context.references.items()}
         self.suspicious_utility = suspicious_utility(self.references, context.definition)
 
@@ -145,11 +145,11 @@ class Evaluator:
         set_threads(context.threads)
         self.context = context
         self.loaded, self._walker = load_for_scoring(context.source)
-        self._halves: dict[tuple[bool, int], _Half] = {}
+        self._halves: dict[bool, _Half] = {}
         self._deltas = DeltaStore(context.deltas)
         self._last: tuple[tuple[tuple[str, ...], int], UpdateVector, float] | None = None
 
-    def evaluate(self, job: Job, batch_size: int | None = None) -> tuple[dict[str, Any], Report]:
+    def evaluate(self, job: Job) -> tuple[dict[str, Any], Report]:
         """Evidence of one job, flat and JSON-able with objectives under their metric names; and the scores behind it.
 
         Of a job that one of its rivals dominates whatever the rest may be, the evidence has the certificate of that under
@@ -157,12 +157,9 @@ class Evaluator:
 
         Args:
             job: What to score.
-            batch_size: In place of the study's, on which the numbers do not depend.
         """
         started = time.perf_counter()
-        usual = self.context.scoring.batch_size
-        size = batch_size or usual
-        half = self._half(job.kind in REPORTED_KINDS, size)
+        half = self._half(job.kind in REPORTED_KINDS)
         report, norm, dominated = self._report(job, half)
         if dominated is None:
             metrics = measure(report, half.references.get("retain"), self.context.definition)
@@ -181,15 +178,15 @@ class Evaluator:
             "seconds": time.perf_counter() - started,
             "seconds_by_stage": dict(report.seconds),
         }
-        return (facts if size == usual else {**facts, "batch_size": size}), report
+        size = half.scorer.batch_size
+        return (facts if size in (None, self.context.scoring.batch_size) else {**facts, "batch_size": size}), report
 
-    def _half(self, reported: bool, batch_size: int) -> _Half:
-        key = (reported, batch_size)
-        if key not in self._halves:
+    def _half(self, reported: bool) -> _Half:
+        if reported not in self._halves:
             split = self.context.split
             rows = split.report if reported else split.select
-            self._halves[key] = _Half(self.context, rows, self.loaded.prompts, batch_size)
-        return self._halves[key]
+            self._halves[reported] = _Half(self.context, rows, self.loaded.prompts)
+        return self._halves[reported]
 
     def _report(self, job: Job, half: _Half) -> tuple[Report, float | None, dict[str, Any] | None]:
         """Scores, the norm of the update vector, and the certificate of a job that was not scored to its end."""
