@@ -10,17 +10,15 @@ less what it was after imports. Everything written is deleted. Needs `uipe_core`
 
 import argparse
 import json
-import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from machine import machine
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -148,17 +146,6 @@ def peak() -> int:
     """Peak resident memory of this process in bytes; not getrusage, which starts at the peak of the parent."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-
-def machine() -> dict[str, object]:
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "safetensors")},
-    }
 
 
 if __name__ == "__main__":

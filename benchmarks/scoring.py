@@ -13,15 +13,14 @@ and must agree. Prints one JSON object; a ratio is the time of the straightforwa
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from machine import machine
 
 from uipe_core.content_store import ContentStore, cache_folder
 from uipe_core.corpora.people import load_people
@@ -29,7 +28,7 @@ from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.models import LoadedModel, load_model
 from uipe_core.prompts import IGNORED, pad_batch
-from uipe_core.scoring import GENERATED_SETS, Scorer, ScoringConfig
+from uipe_core.scoring import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
 from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
 
 BATCH = 32
@@ -81,7 +80,8 @@ def benchmark(loaded: LoadedModel, corpus: Corpus, options: argparse.Namespace) 
         for _ in range(options.repeats):
             scorer.forget_texts()
             report, seconds = timed(loaded, lambda: scorer.score(loaded))
-            ours.append({"all": seconds, **report.seconds})
+            generation = report.seconds[GENERATION]
+            ours.append({"all": seconds, "losses": sum(report.seconds.values()) - generation, "generation": generation})
             # The text of the last scoring as a draft: the same weights, so the best a neighbour can be.
             kept.append(timed(loaded, lambda: scorer.score(loaded))[1])
             losses, texts, parts = plain_scores(loaded, corpus, options.new_tokens)
@@ -107,14 +107,7 @@ def benchmark(loaded: LoadedModel, corpus: Corpus, options: argparse.Namespace) 
         "answers": len(scorer.examples),
         "repeats": options.repeats,
         "states": results,
-        "machine": {
-            "device": torch.cuda.get_device_name()
-            if loaded.device.type == "cuda"
-            else platform.processor() or platform.machine(),
-            "threads": torch.get_num_threads(),
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-        },
+        "machine": machine(loaded.device),
     }
 
 

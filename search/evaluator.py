@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from search.measures import Report, is_flagged, measure, scorer_of, suspicious_utility
+from search.pruning import Rival, bounds, certificate
 from search.space import Point
 from uipe_core.choice_metrics import ChoiceMetrics
 from uipe_core.collapse import collapse_reason
@@ -21,7 +22,7 @@ from uipe_core.models import DTYPES, LoadedModel, ModelSource, cast_weights, set
 from uipe_core.prompts import PromptFormat
 from uipe_core.remote_store import RemotePlace
 from uipe_core.score_report import ScoreReport
-from uipe_core.scoring import ScoringConfig
+from uipe_core.scoring import GENERATION, Scorer, ScoringConfig
 from uipe_core.uncertainty import paired_permutation
 from uipe_core.update_vectors import UpdateVector, random_direction
 
@@ -56,6 +57,8 @@ class Job:
         delta: Entries of the delta store that hold its base run. They travel with the job, because a base run may be published
             after a worker has started; they do not make it another job.
         warm_start: The earlier study on whose front the point was; that does not make it another job either.
+        rivals: Complete trials; scoring ends early when one of them dominates whatever the trial may become
+            (`search.pruning`). They are those of the moment at which it is handed out.
     """
 
     kind: str
@@ -68,6 +71,7 @@ class Job:
     seed: int | None = None
     delta: tuple[str, ...] = field(default=(), compare=False)
     warm_start: str | None = field(default=None, compare=False)
+    rivals: tuple[Rival, ...] = field(default=(), compare=False)
 
     @property
     def run(self) -> str | None:
@@ -123,9 +127,9 @@ def load_for_scoring(source: ModelSource) -> tuple[LoadedModel, Extrapolator]:
 class _Half:
     """One half of the items: how they are scored, and what the reference models have on them."""
 
-    def __init__(self, context: StudyContext, rows: Rows, prompts: PromptFormat, batch_size: int) -> None:
+    def __init__(self, context: StudyContext, rows: Rows, prompts: PromptFormat) -> None:
         corpus = take_items(context.corpus, rows)
-        self.scorer = scorer_of(corpus, prompts, replace(context.scoring, batch_size=batch_size))
+        self.scorer = scorer_of(corpus, prompts, context.scoring)
         self.references = {name: report.take(rows, corpus.set_hashes) for name, report in context.references.items()}
         self.suspicious_utility = suspicious_utility(self.references, context.definition)
 
@@ -141,56 +145,77 @@ class Evaluator:
         set_threads(context.threads)
         self.context = context
         self.loaded, self._walker = load_for_scoring(context.source)
-        self._halves: dict[tuple[bool, int], _Half] = {}
+        self._halves: dict[bool, _Half] = {}
         self._deltas = DeltaStore(context.deltas)
         self._last: tuple[tuple[tuple[str, ...], int], UpdateVector, float] | None = None
 
-    def evaluate(self, job: Job, batch_size: int | None = None) -> tuple[dict[str, Any], Report]:
+    def evaluate(self, job: Job) -> tuple[dict[str, Any], Report]:
         """Evidence of one job, flat and JSON-able with objectives under their metric names; and the scores behind it.
+
+        Of a job that one of its rivals dominates whatever the rest may be, the evidence has the certificate of that under
+        ``pruned`` in place of numbers, and the scores are those of the stages that were scored.
 
         Args:
             job: What to score.
-            batch_size: In place of the study's, on which the numbers do not depend.
         """
         started = time.perf_counter()
-        usual = self.context.scoring.batch_size
-        size = batch_size or usual
-        half = self._half(job.kind in REPORTED_KINDS, size)
-        report, norm = self._report(job, half)
-        metrics = measure(report, half.references.get("retain"), self.context.definition)
+        half = self._half(job.kind in REPORTED_KINDS)
+        report, norm, dominated = self._report(job, half)
+        if dominated is None:
+            metrics = measure(report, half.references.get("retain"), self.context.definition)
+            found = {
+                **evidence(job, metrics, report, half.references["initial"], self.context.methods),
+                **self._paired(report, half),
+                "flagged": is_flagged(metrics, half.suspicious_utility),
+            }
+        else:
+            found = {**identity(job, self.context.methods), "definition": self.context.definition, "pruned": dominated}
         facts = {
-            **evidence(job, metrics, report, half.references["initial"], self.context.methods),
-            **self._paired(report, half),
-            "flagged": is_flagged(metrics, half.suspicious_utility),
+            **found,
             "update_norm": None if norm is None else norm * abs(1.0 + (job.alpha or 0.0)),
             "dtype": str(self.loaded.model.dtype).removeprefix("torch."),
             "device": self.loaded.device.type,
             "seconds": time.perf_counter() - started,
             "seconds_by_stage": dict(report.seconds),
         }
-        return (facts if size == usual else {**facts, "batch_size": size}), report
+        size = half.scorer.batch_size
+        return (facts if size in (None, self.context.scoring.batch_size) else {**facts, "batch_size": size}), report
 
-    def _half(self, reported: bool, batch_size: int) -> _Half:
-        key = (reported, batch_size)
-        if key not in self._halves:
+    def _half(self, reported: bool) -> _Half:
+        if reported not in self._halves:
             split = self.context.split
             rows = split.report if reported else split.select
-            self._halves[key] = _Half(self.context, rows, self.loaded.prompts, batch_size)
-        return self._halves[key]
+            self._halves[reported] = _Half(self.context, rows, self.loaded.prompts)
+        return self._halves[reported]
 
-    def _report(self, job: Job, half: _Half) -> tuple[Report, float | None]:
+    def _report(self, job: Job, half: _Half) -> tuple[Report, float | None, dict[str, Any] | None]:
+        """Scores, the norm of the update vector, and the certificate of a job that was not scored to its end."""
         if job.model is not None:
-            return half.references[job.model], None
+            return half.references[job.model], None, None
         if job.run is None or job.epoch is None or job.alpha is None:
-            return half.scorer.score(self._on(self._walker.reset()), temperature=job.temperature), None
+            return half.scorer.score(self._on(self._walker.reset()), temperature=job.temperature), None, None
         update, norm = self._update(job.delta, job.epoch)
         if job.kind == "random_direction":
             update = random_direction(update, self.context.seed)
         applying = time.perf_counter()
         model = self._walker.apply(update, job.alpha)
         applied = time.perf_counter() - applying
-        report = half.scorer.score(self._on(model), temperature=job.temperature)
-        return replace(report, seconds={"apply": applied, **report.seconds}), norm
+        report, dominated = self._scored(job, half, self._on(model))
+        return replace(report, seconds={"apply": applied, **report.seconds}), norm, dominated
+
+    def _scored(self, job: Job, half: _Half, loaded: LoadedModel) -> tuple[Report, dict[str, Any] | None]:
+        """The scores of a model, as far as they matter, and why not further. Letters have no stages yet."""
+        if not job.rivals or not isinstance(half.scorer, Scorer):
+            return half.scorer.score(loaded, temperature=job.temperature), None
+        retain = half.references["retain"]
+        assert isinstance(retain, ScoreReport)
+        for report in half.scorer.stages(loaded, temperature=job.temperature):
+            stage = list(report.seconds)[-1]
+            if stage != GENERATION:
+                bound = bounds(report, retain, self.context.definition, job.rivals[0]["values"])
+                if (found := certificate(stage, bound, job.rivals)) is not None:
+                    return report, found
+        return report, None
 
     def _paired(self, report: Report, half: _Half) -> dict[str, float]:
         """p-value of the paired test between the truth ratios of a model and the retain model; nothing for multiple choice."""
@@ -223,6 +248,16 @@ def evidence(
     scale = None
     if report.logit_scale is not None and initial.logit_scale:
         scale = report.logit_scale / initial.logit_scale
+    return {
+        **identity(job, methods),
+        "logit_scale": scale,
+        "collapsed": collapse_reason(report) if isinstance(report, ScoreReport) else None,
+        **(metrics.as_dict() if isinstance(metrics, ChoiceMetrics) else _free_text(metrics)),
+    }
+
+
+def identity(job: Job, methods: Mapping[str, str]) -> dict[str, Any]:
+    """What a trial carries about the job it is."""
     facts: dict[str, Any] = {
         "kind": job.kind,
         "base": job.base,
@@ -230,9 +265,6 @@ def evidence(
         "epoch": job.epoch,
         "alpha": job.alpha,
         "walk": _walk(job),
-        "logit_scale": scale,
-        "collapsed": collapse_reason(report) if isinstance(report, ScoreReport) else None,
-        **(metrics.as_dict() if isinstance(metrics, ChoiceMetrics) else _free_text(metrics)),
     }
     if job.temperature != 1.0:
         facts["temperature"] = job.temperature

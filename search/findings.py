@@ -89,14 +89,14 @@ def item_scores(store: StudyStore) -> Iterator[Finding | Repairable]:
         files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
         for number, state in states.items():
             path = files.pop(f"{number:05d}.npz", None)
-            if state != TrialState.COMPLETE:
+            if state not in (TrialState.COMPLETE, TrialState.PRUNED):
                 # One that is being told has its file already.
                 if path is not None and state == TrialState.FAIL:
                     strays.append(path)
                 continue
-            if path is None:
+            if path is None and state == TrialState.COMPLETE:
                 missing.append(f"{name}/{number}")
-            elif reason := _damage(path):
+            elif path is not None and (reason := _damage(path)):
                 damaged.append((path, reason))
         strays += files.values()
     if not (missing or damaged or strays):

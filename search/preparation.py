@@ -95,7 +95,7 @@ class Preparation:
     def scoring(self) -> ScoringConfig:
         """Batch size, and the generation length of the metric definition unless the study gives its own."""
         settings = self.spec.scoring
-        return ScoringConfig.of(settings.definition, settings.batch_size, settings.max_new_tokens)
+        return ScoringConfig.of(settings.definition, settings.rows, settings.max_new_tokens)
 
     @property
     def retain_log(self) -> Path | None:

@@ -20,8 +20,9 @@ from ray.tune.search import Searcher
 
 from search.base_runs import BaseRuns
 from search.evaluator import POINT_KINDS, Job
+from search.pruning import Rivals
 from search.study_guard import StudyGuard
-from search.study_store import StudyStore
+from search.study_store import StudyStore, searched
 from search.workforce import Workforce
 
 TIMES_AGAIN = 2
@@ -80,6 +81,9 @@ class StudySearcher(Searcher):
         self._held: set[str] = set()
         self._deaths: Counter[Job] = Counter()
         self._proposed = _proposed(store)
+        self._rivals = Rivals([objective.name for objective in store.objectives])
+        for row in store.trials_frame().to_dict("records"):
+            self._rivals.add(int(row["trial"]), {str(key): value for key, value in row.items()})
         self._idle_since: float | None = None
         self._handed_out = 0
         self.done = False
@@ -105,7 +109,7 @@ class StudySearcher(Searcher):
         self._held.add(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Ends the trial in the study: complete with its evidence, or failed with its reason."""
+        """Ends the trial in the study: complete or pruned with its evidence, or failed with its reason."""
         self._held.discard(trial_id)
         if trial_id not in self._running:
             return
@@ -132,7 +136,10 @@ class StudySearcher(Searcher):
             self._running[trial_id] = asked
             self._idle_since = None
             job = asked[1]
-            return {"job": asdict(replace(job, delta=self._runs.published.get(str(job.run), ())))}
+            prunable = job.kind == "search" and self._store.spec.prunes
+            rivals = self._rivals.of(float(job.alpha or 0.0)) if prunable else ()
+            handed = replace(job, delta=self._runs.published.get(str(job.run), ()))
+            return {"job": {**asdict(handed), "rivals": rivals}}  # not copied once more for each trial
         if self._running or self._held:
             return None
         if self._handed_out >= TRIALS_A_PART:
@@ -240,9 +247,16 @@ class StudySearcher(Searcher):
             return
         evidence = json.loads(result["evidence"])
         items = base64.b64decode(result["items"]) if "items" in result else None
+        if "pruned" in evidence:
+            self._store.prune(number, evidence, items)
+            self._guard.pruned()
+            self._finished(job, None, False)
+            return
         incomplete = self._store.complete(job, number, evidence, items)
         if incomplete is None:
             self._guard.scored(job, evidence)
+            if job.kind in POINT_KINDS:
+                self._rivals.add(number, evidence)
         else:
             self._guard.failed(incomplete)
         self._finished(job, incomplete, False)
@@ -272,9 +286,8 @@ class StudySearcher(Searcher):
 
 
 def _proposed(store: StudyStore) -> Counter[str]:
-    """Points scored of each base run so far, those at alpha = 0 aside."""
-    trials = store.trials_frame()
-    return Counter() if trials.empty else Counter(trials.loc[trials["kind"] == "search", "base"])
+    """Points scored or pruned of each base run so far, those at alpha = 0 aside."""
+    return Counter(base for frame in (store.trials_frame(), store.pruned_frame()) for base in searched(frame)["base"])
 
 
 class _Forgetting(tune.Callback):
@@ -284,6 +297,7 @@ class _Forgetting(tune.Callback):
         """Called when the searcher has had the result."""
         for kept in (trial.last_result, trial.metric_analysis, trial.metric_n_steps):
             kept.clear()
+        trial.config.get("job", {}).pop("rivals", None)
 
 
 def run_trials(trainable: Any, searcher: StudySearcher, workforce: Workforce, at_once: int, folder: Path, name: str) -> None:

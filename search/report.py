@@ -47,6 +47,12 @@ CONTROLS = {
         "The initial model with scaled logits: how much utility sharper probabilities give with nothing learned.",
     ),
 }
+NONE_YET: dict[str, Any] = {
+    **{key: [] for key in ("selections", "notes", "failures", "failure_reasons", "pruned")},
+    **dict.fromkeys(("usage", "saved")),
+}
+"""What a summary may lack."""
+
 AFTERWARDS = ("held_out", "matched_scale", "confirm")
 """Kinds of controls that belong to single front points and are shown beside them."""
 
@@ -106,7 +112,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
     bases = int(view.trials["base"].nunique())
     return environment.from_string(source).render(
         style=css,
-        summary={"selections": [], "notes": [], "failures": [], "failure_reasons": [], "usage": None, **view.summary},
+        summary={**NONE_YET, **view.summary},
         verdict=verdict(view),
         gains=_gain_bars(view.summary),
         front=front.to_dict("records"),
@@ -159,13 +165,16 @@ def _cost(view: ReportData) -> dict[str, Any]:
     trained = view.summary["base_run_seconds"]
     base_run = sum(trained) / len(trained) if trained else math.nan
     trial = float(search["seconds"].median())
+    saved = view.summary.get("saved")
+    scored = len(search) + (saved["trials"] if saved else 0)
     return {
         "stages": [
             {"label": label, "seconds": spent[stage], "share": 100 * spent[stage] / total if total else 0.0}
             for stage, label in STAGES.items()
         ],
         "total": total,
-        "trials_per_second": len(search) / spent["trials"] if spent["trials"] else math.nan,
+        "saved": saved,
+        "trials_per_second": scored / spent["trials"] if spent["trials"] else math.nan,
         "trial": trial,
         "base_run": base_run,
         "ratio": base_run / trial if trial > 0 and base_run > 0 else math.nan,

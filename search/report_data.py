@@ -47,7 +47,7 @@ class ReportData:
             {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage,
             created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}],
-            failure_reasons [(reason, count)],
+            failure_reasons [(reason, count)], saved (`search.pruning.savings`), pruned [{trial, base, ...}] (`pruned_table`),
             usage {hours, cpu_hours, gpu_hours}.
         objectives: what the study maximises.
         certainty, held_out, matched_scale, confirmations: tables of `search.certainty` and `search.finalists`; empty where

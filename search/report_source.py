@@ -32,6 +32,7 @@ def report_data(result: "StudyResult") -> ReportData:
         "base_run_seconds": [sum(epoch["seconds"] for epoch in epochs) for epochs in trained],
         "selections": _selections(result),
         "failures": result.store.failures(),
+        "pruned": result.pruned.to_dict("records"),
         "failure_reasons": counted(failure["reason"] for failure in result.store.failures()),
         "notes": _notes(result),
         "item_counts": record["corpus"]["items"],
@@ -58,14 +59,14 @@ def _notes(result: "StudyResult") -> list[str]:
         + ", ".join(f"{epoch} is {Path(folder).name}" for epoch, folder in enumerate(folders, 1))
         for label, folders in result.spec.checkpoints.items()
     ]
-    searched = int((result.trials["kind"] == "search").sum())
+    searched = int((result.trials["kind"] == "search").sum()) + len(result.pruned)
     wanted, stopped = result.spec.search.trials, result.store.record.get("stopped")
     if stopped:
         notes.append(
             f"Stopped after {searched} of {wanted} search trials: {stopped}. A larger budget and the same command go on."
         )
     elif searched < wanted:
-        notes.append(f"{searched} of {wanted} search trials are complete: the same command resumes the study.")
+        notes.append(f"{searched} of {wanted} search trials are done: the same command resumes the study.")
     return notes
 
 

@@ -18,6 +18,7 @@ from search.export import export
 from search.objectives import Objective
 from search.out_mirror import readable_folder
 from search.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
+from search.pruning import pruned_table, savings
 from search.recipe import recipe_of
 from search.report import write_report
 from search.report_data import CONTROL_COLUMNS, ReportData, collapsed
@@ -142,6 +143,17 @@ class StudyResult:
         return finalists.confirmations(self.trials, self.controls, self.objectives)
 
     @cached_property
+    def pruned(self) -> pd.DataFrame:
+        """Trials that were not scored to their end, and why (`search.pruning.pruned_table`)."""
+        return pruned_table(self.store.pruned_frame(), _names(self.store))
+
+    @property
+    def saved(self) -> dict[str, Any] | None:
+        """What pruning saved (`search.pruning.savings`)."""
+        searched = self.trials[self.trials["kind"] == "search"]
+        return savings(self.store.pruned_frame(), searched if len(searched) else self.trials)
+
+    @cached_property
     def front(self) -> pd.DataFrame:
         """The Pareto front, strongest forgetting first."""
         chosen = self.trials[self.trials["on_front"]]
@@ -253,6 +265,7 @@ class StudyResult:
             "out": str(self.out),
             "definition": self.spec.definition,
             "trials": self.store.counts(),
+            "saved": self.saved,
             "front": self.rows(self.front),
             "hypervolume": self.hypervolume,
             "gain": self.gain,

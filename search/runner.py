@@ -36,7 +36,7 @@ from search.spec import StudySpec
 from search.status import StatusLines
 from search.storage import STORAGE_ERRORS, explain_storage_error
 from search.study_guard import Stop, StudyGuard
-from search.study_store import StudyStore
+from search.study_store import StudyStore, searched
 from search.warm_start import earlier_fronts
 from search.workers import ScoringTrial
 from search.workforce import Workforce
@@ -226,9 +226,8 @@ class _Run:
         return [job for job in jobs if job not in done]
 
     def _searched(self) -> int:
-        """Complete search trials; counted by number, because samplers may propose a point twice."""
-        trials = self.store.trials_frame()
-        return 0 if trials.empty else int((trials["kind"] == "search").sum())
+        """Search trials that are decided; counted by number, because samplers may propose a point twice."""
+        return sum(len(searched(frame)) for frame in (self.store.trials_frame(), self.store.pruned_frame()))
 
     def _score(
         self, ground: Groundwork, context: StudyContext, base_runs: BaseRunTasks, jobs: list[Job], proposals: int
@@ -351,7 +350,7 @@ def _stage(job: Job) -> str:
 def _done_jobs(store: StudyStore) -> set[Job]:
     """Jobs that need not be done again."""
     done = set()
-    for frame in (store.trials_frame(), store.controls_frame()):
+    for frame in (store.trials_frame(), store.pruned_frame(), store.controls_frame()):
         for row in frame.to_dict("records"):
             names = ("base", "epoch", "alpha", "of_trial", "model", "seed")
             values: dict[str, Any] = {name: None if _absent(row.get(name)) else row[name] for name in names}

@@ -32,6 +32,9 @@ SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = MappingProxyType(
 )
 """Makers of samplers by the name a study gives."""
 
+LEARN_FROM_COMPLETE = ("gp", "nsga2")
+"""Samplers that see complete trials only: where trials were pruned they would propose again and again."""
+
 
 def make_sampler(name: str, seed: int) -> BaseSampler:
     """The sampler of a study.

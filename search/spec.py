@@ -160,6 +160,17 @@ class StudySpec(Section):
         """Name of the metric definition every number of the study follows."""
         return CHOICE_DEFINITION if self.corpus.kind == "multiple_choice" else self.scoring.definition
 
+    @property
+    def prunes(self) -> bool:
+        """Whether trials end as soon as it is certain that they join no front (`search.pruning`).
+
+        Unless the file says so, not with a sampler that would learn nothing from them.
+        """
+        from search.samplers import LEARN_FROM_COMPLETE  # optuna comes with it
+
+        wanted = self.search.prune
+        return self.search.sampler not in LEARN_FROM_COMPLETE if wanted is None else wanted
+
     def variants(self) -> list[BaseRunSpec]:
         """The base runs to be trained, by method in the order of the registry, then by value in the order of the file."""
         runs: list[BaseRunSpec] = []
@@ -182,12 +193,12 @@ class StudySpec(Section):
     def fingerprint_payload(self) -> dict[str, Any]:
         """What makes this study this study, ready for JSON.
 
-        Left out: the number of trials, the other retain models and the model never fine-tuned (controls that may come
-        later), what `RUNNING_KEYS` names, which may change from run to run; local paths, because a folder may move: the
-        caller puts hashes of their content in.
+        Left out: the number of trials and whether some are pruned, the other retain models and the model never fine-tuned
+        (controls that may come later), what `RUNNING_KEYS` names, which may change from run to run; local paths, because a
+        folder may move: the caller puts hashes of their content in.
         """
         controls = {"other_retain_seeds", "other_retain", "never_finetuned"}
-        left_out = {"search": {"trials"}, "model": controls, "checkpoints": True, **dict.fromkeys(RUNNING_KEYS, True)}
+        left_out = {"search": {"trials", "prune"}, "model": controls, "checkpoints": True, **dict.fromkeys(RUNNING_KEYS, True)}
         payload: dict[str, Any] = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
         corpus, model = payload["corpus"], payload["model"]
         holders = [(corpus, "source"), (model, "initial"), (model, "retain")]

@@ -43,6 +43,12 @@ def _target_modules(value: object) -> tuple[str, ...] | str:
     raise rule("must be a list of module names or all-linear", "Write for example [q_proj, v_proj].")
 
 
+def _batch_size(value: object) -> int | str:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise rule("must be a whole number of at least 1, or auto", "Write for example 32.")
+
+
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 OneOrMore = (BeforeValidator(_as_tuple), Field(min_length=1), AfterValidator(_all_different))
@@ -252,12 +258,17 @@ class Scoring(Section):
     """How a model is scored, and the temperatures of the controls. `max_new_tokens` is None for the definition's length."""
 
     definition: str = "tofu"
-    batch_size: Count = 32
+    batch_size: Annotated[int | str, PlainValidator(_batch_size)] = 32
     max_new_tokens: Count | None = None
     temperatures: Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), AfterValidator(_all_different)] = (
         0.67,
         1.5,
     )
+
+    @property
+    def rows(self) -> int | None:
+        """Answers per batch; None is as many as are found to be best."""
+        return self.batch_size if isinstance(self.batch_size, int) else None
 
     @field_validator("definition")
     @classmethod
@@ -293,12 +304,13 @@ class AlphaRange(Section):
 
 
 class Search(Section):
-    """What is searched, for how long, by which sampler."""
+    """What is searched, for how long, by which sampler. `prune` is None for what suits the sampler (`StudySpec.prunes`)."""
 
     alpha: AlphaRange = Field(default_factory=AlphaRange)
     trials: Annotated[int, Field(ge=0)] = 25
     sampler: str = "line"
     third_objective: Literal["related_log10_forget_quality"] | None = None
+    prune: bool | None = None
 
     @field_validator("sampler")
     @classmethod

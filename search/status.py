@@ -68,30 +68,31 @@ def status_of(
 
     Returns:
         ``study``, ``out``, ``state``; ``trials``: ``done``, ``total``, ``running``, ``failed``, ``interrupted`` (by the end of
-        a run: run again by the next) and ``pruned``, of points at alpha = 0 and search trials without the controls; ``front``
-        (points) and ``hypervolume`` (``now``, ``given``), None before the first trial; ``gpu_hours`` and ``hours`` of all runs
-        together; ``expected_end`` (ISO 8601 with offset, None where nothing tells); ``progress``; ``updated``.
+        a run: run again by the next) and ``pruned`` (among those done), of points at alpha = 0 and search trials without
+        controls; ``front`` (points) and ``hypervolume`` (``now``, ``given``), None before the first trial; ``gpu_hours`` and
+        ``hours`` of all runs together; ``expected_end`` (ISO 8601 with offset, None where nothing tells); ``progress``;
+        ``updated``.
     """
     trials = store.study.get_trials(deepcopy=False)
     states = [trial.state for trial in trials]
     spec = store.spec
     proposed = len(grid_points(spec)) if spec.search.sampler == "grid" else spec.search.trials
     asked = {"alpha_zero": sum(spec.base_epochs().values()), "search": proposed}
-    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-    kinds = [trial.user_attrs.get("kind") for trial in complete]
+    done = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    kinds = [trial.user_attrs.get("kind") for trial in done]
     missing = sum(max(0, wanted - kinds.count(kind)) for kind, wanted in asked.items())
     running = states.count(TrialState.RUNNING)
     interrupted = sum(trial.user_attrs.get("reason") == INTERRUPTED for trial in trials if trial.state == TrialState.FAIL)
     now = datetime.now()
-    left = _seconds_left(complete, missing, running) if state == "running" else None
+    left = _seconds_left(done, missing, running) if state == "running" else None
     usage = store.record.get("usage", {})
     return {
         "study": store.record["name"],
         "out": str(store.out),
         "state": state or ("unfinished" if missing else "finished"),
         "trials": {
-            "done": len(complete),
-            "total": max(len(complete), sum(asked.values())),
+            "done": len(done),
+            "total": max(len(done), sum(asked.values())),
             "running": running,
             "failed": states.count(TrialState.FAIL) - interrupted,
             "interrupted": interrupted,
@@ -106,9 +107,9 @@ def status_of(
     }
 
 
-def _seconds_left(complete: list[FrozenTrial], missing: int, running: int) -> float | None:
+def _seconds_left(done: list[FrozenTrial], missing: int, running: int) -> float | None:
     """What the missing trials will take at the pace of the latest: so many at once, each as long as they took."""
-    ended = [trial for trial in complete if trial.duration is not None and trial.datetime_complete is not None]
+    ended = [trial for trial in done if trial.duration is not None and trial.datetime_complete is not None]
     latest = sorted(ended, key=lambda trial: trial.datetime_complete or datetime.min)[-RECENT:]
     if not latest or not running:
         return None

@@ -103,6 +103,12 @@ class StudyGuard:
         elif job.kind in (*POINT_KINDS, "initial"):
             self._note(job.kind, self._growth.add([evidence[objective.name] for objective in self._store.objectives]))
 
+    def pruned(self) -> None:
+        """A search trial is pruned: scored to its end it would have added nothing."""
+        self._ends.append(None)
+        if self._growth is not None and self._volumes:
+            self._note("search", self._volumes[-1])
+
     def held(self, seconds: float, resources: TrialResources | BaseRunResources) -> None:
         """Something held resources for so long."""
         processes = resources.processes if isinstance(resources, BaseRunResources) else 1
@@ -146,6 +152,7 @@ class StudyGuard:
         if not controls.empty:
             for row in controls[controls["kind"] == "initial"].to_dict("records"):
                 self._note("initial", self._growth.add([row[name] for name in names]))
-        done = store.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        done = store.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
         for trial in sorted(done, key=lambda trial: trial.datetime_complete or datetime.max):
-            self._note(trial.user_attrs.get("kind", "search"), self._growth.add(trial.values))
+            volume = self._volumes[-1] if trial.state == TrialState.PRUNED else self._growth.add(trial.values)
+            self._note(trial.user_attrs.get("kind", "search"), volume)

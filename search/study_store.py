@@ -234,18 +234,30 @@ class StudyStore:
             return reason
         if items is not None:
             write_atomic(self._items_path(study, number), items)
-        identifier = self._identifier(study, number)
-        attributes = {key: value for key, value in evidence.items() if value is not None}
-        self._database.patiently(lambda: write_attributes(self._database.engine, identifier, attributes))
-        self._end(study, number, identifier, TrialState.COMPLETE, list(values.values()))
+        self._end_with_evidence(study, number, evidence, TrialState.COMPLETE, list(values.values()))
         return None
+
+    def prune(self, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
+        """Ends a search trial as PRUNED, with its certificate (`search.pruning`) and without values, which nobody knows.
+
+        Args:
+            number: The trial.
+            evidence: All that is known of it, the certificate under ``pruned``.
+            items: Its item scores of the stages that were scored.
+        """
+        if items is not None:
+            write_atomic(self._items_path(self.study, number), items)
+        self._end_with_evidence(self.study, number, evidence, TrialState.PRUNED, None)
 
     def fail(self, job: Job, number: int, reason: str) -> None:
         """Ends a trial as FAIL with its reason."""
         self._fail(self._of(job), number, reason)
 
     def items(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
-        """Per-item arrays of a complete trial by ``set/measurement``; None where it has none (a study of an older version)."""
+        """Per-item arrays of a complete trial by ``set/measurement``; None where it has none (a study of an older version).
+
+        A pruned trial has those of the stages that were scored.
+        """
         path = self._items_path(self.controls if control else self.study, number)
         try:
             with np.load(path) as archive:
@@ -283,6 +295,12 @@ class StudyStore:
     def trials_frame(self) -> pd.DataFrame:
         """A row per complete trial of the study, with its evidence."""
         return self._frame(self.study)
+
+    def pruned_frame(self) -> pd.DataFrame:
+        """A row per pruned trial with what is known of it: ``pruned`` is its certificate."""
+        trials = self.study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
+        # Another program may prune trials of a study in a database; those have no certificate, and are none of ours.
+        return pd.DataFrame([{"trial": trial.number, **trial.user_attrs} for trial in trials if "pruned" in trial.user_attrs])
 
     def controls_frame(self) -> pd.DataFrame:
         """A row per complete trial of the controls study."""
@@ -327,6 +345,14 @@ class StudyStore:
             )
         self._identifiers[number] = identifier
 
+    def _end_with_evidence(
+        self, study: optuna.Study, number: int, evidence: Mapping[str, Any], state: TrialState, values: list[float] | None
+    ) -> None:
+        identifier = self._identifier(study, number)
+        attributes = {key: value for key, value in evidence.items() if value is not None}
+        self._database.patiently(lambda: write_attributes(self._database.engine, identifier, attributes))
+        self._end(study, number, identifier, state, values)
+
     def _end(
         self, study: optuna.Study, number: int, identifier: int, state: TrialState, values: list[float] | None = None
     ) -> None:
@@ -361,3 +387,8 @@ class StudyStore:
             opened.append(study)
             self._study_ids[title] = self.storage.get_study_id_from_name(title)
         self._study, self._controls = opened
+
+
+def searched(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table of trials that are the search's own, not given."""
+    return frame[frame["kind"] == "search"] if len(frame) else pd.DataFrame(columns=["kind", "base"])

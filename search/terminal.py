@@ -89,12 +89,17 @@ def print_front(result: Any) -> None:
 
 
 def print_stop(result: Any) -> None:
-    """Why a study ended before it had all its trials, and which trials failed."""
+    """Why a study ended before it had all its trials, what pruning saved, and which trials failed."""
     from search.budgets import counted
 
     stopped = result.store.record.get("stopped")
     if stopped:
         typer.echo(f"\nstopped: {stopped}; a larger budget and the same command go on")
+    saved = result.saved
+    if saved:
+        stages = ", ".join(f"{count} after {stage}" for stage, count in saved["stages"].items())
+        seconds = f"about {saved['seconds']:.3g} s, {saved['share']:.0%} of their scoring"
+        typer.echo(f"\npruned trials: {saved['trials']} ({stages}), which saved {seconds}")
     failures = result.store.failures()
     if failures:
         typer.echo(f"\nfailed trials: {len(failures)}")

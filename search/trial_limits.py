@@ -15,7 +15,7 @@ DIED = "the worker died or was killed"
 
 
 class OutOfMemory(Exception):
-    """A trial that found too little memory twice, the second time with half of the batch."""
+    """A trial that found too little memory twice."""
 
 
 @dataclass(frozen=True)
@@ -73,27 +73,27 @@ def time_limit(minutes: float | None) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def score_within_memory(evaluator: Callable[[], Evaluator], job: Job, batch: int) -> tuple[dict[str, Any], Report]:
-    """Evidence and scores of a job; without enough memory, tried once more with half of the batch.
+def score_within_memory(evaluator: Callable[[], Evaluator], job: Job) -> tuple[dict[str, Any], Report]:
+    """Evidence and scores of a job; without enough memory tried once more, with what was in use given back.
+
+    Scoring halves its batches by itself. What fails here is loading or moving the model, or a single row.
 
     Args:
         evaluator: Gives the worker's evaluator; making it loads the model, and may itself find too little memory.
         job: What to score.
-        batch: The study's batch size.
 
     Raises:
-        OutOfMemory: If half of the batch was too much too.
+        OutOfMemory: If it was too little again.
         Exception: What else went wrong.
     """
-    half = max(1, batch // 2)
     said = ""
-    for size in (batch, half):
+    for _ in range(2):
         try:
-            return evaluator().evaluate(job, size)
+            return evaluator().evaluate(job)
         except Exception as error:
             if not ran_out(error):
                 raise
             said = str(error).partition("\n")[0] or type(error).__name__
         # Not in the handler: the error's traceback refers to everything that took the memory.
         give_back()
-    raise OutOfMemory(f"out of memory also with batches of {half}: {said}")
+    raise OutOfMemory(f"out of memory twice, however small the batches: {said}")

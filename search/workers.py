@@ -62,7 +62,7 @@ class ScoringTrial(tune.Trainable):
         job, self._job = self._job, None
         try:
             with time_limit(self._context.trial_minutes):
-                evidence, report = score_within_memory(self._evaluator, job, self._context.scoring.batch_size)
+                evidence, report = score_within_memory(self._evaluator, job)
                 # As text, because Tune flattens nested results before its searcher sees them, and writes them as JSON.
                 return {"evidence": json.dumps(evidence), "items": pack_arrays(report.arrays())}
         except OutOfMemory as error:

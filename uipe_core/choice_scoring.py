@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from uipe_core.batch_sizes import BatchSize, found_rows, slices
 from uipe_core.choice_report import ChoiceReport, ChoiceScores
 from uipe_core.corpora.multiple_choice import letter_answers, letter_prompt
 from uipe_core.corpora.types import ChoiceItem, Corpus, item_set_hash
@@ -43,17 +44,22 @@ class ChoiceScorer:
     Args:
         corpus: Its `choices` are scored.
         prompts: Tokenizer of the model; the letter format takes the place of its prompt format.
-        batch_size: Questions per forward pass.
+        batch_size: Questions per forward pass; None is as many as are found to be best with the first model that is scored.
     """
 
-    def __init__(self, corpus: Corpus, prompts: PromptFormat, batch_size: int = 32) -> None:
-        self.batch_size = batch_size
+    def __init__(self, corpus: Corpus, prompts: PromptFormat, batch_size: int | None = 32) -> None:
+        self._size = None if batch_size is None else BatchSize(batch_size)
         self._prompts = prompts
         self._sets = dict(corpus.choices)
         self._hashes = {name: item_set_hash(items) for name, items in self._sets.items()}
         self._items = [(name, item) for name, items in self._sets.items() for item in items]
         sequences = [(row, sequence) for row, (_, item) in enumerate(self._items) for sequence in _sequences(item, prompts)]
         self._order = sorted(sequences, key=lambda entry: len(entry[1].ids))
+
+    @property
+    def batch_size(self) -> int | None:
+        """Questions per forward pass as it is by now; None where it is still to be found."""
+        return None if self._size is None else self._size.rows
 
     @torch.inference_mode()
     def score(
@@ -64,7 +70,7 @@ class ChoiceScorer:
         Args:
             loaded: Model and tokenizer; its tokenizer must be the one the scorer was made with.
             temperature: Logits are divided by it; which letter is likeliest does not depend on it.
-            progress: Called with (batches done, batches in all).
+            progress: Called with (sequences done, sequences in all).
 
         Returns:
             ChoiceReport with every multiple-choice set of the corpus.
@@ -73,20 +79,42 @@ class ChoiceScorer:
         model.eval()
         started = time.perf_counter()
         keep = accepts_logits_to_keep(model)
-        most = max((len(item.choices) for _, item in self._items), default=0)
-        table = np.full((len(self._items), most), -np.inf)
+        table = np.full((len(self._items), self._most()), -np.inf)
         spreads = np.full(len(self._items), np.nan)
-        starts = range(0, len(self._order), self.batch_size)
-        for done, start in enumerate(starts, start=1):
-            batch = self._order[start : start + self.batch_size]
+        size = self._size = self._size or BatchSize(self._found_rows(model, loaded.device, keep))
+        done = 0
+
+        def work(batch: list[tuple[int, _Sequence]]) -> None:
+            nonlocal done
             self._score_batch(model, loaded.device, keep, temperature, batch, table, spreads)
+            done += len(batch)
             if progress is not None:
-                progress(done, len(starts))
+                progress(done, len(self._order))
+
+        size.through(self._order, work, cut=slices)
         names = np.array([name for name, _ in self._items])
         return ChoiceReport(
             sets={name: self._set_scores(name, table[names == name], spreads[names == name]) for name in self._sets},
             seconds={"letters": time.perf_counter() - started},
         )
+
+    def _found_rows(self, model: Any, device: torch.device, keep: bool) -> int:
+        """How many questions are best read at once, by reading the longest."""
+        if not self._order:
+            return 1
+        longest = self._order[::-1]
+        tokens, predicted = len(longest[0][1].ids), 1 + max(len(s.ids) - s.prompt_length for _, s in longest)
+
+        def read(count: int) -> None:
+            table, spreads = np.zeros((len(self._items), self._most())), np.zeros(len(self._items))
+            batch = [longest[place % len(longest)] for place in range(count)]
+            self._score_batch(model, device, keep, 1.0, batch, table, spreads)
+
+        return found_rows(model, device, tokens, predicted if keep else tokens, read)
+
+    def _most(self) -> int:
+        """Most choices of any question."""
+        return max((len(item.choices) for _, item in self._items), default=0)
 
     def _score_batch(
         self,

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from uipe_core.batch_sizes import BatchSize, slices
 from uipe_core.packing import accepts_logits_to_keep, answer_logits, forward_parameters, lay_out
 from uipe_core.prompts import Example
 
@@ -64,24 +65,29 @@ class Text:
                 break
 
 
-def complete(model: Any, texts: Sequence[Text], stops: Sequence[int], pad_id: int, size: int) -> None:
-    """Generates the rest of every unfinished text, in batches of at most `size` rows of like lengths.
+def complete(model: Any, texts: Sequence[Text], stops: Sequence[int], pad_id: int, size: BatchSize) -> None:
+    """Generates the rest of every unfinished text, in batches of like lengths.
 
     Args:
         model: A causal language model in evaluation mode.
         texts: Texts, finished in place.
         stops: Tokens that end a text.
         pad_id: Token for padding.
-        size: Rows per batch.
+        size: Rows per batch; what is generated of a batch that finds too little memory is kept.
     """
     unfinished = sorted((text for text in texts if not text.finished), key=lambda text: len(text.prompt) + len(text.tokens))
     by_hand = forward_parameters(model).keys() >= BY_HAND
-    for start in range(0, len(unfinished), size):
-        (_decode if by_hand else _generate)(model, unfinished[start : start + size], stops, pad_id)
+
+    def work(batch: list[Text]) -> None:
+        left = [text for text in batch if not text.finished]
+        if left:
+            (_decode if by_hand else _generate)(model, left, stops, pad_id)
+
+    size.through(unfinished, work, cut=slices)
 
 
 def verify_drafts(
-    model: Any, texts: Sequence[Text], drafts: Sequence[Sequence[int]], stops: Sequence[int], pad_id: int, size: int
+    model: Any, texts: Sequence[Text], drafts: Sequence[Sequence[int]], stops: Sequence[int], pad_id: int, size: BatchSize
 ) -> None:
     """Reads prompt and draft of every unfinished text whose draft begins as the text does and knows more."""
     chosen = [
@@ -91,8 +97,8 @@ def verify_drafts(
     ]
     chosen.sort(key=lambda pair: len(pair[0].prompt) + len(pair[1]))
     keep, device = accepts_logits_to_keep(model), model.device
-    for start in range(0, len(chosen), size):
-        part = chosen[start : start + size]
+
+    def work(part: list[tuple[Text, list[int]]]) -> None:
         # One token more than the draft, which is not fed, asks for the prediction behind its end.
         examples = [Example((*text.prompt, *draft, pad_id), len(text.prompt)) for text, draft in part]
         rows = lay_out([(number,) for number in range(len(part))], examples, pad_id, device)
@@ -100,6 +106,8 @@ def verify_drafts(
         for (text, draft), length in zip(part, rows.lengths, strict=True):
             text.verify(draft, best[:length], stops)
             best = best[length:]
+
+    size.through(chosen, work, cut=slices)
 
 
 def _left_padded(texts: Sequence[Text], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

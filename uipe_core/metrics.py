@@ -114,9 +114,9 @@ def evaluate(report: ScoreReport, reference: ScoreReport | None = None, definiti
     if reference is None:
         return values
     _require_sets(reference, ("forget",), "of the reference ")
-    quality = _quality_of_set(report, reference, "forget", chosen)
+    quality = quality_of_set(report, reference, "forget", chosen)
     shared = [name for name in RELATED_SETS if name in report.sets and name in reference.sets]
-    related = {name: _quality_of_set(report, reference, name, chosen) for name in shared}
+    related = {name: quality_of_set(report, reference, name, chosen) for name in shared}
     return replace(values, forget_quality=quality, related=related)
 
 
@@ -242,10 +242,20 @@ def item_components(scores: SetScores, name: str, definition: Definition) -> dic
     Raises:
         UserError: No ROUGE, or losses that are not finite.
     """
-    _check_losses(scores, name, ("answer_loss", "paraphrase_loss", "perturbed_loss"))
+    probability, closeness = loss_components(scores, name, definition).items()
     if scores.rouge_l_recall is None:
         raise UserError(f"set {name!r} has no ROUGE-L recall (rougeL_recall): score the model with generation on")
     _check_finite(scores.rouge_l_recall, name, "rouge_l_recall")
+    return dict([probability, (f"ROUGE {SET_TITLES[name]}", scores.rouge_l_recall), closeness])
+
+
+def loss_components(scores: SetScores, name: str, definition: Definition) -> dict[str, FloatArray]:
+    """As `item_components`, those two that losses alone tell: probability and truth ratio, in this order, each in [0, 1].
+
+    Raises:
+        UserError: Losses that are not finite.
+    """
+    _check_losses(scores, name, ("answer_loss", "paraphrase_loss", "perturbed_loss"))
     log_probability = -scores.answer_loss
     if name in CHOICE_SETS:
         choices = np.concatenate([log_probability[:, None], -scores.perturbed_loss], axis=1)
@@ -259,7 +269,6 @@ def item_components(scores: SetScores, name: str, definition: Definition) -> dic
         closeness = 1.0 - np.exp(np.minimum(log_ratio, 0.0))
     return {
         f"Prob {SET_TITLES[name]}": np.exp(log_probability),
-        f"ROUGE {SET_TITLES[name]}": scores.rouge_l_recall,
         f"Truth Ratio {SET_TITLES[name]}": closeness,
     }
 
@@ -296,7 +305,8 @@ def _check_finite(values: FloatArray, name: str, what: str) -> None:
         raise UserError(f"set {name!r}, item {bad[0][0]}: {what} has {values[tuple(bad[0])]}, need finite numbers")
 
 
-def _quality_of_set(report: ScoreReport, reference: ScoreReport, name: str, definition: Definition) -> ForgetQuality:
+def quality_of_set(report: ScoreReport, reference: ScoreReport, name: str, definition: Definition) -> ForgetQuality:
+    """Forget quality of one evaluation set; raises UserError as `evaluate`."""
     scores, expected = report.sets[name], reference.sets[name]
     compared = ("paraphrase_loss", "perturbed_loss")
     _check_losses(scores, name, compared)

@@ -5,7 +5,7 @@ prompt alone. Rows are padded on the right; attention is causal, so padding cann
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,17 +53,18 @@ class Rows:
     lengths: tuple[int, ...]
 
 
-def grouped(examples: Sequence[Example]) -> list[Group]:
-    """Examples by their prompt, those with the shortest prompts and answers first."""
+def grouped(examples: Sequence[Example], numbers: Iterable[int] | None = None) -> list[Group]:
+    """Examples (all, or those of some numbers) by their prompt, those with the shortest prompts and answers first."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for number, example in enumerate(examples):
+    for number in range(len(examples)) if numbers is None else numbers:
+        example = examples[number]
         by_prompt.setdefault(example.input_ids[: example.prompt_length], []).append(number)
     return _sorted([tuple(numbers) for numbers in by_prompt.values()], examples)
 
 
-def single(examples: Sequence[Example]) -> list[Group]:
-    """Every example in a row of its own, the shortest first."""
-    return _sorted([(number,) for number in range(len(examples))], examples)
+def single(examples: Sequence[Example], numbers: Iterable[int] | None = None) -> list[Group]:
+    """Examples (all, or those of some numbers), each in a row of its own, the shortest first."""
+    return _sorted([(number,) for number in (range(len(examples)) if numbers is None else numbers)], examples)
 
 
 def _sorted(groups: list[Group], examples: Sequence[Example]) -> list[Group]:
@@ -193,9 +194,8 @@ def takes_packed_rows(model: Any, examples: Sequence[Example], pad_id: int, devi
         read = [answer_logits(model, rows, keep).float() for rows in (packed, alone, open_to_all)]
     except Exception as problem:
         # Whatever else it is, such rows are not for this model; code that comes with a model may raise anything.
-        if ran_out(problem):
-            raise
-        return False
+        # With too little memory for the question it is left open, and answers are read alone.
+        return None if ran_out(problem) else False
     spread = float(read[1].std()) or 1.0
     error, difference = (float((other - read[1]).abs().max()) / spread for other in (read[0], read[2]))
     allowed = TOLERANCE[model.dtype]

@@ -1,22 +1,23 @@
 """Scores a model on a corpus: losses of every answer, greedy generations, ROUGE recall, logit scale.
 
-Teacher-forced losses are computed in batches sorted by length, padded on the right to the longest of the batch, with logits
-for answer positions only; answers to one question share its prompt where the model takes that (`uipe_core.packing`). Text is
-generated only where the losses have not shown already what it is (`uipe_core.generation`).
+In stages in order of their cost, so that whoever has seen enough need not pay for the rest. Teacher-forced losses are computed
+in batches sorted by length, padded on the right to the longest of the batch, with logits for answer positions only; answers to
+one question share its prompt where the model takes that (`uipe_core.packing`). Text is generated only where the losses have not
+shown already what it is (`uipe_core.generation`).
 """
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
-from itertools import islice
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
+from uipe_core.batch_sizes import BatchSize, found_rows
 from uipe_core.corpora.types import UTILITY_SETS, Corpus, Item, ItemSet, item_set_hash
 from uipe_core.definitions import definition_named
 from uipe_core.generation import Text, complete, verify_drafts
@@ -33,10 +34,16 @@ from uipe_core.packing import (
     takes_packed_rows,
 )
 from uipe_core.prompts import Example, PromptFormat
+from uipe_core.readings import Readings
 from uipe_core.score_report import FloatArray, IntArray, ScoreReport, SetScores, logit_scale
 
 GENERATED_SETS = ("forget", *UTILITY_SETS)
 """Sets whose ROUGE recall enters a metric; the others are not generated for."""
+
+LOSS_STAGES = {"forget": ("forget",), "general": ("real_authors", "world_facts"), "retain": ("retain",)}
+"""Sets whose losses are taken in a stage, in the order of the stages. All other sets come after them."""
+OTHERS, GENERATION = "others", "generation"
+"""The stages that follow: losses of the sets that no stage names, and greedy text for all of `GENERATED_SETS`."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +51,19 @@ class ScoringConfig:
     """How to score.
 
     Attributes:
-        batch_size: Answers per teacher-forced batch; four times as many questions are generated for at once.
+        batch_size: Answers per teacher-forced batch; four times as many questions are generated for at once. None is as many as
+            are found to be best with the first model that is scored.
         generation_length: Longest greedy generation in tokens.
         counts_prompt: Whether that length includes the prompt. It then is the length of each prompt by itself: in the code of
             locuslab/tofu the padding to the longest prompt of the batch counts too, so that a text depends on its neighbours.
     """
 
-    batch_size: int = 32
+    batch_size: int | None = 32
     generation_length: int = 200
     counts_prompt: bool = False
 
     @classmethod
-    def of(cls, definition: str, batch_size: int, max_new_tokens: int | None) -> "ScoringConfig":
+    def of(cls, definition: str, batch_size: int | None, max_new_tokens: int | None) -> "ScoringConfig":
         """The generation length of a metric definition, or that many new tokens."""
         chosen = definition_named(definition)
         if max_new_tokens is not None:
@@ -84,9 +92,20 @@ class Scorer:
         self._generated = [(name, row[0]) for name in GENERATED_SETS for row in self._rows.get(name, [])]
         items = [item for name in GENERATED_SETS for item in self.sets.get(name, ())]
         self._prompts = [prompts.prompt_ids(item.question) for item in items]
+        named = {name for names in LOSS_STAGES.values() for name in names}
+        wanted = {**LOSS_STAGES, OTHERS: tuple(name for name in self.sets if name not in named)}
+        present = {stage: tuple(name for name in names if name in self.sets) for stage, names in wanted.items()}
+        self._stages = {stage: names for stage, names in present.items() if names}
         self._packed: dict[type, bool] = {}
+        self._size = None if config.batch_size is None else BatchSize(config.batch_size)
+        self._texts_size = None if config.batch_size is None else BatchSize(4 * config.batch_size)
         self._neighbours: list[list[int]] = [[] for _ in items]
         """The texts of the last model that was scored: of another alpha, so much alike."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Answers per batch as it is by now: found, and halved where memory ran out; None where nothing was scored yet."""
+        return None if self._size is None else self._size.rows
 
     def forget_texts(self) -> None:
         """Scores the next model without the last one's texts as drafts: the same numbers, as long as it takes."""
@@ -103,7 +122,6 @@ class Scorer:
             rows.append([positions[0], paraphrase, *range(paraphrase + 1, len(self.examples))])
         return rows
 
-    @torch.inference_mode()
     def score(
         self, loaded: LoadedModel, *, temperature: float = 1.0, progress: Callable[[int, int], None] | None = None
     ) -> ScoreReport:
@@ -112,41 +130,64 @@ class Scorer:
         Args:
             loaded: Model and tokenizer; its tokenizer must be the one the scorer was made with.
             temperature: Logits are divided by it before losses are taken; greedy text does not depend on it.
-            progress: Called with (batches done, batches in all).
+            progress: Called with (answers and texts done, answers and texts in all).
 
         Returns:
             ScoreReport with every set of the corpus; ROUGE for `GENERATED_SETS`.
         """
+        return deque(self.stages(loaded, temperature=temperature, progress=progress), maxlen=1).pop()
+
+    @torch.inference_mode()
+    def stages(
+        self, loaded: LoadedModel, *, temperature: float = 1.0, progress: Callable[[int, int], None] | None = None
+    ) -> Iterator[ScoreReport]:
+        """Scores the model as it stands, stage by stage; the model must stay as it is until the last one is there.
+
+        Args:
+            loaded, temperature, progress: As in `score`.
+
+        Yields:
+            After each stage, which is the last key of ``seconds``, all that is known: sets without ROUGE, no logit scale. The
+            last report is what `score` returns. Batches do not reach beyond a stage, so the numbers do not depend on where
+            one stops.
+        """
         model = loaded.model
         model.eval()
-        started = time.perf_counter()
-        size = self.config.batch_size
-        groups = (grouped if self._takes_packed_rows(model, loaded.device) else single)(self.examples)
-        batches = list(batched(groups, size))
-        total = len(batches) + 1
+        began = time.perf_counter()
+        size = self._size = self._size or BatchSize(self._found_rows(model, loaded.device))
+        group = grouped if self._takes_packed_rows(model, loaded.device) else single
+        groups = {stage: group(self.examples, self._numbers(stage)) for stage in self._stages}
+        total = len(self.examples) + len(self._generated)
         done = 0
 
-        def step() -> None:
+        def step(read: int) -> None:
             nonlocal done
-            done += 1
+            done += read
             if progress is not None:
                 progress(done, total)
 
-        losses, spreads, best = self._losses(model, loaded.device, batches, temperature, step)
-        after_losses = time.perf_counter()
-        texts = self._generate(model, best)
-        step()
+        read = Readings(self.examples, self._gold_rows, self._scale_rows)
+        sets: dict[str, SetScores] = {}
+        seconds: dict[str, float] = {}
+        for stage, names in self._stages.items():
+            work = partial(self._read, model, loaded.device, temperature, read, step)
+            size.through(groups[stage], work, cut=batched, rows_of=_answers)
+            sets |= {name: self._set_scores(name, read) for name in names}
+            seconds[stage] = time.perf_counter() - began
+            # In the order of the corpus, as the whole report has them.
+            yield ScoreReport({name: sets[name] for name in self.sets if name in sets}, seconds=dict(seconds))
+            began = time.perf_counter()
         by_set: dict[str, list[str]] = {}
-        for (name, _), text in zip(self._generated, texts, strict=True):
+        for (name, _), text in zip(self._generated, self._generate(model, read.best), strict=True):
             by_set.setdefault(name, []).append(text)
-        matches = {number: self._matches(number, tokens) for number, tokens in best.items()}
-        sets = {name: self._set_scores(name, losses, spreads, matches, by_set.get(name)) for name in self.sets}
-        finished = time.perf_counter()
-        return ScoreReport(
-            sets=sets,
-            logit_scale=logit_scale(sets),
-            seconds={"losses": after_losses - started, "generation": finished - after_losses},
-        )
+        step(len(self._generated))
+        whole = {name: self._with_texts(name, sets[name], by_set.get(name)) for name in self.sets}
+        seconds[GENERATION] = time.perf_counter() - began
+        yield ScoreReport(whole, logit_scale(whole), seconds)
+
+    def _numbers(self, stage: str) -> list[int]:
+        """Where the examples of a stage stand in the flat list."""
+        return sorted({number for name in self._stages[stage] for row in self._rows[name] for number in row})
 
     def _takes_packed_rows(self, model: Any, device: torch.device) -> bool:
         kind = type(model)
@@ -157,37 +198,34 @@ class Scorer:
             self._packed[kind] = found
         return self._packed[kind]
 
-    def _losses(
-        self, model: Any, device: torch.device, batches: list[list[Group]], temperature: float, step: Callable[[], None]
-    ) -> tuple[FloatArray, FloatArray, dict[int, list[int]]]:
-        """Mean loss of every example (nats per answer token), the logit spread at the gold answers of the utility sets, and of
-        each gold answer the most likely token at every place."""
-        losses = np.zeros(len(self.examples))
-        spreads = np.zeros(len(self.examples))
-        best: dict[int, list[int]] = {}
+    def _found_rows(self, model: Any, device: torch.device) -> int:
+        """How many answers are best read at once, by reading the longest ones, each alone."""
+        longest = sorted(range(len(self.examples)), key=lambda number: -len(self.examples[number].input_ids))
         keep = accepts_logits_to_keep(model)
-        for groups in batches:
-            rows = lay_out(groups, self.examples, self.prompts.pad_id, device)
-            logits = answer_logits(model, rows, keep)
-            if temperature != 1.0:
-                logits = logits.float() / temperature
-            nll = F.cross_entropy(logits.float(), rows.targets, reduction="none")
-            losses[list(rows.owners)] = _means(nll, rows.lengths)
-            tokens = np.repeat(rows.owners, rows.lengths)
-            scaled = [
-                (number, length) for number, length in zip(rows.owners, rows.lengths, strict=True) if number in self._scale_rows
-            ]
-            if scaled:
-                chosen = torch.from_numpy(np.isin(tokens, [number for number, _ in scaled])).to(device)
-                spread = logits[chosen].float().std(dim=-1)
-                spreads[[number for number, _ in scaled]] = _means(spread, [length for _, length in scaled])
-            gold = [number for number in rows.owners if number in self._gold_rows]
-            if gold:
-                chosen = torch.from_numpy(np.isin(tokens, gold)).to(device)
-                likeliest = iter(logits[chosen].argmax(dim=-1).tolist())
-                best.update({number: list(islice(likeliest, self.examples[number].answer_length)) for number in gold})
-            step()
-        return losses, spreads, best
+
+        def read(count: int) -> None:
+            chosen = [(longest[place % len(longest)],) for place in range(count)]
+            logits = answer_logits(model, rows := lay_out(chosen, self.examples, self.prompts.pad_id, device), keep)
+            F.cross_entropy(logits.float(), rows.targets)
+
+        tokens = len(self.examples[longest[0]].input_ids)
+        predicted = max(example.answer_length for example in self.examples)
+        return found_rows(model, device, tokens, predicted if keep else tokens, read)
+
+    def _read(
+        self,
+        model: Any,
+        device: torch.device,
+        temperature: float,
+        readings: Readings,
+        step: Callable[[int], None],
+        groups: list[Group],
+    ) -> None:
+        """Reads a batch of answers and notes what they tell."""
+        rows = lay_out(groups, self.examples, self.prompts.pad_id, device)
+        logits = answer_logits(model, rows, accepts_logits_to_keep(model))
+        readings.note(rows, logits if temperature == 1.0 else logits.float() / temperature)
+        step(len(rows.owners))
 
     def _matches(self, number: int, best: list[int]) -> Matches:
         """Where the most likely token is the answer's own; the end token of the answer is left out."""
@@ -205,17 +243,19 @@ class Scorer:
             if list(example.input_ids[: example.prompt_length]) == prompt:
                 text.verify(example.input_ids[example.prompt_length :], best[number], self.prompts.stop_ids)
             texts.append(text)
-        size, pad, stops = self.config.batch_size, self.prompts.pad_id, self.prompts.stop_ids
-        verify_drafts(model, texts, self._neighbours, stops, pad, size)
-        complete(model, texts, stops, pad, 4 * size)
+        assert self._size is not None
+        pad, stops = self.prompts.pad_id, self.prompts.stop_ids
+        verify_drafts(model, texts, self._neighbours, stops, pad, self._size)
+        # Their own number: a cache of keys and values takes memory that reading does not.
+        self._texts_size = self._texts_size or BatchSize(4 * self._size.rows)
+        complete(model, texts, stops, pad, self._texts_size)
         self._neighbours = [text.tokens for text in texts]
         return [str(text) for text in self.prompts.tokenizer.batch_decode(self._neighbours, skip_special_tokens=True)]
 
-    def _set_scores(
-        self, name: str, losses: FloatArray, spreads: FloatArray, matches: dict[int, Matches], texts: list[str] | None
-    ) -> SetScores:
+    def _set_scores(self, name: str, read: Readings) -> SetScores:
+        """The scores of a set whose losses have been taken, without ROUGE."""
         items, rows = self.sets[name], self._rows[name]
-        gold = [matches[row[0]] for row in rows]
+        gold = [self._matches(row[0], read.best[row[0]]) for row in rows]
         tokens = np.array([example.answer_length for example in self.examples], dtype=np.int64)
 
         def column(values: Any, which: int) -> Any:
@@ -224,30 +264,30 @@ class Scorer:
         def perturbed(values: FloatArray | IntArray) -> Any:
             return np.stack([values[row[2:]] for row in rows])
 
-        rouge = _rouge_recall(items, texts) if texts is not None else None
         return SetScores(
-            answer_loss=column(losses, 0),
+            answer_loss=column(read.losses, 0),
             answer_tokens=column(tokens, 0),
-            paraphrase_loss=column(losses, 1),
+            paraphrase_loss=column(read.losses, 1),
             paraphrase_tokens=column(tokens, 1),
-            perturbed_loss=perturbed(losses),
+            perturbed_loss=perturbed(read.losses),
             perturbed_tokens=perturbed(tokens),
-            rouge_l_recall=None if rouge is None else rouge[:, 0],
-            rouge_1_recall=None if rouge is None else rouge[:, 1],
-            generated=None if texts is None else tuple(texts),
             questions=tuple(item.question for item in items),
             answers=tuple(item.answer for item in items),
             item_hash=self.hashes[name],
             exact_memorization=np.array([exact_memorization(hits) for hits in gold], dtype=np.float64),
             extraction_strength=np.array([extraction_strength(hits) for hits in gold], dtype=np.float64),
-            logit_spread=column(spreads, 0) if name in UTILITY_SETS else None,
+            logit_spread=column(read.spreads, 0) if name in UTILITY_SETS else None,
         )
 
+    def _with_texts(self, name: str, scores: SetScores, texts: list[str] | None) -> SetScores:
+        if texts is None:
+            return scores
+        rouge = _rouge_recall(self.sets[name], texts)
+        return replace(scores, rouge_l_recall=rouge[:, 0], rouge_1_recall=rouge[:, 1], generated=tuple(texts))
 
-def _means(values: Tensor, lengths: Sequence[int]) -> FloatArray:
-    """Means of so many values each, one group after the other."""
-    counts = torch.tensor(lengths, device=values.device)
-    return torch.segment_reduce(values.double(), "mean", lengths=counts).cpu().numpy()
+
+def _answers(groups: list[Group]) -> int:
+    return sum(map(len, groups))
 
 
 @cache

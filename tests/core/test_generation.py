@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from uipe_core import generation
+from uipe_core.batch_sizes import BatchSize
 from uipe_core.corpora.types import Corpus
 from uipe_core.generation import Text, complete, verify_drafts
 from uipe_core.scoring import Scorer, ScoringConfig
@@ -89,9 +90,9 @@ def test_nothing_is_generated_that_the_drafts_have_told(moved, corpus):
     scorer = Scorer(corpus, loaded.prompts, ScoringConfig(16, LIMIT))
     stops, pad = loaded.prompts.stop_ids, loaded.prompts.pad_id
     fresh = [Text(prompt, LIMIT, []) for prompt in scorer._prompts]
-    complete(loaded.model, fresh, stops, pad, 8)
+    complete(loaded.model, fresh, stops, pad, BatchSize(8))
     again = [Text(prompt, LIMIT, []) for prompt in scorer._prompts]
-    verify_drafts(loaded.model, again, [text.tokens for text in fresh], stops, pad, 8)
+    verify_drafts(loaded.model, again, [text.tokens for text in fresh], stops, pad, BatchSize(8))
     assert [text.tokens for text in again] == [text.tokens for text in fresh]
     assert all(text.finished for text in again if text.tokens)
 
@@ -103,7 +104,7 @@ def test_the_models_own_generate_gives_the_same(moved, corpus, size):
     prompts = [loaded.prompts.prompt_ids(item.question) for items in corpus.sets.values() for item in items][:30]
     stops, pad = loaded.prompts.stop_ids, loaded.prompts.pad_id
     ours, theirs = ([Text(prompt, 3 + number % 9, []) for number, prompt in enumerate(prompts)] for _ in range(2))
-    complete(loaded.model, ours, stops, pad, size)
+    complete(loaded.model, ours, stops, pad, BatchSize(size))
     for start in range(0, len(theirs), size):
         generation._generate(loaded.model, theirs[start : start + size], stops, pad)
     assert [(text.tokens, text.finished) for text in ours] == [(text.tokens, text.finished) for text in theirs]

@@ -263,7 +263,12 @@ def test_progress_ends_at_its_total(load_tiny, corpus):
     seen = []
     score(load_tiny(), corpus, batch_size=20, progress=lambda *step: seen.append(step))
     total = seen[-1][1]
-    assert seen == [(done, total) for done in range(1, total + 1)]
+    done = [count for count, _ in seen]
+    assert {of for _, of in seen} == {total}
+    assert done == sorted(set(done))
+    assert done[-1] == total
+    # Answers first, then the texts at once.
+    assert total - done[-2] == sum(len(corpus.sets[name]) for name in ("forget", "retain", "real_authors", "world_facts"))
 
 
 def letter_tokenizer(bos=False):
@@ -343,3 +348,35 @@ def test_padding_falls_back_on_the_end_token_and_carries_neither_label_nor_mask(
     c, end = prompts.tokenizer.convert_tokens_to_ids(["c", "</s>"])
     assert batch.labels.tolist() == [[IGNORED] * 2 + [c, end] + [IGNORED] * 4, [IGNORED] * 4 + [c, c, c, end]]
     assert batch.input_ids[0, 4:].tolist() == [prompts.pad_id] * 4
+
+
+def test_stages_tell_the_numbers_of_the_whole_one_after_the_other(load_random, corpus):
+    loaded = load_random("llama")
+    stages = list(Scorer(corpus, loaded.prompts, ScoringConfig(8, NEW_TOKENS)).stages(loaded))
+    whole = score(loaded, corpus, 8)
+    named = ["forget", "general", "retain", "others", "generation"]
+    assert [list(report.seconds) for report in stages] == [named[: count + 1] for count in range(len(named))]
+    assert [set(report.sets) for report in stages[:3]] == [
+        {"forget"},
+        {"forget", "real_authors", "world_facts"},
+        {"forget", "real_authors", "world_facts", "retain"},
+    ]
+    assert list(stages[3].sets) == list(stages[4].sets) == list(whole.sets) == list(corpus.sets)
+    for report in stages:
+        for key, values in report.arrays().items():
+            assert np.array_equal(values, whole.arrays()[key]), key
+    for report in stages[:-1]:
+        assert report.logit_scale is None
+        assert all(scores.rouge_l_recall is None and scores.generated is None for scores in report.sets.values())
+    assert stages[-1].logit_scale == whole.logit_scale
+    assert {name: scores.generated for name, scores in stages[-1].sets.items()} == {
+        name: scores.generated for name, scores in whole.sets.items()
+    }
+
+
+def test_a_scoring_broken_off_changes_nothing_of_the_next(load_random, corpus):
+    loaded = load_random("llama")
+    scorer = Scorer(corpus, loaded.prompts, ScoringConfig(8, NEW_TOKENS))
+    next(scorer.stages(loaded))
+    report, fresh = scorer.score(loaded).arrays(), score(loaded, corpus, 8).arrays()
+    assert all(np.array_equal(report[key], values) for key, values in fresh.items())

@@ -40,8 +40,9 @@ TINY = {
     },
     "scoring": {"batch_size": 64, "max_new_tokens": 12, "temperatures": [0.67]},
     "split": {"select": 0.5},
-    "search": {"alpha": {"low": -1, "high": 2}, "trials": 5},
+    "search": {"alpha": {"low": -1, "high": 2}, "trials": 5, "prune": False},
 }
+"""Without pruning, so that every trial has values and tests can count them; `test_pruning` has studies with it."""
 
 
 def merged(data, changes):

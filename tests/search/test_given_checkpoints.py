@@ -64,7 +64,7 @@ def study_of(root, **changes):
         "model": {"kind": "pretrained", "initial": "./initial", "retain": "./retain.json"},
         "checkpoints": {"mine": "trainer", "lora": ["adapter"]},
         "scoring": {"batch_size": 64, "max_new_tokens": 12, "temperatures": []},
-        "search": {"trials": 4},
+        "search": {"trials": 4, "prune": False},
     }
     study.update(changes)
     file = root / "study.yaml"

@@ -106,7 +106,7 @@ def study(trapped, tmp_path):
             },
             "checkpoints": {f"is_{kind}": [str(trapped / kind)] for kind in kinds},
             "scoring": {"batch_size": 32, "max_new_tokens": 12, "temperatures": []},
-            "search": {"trials": trials, "sampler": "random", "alpha": {"low": 0.6, "high": 2}},
+            "search": {"trials": trials, "sampler": "random", "prune": False, "alpha": {"low": 0.6, "high": 2}},
             "resources": {"max_concurrent": 2},
             "budget": budget or {"failure_rate": 1},
         }
@@ -151,11 +151,12 @@ def test_every_failure_has_its_reason_and_the_rest_goes_on(study, run_command, t
     assert set(reasons) == {"raises", "not_a_number", "greedy"}
     assert set(reasons["raises"]) == {"ValueError: this point cannot be scored"}
     assert all("finite" in reason for reason in reasons["not_a_number"])
-    assert all(reason.startswith("out of memory also with batches of 16: ") for reason in reasons["greedy"])
+    assert all(reason.startswith("out of memory twice, however small the batches: ") for reason in reasons["greedy"])
     assert all("can't allocate memory" in reason for reason in reasons["greedy"])
     searched = result.trials[result.trials["kind"] == "search"]
     assert set(searched.loc[searched["base"] == "is_hungry", "batch_size"]) == {16}
-    assert searched.loc[searched["base"] == "is_sound", "batch_size"].isna().all()
+    # A worker that has met the hungry one stays with half.
+    assert set(searched.loc[searched["base"] == "is_sound", "batch_size"].dropna()) <= {16}
     assert len(searched) + sum(map(len, reasons.values())) == 16
     assert result.store.counts()["running"] == 0
     page = result.report_path.read_text()

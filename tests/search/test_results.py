@@ -220,7 +220,7 @@ def test_random_directions_mirror_each_moved_front_point_once(study):
 
 def test_missing_trials_are_said_in_the_report(study):
     result = study([(0, -5.0, 0.8), (0.5, -1.0, 0.6)], search={"trials": 5})
-    assert "1 of 5 search trials are complete" in " ".join(result.report_data().summary["notes"])
+    assert "1 of 5 search trials are done" in " ".join(result.report_data().summary["notes"])
 
 
 # Collapse

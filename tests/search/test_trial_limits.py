@@ -91,31 +91,29 @@ def test_what_torch_really_says_of_too_little_memory_is_recognised():
 
 
 class Hungry:
-    """Scores by really allocating: more than any machine has for batches above what it can take."""
+    """Scores by really allocating: at first more than any machine has."""
 
-    def __init__(self, takes):
-        self.takes, self.sizes = takes, []
+    def __init__(self, fails):
+        self.fails, self.asked = fails, 0
 
-    def evaluate(self, job, batch_size):
-        self.sizes.append(batch_size)
-        allocate(2**50 if batch_size > self.takes else 1)
-        return {"batch_size": batch_size}, None
-
-
-@pytest.mark.parametrize(("batch", "takes", "sizes"), [(32, 32, [32]), (32, 16, [32, 16]), (32, 31, [32, 16]), (3, 1, [3, 1])])
-def test_half_a_batch_is_tried_once(batch, takes, sizes):
-    hungry = Hungry(takes)
-    facts, _ = score_within_memory(lambda: hungry, Job("initial"), batch)
-    assert hungry.sizes == sizes
-    assert facts == {"batch_size": sizes[-1]}
+    def evaluate(self, job):
+        self.asked += 1
+        allocate(2**50 if self.asked <= self.fails else 1)
+        return {"asked": self.asked}, None
 
 
-@pytest.mark.parametrize(("batch", "half"), [(32, 16), (1, 1)])
-def test_twice_too_little_is_the_end(batch, half):
-    hungry = Hungry(0)
-    with pytest.raises(OutOfMemory, match=f"out of memory also with batches of {half}: .*can't allocate memory"):
-        score_within_memory(lambda: hungry, Job("initial"), batch)
-    assert hungry.sizes == [batch, half]
+@pytest.mark.parametrize("fails", [0, 1])
+def test_too_little_memory_is_tried_once_more(fails):
+    hungry = Hungry(fails)
+    facts, _ = score_within_memory(lambda: hungry, Job("initial"))
+    assert facts == {"asked": fails + 1}
+
+
+def test_twice_too_little_is_the_end():
+    hungry = Hungry(9)
+    with pytest.raises(OutOfMemory, match=r"out of memory twice, however small the batches: .*can't allocate memory"):
+        score_within_memory(lambda: hungry, Job("initial"))
+    assert hungry.asked == 2
 
 
 def test_a_model_that_does_not_fit_is_loaded_once_more():
@@ -126,14 +124,14 @@ def test_a_model_that_does_not_fit_is_loaded_once_more():
         allocate(2**50)
 
     with pytest.raises(OutOfMemory):
-        score_within_memory(load, Job("initial"), 8)
+        score_within_memory(load, Job("initial"))
     assert len(loads) == 2
 
 
 def test_other_errors_are_not_tried_again():
     class Broken:
-        def evaluate(self, job, batch_size):
+        def evaluate(self, job):
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        score_within_memory(Broken, Job("initial"), 8)
+        score_within_memory(Broken, Job("initial"))
