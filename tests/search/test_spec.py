@@ -260,9 +260,9 @@ class TestFile:
     def test_lines_and_scientific_notation(self, tmp_path: Path) -> None:
         text = (STUDIES / "quickstart.yaml").read_text().replace("learning_rate: 0.001", "learning_rate: 1e-3")
         assert load_study(write(tmp_path, text)).unlearning.learning_rate == (0.001,)
-        wrong = text.replace("sampler: tpe", "smpler: tpe").replace("epochs: 6", "epochs: six")
+        wrong = text.replace("sampler: line", "smpler: line").replace("epochs: 6", "epochs: six")
         lines = wrong.splitlines()
-        places = [next(n for n, line in enumerate(lines, 1) if key in line) for key in ("epochs: six", "smpler: tpe")]
+        places = [next(n for n, line in enumerate(lines, 1) if key in line) for key in ("epochs: six", "smpler: line")]
         with pytest.raises(StudyFileError) as caught:
             load_study(write(tmp_path, wrong))
         assert [problem.place for problem in caught.value.problems] == [f"line {place}" for place in places]
