@@ -23,7 +23,7 @@ SHARE = 0.25
 
 
 class BatchSize:
-    """A number of rows that only ever shrinks.
+    """A number of rows that shrinks as memory runs out.
 
     Attributes:
         rows: Most rows at once.
@@ -51,13 +51,17 @@ class BatchSize:
         Raises:
             Exception: Whatever `work` raises; of errors that mean too little memory only those of a single row.
         """
-        waiting = deque(cut(items, self.rows))
+        before = self.rows
+        waiting = deque(cut(items, before))
         while waiting:
             batch = waiting[0]
             try:
                 work(batch)
             except Exception as error:
-                if rows_of(batch) <= 1 or not ran_out(error):
+                if not ran_out(error):
+                    raise
+                if rows_of(batch) <= 1:
+                    self.rows = before  # what has no room for a row tells nothing of how many others may be read at once
                     raise
             else:
                 waiting.popleft()

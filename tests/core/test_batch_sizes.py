@@ -73,6 +73,17 @@ def test_a_single_row_that_is_too_much_and_other_errors_are_told():
     assert tries[4:] == [8]
 
 
+def test_what_has_no_room_for_one_row_leaves_the_number_as_it_was():
+    size = BatchSize(32)
+
+    def work(batch):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        size.through(range(50), work, cut=slices)
+    assert size.rows == 32
+
+
 @pytest.mark.parametrize("rows", [6, 2])
 def test_scores_and_texts_are_those_of_a_machine_with_more_memory(narrow, load_tiny, corpus, rows):
     config = ScoringConfig(32, 10)

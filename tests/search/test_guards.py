@@ -22,7 +22,7 @@ from uipe_core.tiny_models import tiny_model
 KINDS = ("sound", "stuck_in_c", "asleep", "raises", "not_a_number", "hungry", "greedy")
 
 CODE = '''
-"""A Llama with one number for each way to go wrong; above 1.5, and with the others at 0, it goes wrong that way."""
+"""A Llama with one number for each way to go wrong; above 1, and with the others at 0, it goes wrong that way."""
 import re
 import time
 
@@ -63,7 +63,7 @@ class TrapForCausalLM(LlamaForCausalLM):
     @property
     def way(self):
         moved = self.trap.nonzero().flatten().tolist()
-        return KINDS[moved[0]] if len(moved) == 1 and self.trap[moved[0]] > 1.5 else None
+        return KINDS[moved[0]] if len(moved) == 1 and self.trap[moved[0]] > 1 else None
 '''
 
 
@@ -106,7 +106,7 @@ def study(trapped, tmp_path):
             },
             "checkpoints": {f"is_{kind}": [str(trapped / kind)] for kind in kinds},
             "scoring": {"batch_size": 32, "max_new_tokens": 12, "temperatures": []},
-            "search": {"trials": trials, "sampler": "random", "prune": False, "alpha": {"low": 0.6, "high": 2}},
+            "search": {"trials": trials, "sampler": "random", "prune": False, "alpha": {"low": 0, "high": 2}},
             "resources": {"max_concurrent": 2},
             "budget": budget or {"failure_rate": 1},
         }
@@ -163,7 +163,7 @@ def test_every_failure_has_its_reason_and_the_rest_goes_on(study, run_command, t
     for kind, why in reasons.items():
         shown = f"{len(why)} x {why[0]}" if kind == "raises" else ""
         assert shown in said
-    assert "this point cannot be scored" in page and "batches of 16" in page
+    assert "this point cannot be scored" in page and "however small the batches" in page
 
 
 @pytest.mark.slow

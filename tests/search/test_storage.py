@@ -384,7 +384,7 @@ def test_a_study_runs_in_postgresql_through_a_restart_of_its_server_and_is_resum
     server, finished, write_study, launch, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("UIPE_STORAGE", server.url)
-    file = write_study(tmp_path / "study.yaml", storage=server.url, search={"trials": 12}, scoring={"batch_size": 2})
+    file = write_study(tmp_path / "study.yaml", storage=server.url, search={"trials": 40}, scoring={"batch_size": 2})
     command = ("run", file, "--out", tmp_path / "out")
 
     def done():
@@ -407,7 +407,7 @@ def test_a_study_runs_in_postgresql_through_a_restart_of_its_server_and_is_resum
     again = launch(*command)
     assert again.wait() == 0, again.stderr
     result = StudyResult.open(tmp_path / "out")
-    assert result.trials["kind"].value_counts().to_dict() == {"search": 12, "alpha_zero": 4}
+    assert result.trials["kind"].value_counts().to_dict() == {"search": 40, "alpha_zero": 4}
     assert result.store.counts()["running"] == 0
     for output in (driver, second, again):
         assert SECRET not in output.stderr + output.stdout and QUOTED not in output.stderr + output.stdout
