@@ -2,8 +2,8 @@
 
 A walk reads theta_init and the update and writes the model. Timed are alphas one after the other on one update (what a search
 does most), with the update at hand and with it in its file; and a first walk, for which everything must be fetched. The
-baseline is `Tensor.copy_` on the same device between two buffers as large as the model; a ratio is bytes per second over its bytes per
-second, reading and writing both counted. Low-rank updates are scaled, which moves nothing; their milliseconds are given.
+baseline is `Tensor.copy_` on the same device between two buffers as large as the model; a ratio is bytes per second over its
+bytes per second, reading and writing both counted. Low-rank updates are scaled, which moves nothing: their milliseconds.
 Prints one JSON object. Needs `uipe_core` alone.
 
     python benchmarks/extrapolate.py                                # a Llama of 113 million parameters in fp32, on the CPU

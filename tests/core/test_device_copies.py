@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from uipe_core import device_copies, weight_files
+from uipe_core import device_copies, extrapolator, weight_files
 from uipe_core.device_copies import Courier
 from uipe_core.extrapolator import Extrapolator, extrapolate
 from uipe_core.update_vectors import DENSE, UpdateVector, snapshot
@@ -26,6 +26,7 @@ def same_bits(one, other):
 @pytest.mark.parametrize("part", [2, 1 << 22])
 def test_one_pass_gives_the_bits_of_a_copy_and_a_sum(dtype, part, monkeypatch):
     monkeypatch.setattr(weight_files, "PART", part)
+    monkeypatch.setattr(extrapolator, "PIECE", part)
     draws = torch.Generator().manual_seed(0)
     for shape in SHAPES:
         initial = torch.randn(shape, generator=draws).to(dtype)
@@ -39,6 +40,14 @@ def test_one_pass_gives_the_bits_of_a_copy_and_a_sum(dtype, part, monkeypatch):
             assert same_bits(wide, in_two_steps(initial, delta, alpha, torch.float32))
         extrapolate(target, initial, delta, -1.0)
         assert torch.equal(target, initial)
+
+
+def test_weights_that_do_not_lie_in_one_piece_are_moved_too():
+    draws = torch.Generator().manual_seed(0)
+    initial, delta = torch.randn(6, 4, generator=draws).bfloat16().T, torch.randn(4, 6, generator=draws)
+    target = torch.empty(6, 4, dtype=torch.bfloat16).T
+    extrapolate(target, initial, delta, 0.3)
+    assert torch.equal(target, in_two_steps(initial, delta, 0.3, torch.bfloat16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
