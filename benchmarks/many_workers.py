@@ -18,7 +18,8 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,24 @@ def main() -> None:
     parser.add_argument("--no-pool", action="store_true", help="without the baseline")
     parser.add_argument("--dir", type=Path, help="where to write the study; a temporary folder when left out")
     options = parser.parse_args()
+    with local_ray(options.workers, options.dir) as folder:
+        linear = options.workers / options.seconds
+        pool = None if options.no_pool else round(pool_rate(options.workers, options.trials, options.seconds) / linear, 3)
+        found = study_share(options, folder)
+    print(json.dumps(summary(options, found, pool), indent=1))
+
+
+@contextmanager
+def local_ray(workers: int, where: Path | None = None) -> Iterator[Path]:
+    """A Ray of this machine with room for so many workers, and a folder that goes with it."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    folder = Path(tempfile.mkdtemp(prefix="w", dir=options.dir))
+    folder = Path(tempfile.mkdtemp(prefix="w", dir=where))
     ray.init(
         address="local",
-        num_cpus=options.workers,
+        num_cpus=workers,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="ERROR",
@@ -105,12 +116,10 @@ def main() -> None:
         _node_ip_address="127.0.0.1",
     )
     try:
-        pool = None if options.no_pool else pool_share(options.workers, options.trials, options.seconds)
-        found = study_share(options, folder)
+        yield folder
     finally:
         ray.shutdown()
         shutil.rmtree(folder, ignore_errors=True)
-    print(json.dumps(summary(options, found, pool), indent=1))
 
 
 def summary(options: argparse.Namespace, found: dict[str, float], pool: float | None) -> dict[str, Any]:
@@ -161,8 +170,8 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     }
 
 
-def pool_share(workers: int, trials: int, seconds: float) -> float:
-    """Share of linear of a bare pool."""
+def pool_rate(workers: int, trials: int, seconds: float) -> float:
+    """Trials per second of a bare pool, once it is at work."""
 
     class Bare:
         def step(self) -> str:
@@ -181,7 +190,7 @@ def pool_share(workers: int, trials: int, seconds: float) -> float:
     for actor in actors:
         ray.kill(actor)
     first, last = ends[2 * workers], ends[-1]
-    return round((len(ends) - 1 - 2 * workers) / (last - first) * seconds / workers, 3)
+    return (len(ends) - 1 - 2 * workers) / (last - first)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,14 @@
 The straightforward way is a loop over transformers as most evaluation scripts have it: every answer a row of its own, batches
 of 32 in the order of the items, padded, logits everywhere; and `generate` for every question, 32 at a time. Both are timed on
 weights that are healthy, half unlearned and collapsed (moved by 0, 0.5 and 3 times their own spread in a random direction),
-and must agree. Prints one JSON object; a ratio is the time of the straightforward way over that of the scorer. Needs
-`uipe_core` alone.
+and must agree. Then rates: floating-point operations of reading answers against those of a large matrix product in the same
+dtype on the same device, and tokens per second of generation without drafts against `generate`. Prints one JSON object; a ratio
+is the time of the straightforward way over that of the scorer. Needs `uipe_core` alone.
 
     python benchmarks/scoring.py                                          # a small Llama trained on the people corpus
     python benchmarks/scoring.py --tofu data/tofu --device cuda --dtype bfloat16
     python benchmarks/scoring.py --model FOLDER --tofu data/tofu          # a model of your own
+    python benchmarks/scoring.py --model 7b --device cuda                 # 7B-shaped, random weights, bf16
 """
 
 import argparse
@@ -16,43 +18,37 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from machine import machine
+from models import SHAPES, random_llama, small
 
-from uipe_core.content_store import ContentStore, cache_folder
+from uipe_core.batch_sizes import BatchSize
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
-from uipe_core.models import LoadedModel, load_model
+from uipe_core.generation import Text, complete
+from uipe_core.models import DTYPES, LoadedModel, load_model
 from uipe_core.prompts import IGNORED, pad_batch
 from uipe_core.scoring import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
-from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
 
 BATCH = 32
 STATES = {"healthy": 0.0, "half unlearned": 0.5, "collapsed": 3.0}
-
-SMALL = TinyModelConfig(
-    tokenizer="word",
-    vocab_size=None,
-    hidden_size=64,
-    layers=2,
-    heads=4,
-    base=Stage(epochs=12, learning_rate=0.005, batch_size=64),
-    finetune=Stage(epochs=15, learning_rate=0.003, batch_size=32),
-    seed=0,
-)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tofu", help="folder or hub name of TOFU; the people corpus when left out")
-    parser.add_argument("--model", help="folder or hub name; a small Llama trained here when left out")
+    parser.add_argument(
+        "--model", help=f"folder or hub name, or {', '.join(SHAPES)}: random weights; a small Llama trained here when left out"
+    )
     parser.add_argument("--prompt-template", default="Question: {question}\nAnswer: ")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch-size", type=int, help="of the scorer; found by itself when left out")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
@@ -60,8 +56,12 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     corpus = load_people() if options.tofu is None else load_tofu(options.tofu)
     if options.model is None:
-        folder = str(tiny_model(SMALL, corpus, "full", ContentStore(cache_folder("models"))))
-        loaded = load_model(folder, dtype=options.dtype, device=options.device)
+        loaded = small(corpus, options.dtype, options.device)
+    elif options.model in SHAPES:
+        loaded = small(corpus, device=options.device)
+        usual = "bfloat16" if loaded.device.type == "cuda" else "float32"
+        dtype = DTYPES[usual if options.dtype == "auto" else options.dtype]
+        loaded.model = random_llama(options.model, loaded.device, dtype)
     else:
         template = options.prompt_template
         loaded = load_model(options.model, dtype=options.dtype, device=options.device, prompt_template=template)
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def benchmark(loaded: LoadedModel, corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
-    config = ScoringConfig(BATCH, options.new_tokens)
+    config = ScoringConfig(options.batch_size, options.new_tokens)
     scorer = Scorer(corpus, loaded.prompts, config)
     initial = {name: parameter.detach().clone() for name, parameter in loaded.model.named_parameters()}
     results = {}
@@ -105,10 +105,105 @@ def benchmark(loaded: LoadedModel, corpus: Corpus, options: argparse.Namespace) 
         "model": {"class": type(model).__name__, "parameters": model.num_parameters(), "dtype": str(model.dtype)},
         "items": {name: len(items) for name, items in corpus.sets.items()},
         "answers": len(scorer.examples),
+        "batch_size": scorer.batch_size,
         "repeats": options.repeats,
         "states": results,
+        "rates": rates(loaded, scorer, initial, options),
         "machine": machine(loaded.device),
     }
+
+
+def rates(loaded: LoadedModel, scorer: Scorer, initial: dict[str, torch.Tensor], options: argparse.Namespace) -> dict[str, Any]:
+    """How near reading comes to the device's matrix rate, and how fast text is generated that no draft has told."""
+    move(loaded.model, initial, 0.0)
+    counted = Counted(loaded, scorer.prompts.pad_id)
+    last_of_losses(scorer, loaded)
+    counted.stop()
+    reading = statistics.median(sum(last_of_losses(scorer, loaded).seconds.values()) for _ in range(options.repeats))
+    matrix = matrix_rate(loaded, options.repeats)
+    texts = [scorer.prompts.prompt_ids(item.question) for name in GENERATED_SETS for item in scorer.sets.get(name, ())]
+    texts.sort(key=len)
+    ours = statistics.median(generated(loaded, texts, options.new_tokens, 4 * (scorer.batch_size or BATCH)) for _ in range(3))
+    theirs = statistics.median(generated_by_transformers(loaded, texts, options.new_tokens) for _ in range(3))
+    return {
+        "matrix_teraflops": round(matrix / 1e12, 3),
+        "reading_teraflops": round(counted.operations / reading / 1e12, 3),
+        "reading_share_of_matrix_rate": round(counted.operations / reading / matrix, 3),
+        "padding_share_of_tokens_read": round(1 - counted.real / counted.tokens, 3),
+        "tokens_read_per_second": round(counted.real / reading),
+        "generated_tokens_per_second": round(ours),
+        "generated_tokens_per_second_by_transformers": round(theirs),
+        "generation_ratio": round(ours / theirs, 2),
+    }
+
+
+def last_of_losses(scorer: Scorer, loaded: LoadedModel) -> Any:
+    """The report after the last stage of losses; no text is generated."""
+    for report in scorer.stages(loaded):
+        if GENERATION not in report.seconds and len(report.sets) == len(scorer.sets):
+            return report
+    raise AssertionError("there are losses before there are texts")
+
+
+class Counted:
+    """Counts what a model reads while losses are taken, and the operations of its matrix products, padding included."""
+
+    def __init__(self, loaded: LoadedModel, pad_id: int) -> None:
+        model, config = loaded.model, loaded.model.config
+        self.tokens = self.real = self.operations = 0
+        body = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name)
+
+        def note(module: Any, arguments: Any, named: dict[str, Any]) -> None:
+            ids = named["input_ids"]
+            rows, length = ids.shape
+            kept = named.get("logits_to_keep") or length
+            self.tokens += ids.numel()
+            self.real += int((ids != pad_id).sum())
+            attention = 4 * config.num_hidden_layers * config.hidden_size * rows * length * length
+            self.operations += 2 * body * ids.numel() + 2 * config.hidden_size * config.vocab_size * rows * kept + attention
+
+        self._handle = model.register_forward_pre_hook(note, with_kwargs=True)
+
+    def stop(self) -> None:
+        self._handle.remove()
+
+
+def matrix_rate(loaded: LoadedModel, repeats: int) -> float:
+    """Floating-point operations per second of a product of two large square matrices in the model's dtype."""
+    size = 8192 if loaded.device.type == "cuda" else 1024
+    left, right = (torch.randn(size, size, device=loaded.device).to(loaded.model.dtype) for _ in range(2))
+    left @ right
+    times = [timed(loaded, lambda: left @ right)[1] for _ in range(4 * repeats)]
+    return 2 * size**3 / statistics.median(times)
+
+
+@torch.inference_mode()
+def generated(loaded: LoadedModel, prompts: list[list[int]], new_tokens: int, rows: int) -> float:
+    """Tokens per second, all texts as long as they may be."""
+    texts = [Text(prompt, new_tokens, []) for prompt in prompts]
+    _, seconds = timed(loaded, lambda: complete(loaded.model, texts, (), loaded.prompts.pad_id, BatchSize(rows)))
+    return sum(len(text.tokens) for text in texts) / seconds
+
+
+@torch.inference_mode()
+def generated_by_transformers(loaded: LoadedModel, prompts: list[list[int]], new_tokens: int) -> float:
+    """The same with `generate`, 32 prompts at a time."""
+    seconds = 0.0
+    for start in range(0, len(prompts), BATCH):
+        known = prompts[start : start + BATCH]
+        ids, mask = left_padded(known, loaded.prompts.pad_id, loaded.device)
+        never = loaded.model.config.vocab_size  # no token: nothing ends early
+        settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": never}
+        pad = loaded.prompts.pad_id
+        call = partial(loaded.model.generate, input_ids=ids, attention_mask=mask, pad_token_id=pad, **settings)
+        seconds += timed(loaded, call)[1]
+    return len(prompts) * new_tokens / seconds
+
+
+def left_padded(known: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    longest = max(map(len, known))
+    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in known], device=device)
+    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in known], device=device)
 
 
 def median(runs: list[dict[str, float]], key: str) -> float:
@@ -159,9 +254,7 @@ def plain_scores(
         questions = [item.question for item in corpus.sets.get(name, ())]
         for start in range(0, len(questions), BATCH):
             known = [prompts.prompt_ids(question) for question in questions[start : start + BATCH]]
-            longest = max(map(len, known))
-            ids = torch.tensor([[prompts.pad_id] * (longest - len(row)) + row for row in known], device=device)
-            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in known], device=device)
+            ids, mask = left_padded(known, prompts.pad_id, device)
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -170,7 +263,7 @@ def plain_scores(
                 pad_token_id=prompts.pad_id,
                 eos_token_id=prompts.stop_ids,
             )
-            texts[name] += loaded.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+            texts[name] += loaded.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
     return losses, texts, {"losses": middle - started, "generation": time.perf_counter() - middle}
 
 

@@ -7,34 +7,65 @@ Dense updates go through part by part: beside the model, memory holds a few part
 
 from collections.abc import Mapping
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
+from uipe_core.device_copies import Courier
 from uipe_core.update_vectors import LOW_RANK, UpdateVector, adapter_state, snapshot, wrap_adapter
-from uipe_core.weight_files import parts, passing, shapes_of
+from uipe_core.weight_files import parts, shapes_of
+
+PIECE = 1 << 16
+"""Entries widened at once on the CPU: 256 KiB in fp32."""
 
 
 @torch.no_grad()
-def extrapolate(target: Tensor, initial: Tensor, delta: Tensor, alpha: float) -> None:
-    """Sets `target` to theta_init + (1 + alpha) * delta, summed in fp32 and cast once; exactly theta_init at alpha = -1.
+def extrapolate(target: Tensor, initial: Tensor, delta: Tensor, alpha: float, courier: Courier | None = None) -> None:
+    """Sets `target` to theta_init + (1 + alpha) * delta, summed in fp32 and rounded once; exactly theta_init at alpha = -1.
 
-    Part by part on the target's device, and in place where it is fp32.
+    One pass, part by part on the target's device: reads theta_init and delta, writes the target.
+
+    Args:
+        target: Weights, set in place.
+        initial: theta_init, in the target's dtype or a wider one.
+        delta: The update, fp32.
+        alpha: How far.
+        courier: Brings parts that lie elsewhere to the target's device.
     """
-    cut = parts(target)
-    scratch = None if target.dtype == torch.float32 else passing(cut[0].shape).to(target.device)
-    for part, start, change in zip(cut, parts(initial), parts(delta), strict=True):
-        total = part if scratch is None else scratch[: len(part)] if part.dim() else scratch
-        total.copy_(start).add_(change.to(part.device), alpha=1.0 + alpha)
-        if total is not part:
-            part.copy_(total)
+    if target.device.type == "cpu" and not (target.dtype == initial.dtype == torch.float32):
+        _widen(target, initial, delta, alpha)
+        return
+    courier = courier or Courier()
+    for part, start, change in zip(parts(target), parts(initial), parts(delta), strict=True):
+        start, change = courier.bring(start, part.device), courier.bring(change, part.device)
+        torch.add(start, change, alpha=1.0 + alpha, out=part)
+
+
+def _widen(target: Tensor, initial: Tensor, delta: Tensor, alpha: float) -> None:
+    """`extrapolate` on the CPU, where torch would widen by making a copy of all, while GPUs widen as they read.
+
+    In pieces that stay in the processor's cache between the steps.
+    """
+    flat = all(tensor.is_contiguous() for tensor in (target, initial, delta))
+    pieces = zip(*(t.view(-1).split(PIECE) if flat else parts(t) for t in (target, initial, delta)), strict=True)
+    scratch: Tensor | None = None
+    for piece, start, change in pieces:
+        if piece.dtype == torch.float32:
+            piece.copy_(start).add_(change, alpha=1.0 + alpha)
+            continue
+        if scratch is None:
+            scratch = torch.empty(piece.numel())  # the first is the largest
+        total = scratch[: piece.numel()].view(piece.shape)
+        piece.copy_(total.copy_(start).add_(change, alpha=1.0 + alpha))
 
 
 class Extrapolator:
     """Moves one model along update vectors, always from its pristine weights.
 
-    Dense updates are written into the weights. Low-rank updates are loaded as a PEFT adapter whose scale is set; they are
-    never merged, so the weights underneath stay as they are.
+    Dense updates are written into the weights. On GPUs with room for it, theta_init and the last update are kept beside them,
+    so that another alpha moves nothing over the bus; elsewhere both are streamed. Low-rank updates are loaded as a PEFT adapter
+    whose scale is set; they are never merged, so the weights underneath stay as they are.
 
     Args:
         model: A transformers model holding theta_init. It is changed in place (and wrapped for low-rank updates).
@@ -46,6 +77,10 @@ class Extrapolator:
     def __init__(self, model: Any, initial: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
         self._initial = initial if initial is not None else snapshot(model)
+        self._courier = Courier()
+        self._settled = False
+        # Not the update itself: whoever lets go of it wants its file closed.
+        self._near: tuple[ref[UpdateVector], Mapping[str, Tensor]] | None = None
         self._moved = False
         self._adapter: Mapping[str, Any] | None = None
         self._loaded: UpdateVector | None = None
@@ -62,11 +97,25 @@ class Extrapolator:
         self._unwrap()
         parameters = dict(self.model.named_parameters())
         _check_fit(update.shapes, shapes_of(parameters))
+        tensors = self._brought_near(update, parameters)
         self._moved = True
         # In the update's order: what is drawn or read is then asked for as it comes.
-        for name in update.tensors:
-            extrapolate(parameters[name], self._initial[name], update.tensors[name], alpha)
+        for name in tensors:
+            extrapolate(parameters[name], self._initial[name], tensors[name], alpha, self._courier)
         return self.model
+
+    def _brought_near(self, update: UpdateVector, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """The update's tensors, and theta_init too, on GPUs with room for them."""
+        if not self._settled:
+            self._initial = self._courier.settle(self._initial, parameters)
+            self._settled = True
+        if self._near is None or self._near[0]() is not update:
+            self._near = None  # first: the last one's room is the next one's
+            tensors = self._courier.settle(update.tensors, parameters)
+            if tensors is update.tensors:
+                return tensors
+            self._near = (ref(update), tensors)
+        return self._near[1]
 
     def reset(self) -> Any:
         """Sets the model back to theta_init and returns it."""
@@ -76,7 +125,7 @@ class Extrapolator:
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     for target, start in zip(parts(parameter), parts(self._initial[name]), strict=True):
-                        target.copy_(start)
+                        target.copy_(self._courier.bring(start, target.device))
             self._moved = False
         return self.model
 

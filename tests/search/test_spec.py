@@ -121,6 +121,20 @@ BAD_IN_PEOPLE = [
     ("unlearning.adapter", {"target_modules": "all"}, ["found 'all'", "all-linear", "[q_proj, v_proj]"]),
     ("unlearning.adapter", {"dropout": 1}, ["below 1"]),
     ("scoring.definition", "toffu", ["found 'toffu'", "no such definition", "Did you mean tofu? Allowed: tofu"]),
+    *(
+        ("scoring.batch_size", value, [f"found {said}", "at least 1, or auto", "Write for example 32"])
+        for value, said in (
+            (0, "0"),
+            (-3, "-3"),
+            (2.5, "2.5"),
+            (True, "true"),
+            ("many", "'many'"),
+            (None, "null"),
+            ([32], "[32]"),
+        )
+    ),
+    ("search.prune", "often", ["'often'", "true or false"]),
+    ("search.prune", 1, ["found 1", "true or false"]),
     ("scoring.temperatures", [1.5, 1.5], ["differ"]),
     ("scoring.temperatures", [1], ["initial model itself", "Remove the 1"]),
     ("search.sampler", "TPE", ["Did you mean tpe?"]),
@@ -523,3 +537,13 @@ def test_any_bytes_are_explained(tmp_path_factory: pytest.TempPathFactory, conte
     path.write_bytes(content)
     with pytest.raises(StudyFileError):
         load_study(path)
+
+
+def test_a_batch_size_may_be_left_to_the_machine():
+    study = people()
+    study["scoring"] = {**study.get("scoring", {}), "batch_size": "auto"}
+    spec = parse_study(study)
+    assert (spec.scoring.batch_size, spec.scoring.rows) == ("auto", None)
+    assert StudySpec.model_validate(spec.model_dump(mode="json"), strict=False) == spec
+    study["scoring"]["batch_size"] = 7
+    assert parse_study(study).scoring.rows == 7

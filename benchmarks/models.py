@@ -1,0 +1,57 @@
+"""The models benchmarks run on: a small Llama that is really trained, and random ones of larger models' shapes."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from uipe_core.content_store import ContentStore, cache_folder
+from uipe_core.corpora.types import Corpus
+from uipe_core.models import LoadedModel, load_model
+from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
+
+SHAPES = {
+    # name: hidden, intermediate, layers, heads, key-value heads, vocabulary
+    "100m": (768, 2048, 10, 12, 12, 32000),
+    "1b": (2048, 8192, 16, 32, 8, 128256),
+    "7b": (4096, 11008, 32, 32, 32, 32000),
+}
+"""Shapes of Llamas with random weights: a small one, Llama-3.2-1B's, Llama-2-7b's."""
+
+SMALL = TinyModelConfig(
+    tokenizer="word",
+    vocab_size=None,
+    hidden_size=64,
+    layers=2,
+    heads=4,
+    base=Stage(epochs=12, learning_rate=0.005, batch_size=64),
+    finetune=Stage(epochs=15, learning_rate=0.003, batch_size=32),
+    seed=0,
+)
+"""The quickstart's model."""
+
+
+def small(corpus: Corpus, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """The small Llama, trained on a corpus unless the cache has it."""
+    config = SMALL if corpus.build.get("base") else replace(SMALL, base=None)
+    folder = tiny_model(config, corpus, "full", ContentStore(cache_folder("models")))
+    return load_model(str(folder), dtype=dtype, device=device)
+
+
+def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """A Llama of a name in `SHAPES` with random weights, made where it is used: 7B would take minutes on a CPU."""
+    hidden, inner, layers, heads, kv_heads, vocabulary = SHAPES[shape]
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
