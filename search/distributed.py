@@ -1,6 +1,7 @@
 """A base run in several processes, over several GPUs or nodes: Ray Train starts them and joins them to a process group."""
 
 import os
+import re
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +18,9 @@ from search.running_sections import BaseRunResources
 from uipe_core.delta_store import BaseRun
 from uipe_core.errors import UserError
 from uipe_core.training import DivergedError
+
+LOST_PEER = re.compile(r"Connection (reset|closed|refused)|Broken pipe|remote process exit|NCCL communicator was aborted", re.I)
+"""What gloo and nccl say of a process that does not answer any more."""
 
 PATIENCE_SECONDS = 12 * 3600
 """How long processes wait for one of them: for the first to write an epoch, or for another study that trains the same run."""
@@ -85,9 +89,12 @@ def _in_group(train: Callable[[], BaseRun | None], problems: Queue) -> BaseRun |
 
 
 def _died(error: TrainingFailedError) -> bool:
-    """Whether a process was lost, rather than ended by an error of its own."""
+    """Whether a process was lost, rather than ended by an error of its own.
+
+    The others may be the first to notice, when they read from one that is not there any more.
+    """
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    return any(isinstance(failure, ray.exceptions.RayError) for failure in failures)
+    return any(isinstance(failure, ray.exceptions.RayError) or LOST_PEER.search(str(failure)) for failure in failures)
 
 
 def _cause(error: TrainingFailedError, problems: Queue) -> Exception:

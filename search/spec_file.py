@@ -9,6 +9,7 @@ import yaml
 
 from search.choice_sections import SOURCES
 from search.spec_errors import KeyPath, Problem, StudyFileError, key_text, show
+from search.url_secrets import without_password
 from uipe_core.corpora.files import SUFFIXES
 
 Lines = dict[KeyPath, int]
@@ -195,7 +196,7 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
         result["warm_start"] = [str(place) for place in places]
         remedy = "Correct the path (it is relative to the study file), or remove it."
         problems += [
-            (("warm_start", number), f"found {earlier[number]!r}; there is no folder {place}. {remedy}")
+            (("warm_start", number), without_password(f"found {earlier[number]!r}; there is no folder {place}. {remedy}"))
             for number, place in enumerate(places)
             if not _exists(place, file=False)
         ]
@@ -284,4 +285,4 @@ def _missing(section: str, value: str, path: Path, what: str) -> str:
     if section == "corpus":
         command = f"hf download locuslab/TOFU --repo-type dataset --local-dir {path}"
         remedy = f"Put the TOFU files there (`{command}`), correct the path, or write locuslab/TOFU to use the hub."
-    return f"found {show(value)}; there is no {what} {path}. {remedy}"
+    return without_password(f"found {show(value)}; there is no {what} {path}. {remedy}")

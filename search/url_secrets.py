@@ -6,7 +6,8 @@ from urllib.parse import unquote, unquote_plus
 HIDDEN = "***"
 """Stands for a password."""
 
-_USER_SECRET = re.compile(r"(://[^:/@\s]*):(\S*)@")
+_USER_SECRET = re.compile(r"(:/{1,2}[^:/@\s]*):(\S*)@")
+"""One slash is what a path makes of two."""
 _QUERY_SECRET = re.compile(r"([?&][^=&#\s]*(?:password|secret|token|key|sig|credential)[^=&#\s]*=)([^&#\s]*)", re.IGNORECASE)
 
 

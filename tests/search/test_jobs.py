@@ -209,7 +209,9 @@ def test_a_node_dies_and_the_study_finishes(environment, living_processes, longe
         cluster.until(job, lambda status: status.get("trials", {}).get("done", 0) >= 2)
         os.kill(second, signal.SIGKILL)
         cluster.until(job, lambda status: status["state"] not in ("pending", "running"), seconds=900)
-        status = cluster.state(job)
+        # A study is finished a moment before the process that ran it has ended.
+        while (status := cluster.state(job))["ended"] is None:
+            time.sleep(1)
         assert (status["state"], status["exit_code"]) == ("finished", 0), cluster.uipe("logs", job)[1]
         assert status["trials"]["done"] == SEARCHED + 4
         everything_is_there(out)

@@ -369,6 +369,8 @@ def test_a_study_in_postgresql_keeps_no_password(server, new_store, made_up_evid
 def test_secrets_of_any_url_are_hidden(url):
     assert "hunter2" not in without_password(url)
     assert "hunter2" not in without_secrets_of(f"cannot reach {url}", url)
+    as_a_path = str(Path("/studies") / url)
+    assert "hunter2" not in without_password(as_a_path)
     assert without_secrets_of("the key is hunter2", "s3://me:hunter2@bucket/a?b=1") == "the key is ***"
     assert without_secrets_of("the key is a/b", "s3://me:a%2Fb@bucket/a") == "the key is ***"
     assert without_password(url).partition("://")[0] == url.partition("://")[0]
