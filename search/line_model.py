@@ -31,7 +31,8 @@ LOOKED_AT = 800
 """Most points that those are taken from."""
 JITTER = 1e-6
 """Variance of what no smooth function of weights explains, as a share of the kernel's own; float32 scores have about that."""
-_PRIOR_SD = 3.0
+WORTH = 8.0
+_PRIOR_SD = 0.5
 """Of the logarithm of each setting, around its start: broad, so that settings the data do not show stay finite."""
 _STEPS = 40
 
@@ -91,10 +92,10 @@ class Kernel:
     variance that is no function of the weights: text changes at once where losses change smoothly.
     """
 
-    constant: float = 1.0
-    linear: float = 1.0
-    quadratic: float = 1.0
-    length: float = 1.0
+    constant: float = 0.3
+    linear: float = 0.3
+    quadratic: float = 0.02
+    length: float = 1.2
     nugget: float = JITTER
 
     def parts(self, inner: FloatArray, a: FloatArray, b: FloatArray) -> tuple[FloatArray, ...]:
@@ -161,7 +162,8 @@ def fit(geometry: Geometry, places: Places, products: list[tuple[FloatArray, int
         if noisy:
             gradient.append(0.5 * kernel.nugget * (np.diag(slope) * variances).sum())
         away = (logarithms - centre) / _PRIOR_SD
-        return value + 0.5 * float(away @ away), np.array(gradient) + away / _PRIOR_SD
+        worth = min(1.0, WORTH / items)
+        return worth * value + 0.5 * float(away @ away), worth * np.array(gradient) + away / _PRIOR_SD
 
     bounds = [(-12.0, 12.0)] * 3 + [(-4.0, 4.0)] + ([(np.log(JITTER), 0.0)] if noisy else [])
     found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _STEPS})
@@ -288,10 +290,12 @@ class LineModel:
         went together go together.
         """
         mixes = generator.standard_normal((draws, len(self._places)))
-        return {
-            name: mixes[:, trained.rows] @ trained.white[name] / np.sqrt(len(trained.rows))
-            for name, trained in self._trained.items()
-        }
+        drawn = {}
+        for name, trained in self._trained.items():
+            inverse = cho_solve((trained.factor, True), np.eye(len(trained.rows)))
+            missed = inverse @ (trained.factor @ trained.white[name]) / np.sqrt(np.diag(inverse))[:, None]
+            drawn[name] = mixes[:, trained.rows] @ missed / np.sqrt(len(trained.rows))
+        return drawn
 
 
 def _with_nugget(covariance: FloatArray, nugget: float) -> FloatArray:
