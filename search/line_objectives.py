@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.line_model import FloatArray
+from search.line_kernel import FloatArray
 from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.definitions import definition_named
 from uipe_core.metrics import SET_TITLES, item_components, quality_ratios, truth_ratio
@@ -21,7 +21,7 @@ from uipe_core.uncertainty import log10_p_table
 LEAST_LOG = -30.0
 """Logarithms of probabilities and ratios are kept above: below it they count for nothing."""
 BEND = 2.0
-"""Where curves turn from linear to logarithmic, in nats or, for forget quality, standard deviations of the retain model's ratios.
+"""Where curves turn from linear to logarithmic: nats; for forget quality, standard deviations of the retain model's ratios.
 
 What happens in a collapse is large and counts for nothing; unbent it would set the scale that all else is judged by.
 """
@@ -128,4 +128,5 @@ def _bend(logarithms: FloatArray) -> FloatArray:
 
 def _unbend(curves: FloatArray) -> FloatArray:
     """Logarithms again, as far as they are negative: what is above 0 counts as 0."""
-    return np.asarray(BEND * np.sinh(np.clip(curves, BEND * np.arcsinh(LEAST_LOG / BEND), 0.0) / BEND))
+    grown = np.exp(np.clip(curves, BEND * np.arcsinh(LEAST_LOG / BEND), 0.0) / BEND)
+    return np.asarray(0.5 * BEND * (grown - 1.0 / grown))
