@@ -91,7 +91,7 @@ class Curves:
             raise ValueError(f"curves that are not finite: {', '.join(bad)}")
         return curves
 
-    def objectives(self, curves: Mapping[str, FloatArray]) -> FloatArray:
+    def objectives(self, curves: Mapping[str, NDArray[np.floating[Any]]]) -> FloatArray:
         """(..., m) objectives of curves (..., n)."""
         return np.stack(
             [self._utility(curves) if name is None else self._quality(curves, name) for name in self._qualities], axis=-1
@@ -102,7 +102,7 @@ class Curves:
         centre, width = self._centre[name]
         return np.arcsinh((ratios - centre) / width)
 
-    def _quality(self, curves: Mapping[str, FloatArray], name: str) -> FloatArray:
+    def _quality(self, curves: Mapping[str, NDArray[np.floating[Any]]], name: str) -> FloatArray:
         expected = self._expected[name]
         ratios = np.sort(curves[f"{name}/quality"], axis=-1)
         count = ratios.shape[-1]
@@ -112,7 +112,7 @@ class Curves:
         distances = np.maximum(places + 1 - passed, passed - places).max(axis=-1)
         return np.asarray(log10_p_table(count)[np.clip(distances, 0, count)])
 
-    def _utility(self, curves: Mapping[str, FloatArray]) -> FloatArray:
+    def _utility(self, curves: Mapping[str, NDArray[np.floating[Any]]]) -> FloatArray:
         inverse: FloatArray | float = 0.0
         for name in UTILITY_SETS:
             probability = np.exp(_unbend(curves[f"{name}/probability"])).mean(axis=-1)
@@ -126,7 +126,7 @@ def _bend(logarithms: FloatArray) -> FloatArray:
     return np.asarray(BEND * np.arcsinh(np.clip(logarithms, LEAST_LOG, -LEAST_LOG) / BEND))
 
 
-def _unbend(curves: FloatArray) -> FloatArray:
+def _unbend(curves: NDArray[np.floating[Any]]) -> FloatArray:
     """Logarithms again, as far as they are negative: what is above 0 counts as 0."""
     grown = np.exp(np.clip(curves, BEND * np.arcsinh(LEAST_LOG / BEND), 0.0) / BEND)
     return np.asarray(0.5 * BEND * (grown - 1.0 / grown))
