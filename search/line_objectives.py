@@ -103,8 +103,8 @@ class Curves:
         return np.arcsinh((ratios - centre) / width)
 
     def _quality(self, curves: Mapping[str, NDArray[np.floating[Any]]], name: str) -> FloatArray:
-        expected = self._expected[name]
         ratios = np.sort(curves[f"{name}/quality"], axis=-1)
+        expected = self._expected[name].astype(ratios.dtype)
         count = ratios.shape[-1]
         # The distance of two distribution functions is greatest at, or just below, a value of the sample.
         passed = np.searchsorted(expected, ratios, side="right")

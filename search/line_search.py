@@ -16,7 +16,7 @@ from search.line_model import LineModel, Prediction
 from search.line_objectives import Curves
 from search.pareto import non_dominated
 
-FEW_DRAWS, MANY_DRAWS = 8, 64
+FEW_DRAWS, MANY_DRAWS = 6, 64
 """Draws that a first look at all candidates takes, and a second look at the best of them."""
 SHORTLIST = 32
 FIT_AGAIN = 1.15
