@@ -1,14 +1,12 @@
 """One Gaussian process for all items at once, over where a model lies in weight space.
 
-A point of a search is theta = theta_init + c * delta, with c = 1 + alpha. So inner products and distances of any two points
-follow from the Gram matrix of the update vectors alone, and theta_init is the point c = 0 of every one of them: epochs, methods
-and theta_init inform each other. All items share the kernel; each group of them has a scale of its own, which its data give.
+All items share the kernel (`search.line_kernel`), so epochs, methods and theta_init inform each other; one factorisation serves
+all items, and each has a scale of its own, which its data give.
 
-Symbols: M update vectors, P points, N of them trained on, C candidates, S draws, n items of a group.
+Symbols: P points, N of them trained on, C candidates, S draws, n items of a group.
 
-Sources: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, chapters 2 (prediction) and 5 (marginal
-likelihood); Bonilla, Chai and Williams, "Multi-task Gaussian process prediction", NeurIPS 2007 (items that share a kernel);
-Foster et al., "Stable and efficient Gaussian process calculations", JMLR 10, 2009 (pivoted Cholesky as a choice of points).
+Sources: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, chapters 2 (prediction), 5 (leaving one out);
+Bonilla, Chai and Williams, "Multi-task Gaussian process prediction", NeurIPS 2007 (items that share a kernel).
 """
 
 from collections.abc import Mapping
@@ -17,172 +15,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import cho_solve, cholesky, solve_triangular
-from scipy.linalg.lapack import dpstrf
-from scipy.optimize import minimize
 
-FloatArray = NDArray[np.float64]
-IntArray = NDArray[np.int64]
+from search.line_kernel import JITTER, FloatArray, Geometry, IntArray, Kernel, Places, choose, fit, with_nugget
 
-TRAINED_ON = 160
-"""Most points that predictions rest on; with more of them, those that tell most are taken."""
 FITTED_ON = 96
 """Most points that the kernel's settings are fitted on."""
-LOOKED_AT = 800
-"""Most points that those are taken from."""
-JITTER = 1e-6
-"""Variance of what no smooth function of weights explains, as a share of the kernel's own; float32 scores have about that."""
-_PRIOR_SD = 3.0
-"""Of the logarithm of each setting, around its start: broad, so that settings the data do not show stay finite."""
-_STEPS = 40
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where points lie: theta_init + scale * (update vector number `vector`). Both arrays are (P,); scale is 1 + alpha."""
-
-    vector: IntArray
-    scale: FloatArray
-
-    def __len__(self) -> int:
-        return len(self.scale)
-
-    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Places":
-        """Some of the points."""
-        return Places(self.vector[rows], self.scale[rows])
-
-    def __add__(self, other: "Places") -> "Places":
-        return Places(np.concatenate([self.vector, other.vector]), np.concatenate([self.scale, other.scale]))
-
-
-class Geometry:
-    """Inner products of points, in units of the median squared norm of the update vectors.
-
-    Args:
-        gram: (M, M) inner products of the update vectors.
-
-    Raises:
-        ValueError: It is not square, symmetric and finite, or every vector is zero.
-    """
-
-    def __init__(self, gram: FloatArray) -> None:
-        if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not np.isfinite(gram).all():
-            raise ValueError(f"a Gram matrix is square and finite, got shape {gram.shape}")
-        if not np.allclose(gram, gram.T, rtol=1e-6, atol=1e-9 * np.abs(gram).max()):
-            raise ValueError("a Gram matrix is symmetric")
-        squares = np.diag(gram)
-        if not (squares > 0).any():
-            raise ValueError("a Gram matrix of zero vectors has no directions")
-        self._gram = gram / np.median(squares[squares > 0])
-
-    def inner(self, a: Places, b: Places) -> FloatArray:
-        """(P, P') inner products of two sets of points, theta_init being the origin."""
-        return np.outer(a.scale, b.scale) * self._gram[np.ix_(a.vector, b.vector)]
-
-    def squares(self, a: Places) -> FloatArray:
-        """(P,) squared distances from theta_init."""
-        return np.asarray(a.scale**2 * self._gram[a.vector, a.vector])
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """constant + linear <x, y> + quadratic <x, y>^2 + Matern-5/2 of |x - y| / length, whose variance is 1.
-
-    Polynomials carry a walk beyond what was seen, the Matern part bends between what was seen. `nugget` is a share of the
-    variance that is no function of the weights: text changes at once where losses change smoothly.
-    """
-
-    constant: float = 1.0
-    linear: float = 1.0
-    quadratic: float = 1.0
-    length: float = 1.0
-    nugget: float = JITTER
-
-    def parts(self, inner: FloatArray, a: FloatArray, b: FloatArray) -> tuple[FloatArray, ...]:
-        """Matrices whose sum is the kernel's, given inner products and squared norms; and its slope in log length."""
-        ratio = np.sqrt(5.0 * np.maximum(a[:, None] + b[None, :] - 2.0 * inner, 0.0)) / self.length
-        decay = np.exp(-ratio)
-        matern = (1.0 + ratio + ratio**2 / 3.0) * decay
-        growth = ratio**2 * (1.0 + ratio) * decay / 3.0
-        return np.full_like(inner, self.constant), self.linear * inner, self.quadratic * inner**2, matern, growth
-
-    def matrix(self, geometry: Geometry, a: Places, b: Places) -> FloatArray:
-        """(P, P') covariances of two sets of points, without the nugget."""
-        constant, linear, quadratic, matern, _ = self.parts(geometry.inner(a, b), geometry.squares(a), geometry.squares(b))
-        return constant + linear + quadratic + matern
-
-    def diagonal(self, geometry: Geometry, a: Places) -> FloatArray:
-        """(P,) variances, without the nugget."""
-        squares = geometry.squares(a)
-        return self.constant + self.linear * squares + self.quadratic * squares**2 + 1.0
-
-    def logarithms(self, noisy: bool) -> FloatArray:
-        """Its settings as `fit` moves them."""
-        values = [self.constant, self.linear, self.quadratic, self.length, *([self.nugget] if noisy else [])]
-        return np.log(values)
-
-
-def _kernel(logarithms: FloatArray) -> Kernel:
-    return Kernel(*(float(value) for value in np.exp(logarithms)))
-
-
-def fit(geometry: Geometry, places: Places, products: list[tuple[FloatArray, int]], start: Kernel, noisy: bool) -> Kernel:
-    """The settings of greatest marginal likelihood, the scale of every group being the likeliest for each setting.
-
-    Args:
-        geometry: Of the update vectors.
-        places: N points.
-        products: Y Y^T (N, N) of each group's values Y (N, n), and its n: all that the likelihood needs of them.
-        start: Where to begin, and the centre of a broad prior.
-        noisy: Whether the nugget is fitted too.
-    """
-    inner, squares = geometry.inner(places, places), geometry.squares(places)
-    count, items = len(places), sum(n for _, n in products)
-    centre = start.logarithms(noisy)
-
-    def loss(logarithms: FloatArray) -> tuple[float, FloatArray]:
-        kernel = _kernel(logarithms)
-        *parts, growth = kernel.parts(inner, squares, squares)
-        covariance = np.sum(parts, axis=0)
-        variances = np.diag(covariance).copy()
-        try:
-            factor = cholesky(_with_nugget(covariance, kernel.nugget), lower=True)
-        except np.linalg.LinAlgError:
-            return 1e12, np.zeros_like(logarithms)
-        inverse = cho_solve((factor, True), np.eye(count))
-        value, slope = items * np.log(np.diag(factor)).sum(), items * inverse
-        for product, n in products:
-            scale = max(float((inverse * product).sum()), 1e-300) / (count * n)
-            value += 0.5 * n * count * np.log(scale)
-            slope -= inverse @ product @ inverse / scale
-        derivatives = [*parts[:3], growth]
-        gradient = [
-            0.5 * ((slope * each).sum() + kernel.nugget * (np.diag(slope) * np.diag(each)).sum()) for each in derivatives
-        ]
-        if noisy:
-            gradient.append(0.5 * kernel.nugget * (np.diag(slope) * variances).sum())
-        away = (logarithms - centre) / _PRIOR_SD
-        return value + 0.5 * float(away @ away), np.array(gradient) + away / _PRIOR_SD
-
-    bounds = [(-12.0, 12.0)] * 3 + [(-4.0, 4.0)] + ([(np.log(JITTER), 0.0)] if noisy else [])
-    found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _STEPS})
-    return _kernel(found.x)
-
-
-def choose(geometry: Geometry, kernel: Kernel, places: Places, most: int) -> IntArray:
-    """At most so many points, each the one the others before it tell least of; all of them if they are few. In their order.
-
-    Of more than `LOOKED_AT` points the first half and the last half of that are looked at.
-    """
-    rows = np.arange(len(places))
-    if len(places) <= most:
-        return rows
-    if len(places) > LOOKED_AT:
-        rows = np.concatenate([rows[: LOOKED_AT // 2], rows[-(LOOKED_AT // 2) :]])
-    looked_at = places.take(rows)
-    covariance = kernel.matrix(geometry, looked_at, looked_at)
-    # Without the nugget points that are the same would end it early.
-    _, pivots, _, _ = dpstrf(_with_nugget(covariance, max(kernel.nugget, JITTER)), lower=1)
-    return np.sort(rows[pivots[:most] - 1])
+TRAINED_ON = 160
+"""Most points that predictions rest on; with more of them, those that tell most are taken."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +33,7 @@ class _Trained:
     places: Places
     factor: FloatArray
     white: Mapping[str, FloatArray]
+    missed: Mapping[str, FloatArray]
 
 
 @dataclass(frozen=True)
@@ -257,9 +97,13 @@ class LineModel:
     def _train(self, kernel: Kernel, scored: IntArray, values: Mapping[str, FloatArray]) -> None:
         rows = scored[choose(self._geometry, kernel, self._places.take(scored), TRAINED_ON)]
         places = self._places.take(rows)
-        factor = cholesky(_with_nugget(kernel.matrix(self._geometry, places, places), kernel.nugget), lower=True)
+        factor = cholesky(with_nugget(kernel.matrix(self._geometry, places, places), kernel.nugget), lower=True)
         white = {name: solve_triangular(factor, each[rows], lower=True) for name, each in values.items()}
-        trained = _Trained(kernel, rows, places, factor, white)
+        inverse = cho_solve((factor, True), np.eye(len(rows)))
+        # Equation 5.12 of Rasmussen and Williams: what a point misses when the others predict it, over the deviation.
+        once = inverse / np.sqrt(np.diag(inverse))[:, None]
+        missed = {name: once @ each[rows] for name, each in values.items()}
+        trained = _Trained(kernel, rows, places, factor, white, missed)
         self._trained.update(dict.fromkeys(values, trained))
 
     def predict(self, candidates: Places, pending: Places | None = None) -> Prediction:
@@ -271,7 +115,7 @@ class LineModel:
             left = kernel.diagonal(geometry, candidates) - (across**2).sum(axis=0)
             if pending is not None and len(pending):
                 ours = solve_triangular(trained.factor, kernel.matrix(geometry, trained.places, pending), lower=True)
-                within = _with_nugget(kernel.matrix(geometry, pending, pending), kernel.nugget) - ours.T @ ours
+                within = with_nugget(kernel.matrix(geometry, pending, pending), kernel.nugget) - ours.T @ ours
                 jitter = JITTER * np.diag(kernel.matrix(geometry, pending, pending))
                 between = kernel.matrix(geometry, pending, candidates) - ours.T @ across
                 left -= (solve_triangular(cholesky(within + np.diag(jitter), lower=True), between, lower=True) ** 2).sum(axis=0)
@@ -284,18 +128,14 @@ class LineModel:
     def errors(self, generator: np.random.Generator, draws: int) -> dict[str, FloatArray]:
         """(S, n) by group: joint draws of what predictions may miss, for a deviation of 1.
 
-        What each point scored so far did to the items and the ones before it did not tell of, mixed at random: items that
-        went together go together.
+        What the items of each scored point miss when all others predict them, mixed at random: items that went together go
+        together, and the size is the one that was seen.
         """
         mixes = generator.standard_normal((draws, len(self._places)))
         return {
-            name: mixes[:, trained.rows] @ trained.white[name] / np.sqrt(len(trained.rows))
+            name: mixes[:, trained.rows] @ trained.missed[name] / np.sqrt(len(trained.rows))
             for name, trained in self._trained.items()
         }
-
-
-def _with_nugget(covariance: FloatArray, nugget: float) -> FloatArray:
-    return covariance + np.diag(nugget * np.diag(covariance))
 
 
 def _origin(places: Places, values: FloatArray) -> FloatArray:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from search.line_model import FloatArray
+from search.line_kernel import FloatArray
 from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.definitions import definition_named
 from uipe_core.metrics import SET_TITLES, item_components, quality_ratios, truth_ratio
@@ -19,7 +19,12 @@ from uipe_core.score_report import set_scores
 from uipe_core.uncertainty import log10_p_table
 
 LEAST_LOG = -30.0
-"""Logarithms of probabilities and ratios are kept above: below it they count for nothing, and would only bend the curves."""
+"""Logarithms of probabilities and ratios are kept above: below it they count for nothing."""
+BEND = 2.0
+"""Where curves turn from linear to logarithmic: nats; for forget quality, standard deviations of the retain model's ratios.
+
+What happens in a collapse is large and counts for nothing; unbent it would set the scale that all else is judged by.
+"""
 
 
 class Curves:
@@ -38,9 +43,9 @@ class Curves:
         self._definition = definition
         self._qualities = tuple(qualities)
         named = definition_named(definition)
-        self._expected = {
-            name: np.sort(quality_ratios(set_scores(reference, name), named)) for name in self._qualities if name is not None
-        }
+        ratios = {name: quality_ratios(set_scores(reference, name), named) for name in self._qualities if name is not None}
+        self._centre = {name: (float(np.median(each)), BEND * max(float(each.std()), 1e-6)) for name, each in ratios.items()}
+        self._expected = {name: np.sort(self._bent(name, each)) for name, each in ratios.items()}
 
     @property
     def noisy(self) -> frozenset[str]:
@@ -64,7 +69,7 @@ class Curves:
         curves = {}
         for name in self._expected:
             if f"{name}/paraphrase_loss" in arrays:
-                curves[f"{name}/quality"] = quality_ratios(set_scores(arrays, name), definition)
+                curves[f"{name}/quality"] = self._bent(name, quality_ratios(set_scores(arrays, name), definition))
         for name in UTILITY_SETS if None in self._qualities else ():
             if f"{name}/answer_loss" not in arrays:
                 continue
@@ -76,8 +81,8 @@ class Curves:
             title = SET_TITLES[name]
             ratios = truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, self._definition)
             with np.errstate(divide="ignore"):
-                curves[f"{name}/probability"] = np.maximum(np.log(parts[f"Prob {title}"]), LEAST_LOG)
-                curves[f"{name}/ratio"] = np.clip(np.log(ratios), LEAST_LOG, -LEAST_LOG)
+                curves[f"{name}/probability"] = _bend(np.log(parts[f"Prob {title}"]))
+                curves[f"{name}/ratio"] = _bend(np.log(ratios))
             if text is not None:
                 # Its mean is all that utility takes of it, so there is nothing to gain by single items.
                 curves[f"{name}/text"] = np.array([text.mean()])
@@ -86,15 +91,20 @@ class Curves:
             raise ValueError(f"curves that are not finite: {', '.join(bad)}")
         return curves
 
-    def objectives(self, curves: Mapping[str, FloatArray]) -> FloatArray:
+    def objectives(self, curves: Mapping[str, NDArray[np.floating[Any]]]) -> FloatArray:
         """(..., m) objectives of curves (..., n)."""
         return np.stack(
             [self._utility(curves) if name is None else self._quality(curves, name) for name in self._qualities], axis=-1
         )
 
-    def _quality(self, curves: Mapping[str, FloatArray], name: str) -> FloatArray:
-        expected = self._expected[name]
+    def _bent(self, name: str, ratios: FloatArray) -> FloatArray:
+        """Ratios in an order that stays, which is all that a KS test sees of them."""
+        centre, width = self._centre[name]
+        return np.arcsinh((ratios - centre) / width)
+
+    def _quality(self, curves: Mapping[str, NDArray[np.floating[Any]]], name: str) -> FloatArray:
         ratios = np.sort(curves[f"{name}/quality"], axis=-1)
+        expected = self._expected[name].astype(ratios.dtype)
         count = ratios.shape[-1]
         # The distance of two distribution functions is greatest at, or just below, a value of the sample.
         passed = np.searchsorted(expected, ratios, side="right")
@@ -102,11 +112,21 @@ class Curves:
         distances = np.maximum(places + 1 - passed, passed - places).max(axis=-1)
         return np.asarray(log10_p_table(count)[np.clip(distances, 0, count)])
 
-    def _utility(self, curves: Mapping[str, FloatArray]) -> FloatArray:
+    def _utility(self, curves: Mapping[str, NDArray[np.floating[Any]]]) -> FloatArray:
         inverse: FloatArray | float = 0.0
         for name in UTILITY_SETS:
-            probability = np.exp(np.minimum(curves[f"{name}/probability"], 0.0)).mean(axis=-1)
-            truth = 1.0 - np.exp(np.minimum(curves[f"{name}/ratio"], 0.0)).mean(axis=-1)
+            probability = np.exp(_unbend(curves[f"{name}/probability"])).mean(axis=-1)
+            truth = 1.0 - np.exp(_unbend(curves[f"{name}/ratio"])).mean(axis=-1)
             text = np.clip(curves[f"{name}/text"].mean(axis=-1), 0.0, 1.0)
             inverse = inverse + sum(1.0 / np.maximum(part, 1e-12) for part in (probability, truth, text))
         return np.asarray(3.0 * len(UTILITY_SETS) / inverse)
+
+
+def _bend(logarithms: FloatArray) -> FloatArray:
+    return np.asarray(BEND * np.arcsinh(np.clip(logarithms, LEAST_LOG, -LEAST_LOG) / BEND))
+
+
+def _unbend(curves: NDArray[np.floating[Any]]) -> FloatArray:
+    """Logarithms again, as far as they are negative: what is above 0 counts as 0."""
+    grown = np.exp(np.clip(curves, BEND * np.arcsinh(LEAST_LOG / BEND), 0.0) / BEND)
+    return np.asarray(0.5 * BEND * (grown - 1.0 / grown))

@@ -15,13 +15,13 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from search.line_model import FloatArray, Geometry, Places
+from search.line_kernel import FloatArray, Geometry, Places
 from search.line_objectives import Curves
 from search.line_search import LineSearch
 from search.space import own_epoch, sampled_epoch
 from uipe_core.errors import UserError
 
-CANDIDATES = 1024
+CANDIDATES = 720
 """Points that are looked at for a proposal, spread over all update vectors; then some more around the best."""
 _FEWEST, _MOST = 8, 48
 _AROUND = 17

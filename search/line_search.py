@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from search.line_model import FloatArray, Geometry, Kernel, LineModel, Places, Prediction
+from search.line_kernel import FloatArray, Geometry, Kernel, Places
+from search.line_model import LineModel, Prediction
 from search.line_objectives import Curves
 from search.pareto import non_dominated
 
-FEW_DRAWS, MANY_DRAWS = 8, 64
+FEW_DRAWS, MANY_DRAWS = 6, 64
 """Draws that a first look at all candidates takes, and a second look at the best of them."""
 SHORTLIST = 32
 FIT_AGAIN = 1.15
@@ -107,10 +108,12 @@ class LineSearch:
 
     def _gain(self, prediction: Prediction, errors: Mapping[str, FloatArray], front: FloatArray, wider: float) -> FloatArray:
         """(C,) mean growth of the hypervolume over the draws."""
-        drawn = {
-            name: mean[:, None, :] + wider * prediction.deviation[name][:, None, None] * errors[name][None]
-            for name, mean in prediction.mean.items()
-        }
+        drawn = {}
+        for name, mean in prediction.mean.items():
+            # In single precision: there are millions, and they are guesses.
+            deviation = (wider * prediction.deviation[name]).astype(np.float32)
+            drawn[name] = deviation[:, None, None] * errors[name].astype(np.float32)
+            drawn[name] += mean.astype(np.float32)[:, None, :]
         values = self._curves.objectives(drawn)
         return growth(np.minimum(values, self._ceiling), front, self._corner).mean(axis=1)
 

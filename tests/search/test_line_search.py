@@ -12,7 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
-from search.line_model import Geometry, Places
+from search.line_kernel import Geometry, Places
 from search.line_objectives import Curves
 from search.line_sampler import Lines, LineSampler, LineStudy
 from search.line_search import LineSearch, growth

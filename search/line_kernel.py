@@ -1,0 +1,189 @@
+"""Where points lie in weight space, and the covariance of what is scored there.
+
+A point of a search is theta = theta_init + c * delta, with c = 1 + alpha. So inner products and distances of any two points
+follow from the Gram matrix of the update vectors alone, and theta_init is the point c = 0 of every one of them.
+
+Symbols: M update vectors, P points, N of them trained on, n items of a group.
+
+Sources: Rasmussen and Williams, "Gaussian Processes for Machine Learning", 2006, chapter 5 (marginal likelihood); Foster et
+al., "Stable and efficient Gaussian process calculations", JMLR 10, 2009 (pivoted Cholesky as a choice of points).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import cho_solve, cholesky
+from scipy.linalg.lapack import dpstrf
+from scipy.optimize import minimize
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+LOOKED_AT = 800
+"""Most points that those are taken from."""
+JITTER = 1e-6
+"""Variance of what no smooth function of weights explains, as a share of the kernel's own; float32 scores have about that."""
+WORTH = 8.0
+"""Independent items that all of them count as when settings are fitted: they go together, so hundreds tell little more."""
+PRIOR_SD = 0.5
+"""Of the logarithm of each setting, around its start: points at one alpha alone, as a study begins, show few of them."""
+_STEPS = 40
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where points lie: theta_init + scale * (update vector number `vector`). Both arrays are (P,); scale is 1 + alpha."""
+
+    vector: IntArray
+    scale: FloatArray
+
+    def __len__(self) -> int:
+        return len(self.scale)
+
+    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Places":
+        """Some of the points."""
+        return Places(self.vector[rows], self.scale[rows])
+
+    def __add__(self, other: "Places") -> "Places":
+        return Places(np.concatenate([self.vector, other.vector]), np.concatenate([self.scale, other.scale]))
+
+
+class Geometry:
+    """Inner products of points, in units of the median squared norm of the update vectors.
+
+    Args:
+        gram: (M, M) inner products of the update vectors.
+
+    Raises:
+        ValueError: It is not square, symmetric and finite, or every vector is zero.
+    """
+
+    def __init__(self, gram: FloatArray) -> None:
+        if gram.ndim != 2 or gram.shape[0] != gram.shape[1] or not np.isfinite(gram).all():
+            raise ValueError(f"a Gram matrix is square and finite, got shape {gram.shape}")
+        if not np.allclose(gram, gram.T, rtol=1e-6, atol=1e-9 * np.abs(gram).max()):
+            raise ValueError("a Gram matrix is symmetric")
+        squares = np.diag(gram)
+        if not (squares > 0).any():
+            raise ValueError("a Gram matrix of zero vectors has no directions")
+        self._gram = gram / np.median(squares[squares > 0])
+
+    def inner(self, a: Places, b: Places) -> FloatArray:
+        """(P, P') inner products of two sets of points, theta_init being the origin."""
+        return np.outer(a.scale, b.scale) * self._gram[np.ix_(a.vector, b.vector)]
+
+    def squares(self, a: Places) -> FloatArray:
+        """(P,) squared distances from theta_init."""
+        return np.asarray(a.scale**2 * self._gram[a.vector, a.vector])
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """constant + linear <x, y> + quadratic <x, y>^2 + Matern-5/2 of |x - y| / length, whose variance is 1.
+
+    Polynomials carry a walk beyond what was seen, the Matern part bends between what was seen. `nugget` is a share of the
+    variance that is no function of the weights: text changes at once where losses change smoothly. The defaults are what a
+    dense grid of one small world shows.
+    """
+
+    constant: float = 0.3
+    linear: float = 0.3
+    quadratic: float = 0.02
+    length: float = 1.2
+    nugget: float = JITTER
+
+    def bends(self, inner: FloatArray, a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """The Matern part given inner products and squared norms, and its derivative by log length."""
+        ratio = np.sqrt(np.maximum(a[:, None] + b[None, :] - 2.0 * inner, 0.0)) * (np.sqrt(5.0) / self.length)
+        decay, rising = np.exp(-ratio), 1.0 + ratio
+        square = ratio * ratio / 3.0
+        return (rising + square) * decay, square * rising * decay
+
+    def matrix(self, geometry: Geometry, a: Places, b: Places) -> FloatArray:
+        """(P, P') covariances of two sets of points, without the nugget."""
+        inner = geometry.inner(a, b)
+        matern, _ = self.bends(inner, geometry.squares(a), geometry.squares(b))
+        matern += self.constant + inner * (self.linear + self.quadratic * inner)
+        return matern
+
+    def diagonal(self, geometry: Geometry, a: Places) -> FloatArray:
+        """(P,) variances, without the nugget."""
+        squares = geometry.squares(a)
+        return self.constant + self.linear * squares + self.quadratic * squares**2 + 1.0
+
+    def logarithms(self, noisy: bool) -> FloatArray:
+        """Its settings as `fit` moves them."""
+        values = [self.constant, self.linear, self.quadratic, self.length, *([self.nugget] if noisy else [])]
+        return np.log(values)
+
+
+def _kernel(logarithms: FloatArray) -> Kernel:
+    return Kernel(*(float(value) for value in np.exp(logarithms)))
+
+
+def fit(geometry: Geometry, places: Places, products: list[tuple[FloatArray, int]], start: Kernel, noisy: bool) -> Kernel:
+    """The settings of greatest marginal likelihood, the scale of every group being the likeliest for each setting.
+
+    Args:
+        geometry: Of the update vectors.
+        places: N points.
+        products: Y Y^T (N, N) of each group's values Y (N, n), and its n: all that the likelihood needs of them.
+        start: Where to begin, and the centre of the prior.
+        noisy: Whether the nugget is fitted too.
+    """
+    inner, squares = geometry.inner(places, places), geometry.squares(places)
+    count, items = len(places), sum(n for _, n in products)
+    centre = start.logarithms(noisy)
+
+    def loss(logarithms: FloatArray) -> tuple[float, FloatArray]:
+        kernel = _kernel(logarithms)
+        matern, growth = kernel.bends(inner, squares, squares)
+        polynomial = (np.full_like(inner, kernel.constant), kernel.linear * inner, kernel.quadratic * inner**2)
+        covariance = matern + sum(polynomial)
+        variances = np.diag(covariance).copy()
+        try:
+            factor = cholesky(with_nugget(covariance, kernel.nugget), lower=True)
+        except np.linalg.LinAlgError:
+            return 1e12, np.zeros_like(logarithms)
+        inverse = cho_solve((factor, True), np.eye(count))
+        value, slope = items * np.log(np.diag(factor)).sum(), items * inverse
+        for product, n in products:
+            scale = max(float((inverse * product).sum()), 1e-300) / (count * n)
+            value += 0.5 * n * count * np.log(scale)
+            slope -= inverse @ product @ inverse / scale
+        derivatives = [*polynomial, growth]
+        gradient = [
+            0.5 * ((slope * each).sum() + kernel.nugget * (np.diag(slope) * np.diag(each)).sum()) for each in derivatives
+        ]
+        if noisy:
+            gradient.append(0.5 * kernel.nugget * (np.diag(slope) * variances).sum())
+        away = (logarithms - centre) / PRIOR_SD
+        worth = min(1.0, WORTH / items)
+        return worth * value + 0.5 * float(away @ away), worth * np.array(gradient) + away / PRIOR_SD
+
+    bounds = [(-12.0, 12.0)] * 3 + [(-4.0, 4.0)] + ([(np.log(JITTER), 0.0)] if noisy else [])
+    found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _STEPS})
+    return _kernel(found.x)
+
+
+def choose(geometry: Geometry, kernel: Kernel, places: Places, most: int) -> IntArray:
+    """At most so many points, each the one the others before it tell least of; all of them if they are few. In their order.
+
+    Of more than `LOOKED_AT` points the first half and the last half of that are looked at.
+    """
+    rows = np.arange(len(places))
+    if len(places) <= most:
+        return rows
+    if len(places) > LOOKED_AT:
+        rows = np.concatenate([rows[: LOOKED_AT // 2], rows[-(LOOKED_AT // 2) :]])
+    looked_at = places.take(rows)
+    covariance = kernel.matrix(geometry, looked_at, looked_at)
+    # Without the nugget points that are the same would end it early.
+    _, pivots, _, _ = dpstrf(with_nugget(covariance, max(kernel.nugget, JITTER)), lower=1)
+    return np.sort(rows[pivots[:most] - 1])
+
+
+def with_nugget(covariance: FloatArray, nugget: float) -> FloatArray:
+    """Covariances of points as they are scored: a share of its own variance comes to each."""
+    return covariance + np.diag(nugget * np.diag(covariance))
