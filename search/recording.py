@@ -10,15 +10,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from search.objectives import Objective
-from search.preparation import prepare
+from search.preparation import Preparation, prepare
 from search.results import StudyResult
 from search.runner import run_study
 from search.score_table import ScoreTable, write_table
 from search.spec import StudySpec
-from search.study_gram import published_runs, study_gram
+from uipe_core.checkpoints import find_checkpoints
 from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.delta_store import DeltaStore
 from uipe_core.errors import UserError
+from uipe_core.gram import gram_matrix
 
 MEASUREMENTS = (
     "answer_loss",
@@ -64,12 +65,29 @@ def record_table(
     stopped = result.store.record.get("stopped")
     if stopped:
         raise UserError(f"{result.out}: its grid is not whole: {stopped}; give it more and the same command goes on")
-    preparation = prepare(grid)
-    gram = study_gram(result.out, DeltaStore(preparation.delta_root), published_runs(preparation), grid.base_epochs())
-    table = collect_table(result, gram)
+    table = collect_table(result, gram_of_study(prepare(grid)))
     write_table(table, out)
     wanted = count + (sum(grid.base_epochs().values()) if _zero_is_between(grid, alphas) else 0)
     return table, _notes(result, table, wanted)
+
+
+def gram_of_study(preparation: Preparation) -> NDArray[np.float64]:
+    """(M, M) Gram matrix of a study's update vectors, in the order base, epoch.
+
+    Raises:
+        UserError: If a base run is not in the delta store, or a file of one is damaged.
+    """
+    spec, deltas = preparation.spec, DeltaStore(preparation.delta_root)
+    runs = {run.label: deltas.find(preparation.base_run_inputs(preparation.unlearning(run))) for run in spec.variants()}
+    for label in spec.checkpoints:
+        runs[label] = find_checkpoints(deltas, [inputs for _, inputs in preparation.checkpoints_of(label)])
+    updates = []
+    for label, count in spec.base_epochs().items():
+        run = runs[label]
+        if run is None:
+            raise UserError(f"base run {label} is no longer in the delta store; the same command trains it again")
+        updates += [run.load(epoch) for epoch in range(1, count + 1)]
+    return gram_matrix(updates)
 
 
 def collect_table(result: StudyResult, gram: NDArray[np.float64]) -> ScoreTable:

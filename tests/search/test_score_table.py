@@ -9,10 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from search.certainty import set_scores
-from search.recording import collect_table, record_table
+from search.recording import collect_table, gram_of_study, record_table
 from search.score_table import ScoreTable, read_table, write_table
-from search.study_gram import published_runs, study_gram
-from uipe_core.delta_store import DeltaStore
 from uipe_core.errors import UserError
 from uipe_core.metrics import evaluate
 from uipe_core.score_report import ScoreReport
@@ -166,10 +164,9 @@ def test_a_description_that_lacks_something_is_told(file):
 
 
 @pytest.fixture(scope="module")
-def collected(result, preparation, finished):
-    """The table of the tiny study: a coarse grid, but really scored; and the Gram matrix computed for it."""
-    deltas = DeltaStore(preparation.delta_root)
-    return collect_table(result, study_gram(finished.out, deltas, published_runs(preparation), result.spec.base_epochs()))
+def collected(result, preparation):
+    """The table of the tiny study: a coarse grid, but really scored."""
+    return collect_table(result, gram_of_study(preparation))
 
 
 def report_of(arrays):
@@ -201,23 +198,16 @@ def test_the_table_of_a_study_has_its_points_and_its_yardstick(collected, result
     assert not any("rouge_1" in name or name.startswith("unrelated") for name in collected.arrays)
 
 
-def test_the_gram_matrix_of_a_study_has_its_norms_and_is_computed_once(collected, result, preparation, finished, monkeypatch):
+def test_the_gram_matrix_of_a_study_has_the_norms_of_its_record(collected, result):
     runs, epochs = result.store.record["base_runs"], result.spec.base_epochs()
     norms = [runs[label]["epochs"][epoch]["norm"] for label, count in epochs.items() for epoch in range(count)]
     np.testing.assert_allclose(np.sqrt(np.diag(collected.gram)), norms, rtol=1e-6)
-    published, deltas = published_runs(preparation), DeltaStore(preparation.delta_root)
-    monkeypatch.setattr("search.study_gram.gram_matrix", lambda updates: np.full((len(updates), len(updates)), 7.0))
-    np.testing.assert_array_equal(study_gram(finished.out, deltas, published, epochs), collected.gram)
-    assert study_gram(finished.out.parent, deltas, {"npo": published["npo"]}, epochs).tolist() == [[7, 7], [7, 7]]
-    (finished.out.parent / "gram.npz").unlink()
 
 
-def test_a_damaged_gram_file_is_written_anew(collected, result, preparation, copied):
-    (copied / "gram.npz").write_bytes(b"torn")
-    gram = study_gram(copied, DeltaStore(preparation.delta_root), published_runs(preparation), result.spec.base_epochs())
-    np.testing.assert_array_equal(gram, collected.gram)
-    with np.load(copied / "gram.npz") as archive:
-        np.testing.assert_array_equal(archive["gram"], gram)
+def test_a_base_run_that_is_gone_is_told(preparation, tmp_path, monkeypatch):
+    monkeypatch.setenv("UIPE_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="base run grad_diff is no longer in the delta store"):
+        gram_of_study(preparation)
 
 
 def test_lost_item_scores_are_told(result, copied, collected):
