@@ -1,4 +1,4 @@
-"""The commands that follow the curves in alpha: a dense grid of them recorded."""
+"""The commands that follow the curves in alpha: record a dense grid of them, dial for the strongest forgetting at a floor."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from search.authentication import settle_authentication
+from search.dial_tables import dial_facts, print_dial
 from search.loopback import stay_on_loopback
 from search.terminal import Json, print_json, quieten
 
@@ -50,6 +51,33 @@ def record(
     )
 
 
+def dial(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
+    floor: Annotated[float, typer.Option(help="Least share of the initial model's utility.")] = 0.95,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Find the strongest forgetting at a floor of utility, by scoring points for just that.
+
+    The three base epochs of most promise are looked at, with at most six scores each: alpha is closed in on between the last
+    point that keeps the floor and the first that does not. The points become trials of the study; the same command resumes.
+    """
+    if address is not None:
+        settle_authentication()
+    else:
+        stay_on_loopback()
+    from search.runner import dial_study
+
+    quieten()
+    result, answer = dial_study(out, floor, address=address)
+    told = dial_facts(result, answer)
+    if as_json:
+        print_json(told)
+    else:
+        print_dial(told)
+
+
 def register(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
     app.command(epilog="Example: uipe record studies/quickstart.yaml --out quickstart.npz --alphas 31")(record)
+    app.command(epilog="Example: uipe dial runs/quickstart --floor 0.95")(dial)

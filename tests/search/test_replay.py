@@ -88,7 +88,7 @@ def test_tables_that_cannot_be_replayed_are_told(world):
 
 
 def test_the_benchmark_tells_how_long_searches_took():
-    options = "--seeds 3 --scores 40 --suggest-at 60 --samplers grid tpe".split()
+    options = ["--seeds", "3", "--scores", "40", "--suggest-at", "60", "--samplers", "grid", "tpe"]
     command = [sys.executable, str(ROOT / "benchmarks" / "samplers.py"), str(TABLES[0]), *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
