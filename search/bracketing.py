@@ -1,8 +1,8 @@
 """How far to walk one line so that forgetting is strongest while utility stays above a floor: numbers in, the next alpha out.
 
 Along a line, from the initial model at alpha = -1 on, utility falls and forgetting rises, mostly; where either does not, only
-what was really scored counts. A line is settled when the floor lies between two close neighbours, or when forgetting has its peak or
-reaches its noise ceiling before the floor.
+what was really scored counts. A line is settled when the floor lies between two close neighbours, or when forgetting has its
+peak or reaches its noise ceiling before the floor.
 """
 
 from collections.abc import Sequence
