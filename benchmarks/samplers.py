@@ -16,23 +16,23 @@ multivariate TPE.
 
 import argparse
 import json
-import os
-import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
+from machine import machine
 from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState, create_trial
 
+from search.line_objectives import Curves
+from search.line_sampler import Lines, LineSampler, LineStudy
 from search.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
 from search.replay import World
 from search.samplers import make_sampler
@@ -40,7 +40,7 @@ from search.score_table import read_table
 from search.space import own_epoch, sampled_epoch
 
 TABLES = Path(__file__).parent / "tables"
-SAMPLERS = ["random", "grid", "nsga2", "tpe", "gp", *(["line"] if find_spec("search.line_sampler") else [])]
+SAMPLERS = ["random", "grid", "nsga2", "tpe", "gp", "line"]
 SHARES = (0.95, 0.99)
 BASELINE = "tpe"
 Items = Mapping[str, NDArray[Any]]
@@ -95,9 +95,6 @@ class Search:
 
 def _line_sampler(world: World, seed: int, items: Callable[[int], Items | None]) -> BaseSampler:
     """The sampler that knows the line, as a study has it."""
-    from search.line_objectives import Curves
-    from search.line_sampler import Lines, LineSampler, LineStudy
-
     table = world.table
     vectors = [(label, epoch) for label, count in table.epochs.items() for epoch in range(1, count + 1)]
     lines = Lines({place: number for number, place in enumerate(vectors)}, table.gram)
@@ -206,7 +203,7 @@ def main() -> None:
         "seeds": options.seeds,
         "longest": options.scores,
         "baseline": BASELINE,
-        "machine": {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()},
+        "machine": machine(),
         "versions": {name: version(name) for name in ("optuna", "numpy", "scipy")},
         "worlds": {},
     }

@@ -58,7 +58,8 @@ def record_table(
     if alphas < 2:
         raise UserError(f"--alphas: {alphas} is too few; give at least 2, the lowest and the highest")
     count = alphas * sum(spec.base_epochs().values())
-    search = spec.search.model_copy(update={"sampler": "grid", "trials": count})
+    # A trial that is pruned lacks what the table is for.
+    search = spec.search.model_copy(update={"sampler": "grid", "trials": count, "prune": False})
     # In a database of its own: there may be a study of this name in the other.
     grid = spec.model_copy(update={"search": search, "warm_start": (), "storage": None})
     result = run_study(grid, out.with_suffix(""), quiet=quiet, address=address)

@@ -13,12 +13,11 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from scipy.interpolate import CubicSpline
 
-from search.certainty import set_scores
 from search.pareto import hypervolume
 from search.score_table import ScoreTable
 from uipe_core.errors import UserError
 from uipe_core.metrics import evaluate
-from uipe_core.score_report import ScoreReport
+from uipe_core.score_report import ScoreReport, set_scores
 
 Items = Mapping[str, NDArray[Any]]
 """Item scores by ``set/measurement``."""

@@ -8,12 +8,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from search.certainty import set_scores
 from search.recording import collect_table, gram_of_study, record_table
 from search.score_table import ScoreTable, read_table, write_table
 from uipe_core.errors import UserError
 from uipe_core.metrics import evaluate
-from uipe_core.score_report import ScoreReport
+from uipe_core.score_report import ScoreReport, set_scores
 
 
 def made_up(points=4, seed=0):
