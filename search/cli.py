@@ -9,6 +9,7 @@ import typer
 
 from search.authentication import settle_authentication
 from search.cluster_commands import register as register_clusters
+from search.curve_commands import register as register_curves
 from search.loopback import stay_on_loopback
 from search.model_commands import register as register_models
 from search.terminal import Json, print_claims, print_confirmations, print_front, print_json, print_stop, quieten
@@ -242,6 +243,7 @@ def paper(
 
 register_models(app)
 register_clusters(app)
+register_curves(app)
 register_upkeep(app)
 
 

@@ -26,8 +26,8 @@ from uipe_core.scoring import GENERATION, Scorer, ScoringConfig
 from uipe_core.uncertainty import paired_permutation
 from uipe_core.update_vectors import UpdateVector, random_direction
 
-POINT_KINDS = ("alpha_zero", "search")
-"""Points of the search space: trials of the study."""
+POINT_KINDS = ("alpha_zero", "search", "dial")
+"""Points of the search space, trials of the study: given, proposed, and asked for by `search.dial`."""
 
 REFERENCE_KINDS = ("initial", "retain", "other_retain", "never_finetuned")
 """Models scored as they are."""
@@ -59,6 +59,7 @@ class Job:
         warm_start: The earlier study on whose front the point was; that does not make it another job either.
         rivals: Complete trials; scoring ends early when one of them dominates whatever the trial may become
             (`search.pruning`). They are those of the moment at which it is handed out.
+        floor: The utility floor a point was asked for by (`search.dial`), as a share; nor does that.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Job:
     delta: tuple[str, ...] = field(default=(), compare=False)
     warm_start: str | None = field(default=None, compare=False)
     rivals: tuple[Rival, ...] = field(default=(), compare=False)
+    floor: float | None = field(default=None, compare=False)
 
     @property
     def run(self) -> str | None:
@@ -268,7 +270,7 @@ def identity(job: Job, methods: Mapping[str, str]) -> dict[str, Any]:
     }
     if job.temperature != 1.0:
         facts["temperature"] = job.temperature
-    origin = ("of_trial", "model", "seed", "warm_start")
+    origin = ("of_trial", "model", "seed", "warm_start", "floor")
     facts.update({name: value for name in origin if (value := getattr(job, name)) is not None})
     return facts
 

@@ -8,7 +8,7 @@ import base64
 import json
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ TRIALS_A_PART = 2500
 
 
 class StudySearcher(Searcher):
-    """Hands out, in this order: jobs as their base runs come, what the sampler proposes, mirrors of the front.
+    """Hands out, in this order: jobs as their base runs come, what the sampler proposes, and round by round what is left then.
 
     Args:
         store: The open study; this object is its only writer while Tune runs.
@@ -44,7 +44,7 @@ class StudySearcher(Searcher):
             comes to an end; the same command tries again.
         runs: The base runs: jobs wait for theirs, and end with it if it failed.
         poll: Brings `runs` up to date.
-        mirrors: Called when everything else has ended: what of the front is still to be scored otherwise.
+        rounds: What is done next each time everything else has ended: at last the mirrors of the front.
         finished: Called with each ended job, the reason of its failure or None, and whether it will be run again.
         workforce: Tells why a worker died, and for how long it was at work.
         guard: Says when the study's budget is used up.
@@ -63,7 +63,7 @@ class StudySearcher(Searcher):
         proposals: int,
         runs: BaseRuns,
         poll: Callable[[], None],
-        mirrors: Callable[[], list[Job]],
+        rounds: Iterator[list[Job]],
         finished: Callable[[Job, str | None, bool], None],
         workforce: Workforce,
         guard: StudyGuard,
@@ -74,7 +74,7 @@ class StudySearcher(Searcher):
         self._jobs = deque(jobs)
         self._proposals = proposals
         self._runs, self._poll = runs, poll
-        self._mirrors: Callable[[], list[Job]] | None = mirrors
+        self._rounds = rounds
         self._finished = finished
         self._workforce, self._guard = workforce, guard
         self._running: dict[str, tuple[int, Job]] = {}
@@ -147,9 +147,8 @@ class StudySearcher(Searcher):
             return self.FINISHED
         if self._runs.missing:
             return self._idle()
-        if self._mirrors is not None:
-            self._jobs.extend(self._mirrors())
-            self._mirrors = None
+        if (jobs := next(self._rounds, None)) is not None:
+            self._jobs.extend(jobs)
             return self._next(trial_id)
         self.done = True
         return self.FINISHED
@@ -174,7 +173,7 @@ class StudySearcher(Searcher):
             return self._store.ask_control(), job
         params = {"base": job.base, "epoch": job.epoch, "alpha": job.alpha}
         number, asked = self._store.ask_point(self._space, params, job.kind)
-        return number, replace(asked, warm_start=job.warm_start)
+        return number, replace(asked, warm_start=job.warm_start, floor=job.floor)
 
     def _ready_job(self) -> Job | None:
         return next((job for job in self._jobs if job.run is None or job.run in self._runs.published), None)
@@ -231,7 +230,7 @@ class StudySearcher(Searcher):
         else:
             self._jobs.clear()
             self._runs.waiting.clear()
-            self._mirrors = None
+            self._rounds = iter(())
 
     def _end(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
         number, job = self._running.pop(trial_id)

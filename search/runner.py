@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ from search.base_runs import Room
 from search.capacity import need_of
 from search.cluster import connected
 from search.controls import control_jobs
+from search.dial import Answer, Dial, answer_of
 from search.evaluator import POINT_KINDS, Job, StudyContext
 from search.finalists import mirror_jobs
 from search.groundwork import Groundwork
@@ -37,6 +37,7 @@ from search.status import StatusLines
 from search.storage import STORAGE_ERRORS, explain_storage_error
 from search.study_guard import Stop, StudyGuard
 from search.study_store import StudyStore, searched
+from search.tally import Tally
 from search.warm_start import earlier_fronts
 from search.workers import ScoringTrial
 from search.workforce import Workforce
@@ -96,6 +97,29 @@ def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False,
     others = [spec.seed + step for step in range(1, seeds + 1)]
     with working_folder(out) as folder:
         return _at_work(spec, folder, quiet, address, lambda run: run.confirm(jobs, others))
+
+
+def dial_study(out: Path | str, floor: float, *, quiet: bool = False, address: str | None = None) -> tuple[StudyResult, Answer]:
+    """Looks for the strongest forgetting that keeps a share of the initial model's utility, by scoring points for just that.
+
+    Args:
+        out: Folder of a study.
+        floor: Least share of the initial model's utility, above 0 and at most 1.
+        quiet, address: As `run_study`.
+
+    Returns:
+        The study, with the points among its trials, and what they say (`search.dial`).
+
+    Raises:
+        UserError: As `run_study`; or an impossible floor.
+        StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
+    """
+    result = StudyResult.open(out)
+    Dial(result.store, floor)  # tells what is wrong before anything is opened for writing
+    spec = result.runnable_spec()
+    with working_folder(out) as folder:
+        result = _at_work(spec, folder, quiet, address, lambda run: run.dial(floor))
+    return result, answer_of(result, floor)
 
 
 def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, work: Callable[["_Run"], None]) -> StudyResult:
@@ -183,14 +207,25 @@ class _Run:
         """Trains the base runs of some points from other seeds and scores the points again, on the items for reporting."""
         done = _done_jobs(self.store)
         jobs = [job for point in points for seed in seeds if (job := replace(point, seed=seed)) not in done]
-        if not jobs:
-            return
-        # Asked for by itself: only failures end it, and why the search stopped stays as it was.
+        if jobs:
+            with self._asked_for() as ground:
+                self._score(ground, *ground.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
+
+    def dial(self, floor: float) -> None:
+        """Scores what `search.dial` asks for, round by round."""
+        dial = Dial(self.store, floor)
+        jobs = dial.jobs()
+        if jobs:
+            with self._asked_for() as ground:
+                self._score(ground, *ground.begin(), jobs, 0, iter(dial.jobs, []))
+
+    @contextmanager
+    def _asked_for(self) -> Iterator[Groundwork]:
+        """What is asked for by itself: only failures end it, and why the search stopped stays as it was."""
         budget = Budget(failure_rate=self.preparation.spec.budget.failure_rate)
         place = connected(self.preparation.spec, self.store.out, self.bars, self.address)
         with self._guarded(budget) as guard, place as room:
-            ground = self._groundwork(room, guard)
-            self._score(ground, *ground.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
+            yield self._groundwork(room, guard)
 
     @contextmanager
     def _guarded(self, budget: Budget) -> Iterator[StudyGuard]:
@@ -229,10 +264,22 @@ class _Run:
         """Search trials that are decided; counted by number, because samplers may propose a point twice."""
         return sum(len(searched(frame)) for frame in (self.store.trials_frame(), self.store.pruned_frame()))
 
+    def _rounds(self, tally: Tally, asked: Iterable[list[Job]]) -> Iterator[list[Job]]:
+        """What is scored once everything before it has ended: what was asked for, then what the front lacks."""
+        for jobs in asked:
+            yield tally.more(jobs)
+        yield tally.more(self._mirrors())
+
     def _score(
-        self, ground: Groundwork, context: StudyContext, base_runs: BaseRunTasks, jobs: list[Job], proposals: int
+        self,
+        ground: Groundwork,
+        context: StudyContext,
+        base_runs: BaseRunTasks,
+        jobs: list[Job],
+        proposals: int,
+        rounds: Iterable[list[Job]] = (),
     ) -> None:
-        """Scores jobs and proposals as their base runs come."""
+        """Scores jobs and proposals as their base runs come, then round after round of others, then what the front lacks."""
         spec = self.preparation.spec
         # A resumed study must not propose what it proposed before, so its length goes into the seed.
         scored = len(self.store.study.get_trials(deepcopy=False))
@@ -248,7 +295,7 @@ class _Run:
             if products is not None:
                 products.poll()
 
-        tally = _Tally(self.bars, self.store, jobs, proposals)
+        tally = Tally(self.bars, self.store, jobs, proposals)
         workforce = Workforce(spec.budget.trial_minutes)
         searcher = StudySearcher(
             self.store,
@@ -257,7 +304,7 @@ class _Run:
             proposals,
             base_runs.runs,
             poll,
-            lambda: tally.mirrors(self._mirrors()),
+            self._rounds(tally, rounds),
             tally.ended,
             workforce,
             ground.guard,
@@ -291,60 +338,6 @@ class _Run:
             return None
         epochs = self.preparation.spec.base_epochs()
         return InnerProducts(base_runs.runs, epochs, context.deltas, self.store.out, self.bars.say)
-
-
-class _Tally:
-    """Shows the progress of trials and books their time to the stage they belong to."""
-
-    def __init__(self, bars: Bars, store: StudyStore, jobs: Iterable[Job], proposals: int) -> None:
-        self._bars, self._store = bars, store
-        self._totals = Counter({"baselines": 0, "trials": proposals}) + Counter(_stage(job) for job in jobs)
-        self._done: Counter[str] = Counter()
-        self._seconds = {"baselines": 0.0, "trials": 0.0}
-        self._stage = "baselines"
-        self.begin()
-        for stage in ("baselines", "trials"):
-            self._show(stage)
-
-    def begin(self) -> None:
-        """Time counts from now."""
-        self._since = time.perf_counter()
-
-    def mirrors(self, jobs: list[Job]) -> list[Job]:
-        """Announces what of the front is scored once more after the search."""
-        self._totals["trials"] += len(jobs)
-        self._show("trials")
-        return jobs
-
-    def ended(self, job: Job, reason: str | None, again: bool) -> None:
-        """Counts a job, unless it is run again; since trials overlap, the time since the last one ended goes to its stage."""
-        self._stage = _stage(job)
-        self._done[self._stage] += not again
-        if reason is not None:
-            where = " ".join(str(part) for part in (job.kind, job.base, job.epoch, job.alpha) if part is not None)
-            self._bars.say(f"failed: {where}: {reason}{'; it is run again' if again else ''}")
-        self._show(self._stage)
-        self._count()
-
-    def close(self) -> None:
-        """Books the time, also of a run that was interrupted."""
-        self._count()
-        for stage, seconds in self._seconds.items():
-            self._store.add_seconds(stage, seconds)
-
-    def _count(self) -> None:
-        now = time.perf_counter()
-        self._seconds[self._stage] += now - self._since
-        self._since = now
-
-    def _show(self, stage: str) -> None:
-        names = {"baselines": "scoring: alpha = 0 and controls", "trials": "searching: (method, epoch, alpha)"}
-        if self._totals[stage]:
-            self._bars.show(names[stage], self._done[stage], self._totals[stage])
-
-
-def _stage(job: Job) -> str:
-    return "trials" if job.kind == "search" or job.of_trial is not None else "baselines"
 
 
 def _done_jobs(store: StudyStore) -> set[Job]:

@@ -25,7 +25,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 
-from search.evaluator import Job
+from search.evaluator import POINT_KINDS, Job
 from search.objectives import Objective, objectives_of
 from search.proposer import Proposer
 from search.space import own_epoch, sampled_epoch
@@ -318,7 +318,7 @@ class StudyStore:
         return pd.DataFrame(rows)
 
     def _of(self, job: Job) -> optuna.Study:
-        return self.study if job.kind in ("alpha_zero", "search") else self.controls
+        return self.study if job.kind in POINT_KINDS else self.controls
 
     def _identifier(self, study: optuna.Study, number: int) -> int:
         """The storage's own id of a trial, which is about to end."""

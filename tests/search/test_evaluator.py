@@ -120,7 +120,7 @@ def test_evidence_is_json_of_finite_numbers(evaluate):
     jobs += [Job("temperature", temperature=0.5), Job("held_out", "npo", 1, 0.5, of_trial=1)]
     jobs += [Job("matched_scale", "npo", 1, 0.5, temperature=1.1, of_trial=1), Job("held_out", model="retain")]
     jobs += [Job("never_finetuned", model="never_finetuned"), Job("other_retain", model="other_retain-1")]
-    assert {job.kind for job in jobs} == {*POINT_KINDS, *CONTROL_KINDS} - {"confirm"}
+    assert {job.kind for job in jobs} == {*POINT_KINDS, *CONTROL_KINDS} - {"confirm", "dial"}
     for job in jobs:
         evidence = json.loads(json.dumps(evaluate(job), allow_nan=False))
         assert len(evidence["components"]) == 9

@@ -39,8 +39,9 @@ class Harness:
         self.space = distributions(parse_study(store.record["spec"]))
         ended = lambda *end: self.ends.append(end)  # noqa: E731
         guard = StudyGuard(store, budget or store.spec.budget, self.said.append)
+        rounds = (mirrors() for _ in range(1))
         self.searcher = StudySearcher(
-            store, self.space, jobs, proposals, self.runs, self.poll, mirrors, ended, Workforce(None), guard
+            store, self.space, jobs, proposals, self.runs, self.poll, rounds, ended, Workforce(None), guard
         )
         self.asked = 0
 
