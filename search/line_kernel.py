@@ -26,7 +26,7 @@ JITTER = 1e-6
 """Variance of what no smooth function of weights explains, as a share of the kernel's own; float32 scores have about that."""
 WORTH = 8.0
 """Independent items that all of them count as when settings are fitted: they go together, so hundreds tell little more."""
-PRIOR_SD = 0.5
+PRIOR_SD = 0.3
 """Of the logarithm of each setting, around its start: points at one alpha alone, as a study begins, show few of them."""
 _STEPS = 40
 

@@ -1,6 +1,7 @@
 """The sampler that knows the line in a study that is really run, and the inner products it rests on."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,6 +82,21 @@ def resumed(copied, finished):
     )
     yield store, context
     store.close()
+
+
+def test_multiple_choice_has_no_losses_to_follow_and_that_is_said(resumed):
+    from types import SimpleNamespace
+
+    from search.runner import _Run
+
+    store, context = resumed
+    said = []
+    run = _Run(SimpleNamespace(spec=store.spec), store, SimpleNamespace(say=said.append))
+    choices = replace(context, corpus=replace(context.corpus, choices={"forget": (), "utility": ()}))
+    assert run._inner_products(choices, None) is None
+    assert len(said) == 1
+    assert "multiple choice" in said[0]
+    assert "tpe" in said[0]
 
 
 def test_a_resumed_study_proposes_from_the_kept_items_what_is_new(resumed, result):
