@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 MEANINGS = {
     "crossed": "the floor lies between the two",
-    "peak": "forgetting is strongest before the floor",
+    "peak": "forgetting grows no further before the floor",
     "ceiling": "forgetting is at its noise ceiling",
     "always": "the highest alpha keeps the floor",
     "never": "the lowest alpha does not keep the floor",

@@ -239,6 +239,6 @@ def test_record_scores_a_grid_and_goes_on_where_it_was(tmp_path, finished, launc
     out.unlink()
     again = launch("record", finished.file, "--out", out, "--alphas", 4)
     assert again.wait(120) == 0, again.stderr
-    assert "trials" not in again.stderr and "12 points of 4 base epochs" in again.stdout
+    assert "searching" not in again.stderr and "12 points of 4 base epochs" in again.stdout
     np.testing.assert_array_equal(read_table(out).objectives, table.objectives)
     assert len(out.read_bytes()) == len(content)
