@@ -170,10 +170,18 @@ def test_item_scores_travel_as_text(evaluator, with_delta):
     assert np.array_equal(arrays["forget/answer_loss"], report.sets["forget"].answer_loss)
 
 
-def test_half_a_batch_gives_the_same_numbers_and_says_so(evaluator, with_delta):
+def test_smaller_batches_give_the_same_numbers_and_say_so(evaluator, with_delta):
     job = with_delta(Job("search", "npo", 1, 0.5))
-    (whole, _), (half, _) = evaluator.evaluate(job), evaluator.evaluate(job, 32)
+    whole, _ = evaluator.evaluate(job)
     assert "batch_size" not in whole
-    assert half.pop("batch_size") == 32
+    narrow = Evaluator(evaluator.context)
+
+    def no_room_for_more_than_four(model, arguments, inputs):
+        if len(inputs["input_ids"]) > 4:
+            raise MemoryError
+
+    narrow.loaded.model.register_forward_pre_hook(no_room_for_more_than_four, with_kwargs=True)
+    half, _ = narrow.evaluate(job)
+    assert half.pop("batch_size") < evaluator.context.scoring.batch_size
     assert half["model_utility"] == pytest.approx(whole["model_utility"], abs=1e-6)
     assert half["log10_forget_quality"] == pytest.approx(whole["log10_forget_quality"], abs=1e-9)
