@@ -133,7 +133,7 @@ def test_everything_written_is_in_the_output_folder_or_the_caches(finished, plac
     visible = {path.name for path in finished.out.iterdir() if not path.name.startswith(".")}
     # SQLite's own files lie beside the database as long as somebody reads it.
     visible -= {"study.db-wal", "study.db-shm"}
-    assert visible == {"study.json", "study.db", "items", "logs", "ray", "report"}
+    assert visible == {"study.json", "study.db", "gram.npz", "items", "logs", "ray", "report"}
 
 
 def test_the_same_command_does_nothing_again(finished, call, place):
