@@ -106,7 +106,7 @@ def trapped(undisturbed, grid_study, write_study, run_command, tmp_path_factory)
 
 WAYS = {
     "raises": "ValueError: this point cannot be scored",
-    "not a number": "objectives are not finite",
+    "not a number": "finite",
     "hangs": "ran past its time limit of 0.5 minutes",
     "hungry": None,
     "greedy": "out of memory",
