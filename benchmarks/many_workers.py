@@ -147,7 +147,9 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     runs = BaseRuns(Room(slots=options.workers, most=options.workers), published=dict.fromkeys(labels, ()))
     workforce, guard = Workforce(None), StudyGuard(store, spec.budget, print)
     ended = clock.note
-    searcher = StudySearcher(store, distributions(spec), [], options.trials, runs, lambda: None, iter(()), ended, workforce, guard)
+    searcher = StudySearcher(
+        store, distributions(spec), [], options.trials, runs, lambda: None, iter(()), ended, workforce, guard
+    )
     items = base64.b64encode(os.urandom(ITEM_BYTES)).decode()
     trainable = tune.with_parameters(Sleeper, seconds=options.seconds, evidence=EVIDENCE, items=items)
     run_trials(tune.with_resources(trainable, {"cpu": 1}), searcher, workforce, options.workers, folder / "ray", "tune")
