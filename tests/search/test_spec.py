@@ -462,7 +462,7 @@ class TestShippedStudies:
     def test_quickstart(self) -> None:
         spec = load_study(quickstart_path())
         assert spec.name == "quickstart"
-        assert spec.search.trials == 25
+        assert spec.search.trials == 40
 
     def test_llama_needs_no_network(self) -> None:
         spec = load_study(STUDIES / "tofu_forget01_llama2_7b.yaml")
