@@ -36,7 +36,7 @@ class Cluster:
         self.environment = {
             **environment,
             "PATH": f"{BIN}:{os.environ['PATH']}",
-            "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+            "PYTHONPATH": str(Path(__file__).resolve().parents[2]),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
             "RAY_USAGE_STATS_ENABLED": "0",
