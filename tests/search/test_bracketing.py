@@ -50,8 +50,8 @@ def test_a_monotone_line_is_closed_in_on_within_six_scores(floor, bend):
     assert standing.best == standing.last_feasible
     assert standing.last_feasible.utility >= floor > standing.first_infeasible.utility
     assert standing.last_feasible.alpha <= truth + 1e-9 and truth <= standing.first_infeasible.alpha + 1e-9
-    # The best one is within a tenth of the range of the truth even for lines that are nothing like straight.
-    assert truth - standing.best.alpha < 0.3
+    # The best one is within a fifth of the range of the truth even for lines that are nothing like straight.
+    assert truth - standing.best.alpha < 0.6
 
 
 def test_a_straight_line_takes_three():
