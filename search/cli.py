@@ -7,12 +7,11 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from search.authentication import settle_authentication
 from search.cluster_commands import register as register_clusters
 from search.curve_commands import register as register_curves
-from search.loopback import stay_on_loopback
+from search.loopback import meet_ray
 from search.model_commands import register as register_models
-from search.terminal import Json, print_claims, print_confirmations, print_front, print_json, print_stop, quieten
+from search.terminal import Address, Json, print_claims, print_confirmations, print_front, print_json, print_stop, quieten
 from search.upkeep_commands import register as register_upkeep
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 
@@ -29,10 +28,6 @@ app = typer.Typer(
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")]
 Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]
 AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
-Address = Annotated[
-    str | None,
-    typer.Option(help="Ray cluster this is a node of: auto, or host:port; Ray on this machine alone when left out."),
-]
 Floor = Annotated[float, typer.Option(help="For utility-floor: least share of the initial model's utility.")]
 
 
@@ -48,10 +43,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a study; the same command resumes an interrupted one and extends a finished one."""
-    if address is not None:
-        settle_authentication()
-    else:
-        stay_on_loopback()
+    meet_ray(address)
     from search.runner import run_study
     from search.spec import load_study, quickstart_path
 
@@ -184,10 +176,7 @@ def confirm(
     as_json: Json = False,
 ) -> None:
     """Train the finalists' base runs from other seeds and score the finalists again, on the items kept for reporting."""
-    if address is not None:
-        settle_authentication()
-    else:
-        stay_on_loopback()
+    meet_ray(address)
     from search.runner import confirm_study
 
     quieten()

@@ -5,15 +5,9 @@ from typing import Annotated
 
 import typer
 
-from search.authentication import settle_authentication
 from search.dial_tables import dial_facts, print_dial
-from search.loopback import stay_on_loopback
-from search.terminal import Json, print_json, quieten
-
-Address = Annotated[
-    str | None,
-    typer.Option(help="Ray cluster this is a node of: auto, or host:port; Ray on this machine alone when left out."),
-]
+from search.loopback import meet_ray
+from search.terminal import Address, Json, print_json, quieten
 
 
 def record(
@@ -29,10 +23,7 @@ def record(
     Searches can be replayed on a table without any model (benchmarks/samplers.py). The grid is scored as a study in the folder
     of the file's name without its ending; the same command resumes it.
     """
-    if address is not None:
-        settle_authentication()
-    else:
-        stay_on_loopback()
+    meet_ray(address)
     from search.recording import record_table
     from search.spec import load_study, quickstart_path
 
@@ -62,10 +53,7 @@ def dial(
     The three base epochs of most promise are looked at, with at most six scores each: alpha is closed in on between the last
     point that keeps the floor and the first that does not. The points become trials of the study; the same command resumes.
     """
-    if address is not None:
-        settle_authentication()
-    else:
-        stay_on_loopback()
+    meet_ray(address)
     from search.runner import dial_study
 
     quieten()

@@ -1,6 +1,8 @@
-"""A Ray of this machine alone, kept from the network."""
+"""Where a command meets Ray: on a cluster it is given, with its token; or on this machine alone, kept from the network."""
 
 import os
+
+from search.authentication import settle_authentication
 
 RAY_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray's switch for clusters of several nodes, named after the systems on which it is off to begin with."""
@@ -14,3 +16,11 @@ def stay_on_loopback() -> None:
     to be reached.
     """
     os.environ.setdefault(RAY_CLUSTERS, "0")
+
+
+def meet_ray(address: str | None) -> None:
+    """Settles, before Ray is imported, how it is met: a cluster at its address with its token, or one of its own on loopback."""
+    if address is None:
+        stay_on_loopback()
+    else:
+        settle_authentication()

@@ -6,6 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster this is a node of: auto, or host:port; Ray on this machine alone when left out."),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
 ]
