@@ -13,7 +13,6 @@ what an ask takes longer with it than with random, at the same marks. Ray: `benc
 import argparse
 import json
 import os
-import platform
 import shutil
 import sqlite3
 import statistics
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from machine import machine
 from optuna.distributions import BaseDistribution
 
 from search.evaluator import Job
@@ -153,7 +153,7 @@ def benchmark(trials: int, running: int, folder: Path) -> dict[str, Any]:
         "memory_bytes_per_trial": memory,
         "baseline": {"name": "plain Optuna: ask, set_user_attr each, tell, on the same database", "storage": plain},
         "ratio_to_baseline": {clock: round(last["storage"][clock] / plain[clock], 3) for clock in ("wall", "cpu")},
-        "machine": {"cores": os.cpu_count(), "load_at_end": os.getloadavg()[0], "python": platform.python_version()},
+        "machine": machine(),
         "versions": {name: version(name) for name in ("optuna", "sqlalchemy")} | {"sqlite": sqlite3.sqlite_version},
     }
 

@@ -14,7 +14,6 @@ import base64
 import json
 import logging
 import os
-import platform
 import shutil
 import tempfile
 import time
@@ -27,6 +26,7 @@ from typing import Any
 import optuna
 import ray
 from driver import EVIDENCE, ITEM_BYTES, STUDY, resident
+from machine import machine
 from ray import tune
 
 from search.base_runs import BaseRuns, Room
@@ -130,7 +130,7 @@ def summary(options: argparse.Namespace, found: dict[str, float], pool: float | 
         **found,
         "baseline": {"name": "bare pool of actors, no study", "share_of_linear": pool},
         "ratio_to_baseline": None if pool is None else round(found["share_of_linear"] / pool, 3),
-        "machine": {"cores": os.cpu_count(), "load_at_end": os.getloadavg()[0], "python": platform.python_version()},
+        "machine": machine(),
         "versions": {name: version(name) for name in ("ray", "optuna")},
     }
 

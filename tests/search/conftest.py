@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -249,6 +249,40 @@ def preparation(finished):
     from search.spec import load_study
 
     return prepare(load_study(finished.file))
+
+
+@pytest.fixture(scope="session")
+def study_context(finished, preparation):
+    """What the workers of that study know."""
+    from search.evaluator import StudyContext
+    from uipe_core.evaluation_log import read_log
+    from uipe_core.tiny_models import tiny_model
+
+    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
+    return StudyContext(
+        corpus=preparation.corpus,
+        split=preparation.split,
+        source=preparation.source("initial", str(folder)),
+        deltas=preparation.delta_root,
+        methods={run.label: run.method for run in preparation.spec.variants()},
+        references={model.name: read_log(finished.out / "logs" / f"{model.name}.json") for model in preparation.references},
+        scoring=preparation.scoring,
+        definition="tofu",
+        seed=0,
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def with_delta(preparation):
+    """A job as the driver hands it out: with the entries of the delta store that hold its base run."""
+    from uipe_core.delta_store import DeltaStore
+
+    deltas = DeltaStore(preparation.delta_root)
+    runs = {
+        run.label: deltas.find(preparation.base_run_inputs(preparation.unlearning(run))) for run in preparation.spec.variants()
+    }
+    return lambda job: replace(job, delta=runs[job.base].keys if job.base in runs else ())
 
 
 @pytest.fixture

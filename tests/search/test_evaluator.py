@@ -4,49 +4,18 @@ import base64
 import io
 import json
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from search.evaluator import CONTROL_KINDS, POINT_KINDS, Evaluator, Job, StudyContext
-from uipe_core.delta_store import DeltaStore
-from uipe_core.evaluation_log import read_log
-from uipe_core.tiny_models import tiny_model
+from search.evaluator import CONTROL_KINDS, POINT_KINDS, Evaluator, Job
 
 
 @pytest.fixture(scope="module")
-def with_delta(preparation):
-    """A job as the driver hands it out: with the entries of the delta store that hold its base run."""
-    deltas = DeltaStore(preparation.delta_root)
-    runs = {
-        run.label: deltas.find(preparation.base_run_inputs(preparation.unlearning(run))) for run in preparation.spec.variants()
-    }
-    return lambda job: replace(job, delta=runs[job.base].keys if job.base in runs else ())
-
-
-@pytest.fixture(scope="module")
-def context(finished, preparation):
-    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
-    return StudyContext(
-        corpus=preparation.corpus,
-        split=preparation.split,
-        source=preparation.source("initial", str(folder)),
-        deltas=preparation.delta_root,
-        methods={run.label: run.method for run in preparation.spec.variants()},
-        references={model.name: read_log(finished.out / "logs" / f"{model.name}.json") for model in preparation.references},
-        scoring=preparation.scoring,
-        definition="tofu",
-        seed=0,
-        threads=1,
-    )
-
-
-@pytest.fixture(scope="module")
-def evaluator(context):
+def evaluator(study_context):
     threads = torch.get_num_threads()
-    yield Evaluator(context)
+    yield Evaluator(study_context)
     torch.set_num_threads(threads)
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from search.base_runs import BaseRuns, Room
-from search.evaluator import Evaluator, Job, StudyContext
+from search.evaluator import Evaluator, Job
 from search.findings import item_scores
 from search.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
 from search.pareto import hypervolume, non_dominated
@@ -28,12 +28,9 @@ from search.workforce import Workforce
 from uipe_core.bounds import utility_bound
 from uipe_core.collapse import collapse_reason
 from uipe_core.definitions import DEFINITIONS
-from uipe_core.delta_store import DeltaStore
-from uipe_core.evaluation_log import read_log
 from uipe_core.metrics import evaluate
 from uipe_core.score_report import ScoreReport, SetScores
 from uipe_core.scoring import LOSS_STAGES
-from uipe_core.tiny_models import tiny_model
 
 TWO = (FORGET_QUALITY.name, MODEL_UTILITY.name)
 THREE = (*TWO, RELATED_FORGET_QUALITY.name)
@@ -192,31 +189,8 @@ def test_equal_numbers_dominate_nothing():
 
 
 @pytest.fixture(scope="module")
-def evaluator(finished, preparation):
-    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
-    return Evaluator(
-        StudyContext(
-            corpus=preparation.corpus,
-            split=preparation.split,
-            source=preparation.source("initial", str(folder)),
-            deltas=preparation.delta_root,
-            methods={run.label: run.method for run in preparation.spec.variants()},
-            references={model.name: read_log(finished.out / "logs" / f"{model.name}.json") for model in preparation.references},
-            scoring=preparation.scoring,
-            definition="tofu",
-            seed=0,
-            threads=1,
-        )
-    )
-
-
-@pytest.fixture(scope="module")
-def delta(preparation):
-    deltas = DeltaStore(preparation.delta_root)
-    return {
-        run.label: deltas.find(preparation.base_run_inputs(preparation.unlearning(run))).keys
-        for run in preparation.spec.variants()
-    }
+def evaluator(study_context):
+    return Evaluator(study_context)
 
 
 def rival(quality, utility):
@@ -227,8 +201,8 @@ def numbers(evidence):
     return {key: value for key, value in evidence.items() if not key.startswith("seconds")}
 
 
-def test_a_worker_stops_where_a_rival_dominates_what_may_come(evaluator, delta):
-    job = Job("search", "grad_diff", 2, 1.0, delta=delta["grad_diff"])
+def test_a_worker_stops_where_a_rival_dominates_what_may_come(evaluator, with_delta):
+    job = with_delta(Job("search", "grad_diff", 2, 1.0))
     whole, report = evaluator.evaluate(job)
     # Nobody has a utility above 1, so only a perfect model ends a trial after its forget set.
     first, part = evaluator.evaluate(replace(job, rivals=(rival(-100.0, 1.0), rival(0.0, 1.0))))
@@ -430,14 +404,14 @@ def front(out):
     return sorted(map(tuple, StudyResult.open(out).front[["base", "epoch", "alpha", *TWO]].to_numpy().tolist()))
 
 
-def test_a_grid_ends_with_the_same_front(new_store, evaluator, delta, tmp_path):
+def test_a_grid_ends_with_the_same_front(new_store, evaluator, with_delta, tmp_path):
     volumes, fronts_of = [], []
     for prune in (False, True):
         store = new_store(out=tmp_path / f"prune-{prune}", name=f"grid-{prune}", search={**FINE, "prune": prune})
         jobs = [*GIVEN, *(Job("search", **point.params) for point in grid_points(store.spec))]
 
         def evaluate_for(job):
-            evidence, report = evaluator.evaluate(replace(job, delta=delta[job.base]))
+            evidence, report = evaluator.evaluate(with_delta(job))
             return evidence, report.arrays()
 
         Driver(store, jobs).work(evaluate_for)
