@@ -19,7 +19,7 @@ def stay_on_loopback() -> None:
 
 
 def meet_ray(address: str | None) -> None:
-    """Settles, before Ray is imported, how it is met: a cluster at its address with its token, or one of its own on loopback."""
+    """Settles, before Ray is imported, how it is met: a cluster by address and token, or one of its own on loopback."""
     if address is None:
         stay_on_loopback()
     else:

@@ -22,7 +22,8 @@ from search.base_runs import BaseRuns
 from search.evaluator import POINT_KINDS, Job
 from search.pruning import Rivals
 from search.study_guard import StudyGuard
-from search.study_store import StudyStore, searched
+from search.study_store import StudyStore
+from search.study_tables import searched
 from search.workforce import Workforce
 
 TIMES_AGAIN = 2

@@ -25,6 +25,7 @@ from search.report_data import CONTROL_COLUMNS, ReportData, collapsed
 from search.report_source import report_data
 from search.spec import StudySpec
 from search.study_store import StudyStore
+from search.study_tables import searched
 from search.verdict import verdict
 from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.errors import UserError
@@ -150,8 +151,8 @@ class StudyResult:
     @property
     def saved(self) -> dict[str, Any] | None:
         """What pruning saved (`search.pruning.savings`)."""
-        searched = self.trials[self.trials["kind"] == "search"]
-        return savings(self.store.pruned_frame(), searched if len(searched) else self.trials)
+        own = searched(self.trials)
+        return savings(self.store.pruned_frame(), own if len(own) else self.trials)
 
     @cached_property
     def front(self) -> pd.DataFrame:

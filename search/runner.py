@@ -36,7 +36,8 @@ from search.spec import StudySpec
 from search.status import StatusLines
 from search.storage import STORAGE_ERRORS, explain_storage_error
 from search.study_guard import Stop, StudyGuard
-from search.study_store import StudyStore, searched
+from search.study_store import StudyStore
+from search.study_tables import searched
 from search.tally import Tally
 from search.warm_start import earlier_fronts
 from search.workers import ScoringTrial

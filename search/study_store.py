@@ -40,6 +40,7 @@ from search.study_record import (
     save_record,
     whole_storage,
 )
+from search.study_tables import certificate_table, evidence_table
 from search.trial_attributes import write_attributes
 from search.url_secrets import without_password
 from uipe_core.content_store import write_atomic
@@ -294,28 +295,15 @@ class StudyStore:
 
     def trials_frame(self) -> pd.DataFrame:
         """A row per complete trial of the study, with its evidence."""
-        return self._frame(self.study)
+        return evidence_table(self.study, [objective.name for objective in self.objectives])
 
     def pruned_frame(self) -> pd.DataFrame:
         """A row per pruned trial with what is known of it: ``pruned`` is its certificate."""
-        trials = self.study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
-        # Another program may prune trials of a study in a database; those have no certificate, and are none of ours.
-        return pd.DataFrame([{"trial": trial.number, **trial.user_attrs} for trial in trials if "pruned" in trial.user_attrs])
+        return certificate_table(self.study)
 
     def controls_frame(self) -> pd.DataFrame:
         """A row per complete trial of the controls study."""
-        return self._frame(self.controls)
-
-    def _frame(self, study: optuna.Study) -> pd.DataFrame:
-        rows = []
-        names = [objective.name for objective in self.objectives]
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            facts = dict(trial.user_attrs)
-            facts.update(facts.pop("components", {}))
-            facts.update(facts.pop("forget_components", {}))
-            facts.update(zip(names, trial.values, strict=True))
-            rows.append({"trial": trial.number, **facts})
-        return pd.DataFrame(rows)
+        return evidence_table(self.controls, [objective.name for objective in self.objectives])
 
     def _of(self, job: Job) -> optuna.Study:
         return self.study if job.kind in POINT_KINDS else self.controls
@@ -387,8 +375,3 @@ class StudyStore:
             opened.append(study)
             self._study_ids[title] = self.storage.get_study_id_from_name(title)
         self._study, self._controls = opened
-
-
-def searched(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a table of trials that are the search's own, not given."""
-    return frame[frame["kind"] == "search"] if len(frame) else pd.DataFrame(columns=["kind", "base"])
