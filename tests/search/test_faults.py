@@ -86,6 +86,10 @@ def test_killed_drivers_and_workers_lose_only_what_was_running(slower_study, lau
     again.until(lambda: complete(out) > len(first) + 2)
     workers = again.until(lambda: scoring_workers(again, living_processes))
     assert len(workers) == 2
+    # Stopped until the other one has ended three trials, it cannot be between two trials when it is killed.
+    os.kill(workers[0], signal.SIGSTOP)
+    stopped_at = complete(out)
+    again.until(lambda: complete(out) >= stopped_at + 3)
     os.kill(workers[0], signal.SIGKILL)
     again.until(lambda: len(set(scoring_workers(again, living_processes)) - {workers[0]}) == 2)
     # The one that was killed is replaced for good, not by one worker that does it all.
