@@ -31,6 +31,7 @@ from ray import tune
 
 from search.base_runs import BaseRuns, Room
 from search.cluster import ENVIRONMENT
+from search.evaluator import Job
 from search.ray_searcher import StudySearcher, run_trials
 from search.samplers import make_sampler
 from search.space import distributions
@@ -44,16 +45,16 @@ class Sleeper(tune.Trainable):
     """Takes jobs as `ScoringTrial` does, and sleeps."""
 
     def setup(self, config: dict[str, Any], seconds: float, evidence: dict[str, Any], items: str) -> None:
-        self._job, self._seconds, self._evidence, self._items = config["job"], seconds, evidence, items
+        self._job, self._seconds, self._evidence, self._items = Job.from_text(config["job"]), seconds, evidence, items
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._job = new_config["job"]
+        self._job = Job.from_text(new_config["job"])
         return True
 
     def step(self) -> dict[str, Any]:
         time.sleep(self._seconds)
-        walked = (1 + self._job["alpha"]) * self._job["epoch"] / 5
-        known = {key: self._job[key] for key in ("kind", "base", "epoch", "alpha")}
+        walked = (1 + self._job.alpha) * self._job.epoch / 5
+        known = {key: getattr(self._job, key) for key in ("kind", "base", "epoch", "alpha")}
         objectives = {"log10_forget_quality": -20 * 2.718281828**-walked, "model_utility": 0.9 - 0.1 * walked}
         return {"evidence": json.dumps({**known, **self._evidence, **objectives}), "items": self._items, "done": True}
 

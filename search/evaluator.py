@@ -1,8 +1,9 @@
 """What a worker does with one job: move the model, score it, and return the evidence. Knows nothing of Ray or Optuna."""
 
+import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,16 @@ class Job:
     def run(self) -> str | None:
         """Its base run: the label, or `retrained` from another seed."""
         return self.base if self.seed is None else retrained(str(self.base), self.seed)
+
+    def as_text(self) -> str:
+        """As it travels: JSON, because Tune copies, formats and writes a configuration several times, value by value."""
+        return json.dumps({each.name: getattr(self, each.name) for each in fields(self)})
+
+    @staticmethod
+    def from_text(text: str) -> "Job":
+        """What `as_text` gave."""
+        given = json.loads(text)
+        return Job(**{**given, "delta": tuple(given["delta"]), "rivals": tuple(given["rivals"])})
 
 
 def retrained(label: str, seed: int) -> str:

@@ -11,6 +11,7 @@ alpha >= 0, the paper's setting. A rival must be on each of them that the trial 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from search.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
@@ -70,8 +71,8 @@ class Rivals:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
-        self._any: list[Rival] = []
-        self._extrapolated: list[Rival] = []
+        self._any = _Front(len(self._names))
+        self._extrapolated = _Front(len(self._names))
 
     def add(self, number: int, evidence: Mapping[str, Any]) -> None:
         """Notes a complete trial of the search space, unless it has collapsed."""
@@ -79,22 +80,30 @@ class Rivals:
         if isinstance(evidence.get("collapsed"), str):
             return
         rival = {"trial": number, "values": {name: float(evidence[name]) for name in self._names}}
-        self._any = self._with(self._any, rival)
+        self._any.add(rival)
         if evidence["alpha"] >= 0:
-            self._extrapolated = self._with(self._extrapolated, rival)
+            self._extrapolated.add(rival)
 
     def of(self, alpha: float) -> tuple[Rival, ...]:
         """The front that a trial at this alpha is held against."""
-        return tuple(self._extrapolated if alpha >= 0 else self._any)
+        return tuple(self._extrapolated.rivals if alpha >= 0 else self._any.rivals)
 
-    def _with(self, front: list[Rival], rival: Rival) -> list[Rival]:
-        point = self._point(rival)
-        if any(dominates(self._point(other), point) for other in front):
-            return front
-        return [*(other for other in front if not dominates(point, self._point(other))), rival]
 
-    def _point(self, rival: Rival) -> list[float]:
-        return [rival["values"][name] for name in self._names]
+class _Front:
+    """Complete trials none of which dominates another, and their objectives as one array: a thousand are compared at once."""
+
+    def __init__(self, objectives: int) -> None:
+        self.rivals: list[Rival] = []
+        self._points = np.empty((0, objectives))
+
+    def add(self, rival: Rival) -> None:
+        """Takes a trial in, unless one dominates it, and lets go of those it dominates."""
+        point = np.array(list(rival["values"].values()))
+        if (np.all(self._points >= point, axis=1) & np.any(self._points > point, axis=1)).any():
+            return
+        stays = ~(np.all(point >= self._points, axis=1) & np.any(point > self._points, axis=1))
+        self.rivals = [*(other for other, kept in zip(self.rivals, stays, strict=True) if kept), rival]
+        self._points = np.vstack([self._points[stays], point])
 
 
 def pruned_table(trials: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -9,7 +9,7 @@ import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,8 +139,8 @@ class StudySearcher(Searcher):
             job = asked[1]
             prunable = job.kind == "search" and self._store.spec.prunes
             rivals = self._rivals.of(float(job.alpha or 0.0)) if prunable else ()
-            handed = replace(job, delta=self._runs.published.get(str(job.run), ()))
-            return {"job": {**asdict(handed), "rivals": rivals}}  # not copied once more for each trial
+            handed = replace(job, delta=self._runs.published.get(str(job.run), ()), rivals=rivals)
+            return {"job": handed.as_text()}
         if self._running or self._held:
             return None
         if self._handed_out >= TRIALS_A_PART:
@@ -291,13 +291,13 @@ def _proposed(store: StudyStore) -> Counter[str]:
 
 
 class _Forgetting(tune.Callback):
-    """Lets go of what Tune keeps of a trial that has ended: its whole result, item scores included, and statistics of it."""
+    """Lets go of what Tune keeps of a trial that has ended: its result, item scores included, statistics of it, and its job."""
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when the searcher has had the result."""
-        for kept in (trial.last_result, trial.metric_analysis, trial.metric_n_steps):
+        for kept in (trial.last_result, trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params):
             kept.clear()
-        trial.config.get("job", {}).pop("rivals", None)
+        trial.config.pop("job", None)
 
 
 def run_trials(trainable: Any, searcher: StudySearcher, workforce: Workforce, at_once: int, folder: Path, name: str) -> None:

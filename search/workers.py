@@ -42,13 +42,13 @@ class ScoringTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], context: StudyContext) -> None:
         """Notes the job; the model is loaded with the first step, because slow set-ups upset actor reuse."""
-        self._job: Job | None = Job(**config["job"])
+        self._job: Job | None = Job.from_text(config["job"])
         self._context = context
         self._loaded: Evaluator | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next job."""
-        self._job = Job(**new_config["job"])
+        self._job = Job.from_text(new_config["job"])
         return True
 
     def step(self) -> dict[str, Any]:

@@ -260,7 +260,7 @@ class Driver:
 
     def work(self, evaluate):
         while isinstance(found := self.searcher.suggest(str(self.asked)), dict):
-            evidence, items = evaluate(Job(**found["job"]))
+            evidence, items = evaluate(Job.from_text(found["job"]))
             result = {"evidence": json.dumps(evidence)} | ({} if items is None else {"items": pack_arrays(items)})
             self.searcher.on_trial_complete(str(self.asked), result)
             assert self.searcher.error is None

@@ -51,7 +51,7 @@ class Harness:
     def next(self):
         self.asked += 1
         found = self.searcher.suggest(str(self.asked))
-        return Job(**found["job"]) if isinstance(found, dict) else found
+        return Job.from_text(found["job"]) if isinstance(found, dict) else found
 
     def finish(self, name, evidence):
         self.searcher.on_trial_complete(str(name), {"evidence": json.dumps(evidence)})
