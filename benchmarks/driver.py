@@ -28,7 +28,7 @@ import optuna
 from machine import machine
 from optuna.distributions import BaseDistribution
 
-from search.evaluator import Job
+from search.job import Job
 from search.samplers import make_sampler
 from search.space import distributions
 from search.spec import parse_study

@@ -31,7 +31,7 @@ from ray import tune
 
 from search.base_runs import BaseRuns, Room
 from search.cluster import ENVIRONMENT
-from search.evaluator import Job
+from search.job import Job
 from search.ray_searcher import StudySearcher, run_trials
 from search.samplers import make_sampler
 from search.space import distributions

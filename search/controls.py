@@ -1,6 +1,6 @@
 """What is scored beside the points of the search: jobs that follow from the study alone."""
 
-from search.evaluator import Job
+from search.job import Job
 from search.preparation import Preparation
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from search.bracketing import Question, Scored, Standing, promise, stand
-from search.evaluator import Job
+from search.job import Job
 from search.results import StudyResult
 from search.study_store import StudyStore
 from search.yardstick import forget_quality_cap

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from search.evaluator import Job
+from search.job import Job
 from search.objectives import Objective
 from search.pareto import hypervolume, non_dominated
 from search.study_store import StudyStore

@@ -12,7 +12,8 @@ import ray
 from search.base_run_tasks import POLL_SECONDS, BaseRunTasks, problem_of
 from search.base_runs import Room
 from search.distributed import train_in_processes
-from search.evaluator import StudyContext, retrained
+from search.evaluator import StudyContext
+from search.job import retrained
 from search.measures import Report, measure, read_report, write_report
 from search.preparation import Preparation, ReferenceModel
 from search.progress import Bars

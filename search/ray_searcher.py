@@ -19,7 +19,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
 from search.base_runs import BaseRuns
-from search.evaluator import POINT_KINDS, Job
+from search.job import POINT_KINDS, Job
 from search.pruning import Rivals
 from search.study_guard import StudyGuard
 from search.study_store import StudyStore

@@ -14,7 +14,6 @@ import pandas as pd
 
 from search import finalists, yardstick
 from search.certainty import certainty
-from search.export import export
 from search.objectives import Objective
 from search.out_mirror import readable_folder
 from search.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
@@ -312,6 +311,8 @@ class StudyResult:
 
     def export(self, row: pd.Series, to: Path | str, form: str) -> Path:
         """Exports a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see `search.export`."""
+        from search.export import export  # only exporting needs torch, which takes a second to import
+
         log = self.out / "logs" / "retain.json"
         recipe = recipe_of(self.store.record, self.spec, row.to_dict())
         return export(recipe, Path(to), form, read_log(log) if log.is_file() else None)

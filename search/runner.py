@@ -19,10 +19,11 @@ from search.capacity import need_of
 from search.cluster import connected
 from search.controls import control_jobs
 from search.dial import Answer, Dial, answer_of
-from search.evaluator import POINT_KINDS, Job, StudyContext
+from search.evaluator import StudyContext
 from search.finalists import mirror_jobs
 from search.groundwork import Groundwork
 from search.inner_products import InnerProducts
+from search.job import POINT_KINDS, Job
 from search.line_study import line_sampler
 from search.out_mirror import working_folder
 from search.preparation import Preparation, prepare

@@ -10,7 +10,7 @@ from typing import Any
 from optuna.trial import TrialState
 
 from search.budgets import FAILURE_WINDOW, FrontGrowth, on_plateau, over_gpu_time, over_time, too_many_failures
-from search.evaluator import POINT_KINDS, Job
+from search.job import POINT_KINDS, Job
 from search.running_sections import BaseRunResources, Budget, TrialResources
 from search.study_store import StudyStore
 from search.yardstick import forget_quality_cap, reference_point

@@ -25,7 +25,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 
-from search.evaluator import POINT_KINDS, Job
+from search.job import POINT_KINDS, Job
 from search.objectives import Objective, objectives_of
 from search.proposer import Proposer
 from search.space import own_epoch, sampled_epoch

@@ -4,7 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from search.evaluator import Job
+from search.job import Job
 from search.progress import Bars
 from search.study_store import StudyStore
 

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from search.evaluator import Evaluator, Job
+from search.evaluator import Evaluator
+from search.job import Job
 from search.measures import Report
 from uipe_core.memory_errors import give_back, ran_out
 

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from ray import tune
 
-from search.evaluator import Evaluator, Job, StudyContext, load_for_scoring
+from search.evaluator import Evaluator, StudyContext, load_for_scoring
+from search.job import Job
 from search.measures import Report, scorer_of
 from search.trial_limits import OutOfMemory, score_within_memory, time_limit
 from uipe_core.checkpoints import import_checkpoints

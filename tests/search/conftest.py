@@ -350,7 +350,7 @@ def made_up_evidence():
     """Evidence as a worker returns it, with made-up numbers."""
 
     def make(job, log10_forget_quality=-5.0, model_utility=0.5, **more):
-        from search.evaluator import Job
+        from search.job import Job
         from search.space import Point
 
         assert isinstance(job, Job)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import yaml
 
-from search.evaluator import Job
 from search.input_checks import check_inputs
+from search.job import Job
 from search.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, objectives_of
 from search.preparation import prepare
 from search.spec import load_study, parse_study

@@ -7,7 +7,7 @@ import pytest
 from search.bracketing import CROSSED, NEVER, OPEN
 from search.dial import LINES, MOST, Dial, answer_of
 from search.dial_tables import dial_facts, print_dial
-from search.evaluator import Job
+from search.job import Job
 from search.results import StudyResult
 from search.space import distributions
 from uipe_core.errors import UserError

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from search.evaluator import CONTROL_KINDS, POINT_KINDS, Evaluator, Job
+from search.evaluator import Evaluator
+from search.job import CONTROL_KINDS, POINT_KINDS, Job
 
 
 @pytest.fixture(scope="module")

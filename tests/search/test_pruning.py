@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from search.base_runs import BaseRuns, Room
-from search.evaluator import Evaluator, Job
+from search.evaluator import Evaluator
 from search.findings import item_scores
+from search.job import Job
 from search.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
 from search.pareto import hypervolume, non_dominated
 from search.pruning import Rivals, bounds, certificate

@@ -8,7 +8,7 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 
 from search.base_runs import BaseRuns, Room
-from search.evaluator import Job
+from search.job import Job
 from search.ray_searcher import IDLE_SECONDS, TIMES_AGAIN, StudySearcher
 from search.running_sections import Budget, Plateau
 from search.samplers import make_sampler

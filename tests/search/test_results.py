@@ -7,8 +7,8 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from search.evaluator import Job
 from search.finalists import mirror_jobs
+from search.job import Job
 from search.results import StudyResult
 from search.space import Point, distributions
 from search.spec import parse_study

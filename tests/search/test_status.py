@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 import pytest
 from filelock import FileLock
 
-from search.evaluator import Job
+from search.job import Job
 from search.progress import Bars
 from search.status import PREFIX, StatusLines, is_running, last_status, read_status, status_of, without_status
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from search.evaluator import Job
+from search.job import Job
 from search.running_sections import BaseRunResources, Budget, Plateau, TrialResources
 from search.study_guard import Stop, StudyGuard
 from search.yardstick import forget_quality_cap, reference_point

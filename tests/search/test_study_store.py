@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from search.evaluator import Job
+from search.job import Job
 from search.space import Point, distributions
 from search.spec import parse_study
 from search.study_record import read_record

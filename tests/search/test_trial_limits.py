@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from search.evaluator import Job
+from search.job import Job
 from search.trial_limits import DIED, OutOfMemory, cause_of_death, score_within_memory
 from uipe_core.memory_errors import ran_out
 
