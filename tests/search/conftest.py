@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from postgres_server import Server, server_binaries
 
 UIPE = Path(sys.executable).parent / "uipe"
 
@@ -249,6 +250,17 @@ def preparation(finished):
     from search.spec import load_study
 
     return prepare(load_study(finished.file))
+
+
+@pytest.fixture(scope="session")
+def server():
+    """A PostgreSQL server."""
+    binaries = server_binaries()
+    if binaries is None:
+        pytest.skip("PostgreSQL's server (initdb, pg_ctl) is not installed; apt-get install postgresql")
+    running = Server(binaries)
+    yield running
+    running.remove()
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,10 @@
 import contextlib
 import logging
 import os
-import pwd
-import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -19,6 +15,7 @@ import pytest
 from optuna.exceptions import StorageInternalError
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
+from postgres_server import QUOTED, SECRET
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError
 
@@ -31,9 +28,6 @@ from search.study_store import StudyStore
 from search.url_secrets import without_password, without_secrets_of
 from uipe_core.errors import UserError
 
-SECRET = "correct/horse+battery"
-QUOTED = "correct%2Fhorse%2Bbattery"
-
 HOLDER = """
 import sys, time
 from search.storage import open_storage
@@ -42,68 +36,6 @@ storage.claim(sys.argv[1], sys.argv[2])
 print("claimed", flush=True)
 time.sleep(600)
 """
-
-
-def server_binaries():
-    """Folder of initdb and pg_ctl; None where PostgreSQL's server is not installed."""
-    found = shutil.which("initdb")
-    folders = [Path(found).parent] if found else sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
-    return next((folder for folder in folders if (folder / "initdb").exists() and (folder / "pg_ctl").exists()), None)
-
-
-class Server:
-    """A PostgreSQL server on a free port of 127.0.0.1, with a password, that can be stopped and started again."""
-
-    def __init__(self, binaries):
-        self._bin = binaries
-        # Not below pytest's folder, which the server's user may not enter: it refuses to run as root.
-        self.folder = Path(tempfile.mkdtemp(prefix="pg", dir="/tmp"))
-        self._user = []
-        if os.geteuid() == 0:
-            owner = next(entry for entry in pwd.getpwall() if entry.pw_name in ("postgres", "nobody"))
-            os.chown(self.folder, owner.pw_uid, owner.pw_gid)
-            self._user = ["runuser", "-u", owner.pw_name, "--"]
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        (self.folder / "password").write_text(SECRET)
-        passwords = ("--auth=scram-sha-256", f"--pwfile={self.folder / 'password'}")
-        self._call("initdb", "-D", self.folder / "data", "-U", "uipe", *passwords, "--no-sync", "-E", "UTF8")
-        self.start()
-
-    @property
-    def url(self):
-        return f"postgresql+psycopg://uipe:{QUOTED}@127.0.0.1:{self._port}/postgres"
-
-    def start(self):
-        options = f"-p {self._port} -c listen_addresses=127.0.0.1 -c unix_socket_directories=''"
-        self._call("pg_ctl", "-D", self.folder / "data", "-l", self.folder / "log", "-o", options, "-w", "-t", "120", "start")
-
-    def stop(self):
-        self._call("pg_ctl", "-D", self.folder / "data", "-m", "immediate", "-w", "-t", "120", "stop")
-
-    def remove(self):
-        with contextlib.suppress(AssertionError):
-            self.stop()
-        shutil.rmtree(self.folder)
-
-    def _call(self, name, *arguments):
-        # The server keeps what it inherits open, so its output must not be a pipe whose end somebody waits for.
-        said = self.folder / f"{name}.out"
-        command = [*self._user, str(self._bin / name), *map(str, arguments)]
-        with said.open("w") as output:
-            done = subprocess.run(command, stdout=output, stderr=output, cwd=self.folder, timeout=180, check=False)
-        assert done.returncode == 0, said.read_text()
-
-
-@pytest.fixture(scope="module")
-def server():
-    binaries = server_binaries()
-    if binaries is None:
-        pytest.skip("PostgreSQL's server (initdb, pg_ctl) is not installed; apt-get install postgresql")
-    running = Server(binaries)
-    yield running
-    running.remove()
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])

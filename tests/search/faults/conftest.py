@@ -7,12 +7,13 @@ import contextlib
 import os
 import random
 import signal
-import sqlite3
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from sqlalchemy import NullPool, create_engine, text
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from search.results import StudyResult
 from search.study_store import StudyStore
@@ -75,6 +76,7 @@ class Watched:
         expected: Front of the same study left in peace.
         seconds: How long that took.
         variables: More of the commands' environment.
+        database: URL of its storage; None for its own file.
         retrained: Keys of base runs that may be trained again, because a fault hit them.
     """
 
@@ -86,6 +88,7 @@ class Watched:
     seconds: float
     random: random.Random
     variables: dict = field(default_factory=dict)
+    database: str | None = None
     kept: list = field(default_factory=list)
     retrained: set = field(default_factory=set)
 
@@ -105,18 +108,17 @@ class Watched:
         return reasons(self.out)
 
     def _count(self, state):
-        path = self.out / "study.db"
-        if not path.is_file():
+        file = self.out / "study.db"
+        if self.database is None and not file.is_file():
             return 0
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, timeout=30)) as database:
-            try:
-                return database.execute("SELECT count(*) FROM trials WHERE state = ?", (state,)).fetchone()[0]
-            except sqlite3.OperationalError:
-                return 0
+        engine = create_engine(self.database or f"sqlite:///file:{file}?mode=ro&uri=true&timeout=30", poolclass=NullPool)
+        with contextlib.suppress(OperationalError, ProgrammingError), engine.connect() as connection:
+            return connection.execute(text(f"SELECT count(*) FROM trials WHERE state = '{state}'")).scalar_one()
+        return 0
 
     def look(self):
         """Notes what must not be lost from now on."""
-        self.kept.append(kept(self.out, self.deltas))
+        self.kept.append(kept(self))
 
     def finish(self, driver, attempts=6):
         """Waits for a run to end and starts it again until one ends well."""
@@ -130,16 +132,16 @@ class Watched:
         raise AssertionError(f"did not end well in {attempts} attempts: {driver.stderr}")
 
 
-def kept(out, deltas):
+def kept(study):
     values, jobs = {}, []
-    if (out / "study.db").is_file():
-        store = StudyStore.open(out)
+    if study.database or (study.out / "study.db").is_file():
+        store = StudyStore.open(study.out)
         for study, frame in (("trials", store.trials_frame()), ("controls", store.controls_frame())):
             for row in frame.to_dict("records"):
                 job = tuple(None if row.get(key) != row.get(key) else row.get(key) for key in JOB)
                 values[study, row["trial"]] = (job, *(row[name] for name in OBJECTIVES))
                 jobs.append((study, job))
-    entries = {path.parent.name: path.stat().st_ino for path in deltas.glob("*/manifest.json")}
+    entries = {path.parent.name: path.stat().st_ino for path in study.deltas.glob("*/manifest.json")}
     return Kept(values, jobs, entries)
 
 
@@ -244,7 +246,7 @@ def hold(request):
     """Checks every invariant on a study that has been through a fault, and notes them for the table."""
 
     def check(fault, study):
-        last = kept(study.out, study.deltas)
+        last = kept(study)
         found = dict.fromkeys(INVARIANTS, True)
         found["same front"] = same(front(study.out), study.expected)
         found["nothing open"] = open_trials(study.out) == []

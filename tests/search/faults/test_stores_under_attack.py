@@ -7,8 +7,10 @@ import signal
 import sqlite3
 import subprocess
 import time
+import uuid
 
 import pytest
+from sqlalchemy import create_engine, text
 
 pytestmark = pytest.mark.faults
 
@@ -187,6 +189,50 @@ def test_storage_locked_for_good(watched, hold, repeat):
     watched.look()
     watched.finish(watched.start())
     hold("storage locked until the run gives up", watched)
+
+
+@pytest.fixture
+def in_postgresql(watched, grid_study, server, monkeypatch, tmp_path):
+    """The grid study with its trials in a database of its own on a server, which can be stopped."""
+    name = f"faults_{uuid.uuid4().hex[:8]}"
+    with create_engine(server.url, isolation_level="AUTOCOMMIT").connect() as connection:
+        connection.execute(text(f"CREATE DATABASE {name}"))
+    watched.database = server.url.removesuffix("postgres") + name
+    monkeypatch.setenv("UIPE_STORAGE", watched.database)  # the password is nowhere else
+    watched.command = ("run", grid_study(tmp_path / "watched", storage=watched.database), "--out", watched.out)
+    return watched
+
+
+def test_server_gone_for_a_while(in_postgresql, server, hold, repeat):
+    study = in_postgresql
+    driver = study.start()
+    for _ in range(2):
+        wanted = study.complete() + study.random.randrange(1, 15)
+        driver.until(lambda wanted=wanted: study.complete() >= wanted)
+        study.look()
+        server.stop()
+        try:
+            time.sleep(study.random.uniform(0, 15))
+        finally:
+            server.start()
+    assert study.finish(driver) is driver
+    hold("PostgreSQL stopped for a while", study)
+
+
+def test_server_gone_for_good(in_postgresql, server, hold, repeat):
+    study = in_postgresql
+    driver = study.start()
+    driver.until(lambda: study.complete() >= study.random.randrange(1, 20))
+    study.look()
+    server.stop()
+    try:
+        assert driver.wait(300) == 2, driver.stderr
+    finally:
+        server.start()
+    assert "then the same command resumes the study" in driver.stderr
+    assert "Traceback" not in driver.stderr
+    study.finish(study.start())
+    hold("PostgreSQL stopped until the run gives up", study)
 
 
 def test_lock_of_a_dead_process(watched, hold, end, repeat):
