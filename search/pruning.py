@@ -24,6 +24,9 @@ from uipe_core.score_report import ScoreReport
 Rival = Mapping[str, Any]
 """A complete trial as it travels with a job: ``trial``, its number, and ``values``, its objectives by name."""
 
+MOST = 100
+"""Rivals that travel with a job, at most: with any of them a certificate is true, and fronts are smaller than that."""
+
 _QUALITIES = {each.name: str(each.quality_of) for each in (FORGET_QUALITY, *THIRD_OBJECTIVES.values())}
 
 
@@ -85,8 +88,8 @@ class Rivals:
             self._extrapolated.add(rival)
 
     def of(self, alpha: float) -> tuple[Rival, ...]:
-        """The front that a trial at this alpha is held against."""
-        return tuple(self._extrapolated.rivals if alpha >= 0 else self._any.rivals)
+        """The front that a trial at this alpha is held against; of a large one `MOST`, spread over it."""
+        return (self._extrapolated if alpha >= 0 else self._any).some(MOST)
 
 
 class _Front:
@@ -104,6 +107,13 @@ class _Front:
         stays = ~(np.all(point >= self._points, axis=1) & np.any(point > self._points, axis=1))
         self.rivals = [*(other for other, kept in zip(self.rivals, stays, strict=True) if kept), rival]
         self._points = np.vstack([self._points[stays], point])
+
+    def some(self, most: int) -> tuple[Rival, ...]:
+        """All of them, or so many evenly along the first objective."""
+        if len(self.rivals) <= most:
+            return tuple(self.rivals)
+        along = np.argsort(self._points[:, 0], kind="stable")
+        return tuple(self.rivals[row] for row in along[np.linspace(0, len(along) - 1, most).round().astype(int)])
 
 
 def pruned_table(trials: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

@@ -298,6 +298,7 @@ class _Forgetting(tune.Callback):
         for kept in (trial.last_result, trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params):
             kept.clear()
         trial.config.pop("job", None)
+        trial.experiment_tag = ""  # all of the configuration again, as the name of the folder it has had
 
 
 def run_trials(trainable: Any, searcher: StudySearcher, workforce: Workforce, at_once: int, folder: Path, name: str) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from search.findings import item_scores
 from search.job import Job
 from search.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
 from search.pareto import hypervolume, non_dominated
-from search.pruning import Rivals, bounds, certificate
+from search.pruning import MOST, Rivals, bounds, certificate
 from search.ray_searcher import StudySearcher
 from search.results import StudyResult
 from search.runner import _done_jobs
@@ -168,6 +169,42 @@ def test_a_rival_must_be_on_every_front_that_the_trial_may_be_on():
     assert [rival["trial"] for rival in rivals.of(0.5)] == [3]
     rivals.add(*evidence_of(4, -2.0, 0.7, alpha=0.0, collapsed=float("nan")))
     assert [rival["trial"] for rival in rivals.of(-0.5)] == [rival["trial"] for rival in rivals.of(0.5)] == [4]
+
+
+@given(st.lists(st.tuples(st.integers(-4, 0), st.integers(0, 4), st.booleans()), max_size=30))
+def test_rivals_are_the_fronts_by_brute_force(points):
+    rivals = Rivals(TWO)
+    for number, (quality, utility, walked_on) in enumerate(points):
+        rivals.add(*evidence_of(number, quality, utility, alpha=0.5 if walked_on else -0.5))
+
+    def dominated(own, there):
+        return any(other != own and other[0] >= own[0] and other[1] >= own[1] for _, other in there)
+
+    def front(there):
+        return {number for number, own in there if not dominated(own, there)}
+
+    everything = [(number, point[:2]) for number, point in enumerate(points)]
+    assert {rival["trial"] for rival in rivals.of(-0.5)} == front(everything)
+    assert {rival["trial"] for rival in rivals.of(0.0)} == front([each for each in everything if points[each[0]][2]])
+
+
+def test_of_a_large_front_some_travel_its_ends_among_them():
+    rivals = Rivals(TWO)
+    for number in range(1000):
+        rivals.add(*evidence_of(number, -number / 100, number / 1000))
+    some = [rival["trial"] for rival in rivals.of(-0.5)]
+    assert len(set(some)) == MOST
+    assert (some[0], some[-1]) == (999, 0)
+    gaps = {earlier - later for earlier, later in pairwise(some)}
+    assert gaps <= {10, 11}
+
+
+def test_a_job_travels_as_text():
+    job = Job("search", "npo", 2, 0.1 + 0.2, delta=("a", "b"), rivals=(rival(-1.0, 0.1 + 0.7),))
+    again = Job.from_text(job.as_text())
+    assert again == job
+    assert (again.alpha, again.delta, again.rivals) == (job.alpha, job.delta, job.rivals)
+    assert Job.from_text(Job("initial", model="initial").as_text()) == Job("initial", model="initial")
 
 
 def test_equal_numbers_dominate_nothing():
