@@ -27,8 +27,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# by two processes, file by file
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 test-slow: setup
 	$(BIN)/pytest --slow

@@ -19,6 +19,7 @@ import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import cycle
 from pathlib import Path
@@ -36,13 +37,14 @@ from search.line_sampler import Lines, LineSampler, LineStudy
 from search.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
 from search.replay import World
 from search.samplers import make_sampler
-from search.score_table import read_table
+from search.score_table import ScoreTable, read_table
 from search.space import own_epoch, sampled_epoch
 
 TABLES = Path(__file__).parent / "tables"
 SAMPLERS = ["random", "grid", "nsga2", "tpe", "gp", "line"]
 SHARES = (0.95, 0.99)
 BASELINE = "tpe"
+TOFU_ITEMS = {"forget": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
 Items = Mapping[str, NDArray[Any]]
 
 
@@ -169,6 +171,21 @@ def suggest_seconds(world: World, name: str, trials: int) -> dict[str, float]:
     return {"median": round(float(np.median(seconds)), 4), "largest": round(max(seconds), 4)}
 
 
+def tofu_sized(table: ScoreTable) -> ScoreTable:
+    """The same table with as many items as the evaluation sets of TOFU forget10 have, its own over and over."""
+
+    def sized(arrays: Items, points: bool) -> dict[str, NDArray[Any]]:
+        found = dict(arrays)
+        for name, values in arrays.items():
+            axis = int(points and name not in table.meta["constant"])
+            if (count := TOFU_ITEMS.get(name.partition("/")[0])) is not None:
+                found[name] = np.take(values, np.arange(count) % values.shape[axis], axis=axis)
+        return found
+
+    initial, retain = sized(table.initial, False), sized(table.retain, False)
+    return replace(table, arrays=sized(table.arrays, True), initial=initial, retain=retain)
+
+
 def summary(runs: Sequence[dict[float, float]], shares: Sequence[float]) -> dict[str, Any]:
     """Quartiles of the scores needed for each share of the gain; null where a search in that place did not reach it."""
     told: dict[str, Any] = {}
@@ -223,6 +240,9 @@ def main() -> None:
             one["samplers"][name]["cpu_seconds"] = round(time.process_time() - started, 1)
             if options.suggest_at:
                 one["samplers"][name][f"suggest_at_{options.suggest_at}"] = suggest_seconds(world, name, options.suggest_at)
+                if name == "line":
+                    large = World(tofu_sized(world.table))
+                    one["samplers"][name]["with_items_of_tofu"] = suggest_seconds(large, name, options.suggest_at)
         for wanted in [f"scores_to_{wanted:.0%}" for wanted in SHARES]:
             base = one["samplers"].get(BASELINE, {}).get(wanted, {}).get("median")
             for of in one["samplers"].values():

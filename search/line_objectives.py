@@ -4,6 +4,7 @@ What a Gaussian process can follow are logarithms: of truth ratios and of probab
 end: means of their exponentials, harmonic means of those, and KS tests, by the formulas of `uipe_core.metrics`. Pure.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -107,16 +108,17 @@ class Curves:
         expected = self._expected[name].astype(ratios.dtype)
         count = ratios.shape[-1]
         # The distance of two distribution functions is greatest at, or just below, a value of the sample.
-        passed = np.searchsorted(expected, ratios, side="right")
-        places = np.arange(count)
-        distances = np.maximum(places + 1 - passed, passed - places).max(axis=-1)
+        ahead = np.searchsorted(expected, ratios, side="right")
+        ahead -= np.arange(count)
+        distances = np.maximum(ahead.max(axis=-1), 1 - ahead.min(axis=-1))
         return np.asarray(log10_p_table(count)[np.clip(distances, 0, count)])
 
     def _utility(self, curves: Mapping[str, NDArray[np.floating[Any]]]) -> FloatArray:
         inverse: FloatArray | float = 0.0
         for name in UTILITY_SETS:
-            probability = np.exp(_unbend(curves[f"{name}/probability"])).mean(axis=-1)
-            truth = 1.0 - np.exp(_unbend(curves[f"{name}/ratio"])).mean(axis=-1)
+            probability, ratio = (_unbend(curves[f"{name}/{part}"]) for part in ("probability", "ratio"))
+            probability = np.exp(probability, out=probability).mean(axis=-1)
+            truth = 1.0 - np.exp(ratio, out=ratio).mean(axis=-1)
             text = np.clip(curves[f"{name}/text"].mean(axis=-1), 0.0, 1.0)
             inverse = inverse + sum(1.0 / np.maximum(part, 1e-12) for part in (probability, truth, text))
         return np.asarray(3.0 * len(UTILITY_SETS) / inverse)
@@ -128,5 +130,10 @@ def _bend(logarithms: FloatArray) -> FloatArray:
 
 def _unbend(curves: NDArray[np.floating[Any]]) -> FloatArray:
     """Logarithms again, as far as they are negative: what is above 0 counts as 0."""
-    grown = np.exp(np.clip(curves, BEND * np.arcsinh(LEAST_LOG / BEND), 0.0) / BEND)
-    return np.asarray(0.5 * BEND * (grown - 1.0 / grown))
+    # In place: there are millions of them, and a fresh array of that size costs as much as the arithmetic.
+    grown = np.clip(curves, BEND * math.asinh(LEAST_LOG / BEND), 0.0)  # a scalar of numpy's would make it double precision
+    grown /= BEND
+    np.exp(grown, out=grown)
+    grown -= np.reciprocal(grown)
+    grown *= 0.5 * BEND
+    return np.asarray(grown)

@@ -14,6 +14,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from threadpoolctl import ThreadpoolController
 
 from search.line_kernel import FloatArray, Geometry, Places
 from search.line_objectives import Curves
@@ -96,6 +97,7 @@ class LineSampler(BaseSampler):
         self._lines: Lines | None = None
         self._search: LineSearch | None = None
         self._told: set[int] = set()
+        self._libraries = ThreadpoolController()
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The whole space: it is flat and known."""
@@ -108,7 +110,9 @@ class LineSampler(BaseSampler):
             return {}
         if not set(given) - {"base"}:
             try:
-                found = self._propose(study.get_trials(deepcopy=False), trial.number, given.get("base"))
+                # Matrices are small: threads wait for each other longer than they compute, and workers want the other cores.
+                with self._libraries.limit(limits=1, user_api="blas"):
+                    found = self._propose(study.get_trials(deepcopy=False), trial.number, given.get("base"))
             except np.linalg.LinAlgError as error:
                 self._tell_once(f"sampler line: its model cannot be computed ({error}); another sampler proposes")
                 found = None
