@@ -13,7 +13,6 @@ import optuna
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
@@ -251,7 +250,6 @@ class PatientStorage:
     def __init__(self, database: Database, storage: BaseStorage) -> None:
         self._database = database
         self._storage = storage
-        self._known: dict[int, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         """What the storage has under this name; what it does, it does patiently."""
@@ -263,30 +261,6 @@ class PatientStorage:
         # What was read may come from memory, or from a database that is locked for writing only.
         proves = not name.startswith("get_")
         return lambda *given, **named: self._database.insist(lambda _: found(*given, **named), proves)
-
-    def create_new_trial(self, study_id: int, template_trial: FrozenTrial | None = None) -> int:
-        """As Optuna's; asked again, it returns the trial that was made when only the answer was lost."""
-        if study_id not in self._known:
-            self._known[study_id] = self.get_n_trials(study_id)
-
-        def create(again: bool) -> int:
-            if again and self._storage.get_n_trials(study_id) > self._known[study_id]:
-                return self._storage.get_trial_id_from_study_id_trial_number(study_id, self._known[study_id])
-            return self._storage.create_new_trial(study_id, template_trial)
-
-        identifier = self._database.insist(create)
-        self._known[study_id] += 1
-        return identifier
-
-    def set_trial_state_values(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> bool:
-        """As Optuna's; asked again, it is content with a trial that has the state when only the answer was lost."""
-
-        def change(again: bool) -> bool:
-            if again and self._storage.get_trial(trial_id).state == state:
-                return True
-            return self._storage.set_trial_state_values(trial_id, state, values)
-
-        return self._database.insist(change)
 
 
 # What asks for the type gets it; nothing of Optuna's own is inherited.

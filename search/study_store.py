@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import make_url
 
 from search.job import POINT_KINDS, Job
@@ -41,7 +41,7 @@ from search.study_record import (
     whole_storage,
 )
 from search.study_tables import certificate_table, evidence_table
-from search.trial_attributes import write_attributes
+from search.trial_rows import begin_trial, end_trial, last_trial
 from search.url_secrets import without_password
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
@@ -67,7 +67,7 @@ class StudyStore:
         self._study: optuna.Study | None = None
         self._controls: optuna.Study | None = None
         self._study_ids: dict[str, int] = {}
-        self._identifiers: dict[int, int] = {}
+        self._identifiers: dict[tuple[str, int], int] = {}
         self._proposer: Proposer | None = None
         self.spec = StudySpec.model_validate(record["spec"], strict=False)
 
@@ -184,10 +184,8 @@ class StudyStore:
         orphans = 0
         for study in (self.study, self.controls):
             for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
-                identifier = self._identifier(study, trial.number)
-                self.storage.set_trial_user_attr(identifier, "reason", INTERRUPTED)
                 # Not `tell`, which refuses a trial that nobody has asked for yet.
-                self.storage.set_trial_state_values(identifier, TrialState.FAIL)
+                self._write_end(study, trial.number, TrialState.FAIL, {"reason": INTERRUPTED})
                 orphans += 1
         return orphans
 
@@ -213,13 +211,16 @@ class StudyStore:
         if given is not None and "epoch" in given:
             given["epoch"] = sampled_epoch(given["epoch"], longest, counts[given["base"]])
         number, trial = self._proposer.ask(space, given, kind)
-        self._begin(number, trial)
+        self._begin(self.study, number, trial)
         base = trial.params["base"]
         return number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
 
     def ask_control(self) -> int:
         """Starts a trial of the controls study."""
-        return self.controls.ask().number
+        newest = self._database.patiently(lambda: last_trial(self._database.engine, self._study_id(self.controls)))
+        number = 0 if newest is None else newest[1] + 1
+        self._begin(self.controls, number, create_trial(state=TrialState.RUNNING))
+        return number
 
     def complete(self, job: Job, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
         """Writes all evidence and the scores of every item, then ends the trial with its values: none is complete without them.
@@ -235,7 +236,7 @@ class StudyStore:
             return reason
         if items is not None:
             write_atomic(self._items_path(study, number), items)
-        self._end_with_evidence(study, number, evidence, TrialState.COMPLETE, list(values.values()))
+        self._end(study, number, TrialState.COMPLETE, evidence, list(values.values()))
         return None
 
     def prune(self, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
@@ -248,11 +249,11 @@ class StudyStore:
         """
         if items is not None:
             write_atomic(self._items_path(self.study, number), items)
-        self._end_with_evidence(self.study, number, evidence, TrialState.PRUNED, None)
+        self._end(self.study, number, TrialState.PRUNED, evidence)
 
     def fail(self, job: Job, number: int, reason: str) -> None:
         """Ends a trial as FAIL with its reason."""
-        self._fail(self._of(job), number, reason)
+        self._end(self._of(job), number, TrialState.FAIL, {"reason": reason})
 
     def items(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
         """Per-item arrays of a complete trial by ``set/measurement``; None where it has none (a study of an older version).
@@ -308,46 +309,51 @@ class StudyStore:
     def _of(self, job: Job) -> optuna.Study:
         return self.study if job.kind in POINT_KINDS else self.controls
 
-    def _identifier(self, study: optuna.Study, number: int) -> int:
-        """The storage's own id of a trial, which is about to end."""
-        known = self._identifiers.pop(number, None) if study is self._study else None
-        study_id = self._study_ids[study.study_name]
-        return self.storage.get_trial_id_from_study_id_trial_number(study_id, number) if known is None else known
+    def _study_id(self, study: optuna.Study) -> int:
+        return self._study_ids[study.study_name]
 
-    def _fail(self, study: optuna.Study, number: int, reason: str) -> None:
-        identifier = self._identifier(study, number)
-        self.storage.set_trial_user_attr(identifier, "reason", reason)
-        self._end(study, number, identifier, TrialState.FAIL)
+    def _begin(self, study: optuna.Study, number: int, trial: FrozenTrial) -> None:
+        """Writes a trial into the database."""
+        engine, study_id = self._database.engine, self._study_id(study)
 
-    def _begin(self, number: int, trial: FrozenTrial) -> None:
-        """Writes a trial into the database, in one transaction."""
-        study_id = self._study_ids[self.study.study_name]
-        identifier = self.storage.create_new_trial(study_id, trial)
-        try:
-            mine = self.storage.get_trial_id_from_study_id_trial_number(study_id, number) == identifier
-        except KeyError:
-            mine = False
-        if not mine:
+        def begin(again: bool) -> int | None:
+            identifier = begin_trial(engine, study_id, number, trial)
+            newest = last_trial(engine, study_id) if identifier is None and again else None
+            # Only the answer was lost, perhaps.
+            return newest[0] if newest is not None and newest[1] == number else identifier
+
+        identifier = self._database.insist(begin)
+        if identifier is None:
             raise UserError(
                 f"storage {self.record['storage']}: another program writes trials into this study; end it and run again"
             )
-        self._identifiers[number] = identifier
-
-    def _end_with_evidence(
-        self, study: optuna.Study, number: int, evidence: Mapping[str, Any], state: TrialState, values: list[float] | None
-    ) -> None:
-        identifier = self._identifier(study, number)
-        attributes = {key: value for key, value in evidence.items() if value is not None}
-        self._database.patiently(lambda: write_attributes(self._database.engine, identifier, attributes))
-        self._end(study, number, identifier, state, values)
+        self._identifiers[study.study_name, number] = identifier
 
     def _end(
-        self, study: optuna.Study, number: int, identifier: int, state: TrialState, values: list[float] | None = None
+        self,
+        study: optuna.Study,
+        number: int,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        values: list[float] | None = None,
     ) -> None:
-        # Not `tell` of the study in the database, which reads the whole trial twice before it writes.
-        self.storage.set_trial_state_values(identifier, state, values)
+        self._write_end(study, number, state, {key: value for key, value in attributes.items() if value is not None}, values)
         if study is self._study and self._proposer is not None:
             self._proposer.end(number, state, values)
+
+    def _write_end(
+        self,
+        study: optuna.Study,
+        number: int,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        values: list[float] | None = None,
+    ) -> None:
+        identifier = self._identifiers.get((study.study_name, number))
+        if identifier is None:
+            identifier = self.storage.get_trial_id_from_study_id_trial_number(self._study_id(study), number)
+        self._database.patiently(lambda: end_trial(self._database.engine, identifier, state, attributes, values))
+        self._identifiers.pop((study.study_name, number), None)
 
     def _attach(self, create: bool) -> None:
         name, identity = self.record["name"], self.record["fingerprint"]
