@@ -136,11 +136,11 @@ def kept(study):
     values, jobs = {}, []
     if study.database or (study.out / "study.db").is_file():
         store = StudyStore.open(study.out)
-        for study, frame in (("trials", store.trials_frame()), ("controls", store.controls_frame())):
+        for of, frame in (("trials", store.trials_frame()), ("controls", store.controls_frame())):
             for row in frame.to_dict("records"):
                 job = tuple(None if row.get(key) != row.get(key) else row.get(key) for key in JOB)
-                values[study, row["trial"]] = (job, *(row[name] for name in OBJECTIVES))
-                jobs.append((study, job))
+                values[of, row["trial"]] = (job, *(row[name] for name in OBJECTIVES))
+                jobs.append((of, job))
     entries = {path.parent.name: path.stat().st_ino for path in study.deltas.glob("*/manifest.json")}
     return Kept(values, jobs, entries)
 
