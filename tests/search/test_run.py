@@ -266,6 +266,9 @@ def test_adapters_are_searched_as_low_rank_updates(adapted):
     update = found.load(1)
     assert update.kind == "low_rank"
     assert all(".lora_" in name for name in update.tensors)
+    # The sampler that knows the line had the geometry of the merged update, which nobody ever made.
+    with np.load(adapted.out / "gram.npz") as kept:
+        assert kept["gram"] == pytest.approx(np.array([[update.norm**2]]), rel=1e-5)
     assert adapted.trials["model_utility"].nunique() > 1
     assert "temperature" not in set(adapted.controls["kind"])
 
