@@ -35,10 +35,8 @@ echo "head: raylet $first, 1 CPU; second node: raylet $second, 2 CPUs"
 say uipe submit "$study" --out "$out"
 job="$(uipe studies --json | python -c 'import json, sys; print(json.load(sys.stdin)["studies"][0]["job"])')"
 say uipe submit "$study" --out "$out"
-until test "$(field 'status.get("trials", {}).get("done", 0) >= 4 or status["state"] not in ("pending", "running")')" = True; do sleep 2; done
-say uipe status "$job"
+until test "$(field 'status.get("trials", {}).get("done", 0) >= 4 or status["state"] not in ("pending", "running")')" = True; do sleep 1; done
 say kill -9 "$second"
-sleep 5
 say uipe status "$job"
 say uipe logs "$job" --follow
 say uipe status "$job"
