@@ -109,8 +109,22 @@ class BaseRunTasks:
             self._news(name, run)
 
 
+LOST = (
+    ray.exceptions.LocalRayletDiedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.ObjectLostError,
+    ray.exceptions.OutOfMemoryError,
+    ray.exceptions.RayActorError,
+    ray.exceptions.RaySystemError,
+    ray.exceptions.WorkerCrashedError,
+)
+"""What Ray raises where a worker, its node or Ray itself died: no fault of what was run there."""
+
+
 def problem_of(name: str, error: ray.exceptions.RayError) -> Exception:
-    """A task's failure as an exception to raise: a user's, where its cause is one."""
+    """A task's failure as an exception to raise: a user's, where its cause is one or can be answered by running again."""
+    if isinstance(error, LOST):
+        return UserError(f"{name}: what it ran on died ({_reason(error)}); the same command goes on from what was done")
     cause = getattr(error, "cause", None) or error
     kind = UserError if isinstance(cause, UserError | DivergedError) else RuntimeError
     problem = kind(f"{name}: {_reason(cause)}")

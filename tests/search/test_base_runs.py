@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import ray
 import yaml
 
+from search.base_run_tasks import problem_of
 from search.base_runs import BaseRuns, Room
 from search.capacity import Fleet, autoscaler_fleet, fits, need_of, per_base_run, room_for, trials_held
 from search.running_sections import BaseRunResources, Resources, TrialResources
@@ -149,3 +151,19 @@ def test_a_broken_description_is_refused_by_name(tmp_path, content):
     file.write_text(content)
     with pytest.raises(UserError, match=r"ray_bootstrap_config\.yaml.*max_concurrent"):
         autoscaler_fleet(file)
+
+
+@pytest.mark.parametrize("error", [ray.exceptions.LocalRayletDiedError(), ray.exceptions.WorkerCrashedError()])
+def test_where_ray_died_the_user_hears_that_the_same_command_goes_on(error):
+    problem = problem_of("score initial", error)
+    assert isinstance(problem, UserError)
+    assert str(problem).startswith(f"score initial: what it ran on died ({type(error).__name__}: ")
+    assert str(problem).endswith("; the same command goes on from what was done")
+
+
+def test_what_a_task_raised_keeps_its_own_words_or_its_type():
+    told = ray.exceptions.RayTaskError("f", "", UserError("model.initial: no such folder"))
+    assert str(problem_of("score initial", told)) == "score initial: model.initial: no such folder"
+    broken = problem_of("score initial", ray.exceptions.RayTaskError("f", "", ValueError("broken\nmore")))
+    assert type(broken) is RuntimeError
+    assert str(broken) == "score initial: ValueError: broken"

@@ -63,16 +63,20 @@ def test_base_run_worker(watched, hold, end, workers, repeat):
     hold("base run's worker: kill -9", watched)
 
 
-def test_raylet_of_the_only_node(watched, hold, end, workers, repeat):
+@pytest.mark.parametrize("moment", ["any moment", "while reference models are scored"])
+def test_raylet_of_the_only_node(watched, hold, end, workers, moment, repeat):
     driver = watched.start()
     driver.until(lambda: workers(driver, "raylet"))
-    wait_for_moment(watched, driver)
+    if moment == "any moment":
+        wait_for_moment(watched, driver)
+    else:
+        driver.until(lambda: "scoring: initial" in driver.stderr)
     if driver.process.poll() is None:
         watched.look()
         for pid in workers(driver, "raylet"):
             end(pid)
     watched.finish(driver)
-    hold("the only node's raylet: kill -9", watched)
+    hold(f"the only node's raylet, {moment}: kill -9", watched)
 
 
 def test_second_node(watched, environment, living_processes, hold, end, repeat):
