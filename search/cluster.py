@@ -107,16 +107,7 @@ def _own(out: Path, bars: Bars) -> Iterator[None]:
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         with _interrupts_held():
-            ray.init(
-                address="local",
-                num_cpus=len(os.sched_getaffinity(0)),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                log_to_driver=False,
-                logging_level="ERROR",
-                _temp_dir=str(link),
-                _node_ip_address="127.0.0.1",
-            )
+            _start(link)
         _restore(on_terminate)
         yield
     except SystemExit as error:
@@ -124,6 +115,25 @@ def _own(out: Path, bars: Bars) -> Iterator[None]:
     finally:
         ray.shutdown()
         shutil.rmtree(link.parent, ignore_errors=True)
+
+
+def _start(folder: Path) -> None:
+    try:
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(folder),
+            _node_ip_address="127.0.0.1",
+        )
+    except Exception as error:  # Ray has no type of its own for it
+        raise UserError(
+            f"Ray could not be started on this machine ({_first_line(error)}); give it room (processor, memory, disk), then "
+            "the same command goes on from what was done"
+        ) from error
 
 
 def code_environment() -> dict[str, Any]:
