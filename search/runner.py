@@ -13,7 +13,7 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search.base_run_tasks import LOST, BaseRunTasks
+from search.base_run_tasks import LOST, BaseRunTasks, problem_of
 from search.base_runs import Room
 from search.capacity import need_of
 from search.cluster import connected
@@ -148,10 +148,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
         except KeyboardInterrupt:
             raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None
         except LOST as error:
-            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            raise UserError(
-                f"{folder}: Ray or a node of it died ({said}); the same command goes on from what was done"
-            ) from error
+            raise problem_of(str(folder), error) from error
         except (OSError, *STORAGE_ERRORS) as error:
             # Not from the error: what a database says may hold what its URL must not show.
             said = explain_storage_error(error, spec.storage or "")
