@@ -92,8 +92,10 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, help="where to write the study; a temporary folder when left out")
     options = parser.parse_args()
     with local_ray(options.workers, options.dir) as folder:
-        linear = options.workers / options.seconds
-        pool = None if options.no_pool else round(pool_rate(options.workers, options.trials, options.seconds) / linear, 3)
+        pool = None
+        if not options.no_pool:
+            rate = pool_rate(options.workers, options.trials, options.seconds)
+            pool = round(rate * options.seconds / options.workers, 3)
         found = study_share(options, folder)
     print(json.dumps(summary(options, found, pool), indent=1))
 
