@@ -204,7 +204,7 @@ def disk(store: StudyStore, deltas: ContentStore) -> Iterator[Finding]:
 def _rest_of_trials(store: StudyStore) -> int:
     """Bytes of the trials that are still to come, by those that are there."""
     complete = store.counts()["complete"]
-    kinds = [trial.user_attrs.get("kind") for trial in store.study.get_trials(deepcopy=False) if trial.values is not None]
+    kinds = [trial.user_attrs.get("kind") for trial in store.trials(names=("kind",)) if trial.values is not None]
     missing = max(store.spec.search.trials - kinds.count("search"), 0)
     return missing * (_size(store.out / "items") + _size(store.out / "study.db")) // max(complete, 1)
 

@@ -62,7 +62,7 @@ class Repairable:
 
 def orphans(store: StudyStore, running: bool) -> Iterator[Finding | Repairable]:
     """Trials that are RUNNING though nobody runs the study."""
-    open_trials = [trial for trial in _trials(store) if trial.state in (TrialState.RUNNING, TrialState.WAITING)]
+    open_trials = _trials(store, TrialState.RUNNING, TrialState.WAITING)
     if not open_trials:
         yield Finding("trials", OK, "no trial is left open")
     elif running:
@@ -84,7 +84,7 @@ def item_scores(store: StudyStore) -> Iterator[Finding | Repairable]:
     damaged: list[tuple[Path, str]] = []
     strays: list[Path] = []
     for study, name in ((store.study, "trials"), (store.controls, "controls")):
-        states = {trial.number: trial.state for trial in study.get_trials(deepcopy=False)}
+        states = {trial.number: trial.state for trial in store.trials(names=(), study=study)}
         folder = store.out / "items" / name
         files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
         for number, state in states.items():
@@ -164,7 +164,7 @@ def agreement(store: StudyStore) -> Iterator[Finding]:
     names = [objective.name for objective in store.objectives]
     if store.study.metric_names not in (None, names):
         wrong.append(f"the database maximises {', '.join(store.study.metric_names or ())}, the record {', '.join(names)}")
-    unknown = {str(trial.user_attrs.get("base")) for trial in store.study.get_trials(deepcopy=False)}
+    unknown = {str(trial.user_attrs.get("base")) for trial in store.trials(names=("base",))}
     unknown -= {*spec.base_epochs(), "None"}
     if unknown:
         wrong.append(f"there are trials of base runs that the study does not have: {', '.join(sorted(unknown))}")
@@ -182,7 +182,7 @@ def agreement(store: StudyStore) -> Iterator[Finding]:
 
 def bounds(store: StudyStore) -> Iterator[Finding]:
     """Parameters of the front that are stuck at an end of their range."""
-    trials = store.trials_frame()
+    trials = store.trials_frame(("base", "epoch", "alpha"))
     if trials.empty:
         return
     names = [objective.name for objective in store.objectives]
@@ -214,7 +214,7 @@ def bounds(store: StudyStore) -> Iterator[Finding]:
 
 def repeats(store: StudyStore) -> Iterator[Finding]:
     """Points that were scored more than once."""
-    trials = store.trials_frame()
+    trials = store.trials_frame(("base", "epoch", "alpha"))
     if trials.empty:
         return
     places = trials[["base", "epoch", "alpha"]].apply(tuple, axis=1)
@@ -233,7 +233,7 @@ def repeats(store: StudyStore) -> Iterator[Finding]:
 
 def failures(store: StudyStore) -> Iterator[Finding]:
     """Failed trials by their reason; numbers in reasons do not make them differ."""
-    failed = [trial for trial in _trials(store) if trial.state == TrialState.FAIL]
+    failed = _trials(store, TrialState.FAIL)
     reasons = Counter(re.sub(r"\d+(\.\d+)?", "N", str(trial.user_attrs.get("reason", "unknown"))) for trial in failed)
     if not reasons:
         yield Finding("failures", OK, "no trial failed")
@@ -278,5 +278,5 @@ def _below(folder: Path) -> Iterator[Path]:
     return folder.rglob("*") if folder.is_dir() and not folder.is_symlink() else iter(())
 
 
-def _trials(store: StudyStore) -> list[FrozenTrial]:
-    return [trial for study in (store.study, store.controls) for trial in study.get_trials(deepcopy=False)]
+def _trials(store: StudyStore, *states: TrialState) -> list[FrozenTrial]:
+    return [trial for study in (store.study, store.controls) for trial in store.trials(states, ("reason",), study)]

@@ -83,7 +83,7 @@ class StudySearcher(Searcher):
         self._deaths: Counter[Job] = Counter()
         self._proposed = _proposed(store)
         self._rivals = Rivals([objective.name for objective in store.objectives])
-        for row in store.trials_frame().to_dict("records"):
+        for row in store.trials_frame(("alpha", "collapsed")).to_dict("records"):
             self._rivals.add(int(row["trial"]), {str(key): value for key, value in row.items()})
         self._idle_since: float | None = None
         self._handed_out = 0
@@ -287,7 +287,8 @@ class StudySearcher(Searcher):
 
 def _proposed(store: StudyStore) -> Counter[str]:
     """Points scored or pruned of each base run so far, those at alpha = 0 aside."""
-    return Counter(base for frame in (store.trials_frame(), store.pruned_frame()) for base in searched(frame)["base"])
+    names = ("kind", "base")
+    return Counter(base for frame in (store.trials_frame(names), store.pruned_frame(names)) for base in searched(frame)["base"])
 
 
 class _Forgetting(tune.Callback):

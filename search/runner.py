@@ -266,7 +266,7 @@ class _Run:
 
     def _searched(self) -> int:
         """Search trials that are decided; counted by number, because samplers may propose a point twice."""
-        return sum(len(searched(frame)) for frame in (self.store.trials_frame(), self.store.pruned_frame()))
+        return sum(len(searched(frame)) for frame in (self.store.trials_frame(("kind",)), self.store.pruned_frame(("kind",))))
 
     def _rounds(self, tally: Tally, asked: Iterable[list[Job]]) -> Iterator[list[Job]]:
         """What is scored once everything before it has ended: what was asked for, then what the front lacks."""
@@ -286,7 +286,7 @@ class _Run:
         """Scores jobs and proposals as their base runs come, then round after round of others, then what the front lacks."""
         spec = self.preparation.spec
         # A resumed study must not propose what it proposed before, so its length goes into the seed.
-        scored = len(self.store.study.get_trials(deepcopy=False))
+        scored = sum(self.store.counts().values())
         seed = spec.seed + 1000003 * scored
         sampler = make_sampler(spec.search.sampler, seed)
         products = self._inner_products(context, base_runs) if spec.search.sampler == "line" and proposals else None
@@ -347,9 +347,10 @@ class _Run:
 def _done_jobs(store: StudyStore) -> set[Job]:
     """Jobs that need not be done again."""
     done = set()
-    for frame in (store.trials_frame(), store.pruned_frame(), store.controls_frame()):
+    names = ("base", "epoch", "alpha", "of_trial", "model", "seed")
+    known = (*names, "kind", "temperature")
+    for frame in (store.trials_frame(known), store.pruned_frame(known), store.controls_frame()):
         for row in frame.to_dict("records"):
-            names = ("base", "epoch", "alpha", "of_trial", "model", "seed")
             values: dict[str, Any] = {name: None if _absent(row.get(name)) else row[name] for name in names}
             temperature = 1.0 if _absent(row.get("temperature")) else float(row["temperature"])
             done.add(Job(kind=row["kind"], temperature=temperature, **values))

@@ -73,7 +73,7 @@ def status_of(
         ``hours`` of all runs together; ``expected_end`` (ISO 8601 with offset, None where nothing tells); ``progress``;
         ``updated``.
     """
-    trials = store.study.get_trials(deepcopy=False)
+    trials = list(store.trials(names=("kind", "reason")))
     states = [trial.state for trial in trials]
     spec = store.spec
     proposed = len(grid_points(spec)) if spec.search.sampler == "grid" else spec.search.trials

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import optuna
 from filelock import FileLock, Timeout
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
@@ -150,14 +149,12 @@ class Database:
         backend: The database.
 
     Attributes:
-        direct: As an Optuna storage that keeps nothing in memory.
-        cached: As an Optuna storage that keeps finished trials in memory: what studies read from.
+        optuna: As an Optuna storage. It keeps nothing in memory.
     """
 
     def __init__(self, backend: RDBStorage) -> None:
         self._backend = backend
-        self.direct = cast(BaseStorage, PatientStorage(self, backend))
-        self.cached = cast(BaseStorage, PatientStorage(self, optuna.storages.get_storage(backend)))
+        self.optuna = cast(BaseStorage, PatientStorage(self, backend))
         self._claim: DriverClaim | None = None
         self._patience = PATIENCE_SECONDS
         self._failing_since: float | None = None

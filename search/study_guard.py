@@ -152,7 +152,7 @@ class StudyGuard:
         if not controls.empty:
             for row in controls[controls["kind"] == "initial"].to_dict("records"):
                 self._note("initial", self._growth.add([row[name] for name in names]))
-        done = store.study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+        done = store.trials((TrialState.COMPLETE, TrialState.PRUNED), ("kind",))
         for trial in sorted(done, key=lambda trial: trial.datetime_complete or datetime.max):
             volume = self._volumes[-1] if trial.state == TrialState.PRUNED else self._growth.add(trial.values)
             self._note(trial.user_attrs.get("kind", "search"), volume)

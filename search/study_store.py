@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from search.study_record import (
     whole_storage,
 )
 from search.study_tables import certificate_table, evidence_table
-from search.trial_rows import begin_trial, end_trial, last_trial
+from search.trial_rows import begin_trial, end_trial, last_trial, read_trials
 from search.url_secrets import without_password
 from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
@@ -61,7 +61,7 @@ class StudyStore:
     def __init__(self, out: Path, record: dict[str, Any], database: Database, lock: FileLock | None = None) -> None:
         self.out = out
         self.record = record
-        self.storage = database.direct
+        self.storage = database.optuna
         self._database = database
         self._lock = lock
         self._study: optuna.Study | None = None
@@ -177,13 +177,13 @@ class StudyStore:
 
     def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
         """Sets the sampler that `ask_point` proposes with."""
-        self._proposer = Proposer(self.study.directions, sampler, self.study.get_trials(deepcopy=False))
+        self._proposer = Proposer(self.study.directions, sampler, self.trials(names=()))
 
     def reconcile(self) -> int:
         """Ends what an interrupted run left RUNNING or WAITING as FAIL with its reason; returns how many there were."""
         orphans = 0
         for study in (self.study, self.controls):
-            for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING)):
+            for trial in self.trials((TrialState.RUNNING, TrialState.WAITING), (), study):
                 # Not `tell`, which refuses a trial that nobody has asked for yet.
                 self._write_end(study, trial.number, TrialState.FAIL, {"reason": INTERRUPTED})
                 orphans += 1
@@ -281,9 +281,33 @@ class StudyStore:
         """Writes the record atomically."""
         save_record(self.out, self.record)
 
+    def trials(
+        self,
+        states: Collection[TrialState] | None = None,
+        names: Collection[str] | None = None,
+        study: optuna.Study | None = None,
+    ) -> Iterator[FrozenTrial]:
+        """Trials by number, as the database has them; some hundred are in memory at a time.
+
+        Args:
+            states: Only those in these states.
+            names: Only their user attributes of these names.
+            study: `study`, if left out, or `controls`.
+        """
+        study_id, after = self._study_id(study or self.study), -1
+        while some := self._some_trials(study_id, after, states, names):
+            yield from (trial for _, trial in some)
+            after = some[-1][0]
+
+    def _some_trials(
+        self, study_id: int, after: int, states: Collection[TrialState] | None, names: Collection[str] | None
+    ) -> list[tuple[int, FrozenTrial]]:
+        # A database that is locked for writing can still be read.
+        return self._database.insist(lambda _: read_trials(self._database.engine, study_id, after, states, names), proves=False)
+
     def counts(self) -> dict[str, int]:
         """Trials of the study by state."""
-        states = [trial.state for trial in self.study.get_trials(deepcopy=False)]
+        states = [trial.state for trial in self.trials(names=())]
         names = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
         return {**{name: states.count(state) for name, state in names.items()}, "running": states.count(TrialState.RUNNING)}
 
@@ -291,20 +315,25 @@ class StudyStore:
         """Number and reason of every failed trial."""
         return [
             {"trial": trial.number, "reason": trial.user_attrs.get("reason", "unknown")}
-            for trial in self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+            for trial in self.trials((TrialState.FAIL,), ("reason",))
         ]
 
-    def trials_frame(self) -> pd.DataFrame:
-        """A row per complete trial of the study, with its evidence."""
-        return evidence_table(self.study, [objective.name for objective in self.objectives])
+    def trials_frame(self, names: Collection[str] | None = None) -> pd.DataFrame:
+        """A row per complete trial of the study, with its objectives and its evidence, all of it or that of some names."""
+        return self._evidence_table(self.study, names)
 
-    def pruned_frame(self) -> pd.DataFrame:
-        """A row per pruned trial with what is known of it: ``pruned`` is its certificate."""
-        return certificate_table(self.study)
+    def pruned_frame(self, names: Collection[str] | None = None) -> pd.DataFrame:
+        """A row per pruned trial with what is known of it, or that of some names: ``pruned`` is its certificate."""
+        names = None if names is None else {*names, "pruned"}
+        return certificate_table(self.trials((TrialState.PRUNED,), names))
 
     def controls_frame(self) -> pd.DataFrame:
         """A row per complete trial of the controls study."""
-        return evidence_table(self.controls, [objective.name for objective in self.objectives])
+        return self._evidence_table(self.controls, None)
+
+    def _evidence_table(self, study: optuna.Study, names: Collection[str] | None) -> pd.DataFrame:
+        objectives = [objective.name for objective in self.objectives]
+        return evidence_table(self.trials((TrialState.COMPLETE,), names, study), objectives)
 
     def _of(self, job: Job) -> optuna.Study:
         return self.study if job.kind in POINT_KINDS else self.controls
@@ -364,7 +393,7 @@ class StudyStore:
                 if create:
                     study = optuna.create_study(
                         study_name=title,
-                        storage=self._database.cached,
+                        storage=self.storage,
                         directions=["maximize"] * len(names),
                         load_if_exists=True,
                     )
@@ -375,7 +404,7 @@ class StudyStore:
                         warnings.simplefilter("ignore", ExperimentalWarning)
                         study.set_metric_names(names)
                 else:
-                    study = optuna.load_study(study_name=title, storage=self._database.cached)
+                    study = optuna.load_study(study_name=title, storage=self.storage)
             except KeyError:
                 raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
             opened.append(study)

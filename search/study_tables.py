@@ -1,16 +1,15 @@
 """The trials of a study as tables."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import optuna
 import pandas as pd
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial
 
 
-def evidence_table(study: optuna.Study, objectives: Sequence[str]) -> pd.DataFrame:
+def evidence_table(trials: Iterable[FrozenTrial], objectives: Sequence[str]) -> pd.DataFrame:
     """A row per complete trial: ``trial``, its evidence with components as columns of their own, and its objectives by name."""
     rows = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+    for trial in trials:
         facts = dict(trial.user_attrs)
         facts.update(facts.pop("components", {}))
         facts.update(facts.pop("forget_components", {}))
@@ -19,9 +18,8 @@ def evidence_table(study: optuna.Study, objectives: Sequence[str]) -> pd.DataFra
     return pd.DataFrame(rows)
 
 
-def certificate_table(study: optuna.Study) -> pd.DataFrame:
+def certificate_table(trials: Iterable[FrozenTrial]) -> pd.DataFrame:
     """A row per pruned trial with what is known of it: ``pruned`` is its certificate (`search.pruning`)."""
-    trials = study.get_trials(deepcopy=False, states=(TrialState.PRUNED,))
     # Another program may prune trials of a study in a database; those have no certificate, and are none of ours.
     return pd.DataFrame([{"trial": trial.number, **trial.user_attrs} for trial in trials if "pruned" in trial.user_attrs])
 

@@ -1,16 +1,20 @@
-"""A trial in the database: written whole at its beginning and at its end, in one transaction each.
+"""A trial in the database: written whole at its beginning and at its end, in one transaction each, and read in parts.
 
 Optuna's storages write attributes, values and state one by one, each with a transaction or several questions of its own. For
 a trial with some thirty attributes that costs its driver more than all the rest, and leaves moments in which half of it is
-there. What is written here is what Optuna would have written, and Optuna reads it.
+there. They read all of every trial, and keep it. What is written here is what Optuna would have written, and what is read
+here is what Optuna would have read, or as much of it as is asked for.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
+from math import inf
 from typing import Any
 
-from optuna.distributions import distribution_to_json
+from optuna.distributions import BaseDistribution, distribution_to_json, json_to_distribution
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import (
@@ -45,6 +49,7 @@ _TRIALS = Table(
 _PARAMETERS = Table(
     "trial_params",
     _SCHEMA,
+    Column("param_id", Integer, primary_key=True),
     Column("trial_id", Integer),
     Column("param_name", String),
     Column("param_value", Float),
@@ -63,12 +68,89 @@ _USER, _SYSTEM = (
     for name in ("trial_user_attributes", "trial_system_attributes")
 )
 _OPEN = (TrialState.RUNNING, TrialState.WAITING)
+_INFINITE = {"INF_POS": inf, "INF_NEG": -inf}
+READ_AT_ONCE = 500
+"""Trials of one answer of `read_trials`."""
 
 
 def last_trial(engine: Engine, study_id: int) -> tuple[int, int] | None:
     """The storage's own id and the number of a study's newest trial; None if it has none."""
     with engine.connect() as connection:
         return _last(connection, study_id)
+
+
+def read_trials(
+    engine: Engine,
+    study_id: int,
+    after: int = -1,
+    states: Collection[TrialState] | None = None,
+    names: Collection[str] | None = None,
+) -> list[tuple[int, FrozenTrial]]:
+    """Some trials of a study, in order, each with the storage's own id of it.
+
+    Args:
+        engine: The database of an `optuna.storages.RDBStorage`.
+        study_id: The storage's own id of the study.
+        after: Ids up to this one are left out. The next trials are those after the last that were read.
+        states: Trials in other states are left out; None leaves none out.
+        names: User attributes that are read; None reads all.
+
+    Returns:
+        At most `READ_AT_ONCE`; none if there are no more. Intermediate values, which none of ours has, are not read.
+    """
+    wanted = select(_TRIALS).where(_TRIALS.c.study_id == study_id, _TRIALS.c.trial_id > after)
+    if states is not None:
+        wanted = wanted.where(_TRIALS.c.state.in_(states))
+    with engine.connect() as connection:
+        # The state before the rest: a trial that ends between two questions has all of it, and is called running at worst.
+        rows = connection.execute(wanted.order_by(_TRIALS.c.trial_id).limit(READ_AT_ONCE)).all()
+        if not rows:
+            return []
+        parts: list[dict[int, list[Any]]] = []
+        for table in (_PARAMETERS, _VALUES, _USER, _SYSTEM):
+            theirs = select(table).where(table.c.trial_id.between(rows[0].trial_id, rows[-1].trial_id))
+            if table is _USER and names is not None:
+                theirs = theirs.where(table.c.key.in_(names))
+            found: dict[int, list[Any]] = {row.trial_id: [] for row in rows}
+            for part in connection.execute(theirs):
+                if part.trial_id in found:
+                    found[part.trial_id].append(part)
+            parts.append(found)
+    return [(row.trial_id, _trial(row, *(found[row.trial_id] for found in parts))) for row in rows]
+
+
+def _trial(row: Any, parameters: list[Any], values: list[Any], user: list[Any], system: list[Any]) -> FrozenTrial:
+    parameters.sort(key=lambda part: part.param_id)
+    told = {sys.intern(part.param_name): (_distribution(part.distribution_json), part.param_value) for part in parameters}
+    values.sort(key=lambda part: part.objective)
+    return FrozenTrial(
+        number=row.number,
+        state=row.state,
+        value=None,
+        values=[_INFINITE.get(part.value_type, part.value) for part in values] or None,
+        datetime_start=_local(row.datetime_start),
+        datetime_complete=_local(row.datetime_complete),
+        params={name: distribution.to_external_repr(value) for name, (distribution, value) in told.items()},
+        distributions={name: distribution for name, (distribution, _) in told.items()},
+        user_attrs={sys.intern(part.key): _from_json(part.value_json) for part in user},
+        system_attrs={sys.intern(part.key): _from_json(part.value_json) for part in system},
+        intermediate_values={},
+        trial_id=row.trial_id,
+    )
+
+
+@lru_cache
+def _distribution(text: str) -> BaseDistribution:
+    return json_to_distribution(text)
+
+
+def _from_json(text: str) -> Any:
+    """As `json.loads`; names that trial after trial has are kept once."""
+    return json.loads(text, object_pairs_hook=_interned) if text.startswith("{") else json.loads(text)
+
+
+def _interned(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {sys.intern(name): value for name, value in pairs}
 
 
 def begin_trial(engine: Engine, study_id: int, number: int, trial: FrozenTrial) -> int | None:
@@ -156,3 +238,8 @@ def _write(connection: Connection, table: Table, trial_id: int, attributes: Mapp
 def _now() -> datetime:
     """As Optuna's databases have times: UTC, without saying so."""
     return datetime.now(UTC).replace(tzinfo=None)
+
+
+def _local(time: datetime | None) -> datetime | None:
+    """As Optuna's trials have times: of this machine's zone, without saying so."""
+    return None if time is None else time.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)

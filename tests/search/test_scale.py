@@ -1,6 +1,7 @@
 """What keeps a study cheap for its driver however many trials it has: few statements, whole transactions, nothing kept."""
 
 import json
+import math
 import subprocess
 import sys
 from datetime import datetime
@@ -14,6 +15,8 @@ from optuna.trial import TrialState
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 
+from search import trial_rows
+from search.job import Job
 from search.samplers import make_sampler
 from search.space import distributions
 from search.trial_rows import end_trial
@@ -114,6 +117,43 @@ def test_what_is_written_is_what_optuna_would_have_written(new_store, made_up_ev
     assert all(ended is None or ended >= began for began, ended in times)
     own = [(mine.number, mine.state, mine.params, mine.distributions, mine.values) for mine in ours.study.trials]
     assert own == [(other.number, other.state, other.params, other.distributions, other.values) for other in theirs.trials]
+
+
+def test_what_is_read_is_what_optuna_would_have_read(new_store, made_up_evidence, monkeypatch):
+    """Of trials in each state, of ours and of another program, more than fit one answer; controls lie between them."""
+    monkeypatch.setattr(trial_rows, "READ_AT_ONCE", 3)
+    store = new_store()
+    store.use_sampler(make_sampler("nsga2", 0))
+    assert list(store.trials()) == []
+    score(store, made_up_evidence, 4)
+    store.complete(Job("initial", model="initial"), store.ask_control(), made_up_evidence(Job("initial", model="initial")))
+    number, job = ask(store)
+    store.prune(number, {**made_up_evidence(job), "pruned": {"stage": "retain"}, "nested": {"a": {"b": [1, None, "ü"]}}})
+    number, job = ask(store)
+    store.fail(job, number, "no memory")
+    ask(store)
+    theirs = optuna.load_study(study_name=store.study.study_name, storage=str(store.storage.url))
+    theirs.enqueue_trial({"alpha": 0.5})
+    theirs.tell(theirs.ask().number, [math.inf, -math.inf])
+    theirs.enqueue_trial({"alpha": 1.5})
+    whole = list(store.trials())
+    assert whole == store.study.trials
+    assert len({trial.state for trial in whole}) == 5
+    assert list(store.trials(study=store.controls)) == store.controls.trials != []
+    states = (TrialState.PRUNED, TrialState.RUNNING)
+    assert list(store.trials(states)) == store.study.get_trials(states=states)
+    for trial, part in zip(whole, store.trials(names=("kind", "nested", "nobody's")), strict=True):
+        assert part.user_attrs == {key: value for key, value in trial.user_attrs.items() if key in ("kind", "nested")}
+        assert (part.params, part.values, part.system_attrs) == (trial.params, trial.values, trial.system_attrs)
+
+
+def test_reading_asks_as_many_questions_for_four_hundred_trials_as_for_ten(new_store, made_up_evidence):
+    store = new_store()
+    score(store, made_up_evidence, 10)
+    few = statements(store, lambda: list(store.trials()))
+    for _ in range(400):
+        ask(store)
+    assert statements(store, lambda: list(store.trials())) == few
 
 
 def test_an_end_that_is_written_again_changes_nothing_and_another_end_is_refused(store, made_up_evidence):

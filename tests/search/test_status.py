@@ -146,7 +146,7 @@ def test_a_log_that_ends_in_the_middle_of_a_line_has_the_status_before():
 
 
 def test_a_storage_that_is_away_costs_a_line_and_nothing_else(begun, capsys, monkeypatch):
-    monkeypatch.setattr(type(begun.study), "get_trials", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
+    monkeypatch.setattr(type(begun), "trials", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
     with StatusLines(begun, Bars()):
         pass
     assert PREFIX not in capsys.readouterr().err
