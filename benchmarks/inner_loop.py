@@ -135,7 +135,7 @@ def tune_overhead(workers: int, trials: int) -> dict[str, Any] | str:
         return f"not measured: {missing.name} is not installed"
     settings = argparse.Namespace(workers=workers, trials=trials, seconds=0.0, sampler="random")
     with many_workers.local_ray(workers) as folder:
-        pool = many_workers.pool_rate(workers, trials, 0.0)
+        pool = many_workers.pool_rate(workers, trials, 0.0, folder)
         study = many_workers.study_share(settings, folder)["trials_per_second"]
     return {
         "baseline": "bare pool of actors, no study",

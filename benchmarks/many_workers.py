@@ -2,8 +2,9 @@
 
 Everything but the score is real: `StudyStore` on SQLite, `StudySearcher`, Tune with the settings of a study, warm workers,
 evidence and item scores of a real trial's size. The workers are processes of this machine, more than it has cores: they only
-sleep. The share of linear is trials per second times seconds per trial over workers, from when all workers have begun until
-the last proposal. Its baseline, in the same run, is a bare pool of as many actors without a study: what Ray itself takes.
+sleep. To start so many takes two cores a minute, so the first trial of each waits for all. The share of linear is trials per
+second times seconds per trial over workers, from when each has had another until the last proposal. Its baseline, in the same
+run, is a bare pool of as many actors without a study: what Ray itself takes.
 
     python benchmarks/many_workers.py                         # 64 workers, 1 s a trial: 3 minutes on two idle cores, 8 GB
     python benchmarks/many_workers.py --workers 8 --trials 80 # a small one
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,17 +43,45 @@ from search.study_store import StudyStore
 from search.workforce import Workforce
 
 
+@dataclass(frozen=True)
+class Started:
+    """Where workers wait for each other, each in the first thing it does.
+
+    Attributes:
+        folder: In which each leaves a file.
+        workers: How many there will be.
+    """
+
+    folder: Path
+    workers: int
+
+    def wait(self) -> None:
+        own = self.folder / str(os.getpid())
+        if own.exists():
+            return
+        own.touch()
+        while len(list(self.folder.iterdir())) < self.workers:
+            time.sleep(0.5)
+
+    @classmethod
+    def within(cls, folder: Path, workers: int) -> "Started":
+        folder.mkdir()
+        return cls(folder, workers)
+
+
 class Sleeper(tune.Trainable):
     """Takes jobs as `ScoringTrial` does, and sleeps."""
 
-    def setup(self, config: dict[str, Any], seconds: float, evidence: dict[str, Any], items: str) -> None:
+    def setup(self, config: dict[str, Any], started: Started, seconds: float, evidence: dict[str, Any], items: str) -> None:
         self._job, self._seconds, self._evidence, self._items = Job.from_text(config["job"]), seconds, evidence, items
+        self._started = started
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._job = Job.from_text(new_config["job"])
         return True
 
     def step(self) -> dict[str, Any]:
+        self._started.wait()
         time.sleep(self._seconds)
         walked = (1 + self._job.alpha) * self._job.epoch / 5
         known = {key: getattr(self._job, key) for key in ("kind", "base", "epoch", "alpha")}
@@ -94,7 +124,7 @@ def main() -> None:
     with local_ray(options.workers, options.dir) as folder:
         pool = None
         if not options.no_pool:
-            rate = pool_rate(options.workers, options.trials, options.seconds)
+            rate = pool_rate(options.workers, options.trials, options.seconds, folder)
             pool = round(rate * options.seconds / options.workers, 3)
         found = study_share(options, folder)
     print(json.dumps(summary(options, found, pool), indent=1))
@@ -154,13 +184,14 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         store, distributions(spec), [], options.trials, runs, lambda: None, iter(()), ended, workforce, guard
     )
     items = base64.b64encode(os.urandom(ITEM_BYTES)).decode()
-    trainable = tune.with_parameters(Sleeper, seconds=options.seconds, evidence=EVIDENCE, items=items)
+    started = Started.within(folder / "started", options.workers)
+    trainable = tune.with_parameters(Sleeper, started=started, seconds=options.seconds, evidence=EVIDENCE, items=items)
     run_trials(tune.with_resources(trainable, {"cpu": 1}), searcher, workforce, options.workers, folder / "ray", "tune")
     if searcher.error is not None:
         raise searcher.error
     assert store.counts()["complete"] == options.trials
     store.close()
-    # From when each worker has had a trial until there are no more to hand out.
+    # From when each worker has had a trial after that for which it waited until there are no more to hand out.
     first, last = clock.ends[2 * options.workers], clock.ends[-options.workers]
     count = len(clock.ends) - 3 * options.workers
     rate = count / (last[0] - first[0])
@@ -175,11 +206,13 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     }
 
 
-def pool_rate(workers: int, trials: int, seconds: float) -> float:
+def pool_rate(workers: int, trials: int, seconds: float, folder: Path) -> float:
     """Trials per second of a bare pool, once it is at work."""
+    started = Started.within(folder / "pool", workers)
 
     class Bare:
         def step(self) -> str:
+            started.wait()
             time.sleep(seconds)
             return "x" * ITEM_BYTES
 

@@ -10,12 +10,10 @@ import math
 import os
 import time
 import warnings
-import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -25,6 +23,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy import make_url
 
+from search.item_files import ItemFiles
 from search.job import POINT_KINDS, Job
 from search.objectives import Objective, objectives_of
 from search.proposer import Proposer
@@ -43,7 +42,6 @@ from search.study_record import (
 from search.study_tables import certificate_table, evidence_table
 from search.trial_rows import begin_trial, end_trial, last_trial, read_trials
 from search.url_secrets import without_password
-from uipe_core.content_store import write_atomic
 from uipe_core.errors import UserError
 
 STAGES = ("models", "base_runs", "baselines", "trials")
@@ -63,6 +61,7 @@ class StudyStore:
         self.record = record
         self.storage = database.optuna
         self._database = database
+        self._items = ItemFiles(out)
         self._lock = lock
         self._study: optuna.Study | None = None
         self._controls: optuna.Study | None = None
@@ -159,9 +158,12 @@ class StudyStore:
 
     def close(self) -> None:
         """Gives the folder and the storage back."""
-        self._database.close()
-        if self._lock is not None:
-            self._lock.release()
+        try:
+            self._items.close()
+        finally:
+            self._database.close()
+            if self._lock is not None:
+                self._lock.release()
 
     @property
     def study(self) -> optuna.Study:
@@ -235,7 +237,7 @@ class StudyStore:
             self.fail(job, number, reason)
             return reason
         if items is not None:
-            write_atomic(self._items_path(study, number), items)
+            self._items.write(number, items, study is self._controls)
         self._end(study, number, TrialState.COMPLETE, evidence, list(values.values()))
         return None
 
@@ -248,7 +250,7 @@ class StudyStore:
             items: Its item scores of the stages that were scored.
         """
         if items is not None:
-            write_atomic(self._items_path(self.study, number), items)
+            self._items.write(number, items)
         self._end(self.study, number, TrialState.PRUNED, evidence)
 
     def fail(self, job: Job, number: int, reason: str) -> None:
@@ -260,17 +262,7 @@ class StudyStore:
 
         A pruned trial has those of the stages that were scored.
         """
-        path = self._items_path(self.controls if control else self.study, number)
-        try:
-            with np.load(path) as archive:
-                return dict(archive)
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
-            raise UserError(f"{path}: the item scores of trial {number} are damaged ({error}); delete the file") from error
-
-    def _items_path(self, study: optuna.Study, number: int) -> Path:
-        return self.out / "items" / ("controls" if study is self._controls else "trials") / f"{number:05d}.npz"
+        return self._items.read(number, control)
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Adds to the time a stage has taken over all runs of the study."""

@@ -119,13 +119,20 @@ def cache_folder(name: str) -> Path:
     return Path(os.environ.get("UIPE_CACHE", Path.home() / ".cache" / "uipe")).expanduser() / name
 
 
-def write_atomic(path: Path, content: bytes) -> None:
-    """Writes a file so that readers see the old content or the new, never a part: temporary name, fsync, rename."""
+def write_atomic(path: Path, content: bytes, flush: bool = True) -> None:
+    """Writes a file so that readers see the old content or the new, never a part: temporary name, fsync, rename.
+
+    Args:
+        path: The file.
+        content: What will be in it.
+        flush: Whether to wait for the disk. Without, a machine that crashes may keep the name and lose the content.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.write_bytes(content)
-        fsync_path(temporary)
+        if flush:
+            fsync_path(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
