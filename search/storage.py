@@ -277,8 +277,9 @@ def open_storage(url: str) -> Database:
             break
         except Exception as error:
             # A server that is not there when a run starts is more likely a wrong name than one that will come.
-            if _may_pass(error, PASSING_IN_SQLITE) and url.startswith("sqlite") and time.monotonic() < ends:
-                time.sleep(1)
+            passes = url.startswith("sqlite") and _may_pass(error, PASSING_IN_SQLITE)
+            if (passes or _made_meanwhile(error)) and time.monotonic() < ends:
+                time.sleep(1 if passes else 0.1)
                 continue
             why = type(error).__name__
             if isinstance(error, DBAPIError):
@@ -325,6 +326,12 @@ def _may_pass(error: Exception, words: Sequence[str]) -> bool:
     if isinstance(cause.orig, sqlite3.Error):
         return any(word in str(cause.orig) for word in words)
     return cause.connection_invalidated or isinstance(cause, OperationalError | InterfaceError)
+
+
+def _made_meanwhile(error: Exception) -> bool:
+    """Whether another program made the tables of a new database at the same moment: they are there at the next look."""
+    words = ("already exists", "duplicate key", "unique constraint")
+    return isinstance(error, DBAPIError) and any(word in str(error.orig).lower() for word in words)
 
 
 def _first_line(error: Exception) -> str:

@@ -15,14 +15,14 @@ import pytest
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 from postgres_server import QUOTED, SECRET
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 import search
 from search import storage, study_store
 from search.results import StudyResult
 from search.space import Point, distributions
-from search.storage import STORAGE_ERRORS
+from search.storage import STORAGE_ERRORS, open_storage
 from search.study_store import StudyStore
 from search.url_secrets import without_password, without_secrets_of
 from uipe_core.errors import UserError
@@ -261,6 +261,36 @@ def test_opening_a_locked_file_waits_and_opening_nothing_does_not(new_store, tmp
     with pytest.raises(UserError, match="cannot be opened: OperationalError"):
         new_store(tmp_path / "elsewhere", storage=f"sqlite:///{tmp_path / 'no such folder' / 'a.db'}")
     assert time.monotonic() - started < 10
+
+
+def at_once(url):
+    """Ends of eight programs that open a database which nobody has opened before, at the same moment."""
+    gate, ends = threading.Barrier(8), []
+
+    def opens():
+        gate.wait(30)
+        try:
+            open_storage(url).close()
+            ends.append(None)
+        except UserError as error:
+            ends.append(str(error))
+
+    threads = [threading.Thread(target=opens) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(90)
+    return ends
+
+
+def test_a_new_database_can_be_opened_by_several_at_the_same_moment(server, tmp_path):
+    engine = create_engine(server.url, isolation_level="AUTOCOMMIT")
+    for number in range(3):
+        with engine.connect() as connection:
+            connection.execute(text(f"CREATE DATABASE race{number}"))
+        assert at_once(server.url.removesuffix("postgres") + f"race{number}") == [None] * 8
+    engine.dispose()
+    assert at_once(f"sqlite:///{tmp_path / 'race.db'}") == [None] * 8
 
 
 def test_a_wrong_password_is_said_without_the_password(server, new_store, tmp_path):
