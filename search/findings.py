@@ -83,8 +83,8 @@ def item_scores(store: StudyStore) -> Iterator[Finding | Repairable]:
     missing = []
     damaged: list[tuple[Path, str]] = []
     strays: list[Path] = []
-    for study, name in ((store.study, "trials"), (store.controls, "controls")):
-        states = {trial.number: trial.state for trial in store.trials(names=(), study=study)}
+    for name in ("trials", "controls"):
+        states = {trial.number: trial.state for trial in store.trials(names=(), controls=name == "controls")}
         folder = store.out / "items" / name
         files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
         for number, state in states.items():
@@ -279,4 +279,4 @@ def _below(folder: Path) -> Iterator[Path]:
 
 
 def _trials(store: StudyStore, *states: TrialState) -> list[FrozenTrial]:
-    return [trial for study in (store.study, store.controls) for trial in store.trials(states, ("reason",), study)]
+    return [trial for controls in (False, True) for trial in store.trials(states, ("reason",), controls)]

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.trial import FrozenTrial, TrialState, create_trial
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 
 from search.item_files import ItemFiles
@@ -40,7 +40,7 @@ from search.study_record import (
     whole_storage,
 )
 from search.study_tables import certificate_table, evidence_table
-from search.trial_rows import begin_trial, end_trial, last_trial, read_trials
+from search.trial_book import TrialBook
 from search.url_secrets import without_password
 from uipe_core.errors import UserError
 
@@ -63,10 +63,8 @@ class StudyStore:
         self._database = database
         self._items = ItemFiles(out)
         self._lock = lock
-        self._study: optuna.Study | None = None
-        self._controls: optuna.Study | None = None
-        self._study_ids: dict[str, int] = {}
-        self._identifiers: dict[tuple[str, int], int] = {}
+        self._points: TrialBook | None = None
+        self._controls: TrialBook | None = None
         self._proposer: Proposer | None = None
         self.spec = StudySpec.model_validate(record["spec"], strict=False)
 
@@ -168,14 +166,12 @@ class StudyStore:
     @property
     def study(self) -> optuna.Study:
         """The Optuna study of the points that can be chosen."""
-        assert self._study is not None
-        return self._study
+        return self._book().study
 
     @property
     def controls(self) -> optuna.Study:
         """The Optuna study of what they are compared with."""
-        assert self._controls is not None
-        return self._controls
+        return self._book(controls=True).study
 
     def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
         """Sets the sampler that `ask_point` proposes with."""
@@ -184,10 +180,9 @@ class StudyStore:
     def reconcile(self) -> int:
         """Ends what an interrupted run left RUNNING or WAITING as FAIL with its reason; returns how many there were."""
         orphans = 0
-        for study in (self.study, self.controls):
-            for trial in self.trials((TrialState.RUNNING, TrialState.WAITING), (), study):
-                # Not `tell`, which refuses a trial that nobody has asked for yet.
-                self._write_end(study, trial.number, TrialState.FAIL, {"reason": INTERRUPTED})
+        for book in (self._book(), self._book(controls=True)):
+            for trial in book.read((TrialState.RUNNING, TrialState.WAITING), ()):
+                book.end(trial.number, TrialState.FAIL, {"reason": INTERRUPTED})
                 orphans += 1
         return orphans
 
@@ -213,23 +208,19 @@ class StudyStore:
         if given is not None and "epoch" in given:
             given["epoch"] = sampled_epoch(given["epoch"], longest, counts[given["base"]])
         number, trial = self._proposer.ask(space, given, kind)
-        self._begin(self.study, number, trial)
+        self._book().begin(number, trial)
         base = trial.params["base"]
         return number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
 
     def ask_control(self) -> int:
         """Starts a trial of the controls study."""
-        newest = self._database.patiently(lambda: last_trial(self._database.engine, self._study_id(self.controls)))
-        number = 0 if newest is None else newest[1] + 1
-        self._begin(self.controls, number, create_trial(state=TrialState.RUNNING))
-        return number
+        return self._book(controls=True).begin_next()
 
     def complete(self, job: Job, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
         """Writes all evidence and the scores of every item, then ends the trial with its values: none is complete without them.
 
         An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
         """
-        study = self._of(job)
         given = {objective.name: evidence.get(objective.name) for objective in self.objectives}
         values = {name: math.nan if value is None else float(value) for name, value in given.items()}
         if not all(math.isfinite(value) for value in values.values()):
@@ -237,8 +228,8 @@ class StudyStore:
             self.fail(job, number, reason)
             return reason
         if items is not None:
-            self._items.write(number, items, study is self._controls)
-        self._end(study, number, TrialState.COMPLETE, evidence, list(values.values()))
+            self._items.write(number, items, _is_control(job))
+        self._end(_is_control(job), number, TrialState.COMPLETE, evidence, list(values.values()))
         return None
 
     def prune(self, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
@@ -251,11 +242,11 @@ class StudyStore:
         """
         if items is not None:
             self._items.write(number, items)
-        self._end(self.study, number, TrialState.PRUNED, evidence)
+        self._end(False, number, TrialState.PRUNED, evidence)
 
     def fail(self, job: Job, number: int, reason: str) -> None:
         """Ends a trial as FAIL with its reason."""
-        self._end(self._of(job), number, TrialState.FAIL, {"reason": reason})
+        self._end(_is_control(job), number, TrialState.FAIL, {"reason": reason})
 
     def items(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
         """Per-item arrays of a complete trial by ``set/measurement``; None where it has none (a study of an older version).
@@ -277,25 +268,16 @@ class StudyStore:
         self,
         states: Collection[TrialState] | None = None,
         names: Collection[str] | None = None,
-        study: optuna.Study | None = None,
+        controls: bool = False,
     ) -> Iterator[FrozenTrial]:
         """Trials by number, as the database has them; some hundred are in memory at a time.
 
         Args:
             states: Only those in these states.
             names: Only their user attributes of these names.
-            study: `study`, if left out, or `controls`.
+            controls: Those of the controls study.
         """
-        study_id, after = self._study_id(study or self.study), -1
-        while some := self._some_trials(study_id, after, states, names):
-            yield from (trial for _, trial in some)
-            after = some[-1][0]
-
-    def _some_trials(
-        self, study_id: int, after: int, states: Collection[TrialState] | None, names: Collection[str] | None
-    ) -> list[tuple[int, FrozenTrial]]:
-        # A database that is locked for writing can still be read.
-        return self._database.insist(lambda _: read_trials(self._database.engine, study_id, after, states, names), proves=False)
+        return self._book(controls).read(states, names)
 
     def counts(self) -> dict[str, int]:
         """Trials of the study by state."""
@@ -312,7 +294,7 @@ class StudyStore:
 
     def trials_frame(self, names: Collection[str] | None = None) -> pd.DataFrame:
         """A row per complete trial of the study, with its objectives and its evidence, all of it or that of some names."""
-        return self._evidence_table(self.study, names)
+        return self._evidence_table(names)
 
     def pruned_frame(self, names: Collection[str] | None = None) -> pd.DataFrame:
         """A row per pruned trial with what is known of it, or that of some names: ``pruned`` is its certificate."""
@@ -321,60 +303,28 @@ class StudyStore:
 
     def controls_frame(self) -> pd.DataFrame:
         """A row per complete trial of the controls study."""
-        return self._evidence_table(self.controls, None)
+        return self._evidence_table(controls=True)
 
-    def _evidence_table(self, study: optuna.Study, names: Collection[str] | None) -> pd.DataFrame:
+    def _evidence_table(self, names: Collection[str] | None = None, controls: bool = False) -> pd.DataFrame:
         objectives = [objective.name for objective in self.objectives]
-        return evidence_table(self.trials((TrialState.COMPLETE,), names, study), objectives)
+        return evidence_table(self.trials((TrialState.COMPLETE,), names, controls), objectives)
 
-    def _of(self, job: Job) -> optuna.Study:
-        return self.study if job.kind in POINT_KINDS else self.controls
-
-    def _study_id(self, study: optuna.Study) -> int:
-        return self._study_ids[study.study_name]
-
-    def _begin(self, study: optuna.Study, number: int, trial: FrozenTrial) -> None:
-        """Writes a trial into the database."""
-        engine, study_id = self._database.engine, self._study_id(study)
-
-        def begin(again: bool) -> int | None:
-            identifier = begin_trial(engine, study_id, number, trial)
-            newest = last_trial(engine, study_id) if identifier is None and again else None
-            # Only the answer was lost, perhaps.
-            return newest[0] if newest is not None and newest[1] == number else identifier
-
-        identifier = self._database.insist(begin)
-        if identifier is None:
-            raise UserError(
-                f"storage {self.record['storage']}: another program writes trials into this study; end it and run again"
-            )
-        self._identifiers[study.study_name, number] = identifier
+    def _book(self, controls: bool = False) -> TrialBook:
+        book = self._controls if controls else self._points
+        assert book is not None
+        return book
 
     def _end(
         self,
-        study: optuna.Study,
+        control: bool,
         number: int,
         state: TrialState,
         attributes: Mapping[str, Any],
         values: list[float] | None = None,
     ) -> None:
-        self._write_end(study, number, state, {key: value for key, value in attributes.items() if value is not None}, values)
-        if study is self._study and self._proposer is not None:
+        self._book(control).end(number, state, attributes, values)
+        if not control and self._proposer is not None:
             self._proposer.end(number, state, values)
-
-    def _write_end(
-        self,
-        study: optuna.Study,
-        number: int,
-        state: TrialState,
-        attributes: Mapping[str, Any],
-        values: list[float] | None = None,
-    ) -> None:
-        identifier = self._identifiers.get((study.study_name, number))
-        if identifier is None:
-            identifier = self.storage.get_trial_id_from_study_id_trial_number(self._study_id(study), number)
-        self._database.patiently(lambda: end_trial(self._database.engine, identifier, state, attributes, values))
-        self._identifiers.pop((study.study_name, number), None)
 
     def _attach(self, create: bool) -> None:
         name, identity = self.record["name"], self.record["fingerprint"]
@@ -399,6 +349,9 @@ class StudyStore:
                     study = optuna.load_study(study_name=title, storage=self.storage)
             except KeyError:
                 raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
-            opened.append(study)
-            self._study_ids[title] = self.storage.get_study_id_from_name(title)
-        self._study, self._controls = opened
+            opened.append(TrialBook(self._database, study, self.record["storage"]))
+        self._points, self._controls = opened
+
+
+def _is_control(job: Job) -> bool:
+    return job.kind not in POINT_KINDS

@@ -139,7 +139,7 @@ def test_what_is_read_is_what_optuna_would_have_read(new_store, made_up_evidence
     whole = list(store.trials())
     assert whole == store.study.trials
     assert len({trial.state for trial in whole}) == 5
-    assert list(store.trials(study=store.controls)) == store.controls.trials != []
+    assert list(store.trials(controls=True)) == store.controls.trials != []
     states = (TrialState.PRUNED, TrialState.RUNNING)
     assert list(store.trials(states)) == store.study.get_trials(states=states)
     for trial, part in zip(whole, store.trials(names=("kind", "nested", "nobody's")), strict=True):

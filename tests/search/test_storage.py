@@ -19,7 +19,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 import search
-from search import storage, study_store
+from search import storage, trial_book
 from search.results import StudyResult
 from search.space import Point, distributions
 from search.storage import STORAGE_ERRORS, open_storage
@@ -163,7 +163,7 @@ def test_an_answer_that_was_lost_makes_no_second_trial(new_store, made_up_eviden
         return then_fail
 
     for name in ("begin_trial", "end_trial"):
-        monkeypatch.setattr(study_store, name, losing(getattr(study_store, name)))
+        monkeypatch.setattr(trial_book, name, losing(getattr(trial_book, name)))
     number, job = store.ask_point(distributions(store.spec), given)
     assert (number, job.kind) == (2, "search")
     assert store.complete(job, number, made_up_evidence(job)) is None
