@@ -8,6 +8,7 @@ run, is a bare pool of as many actors without a study: what Ray itself takes.
 
     python benchmarks/many_workers.py                         # 64 workers, 1 s a trial: 3 minutes on two idle cores, 8 GB
     python benchmarks/many_workers.py --workers 8 --trials 80 # a small one
+    python benchmarks/many_workers.py --workers 2 --trials 10000 --seconds 0 --no-pool   # memory of a long study
 """
 
 import argparse
@@ -22,6 +23,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,9 @@ from search.spec import parse_study
 from search.study_guard import StudyGuard
 from search.study_store import StudyStore
 from search.workforce import Workforce
+
+MARKS = (500, 1000, 2000, 2500, 3500, 5000, 6000, 7500, 8500, 10000)
+"""Ended trials at which the driver's memory is told."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,7 @@ def local_ray(workers: int, where: Path | None = None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def summary(options: argparse.Namespace, found: dict[str, float], pool: float | None) -> dict[str, Any]:
+def summary(options: argparse.Namespace, found: dict[str, Any], pool: float | None) -> dict[str, Any]:
     return {
         "workers": options.workers,
         "seconds_per_trial": options.seconds,
@@ -168,7 +173,7 @@ def summary(options: argparse.Namespace, found: dict[str, float], pool: float | 
     }
 
 
-def study_share(options: argparse.Namespace, folder: Path) -> dict[str, float]:
+def study_share(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A study of as many trials as asked for, and what each cost."""
     spec = parse_study(STUDY, folder)
     store = StudyStore.create(folder / "study", spec, "f" * 32, {})
@@ -186,23 +191,28 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, float]:
     items = base64.b64encode(os.urandom(ITEM_BYTES)).decode()
     started = Started.within(folder / "started", options.workers)
     trainable = tune.with_parameters(Sleeper, started=started, seconds=options.seconds, evidence=EVIDENCE, items=items)
-    run_trials(tune.with_resources(trainable, {"cpu": 1}), searcher, workforce, options.workers, folder / "ray", "tune")
-    if searcher.error is not None:
-        raise searcher.error
+    trainable = tune.with_resources(trainable, {"cpu": 1})
+    for part in count(1):  # as `search.runner` does
+        run_trials(trainable, searcher, workforce, options.workers, folder / "ray", f"tune-{part}")
+        if searcher.error is not None:
+            raise searcher.error
+        if searcher.done:
+            break
     assert store.counts()["complete"] == options.trials
     store.close()
     # From when each worker has had a trial after that for which it waited until there are no more to hand out.
     first, last = clock.ends[2 * options.workers], clock.ends[-options.workers]
-    count = len(clock.ends) - 3 * options.workers
-    rate = count / (last[0] - first[0])
+    counted = len(clock.ends) - 3 * options.workers
+    rate = counted / (last[0] - first[0])
     return {
         "trials": options.trials,
         "trials_per_second": round(rate, 2),
         "share_of_linear": round(rate * options.seconds / options.workers, 3),
-        "driver_cpu_ms_per_trial": round(1e3 * (last[1] - first[1]) / count, 2),
+        "driver_cpu_ms_per_trial": round(1e3 * (last[1] - first[1]) / counted, 2),
         "of_it_storage_and_sampler_cpu_ms": round(1e3 * clock.cpu / options.trials, 2),
-        "storage_and_sampler_ms": round(1e3 * (last[2] - first[2]) / count, 2),
-        "driver_memory_bytes_per_trial": round(1e6 * (last[3] - first[3]) / count),
+        "storage_and_sampler_ms": round(1e3 * (last[2] - first[2]) / counted, 2),
+        "driver_memory_mb_at_trial": {mark: clock.ends[mark - 1][3] for mark in MARKS if mark <= len(clock.ends)},
+        "driver_memory_bytes_per_trial": round(1e6 * (last[3] - first[3]) / counted),
     }
 
 

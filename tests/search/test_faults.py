@@ -160,7 +160,7 @@ def test_ended_at_any_moment_a_study_resumes(slower_study, launch, tmp_path, sen
     if moment in counts:
         driver.until(lambda: complete(out) >= counts[moment])
     else:
-        driver.until(lambda: moment in driver.stderr)
+        driver.until(lambda: moment in driver.stderr, seconds=300)  # the report comes after the whole study
     # Ctrl-C of a terminal reaches everything; a request to end is for the driver, because it would end Ray's processes too.
     (os.kill if sent == "SIGTERM" else os.killpg)(driver.process.pid, getattr(signal, sent))
     assert driver.wait() == (-signal.SIGKILL if sent == "SIGKILL" else 130), driver.stderr
