@@ -6,6 +6,7 @@ lose the latest trials of the database.
 """
 
 import contextlib
+import logging
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 
 from uipe_core.content_store import fsync_path, write_atomic
 from uipe_core.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 class ItemFiles:
@@ -36,7 +39,7 @@ class ItemFiles:
         Raises:
             OSError: If they cannot be written, or earlier ones did not reach the disk.
         """
-        self._settle(wait=False)
+        self._raise_failures(wait=False)
         path = self._path(number, control)
         write_atomic(path, content, flush=False)
         self._on_their_way.append(self._disk.submit(_flush, path))
@@ -58,18 +61,21 @@ class ItemFiles:
                 f"{path}: the item scores of trial {number} are damaged ({_first_line(error)}); delete the file"
             ) from error
 
-    def close(self) -> None:
+    def settle(self) -> None:
         """Waits until all is on the disk.
 
         Raises:
             OSError: If something did not reach it.
         """
-        try:
-            self._settle(wait=True)
-        finally:
-            self._disk.shutdown()
+        self._raise_failures(wait=True)
 
-    def _settle(self, wait: bool) -> None:
+    def close(self) -> None:
+        """As `settle`, at an end that has its own reason: what did not reach the disk is logged."""
+        self._disk.shutdown()
+        for failure in filter(None, (flush.exception() for flush in self._on_their_way)):
+            logger.warning("item scores in %s did not reach the disk: %s", self._folder, failure)
+
+    def _raise_failures(self, wait: bool) -> None:
         while self._on_their_way and (wait or self._on_their_way[0].done()):
             self._on_their_way.popleft().result()
 

@@ -145,6 +145,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
             bars.say("writing the report ...")
             result = StudyResult.of(store)
             result.report()
+            store.settle()
         except KeyboardInterrupt:
             raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None
         except LOST as error:

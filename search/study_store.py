@@ -154,14 +154,20 @@ class StudyStore:
         store._attach(create=False)
         return store
 
+    def settle(self) -> None:
+        """Waits until all item scores are on the disk.
+
+        Raises:
+            OSError: If some did not reach it.
+        """
+        self._items.settle()
+
     def close(self) -> None:
         """Gives the folder and the storage back."""
-        try:
-            self._items.close()
-        finally:
-            self._database.close()
-            if self._lock is not None:
-                self._lock.release()
+        self._items.close()
+        self._database.close()
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def study(self) -> optuna.Study:

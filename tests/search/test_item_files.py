@@ -2,13 +2,16 @@
 
 import errno
 import io
+import shutil
 import threading
 
 import numpy as np
 import pytest
 
-from search import item_files
+from search import item_files, runner
 from search.item_files import ItemFiles
+from search.results import StudyResult
+from search.space import distributions
 from uipe_core.errors import UserError
 
 
@@ -71,12 +74,23 @@ def test_a_disk_that_does_not_take_them_is_an_error_of_the_next(tmp_path, monkey
     files.close()
 
 
-def test_a_disk_that_does_not_take_the_last_is_an_error_of_closing(tmp_path, monkeypatch):
+def test_a_disk_that_does_not_take_the_last_is_an_error_of_settling(tmp_path, monkeypatch):
     monkeypatch.setattr(item_files, "fsync_path", broken_disk)
     files = ItemFiles(tmp_path)
     files.write(0, content(0.0))
     with pytest.raises(OSError, match="Input/output error"):
-        files.close()
+        files.settle()
+    files.close()
+
+
+def test_a_run_whose_scores_did_not_reach_the_disk_says_so(finished, tmp_path, monkeypatch):
+    out = shutil.copytree(finished.out, tmp_path / "out", ignore=shutil.ignore_patterns("ray"))
+    monkeypatch.setattr(item_files, "fsync_path", broken_disk)
+    spec = StudyResult.open(out).runnable_spec()
+    with pytest.raises(UserError, match=r"Input/output error.*; mend that .* the same command resumes"):
+        runner._at_work(spec, out, True, None, lambda run: run.store._items.write(99, content(0.0)))
+    monkeypatch.undo()
+    assert runner._at_work(spec, out, True, None, lambda run: None).report_path.is_file()
 
 
 def test_a_file_that_somebody_deleted_meanwhile_is_no_error(tmp_path, monkeypatch):
@@ -88,15 +102,13 @@ def test_a_file_that_somebody_deleted_meanwhile_is_no_error(tmp_path, monkeypatc
     assert files.read(0) is None
 
 
-def test_a_closed_study_gives_its_folder_back_also_where_the_disk_fails(new_store, made_up_evidence, monkeypatch):
-    from search.space import distributions
-
+def test_a_closed_study_gives_its_folder_back_also_where_the_disk_fails(new_store, made_up_evidence, monkeypatch, caplog):
     monkeypatch.setattr(item_files, "fsync_path", broken_disk)
     store = new_store()
     number, job = store.ask_point(distributions(store.spec))
     store.complete(job, number, made_up_evidence(job), content(0.0))
-    with pytest.raises(OSError, match="Input/output error"):
-        store.close()
+    store.close()
+    assert "did not reach the disk: [Errno 5] Input/output error" in caplog.text
     assert store._lock is not None and not store._lock.is_locked
 
 
