@@ -167,7 +167,7 @@ def summary(options: argparse.Namespace, found: dict[str, Any], pool: float | No
         "sampler": options.sampler,
         **found,
         "baseline": {"name": "bare pool of actors, no study", "share_of_linear": pool},
-        "ratio_to_baseline": None if pool is None else round(found["share_of_linear"] / pool, 3),
+        "ratio_to_baseline": round(found["share_of_linear"] / pool, 3) if pool else None,
         "machine": machine(),
         "versions": {name: version(name) for name in ("ray", "optuna")},
     }
@@ -212,7 +212,6 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "of_it_storage_and_sampler_cpu_ms": round(1e3 * clock.cpu / options.trials, 2),
         "storage_and_sampler_ms": round(1e3 * (last[2] - first[2]) / counted, 2),
         "driver_memory_mb_at_trial": {mark: clock.ends[mark - 1][3] for mark in MARKS if mark <= len(clock.ends)},
-        "driver_memory_bytes_per_trial": round(1e6 * (last[3] - first[3]) / counted),
     }
 
 

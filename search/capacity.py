@@ -9,7 +9,7 @@ import yaml
 
 from search.base_runs import Room
 from search.running_sections import BaseRunResources, Resources, TrialResources
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 
 CLUSTER_DESCRIPTION = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` puts the cluster's description on its head node."""
@@ -66,7 +66,7 @@ def autoscaler_fleet(path: Path = CLUSTER_DESCRIPTION) -> Fleet:
     except FileNotFoundError:
         return Fleet()
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        first = str(error).splitlines()[0]
+        first = first_line(error)
         raise UserError(
             f"{file}: should describe this cluster, but {first}; mend it, or set resources.max_concurrent"
         ) from error

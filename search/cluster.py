@@ -23,7 +23,7 @@ from search.capacity import autoscaler_fleet, room_for
 from search.progress import Bars
 from search.spec import StudySpec
 from search.spec_sections import PretrainedModel
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 
 OBJECT_STORE_BYTES = 256 * 2**20
 LONGEST_SCRATCH = 24
@@ -85,7 +85,7 @@ def _joined(address: str, bars: Bars) -> Iterator[None]:
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         if ray.is_initialized():
             raise  # not of the connection: the study's own
-        raise UserError(f"--address: no Ray cluster at {address} took us in ({_first_line(error)}); {ADVICE}") from error
+        raise UserError(f"--address: no Ray cluster at {address} took us in ({first_line(error)}); {ADVICE}") from error
     finally:
         ray.shutdown()
 
@@ -131,7 +131,7 @@ def _start(folder: Path) -> None:
         )
     except Exception as error:  # Ray has no type of its own for it
         raise UserError(
-            f"Ray could not be started on this machine ({_first_line(error)}); give it room (processor, memory, disk), then "
+            f"Ray could not be started on this machine ({first_line(error)}); give it room (processor, memory, disk), then "
             "the same command goes on from what was done"
         ) from error
 
@@ -161,10 +161,6 @@ def _check_address(address: str) -> None:
 def _restore(on_terminate: Any) -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 @contextmanager

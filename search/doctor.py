@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from optuna.trial import TrialState
 
 from search import findings
 from search.findings import ADVICE, FIXED, OK, PROBLEM, Finding, Repairable
@@ -203,10 +204,9 @@ def disk(store: StudyStore, deltas: ContentStore) -> Iterator[Finding]:
 
 def _rest_of_trials(store: StudyStore) -> int:
     """Bytes of the trials that are still to come, by those that are there."""
-    complete = store.counts()["complete"]
-    kinds = [trial.user_attrs.get("kind") for trial in store.trials(names=("kind",)) if trial.values is not None]
+    kinds = [trial.user_attrs.get("kind") for trial in store.trials((TrialState.COMPLETE,), ("kind",))]
     missing = max(store.spec.search.trials - kinds.count("search"), 0)
-    return missing * (_size(store.out / "items") + _size(store.out / "study.db")) // max(complete, 1)
+    return missing * (_size(store.out / "items") + _size(store.out / "study.db")) // max(len(kinds), 1)
 
 
 def _rest_of_base_runs(store: StudyStore, deltas: ContentStore) -> int:

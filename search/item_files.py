@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uipe_core.content_store import fsync_path, write_atomic
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class ItemFiles:
             return None
         except Exception as error:  # a damaged archive fails in zipfile, zlib, numpy or the system
             raise UserError(
-                f"{path}: the item scores of trial {number} are damaged ({_first_line(error)}); delete the file"
+                f"{path}: the item scores of trial {number} are damaged ({first_line(error)}); delete the file"
             ) from error
 
     def settle(self) -> None:
@@ -81,10 +81,6 @@ class ItemFiles:
 
     def _path(self, number: int, control: bool) -> Path:
         return self._folder / ("controls" if control else "trials") / f"{number:05d}.npz"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _flush(path: Path) -> None:

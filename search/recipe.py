@@ -10,7 +10,7 @@ import yaml
 
 from search.objectives import objectives_of
 from search.spec import RUNNING_KEYS, StudySpec
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -64,7 +64,7 @@ def read_recipe(path: Path) -> Recipe:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a {RECIPE_FILE} that `uipe export --as recipe` wrote") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not YAML: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{path}: not YAML: {first_line(error)}") from error
     if not isinstance(content, dict) or content.get("uipe_recipe") != RECIPE_SCHEMA:
         raise UserError(f"{path}: not a recipe of this version; give a {RECIPE_FILE} that `uipe export --as recipe` wrote")
     try:

@@ -11,6 +11,7 @@ from search.choice_sections import SOURCES
 from search.spec_errors import KeyPath, Problem, StudyFileError, key_text, show
 from search.url_secrets import without_password
 from uipe_core.corpora.files import SUFFIXES
+from uipe_core.errors import first_line
 
 Lines = dict[KeyPath, int]
 """Line of every key and list entry, counted from 1."""
@@ -43,7 +44,7 @@ def read_study_file(path: Path) -> tuple[dict[str, object], Lines]:
         what = ", ".join(part for part in (error.context, error.problem) if part)
         problem = Problem("", f"not valid YAML: {what}. Correct it there or just before.", place)
     except (yaml.YAMLError, *_UNREADABLE) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         problem = Problem("", f"not valid YAML: {reason}. Correct or remove it.")
     except _UnusableFileError as error:
         problem = Problem("", str(error))

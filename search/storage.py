@@ -17,7 +17,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from search.interrupts import held_back
 from search.url_secrets import without_password, without_secrets_of
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -283,14 +283,14 @@ def open_storage(url: str) -> Database:
                 continue
             why = type(error).__name__
             if isinstance(error, DBAPIError):
-                why = f"{why}: {without_secrets_of(_first_line(error), url)}"
+                why = f"{why}: {without_secrets_of(_said(error), url)}"
             raise UserError(f"storage {without_password(url)}: cannot be opened: {why}") from None
     return Database(backend)
 
 
 def explain_storage_error(error: Exception, url: str) -> str:
     """What a database said, in a line without the secrets of its URL."""
-    return without_secrets_of(_first_line(error), url)
+    return without_secrets_of(_said(error), url)
 
 
 def _backend(url: str) -> RDBStorage:
@@ -334,6 +334,6 @@ def _made_meanwhile(error: Exception) -> bool:
     return isinstance(error, DBAPIError) and any(word in str(error.orig).lower() for word in words)
 
 
-def _first_line(error: Exception) -> str:
+def _said(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
-    return (str(cause).splitlines() or [type(cause).__name__])[0]
+    return first_line(cause)

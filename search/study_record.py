@@ -12,7 +12,7 @@ from sqlalchemy import URL
 from search.spec import RUNNING_KEYS, StudySpec
 from search.url_secrets import HIDDEN, without_password
 from uipe_core.content_store import write_atomic
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 
 RECORD = "study.json"
 RECORD_SCHEMA = 1
@@ -81,7 +81,7 @@ def read_record(out: Path) -> dict[str, Any]:
     try:
         StudySpec.model_validate(record["spec"], strict=False)
     except ValueError as error:
-        problem = str(error).splitlines()[0]
+        problem = first_line(error)
         raise UserError(
             f"{path}: its study is damaged or of another version ({problem}); run the study into another folder"
         ) from None

@@ -11,3 +11,8 @@ class StudyInterrupted(Exception):
 
 class ExportMismatchError(Exception):
     """An export whose numbers, scored afresh, are not the trial's. The command line exits with 1, without traceback."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its type where it says nothing: never empty, and never an error of its own."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 from uipe_core.weight_files import FLOATS, ShardReader, StoredTensor, read_headers, weight_files
 
 SHOWN = 3
@@ -71,7 +71,7 @@ def meta_model(source: str, revision: str | None = None, trust_remote_code: bool
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         skeleton.tie_weights()
     except (OSError, ValueError, ImportError, AttributeError) as error:
-        raise UserError(f"{source}: its configuration makes no causal language model: {_first_line(error)}") from error
+        raise UserError(f"{source}: its configuration makes no causal language model: {first_line(error)}") from error
     return skeleton
 
 
@@ -153,13 +153,9 @@ def _config(source: str, trust_remote_code: bool, revision: str | None = None) -
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"{source}: its config.json cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{source}: its config.json cannot be read: {first_line(error)}") from error
 
 
 def _some(names: Sequence[str], separator: str = ", ") -> str:
     rest = len(names) - SHOWN
     return separator.join(names[:SHOWN]) + (f"{separator}and {rest} more" if rest > 0 else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from uipe_core.content_store import file_hash
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 from uipe_core.prompts import PromptFormat
 from uipe_core.weight_files import weight_files
 
@@ -130,8 +130,7 @@ def _require_inside(folder: Path) -> None:
 
 
 def _cannot_load(source: str, error: Exception) -> UserError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"model {source}: cannot be loaded: {reason}")
+    return UserError(f"model {source}: cannot be loaded: {first_line(error)}")
 
 
 def _local_folder(source: str) -> Path | None:
@@ -166,7 +165,7 @@ def check_model_folder(
         # Never None, for which transformers asks on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model {source}: its tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"model {source}: its tokenizer cannot be loaded: {first_line(error)}") from error
     PromptFormat(tokenizer, prompt_template, prompt_format)
 
 

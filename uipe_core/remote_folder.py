@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from uipe_core.content_store import UNWRITABLE
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
@@ -170,9 +170,7 @@ def open_url(url: str) -> tuple[Any, str]:
     except (ValueError, NotImplementedError, TypeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(
-            f"{url}: {str(error).splitlines()[0]}; write it as pyarrow has it, for example s3://bucket/folder"
-        ) from None
+        raise UserError(f"{url}: {first_line(error)}; write it as pyarrow has it, for example s3://bucket/folder") from None
     return system, path.rstrip("/")
 
 
@@ -195,7 +193,7 @@ def patiently(url: str, action: Callable[[], Result], this_machine: Container[in
         except OSError as error:
             if error.errno in this_machine:
                 raise
-            said = (str(error).splitlines() or [type(error).__name__])[0]
+            said = first_line(error)
             if error.errno in UNWRITABLE or LASTING.search(str(error)):
                 raise UserError(
                     f"store {url}: {said}; give a place that can be read and written (room, rights, credentials in the "
