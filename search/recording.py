@@ -1,7 +1,7 @@
 """Records a study's table: its dense grid is scored as a study of its own, and the scores are collected into one file."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from search.results import StudyResult
 from search.runner import run_study
 from search.score_table import ScoreTable, write_table
 from search.spec import StudySpec
+from search.study_gram import FILE, grown, keep_gram, kept_gram
 from uipe_core.checkpoints import find_checkpoints
 from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.delta_store import DeltaStore
 from uipe_core.errors import UserError
-from uipe_core.gram import gram_matrix
 
 MEASUREMENTS = (
     "answer_loss",
@@ -66,14 +66,14 @@ def record_table(
     stopped = result.store.record.get("stopped")
     if stopped:
         raise UserError(f"{result.out}: its grid is not whole: {stopped}; give it more and the same command goes on")
-    table = collect_table(result, gram_of_study(prepare(grid)))
+    table = collect_table(result, gram_of_study(prepare(grid), result.out))
     write_table(table, out)
     wanted = count + (sum(grid.base_epochs().values()) if _zero_is_between(grid, alphas) else 0)
     return table, _notes(result, table, wanted)
 
 
-def gram_of_study(preparation: Preparation) -> NDArray[np.float64]:
-    """(M, M) Gram matrix of a study's update vectors, in the order base, epoch.
+def gram_of_study(preparation: Preparation, out: Path) -> NDArray[np.float64]:
+    """(M, M) Gram matrix of a study's update vectors, in the order base, epoch; what its folder lacks is computed and kept.
 
     Raises:
         UserError: If a base run is not in the delta store, or a file of one is damaged.
@@ -82,13 +82,15 @@ def gram_of_study(preparation: Preparation) -> NDArray[np.float64]:
     runs = {run.label: deltas.find(preparation.base_run_inputs(preparation.unlearning(run))) for run in spec.variants()}
     for label in spec.checkpoints:
         runs[label] = find_checkpoints(deltas, [inputs for _, inputs in preparation.checkpoints_of(label)])
-    updates = []
+    there: dict[str, tuple[Sequence[str], int]] = {}
     for label, count in spec.base_epochs().items():
         run = runs[label]
         if run is None:
             raise UserError(f"base run {label} is no longer in the delta store; the same command trains it again")
-        updates += [run.load(epoch) for epoch in range(1, count + 1)]
-    return gram_matrix(updates)
+        there[label] = (run.keys, count)
+    gram = grown(kept_gram(out / FILE), there, deltas)
+    keep_gram(out / FILE, gram)
+    return gram.ordered(list(there))
 
 
 def collect_table(result: StudyResult, gram: NDArray[np.float64]) -> ScoreTable:

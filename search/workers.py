@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from ray import tune
 
 from search.evaluator import Evaluator, StudyContext, load_for_scoring
 from search.job import Job
 from search.measures import Report, scorer_of
+from search.study_gram import Runs, StudyGram, grown
 from search.trial_limits import OutOfMemory, score_within_memory, time_limit
 from uipe_core.checkpoints import import_checkpoints
 from uipe_core.content_store import ContentStore
 from uipe_core.corpora.types import Corpus
 from uipe_core.delta_store import BaseRun, DeltaStore
-from uipe_core.gram import gram_matrix
 from uipe_core.initial_model import open_initial
 from uipe_core.models import ModelSource, set_threads
 from uipe_core.processes import current_processes
@@ -141,12 +140,10 @@ def import_and_publish(
     return import_checkpoints(open_initial(initial, trust_remote_code), checkpoints, DeltaStore(root), note)
 
 
-def inner_products(root: Path | RemotePlace, runs: Mapping[str, tuple[Sequence[str], int]]) -> NDArray[np.float64]:
-    """(M, M) inner products of the update vectors of base runs: store entries and number of epochs by label, in order."""
+def grow_gram(known: StudyGram, runs: Runs, root: Path | RemotePlace) -> StudyGram:
+    """The inner products of base runs that have come, beside those that are known."""
     set_threads(1)
-    deltas = DeltaStore(root)
-    opened = [(deltas.open(keys), count) for keys, count in runs.values()]
-    return gram_matrix([run.load(epoch) for run, count in opened for epoch in range(1, count + 1)])
+    return grown(known, runs, DeltaStore(root))
 
 
 def score_model(source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str) -> Report:

@@ -1,6 +1,7 @@
 """Gram matrices of update vectors: the naive products, whichever kinds are mixed, and no more memory than they say."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,43 @@ def test_it_grows_with_the_square_of_the_scale(kinds, seed, scale):
         for each in updates
     ]
     np.testing.assert_allclose(gram_matrix(scaled), factor**2 * gram_matrix(updates), rtol=1e-12)
+
+
+@settings(deadline=None)
+@given(KINDS, SEEDS, st.integers(0, 5), st.sampled_from([1, 1 << 23]))
+def test_what_is_known_is_taken_and_the_rest_is_the_naive_product(kinds, seed, first, block):
+    updates = made(kinds, seed)
+    first = min(first, len(updates))
+    # Of no vectors at all, so that a product formed again would show.
+    known = np.arange(first)[:, None] * 10.0 + np.arange(first)[None, :] * 10.0 + 1e6
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("uipe_core.gram.BLOCK", block)
+        gram = gram_matrix(updates, known)
+    np.testing.assert_array_equal(gram[:first, :first], known)
+    expected = naive(updates)
+    np.testing.assert_allclose(gram[first:], expected[first:], rtol=1e-12, atol=1e-9)
+    np.testing.assert_allclose(gram[:first, first:], expected[:first, first:], rtol=1e-12, atol=1e-9)
+
+
+class Unreadable(dict):
+    """Tensors that tell when one is asked for."""
+
+    def __getitem__(self, name):
+        raise AssertionError(f"{name} was read")
+
+
+def test_nothing_is_read_where_all_is_known():
+    updates = [UpdateVector(DENSE, Unreadable(dense(seed).tensors)) for seed in range(2)]
+    np.testing.assert_array_equal(gram_matrix(updates, np.eye(2)), np.eye(2))
+    with pytest.raises(AssertionError, match="was read"):
+        gram_matrix(updates, np.eye(1))
+
+
+@pytest.mark.parametrize("shape", [(3, 3), (2, 1), (1,)])
+def test_what_is_known_of_other_vectors_is_refused(shape):
+    told = re.escape(f"known inner products have shape {shape}; they are of the first of 2")
+    with pytest.raises(ValueError, match=told):
+        gram_matrix([dense(0), dense(1)], np.ones(shape))
 
 
 def test_small_differences_of_large_vectors_survive():

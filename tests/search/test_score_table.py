@@ -165,7 +165,7 @@ def test_a_description_that_lacks_something_is_told(file):
 @pytest.fixture(scope="module")
 def collected(result, preparation):
     """The table of the tiny study: a coarse grid, but really scored."""
-    return collect_table(result, gram_of_study(preparation))
+    return collect_table(result, gram_of_study(preparation, result.out))
 
 
 def report_of(arrays):
@@ -206,7 +206,7 @@ def test_the_gram_matrix_of_a_study_has_the_norms_of_its_record(collected, resul
 def test_a_base_run_that_is_gone_is_told(preparation, tmp_path, monkeypatch):
     monkeypatch.setenv("UIPE_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="base run grad_diff is no longer in the delta store"):
-        gram_of_study(preparation)
+        gram_of_study(preparation, tmp_path)
 
 
 def test_lost_item_scores_are_told(result, copied, collected):
