@@ -1,5 +1,6 @@
-"""The models benchmarks run on: a small Llama that is really trained, and random ones of larger models' shapes."""
+"""The models benchmarks run on: a small Llama that is really trained, random ones of larger models' shapes, one's own."""
 
+import argparse
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from uipe_core.content_store import ContentStore, cache_folder
 from uipe_core.corpora.types import Corpus
-from uipe_core.models import LoadedModel, load_model
+from uipe_core.models import DTYPES, LoadedModel, load_model
 from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
 
 SHAPES = {
@@ -55,3 +56,27 @@ def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
     torch.manual_seed(0)
     with torch.device(device):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Which model `loaded_model` loads, and where to."""
+    parser.add_argument(
+        "--model", help=f"folder or hub name, or {', '.join(SHAPES)}: random weights; a small Llama trained here when left out"
+    )
+    parser.add_argument("--prompt-template", default="Question: {question}\nAnswer: ")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--threads", type=int, default=1)
+
+
+def loaded_model(options: argparse.Namespace, corpus: Corpus) -> LoadedModel:
+    """The model that was asked for; a random one of some shape has the small one's tokenizer."""
+    if options.model is None:
+        return small(corpus, options.dtype, options.device)
+    if options.model not in SHAPES:
+        return load_model(options.model, dtype=options.dtype, device=options.device, prompt_template=options.prompt_template)
+    loaded = small(corpus, device=options.device)
+    usual = "bfloat16" if loaded.device.type == "cuda" else "float32"
+    dtype = DTYPES[usual if options.dtype == "auto" else options.dtype]
+    loaded.model = random_llama(options.model, loaded.device, dtype)
+    return loaded

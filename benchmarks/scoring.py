@@ -24,14 +24,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import machine
-from models import SHAPES, random_llama, small
+from models import add_model_options, loaded_model
 
 from uipe_core.batch_sizes import BatchSize
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.generation import Text, complete
-from uipe_core.models import DTYPES, LoadedModel, load_model
+from uipe_core.models import LoadedModel
 from uipe_core.prompts import IGNORED, pad_batch
 from uipe_core.scoring import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
 
@@ -42,30 +42,14 @@ STATES = {"healthy": 0.0, "half unlearned": 0.5, "collapsed": 3.0}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tofu", help="folder or hub name of TOFU; the people corpus when left out")
-    parser.add_argument(
-        "--model", help=f"folder or hub name, or {', '.join(SHAPES)}: random weights; a small Llama trained here when left out"
-    )
-    parser.add_argument("--prompt-template", default="Question: {question}\nAnswer: ")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto")
+    add_model_options(parser)
     parser.add_argument("--batch-size", type=int, help="of the scorer; found by itself when left out")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     corpus = load_people() if options.tofu is None else load_tofu(options.tofu)
-    if options.model is None:
-        loaded = small(corpus, options.dtype, options.device)
-    elif options.model in SHAPES:
-        loaded = small(corpus, device=options.device)
-        usual = "bfloat16" if loaded.device.type == "cuda" else "float32"
-        dtype = DTYPES[usual if options.dtype == "auto" else options.dtype]
-        loaded.model = random_llama(options.model, loaded.device, dtype)
-    else:
-        template = options.prompt_template
-        loaded = load_model(options.model, dtype=options.dtype, device=options.device, prompt_template=template)
-    print(json.dumps(benchmark(loaded, corpus, options), indent=1))
+    print(json.dumps(benchmark(loaded_model(options, corpus), corpus, options), indent=1))
 
 
 def benchmark(loaded: LoadedModel, corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
