@@ -1,12 +1,13 @@
 """From the scores of single items to curves that are smooth along a walk, and from curves to objectives.
 
-What a Gaussian process can follow are logarithms: of truth ratios and of probabilities. Objectives are made from them in the
-end: means of their exponentials, harmonic means of those, and KS tests, by the formulas of `uipe_core.metrics`. Pure.
+What a Gaussian process can follow goes straight where weights go straight: the logits do, so log odds of probabilities do too,
+far better than probabilities or losses, which flatten out at a right answer; so do logarithms of truth ratios, and what of
+ROUGE the probability of the answers does not tell already. Objectives are made from them in the end: means, harmonic means of
+those, and KS tests, by the formulas of `uipe_core.metrics`. Pure.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,17 +16,22 @@ from numpy.typing import NDArray
 from search.line_kernel import FloatArray
 from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.definitions import definition_named
-from uipe_core.metrics import SET_TITLES, item_components, quality_ratios, truth_ratio
+from uipe_core.metrics import CHOICE_SETS, loss_components, quality_ratios, truth_ratio
 from uipe_core.score_report import set_scores
 from uipe_core.uncertainty import log10_p_table
 
 LEAST_LOG = -30.0
-"""Logarithms of probabilities and ratios are kept above: below it they count for nothing."""
-BEND = 2.0
-"""Where curves turn from linear to logarithmic: nats; for forget quality, standard deviations of the retain model's ratios.
+"""Log odds of probabilities and logarithms of ratios are kept above: below it they count for nothing."""
+LEAST_LOSS = 1e-3
+"""Losses in nats are kept above, so that log odds end: how sure a model is beyond it counts for nothing."""
+BEND = 0.5
+"""Where curves of ratios turn from linear to logarithmic: nats; for forget quality, standard deviations of the retain model's.
 
 What happens in a collapse is large and counts for nothing; unbent it would set the scale that all else is judged by.
 """
+
+ANSWER, CHOICE, RATIO, TEXT = "answer", "choice", "ratio", "text"
+"""Curves of a utility set: log odds of the answers, and of them among the choices; truth ratios; text beyond answers."""
 
 
 class Curves:
@@ -51,14 +57,16 @@ class Curves:
     @property
     def noisy(self) -> frozenset[str]:
         """Curves that are steps: text changes at once."""
-        return frozenset(f"{name}/text" for name in UTILITY_SETS)
+        return frozenset(f"{name}/{TEXT}" for name in UTILITY_SETS)
 
     @property
     def names(self) -> frozenset[str]:
         """All curves of a model that was scored as a whole."""
-        own = {f"{name}/quality" for name in self._expected}
-        parts = ("probability", "ratio", "text")
-        return frozenset(own | {f"{name}/{part}" for name in UTILITY_SETS for part in parts if None in self._qualities})
+        found = {f"{name}/quality" for name in self._expected}
+        if None in self._qualities:
+            found |= {f"{name}/{part}" for name in UTILITY_SETS for part in (ANSWER, RATIO, TEXT)}
+            found |= {f"{name}/{CHOICE}" for name in CHOICE_SETS}
+        return frozenset(found)
 
     def of(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, FloatArray]:
         """(n,) by curve of one scored model; sets, or the text of a set, may be missing.
@@ -75,18 +83,16 @@ class Curves:
             if f"{name}/answer_loss" not in arrays:
                 continue
             scores = set_scores(arrays, name)
-            text = scores.rouge_l_recall
-            parts = item_components(
-                replace(scores, rouge_l_recall=np.zeros(len(scores)) if text is None else text), name, definition
-            )
-            title = SET_TITLES[name]
+            probability, _ = loss_components(scores, name, definition).values()
             ratios = truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, self._definition)
             with np.errstate(divide="ignore"):
-                curves[f"{name}/probability"] = _bend(np.log(parts[f"Prob {title}"]))
-                curves[f"{name}/ratio"] = _bend(np.log(ratios))
-            if text is not None:
+                answer = curves[f"{name}/{ANSWER}"] = _log_odds(scores.answer_loss)
+                if name in CHOICE_SETS:
+                    curves[f"{name}/{CHOICE}"] = _log_odds(-np.log(probability))
+                curves[f"{name}/{RATIO}"] = _bend(np.log(ratios))
+            if scores.rouge_l_recall is not None:
                 # Its mean is all that utility takes of it, so there is nothing to gain by single items.
-                curves[f"{name}/text"] = np.array([text.mean()])
+                curves[f"{name}/{TEXT}"] = np.array([scores.rouge_l_recall.mean() - _probability(answer).mean()])
         bad = [name for name, values in curves.items() if not np.isfinite(values).all()]
         if bad:
             raise ValueError(f"curves that are not finite: {', '.join(bad)}")
@@ -116,12 +122,27 @@ class Curves:
     def _utility(self, curves: Mapping[str, NDArray[np.floating[Any]]]) -> FloatArray:
         inverse: FloatArray | float = 0.0
         for name in UTILITY_SETS:
-            probability, ratio = (_unbend(curves[f"{name}/{part}"]) for part in ("probability", "ratio"))
-            probability = np.exp(probability, out=probability).mean(axis=-1)
+            answer = _probability(curves[f"{name}/{ANSWER}"]).mean(axis=-1)
+            chosen = _probability(curves[f"{name}/{CHOICE}"]).mean(axis=-1) if name in CHOICE_SETS else answer
+            ratio = _unbend(curves[f"{name}/{RATIO}"])
             truth = 1.0 - np.exp(ratio, out=ratio).mean(axis=-1)
-            text = np.clip(curves[f"{name}/text"].mean(axis=-1), 0.0, 1.0)
-            inverse = inverse + sum(1.0 / np.maximum(part, 1e-12) for part in (probability, truth, text))
+            text = np.clip(curves[f"{name}/{TEXT}"].mean(axis=-1) + answer, 0.0, 1.0)
+            inverse = inverse + sum(1.0 / np.maximum(part, 1e-12) for part in (chosen, truth, text))
         return np.asarray(3.0 * len(UTILITY_SETS) / inverse)
+
+
+def _log_odds(losses: FloatArray) -> FloatArray:
+    """log(p / (1 - p)) of p = exp(-loss)."""
+    kept = np.clip(losses, LEAST_LOSS, -LEAST_LOG)
+    return np.asarray(-kept - np.log(-np.expm1(-kept)))
+
+
+def _probability(log_odds: NDArray[np.floating[Any]]) -> FloatArray:
+    # In place: there are millions of them, and a fresh array of that size costs as much as the arithmetic.
+    grown = np.clip(log_odds, LEAST_LOG, -LEAST_LOG)
+    np.exp(np.negative(grown, out=grown), out=grown)
+    grown += 1.0
+    return np.asarray(np.reciprocal(grown, out=grown))
 
 
 def _bend(logarithms: FloatArray) -> FloatArray:
@@ -130,7 +151,6 @@ def _bend(logarithms: FloatArray) -> FloatArray:
 
 def _unbend(curves: NDArray[np.floating[Any]]) -> FloatArray:
     """Logarithms again, as far as they are negative: what is above 0 counts as 0."""
-    # In place: there are millions of them, and a fresh array of that size costs as much as the arithmetic.
     grown = np.clip(curves, BEND * math.asinh(LEAST_LOG / BEND), 0.0)  # a scalar of numpy's would make it double precision
     grown /= BEND
     np.exp(grown, out=grown)
