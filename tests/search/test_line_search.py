@@ -89,6 +89,29 @@ def test_objectives_of_curves_are_those_of_the_scores(world, definition):
         assert found == pytest.approx(truth, abs=1e-9)
 
 
+def test_what_is_modelled_goes_straight_where_logits_go_straight(world):
+    """One token of two: its logit moves evenly, and so does the curve; the loss does not."""
+    scales = np.linspace(0, 2, 9)
+    losses = np.logaddexp(0, -(5 - 4 * scales))[:, None].repeat(ITEMS, axis=1)
+    arrays = world.report().arrays()
+    curves = [world.curves().of({**arrays, "retain/answer_loss": loss})["retain/answer"] for loss in losses]
+    assert np.array(curves) == pytest.approx((5 - 4 * scales)[:, None].repeat(ITEMS, axis=1), abs=1e-9)
+    assert np.abs(np.diff(losses[:, 0], n=2)).max() > 0.2
+    certain = world.curves().of({**arrays, "retain/answer_loss": np.full(ITEMS, 1e-9)})["retain/answer"]
+    assert certain == pytest.approx(np.full(ITEMS, -np.log(np.expm1(1e-3))))
+
+
+def test_of_text_only_what_answers_do_not_tell_is_modelled(world):
+    report = world.report(2, 0.8)
+    arrays = {**report.arrays(), "retain/answer_loss": np.full(ITEMS, np.log(2)), "retain/rouge_l_recall": np.full(ITEMS, 0.75)}
+    curves = world.curves().of(arrays)
+    assert curves["retain/text"] == pytest.approx([0.25])
+    # Surer answers carry the text with them.
+    surer = {**curves, "retain/answer": np.full(ITEMS, np.log(0.7 / 0.3))}
+    told = {**arrays, "retain/answer_loss": np.full(ITEMS, -np.log(0.7)), "retain/rouge_l_recall": np.full(ITEMS, 0.95)}
+    assert world.curves().objectives(surer) == pytest.approx(world.curves().objectives(world.curves().of(told)))
+
+
 def test_objectives_take_any_number_of_draws_at_once(world):
     curves = world.curves()
     one, two = (curves.of(world.report(2, scale).arrays()) for scale in (0.5, 1.5))
