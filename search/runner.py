@@ -1,6 +1,7 @@
 """Runs a study on Ray: models and base runs as tasks, trials through Tune with warm, reused actors."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from search.base_run_tasks import LOST, BaseRunTasks, problem_of
 from search.base_runs import Room
 from search.capacity import need_of
-from search.cluster import connected
+from search.cluster import IN_A_JOB, connected
 from search.controls import control_jobs
 from search.dial import Answer, Dial, answer_of
 from search.evaluator import StudyContext
@@ -134,7 +135,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
             run = _Run(preparation, store, bars, address)
-            with StatusLines(store, bars):
+            with StatusLines(store, bars, job=IN_A_JOB in os.environ):
                 try:
                     work(run)
                 except KeyboardInterrupt:

@@ -128,24 +128,28 @@ def _front(store: StudyStore) -> dict[str, Any]:
 
 
 class StatusLines:
-    """Tells the status of a study in its log while a block runs: where standard error is no terminal, which has bars.
+    """Tells the status of a study in its log while a block runs, for `uipe status` of a job: lines for programs.
 
     A thread of its own reads the storage, so that a long training or trial does not silence it.
+
+    Args:
+        store, bars: The study and its progress.
+        job: Whether this driver is a job of a cluster; nothing is told where it is none, or where a terminal has bars.
     """
 
-    def __init__(self, store: StudyStore, bars: Bars) -> None:
-        self._store, self._bars = store, bars
+    def __init__(self, store: StudyStore, bars: Bars, job: bool) -> None:
+        self._store, self._bars, self._wanted = store, bars, job and bars.plain
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._tell, name="status lines", daemon=True)
 
     def __enter__(self) -> Self:
-        if self._bars.plain:
+        if self._wanted:
             self._thread.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._over.set()
-        if self._bars.plain:
+        if self._wanted:
             self._thread.join()
             _write(lambda: status_of(self._store, None if kind is None else "unfinished"))
 

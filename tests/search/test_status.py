@@ -4,14 +4,18 @@ import json
 import sys
 import threading
 import time
+from contextlib import closing
 from datetime import datetime, timedelta
 
 import pytest
 from filelock import FileLock
 
 from search.job import Job
+from search.preparation import prepare
 from search.progress import Bars
+from search.spec import load_study
 from search.status import PREFIX, StatusLines, is_running, last_status, read_status, status_of, without_status
+from search.study_store import StudyStore
 
 BASE = ("grad_diff", 1)
 
@@ -127,14 +131,24 @@ def test_a_folder_without_a_study_is_refused(call, tmp_path):
     assert "not a study folder" in error
 
 
-def test_the_driver_tells_its_status_in_its_log(finished):
-    told = [json.loads(line.removeprefix(PREFIX)) for line in finished.stderr.splitlines() if line.startswith(PREFIX)]
-    assert told[0]["state"] == "running"
-    assert told[-1]["state"] == "finished"
+def test_a_run_by_hand_is_told_in_words_only(finished):
+    assert PREFIX not in finished.stderr
+    assert "writing the report" in finished.stderr
+
+
+def test_the_driver_of_a_job_tells_its_status_in_its_log(copied, finished, capsys):
+    preparation = prepare(load_study(finished.file))
+    store = StudyStore.create(copied, preparation.spec, preparation.fingerprint, preparation.facts())
+    with closing(store), StatusLines(store, bars := Bars(), job=True):
+        time.sleep(0.5)
+        bars.say("writing the report")
+    log = capsys.readouterr().err
+    told = [json.loads(line.removeprefix(PREFIX)) for line in log.splitlines() if line.startswith(PREFIX)]
+    assert [each["state"] for each in told] == ["running", "finished"]
     assert told[-1]["trials"]["done"] == 9
-    assert last_status(finished.stderr) == told[-1]
-    assert PREFIX not in without_status(finished.stderr)
-    assert "writing the report" in without_status(finished.stderr)
+    assert last_status(log) == told[-1]
+    assert PREFIX not in without_status(log)
+    assert "writing the report" in without_status(log)
 
 
 def test_a_log_that_ends_in_the_middle_of_a_line_has_the_status_before():
@@ -147,16 +161,17 @@ def test_a_log_that_ends_in_the_middle_of_a_line_has_the_status_before():
 
 def test_a_storage_that_is_away_costs_a_line_and_nothing_else(begun, capsys, monkeypatch):
     monkeypatch.setattr(type(begun), "trials", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
-    with StatusLines(begun, Bars()):
+    with StatusLines(begun, Bars(), job=True):
         pass
     assert PREFIX not in capsys.readouterr().err
 
 
-def test_a_quiet_run_tells_nothing(begun, capsys):
-    with StatusLines(begun, Bars(quiet=True)):
-        pass
+def test_only_a_job_that_is_not_quiet_tells_it(begun, capsys):
+    for bars, job in ((Bars(quiet=True), True), (Bars(), False)):
+        with StatusLines(begun, bars, job):
+            pass
     assert capsys.readouterr().err == ""
     assert not sys.stderr.isatty()
-    with pytest.raises(RuntimeError), StatusLines(begun, Bars()):
+    with pytest.raises(RuntimeError), StatusLines(begun, Bars(), job=True):
         raise RuntimeError
     assert last_status(capsys.readouterr().err)["state"] == "unfinished"
