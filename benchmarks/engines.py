@@ -9,7 +9,7 @@ takes one text at a time: ``prompt lookup``, and ``assisted`` by the initial mod
 seconds, ratios over the baseline's, and how many texts differ from its. Needs `uipe_core` alone.
 
     python benchmarks/engines.py                                          # a small Llama trained on the people corpus
-    python benchmarks/engines.py --model 100m --repeats 1                 # random weights of a larger shape: nothing to draft
+    python benchmarks/engines.py --model 100m --repeats 1 --engines "no drafts" "continuous batching"   # random weights
     python benchmarks/engines.py --model 7b --device cuda                 # 7B-shaped, random weights, bf16
 """
 
@@ -32,6 +32,8 @@ from uipe_core.generation import Text, complete
 from uipe_core.models import LoadedModel
 from uipe_core.scoring import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
 
+ENGINES = ("drafts", "neighbour", "no drafts", "continuous batching", "prompt lookup", "assisted")
+BASELINE = "generate"
 LOOKED_UP = 4
 """Tokens a look-up in the prompt proposes at a time."""
 PAGE = 16
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="of the scorer; found by itself when left out")
     parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="beside the baseline")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     corpus = load_people() if options.tofu is None else load_tofu(options.tofu)
@@ -66,19 +69,18 @@ def benchmark(loaded: LoadedModel, scorer: Scorer, options: argparse.Namespace) 
     for state, scale in STATES.items():
         move(model, healthy, scale)
         found, texts = {}, {}
-        for name, run in engines.by_name().items():
+        for name in (BASELINE, *options.engines):
             seconds = []
             for _ in range(options.repeats):
-                texts[name], spent = run()
+                texts[name], spent = engines.run(name)
                 seconds.append(spent)
             found[name] = statistics.median(seconds)
         engines.stop()
-        baseline = "generate"
         states[state] = {
             name: {
                 "seconds": round(seconds, 4),
-                "ratio": round(found[baseline] / seconds, 2),
-                "texts_that_differ": sum(a != b for a, b in zip(texts[name], texts[baseline], strict=True)),
+                "ratio": round(found[BASELINE] / seconds, 2),
+                "texts_that_differ": sum(a != b for a, b in zip(texts[name], texts[BASELINE], strict=True)),
             }
             for name, seconds in found.items()
         }
@@ -95,7 +97,7 @@ def benchmark(loaded: LoadedModel, scorer: Scorer, options: argparse.Namespace) 
 
 
 class Engines:
-    """Every way to the texts, with what it keeps from call to call. Each call gives the texts, and seconds."""
+    """Every way to the texts, with what it keeps from call to call. A run gives the texts, and seconds."""
 
     def __init__(self, loaded: LoadedModel, scorer: Scorer, assistant: Any, new_tokens: int) -> None:
         self._loaded, self._scorer, self._assistant, self._new_tokens = loaded, scorer, assistant, new_tokens
@@ -109,9 +111,9 @@ class Engines:
             "pad_token_id": self._pad,
         }
 
-    def by_name(self) -> dict[str, Callable[[], tuple[list[str], float]]]:
-        return {
-            "generate": self.generate,
+    def run(self, name: str) -> tuple[list[str], float]:
+        ways: dict[str, Callable[[], tuple[list[str], float]]] = {
+            BASELINE: self.generate,
             "drafts": lambda: self.drafts(forget=True),
             "neighbour": lambda: self.drafts(forget=False),
             "no drafts": self.no_drafts,
@@ -119,6 +121,7 @@ class Engines:
             "prompt lookup": lambda: self.one_by_one(prompt_lookup_num_tokens=LOOKED_UP),
             "assisted": lambda: self.one_by_one(assistant_model=self._assistant),
         }
+        return ways[name]()
 
     def drafts(self, forget: bool) -> tuple[list[str], float]:
         """The scorer's stage, ROUGE included: what it costs in a trial."""
