@@ -21,19 +21,15 @@ from typing import Any
 
 import torch
 from machine import machine
-from models import add_model_options, loaded_model
+from models import add_options, prepared
 from scoring import BATCH, STATES, left_padded, move, timed
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from uipe_core.batch_sizes import BatchSize
-from uipe_core.corpora.people import load_people
-from uipe_core.corpora.tofu import load_tofu
 from uipe_core.generation import Text, complete
 from uipe_core.models import LoadedModel
 from uipe_core.scoring import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
 
-ENGINES = ("drafts", "neighbour", "no drafts", "continuous batching", "prompt lookup", "assisted")
-BASELINE = "generate"
 LOOKED_UP = 4
 """Tokens a look-up in the prompt proposes at a time."""
 PAGE = 16
@@ -44,16 +40,11 @@ Tokens = list[list[int]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tofu", help="folder or hub name of TOFU; the people corpus when left out")
-    add_model_options(parser)
-    parser.add_argument("--batch-size", type=int, help="of the scorer; found by itself when left out")
-    parser.add_argument("--new-tokens", type=int, default=24)
+    add_options(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="beside the baseline")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    corpus = load_people() if options.tofu is None else load_tofu(options.tofu)
-    loaded = loaded_model(options, corpus)
+    loaded, corpus = prepared(options)
     scorer = Scorer(corpus, loaded.prompts, ScoringConfig(options.batch_size, options.new_tokens))
     print(json.dumps(benchmark(loaded, scorer, options), indent=1))
 
@@ -69,10 +60,10 @@ def benchmark(loaded: LoadedModel, scorer: Scorer, options: argparse.Namespace) 
     for state, scale in STATES.items():
         move(model, healthy, scale)
         found, texts = {}, {}
-        for name in (BASELINE, *options.engines):
+        for name, run in ((BASELINE, Engines.generate), *((name, ENGINES[name]) for name in options.engines)):
             seconds = []
             for _ in range(options.repeats):
-                texts[name], spent = engines.run(name)
+                texts[name], spent = run(engines)
                 seconds.append(spent)
             found[name] = statistics.median(seconds)
         engines.stop()
@@ -97,10 +88,10 @@ def benchmark(loaded: LoadedModel, scorer: Scorer, options: argparse.Namespace) 
 
 
 class Engines:
-    """Every way to the texts, with what it keeps from call to call. A run gives the texts, and seconds."""
+    """Every way to the texts, with what it keeps from call to call. Each gives the texts, and seconds."""
 
     def __init__(self, loaded: LoadedModel, scorer: Scorer, assistant: Any, new_tokens: int) -> None:
-        self._loaded, self._scorer, self._assistant, self._new_tokens = loaded, scorer, assistant, new_tokens
+        self._loaded, self._scorer, self.assistant, self._new_tokens = loaded, scorer, assistant, new_tokens
         prompts = scorer.prompts
         self.prompts = [prompts.prompt_ids(item.question) for name in GENERATED_SETS for item in scorer.sets.get(name, ())]
         self._stops, self._pad = list(prompts.stop_ids), prompts.pad_id
@@ -110,18 +101,6 @@ class Engines:
             "eos_token_id": self._stops,
             "pad_token_id": self._pad,
         }
-
-    def run(self, name: str) -> tuple[list[str], float]:
-        ways: dict[str, Callable[[], tuple[list[str], float]]] = {
-            BASELINE: self.generate,
-            "drafts": lambda: self.drafts(forget=True),
-            "neighbour": lambda: self.drafts(forget=False),
-            "no drafts": self.no_drafts,
-            "continuous batching": self.continuous_batching,
-            "prompt lookup": lambda: self.one_by_one(prompt_lookup_num_tokens=LOOKED_UP),
-            "assisted": lambda: self.one_by_one(assistant_model=self._assistant),
-        }
-        return ways[name]()
 
     def drafts(self, forget: bool) -> tuple[list[str], float]:
         """The scorer's stage, ROUGE included: what it costs in a trial."""
@@ -194,6 +173,16 @@ class Engines:
         ended = [next((row[:at] for at, token in enumerate(row) if token in self._stops), row) for row in texts]
         return [str(text) for text in self._loaded.tokenizer.batch_decode(ended, skip_special_tokens=True)]
 
+
+BASELINE = "generate"
+ENGINES: dict[str, Callable[[Engines], tuple[list[str], float]]] = {
+    "drafts": lambda engines: engines.drafts(forget=True),
+    "neighbour": lambda engines: engines.drafts(forget=False),
+    "no drafts": Engines.no_drafts,
+    "continuous batching": Engines.continuous_batching,
+    "prompt lookup": lambda engines: engines.one_by_one(prompt_lookup_num_tokens=LOOKED_UP),
+    "assisted": lambda engines: engines.one_by_one(assistant_model=engines.assistant),
+}
 
 if __name__ == "__main__":
     main()

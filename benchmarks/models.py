@@ -8,6 +8,8 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from uipe_core.content_store import ContentStore, cache_folder
+from uipe_core.corpora.people import load_people
+from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.models import DTYPES, LoadedModel, load_model
 from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
@@ -58,19 +60,29 @@ def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Which model `loaded_model` loads, and where to."""
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What is scored, by what, and how: what `prepared` goes by."""
+    parser.add_argument("--tofu", help="folder or hub name of TOFU; the people corpus when left out")
     parser.add_argument(
         "--model", help=f"folder or hub name, or {', '.join(SHAPES)}: random weights; a small Llama trained here when left out"
     )
     parser.add_argument("--prompt-template", default="Question: {question}\nAnswer: ")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--batch-size", type=int, help="of the scorer; found by itself when left out")
+    parser.add_argument("--new-tokens", type=int, default=24)
     parser.add_argument("--threads", type=int, default=1)
 
 
-def loaded_model(options: argparse.Namespace, corpus: Corpus) -> LoadedModel:
-    """The model that was asked for; a random one of some shape has the small one's tokenizer."""
+def prepared(options: argparse.Namespace) -> tuple[LoadedModel, Corpus]:
+    """The model and the corpus that were asked for."""
+    torch.set_num_threads(options.threads)
+    corpus = load_people() if options.tofu is None else load_tofu(options.tofu)
+    return _loaded(options, corpus), corpus
+
+
+def _loaded(options: argparse.Namespace, corpus: Corpus) -> LoadedModel:
+    """A random model of some shape has the small one's tokenizer."""
     if options.model is None:
         return small(corpus, options.dtype, options.device)
     if options.model not in SHAPES:

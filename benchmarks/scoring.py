@@ -24,11 +24,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from machine import machine
-from models import add_model_options, loaded_model
+from models import add_options, prepared
 
 from uipe_core.batch_sizes import BatchSize
-from uipe_core.corpora.people import load_people
-from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.generation import Text, complete
 from uipe_core.models import LoadedModel
@@ -41,15 +39,10 @@ STATES = {"healthy": 0.0, "half unlearned": 0.5, "collapsed": 3.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tofu", help="folder or hub name of TOFU; the people corpus when left out")
-    add_model_options(parser)
-    parser.add_argument("--batch-size", type=int, help="of the scorer; found by itself when left out")
-    parser.add_argument("--new-tokens", type=int, default=24)
+    add_options(parser)
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    corpus = load_people() if options.tofu is None else load_tofu(options.tofu)
-    print(json.dumps(benchmark(loaded_model(options, corpus), corpus, options), indent=1))
+    print(json.dumps(benchmark(*prepared(options), options), indent=1))
 
 
 def benchmark(loaded: LoadedModel, corpus: Corpus, options: argparse.Namespace) -> dict[str, Any]:
