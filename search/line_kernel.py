@@ -83,8 +83,8 @@ class Kernel:
     """constant + linear <x, y> + quadratic <x, y>^2 + Matern-5/2 of |x - y| / length, whose variance is 1.
 
     Polynomials carry a walk beyond what was seen, the Matern part bends between what was seen. `nugget` is a share of the
-    variance that is no function of the weights: text changes at once where losses change smoothly. The defaults are what a
-    dense grid of one small world shows.
+    variance that is no function of the weights: text changes at once where losses change smoothly. The defaults were chosen
+    on one small world; what eight of them show by themselves does no better (docs/log.md).
     """
 
     constant: float = 0.3

@@ -140,7 +140,6 @@ def test_the_driver_of_a_job_tells_its_status_in_its_log(copied, finished, capsy
     preparation = prepare(load_study(finished.file))
     store = StudyStore.create(copied, preparation.spec, preparation.fingerprint, preparation.facts())
     with closing(store), StatusLines(store, bars := Bars(), job=True):
-        time.sleep(0.5)
         bars.say("writing the report")
     log = capsys.readouterr().err
     told = [json.loads(line.removeprefix(PREFIX)) for line in log.splitlines() if line.startswith(PREFIX)]
