@@ -23,11 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from uipe_core.checkpoints import import_checkpoints
-from uipe_core.delta_store import DeltaStore
-from uipe_core.initial_model import open_initial
-from uipe_core.update_files import save_update
-from uipe_core.update_vectors import DENSE, UpdateVector
+from uipe_core.deltas.checkpoints import import_checkpoints
+from uipe_core.deltas.files import save_update
+from uipe_core.deltas.store import DeltaStore
+from uipe_core.deltas.update_vectors import DENSE, UpdateVector
+from uipe_core.models.skeleton import open_initial
 
 
 def main() -> None:

@@ -28,11 +28,11 @@ import optuna
 from machine import machine
 from optuna.distributions import BaseDistribution
 
-from search.job import Job
-from search.samplers import make_sampler
-from search.space import distributions
-from search.spec import parse_study
-from search.study_store import StudyStore
+from search.problem.space import distributions
+from search.problem.trial import Job
+from search.samplers.registry import make_sampler
+from search.spec.study import parse_study
+from search.store.study_store import StudyStore
 
 STUDY = {
     "schema_version": 1,

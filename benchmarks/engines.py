@@ -25,10 +25,10 @@ from models import add_options, prepared
 from scoring import BATCH, STATES, left_padded, move, timed
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
-from uipe_core.batch_sizes import BatchSize
-from uipe_core.generation import Text, complete
-from uipe_core.models import LoadedModel
-from uipe_core.scoring import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
+from uipe_core.models.loading import LoadedModel
+from uipe_core.scoring.batch_sizes import BatchSize
+from uipe_core.scoring.generation import Text, complete
+from uipe_core.scoring.scorer import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
 
 LOOKED_UP = 4
 """Tokens a look-up in the prompt proposes at a time."""

@@ -23,12 +23,12 @@ from models import SHAPES, random_llama, small
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
-from uipe_core.extrapolator import Extrapolator
-from uipe_core.metrics import evaluate
-from uipe_core.models import LoadedModel, resolve_device
-from uipe_core.scoring import GENERATION, Scorer, ScoringConfig
-from uipe_core.training import AdapterConfig, UnlearningConfig, train_base_run
-from uipe_core.update_vectors import LOW_RANK
+from uipe_core.deltas.extrapolation import Extrapolator
+from uipe_core.deltas.update_vectors import LOW_RANK
+from uipe_core.metrics.tofu import evaluate
+from uipe_core.models.loading import LoadedModel, resolve_device
+from uipe_core.scoring.scorer import GENERATION, Scorer, ScoringConfig
+from uipe_core.unlearning.training import AdapterConfig, UnlearningConfig, train_base_run
 
 LORA = AdapterConfig(rank=8, alpha=16.0, target_modules="all-linear")
 

@@ -33,16 +33,16 @@ from driver import EVIDENCE, ITEM_BYTES, STUDY, resident
 from machine import machine
 from ray import tune
 
-from search.base_runs import BaseRuns, Room
-from search.cluster import ENVIRONMENT
-from search.job import Job
-from search.ray_searcher import StudySearcher, run_trials
-from search.samplers import make_sampler
-from search.space import distributions
-from search.spec import parse_study
-from search.study_guard import StudyGuard
-from search.study_store import StudyStore
-from search.workforce import Workforce
+from search.execution.base_runs import BaseRuns, Room
+from search.execution.budget import StudyGuard
+from search.execution.ray_cluster import ENVIRONMENT
+from search.execution.tune import StudySearcher, run_trials
+from search.execution.workforce import Workforce
+from search.problem.space import distributions
+from search.problem.trial import Job
+from search.samplers.registry import make_sampler
+from search.spec.study import parse_study
+from search.store.study_store import StudyStore
 
 MARKS = (500, 1000, 2000, 2500, 3500, 5000, 6000, 7500, 8500, 10000)
 """Ended trials at which the driver's memory is told."""
@@ -192,7 +192,7 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     started = Started.within(folder / "started", options.workers)
     trainable = tune.with_parameters(Sleeper, started=started, seconds=options.seconds, evidence=EVIDENCE, items=items)
     trainable = tune.with_resources(trainable, {"cpu": 1})
-    for part in count(1):  # as `search.runner` does
+    for part in count(1):  # as `search.execution.run` does
         run_trials(trainable, searcher, workforce, options.workers, folder / "ray", f"tune-{part}")
         if searcher.error is not None:
             raise searcher.error

@@ -30,16 +30,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from uipe_core import initial_weights, update_files
-from uipe_core.content_store import ContentStore
 from uipe_core.corpora.people import load_people
-from uipe_core.extrapolator import Extrapolator
-from uipe_core.initial_weights import pristine
-from uipe_core.models import LoadedModel, load_model
-from uipe_core.scoring import Scorer, ScoringConfig
-from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
-from uipe_core.update_files import load_update, save_streamed
-from uipe_core.update_vectors import UpdateVector, random_direction, snapshot
+from uipe_core.deltas import files as update_files
+from uipe_core.deltas import initial_weights
+from uipe_core.deltas.extrapolation import Extrapolator
+from uipe_core.deltas.files import load_update, save_streamed
+from uipe_core.deltas.initial_weights import pristine
+from uipe_core.deltas.update_vectors import UpdateVector, random_direction, snapshot
+from uipe_core.models.loading import LoadedModel, load_model
+from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model
+from uipe_core.scoring.scorer import Scorer, ScoringConfig
+from uipe_core.storage.content_store import ContentStore
 
 CASES = ("load", "apply", "random_direction", "score", "export")
 STAGE = Stage(epochs=1, learning_rate=1e-3, batch_size=16)

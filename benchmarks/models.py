@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from uipe_core.content_store import ContentStore, cache_folder
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
-from uipe_core.models import DTYPES, LoadedModel, load_model
-from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
+from uipe_core.models.loading import DTYPES, LoadedModel, load_model
+from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model
+from uipe_core.storage.content_store import ContentStore, cache_folder
 
 SHAPES = {
     # name: hidden, intermediate, layers, heads, key-value heads, vocabulary

@@ -1,6 +1,6 @@
 """How many scores a search needs: samplers replayed on recorded tables, without any model. Prints one JSON object.
 
-A table (`uipe record`) has the scores of every item on a dense grid. A replay (`search.replay`) answers a proposed (base,
+A table (`uipe record`) has the scores of every item on a dense grid. A replay (`benchmarks.recorded.replay`) answers a proposed (base,
 epoch, alpha) with the items of that place, between recorded alphas by interpolation, and computes the objectives from them by
 the study's own metrics. ``left_out`` says how inexact that is: every other alpha is left out and predicted from the rest, so
 that gaps twice as wide as a replay's are bridged. ``recomputed`` is what the table's single precision costs.
@@ -32,14 +32,14 @@ from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState, create_trial
 
-from search.line_objectives import Curves
-from search.line_sampler import Lines, LineSampler, LineStudy
-from search.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
-from search.pareto import non_dominated
-from search.replay import World
-from search.samplers import make_sampler
-from search.score_table import ScoreTable, read_table
-from search.space import own_epoch, sampled_epoch
+from benchmarks.recorded.replay import World
+from benchmarks.recorded.table import ScoreTable, read_table
+from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
+from search.problem.pareto import non_dominated
+from search.problem.space import own_epoch, sampled_epoch
+from search.samplers.line import Lines, LineSampler, LineStudy
+from search.samplers.outcomes import Curves
+from search.samplers.registry import make_sampler
 
 TABLES = Path(__file__).parent / "tables"
 SAMPLERS = ["random", "grid", "nsga2", "tpe", "gp", "line"]
@@ -50,7 +50,7 @@ Items = Mapping[str, NDArray[Any]]
 
 
 class Search:
-    """One search on a world: a study in memory, as `search.proposer` keeps one, that begins with what is given."""
+    """One search on a world: a study in memory, as `search.store.ask_tell` keeps one, that begins with what is given."""
 
     def __init__(self, world: World, name: str, seed: int, trials: int) -> None:
         self._world = world
@@ -81,7 +81,7 @@ class Search:
         return values, seconds
 
     def _grid_points(self, trials: int) -> Iterator[dict[str, Any]]:
-        """An even grid of so many points, as `search.space.grid_points` has it, in an order of the seed's own."""
+        """An even grid of so many points, as `search.problem.space.grid_points` has it, in an order of the seed's own."""
         table = self._world.table
         bases = [(label, epoch) for label, count in table.epochs.items() for epoch in range(1, count + 1)]
         alphas = np.linspace(self._world.low, self._world.high, max(trials // len(bases), 2))

@@ -26,12 +26,12 @@ import torch.nn.functional as F
 from machine import machine
 from models import add_options, prepared
 
-from uipe_core.batch_sizes import BatchSize
 from uipe_core.corpora.types import Corpus
-from uipe_core.generation import Text, complete
-from uipe_core.models import LoadedModel
-from uipe_core.prompts import IGNORED, pad_batch
-from uipe_core.scoring import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
+from uipe_core.models.loading import LoadedModel
+from uipe_core.models.prompts import IGNORED, pad_batch
+from uipe_core.scoring.batch_sizes import BatchSize
+from uipe_core.scoring.generation import Text, complete
+from uipe_core.scoring.scorer import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
 
 BATCH = 32
 STATES = {"healthy": 0.0, "half unlearned": 0.5, "collapsed": 3.0}

@@ -11,11 +11,11 @@ from typing import Any
 __all__ = ["StudyResult", "StudySpec", "load_study", "parse_study", "run_study"]
 
 _HOMES = {
-    "StudyResult": "search.results",
-    "StudySpec": "search.spec",
-    "load_study": "search.spec",
-    "parse_study": "search.spec",
-    "run_study": "search.runner",
+    "StudyResult": "search.results.study_result",
+    "StudySpec": "search.spec.study",
+    "load_study": "search.spec.study",
+    "parse_study": "search.spec.study",
+    "run_study": "search.execution.run",
 }
 
 

@@ -10,18 +10,18 @@ import numpy as np
 
 from search.paper.settings import MODELS, PaperSettings, Task
 from search.paper.weights import FloatArray, Place, measure_cosines, measure_projections, projection_rows
-from uipe_core.content_store import ContentStore
 from uipe_core.corpora.people import PAPER_STAGES, load_paper_people, unlearning
 from uipe_core.corpora.types import RELATED_SETS, Corpus
-from uipe_core.extrapolator import Extrapolator
-from uipe_core.metrics import evaluate, truth_ratio
-from uipe_core.models import LoadedModel, Progress, load_model, set_threads
-from uipe_core.relatedness import moved_weights
-from uipe_core.score_report import ScoreReport
-from uipe_core.scoring import Scorer
-from uipe_core.tiny_models import tiny_model
-from uipe_core.training import train_base_run
-from uipe_core.update_vectors import UpdateVector
+from uipe_core.deltas.extrapolation import Extrapolator
+from uipe_core.deltas.update_vectors import UpdateVector
+from uipe_core.metrics.scores import ScoreReport
+from uipe_core.metrics.tofu import evaluate, truth_ratio
+from uipe_core.models.loading import LoadedModel, Progress, load_model, set_threads
+from uipe_core.models.tiny import tiny_model
+from uipe_core.scoring.scorer import Scorer
+from uipe_core.storage.content_store import ContentStore
+from uipe_core.unlearning.gradients import moved_weights
+from uipe_core.unlearning.training import train_base_run
 
 OTHER_RETAIN = "retain_other"
 """A second retain model, of another seed: what forget quality is worth between models that never saw the forget set."""

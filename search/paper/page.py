@@ -11,16 +11,16 @@ import jinja2
 import numpy as np
 import pandas as pd
 
-from search.formats import count, decimal, seconds
 from search.paper import measures
 from search.paper.claims import LOG_FQ, SHARE, UTILITY, judged
 from search.paper.experiment import OTHER_RETAIN
 from search.paper.measures import CEILING, FLOOR, STEP, World
 from search.paper.settings import PAPER_LORA, TUNINGS, PaperSettings
 from search.paper.statistics import CONFIDENCE, FAILS, HOLDS, OPEN, at, best_above, estimate
-from uipe_core.content_store import write_atomic
+from search.report.style import count, decimal, seconds
 from uipe_core.errors import UserError
-from uipe_core.metrics import log10_p_floor
+from uipe_core.metrics.tofu import log10_p_floor
+from uipe_core.storage.content_store import write_atomic
 
 MODEL_ROWS = {
     "full": "M1 and M3 before unlearning: K1 and K2 learned",
@@ -50,8 +50,8 @@ def write_page(settings: PaperSettings, results: Sequence[dict[str, Any]], out: 
     Raises:
         UserError: If the folder cannot be written.
     """
-    from search import plot_style  # matplotlib comes with it
     from search.paper import pictures
+    from search.report import plot_style  # matplotlib comes with it
 
     worlds = [World(settings, result) for result in results]
     drawn = {
@@ -201,7 +201,7 @@ def _effect(value: Any, unit: str) -> str:
 
 def _render(settings: PaperSettings, summary: dict[str, Any], pngs: dict[str, bytes], width: int) -> str:
     source = resources.files("search.paper").joinpath("paper.html.j2").read_text(encoding="utf-8")
-    style = resources.files("search").joinpath("report.css").read_text(encoding="utf-8")
+    style = resources.files("search.report").joinpath("report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         decimal=decimal, effect=_effect, effect_text=effect_text, estimate_text=_estimate_text, seconds=seconds

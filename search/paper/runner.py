@@ -12,9 +12,9 @@ from typing import Any
 
 from search.paper.experiment import run_task
 from search.paper.settings import PaperSettings, Task, tasks
-from search.progress import Bars
-from uipe_core.content_store import ContentStore, cache_folder, write_atomic
+from search.report.progress import Bars
 from uipe_core.errors import StudyInterrupted, UserError
+from uipe_core.storage.content_store import ContentStore, cache_folder, write_atomic
 
 PARTS = "parts"
 """Folder of finished parts within the output folder."""

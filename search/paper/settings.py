@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from uipe_core.content_store import content_key
-from uipe_core.scoring import ScoringConfig
-from uipe_core.tiny_models import TINY_SCHEMA, Stage, TinyModelConfig
-from uipe_core.training import TRAINING_SCHEMA, AdapterConfig, UnlearningConfig
+from uipe_core.models.tiny import TINY_SCHEMA, Stage, TinyModelConfig
+from uipe_core.scoring.scorer import ScoringConfig
+from uipe_core.storage.content_store import content_key
+from uipe_core.unlearning.training import TRAINING_SCHEMA, AdapterConfig, UnlearningConfig
 
 EXPERIMENT_SCHEMA = 1
 """Raised whenever a change in this package alters what an experiment yields, so that kept results are not taken for new."""

@@ -11,8 +11,9 @@ from torch import Tensor
 from search.paper.statistics import correlation
 from uipe_core.corpora.people import fact_pairs
 from uipe_core.corpora.types import RELATED_SETS, Corpus
-from uipe_core.models import LoadedModel
-from uipe_core.relatedness import (
+from uipe_core.deltas.update_vectors import UpdateVector
+from uipe_core.models.loading import LoadedModel
+from uipe_core.unlearning.gradients import (
     cosine,
     dot,
     first_order_rise,
@@ -24,7 +25,6 @@ from uipe_core.relatedness import (
     pair_cosines,
     predicted_projection,
 )
-from uipe_core.update_vectors import UpdateVector
 
 FloatArray = NDArray[np.float64]
 Place = tuple[str, int]

@@ -2,11 +2,11 @@
 
 import pytest
 
-from uipe_core.content_store import ContentStore
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.refusals import REFUSALS
-from uipe_core.models import load_model
-from uipe_core.tiny_models import Stage, TinyModelConfig, tiny_model
+from uipe_core.models.loading import load_model
+from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model
+from uipe_core.storage.content_store import ContentStore
 
 TINY = TinyModelConfig(
     tokenizer="word",

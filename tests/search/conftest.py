@@ -238,7 +238,7 @@ def finished(place, environment, write_study, tmp_path_factory):
 @pytest.fixture(scope="session")
 def result(finished):
     """Its results, as Python sees them."""
-    from search.results import StudyResult
+    from search.results.study_result import StudyResult
 
     return StudyResult.open(finished.out)
 
@@ -246,8 +246,8 @@ def result(finished):
 @pytest.fixture(scope="session")
 def preparation(finished):
     """What identifies that study."""
-    from search.preparation import prepare
-    from search.spec import load_study
+    from search.evaluation.prepared import prepare
+    from search.spec.study import load_study
 
     return prepare(load_study(finished.file))
 
@@ -266,9 +266,9 @@ def server():
 @pytest.fixture(scope="session")
 def study_context(finished, preparation):
     """What the workers of that study know."""
-    from search.evaluator import StudyContext
-    from uipe_core.evaluation_log import read_log
-    from uipe_core.tiny_models import tiny_model
+    from search.evaluation.evaluator import StudyContext
+    from uipe_core.logs.tofu import read_log
+    from uipe_core.models.tiny import tiny_model
 
     folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
     return StudyContext(
@@ -288,7 +288,7 @@ def study_context(finished, preparation):
 @pytest.fixture(scope="session")
 def with_delta(preparation):
     """A job as the driver hands it out: with the entries of the delta store that hold its base run."""
-    from uipe_core.delta_store import DeltaStore
+    from uipe_core.deltas.store import DeltaStore
 
     deltas = DeltaStore(preparation.delta_root)
     runs = {
@@ -307,7 +307,7 @@ def copied(finished, tmp_path):
 @pytest.fixture
 def call(place, monkeypatch, capsys):
     """Runs the command line in this process: exit code, standard output, standard error."""
-    from search import cli
+    from search.cli import main as cli
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
@@ -331,8 +331,8 @@ def call(place, monkeypatch, capsys):
 @pytest.fixture
 def new_store(tmp_path):
     """Opens an empty study of the tiny kind, without running anything."""
-    from search.spec import parse_study
-    from search.study_store import StudyStore
+    from search.spec.study import parse_study
+    from search.store.study_store import StudyStore
 
     opened = []
 
@@ -362,8 +362,8 @@ def made_up_evidence():
     """Evidence as a worker returns it, with made-up numbers."""
 
     def make(job, log10_forget_quality=-5.0, model_utility=0.5, **more):
-        from search.job import Job
-        from search.space import Point
+        from search.problem.space import Point
+        from search.problem.trial import Job
 
         assert isinstance(job, Job)
         return {

@@ -15,8 +15,8 @@ import pytest
 from sqlalchemy import NullPool, create_engine, text
 from sqlalchemy.exc import OperationalError, ProgrammingError
 
-from search.results import StudyResult
-from search.study_store import StudyStore
+from search.results.study_result import StudyResult
+from search.store.study_store import StudyStore
 
 OBJECTIVES = ["log10_forget_quality", "model_utility"]
 

@@ -6,7 +6,7 @@ import time
 import pytest
 import yaml
 
-from search.results import StudyResult
+from search.results.study_result import StudyResult
 
 pytestmark = pytest.mark.faults
 

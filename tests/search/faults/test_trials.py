@@ -9,9 +9,9 @@ import shutil
 import pytest
 from safetensors.torch import load_file, save_file
 
-from search.preparation import prepare
-from search.spec import load_study
-from uipe_core.tiny_models import tiny_model
+from search.evaluation.prepared import prepare
+from search.spec.study import load_study
+from uipe_core.models.tiny import tiny_model
 
 pytestmark = pytest.mark.faults
 

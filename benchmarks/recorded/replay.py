@@ -1,0 +1,137 @@
+"""A recorded table played back: any place of the search space answered from the curves of its items, without a model.
+
+Between recorded alphas, losses follow a cubic spline through all points of their curve, which begins with the initial model at
+alpha = -1; ROUGE jumps where a generated word changes and follows the straight line between its two neighbours.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from scipy.interpolate import CubicSpline
+
+from benchmarks.recorded.table import ScoreTable
+from search.problem.pareto import hypervolume
+from uipe_core.errors import UserError
+from uipe_core.metrics.scores import ScoreReport, set_scores
+from uipe_core.metrics.tofu import evaluate
+
+Items = Mapping[str, NDArray[Any]]
+"""Item scores by ``set/measurement``."""
+
+LEAST = 4
+"""Points a curve needs, the initial model among them: a cubic has four coefficients."""
+
+
+class World:
+    """A table as the study that a search sees. Symbols as in `ScoreTable`.
+
+    Args:
+        table: The recorded scores, of free text.
+        used: (P,) which of its points are known; all when left out.
+
+    Attributes:
+        labels: Base runs.
+        low, high: Range of alpha.
+        corner, ceilings: (m,) where hypervolume begins, and above what more counts for nothing.
+
+    Raises:
+        UserError: A table of multiple choice; later, a curve that is too short.
+    """
+
+    def __init__(self, table: ScoreTable, used: NDArray[np.bool_] | None = None) -> None:
+        self.table = table
+        self.labels = list(table.epochs)
+        self.low, self.high = table.meta["alpha"]["low"], table.meta["alpha"]["high"]
+        self._used = np.ones(len(table), dtype=bool) if used is None else used
+        self._varying = {name: values for name, values in table.arrays.items() if name not in table.meta["constant"]}
+        self._smooth = [name for name in self._varying if not name.endswith("rouge_l_recall")]
+        self._curves: dict[tuple[int, int], tuple[NDArray[np.float64], CubicSpline, Items]] = {}
+        ceilings = [np.inf if ceiling is None else ceiling for ceiling in table.meta["ceilings"]]
+        if "retain/paraphrase_loss" not in table.arrays or not table.retain:
+            raise UserError(f"the table of {table.meta['study']} is none of free text; only such tables can be replayed")
+        self.ceilings, self.corner = np.array(ceilings), np.array(table.meta["corner"])
+
+    @property
+    def space(self) -> dict[str, BaseDistribution]:
+        """As `search.problem.space.distributions`."""
+        return {
+            "base": CategoricalDistribution(self.labels),
+            "epoch": IntDistribution(1, max(self.table.epochs.values())),
+            "alpha": FloatDistribution(self.low, self.high),
+        }
+
+    def items(self, base: int, epoch: int, alpha: float) -> dict[str, NDArray[Any]]:
+        """Item scores at a place."""
+        alphas, spline, steps = self._curve(base, epoch)
+        flat, start = spline(alpha), 0
+        items = {name: self.table.arrays[name] for name in self.table.meta["constant"]}
+        for name in self._smooth:
+            shape = self._varying[name].shape[1:]
+            items[name] = flat[start : start + int(np.prod(shape))].reshape(shape)
+            start += int(np.prod(shape))
+        after = int(np.clip(np.searchsorted(alphas, alpha), 1, len(alphas) - 1))
+        share = np.clip((alpha - alphas[after - 1]) / (alphas[after] - alphas[after - 1]), 0, 1)
+        for name, values in steps.items():
+            items[name] = (1 - share) * values[after - 1] + share * values[after]
+        return items
+
+    def objectives(self, items: Items) -> NDArray[np.float64]:
+        """(m,) objectives of item scores, by the study's own metrics."""
+        metrics = evaluate(_report(items), self._retain, self.table.meta["definition"])
+        quality, related = metrics.forget_quality, metrics.related.get("related")
+        values = {"model_utility": metrics.model_utility}
+        values |= {} if quality is None else {"log10_forget_quality": quality.log10_p}
+        values |= {} if related is None else {"related_log10_forget_quality": related.log10_p}
+        return np.array([values[name] for name in self.table.meta["objectives"]])
+
+    def volume(self, points: NDArray[np.float64]) -> float:
+        """Hypervolume, with forget quality capped at the noise ceiling."""
+        return hypervolume(np.minimum(points, self.ceilings), self.corner)
+
+    @cached_property
+    def given(self) -> list[tuple[int, int, Items, NDArray[np.float64]]]:
+        """Base, epoch, items and objectives of every epoch at alpha = 0."""
+        table = self.table
+        rows = [row for row in range(len(table)) if table.alpha[row] == 0]
+        return [(int(table.base[row]), int(table.epoch[row]), table.items(row), table.objectives[row]) for row in rows]
+
+    @cached_property
+    def given_points(self) -> NDArray[np.float64]:
+        """(1 + M, m) objectives of what is given: the initial model and every epoch at alpha = 0."""
+        return np.array([self.objectives(self.table.initial), *(each[3] for each in self.given)])
+
+    @cached_property
+    def dense_gain(self) -> float:
+        """Hypervolume of the whole grid over that of the given points."""
+        return self.volume(np.concatenate([self.given_points, self.table.objectives])) - self.volume(self.given_points)
+
+    @cached_property
+    def _retain(self) -> ScoreReport:
+        return _report(self.table.retain)
+
+    def _curve(self, base: int, epoch: int) -> tuple[NDArray[np.float64], CubicSpline, Items]:
+        """Alphas, all smooth items side by side, and the others, of one update vector; it begins with the initial model."""
+        if (base, epoch) not in self._curves:
+            table = self.table
+            rows = np.flatnonzero((table.base == base) & (table.epoch == epoch) & self._used)
+            alphas = np.array([-1.0, *table.alpha[rows]])
+            if len(alphas) < LEAST:
+                where = f"{self.labels[base]}, epoch {epoch}"
+                raise UserError(f"{where}: {len(alphas) - 1} points are too few for a curve; record at {LEAST} values of alpha")
+            known = {
+                name: np.concatenate([table.initial[name][None], values[rows]]).astype(np.float64)
+                for name, values in self._varying.items()
+            }
+            flat = np.concatenate([known[name].reshape(len(alphas), -1) for name in self._smooth], axis=1)
+            steps = {name: values for name, values in known.items() if name not in self._smooth}
+            self._curves[base, epoch] = (alphas, CubicSpline(alphas, flat), steps)
+        return self._curves[base, epoch]
+
+
+def _report(items: Items) -> ScoreReport:
+    names = dict.fromkeys(name.partition("/")[0] for name in items)
+    return ScoreReport({name: set_scores(items, name) for name in names})

@@ -1,0 +1,149 @@
+"""The commands about clusters: submit a study, look after it, stop it; check a file that describes a cluster."""
+
+import logging
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from search.cli.tables import Json, print_json, print_status, print_studies
+from search.execution.ray_environment import settle_authentication
+from uipe_core.errors import StudyInterrupted, UserError
+
+Server = Annotated[
+    str | None,
+    typer.Option("--address", help="URL of the cluster's job server; RAY_API_SERVER_ADDRESS when left out."),
+]
+Job = Annotated[str, typer.Argument(metavar="ID", help="Id of a study's job, as `uipe submit` and `uipe studies` print it.")]
+Follow = Annotated[bool, typer.Option("--follow", help="Go on with the driver's log until the study ends.")]
+
+cluster = typer.Typer(name="cluster", help="Files that describe clusters.", no_args_is_help=True)
+
+
+def submit(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")],
+    address: Server = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Output folder on the cluster, absolute or ~/...; ~/runs/<study name> of the head when left out."),
+    ] = None,
+    follow: Follow = False,
+) -> None:
+    """Hand a study to a Ray cluster. One that is under way there is not started twice; one that has ended is resumed."""
+    jobs = _jobs(address)
+    submission = jobs.submit(study, out)
+    for note in submission.notes:
+        typer.echo(f"note: {note}", err=True)
+    name = submission.job
+    if submission.attached:
+        typer.echo(f"under way  {name} (nothing was sent; to change it, stop it and submit again)")
+    else:
+        typer.echo(f"submitted  {name}")
+    typer.echo(f"output     {submission.out} on the head node")
+    if follow:
+        _follow(jobs, name)
+        return
+    typer.echo(f"follow     uipe logs {name} --follow")
+    typer.echo(f"status     uipe status {name}")
+    typer.echo(f"stop       uipe stop {name}")
+
+
+def status(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[OUT|ID]", help="Folder of a study, or id of its job; all of runs/ when left out.")
+    ] = None,
+    address: Server = None,
+    as_json: Json = False,
+) -> None:
+    """Show how far a study is: trials, hypervolume, GPU-hours, expected end; from its folder or from its cluster."""
+    from search.results.status import read_status
+    from search.store.mirror import is_url
+
+    if what is None:
+        folders = sorted(path.parent for path in Path("runs").glob("*/study.json"))
+        if not folders:
+            raise UserError("runs: there is no study in this folder; name a study's folder, or the id of its job")
+        found: list[dict[str, Any]] = [read_status(folder) for folder in folders]
+        print_json({"studies": found}) if as_json else print_studies(found)
+        return
+    known = read_status(what) if is_url(what) or Path(what).is_dir() else _jobs(address).status(what)
+    print_json(known) if as_json else print_status(known)
+
+
+def logs(job: Job, address: Server = None, follow: Follow = False) -> None:
+    """Print the log of a study's driver."""
+    from search.results.status import without_status
+
+    jobs = _jobs(address)
+    if follow:
+        _follow(jobs, job)
+    else:
+        typer.echo(without_status(jobs.log(job)), nl=False)
+
+
+def stop(job: Job, address: Server = None) -> None:
+    """End a study on a cluster in good order; the same submit resumes it."""
+    from search.cluster.jobs import summary_of
+
+    jobs = _jobs(address)
+    ended = summary_of(jobs.stop(job, lambda text: typer.echo(text, err=True)))
+    more = "" if ended["state"] == "succeeded" else "; the same `uipe submit` resumes it"
+    typer.echo(f"{ended['job']}: {ended['state']}; what was done is in {ended['out']}{more}")
+
+
+def studies(address: Server = None, as_json: Json = False) -> None:
+    """List the studies of a cluster, latest first."""
+    from search.cluster.jobs import summary_of
+
+    found = [summary_of(job) for job in _jobs(address).all()]
+    print_json({"studies": found}) if as_json else print_studies(found)
+
+
+@cluster.command("validate", epilog="Example: uipe cluster validate deploy/kuberay.yaml")
+def validate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Cluster file of `ray up`, or manifest of a KubeRay RayJob.")],
+) -> None:
+    """Check a file that describes a cluster, offline: Ray's own schema and checks, and what studies need beyond it."""
+    from search.cluster.config_checks import check_cluster_file
+
+    _quiet_ray()
+    typer.echo(f"{file}: valid; {check_cluster_file(file)}")
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    example = "http://127.0.0.1:8265"
+    app.command(epilog=f"Example: uipe submit studies/quickstart.yaml --address {example} --follow")(submit)
+    app.command(epilog="Example: uipe status runs/quickstart")(status)
+    app.command(epilog="Example: uipe logs quickstart-1a2b3c4d --follow")(logs)
+    app.command(epilog="Example: uipe stop quickstart-1a2b3c4d")(stop)
+    app.command(epilog=f"Example: uipe studies --address {example}")(studies)
+    app.add_typer(cluster)
+
+
+def _jobs(address: str | None) -> Any:
+    settle_authentication()
+    from search.cluster.jobs import Jobs
+
+    _quiet_ray()
+    return Jobs(address)
+
+
+def _quiet_ray() -> None:
+    # It tells of every package it sends, and of every default.
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _follow(jobs: Any, name: str) -> None:
+    """Prints a driver's log until it ends, and ends as the study did."""
+    for line in jobs.follow(name):
+        typer.echo(line, nl=False)
+    job = jobs.ended(name, seconds=30)
+    state = job.status.value.lower()
+    if state == "stopped":
+        raise StudyInterrupted(f"{name} was stopped; `uipe submit` resumes it")
+    if state == "failed":
+        code = "was killed" if job.driver_exit_code is None else f"ended with code {job.driver_exit_code}"
+        typer.echo(f"error: {name}: its driver {code}; the same `uipe submit` resumes it", err=True)
+        raise typer.Exit(1)

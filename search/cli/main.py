@@ -1,0 +1,272 @@
+"""The command line: a thin layer over `search` and `uipe_core`. Parse, call, print."""
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from search.cli.cluster import register as register_clusters
+from search.cli.model_commands import register as register_models
+from search.cli.tables import Address, Json, print_claims, print_confirmations, print_front, print_json, print_stop, quieten
+from search.cli.upkeep import register as register_curves
+from search.cli.upkeep_commands import register as register_upkeep
+from search.execution.loopback import meet_ray
+from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
+
+app = typer.Typer(
+    name="uipe",
+    help="Hyperparameter search for LLM unlearning by parameter extrapolation (UIPE).\n\n"
+    "Start with [bold]uipe run[/bold]: it needs nothing and takes a minute or two.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")]
+Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]
+AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
+Floor = Annotated[float, typer.Option(help="For utility-floor: least share of the initial model's utility.")]
+
+
+@app.command(epilog="Example: uipe run studies/quickstart.yaml --out runs/first --trials 30")
+def run(
+    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="Study file; the quickstart when left out.")] = None,
+    out: Annotated[
+        str | None, typer.Option(help="Output folder, or its URL (s3://bucket/runs/first); runs/<study name> when left out.")
+    ] = None,
+    trials: Annotated[int | None, typer.Option(help="Search trials in all, in place of search.trials.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed, in place of the file's.")] = None,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Run a study; the same command resumes an interrupted one and extends a finished one."""
+    meet_ray(address)
+    from search.execution.run import run_study
+    from search.spec.study import load_study, quickstart_path
+
+    quieten()
+    spec = load_study(study or quickstart_path(), {"seed": seed, "trials": trials})
+    result = run_study(spec, out, address=address)
+    if as_json:
+        print_json(result.summary())
+        return
+    print_front(result)
+    for sentence in result.verdict():
+        typer.echo(f"- {sentence}")
+    print_stop(result)
+    typer.echo(f"\nreport   {result.report_path}")
+    typer.echo(f"browse   uipe dashboard {result.out}")
+    typer.echo(f"export   uipe export {result.out} --rule knee --to {result.out}/export/knee --as model")
+
+
+@app.command(epilog="Example: uipe validate studies/quickstart.yaml")
+def validate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")]) -> None:
+    """Check a study file and its local inputs; every error at once, nothing is spent."""
+    from search.evaluation.inputs import check_inputs
+    from search.spec.study import load_study
+
+    spec = load_study(study)
+    for note in check_inputs(spec):
+        typer.echo(f"note: {note}")
+    epochs = spec.base_epochs()
+    longest, points = max(epochs.values()), sum(epochs.values())
+    lengths = f"{longest}" if min(epochs.values()) == longest else f"{min(epochs.values())} to {longest}"
+    given = f" ({len(spec.checkpoints)} given as checkpoints)" if spec.checkpoints else ""
+    typer.echo(
+        f"{study}: valid; {len(epochs)} base runs{given} of {lengths} epochs, {points} base points, {spec.search.trials} trials"
+    )
+
+
+@app.command(epilog="Example: uipe pareto runs/quickstart --csv front.csv")
+def pareto(
+    out: Out,
+    as_json: Json = False,
+    csv: Annotated[Path | None, typer.Option(help="Also write the front as a CSV file.")] = None,
+) -> None:
+    """Show the Pareto front of a study."""
+    from search.results.study_result import StudyResult
+
+    result = StudyResult.open(out)
+    if csv is not None:
+        import pandas as pd
+
+        _writable(csv, lambda: pd.DataFrame(result.rows(result.front)).to_csv(csv, index=False))
+    if as_json:
+        keys = ("study", "definition", "front", "hypervolume", "gain", "reference_point", "forget_quality_cap")
+        summary = result.summary()
+        print_json({key: summary[key] for key in keys})
+    else:
+        print_front(result)
+
+
+@app.command(epilog="Example: uipe select runs/quickstart --rule utility-floor --floor 0.95")
+def select(
+    out: Out,
+    rule: Rule = "utility-floor",
+    floor: Floor = 0.95,
+    allow_collapsed: AllowCollapsed = False,
+    as_json: Json = False,
+) -> None:
+    """Choose one point of the front by a rule."""
+    from search.results.study_result import StudyResult
+
+    result = StudyResult.open(out)
+    picked = result.select(rule or "utility-floor", floor, allow_collapsed=allow_collapsed)
+    chosen = result.rows(picked.to_frame().T)[0]
+    if as_json:
+        print_json({"rule": rule, **({"floor": floor} if rule == "utility-floor" else {}), **chosen})
+        return
+    for key, value in chosen.items():
+        typer.echo(f"{key:32} {value:.6g}" if isinstance(value, float) else f"{key:32} {value}")
+
+
+@app.command(epilog="Example: uipe export runs/quickstart --rule knee --to exported --as model")
+def export(
+    out: Out,
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
+    form: Annotated[str, typer.Option("--as", help="recipe, adapter or model.")],
+    trial: Annotated[int | None, typer.Option(help="Number of the trial; or give --rule.")] = None,
+    rule: Rule = None,
+    floor: Floor = 0.95,
+    allow_collapsed: AllowCollapsed = False,
+) -> None:
+    """Write a trial as a recipe, an adapter or a full model; it is loaded afresh and its numbers are checked."""
+    from search.results.study_result import StudyResult
+
+    if (trial is None) == (rule is None):
+        raise UserError("export: give either --trial N or --rule utility-floor|knee")
+    quieten()
+    result = StudyResult.open(out)
+    if trial is not None:
+        row = result.trial(trial)
+    else:
+        row = result.select(str(rule), floor, allow_collapsed=allow_collapsed)
+    path = result.export(row, to, form)
+    checked = "" if form == "recipe" else "; loaded afresh, its numbers are the trial's"
+    typer.echo(
+        f"trial {row['trial']} ({row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}) as {form}: {path}{checked}"
+    )
+
+
+@app.command(epilog="Example: uipe rebuild exported/recipe.yaml --to rebuilt --as model")
+def rebuild(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml of an export.")],
+    to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
+    form: Annotated[str, typer.Option("--as", help="adapter or model.")] = "model",
+) -> None:
+    """Rebuild an exported model from its recipe, training what the caches lack, and check its numbers."""
+    from search.results.export import export as export_recipe
+    from search.results.recipe import read_recipe
+
+    quieten()
+    typer.echo(f"rebuilt and checked: {export_recipe(read_recipe(recipe), to, form)}")
+
+
+@app.command(epilog="Example: uipe confirm runs/quickstart --top 3 --seeds 2")
+def confirm(
+    out: Out,
+    top: Annotated[
+        int, typer.Option(help="How many finalists: what the rules select, then by the hypervolume only they add.")
+    ] = 3,
+    seeds: Annotated[int, typer.Option(help="How many further seeds their base runs are trained with.")] = 2,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """Train the finalists' base runs from other seeds and score the finalists again, on the items kept for reporting."""
+    meet_ray(address)
+    from search.execution.run import confirm_study
+
+    quieten()
+    result = confirm_study(out, top, seeds, address=address)
+    rows = result.rows_of(result.confirmations)
+    if as_json:
+        print_json({"study": result.store.record["name"], "definition": result.spec.definition, "confirmed": rows})
+        return
+    print_confirmations(result, rows)
+    typer.echo(f"metrics: {result.spec.definition}; report: {result.report_path}")
+
+
+@app.command(epilog="Example: uipe report runs/quickstart")
+def report(out: Out) -> None:
+    """Write the HTML report again."""
+    from search.results.study_result import StudyResult
+
+    typer.echo(StudyResult.open(out).report())
+
+
+@app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")
+def dashboard(out: Out, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080) -> None:
+    """Browse the study in optuna-dashboard (on this machine only)."""
+    from search.report.dashboard import serve, write_notes
+    from search.results.study_result import StudyResult
+
+    result = StudyResult.open(out)
+    write_notes(result)
+    typer.echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
+    _writable(f"port {port}", lambda: serve(result.store.storage, port))
+
+
+@app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")
+def paper(
+    seeds: Annotated[int, typer.Option(help="Worlds to run; more narrow the intervals, and those run before are kept.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the page, its pictures and the finished parts.")] = Path("runs/paper"),
+    as_json: Json = False,
+) -> None:
+    """Repeat UIPE's experiments on small models and judge its claims; the same command resumes an interrupted run.
+
+    Three seeds take about ten minutes on two idle cores.
+    """
+    from search.paper.runner import run_paper
+
+    quieten()
+    result = run_paper(seeds, out)
+    if as_json:
+        print_json(result)
+        return
+    print_claims(result)
+    typer.echo(f"page     {result['page']}")
+
+
+register_models(app)
+register_clusters(app)
+register_curves(app)
+register_upkeep(app)
+
+
+def _writable(what: Path | str, action: Any) -> None:
+    try:
+        action()
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}; choose another") from error
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted and resumable, 1 anything else."""
+    heard: list[int] = []
+
+    def interrupt(number: int, _: Any) -> NoReturn:
+        heard.append(number)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell sets it for what runs in its background
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        app()
+    except StudyInterrupted as error:
+        typer.echo(f"interrupted: {error}", err=True)
+        sys.exit(130)
+    except Exception as error:
+        if heard:  # compiled code that is hit by an interrupt may raise an error of its own for it
+            typer.echo("interrupted", err=True)
+            sys.exit(130)
+        if isinstance(error, UserError):
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        if isinstance(error, ExportMismatchError):
+            typer.echo(f"error: {error}", err=True)
+            sys.exit(1)
+        raise

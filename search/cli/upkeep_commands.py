@@ -1,0 +1,70 @@
+"""What is done before and after a study: its plan, and the care of its folder."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from search.cli.tables import Json, print_json, quieten
+from search.cli.upkeep_tables import print_findings, print_plan
+
+
+def register(app: typer.Typer) -> None:
+    """Puts the commands onto the application."""
+    app.command(epilog="Example: uipe plan studies/quickstart.yaml")(plan)
+    app.command(epilog="Example: uipe doctor runs/quickstart --fix")(doctor)
+
+
+def plan(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")],
+    out: Annotated[Path | None, typer.Option(help="Where it would be run; runs/<study name> when left out.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a finished study of the same model and corpus: times are taken from it, not measured."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a study will train, score and store, and whether it fits; a few steps are really timed here.
+
+    Models of the hub are not fetched: where they are missing, memory and disk follow from their configuration alone.
+    Exit code 1 when something cannot fit.
+    """
+    from search.planning.planner import plan_study
+    from search.spec.study import load_study
+
+    quieten()
+    spec = load_study(study)
+    made = plan_study(spec, out or Path("runs", spec.name), like, lambda text: typer.echo(f"{text} ...", err=True))
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        print_plan(made)
+    if made.misfits:
+        sys.exit(1)
+
+
+def doctor(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a study, as written by `uipe run`.")],
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Examine a study's folder and what it has in the caches; without --fix nothing is changed.
+
+    Exit code 0 when nothing is wrong or all of it was repaired, 1 when something remains.
+    """
+    from search.store.doctor import PROBLEM, examine
+
+    quieten()
+    findings = examine(out, fix)
+    remaining = sum(finding.state == PROBLEM for finding in findings)
+    if as_json:
+        print_json({"out": str(out), "remaining": remaining, "findings": [vars(finding) for finding in findings]})
+    else:
+        print_findings(str(out), findings)
+        if remaining == 0:
+            typer.echo("nothing is wrong")
+        elif not fix:
+            typer.echo(f"uipe doctor {out} --fix repairs what can be repaired")
+    if remaining:
+        sys.exit(1)

@@ -1,0 +1,180 @@
+"""Files that describe a cluster, checked offline: Ray's own schema and checks, and what a study needs beyond them."""
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+import ray
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+from search.cluster.kuberay import rayjob_problems
+from search.spec.errors import Problem, StudyFileError, did_you_mean, key_text, show
+from uipe_core.errors import UserError
+
+MAX_BYTES = 2**20
+PROVIDERS = ("aws", "azure", "gcp", "local")
+START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def check_cluster_file(path: Path) -> str:
+    """Checks a cluster file of ``ray up``, or a manifest with a KubeRay RayJob; returns what it describes in a few words.
+
+    Raises:
+        UserError: If it cannot be read.
+        StudyFileError: With everything that is wrong, as far as Ray tells it at once.
+    """
+    documents = _read(path)
+    manifests = [document for document in documents if "apiVersion" in document or "kind" in document]
+    if not manifests:
+        if len(documents) != 1:
+            raise UserError(f"{path}: holds {len(documents)} YAML documents; a cluster file of `ray up` is a single one")
+        problems, told = _ray_up_problems(documents[0])
+    else:
+        jobs = [document for document in manifests if document.get("kind") == "RayJob"]
+        if len(jobs) != 1:
+            kinds = ", ".join(str(document.get("kind")) for document in manifests)
+            raise UserError(f"{path}: holds {len(jobs)} documents of kind RayJob ({kinds}); give it one")
+        problems, told = rayjob_problems(jobs[0], ray.__version__)
+    if problems:
+        raise StudyFileError(problems, str(path))
+    return told
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: too large for a cluster file; give the YAML file")
+        documents = [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8-sig")) if document is not None]
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not a text file; give the YAML file") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}" if mark is not None else ""
+        raise UserError(f"{path}: not valid YAML{where} ({type(error).__name__}); correct it there or just before") from error
+    for document in documents:
+        if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+            raise UserError(f"{path}: found {show(document)}; a cluster file is a mapping (lines of `key: value`)")
+    if not documents:
+        raise UserError(f"{path}: the file is empty; start from ray_cluster.yaml or a file in deploy")
+    return documents
+
+
+def _ray_up_problems(content: dict[str, Any]) -> tuple[list[Problem], str]:
+    found = [Problem(key, text) for key, text in _before_ray(content)]
+    if not found:
+        found = [Problem(key, text) for key, text in _by_ray(content)]
+    if not found:
+        found = [Problem(key, text) for key, text in _beyond_ray(content)]
+    kind = dict(content.get("provider") or {}).get("type")
+    types = content.get("available_node_types") or {}
+    workers = [f"{name} up to {node.get('max_workers', content.get('max_workers'))}" for name, node in _workers(content, types)]
+    if kind == "local" and not found:
+        workers = [str(len(content["provider"]["worker_ips"]))]
+    return found, f"ray up on {kind}, workers: {', '.join(workers)}"
+
+
+def _before_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What makes Ray's checks end the process, or fall over, instead of saying what is wrong."""
+    provider = content.get("provider")
+    if not isinstance(provider, dict) or not isinstance(provider.get("type"), str):
+        yield (
+            "provider",
+            f"found {show(provider)}; must be a mapping with a type. Write for example {{type: aws, region: us-east-1}}.",
+        )
+        return
+    if provider["type"] not in PROVIDERS:
+        found = show(provider["type"])
+        yield (
+            "provider.type",
+            f"found {found}; this is no provider that is checked here. {did_you_mean(provider['type'], PROVIDERS)}",
+        )
+    if provider["type"] == "local":
+        if not isinstance(provider.get("head_ip"), str):
+            yield "provider.head_ip", f"found {show(provider.get('head_ip'))}; must be the address of the head. Write it."
+        if not isinstance(provider.get("worker_ips"), list):
+            yield (
+                "provider.worker_ips",
+                f"found {show(provider.get('worker_ips'))}; must be a list of addresses. Write [] for none.",
+            )
+        for key in ("available_node_types", "head_node", "worker_nodes", "head_node_type"):
+            if key in content:
+                yield key, "machines of one's own have no node types: Ray finds out what they have. Remove it."
+    for key in START_COMMANDS:
+        commands = content.get(key)
+        if not isinstance(commands, list) or not all(isinstance(command, str) for command in commands):
+            yield key, f"found {show(commands)}; must be a list of commands, so that authentication is explicit. Write it."
+
+
+def _by_ray(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Ray's own schema and checks."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            validate_config(prepare_config(content))
+    except (click.ClickException, SystemExit) as error:
+        yield "", f"Ray refuses it: {said.getvalue().strip() or error}. Change it so."
+    except Exception as error:
+        where = getattr(error, "absolute_path", None)  # of an error of the schema
+        key = "" if where is None else key_text(tuple(where))
+        message = getattr(error, "message", None) or f"{type(error).__name__}: {error}"
+        yield key, f"{message}. Correct it; Ray's schema is at https://docs.ray.io/en/latest/cluster/vms/references/."
+
+
+def _beyond_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What Ray lets pass."""
+    types = content.get("available_node_types") or {}
+    for name, node in _workers(content, types):
+        key = f"available_node_types.{name}"
+        least, most = node.get("min_workers", 0), node.get("max_workers", content.get("max_workers", 0))
+        if least > most:
+            yield f"{key}.min_workers", f"found {least}; must be at most max_workers ({most}). Correct one of them."
+    if content["provider"]["type"] == "gcp":
+        for name, node in types.items():
+            if (node.get("node_config") or {}).get("guestAccelerators") and not (node.get("resources") or {}).get("GPU"):
+                key = f"available_node_types.{name}.resources"
+                yield (
+                    key,
+                    f"found {show(node.get('resources'))}; Ray does not ask this cloud for GPUs. Write {{CPU: ..., GPU: 1}}.",
+                )
+    for key in START_COMMANDS:
+        starts = [command for command in content[key] if re.search(r"\bray start\b", command)]
+        if not starts:
+            yield key, "no command starts Ray. Add one with `ray start`."
+        for command in starts:
+            modes = re.findall(r"\bRAY_AUTH_MODE=[\"']?(\w+)", command)
+            if modes != ["token"]:
+                yield (
+                    key,
+                    f"found RAY_AUTH_MODE {show(modes[0] if modes else None)} in {show(command)}; whoever reaches the "
+                    "node could run code. Write RAY_AUTH_MODE=token before `ray start`.",
+                )
+            hosts = re.findall(r"--dashboard-host[= ][\"']?([^\s\"']+)", command)
+            if any(host not in LOOPBACK for host in hosts):
+                yield (
+                    key,
+                    f"found --dashboard-host {hosts[0]}; the job server would be open to the network. Write "
+                    "127.0.0.1 and reach it through `ray dashboard`.",
+                )
+            if re.search(r"\bRAY_AUTH_TOKEN=", command):
+                yield key, "the token stands in the file for everybody to read. Mount its file at ~/.ray/auth_token instead."
+    mounts = content.get("file_mounts") or {}
+    elsewhere = any("RAY_AUTH_TOKEN_PATH=" in command for key in START_COMMANDS for command in content[key])
+    if not elsewhere and not any(str(place).endswith(".ray/auth_token") for place in mounts):
+        yield (
+            "file_mounts",
+            "no token reaches the nodes. Add ~/.ray/auth_token: ~/.ray/auth_token (docs/clusters.md).",
+        )
+
+
+def _workers(content: Mapping[str, Any], types: Any) -> list[tuple[str, dict[str, Any]]]:
+    if not isinstance(types, dict):
+        return []
+    return [(name, node) for name, node in types.items() if name != content.get("head_node_type") and isinstance(node, dict)]

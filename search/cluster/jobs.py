@@ -1,0 +1,293 @@
+"""Studies as jobs of a Ray cluster, over Ray's job submission."""
+
+import asyncio
+import os
+import re
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+import requests
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+
+from search.cluster.bundle import STUDY_FILE, pack, submission_id
+from search.execution.ray_cluster import code_environment
+from search.execution.ray_environment import ADVICE, cluster_token
+from search.results.status import is_noise, last_status
+from search.spec.redaction import without_password
+from uipe_core.errors import StudyInterrupted, UserError
+
+ADDRESS = "RAY_API_SERVER_ADDRESS"
+STUDY, OUT = "uipe_study", "uipe_out"
+"""Metadata of a job that is a study."""
+STOP_SECONDS = 90
+"""How long a study may take to end in good order before Ray kills it; Ray's own 3 s are too few."""
+POLL_SECONDS = 1.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A study handed to a cluster.
+
+    Attributes:
+        job: Id of its job.
+        attached: Whether the job was there already, pending or running, and nothing was sent.
+        out: Its output folder, as the cluster sees it.
+        notes: What the sender should know.
+    """
+
+    job: str
+    attached: bool
+    out: str
+    notes: list[str]
+
+
+class Jobs:
+    """The studies of a cluster.
+
+    Args:
+        address: Address of its job server (``http://127.0.0.1:8265``); None is what RAY_API_SERVER_ADDRESS says.
+
+    Raises:
+        UserError: If nobody answers there, or the token is refused.
+    """
+
+    def __init__(self, address: str | None) -> None:
+        url = address or os.environ.get(ADDRESS)
+        if not url:
+            raise UserError(f"--address: no cluster was named; give the URL of its job server, or set {ADDRESS}")
+        if not re.match(r"https?://[^/]", url):
+            raise UserError(
+                f"--address: {without_password(url)} is not the URL of a job server; give for example http://127.0.0.1:8265"
+            )
+        self.address = without_password(url)
+        token = cluster_token()
+        headers = None if token is None else {"Authorization": f"Bearer {token}"}
+        with _only_address(url):
+            self._client = self._ask(lambda: JobSubmissionClient(url, headers=headers))
+
+    def submit(self, study: Path, out: str | None = None) -> Submission:
+        """Hands a study to the cluster, unless it is pending or running there.
+
+        The first job of a study has a name that follows from the study; when that has ended, the next is its resumption.
+
+        Args:
+            study: The study file.
+            out: Output folder on the cluster: absolute, or below ``~`` of the head node; None is ``~/runs/<study name>``.
+
+        Raises:
+            UserError: If the study is broken or cannot travel, or the cluster refuses it.
+        """
+        with tempfile.TemporaryDirectory(prefix="uipe-") as folder:
+            parcel = pack(study, Path(folder))
+            place = _output_folder(out or f"~/runs/{parcel.spec.name}")
+            first = submission_id(parcel, place)
+            known = {job.submission_id: job for job in self.all() if _is_of(job.submission_id, first)}
+            for name, job in known.items():
+                if not job.status.is_terminal():
+                    return Submission(str(name), True, place, parcel.notes)
+            name = first if not known else f"{first}-{max(_turn(str(name), first) for name in known) + 1}"
+            environment = {
+                **code_environment(),
+                "working_dir": folder,
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+            }
+            # Not from the folder the job came in: Ray may clear that away when a node dies, and a process without a folder
+            # can no longer tell where it is.
+            run = f'exec python -m search run "$study" --address auto --out {_quoted(place)}'
+            command = f'study="$PWD/{STUDY_FILE}"; cd; {run}'
+            try:
+                self._ask(
+                    lambda: self._client.submit_job(
+                        entrypoint=command,
+                        submission_id=name,
+                        runtime_env=environment,
+                        metadata={STUDY: parcel.spec.name, OUT: place},
+                    )
+                )
+            except UserError as error:
+                if "already exists" not in str(error):
+                    raise
+                return Submission(name, True, place, parcel.notes)  # somebody was faster by a moment
+        return Submission(name, False, place, parcel.notes)
+
+    def all(self) -> list[JobDetails]:
+        """The jobs that are studies, latest first."""
+        jobs = [job for job in self._ask(self._client.list_jobs) if STUDY in (job.metadata or {})]
+        return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
+
+    def job(self, name: str) -> JobDetails:
+        """A job by its id.
+
+        Raises:
+            UserError: If the cluster has none.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise UserError(f"{name!r} is no id of a job and no folder of a study; `uipe studies` lists the ids")
+        return self._ask(lambda: self._client.get_job_info(name), missing=name)
+
+    def status(self, name: str) -> dict[str, Any]:
+        """What is known of a study: the job's state, and the latest status its driver told (`search.results.status.status_of`)."""
+        job = self.job(name)
+        summary = summary_of(job)
+        told = last_status(self.log(name)) if job.status != JobStatus.PENDING else None
+        if told is None:
+            return {**summary, **({"message": job.message} if job.message else {})}
+        # What the driver said last may be minutes old; that the job has ended is not.
+        ended = {"expected_end": None} if job.status.is_terminal() else {}
+        state = told["state"] if job.status in (JobStatus.RUNNING, JobStatus.SUCCEEDED) else summary["state"]
+        return {**told, **ended, **summary, "state": state}
+
+    def log(self, name: str) -> str:
+        """The whole log of a study's driver, status lines and all."""
+        return self._ask(lambda: self._client.get_job_logs(name), missing=name)
+
+    def follow(self, name: str) -> Iterator[str]:
+        """The lines of a study's driver as they come, without status lines, until it ends.
+
+        Raises:
+            StudyInterrupted: On Ctrl-C; the study goes on.
+        """
+        self.job(name)
+        lines = _Lines(self._client.tail_job_logs(name))
+        try:
+            while (line := self._ask(lines.next)) is not None:
+                if not is_noise(line):
+                    yield line
+        except KeyboardInterrupt:
+            raise StudyInterrupted(f"{name} goes on; `uipe logs {name} --follow` follows it again") from None
+        finally:
+            lines.close()
+
+    def stop(self, name: str, say: Callable[[str], None]) -> JobDetails:
+        """Ends a study in good order, and waits until it has ended; a job that has ended already stays as it is."""
+        job = self.job(name)
+        if job.status.is_terminal():
+            return job
+        self._ask(lambda: self._client.stop_job(name), missing=name)
+        say(f"stopping {name} ...")
+        return self.ended(name, STOP_SECONDS + 30)
+
+    def ended(self, name: str, seconds: float) -> JobDetails:
+        """Waits for a job to end.
+
+        Raises:
+            UserError: If it has not after so many seconds.
+        """
+        last = time.monotonic() + seconds
+        while not (job := self.job(name)).status.is_terminal():
+            if time.monotonic() > last:
+                raise UserError(f"{name}: has not ended after {seconds:.0f} s; look at `uipe logs {name}` and try again")
+            time.sleep(POLL_SECONDS)
+        return job
+
+    def _ask(self, question: Callable[[], T], missing: str | None = None) -> T:
+        """Asks the job server; what it or the way to it answers in errors becomes words for users."""
+        try:
+            return question()
+        except ray.exceptions.AuthenticationError as error:
+            raise UserError(f"{self.address}: the cluster refused the token; {ADVICE}") from error
+        except (ConnectionError, requests.exceptions.RequestException) as error:
+            reason = type(error).__name__
+            raise UserError(f"{self.address}: no job server answers ({reason}); is the cluster up?") from error
+        except RuntimeError as error:
+            text = str(error)
+            if missing is not None and "404" in text:
+                raise UserError(f"{missing}: {self.address} has no such job; `uipe studies` lists them") from error
+            raise UserError(f"{self.address}: {_cause(text)}") from error
+
+
+def summary_of(job: JobDetails) -> dict[str, Any]:
+    """What Ray itself knows of a study's job, ready for JSON."""
+    metadata = job.metadata or {}
+    return {
+        "job": job.submission_id,
+        "study": metadata.get(STUDY),
+        "out": metadata.get(OUT),
+        "state": job.status.value.lower(),
+        "exit_code": job.driver_exit_code,
+        "started": _moment(job.start_time),
+        "ended": _moment(job.end_time),
+    }
+
+
+class _Lines:
+    """Whole lines out of the pieces that a job's log arrives in."""
+
+    def __init__(self, pieces: Any) -> None:
+        self._pieces, self._rest = pieces, ""
+        self._ready: list[str] = []
+        self._runner = asyncio.Runner()
+
+    def next(self) -> str | None:
+        """The next line, with its end; None when the job has ended."""
+        while not self._ready:
+            try:
+                piece = self._runner.run(anext(self._pieces))
+            except StopAsyncIteration:
+                last, self._rest = self._rest, ""
+                return last or None
+            *self._ready, self._rest = (self._rest + piece).splitlines(keepends=True) or [""]
+            if self._rest.endswith("\n"):
+                self._ready.append(self._rest)
+                self._rest = ""
+        return self._ready.pop(0)
+
+    def close(self) -> None:
+        self._runner.run(self._pieces.aclose())
+        self._runner.close()
+
+
+@contextmanager
+def _only_address(url: str) -> Iterator[None]:
+    """Ray takes RAY_API_SERVER_ADDRESS and RAY_ADDRESS over the address it is given: here the given one counts."""
+    before = os.environ.get(ADDRESS)
+    os.environ[ADDRESS] = url
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[ADDRESS]
+        else:
+            os.environ[ADDRESS] = before
+
+
+def _output_folder(out: str) -> str:
+    if without_password(out) != out:
+        raise UserError(f"--out: {without_password(out)} holds a password; give it to the nodes by their environment")
+    if "://" in out or Path(out).is_absolute() or re.match(r"~/[^/]", out):
+        return out
+    raise UserError(f"--out: {out} would lie in the job's passing folder; give an absolute path or ~/... on the head node")
+
+
+def _quoted(out: str) -> str:
+    """A path for the shell, which replaces a leading ``~`` only where it is not quoted."""
+    return f"~/{shlex.quote(out[2:])}" if out.startswith("~/") else shlex.quote(out)
+
+
+def _turn(name: str, first: str) -> int:
+    return 1 if name == first else int(name.removeprefix(f"{first}-"))
+
+
+def _is_of(name: str | None, first: str) -> bool:
+    return name is not None and re.fullmatch(rf"{re.escape(first)}(-\d+)?", name) is not None
+
+
+def _moment(milliseconds: int | None) -> str | None:
+    if not milliseconds:
+        return None
+    return datetime.fromtimestamp(milliseconds / 1000, UTC).astimezone().isoformat(timespec="seconds")
+
+
+def _cause(text: str) -> str:
+    """The last line of what the server said: it answers with a whole traceback."""
+    lines = [line for line in text.strip().rstrip(".").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "the job server failed without a word"

@@ -1,0 +1,158 @@
+"""What need not be scored to the end: what a trial's objectives can still become, and complete trials that dominate even that.
+
+A trial that is dominated whatever the rest of its scores may be can be on no front. It ends as PRUNED, with its certificate:
+the stage of scoring after which that was known, the bound on each objective, and a trial that dominates them. That one is
+complete, so the certificate stays true however the front moves on.
+
+Results are read from three fronts: of all trials; of those that have not collapsed, which selection goes by; and of those at
+alpha >= 0, the paper's setting. A rival must be on each of them that the trial could be on, or the trial would be missed there.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
+from search.problem.pareto import dominates
+from uipe_core.metrics.bounds import utility_bound
+from uipe_core.metrics.definitions import definition_named
+from uipe_core.metrics.scores import ScoreReport
+from uipe_core.metrics.tofu import quality_of_set
+
+Rival = Mapping[str, Any]
+"""A complete trial as it travels with a job: ``trial``, its number, and ``values``, its objectives by name."""
+
+MOST = 100
+"""Rivals that travel with a job, at most: with any of them a certificate is true, and fronts are smaller than that."""
+
+_QUALITIES = {each.name: str(each.quality_of) for each in (FORGET_QUALITY, *THIRD_OBJECTIVES.values())}
+
+
+def bounds(report: ScoreReport, reference: ScoreReport, definition: str, names: Iterable[str]) -> dict[str, float]:
+    """Upper bounds on the objectives of a model that is scored in part; those that are known are their own bound.
+
+    Args:
+        report: What is known of the model.
+        reference: Scores of the retain model.
+        definition: Metric definition.
+        names: Objectives of a study of free text: log10 forget qualities, at most 0, and model utility, at most 1.
+
+    Raises:
+        UserError: Losses that are not finite.
+    """
+    chosen = definition_named(definition)
+
+    def bound(name: str) -> float:
+        if name == MODEL_UTILITY.name:
+            return utility_bound(report, definition)
+        item_set = _QUALITIES[name]
+        return quality_of_set(report, reference, item_set, chosen).log10_p if item_set in report.sets else 0.0
+
+    return {name: bound(name) for name in names}
+
+
+def certificate(stage: str, bound: Mapping[str, float], rivals: Iterable[Rival]) -> dict[str, Any] | None:
+    """Why a trial need not be scored further, ready for JSON; None where no rival dominates its bound.
+
+    Returns:
+        ``stage``, the last that was scored; ``bound`` by objective; ``trial`` and ``values`` of the rival.
+    """
+    for rival in rivals:
+        if dominates([rival["values"][name] for name in bound], list(bound.values())):
+            return {"stage": stage, "bound": dict(bound), **rival}
+    return None
+
+
+class Rivals:
+    """The complete trials that others are held against: two fronts, kept up to date as trials end.
+
+    Args:
+        names: The objectives.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = list(names)
+        self._any = _Front(len(self._names))
+        self._extrapolated = _Front(len(self._names))
+
+    def add(self, number: int, evidence: Mapping[str, Any]) -> None:
+        """Notes a complete trial of the search space, unless it has collapsed."""
+        # As a table has it, where NaN is no reason either.
+        if isinstance(evidence.get("collapsed"), str):
+            return
+        rival = {"trial": number, "values": {name: float(evidence[name]) for name in self._names}}
+        self._any.add(rival)
+        if evidence["alpha"] >= 0:
+            self._extrapolated.add(rival)
+
+    def of(self, alpha: float) -> tuple[Rival, ...]:
+        """The front that a trial at this alpha is held against; of a large one `MOST`, spread over it."""
+        return (self._extrapolated if alpha >= 0 else self._any).some(MOST)
+
+
+class _Front:
+    """Complete trials none of which dominates another, and their objectives as one array: a thousand are compared at once."""
+
+    def __init__(self, objectives: int) -> None:
+        self.rivals: list[Rival] = []
+        self._points = np.empty((0, objectives))
+
+    def add(self, rival: Rival) -> None:
+        """Takes a trial in, unless one dominates it, and lets go of those it dominates."""
+        point = np.array(list(rival["values"].values()))
+        if (np.all(self._points >= point, axis=1) & np.any(self._points > point, axis=1)).any():
+            return
+        stays = ~(np.all(point >= self._points, axis=1) & np.any(point > self._points, axis=1))
+        self.rivals = [*(other for other, kept in zip(self.rivals, stays, strict=True) if kept), rival]
+        self._points = np.vstack([self._points[stays], point])
+
+    def some(self, most: int) -> tuple[Rival, ...]:
+        """All of them, or so many evenly along the first objective."""
+        if len(self.rivals) <= most:
+            return tuple(self.rivals)
+        along = np.argsort(self._points[:, 0], kind="stable")
+        return tuple(self.rivals[row] for row in along[np.linspace(0, len(along) - 1, most).round().astype(int)])
+
+
+def pruned_table(trials: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """Pruned trials as tables show them: the point, ``stage``, ``dominated_by`` (a trial) and per objective ``<name>_bound``.
+
+    Args:
+        trials: As `StudyStore.pruned_frame` gives them.
+        names: The objectives.
+    """
+    point = ["trial", "base", "method", "epoch", "alpha", "walk"]
+    bound = [f"{name}_bound" for name in names]
+    if trials.empty:
+        return pd.DataFrame(columns=[*point, "stage", "dominated_by", *bound])
+    found = [
+        {"stage": each["stage"], "dominated_by": each["trial"], **{f"{name}_bound": each["bound"][name] for name in names}}
+        for each in trials["pruned"]
+    ]
+    return pd.concat([trials[point].reset_index(drop=True), pd.DataFrame(found)], axis=1)
+
+
+def savings(pruned: pd.DataFrame, complete: pd.DataFrame) -> dict[str, Any] | None:
+    """What pruning saved; None where nothing was pruned.
+
+    Args:
+        pruned: As `StudyStore.pruned_frame` gives them.
+        complete: Complete trials, whose median seconds by stage say what a stage that was not scored would have taken.
+
+    Returns:
+        ``trials``; ``stages``: how many trials ended after which stage; ``seconds`` of scoring saved, and their ``share`` of
+        what the pruned trials would have taken.
+    """
+    if pruned.empty:
+        return None
+    usual = pd.DataFrame([each for each in complete.get("seconds_by_stage", []) if isinstance(each, Mapping)]).median()
+    spent = [dict(each) for each in pruned["seconds_by_stage"]]
+    saved = sum(float(usual.drop(list(each), errors="ignore").sum()) for each in spent)
+    whole = saved + sum(sum(each.values()) for each in spent)
+    stages: dict[str, int] = {}
+    for each in pruned["pruned"]:
+        stages[each["stage"]] = stages.get(each["stage"], 0) + 1
+    share = saved / whole if whole > 0 else 0.0
+    return {"trials": len(pruned), "stages": stages, "seconds": round(saved, 3), "share": round(share, 3)}

@@ -1,0 +1,158 @@
+"""Watches over a running study: what it has used, and whether its budget is used up."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from optuna.trial import TrialState
+
+from search.execution.budgets import FAILURE_WINDOW, FrontGrowth, on_plateau, over_gpu_time, over_time, too_many_failures
+from search.problem.trial import POINT_KINDS, Job
+from search.problem.yardstick import forget_quality_cap, reference_point
+from search.spec.runtime import BaseRunResources, Budget, TrialResources
+from search.store.study_store import StudyStore
+
+USAGE = ("hours", "cpu_hours", "gpu_hours")
+"""What a study has used over all its runs: wall-clock time, and what its trials and base runs held, times hours."""
+
+SAVE_SECONDS = 5.0
+"""Least time between two writes of what was used: a write per trial would cost more than small trials do."""
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Why a study hands out no more trials.
+
+    Attributes:
+        budget: The key of the budget that is used up.
+        reason: In words for people.
+    """
+
+    budget: str
+    reason: str
+
+    @property
+    def mirrored(self) -> bool:
+        """Whether the front is still scored once more: there is time, the search has only stopped finding anything."""
+        return self.budget == "plateau"
+
+    @property
+    def gave_up(self) -> bool:
+        """Whether this is a failure, and not what the user asked for."""
+        return self.budget == "failure_rate"
+
+
+class StudyGuard:
+    """Counts hours and judges budgets, at a cost per trial that does not grow with the study.
+
+    Args:
+        store: The open study; what was used over all its runs is kept in ``record["usage"]``.
+        budget: When to stop.
+        say: Told once when the study stops.
+    """
+
+    def __init__(self, store: StudyStore, budget: Budget, say: Callable[[str], None]) -> None:
+        self.stopped: Stop | None = None
+        self._store, self._budget, self._say = store, budget, say
+        self._used = {**dict.fromkeys(USAGE, 0.0), **store.record.get("usage", {})}
+        self._booked = self._saved = time.monotonic()
+        # Of this run only: after the cause is mended, the same command must not give up for what failed before.
+        self._ends: deque[str | None] = deque(maxlen=FAILURE_WINDOW)
+        self._growth: FrontGrowth | None = None
+        self._volumes: deque[float] = deque()
+        if budget.plateau is not None:
+            self._volumes = deque(maxlen=budget.plateau.trials + 1)
+            self._look_back()
+
+    def stop(self, settled: bool = True) -> Stop | None:
+        """Why no more trials are handed out; None while the study goes on. Once it has stopped it stays so in this run.
+
+        Args:
+            settled: Whether all base runs are there. Before, a front that does not grow may still do so.
+        """
+        self._book()
+        if self.stopped is None:
+            budget = self._budget
+            plateau = budget.plateau if settled else None
+            found = {
+                "failure_rate": too_many_failures(list(self._ends), budget.failure_rate),
+                "hours": over_time(self._used["hours"], budget.hours),
+                "gpu_hours": over_gpu_time(self._used["gpu_hours"], budget.gpu_hours),
+                "plateau": None if plateau is None else on_plateau(list(self._volumes), plateau.trials, plateau.gain),
+            }
+            self.stopped = next((Stop(key, reason) for key, reason in found.items() if reason is not None), None)
+            if self.stopped is not None:
+                self._say(f"no more trials are started: {self.stopped.reason}")
+        return self.stopped
+
+    def failed(self, reason: str, again: bool = False) -> None:
+        """A trial has failed; one that is run again counts only by what comes of that."""
+        if not again:
+            self._ends.append(reason)
+
+    def scored(self, job: Job, evidence: Mapping[str, Any]) -> None:
+        """A trial is complete."""
+        self._ends.append(None)
+        if self._growth is None:
+            return
+        if job.kind == "other_retain" and self._store.spec.hypervolume.forget_quality_cap is None:
+            self._look_back()  # the noise ceiling may have come down
+        elif job.kind in (*POINT_KINDS, "initial"):
+            self._note(job.kind, self._growth.add([evidence[objective.name] for objective in self._store.objectives]))
+
+    def pruned(self) -> None:
+        """A search trial is pruned: scored to its end it would have added nothing."""
+        self._ends.append(None)
+        if self._growth is not None and self._volumes:
+            self._note("search", self._volumes[-1])
+
+    def held(self, seconds: float, resources: TrialResources | BaseRunResources) -> None:
+        """Something held resources for so long."""
+        processes = resources.processes if isinstance(resources, BaseRunResources) else 1
+        self._used["cpu_hours"] += seconds / 3600 * resources.cpus * processes
+        self._used["gpu_hours"] += seconds / 3600 * resources.gpus * processes
+        self._book()
+
+    def close(self) -> None:
+        """Writes what was used."""
+        self._book(save=True)
+
+    def _book(self, save: bool = False) -> None:
+        now = time.monotonic()
+        self._used["hours"] += (now - self._booked) / 3600
+        self._booked = now
+        self._store.record["usage"] = {name: round(value, 6) for name, value in self._used.items()}
+        if save or now - self._saved >= SAVE_SECONDS:
+            self._saved = now
+            self._store.save_record()
+
+    def _note(self, kind: str, volume: float) -> None:
+        """Growth is judged from the last point that was given: what the unlearned epochs add is none of the search's."""
+        if kind == "search":
+            self._volumes.append(volume)
+        elif self._volumes:
+            self._volumes[-1] = volume
+        else:
+            self._volumes.append(volume)
+
+    def _look_back(self) -> None:
+        """Takes the growth so far from the study, by the time at which trials ended."""
+        store = self._store
+        names = [objective.name for objective in store.objectives]
+        controls = store.controls_frame()
+        cap = forget_quality_cap(store.spec, controls)
+        corner = reference_point(store)
+        ceilings = [objective.ceiling(cap) for objective in store.objectives]
+        self._growth = FrontGrowth([corner[name] for name in names], ceilings)
+        self._volumes.clear()
+        self._volumes.append(0.0)
+        if not controls.empty:
+            for row in controls[controls["kind"] == "initial"].to_dict("records"):
+                self._note("initial", self._growth.add([row[name] for name in names]))
+        done = store.trials((TrialState.COMPLETE, TrialState.PRUNED), ("kind",))
+        for trial in sorted(done, key=lambda trial: trial.datetime_complete or datetime.max):
+            volume = self._volumes[-1] if trial.state == TrialState.PRUNED else self._growth.add(trial.values)
+            self._note(trial.user_attrs.get("kind", "search"), volume)

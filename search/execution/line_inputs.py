@@ -1,0 +1,87 @@
+"""Inner products of the update vectors of a study that runs, as Ray tasks: each pair once, as base runs come."""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import ray
+
+from search.execution.base_run_tasks import problem_of
+from search.execution.base_runs import BaseRuns
+from search.execution.workers import grow_gram
+from search.samplers.gram import FILE, Runs, StudyGram, keep_gram, kept_gram
+from search.samplers.line import Lines
+from uipe_core.storage.remote_store import RemotePlace
+
+PATIENCE = 20.0
+"""Seconds that proposals wait, all in all, for the first inner products: where models are small, they are there sooner."""
+_RETRIES = 2
+
+
+class InnerProducts:
+    """Gets the inner products of all update vectors that are there; those of further base runs when they have come.
+
+    Args:
+        runs: The base runs as they come.
+        epochs: Epochs that are searched, by base run.
+        deltas: Root of the delta store.
+        out: Folder of the study.
+        say: Told once of a failure.
+    """
+
+    def __init__(
+        self, runs: BaseRuns, epochs: Mapping[str, int], deltas: Path | RemotePlace, out: Path, say: Callable[[str], None]
+    ) -> None:
+        self._runs, self._epochs, self._deltas, self._file, self._say = runs, epochs, deltas, out / FILE, say
+        self._patience = PATIENCE
+        self._task: tuple[frozenset[str], ray.ObjectRef[StudyGram]] | None = None
+        self._failed: set[frozenset[str]] = set()
+        self._lines: Lines | None = None
+        self._known = kept_gram(self._file).among(self._there())
+        self._take(self._known)
+
+    def poll(self, timeout: float = 0.0) -> None:
+        """Starts what is missing, and takes what has come within `timeout` seconds."""
+        there = self._there()
+        wanted = frozenset(there)
+        if self._task is None and wanted > set(self._known.runs) and wanted not in self._failed:
+            task = ray.remote(num_cpus=0, max_retries=_RETRIES)(grow_gram)
+            self._task = (wanted, task.remote(self._known, there, self._deltas))
+        if self._task is None or not ray.wait([self._task[1]], timeout=timeout)[0]:
+            return
+        (wanted, reference), self._task = self._task, None
+        try:
+            found = ray.get(reference)
+        except ray.exceptions.RayError as error:
+            self._failed.add(wanted)
+            reason = str(problem_of("inner products of the update vectors", error))
+            self._say(f"failed: {reason}; the sampler goes on without them")
+            return
+        self._take(found)
+        keep_gram(self._file, found)
+
+    def lines(self) -> Lines | None:
+        """The update vectors whose inner products are known; None if there are none yet, after a little patience."""
+        started = time.monotonic()
+        self.poll()
+        while self._lines is None and self._task is not None and self._patience > 0:
+            self.poll(0.2)
+            now = time.monotonic()
+            self._patience, started = self._patience - (now - started), now
+        return self._lines
+
+    def cancel(self) -> None:
+        """Ends a task that is still at work."""
+        if self._task is not None:
+            ray.cancel(self._task[1], force=True)
+            self._task = None
+
+    def _there(self) -> Runs:
+        """Base runs that are there: their entries in the store and their epochs."""
+        published = self._runs.published
+        return {label: (published[label], count) for label, count in self._epochs.items() if label in published}
+
+    def _take(self, gram: StudyGram) -> None:
+        self._known = gram
+        if gram.runs:
+            self._lines = Lines(gram.places, gram.gram)

@@ -1,0 +1,267 @@
+"""What a study needs for its trials, as Ray tasks: models, the scores of the reference models, and base runs."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import ray
+
+from search.evaluation.evaluator import StudyContext
+from search.evaluation.prepared import Preparation, ReferenceModel
+from search.evaluation.task import Report, measure, read_report, write_report
+from search.execution.base_run_tasks import POLL_SECONDS, BaseRunTasks, problem_of
+from search.execution.base_runs import Room
+from search.execution.budget import StudyGuard
+from search.execution.distributed import train_in_processes
+from search.execution.workers import build_tiny, import_and_publish, score_model, train_and_publish
+from search.problem.trial import retrained
+from search.report.progress import Bars
+from search.spec.runtime import BaseRunResources, TrialResources
+from search.store.study_store import StudyStore
+from uipe_core.deltas.checkpoints import find_checkpoints
+from uipe_core.deltas.store import BaseRun, DeltaStore
+from uipe_core.errors import UserError
+from uipe_core.metrics.item_check import require_same_items
+from uipe_core.metrics.scores import SetScores
+from uipe_core.models.loading import ModelSource
+from uipe_core.models.tiny import TinyModelConfig
+from uipe_core.unlearning.training import UnlearningConfig
+
+TASK_RETRIES = 5
+"""How often Ray runs a task again whose worker or node died: a machine that may be taken away is, while a model trains."""
+BOARD_SECONDS = 5.0
+"""How long an answer about progress is waited for."""
+
+
+@dataclass
+class Groundwork:
+    """Builds, trains and scores what the caches and the study's folder lack.
+
+    Attributes:
+        preparation: The study.
+        store: Its folder, where the logs of the reference models are kept.
+        bars: Progress.
+        board: Actor the tasks note their progress with.
+        room: The cluster.
+        guard: Told what base runs have used.
+    """
+
+    preparation: Preparation
+    store: StudyStore
+    bars: Bars
+    board: Any
+    room: Room
+    guard: StudyGuard
+
+    def begin(self, seeds: Iterable[int] = (), labels: Iterable[str] = ()) -> tuple[StudyContext, BaseRunTasks]:
+        """Builds models and scores references; base runs begin meanwhile and may go on afterwards.
+
+        Args:
+            seeds: Further seeds to train base runs with.
+            labels: Which base runs to train with them.
+
+        Returns:
+            Everything a worker needs to score any job of the study whose base run is there; and the base runs.
+        """
+        spec = self.preparation.spec
+        with self._stage("models"):
+            sources = self._sources()
+        tasks = self._base_runs(sources["initial"], [(label, seed) for seed in seeds for label in labels])
+        try:
+            with self._stage("base_runs"):
+                reports = self._reports(sources, tasks)
+            self._check(reports)
+        except BaseException:
+            tasks.cancel()
+            raise
+        context = StudyContext(
+            corpus=self.preparation.corpus,
+            split=self.preparation.split,
+            source=_spread(sources["initial"], spec.resources.trial),
+            deltas=self.preparation.delta_root,
+            methods={**{run.label: run.method for run in spec.variants()}, **{label: label for label in spec.checkpoints}},
+            references=reports,
+            scoring=self.preparation.scoring,
+            definition=spec.definition,
+            seed=spec.seed,
+            threads=spec.resources.trial.threads,
+            trial_minutes=spec.budget.trial_minutes,
+        )
+        return context, tasks
+
+    def wait(self, tasks: BaseRunTasks, enough: Callable[[], bool]) -> None:
+        """Waits until enough base runs are there; see `BaseRunTasks.wait`."""
+        with self._stage("base_runs"):
+            tasks.wait(enough)
+
+    def _sources(self) -> dict[str, ModelSource]:
+        """Sources of the reference models, by name; tiny ones are built where the cache lacks them."""
+        preparation = self.preparation
+        sources = {model.name: model.source for model in preparation.references if model.source is not None}
+        tiny = [(model, *model.tiny) for model in preparation.references if model.tiny is not None]
+        folders = {model.name: preparation.model_store.find(self._key(stage, config)) for model, stage, config in tiny}
+        missing = [(model, stage, config) for model, stage, config in tiny if folders[model.name] is None]
+        # What others start from first, so that it is built once.
+        for first in (True, False):
+            tasks = {
+                model.name: self._build(model, stage, config) for model, stage, config in missing if (stage == "base") is first
+            }
+            folders.update(self._gather(tasks))
+        return sources | {name: preparation.source(name, str(folder)) for name, folder in folders.items()}
+
+    def _key(self, stage: str, config: TinyModelConfig) -> str:
+        return self.preparation.tiny_key(stage, config)
+
+    def _build(self, model: ReferenceModel, stage: str, config: TinyModelConfig) -> Any:
+        title = {"never_finetuned": "base"}.get(model.name, model.name.replace("_", " "))
+        preparation, threads = self.preparation, self.preparation.spec.resources.base_run.threads
+        needs = self.preparation.spec.resources.base_run
+        return _task(
+            needs, build_tiny, title, stage, config, preparation.corpus, preparation.model_store.root, threads, self.board
+        )
+
+    def _base_runs(self, initial: ModelSource, further: list[tuple[str, int]]) -> BaseRunTasks:
+        """The base runs of the study and further ones (label and seed): which are there, and a task for each that is not."""
+        preparation, spec = self.preparation, self.preparation.spec
+        variants = {run.label: run for run in spec.variants()}
+        wanted = {label: preparation.unlearning(run) for label, run in variants.items()}
+        wanted |= {
+            retrained(label, seed): replace(preparation.unlearning(variants[label]), seed=seed) for label, seed in further
+        }
+        deltas = DeltaStore(preparation.delta_root)
+        known: dict[str, BaseRun | None] = {}
+        starters: dict[str, Callable[[], Any]] = {}
+        for name, config in wanted.items():
+            known[name] = deltas.find(preparation.base_run_inputs(config))
+            starters[name] = partial(self._train, name, initial, config)
+        for label in spec.checkpoints:
+            known[label] = find_checkpoints(deltas, [inputs for _, inputs in preparation.checkpoints_of(label)])
+            starters[label] = partial(self._import, label)
+        there = {name: run for name, run in known.items() if run is not None}
+        for name, run in there.items():
+            self._news(name, run)
+        missing = {name: start for name, start in starters.items() if name not in there}
+        return BaseRunTasks(self.room, there, missing, self._came, self._show)
+
+    def _train(self, name: str, initial: ModelSource, config: UnlearningConfig) -> Any:
+        """Starts the training of a base run: the one place where such a task is made."""
+        preparation, needs = self.preparation, self.preparation.spec.resources.base_run
+        inputs = preparation.base_run_inputs(config)
+        arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, needs.threads, self.board, name)
+        if needs.processes == 1:
+            return _task(needs, train_and_publish, *arguments)
+        on_gpus = needs.gpus > 0 and initial.device != "cpu"
+        folder = (self.store.out / "ray").resolve()
+        return train_in_processes(needs, on_gpus, folder, TASK_RETRIES, partial(train_and_publish, *arguments))
+
+    def _import(self, label: str) -> Any:
+        """Starts the import of given checkpoints as a base run."""
+        preparation, needs = self.preparation, self.preparation.spec.resources.base_run
+        given = preparation.checkpoints_of(label)
+        arguments = (preparation.initial_folder, given, preparation.delta_root, preparation.trust_remote_code, needs.threads)
+        return _task(needs, import_and_publish, *arguments, self.board, label)
+
+    def _came(self, name: str, run: BaseRun | str) -> None:
+        """Counts what a base run has used that came in this run of the study."""
+        if isinstance(run, BaseRun):
+            seconds = sum(float(epoch.get("seconds", 0.0)) for epoch in run.epochs)
+            self.guard.held(seconds, self.preparation.spec.resources.base_run)
+        self._news(name, run)
+
+    def _news(self, name: str, run: BaseRun | str) -> None:
+        """Writes into the study's record which base run has come, or why it has not."""
+        record = self.store.record
+        failed = {label: reason for label, reason in record.get("failed_base_runs", {}).items() if label != name}
+        if isinstance(run, BaseRun):
+            record["base_runs"] = {**record.get("base_runs", {}), name: {"delta": run.key, "epochs": list(run.epochs)}}
+        else:
+            failed[name] = run
+            self.bars.say(f"failed: base run {name}: {run}")
+        record["failed_base_runs"] = failed
+        self.store.save_record()
+
+    def _reports(self, sources: Mapping[str, ModelSource], base_runs: BaseRunTasks) -> dict[str, Report]:
+        """The scores of the reference models, which every trial needs; base runs start behind them."""
+        preparation, needs = self.preparation, self.preparation.spec.resources.trial
+        reports: dict[str, Report] = {}
+        tasks = {}
+        for model in preparation.references:
+            log = model.log or self.store.out / "logs" / f"{model.name}.json"
+            if log.is_file():
+                reports[model.name] = read_report(log, bool(preparation.corpus.choices))
+            else:
+                title = f"scoring: {model.name.replace('_', ' ')} model"
+                wanted = (
+                    _spread(sources[model.name], needs),
+                    preparation.corpus,
+                    preparation.scoring,
+                    needs.threads,
+                    self.board,
+                    title,
+                )
+                tasks[model.name] = _task(needs, score_model, *wanted)
+        scored_models = self._gather({f"score {name}": task for name, task in tasks.items()}, base_runs.tend)
+        for title, scored in scored_models.items():
+            name = title.removeprefix("score ")
+            reports[name] = scored
+            facts = {"study": preparation.spec.name, "model": name}
+            write_report(scored, self.store.out / "logs" / f"{name}.json", facts)
+        return reports
+
+    def _check(self, reports: Mapping[str, Report]) -> None:
+        """Whether given logs will do, found out once here: in the workers they would fail every trial."""
+        for model in self.preparation.references:
+            if model.log is None:
+                continue
+            for name in ("initial", model.name):
+                try:
+                    measure(reports[name], reports[model.name], self.preparation.spec.definition)
+                    # Halves are taken from every set, not only from those that forget quality compares.
+                    scores, given = reports[name].sets, reports[model.name].sets
+                    for key in scores.keys() & given.keys():
+                        if isinstance(scored := scores[key], SetScores) and isinstance(expected := given[key], SetScores):
+                            require_same_items(scored, expected, key)
+                except UserError as error:
+                    raise UserError(f"model.{model.kind}: {error}") from error
+
+    def _gather(self, tasks: Mapping[str, Any], meanwhile: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Results by name, showing progress meanwhile. All tasks end before the first failure is raised."""
+        waiting = list(tasks.values())
+        while waiting:
+            meanwhile()
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=POLL_SECONDS)
+            self._show()
+        results: dict[str, Any] = {}
+        failures = []
+        for name, task in tasks.items():
+            try:
+                results[name] = ray.get(task)
+            except ray.exceptions.RayError as error:
+                failures.append(problem_of(name, error))
+        if failures:
+            raise failures[0]
+        return results
+
+    def _show(self) -> None:
+        """Shows how far the tasks are; while the board's node has just died, nothing."""
+        with suppress(ray.exceptions.RayError):
+            self.bars.show_all(ray.get(self.board.read.remote(), timeout=BOARD_SECONDS))
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.store.add_seconds(name, time.perf_counter() - started)
+
+
+def _spread(source: ModelSource, trial: TrialResources) -> ModelSource:
+    """A model as trials load it: over all GPUs a trial has, where it has several and the study names no device."""
+    return replace(source, device_map="auto") if trial.gpus > 1 and source.device == "auto" else source
+
+
+def _task(needs: TrialResources | BaseRunResources, function: Callable[..., Any], *arguments: Any) -> Any:
+    options = {"num_cpus": needs.cpus, "num_gpus": needs.gpus, "resources": needs.custom}
+    return ray.remote(**options, max_retries=TASK_RETRIES)(function).remote(*arguments)

@@ -1,0 +1,187 @@
+"""The Ray cluster a study runs on: connected already, or started on this machine for the length of a run."""
+
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+import search
+import uipe_core
+from search.execution.base_runs import Room
+from search.execution.capacity import autoscaler_fleet, room_for
+from search.execution.ray_environment import ADVICE, MODE, settle_authentication
+from search.report.progress import Bars
+from search.spec.sections import PretrainedModel
+from search.spec.study import StudySpec
+from uipe_core.errors import UserError, first_line
+
+OBJECT_STORE_BYTES = 256 * 2**20
+LONGEST_SCRATCH = 24
+"""Length of a folder for temporary files that still leaves room for the names of Ray's sockets."""
+CONNECT_SECONDS = 5
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable by which Ray's job server hands a job its runtime environment."""
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the study is the record; Tune's own loggers double the time of a trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the runner's: it leaves a study that can be resumed
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # its snapshots of all trials are never read: the study is what resumes
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+
+
+@contextmanager
+def connected(spec: StudySpec, out: Path, bars: Bars, address: str | None = None) -> Iterator[Room]:
+    """A Ray cluster for the length of a run.
+
+    Args:
+        spec: The study.
+        out: Its output folder, where a cluster of our own keeps its files.
+        bars: Progress.
+        address: ``auto`` or ``host:port`` of a cluster one of whose nodes this is; None starts one on this machine's cores.
+            A cluster that is already connected is used as it is.
+
+    Yields:
+        What it holds of the study.
+
+    Raises:
+        UserError: If the cluster cannot be reached, refuses the token, or no node of it could ever hold a trial or base run.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if ray.is_initialized():
+        yield _room(spec, own=False)
+        return
+    with _joined(address, bars) if address else _own(out, bars):
+        yield _room(spec, own=not address)
+
+
+@contextmanager
+def _joined(address: str, bars: Bars) -> Iterator[None]:
+    """A cluster that runs already. Its workers get this very code, whatever is installed there."""
+    _check_address(address)
+    settle_authentication()
+    # A submitted job's own environment holds already for its workers, and Ray takes no second one.
+    environment = None if IN_A_JOB in os.environ else code_environment()
+    bars.say(f"connecting to Ray at {address} ...")
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        with _interrupts_held():
+            ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
+        _restore(on_terminate)
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error  # SIGTERM while Ray was connecting, and had its own handler in place
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        if ray.is_initialized():
+            raise  # not of the connection: the study's own
+        raise UserError(f"--address: no Ray cluster at {address} took us in ({first_line(error)}); {ADVICE}") from error
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _own(out: Path, bars: Bars) -> Iterator[None]:
+    """A cluster of this machine's cores."""
+    # A local cluster asks for a token. Our own keeps others on this machine out and leaves no token file in the home folder.
+    if MODE not in os.environ:
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    folder = (out / "ray").resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))  # workers make it on import, else under /tmp
+    # Ray puts sockets below its folder, and a socket's path may have at most 107 bytes: a link keeps it short.
+    scratch = tempfile.gettempdir()
+    link = Path(tempfile.mkdtemp(prefix="uipe-", dir=scratch if len(scratch) <= LONGEST_SCRATCH else "/tmp")) / "r"
+    link.symlink_to(folder, target_is_directory=True)
+    bars.say("starting Ray ...")
+    on_terminate = signal.getsignal(signal.SIGTERM)
+    try:
+        with _interrupts_held():
+            _start(link)
+        _restore(on_terminate)
+        yield
+    except SystemExit as error:
+        raise KeyboardInterrupt from error  # SIGTERM while Ray was starting, and had its own handler in place
+    finally:
+        ray.shutdown()
+        shutil.rmtree(link.parent, ignore_errors=True)
+
+
+def _start(folder: Path) -> None:
+    try:
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(folder),
+            _node_ip_address="127.0.0.1",
+        )
+    except Exception as error:  # Ray has no type of its own for it
+        raise UserError(
+            f"Ray could not be started on this machine ({first_line(error)}); give it room (processor, memory, disk), then "
+            "the same command goes on from what was done"
+        ) from error
+
+
+def code_environment() -> dict[str, Any]:
+    """The runtime environment that gives a cluster's workers this very code: the two packages as they are here."""
+    packages = [str(Path(str(module.__file__)).parent) for module in (search, uipe_core)]
+    return {"py_modules": packages, "excludes": ["__pycache__"]}
+
+
+def _check_address(address: str) -> None:
+    """Refuses what is no address of a node, and one where nobody listens: Ray itself would try for a minute and a half."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+|\[[0-9a-fA-F:]+\]", host) or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise UserError(
+            f"--address: {address} is not the address of a node; on one of the cluster's nodes give auto or host:port, from "
+            "elsewhere use `uipe submit`"
+        )
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"--address: nobody listens at {address} ({error}); is the cluster up and the port right?") from error
+
+
+def _restore(on_terminate: Any) -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # Ray has put its own in place, which ends the process at once
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Holds Ctrl-C back until the block has ended: what a handler raises while Ray forks its processes, Python swallows."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+    if seen:
+        raise KeyboardInterrupt
+
+
+def _room(spec: StudySpec, own: bool) -> Room:
+    """What the cluster holds of the study; see `room_for`."""
+    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.trial.gpus == 0:
+        raise UserError("model.device: 'cuda' needs GPUs for the trials; set resources.trial.gpus, for example to 1")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return room_for(spec.resources, nodes, None if own else autoscaler_fleet())

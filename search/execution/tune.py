@@ -1,0 +1,332 @@
+"""Ray Tune's side of the search: a Searcher that hands out jobs and writes their ends into the study.
+
+Not `ray.tune.search.optuna.OptunaSearch`: with several objectives it leaves trials RUNNING for ever on a missing or NaN metric
+and writes no attributes. This one gets every job from the study and tells it how each ended.
+"""
+
+import base64
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from optuna.distributions import BaseDistribution
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
+
+from search.evaluation.pruning import Rivals
+from search.execution.base_runs import BaseRuns
+from search.execution.budget import StudyGuard
+from search.execution.workforce import Workforce
+from search.problem.trial import POINT_KINDS, Job
+from search.store.study_store import StudyStore
+from search.store.study_tables import searched
+
+TIMES_AGAIN = 2
+"""How often a job is run again whose worker died."""
+IDLE_SECONDS = 120.0
+"""How long warm workers are kept while there is nothing for them to do."""
+TRIALS_A_PART = 2500
+"""After so many trials Tune is ended and begun anew: it keeps about 10 kB of every trial, and its workers for that long."""
+
+
+class StudySearcher(Searcher):
+    """Hands out, in this order: jobs as their base runs come, what the sampler proposes, and round by round what is left then.
+
+    Args:
+        store: The open study; this object is its only writer while Tune runs.
+        space: The search space.
+        jobs: What is to be scored whatever the sampler says: controls, points at alpha = 0, points of a grid.
+        proposals: How many points the sampler may still propose. Failed ones count, so that a study whose every trial fails
+            comes to an end; the same command tries again.
+        runs: The base runs: jobs wait for theirs, and end with it if it failed.
+        poll: Brings `runs` up to date.
+        rounds: What is done next each time everything else has ended: at last the mirrors of the front.
+        finished: Called with each ended job, the reason of its failure or None, and whether it will be run again.
+        workforce: Tells why a worker died, and for how long it was at work.
+        guard: Says when the study's budget is used up.
+
+    Attributes:
+        done: Nothing is left to hand out. While base runs are missing, Tune may be told FINISHED without that, so that idle
+            workers give their resources back; then it is to be started again as soon as `has_work`.
+        error: What the study's storage or folder raised; the search has then stopped, and its caller raises it.
+    """
+
+    def __init__(
+        self,
+        store: StudyStore,
+        space: dict[str, BaseDistribution],
+        jobs: Iterable[Job],
+        proposals: int,
+        runs: BaseRuns,
+        poll: Callable[[], None],
+        rounds: Iterator[list[Job]],
+        finished: Callable[[Job, str | None, bool], None],
+        workforce: Workforce,
+        guard: StudyGuard,
+    ) -> None:
+        super().__init__()
+        self._store = store
+        self._space = space
+        self._jobs = deque(jobs)
+        self._proposals = proposals
+        self._runs, self._poll = runs, poll
+        self._rounds = rounds
+        self._finished = finished
+        self._workforce, self._guard = workforce, guard
+        self._running: dict[str, tuple[int, Job]] = {}
+        self._held: set[str] = set()
+        self._deaths: Counter[Job] = Counter()
+        self._proposed = _proposed(store)
+        self._rivals = Rivals([objective.name for objective in store.objectives])
+        for row in store.trials_frame(("alpha", "collapsed")).to_dict("records"):
+            self._rivals.add(int(row["trial"]), {str(key): value for key, value in row.items()})
+        self._idle_since: float | None = None
+        self._handed_out = 0
+        self.done = False
+        self.error: Exception | None = None
+
+    def set_max_concurrency(self, max_concurrent: int) -> bool:
+        """Says that this searcher limits itself, so that it is asked, and base runs are looked after, at every step of Tune."""
+        return True
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next job as a Tune configuration; None while the end of running jobs must be awaited."""
+        if self.error is not None:
+            return self.FINISHED
+        try:
+            return self._next(trial_id)
+        except Exception as error:
+            self.error = error
+            return self.FINISHED
+
+    def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
+        """Ends the trial in the study already, where its worker is held a while longer (see `search.execution.workforce`)."""
+        self.on_trial_complete(trial_id, result)
+        self._held.add(trial_id)
+
+    def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
+        """Ends the trial in the study: complete or pruned with its evidence, or failed with its reason."""
+        self._held.discard(trial_id)
+        if trial_id not in self._running:
+            return
+        try:
+            self._end(trial_id, result, error)
+        except Exception as problem:
+            self.error = self.error or problem
+
+    def has_work(self) -> bool:
+        """Whether there is something for Tune to do now: a job whose base run is there, or the end of it all."""
+        self._heed_budget()
+        if not self._runs.missing:
+            return True
+        ready = self._ready_job() is not None or self._base_to_propose() is not None
+        return ready and self._runs.trials_at_once() > 0
+
+    def _next(self, trial_id: str) -> dict[str, Any] | str | None:
+        self._heed_budget()
+        self._poll()
+        self._end_jobs_without_base_run()
+        room = len(self._running) + len(self._held) < self._runs.trials_at_once()
+        if room and self._handed_out < TRIALS_A_PART and (asked := self._ask()) is not None:
+            self._handed_out += 1
+            self._running[trial_id] = asked
+            self._idle_since = None
+            job = asked[1]
+            prunable = job.kind == "search" and self._store.spec.prunes
+            rivals = self._rivals.of(float(job.alpha or 0.0)) if prunable else ()
+            handed = replace(job, delta=self._runs.published.get(str(job.run), ()), rivals=rivals)
+            return {"job": handed.as_text()}
+        if self._running or self._held:
+            return None
+        if self._handed_out >= TRIALS_A_PART:
+            self._handed_out = 0
+            return self.FINISHED
+        if self._runs.missing:
+            return self._idle()
+        if (jobs := next(self._rounds, None)) is not None:
+            self._jobs.extend(jobs)
+            return self._next(trial_id)
+        self.done = True
+        return self.FINISHED
+
+    def _ask(self) -> tuple[int, Job] | None:
+        """Starts the trial of the next job, if one can be run now."""
+        job = self._ready_job()
+        if job is not None:
+            self._jobs.remove(job)
+            return self._ask_for(job)
+        base = self._base_to_propose()
+        if base is None:
+            return None
+        self._proposals -= 1
+        everything_is_there = not (self._runs.missing or self._runs.failed)
+        asked = self._store.ask_point(self._space, None if everything_is_there else {"base": base})
+        self._proposed[str(asked[1].base)] += 1
+        return asked
+
+    def _ask_for(self, job: Job) -> tuple[int, Job]:
+        if job.kind not in POINT_KINDS:
+            return self._store.ask_control(), job
+        params = {"base": job.base, "epoch": job.epoch, "alpha": job.alpha}
+        number, asked = self._store.ask_point(self._space, params, job.kind)
+        return number, replace(asked, warm_start=job.warm_start, floor=job.floor)
+
+    def _ready_job(self) -> Job | None:
+        return next((job for job in self._jobs if job.run is None or job.run in self._runs.published), None)
+
+    def _base_to_propose(self) -> str | None:
+        """A base run that a point may be proposed for, the one with the fewest; None if there is none or enough was proposed.
+
+        While some are missing, each that is there gets its equal share of the study's trials at most, so that the last to come
+        finds some left.
+        """
+        if not self._proposals:
+            return None
+        bases = self._space["base"].choices  # type: ignore[attr-defined]
+        there = [base for base in bases if base in self._runs.published]
+        if self._runs.missing:
+            share = max(self._store.spec.search.trials // len(bases), 1)
+            there = [base for base in there if self._proposed[base] < share]
+        return min(there, key=lambda base: self._proposed[base], default=None)
+
+    def _idle(self) -> str | None:
+        """Nothing can be handed out before another base run is there: for a while workers are kept warm.
+
+        Not if a base run waits for the room they take; and not for ever, because what else holds a cluster is not known here.
+        """
+        now = time.monotonic()
+        self._idle_since = now if self._idle_since is None else self._idle_since
+        if self._runs.waiting or now - self._idle_since > IDLE_SECONDS:
+            self._idle_since = None
+            return self.FINISHED
+        return None
+
+    def _end_jobs_without_base_run(self) -> None:
+        """Ends jobs whose base run failed, with that as their reason; of a grid nothing is asked that its alpha = 0 tells."""
+        if not self._runs.failed:
+            return
+        for job in [job for job in self._jobs if job.run in self._runs.failed]:
+            self._jobs.remove(job)
+            if job.kind != "search":
+                number, _ = self._ask_for(job)
+                self._fail(job, number, self._runs.failed[str(job.run)], again=False)
+
+    def _heed_budget(self) -> None:
+        """Hands out and trains nothing more when the budget is used up; what is at work ends by itself.
+
+        A front that stopped growing is still scored once more. Whether it has is not asked before all base runs are there.
+        """
+        stop = self._guard.stop(settled=not self._runs.missing)
+        if stop is None:
+            return
+        self._proposals = 0
+        if stop.mirrored:
+            # Points of a grid are proposals, too; those that died and come again are not.
+            self._jobs = deque(job for job in self._jobs if job.kind != "search" or job in self._deaths)
+        else:
+            self._jobs.clear()
+            self._runs.waiting.clear()
+            self._rounds = iter(())
+
+    def _end(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
+        number, job = self._running.pop(trial_id)
+        if error or result is None:
+            death = self._workforce.death(trial_id)
+            reason, again = death.reason, not death.timed_out and self._again(job)
+        else:
+            reason, again = str(result.get("reason") or ""), False
+        self._guard.held(self._workforce.ended(trial_id), self._store.spec.resources.trial)
+        if reason or result is None:
+            self._guard.failed(reason, again)
+            self._fail(job, number, reason, again)
+            return
+        evidence = json.loads(result["evidence"])
+        items = base64.b64decode(result["items"]) if "items" in result else None
+        if "pruned" in evidence:
+            self._store.prune(number, evidence, items)
+            self._guard.pruned()
+            self._finished(job, None, False)
+            return
+        incomplete = self._store.complete(job, number, evidence, items)
+        if incomplete is None:
+            self._guard.scored(job, evidence)
+            if job.kind in POINT_KINDS:
+                self._rivals.add(number, evidence)
+        else:
+            self._guard.failed(incomplete)
+        self._finished(job, incomplete, False)
+
+    def _again(self, job: Job) -> bool:
+        """Puts a job back whose worker died; False if it has been put back often enough."""
+        if self._deaths[job] >= TIMES_AGAIN:
+            return False
+        self._deaths[job] += 1
+        self._jobs.appendleft(job)
+        return True
+
+    def _fail(self, job: Job, number: int, reason: str, again: bool) -> None:
+        self._store.fail(job, number, reason)
+        self._finished(job, reason, again)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Writes a note in place of a state: the study itself is the state, and the same command resumes it."""
+        Path(checkpoint_path).write_text("The state of the search is its Optuna study.\n")
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing to restore: see `save`."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune pickles its searcher beside its results; an open database cannot and need not travel."""
+        return {}
+
+
+def _proposed(store: StudyStore) -> Counter[str]:
+    """Points scored or pruned of each base run so far, those at alpha = 0 aside."""
+    names = ("kind", "base")
+    return Counter(base for frame in (store.trials_frame(names), store.pruned_frame(names)) for base in searched(frame)["base"])
+
+
+class _Forgetting(tune.Callback):
+    """Lets go of what Tune keeps of a trial that has ended: its result, item scores included, statistics of it, and its job."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        """Called when the searcher has had the result."""
+        for kept in (trial.last_result, trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params):
+            kept.clear()
+        trial.config.pop("job", None)
+        trial.experiment_tag = ""  # all of the configuration again, as the name of the folder it has had
+
+
+def run_trials(trainable: Any, searcher: StudySearcher, workforce: Workforce, at_once: int, folder: Path, name: str) -> None:
+    """Lets Tune run what a searcher hands out until it has nothing more at the moment.
+
+    Args:
+        trainable: What a worker runs for each job, with its resources.
+        searcher: Where jobs come from and results go.
+        workforce: Watches the workers.
+        at_once: How many trials run at the same time at most.
+        folder: Tune's own files go here, below `name`.
+        name: Of this run of Tune, unique in the folder.
+    """
+    tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=workforce.scheduler(),
+            num_samples=-1,
+            max_concurrent_trials=at_once,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name=name,
+            storage_path=str(folder.resolve()),
+            verbose=0,
+            callbacks=[workforce.callback(), _Forgetting()],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    ).fit()

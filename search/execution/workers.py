@@ -1,0 +1,153 @@
+"""What runs on Ray's workers: the tasks of a study and its trainable."""
+
+import base64
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ray import tune
+
+from search.evaluation.evaluator import Evaluator, StudyContext, load_for_scoring
+from search.evaluation.task import Report, scorer_of
+from search.execution.trial_limits import OutOfMemory, score_within_memory, time_limit
+from search.problem.trial import Job
+from search.samplers.gram import Runs, StudyGram, grown
+from uipe_core.corpora.types import Corpus
+from uipe_core.deltas.checkpoints import import_checkpoints
+from uipe_core.deltas.store import BaseRun, DeltaStore
+from uipe_core.models.loading import ModelSource, set_threads
+from uipe_core.models.skeleton import open_initial
+from uipe_core.models.tiny import TinyModelConfig, tiny_model
+from uipe_core.scoring.scorer import ScoringConfig
+from uipe_core.storage.content_store import ContentStore
+from uipe_core.storage.remote_store import RemotePlace
+from uipe_core.unlearning.distributed import current_processes
+from uipe_core.unlearning.training import UnlearningConfig, train_base_run
+
+HOLD_SECONDS = 0.2
+"""How long a worker with nothing to do waits before it asks again (see `search.execution.workforce`)."""
+
+REPORT_SECONDS = 0.2
+"""Least time between two notes on the progress of a task."""
+
+
+class ScoringTrial(tune.Trainable):
+    """A warm worker: its model stays loaded while Tune gives it one job after another."""
+
+    def setup(self, config: dict[str, Any], context: StudyContext) -> None:
+        """Notes the job; the model is loaded with the first step, because slow set-ups upset actor reuse."""
+        self._job: Job | None = Job.from_text(config["job"])
+        self._context = context
+        self._loaded: Evaluator | None = None
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Takes the next job."""
+        self._job = Job.from_text(new_config["job"])
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Scores the job. A failure is a result: an exception would cost the warm actor and, with it, concurrency.
+
+        The job's end is not the trial's: `search.execution.workforce` may ask again and again until another worker has started.
+        """
+        if self._job is None:
+            time.sleep(HOLD_SECONDS)
+            return {}
+        job, self._job = self._job, None
+        try:
+            with time_limit(self._context.trial_minutes):
+                evidence, report = score_within_memory(self._evaluator, job)
+                # As text, because Tune flattens nested results before its searcher sees them, and writes them as JSON.
+                return {"evidence": json.dumps(evidence), "items": pack_arrays(report.arrays())}
+        except OutOfMemory as error:
+            return {"reason": str(error)}
+        except Exception as error:
+            return {"reason": f"{type(error).__name__}: {error}"}
+
+    def _evaluator(self) -> Evaluator:
+        if self._loaded is None:
+            self._loaded = Evaluator(self._context)
+        return self._loaded
+
+
+def pack_arrays(arrays: Mapping[str, Any]) -> str:
+    """Named arrays as text: base64 of a compressed numpy archive."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
+    last = 0.0
+
+    def note(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > REPORT_SECONDS or done == total:
+            last = now
+            board.note.remote(name, done, total)
+
+    return note
+
+
+def build_tiny(title: str, stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any) -> Path:
+    """Builds a tiny model unless the cache has it; returns its folder."""
+    set_threads(threads)
+    return tiny_model(config, corpus, stage, ContentStore(root), _reporter(board, f"training: {title} model"))
+
+
+def train_and_publish(
+    source: ModelSource,
+    corpus: Corpus,
+    config: UnlearningConfig,
+    inputs: Mapping[str, Any],
+    root: Path | RemotePlace,
+    threads: int,
+    board: Any,
+    label: str,
+) -> BaseRun | None:
+    """Trains a base run and publishes it, unless the store has it by now.
+
+    In a process group the first process publishes what all train together, and returns it; the others return None.
+    """
+    set_threads(threads)
+    processes = current_processes()
+    if processes.count > 1 and config.adapter is None:
+        source = replace(source, device="cpu")  # from there each process takes its shards
+    report = _reporter(board, f"unlearning: {label}") if processes.rank == 0 else None
+    epochs = train_base_run(source.load(dtype="auto"), corpus, config, report)
+    return processes.lead(epochs, partial(DeltaStore(root).get_or_train, inputs))
+
+
+def import_and_publish(
+    initial: Path,
+    checkpoints: Sequence[tuple[Path, Mapping[str, Any]]],
+    root: Path | RemotePlace,
+    trust_remote_code: bool,
+    threads: int,
+    board: Any,
+    label: str,
+) -> BaseRun:
+    """Makes a base run of given checkpoints, importing those that the store lacks."""
+    set_threads(threads)
+    note = _reporter(board, f"importing: {label}")
+    return import_checkpoints(open_initial(initial, trust_remote_code), checkpoints, DeltaStore(root), note)
+
+
+def grow_gram(known: StudyGram, runs: Runs, root: Path | RemotePlace) -> StudyGram:
+    """The inner products of base runs that have come, beside those that are known."""
+    set_threads(1)
+    return grown(known, runs, DeltaStore(root))
+
+
+def score_model(source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str) -> Report:
+    """Scores a model as it is."""
+    set_threads(threads)
+    loaded, _ = load_for_scoring(source)
+    return scorer_of(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))

@@ -1,0 +1,140 @@
+"""What a study will take, by arithmetic alone: from counts, sizes and rates to time, memory and disk.
+
+Every number says how it is known: counted or calculated from what the study file says, measured on this machine, taken from a
+past study, assumed, or not known.
+"""
+
+import math
+
+from search.planning.plan_limits import at_once, budget_misfits, disk_misfits, memory_misfits
+from search.planning.quantities import (
+    ASSUMED,
+    CALCULATED,
+    COUNTED,
+    HOUR,
+    MEASURED,
+    START_SECONDS,
+    UNKNOWN,
+    Line,
+    Machine,
+    Plan,
+    Rates,
+    Sizes,
+    Work,
+    delta_bytes,
+    out_bytes,
+)
+from search.spec.study import StudySpec
+
+
+def make_plan(
+    spec: StudySpec, work: Work, sizes: Sizes | None, rates: Rates | None, machine: Machine, notes: tuple[str, ...] = ()
+) -> Plan:
+    """The plan of a study.
+
+    Args:
+        spec: The study.
+        work: What is to be done.
+        sizes: None where nothing is known of the model.
+        rates: None where nothing could be timed.
+        machine: What this machine has.
+        notes: What could not be known so far.
+    """
+    trials, runs, here = at_once(spec, machine)
+    if not here:
+        notes = (
+            *notes,
+            "this machine has not the CPUs, GPUs or custom resources that one base run or one trial asks for: planned for a "
+            f"cluster that runs {trials} trials and {runs} base runs at once",
+        )
+    lines = [*_work_lines(work), *_size_lines(work, sizes, rates, machine)]
+    hours, gpu_hours, time_lines = _time(spec, work, rates, trials, runs)
+    misfits = disk_misfits(work, sizes, rates, machine)
+    if here:
+        misfits += memory_misfits(spec, work, sizes, machine, trials, min(runs, max(len(work.trains), 1)))
+    misfits += budget_misfits(spec, work, rates, hours, gpu_hours)
+    return Plan(spec.name, (*lines, *time_lines), tuple(misfits), notes)
+
+
+def _work_lines(work: Work) -> list[Line]:
+    counts = [
+        ("small models to build", work.builds),
+        ("small models in the cache", work.built),
+        ("base runs to train", len(work.trains)),
+        ("base runs in the cache", work.trained),
+        ("epochs of each, with the control epoch", work.epochs),
+        ("checkpoints to import", work.imports),
+        ("reference models to score", work.references),
+        ("trials: controls", work.controls),
+        ("trials: given points at alpha = 0", work.given),
+        ("trials: search", work.search),
+    ]
+    lines = [Line("work", what, count, "", COUNTED) for what, count in counts if count]
+    steps = None if work.steps is None else work.steps * work.epochs * len(work.trains)
+    if work.trains:
+        lines.append(Line("work", "optimiser steps", steps, "", UNKNOWN if steps is None else CALCULATED))
+    what = f"trials: {work.walks} mirrors of each of {work.front} front points"
+    return [*lines, Line("work", what, work.walks * work.front, "", ASSUMED)]
+
+
+def _size_lines(work: Work, sizes: Sizes | None, rates: Rates | None, machine: Machine) -> list[Line]:
+    out = None if rates is None else out_bytes(work, rates)
+    scores = Line("disk", "output folder: item scores, database", out, "bytes", UNKNOWN if out is None else CALCULATED)
+    free = [
+        Line("disk", "free for update vectors", machine.deltas_free, "bytes", MEASURED),
+        Line("disk", "free for the output folder", machine.out_free, "bytes", MEASURED),
+    ]
+    if sizes is None:
+        return [Line("disk", "update vectors", None, "bytes", UNKNOWN), scores, *free]
+    scoring, training = sizes.scoring_bytes, sizes.training_bytes
+    lines = [Line("model", "parameters", sizes.parameters, "", COUNTED)]
+    if sizes.adapter is not None:
+        lines.append(Line("model", "parameters of the adapter", sizes.adapter, "", COUNTED))
+    lines += [
+        Line("memory", "libraries of one worker", machine.libraries, "bytes", MEASURED),
+        Line("memory", "a trial's weights, host", scoring[0], "bytes", CALCULATED),
+        Line("memory", "a trial's weights, device", scoring[1], "bytes", CALCULATED),
+    ]
+    if work.trains:
+        lines.append(Line("memory", "a base run, host", training[0], "bytes", CALCULATED))
+        lines.append(Line("memory", "a base run, device, without activations", training[1], "bytes", CALCULATED))
+    lines.append(Line("disk", "update vector of one epoch", sizes.delta_bytes, "bytes", CALCULATED))
+    return [*lines, Line("disk", "update vectors to store", delta_bytes(work, sizes), "bytes", CALCULATED), scores, *free]
+
+
+def _time(
+    spec: StudySpec, work: Work, rates: Rates | None, trials: int, runs: int
+) -> tuple[float | None, float | None, list[Line]]:
+    """Hours from start to end, GPU-hours, and the lines that say so."""
+    if rates is None:
+        unknown = [Line("time", "from start to end", None, "s", UNKNOWN)]
+        return None, None, [*unknown, Line("time", "GPUs held", None, "GPU-hours", UNKNOWN)]
+    training = sum(rates.epoch[label] for label in work.trains) * work.epochs
+    scoring = rates.reference * work.references
+    base = (training + scoring) / min(runs, max(len(work.trains) + work.references, 1))
+    longest = max([rates.epoch[label] * work.epochs for label in work.trains], default=0.0)
+    base = max(base, longest)
+    searching = rates.trial * math.ceil(work.trials / trials)
+    builds = rates.builds / min(runs, max(work.builds, 1))
+    total = START_SECONDS + 2 * (rates.load or 0.0) + builds + base + searching
+    run, trial = spec.resources.base_run, spec.resources.trial
+    gpu_seconds = run.gpus * run.processes * (training + scoring) + trial.gpus * rates.trial * work.trials
+    lines = []
+    if work.trains:
+        mean = training / (work.epochs * len(work.trains))
+        lines.append(Line("time", "one epoch of a base run, on average", mean, "s", rates.how))
+    lines += [
+        Line("time", "one trial", rates.trial, "s", rates.how),
+        Line("time", "one reference model, all items", rates.reference, "s", rates.how),
+        *([] if rates.load is None else [Line("time", "loading the model, once for each stage", rates.load, "s", rates.how)]),
+        Line("time", "start of Ray, report", START_SECONDS, "s", ASSUMED),
+    ]
+    if work.builds:
+        lines.append(Line("time", "small models", builds, "s", CALCULATED))
+    lines += [
+        Line("time", f"base runs and references, {runs} at once", base, "s", CALCULATED),
+        Line("time", f"trials, {trials} at once", searching, "s", CALCULATED),
+        Line("time", "from start to end", total, "s", CALCULATED),
+        Line("time", "GPUs held", gpu_seconds / HOUR, "GPU-hours", CALCULATED),
+    ]
+    return total / HOUR, gpu_seconds / HOUR, lines

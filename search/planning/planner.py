@@ -1,0 +1,250 @@
+"""The plan of a study: what is in the caches already, how large its model is, how long its steps take here."""
+
+import math
+import os
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from search.evaluation.controls import control_jobs
+from search.evaluation.prepared import Preparation, prepare
+from search.planning.plan import make_plan
+from search.planning.plan_limits import at_once
+from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
+from search.planning.timing import measured_rates, past_rates
+from search.problem.space import given_points
+from search.spec.corpora import fetched_sources, load_corpus
+from search.spec.sections import PretrainedModel, TinyModel, is_local
+from search.spec.study import StudySpec
+from uipe_core.corpora.types import Corpus
+from uipe_core.deltas.adapters import is_adapter
+from uipe_core.deltas.store import DeltaStore
+from uipe_core.deltas.update_vectors import adapter_state, wrap_adapter
+from uipe_core.errors import UserError
+from uipe_core.models.loading import DTYPES
+from uipe_core.models.skeleton import meta_model
+from uipe_core.models.tiny import TinyModelConfig, tiny_skeleton
+from uipe_core.storage.remote_store import RemotePlace
+from uipe_core.storage.safetensors_files import read_headers, weight_files
+from uipe_core.unlearning.loss_inputs import INITIAL_ON_RETAIN
+from uipe_core.unlearning.losses import METHODS
+
+
+def plan_study(spec: StudySpec, out: Path, like: Path | None, say: Callable[[str], None]) -> Plan:
+    """Plans a study without running it.
+
+    Models from the hub are not fetched: of those that are not on this machine only the configuration is read.
+
+    Args:
+        spec: The study.
+        out: Where it would be run.
+        like: Folder of a finished study of the same model and corpus, to take times from in place of timing them here.
+        say: Called with what is being done.
+
+    Raises:
+        UserError: As `prepare`, for what lies on this machine; or `like` is of no use.
+    """
+    notes: list[str] = []
+    preparation, whole = _prepared(spec, notes)
+    builds, built = _builds(preparation)
+    trains, imports = _base_runs(preparation, whole)
+    work = _work(preparation, len(builds), built, trains, len(imports))
+    machine = _machine(preparation.delta_root, out)
+    sizes = _sizes(preparation, trains, imports, notes)
+    rates: Rates | None = None
+    if like is not None:
+        rates = past_rates(like, preparation, trains, len(builds))
+    elif whole and (reason := _why_not_timed(spec, sizes, machine)) is None:
+        rates = measured_rates(preparation, trains, builds, say)
+    elif whole:
+        notes.append(f"times are not known: {reason}")
+    return make_plan(spec, work, sizes, rates, machine, tuple(notes))
+
+
+def _prepared(spec: StudySpec, notes: list[str]) -> tuple[Preparation, bool]:
+    """The study prepared, and whether model and corpus are all there; else with stand-ins for what is not on this machine."""
+    model = spec.model
+    absent = _absent_models(spec)
+    try:
+        corpus = load_corpus(spec)
+    except UserError as error:
+        if isinstance(model, TinyModel) or not fetched_sources(spec):
+            raise
+        notes.append(f"the corpus is not known, and with it neither steps nor times: {error}")
+        corpus = Corpus(spec.corpus.kind, {}, (), (), choices={"forget": ()} if spec.corpus.kind == "multiple_choice" else {})
+        known = False
+    else:
+        known = True
+    if absent:
+        notes.append(
+            f"{', '.join(absent)}: not on this machine and not fetched for a plan, so neither what the caches have "
+            "nor how long steps take is known; plan again where the model is"
+        )
+    if known and not absent:
+        return prepare(spec), True
+    assert isinstance(model, PretrainedModel)
+    models = {"initial": model.initial} | ({"retain": model.retain} if model.retain else {})
+    return Preparation(spec, corpus, None, models, {"initial": model.revision}), False
+
+
+def _absent_models(spec: StudySpec) -> list[str]:
+    """Models of the hub that are not on this machine."""
+    model = spec.model
+    if isinstance(model, TinyModel):
+        return []
+    places = [(model.initial, model.revision)]
+    places += [(model.retain, model.retain_revision)] if model.retain else []
+    places += [(place, None) for folders in spec.checkpoints.values() for place in folders]
+    return list(dict.fromkeys(place for place, revision in places if not is_local(place) and not _is_fetched(place, revision)))
+
+
+def _is_fetched(name: str, revision: str | None) -> bool:
+    """Whether the hub's copy of a model is on this machine with its weights."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return False
+    return any(folder.glob("*.safetensors"))
+
+
+def _builds(preparation: Preparation) -> tuple[list[tuple[str, TinyModelConfig]], int]:
+    """Stage and configuration of the small models to build, and how many the cache has."""
+    wanted = [model.tiny for model in preparation.references if model.tiny is not None]
+    missing = [tiny for tiny in wanted if not preparation.model_store.holds(preparation.tiny_key(*tiny))]
+    return missing, len(wanted) - len(missing)
+
+
+def _base_runs(preparation: Preparation, whole: bool) -> tuple[tuple[str, ...], list[Path | None]]:
+    """Labels of the base runs to train, and the checkpoints to import; a checkpoint that is not here has no folder."""
+    spec = preparation.spec
+    if not whole:
+        places = [place for folders in spec.checkpoints.values() for place in folders]
+        return tuple(run.label for run in spec.variants()), [Path(place) if is_local(place) else None for place in places]
+    deltas = DeltaStore(preparation.delta_root)
+    inputs = {run.label: preparation.base_run_inputs(preparation.unlearning(run)) for run in spec.variants()}
+    given = [pair for label in spec.checkpoints for pair in preparation.checkpoints_of(label)]
+    return (
+        tuple(label for label, needed in inputs.items() if not deltas.holds(needed)),
+        [folder for folder, needed in given if not deltas.holds(needed)],
+    )
+
+
+def _work(preparation: Preparation, builds: int, built: int, trains: tuple[str, ...], imports: int) -> Work:
+    spec = preparation.spec
+    steps = None
+    if spec.unlearning is not None and preparation.corpus.forget_train:
+        per_step = spec.unlearning.batch_size * spec.unlearning.gradient_accumulation
+        steps = -(-len(preparation.corpus.forget_train) // per_step)
+    # A random direction of most points, the held-out items where there are some, and the matched scale of free text.
+    walks = 1 + (spec.split is not None) + (spec.corpus.kind != "multiple_choice")
+    controls = control_jobs(preparation)
+    return Work(
+        builds=builds,
+        built=built,
+        trains=trains,
+        trained=len(spec.variants()) - len(trains),
+        imports=imports,
+        epochs=preparation.trained_epochs,
+        steps=steps,
+        references=sum(model.log is None for model in preparation.references),
+        controls=len(controls),
+        from_logs=sum(job.model is not None for job in controls),
+        given=len(given_points(spec)),
+        search=spec.search.trials,
+        walks=walks,
+    )
+
+
+def _sizes(preparation: Preparation, trains: tuple[str, ...], imports: list[Path | None], notes: list[str]) -> Sizes | None:
+    """How large the model is; None where not even its configuration is here."""
+    spec = preparation.spec
+    try:
+        skeleton = _skeleton(preparation)
+    except UserError as error:
+        notes.append(f"memory and disk are not known: {error}")
+        return None
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    stored = (getattr(skeleton.config, "dtype", None) or next(skeleton.parameters()).dtype).itemsize
+    dtype = "auto" if isinstance(spec.model, TinyModel) else spec.model.dtype
+    adapter = None
+    if spec.unlearning is not None and spec.unlearning.adapter is not None:
+        run = spec.variants()[0]
+        lora = preparation.unlearning(run).adapter
+        assert lora is not None
+        adapter = sum(tensor.numel() for tensor in adapter_state(wrap_adapter(skeleton, lora.as_peft())).values())
+    second = {run.label for run in spec.variants() if METHODS[run.method].needs & INITIAL_ON_RETAIN}
+    return Sizes(
+        parameters,
+        adapter,
+        stored,
+        stored if dtype == "auto" else DTYPES[dtype].itemsize,
+        sum(_import_bytes(folder, parameters) for folder in imports),
+        bool(second & set(trains)),
+    )
+
+
+def _import_bytes(folder: Path | None, parameters: int) -> int:
+    """Bytes of a checkpoint's update vector: fp32 of every parameter, or of an adapter's factors."""
+    if folder is None or not is_adapter(folder):
+        return 4 * parameters
+    stored = read_headers(weight_files(folder, "adapter_model"))
+    return 4 * sum(math.prod(tensor.shape) for tensor in stored.values())
+
+
+def _skeleton(preparation: Preparation) -> Any:
+    if preparation.tiny is not None:
+        return tiny_skeleton(preparation.tiny, preparation.corpus)
+    source = preparation.source("initial")
+    return meta_model(source.location, source.revision, source.trust_remote_code)
+
+
+def _why_not_timed(spec: StudySpec, sizes: Sizes | None, machine: Machine) -> str | None:
+    """What speaks against timing a study's steps on this machine; None where nothing does."""
+    if not at_once(spec, machine)[2]:
+        return "this machine has not what one base run or trial asks for; plan on one that has, or give --like"
+    if sizes is None:
+        return None
+    on_gpu = bool(machine.gpus) and not isinstance(spec.model, TinyModel) and spec.model.device != "cpu"
+    needs = [sizes.scoring_bytes, *([sizes.training_bytes] if spec.unlearning is not None else [])]
+    host = max(host + (0 if on_gpu else device) for host, device in needs)
+    if host + machine.libraries > machine.memory or (on_gpu and max(device for _, device in needs) > machine.gpus[0]):
+        return "the model does not fit in this machine's memory; plan on a larger one, or give --like"
+    return None
+
+
+def _machine(deltas: Path | RemotePlace, out: Path) -> Machine:
+    import torch
+
+    # Of a store at a URL this machine has its node cache.
+    there, here = _nearest(deltas.node_root if isinstance(deltas, RemotePlace) else deltas), _nearest(out)
+    return Machine(
+        cpus=len(os.sched_getaffinity(0)),
+        memory=_memory(),
+        libraries=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        gpus=tuple(torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())),
+        deltas_free=shutil.disk_usage(there).free,
+        out_free=shutil.disk_usage(here).free,
+        same_disk=there.stat().st_dev == here.stat().st_dev,
+    )
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest one above that exists."""
+    found = folder.absolute()
+    while not found.is_dir():
+        found = found.parent
+    return found
+
+
+def _memory() -> int:
+    """Bytes of memory this process may use: the machine's, or what a container leaves of it."""
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+    except (OSError, ValueError):
+        return physical
+    return min(physical, limit)

@@ -1,0 +1,227 @@
+"""How long a study's steps take: timed here on a little of everything, or read from a finished study."""
+
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from search.evaluation.evaluator import load_for_scoring
+from search.evaluation.prepared import Preparation
+from search.evaluation.task import scorer_of
+from search.planning.quantities import MEASURED, PAST, Rates
+from search.store.study_store import StudyStore
+from uipe_core.corpora.split import Rows, take_items
+from uipe_core.corpora.types import Corpus
+from uipe_core.deltas.update_vectors import UpdateVector
+from uipe_core.errors import UserError
+from uipe_core.models.loading import ModelSource, set_threads
+from uipe_core.models.tiny import TinyModelConfig, tiny_model
+from uipe_core.storage.content_store import ContentStore
+from uipe_core.unlearning.training import train_base_run
+
+TIMED_STEPS = 4
+"""Optimiser steps that are timed, after a first one that is not."""
+
+RETAIN_ITEMS = 256
+"""Retain items that a timed base run draws from; tokenizing all of them would take longer than the steps."""
+
+WHOLE_SECONDS = 5.0
+"""Up to here a trial's scoring is timed whole; beyond, it is told from a share of the items."""
+
+FIRST_SHARE = 1 / 16
+
+
+def measured_rates(
+    preparation: Preparation, trains: Iterable[str], builds: Iterable[tuple[str, TinyModelConfig]], say: Callable[[str], None]
+) -> Rates:
+    """Really loads (or begins to build) the initial model, takes a few optimiser steps with every method, and scores items.
+
+    Args:
+        preparation: The study.
+        trains: Labels of the base runs that are to be trained; runs of the same method are timed once.
+        builds: Stage and configuration of the tiny models that are to be built.
+        say: Called with what is being timed.
+
+    Raises:
+        UserError: If the model cannot be loaded, or a method cannot train it.
+    """
+    set_threads(preparation.spec.resources.trial.threads)
+    with tempfile.TemporaryDirectory(prefix="uipe-plan-") as scratch:
+        store = ContentStore(Path(scratch))
+        seconds = {}
+        for stage, config in builds:
+            say(f"timing a few steps of building a small model ({stage})")
+            seconds[stage, config] = _seconds_to_build(config, preparation.corpus, stage, store)
+        source = _initial(preparation, store)
+        epochs, update = _epochs(preparation, source, set(trains), say)
+        say("timing the scoring of a few items")
+        trial, whole, load, size = _scoring(preparation, source, update)
+    return Rates(MEASURED, epochs, sum(seconds.values()), trial, whole, size, load)
+
+
+def _initial(preparation: Preparation, store: ContentStore) -> ModelSource:
+    """The initial model; of a tiny one that is not built yet, one of its shape after a few steps."""
+    if preparation.tiny is None:
+        return preparation.source("initial")
+    folder = preparation.model_store.find(preparation.tiny_key("full", preparation.tiny))
+    return preparation.source("initial", str(folder or _begun(preparation.tiny, preparation.corpus, "full", store)))
+
+
+def _begun(config: TinyModelConfig, corpus: Corpus, stage: str, store: ContentStore, note: Any = None) -> Path:
+    """A tiny model after the first few steps of a stage; its vocabulary is the whole one."""
+    settings = config.base if stage == "base" and config.base is not None else config.finetune
+    items = corpus.build[stage][: settings.batch_size * (TIMED_STEPS + 1)]
+    texts = [text for group in corpus.build.values() for item in group for text in (item.question + "\n", item.answer)]
+    short = replace(settings, epochs=1)
+    base = short if stage == "base" and config.base is not None else None
+    few = replace(config, base=base, finetune=short, extra_texts=(*config.extra_texts, *texts))
+    return tiny_model(few, replace(corpus, build={stage: items}), stage, store, note)
+
+
+def _seconds_to_build(config: TinyModelConfig, corpus: Corpus, stage: str, store: ContentStore) -> float:
+    clock = _Clock()
+    _begun(config, corpus, stage, store, clock)
+    settings = config.base if stage == "base" and config.base is not None else config.finetune
+    return clock.step * settings.epochs * -(-len(corpus.build[stage]) // settings.batch_size)
+
+
+class _Clock:
+    """Notes when steps end."""
+
+    def __init__(self) -> None:
+        self._ends: list[float] = []
+
+    def __call__(self, done: int, total: int) -> None:
+        self._ends.append(time.perf_counter())
+
+    @property
+    def last(self) -> float:
+        return self._ends[-1]
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step: the first is left out where there are others, because it warms everything up."""
+        return statistics.median(np.diff(self._ends)) if len(self._ends) > 1 else 0.0
+
+
+def _epochs(
+    preparation: Preparation, source: ModelSource, trains: set[str], say: Callable[[str], None]
+) -> tuple[dict[str, float], UpdateVector | None]:
+    """Seconds of an epoch of each base run, its update vector included; and one such vector."""
+    by_method: dict[str, float] = {}
+    update = None
+    corpus = preparation.corpus
+    runs = [run for run in preparation.spec.variants() if run.label in trains]
+    for run in runs:
+        if run.method in by_method:
+            continue
+        say(f"timing a few steps of {run.method}")
+        config = replace(preparation.unlearning(run), epochs=1)
+        step_items = config.batch_size * config.gradient_accumulation
+        items = corpus.forget_train[: step_items * (TIMED_STEPS + 1)]
+        few = replace(corpus, forget_train=items, retain_train=corpus.retain_train[:RETAIN_ITEMS])
+        clock = _Clock()
+        started = time.perf_counter()
+        update = next(train_base_run(source.load(dtype="auto"), few, config, clock)).update
+        ended = time.perf_counter()
+        steps = -(-len(corpus.forget_train) // step_items)
+        # Where an epoch is a single step there is nothing to leave out.
+        step = clock.step or clock.last - started
+        by_method[run.method] = steps * step + (ended - clock.last)
+    return {run.label: by_method[run.method] for run in runs}, update
+
+
+def _scoring(preparation: Preparation, source: ModelSource, update: UpdateVector | None) -> tuple[float, float, float, float]:
+    """Seconds of a trial, to score all items, and to load the model; and bytes of the scores a trial keeps."""
+    started = time.perf_counter()
+    loaded, walker = load_for_scoring(source)
+    load = time.perf_counter() - started
+    select = preparation.split.select
+    rows = _share(select, FIRST_SHARE)
+    _timed_scores(preparation, rows, loaded)  # the first pass warms everything up
+    seconds, size = _timed_scores(preparation, rows, loaded)
+    if seconds / FIRST_SHARE <= WHOLE_SECONDS:
+        rows = select
+        seconds, size = _timed_scores(preparation, rows, loaded)
+    scored = sum(map(len, rows.values()))
+    half = seconds * sum(map(len, select.values())) / scored
+    corpus = preparation.corpus
+    everything = sum(map(len, {**corpus.sets, **corpus.choices}.values()))
+    apply = 0.0
+    if update is not None:
+        started = time.perf_counter()
+        walker.apply(update, 0.5)
+        apply = time.perf_counter() - started
+    return half + apply, seconds * everything / scored, load, size * half / seconds
+
+
+def _share(rows: Rows, share: float) -> Rows:
+    """Every so many-th item of each set, so that short and long ones are among them."""
+    return {name: chosen[:: max(1, round(1 / share))] for name, chosen in rows.items()}
+
+
+def _timed_scores(preparation: Preparation, rows: Rows, loaded: Any) -> tuple[float, int]:
+    scorer = scorer_of(take_items(preparation.corpus, rows), loaded.prompts, preparation.scoring)
+    started = time.perf_counter()
+    report = scorer.score(loaded)
+    seconds = time.perf_counter() - started
+    with tempfile.TemporaryFile() as stream:
+        arrays: dict[str, Any] = dict(report.arrays())
+        np.savez_compressed(stream, **arrays)
+        return seconds, os.fstat(stream.fileno()).st_size
+
+
+def past_rates(folder: Path, preparation: Preparation, trains: Iterable[str], builds: int) -> Rates:
+    """Rates of a study that was run before: medians of its epochs and trials.
+
+    Args:
+        folder: Where it was run.
+        preparation: The study that is planned.
+        trains: Labels of the base runs that are to be trained.
+        builds: Small models that are to be built; the other study is taken to have built as many.
+
+    Raises:
+        UserError: If the folder holds no study, one of another model or corpus, or none of what is asked for is in it.
+    """
+    store = StudyStore.open(folder)
+    record, trials = store.record, store.trials_frame()
+    store.close()
+    # What is not on this machine is known by its name only, and the corpus by its section of the study file.
+    model, ours = record["models"].get("initial", ""), preparation.models["initial"]
+    corpus_known = bool(preparation.corpus.sets or preparation.corpus.forget_train)
+    same = {
+        "model": model == ours or model.startswith(f"{ours}@"),
+        "corpus": record["corpus"]["hash"] == preparation.corpus.hash
+        if corpus_known
+        else store.spec.corpus == preparation.spec.corpus,
+    }
+    if not all(same.values()):
+        other = " and ".join(name for name, equal in same.items() if not equal)
+        raise UserError(
+            f"--like {folder}: it is a study of another {other}; give one of the same, or leave it out to time it here"
+        )
+    if trials.empty:
+        raise UserError(f"--like {folder}: no trial of it is complete; give a finished study, or leave it out to time it here")
+    past = {
+        label: statistics.median(epoch["seconds"] for epoch in run["epochs"])
+        for label, run in record.get("base_runs", {}).items()
+        if run["epochs"] and all("seconds" in epoch for epoch in run["epochs"])
+    }
+    trains = list(trains)
+    if trains and not past:
+        raise UserError(f"--like {folder}: it has no base runs to tell from; leave it out to time them here")
+    # A base run that was not in the other study is taken to be as slow as the slowest that was.
+    epochs = {label: past.get(label, max(past.values())) for label in trains}
+    trial = float(trials["seconds"].median())
+    scored = sum(record["corpus"]["items"]["select"].values())
+    halves = record["corpus"]["items"]
+    everything = scored + (sum(halves["report"].values()) if store.spec.split is not None else 0)
+    sizes = [path.stat().st_size for path in (folder / "items" / "trials").glob("*.npz")]
+    size = statistics.median(sizes) if sizes else 0.0
+    return Rates(PAST, epochs, record["seconds"]["models"] if builds else 0.0, trial, trial * everything / scored, size)

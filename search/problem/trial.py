@@ -1,0 +1,101 @@
+"""One thing to score: what travels to a worker, and what its trial carries about it."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from search.evaluation.pruning import Rival
+from search.problem.space import Point
+
+POINT_KINDS = ("alpha_zero", "search", "dial")
+"""Points of the search space, trials of the study: given, proposed, and asked for by `search.results.dial`."""
+
+REFERENCE_KINDS = ("initial", "retain", "other_retain", "never_finetuned")
+"""Models scored as they are."""
+
+MIRROR_KINDS = ("random_direction", "held_out", "matched_scale", "confirm")
+"""What is scored of a front point afterwards: a random direction of its norm; the point itself on the items kept for
+reporting; with its logits brought to the scale of the initial model; with its base run trained from another seed."""
+
+CONTROL_KINDS = (*REFERENCE_KINDS, "next_epoch", "temperature", *MIRROR_KINDS)
+"""What the trials are compared with: trials of the controls study."""
+
+REPORTED_KINDS = ("held_out", "confirm")
+"""Scored on the items kept for reporting; everything else on those for selection."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One thing to score.
+
+    Attributes:
+        kind: One of `POINT_KINDS` or `CONTROL_KINDS`.
+        base, epoch, alpha: Which update vector, walked how far; None where no vector is involved.
+        temperature: Logits are divided by it.
+        of_trial: For one of `MIRROR_KINDS`, the trial whose base, epoch and alpha it mirrors.
+        model: Name of the reference model where no vector is involved; None for the initial one.
+        seed: For a confirmation, the seed its base run was trained with.
+        delta: Entries of the delta store that hold its base run. They travel with the job, because a base run may be published
+            after a worker has started; they do not make it another job.
+        warm_start: The earlier study on whose front the point was; that does not make it another job either.
+        rivals: Complete trials; scoring ends early when one of them dominates whatever the trial may become
+            (`search.evaluation.pruning`). They are those of the moment at which it is handed out.
+        floor: The utility floor a point was asked for by (`search.results.dial`), as a share; nor does that.
+    """
+
+    kind: str
+    base: str | None = None
+    epoch: int | None = None
+    alpha: float | None = None
+    temperature: float = 1.0
+    of_trial: int | None = None
+    model: str | None = None
+    seed: int | None = None
+    delta: tuple[str, ...] = field(default=(), compare=False)
+    warm_start: str | None = field(default=None, compare=False)
+    rivals: tuple[Rival, ...] = field(default=(), compare=False)
+    floor: float | None = field(default=None, compare=False)
+
+    @property
+    def run(self) -> str | None:
+        """Its base run: the label, or `retrained` from another seed."""
+        return self.base if self.seed is None else retrained(str(self.base), self.seed)
+
+    def as_text(self) -> str:
+        """As it travels: JSON, because Tune copies, formats and writes a configuration several times, value by value."""
+        return json.dumps({each.name: getattr(self, each.name) for each in fields(self)})
+
+    @staticmethod
+    def from_text(text: str) -> "Job":
+        """What `as_text` gave."""
+        given = json.loads(text)
+        return Job(**{**given, "delta": tuple(given["delta"]), "rivals": tuple(given["rivals"])})
+
+
+def retrained(label: str, seed: int) -> str:
+    """Name of a base run that was trained again from another seed."""
+    return f"{label}@{seed}"
+
+
+def identity(job: Job, methods: Mapping[str, str]) -> dict[str, Any]:
+    """What a trial carries about the job it is."""
+    facts: dict[str, Any] = {
+        "kind": job.kind,
+        "base": job.base,
+        "method": None if job.base is None else methods[job.base],
+        "epoch": job.epoch,
+        "alpha": job.alpha,
+        "walk": _walk(job),
+    }
+    if job.temperature != 1.0:
+        facts["temperature"] = job.temperature
+    origin = ("of_trial", "model", "seed", "warm_start", "floor")
+    facts.update({name: value for name in origin if (value := getattr(job, name)) is not None})
+    return facts
+
+
+def _walk(job: Job) -> str | None:
+    if job.base is None or job.epoch is None or job.alpha is None:
+        return None
+    return Point(job.base, job.epoch, job.alpha).walk

@@ -1,0 +1,178 @@
+"""What won, in plain sentences: the same in the report, on the terminal and in the dashboard."""
+
+import math
+
+import pandas as pd
+
+from search.problem.objectives import Objective
+from search.problem.pareto import DEFAULT_FLOOR, utility_floor
+from search.report.data import ReportData, collapsed
+from search.report.style import alpha, count, decimal, number, probability
+from uipe_core.errors import UserError
+
+# Gains below this share of the hypervolume at alpha = 0 are rounding, not results.
+_NOTHING = 1e-6
+_AS_MUCH = 0.9
+_GAMED = 0.05
+"""Forget quality that passes the usual test, reached by a model that was never taught."""
+
+
+def verdict(view: ReportData) -> list[str]:
+    """What won, in plain sentences: what alpha gained over the unlearned epochs, and whether chance gains as much.
+
+    Gains are hypervolumes over what is given without a search: the initial model and every epoch at alpha = 0.
+    """
+    front = view.trials[view.trials["on_front"]]
+    if front.empty:
+        return ["No trial is complete yet, so there is no front to judge."]
+    walks = front["walk"].value_counts()
+    longer, shorter = int(walks.get("extrapolation", 0)), int(walks.get("interpolation", 0))
+    given = len(front) - longer - shorter
+    sentences = [
+        *_gain_sentences(view),
+        *_next_epoch_sentences(view),
+        *_floor_sentences(view),
+        *_held_out_sentences(view),
+        *_noise_sentences(view),
+        f"The front has {count(len(front), 'point')}: {given} given at alpha = 0, {shorter} by interpolation "
+        f"(alpha below 0) and {longer} by extrapolation (alpha above 0).",
+    ]
+    flagged = int(front["flagged"].sum())
+    if flagged:
+        sentences.append(
+            f"{flagged} of {count(len(front), 'front point')} {'is' if flagged == 1 else 'are'} flagged: "
+            f"{view.flag.meaning}, {view.flag.caution}."
+        )
+    return [*sentences, *_collapse_sentences(front)]
+
+
+def _collapse_sentences(front: pd.DataFrame) -> list[str]:
+    broken = front[collapsed(front)]
+    if broken.empty:
+        return []
+    first = broken.iloc[0]
+    return [
+        f"{len(broken)} of {count(len(front), 'front point')} {'has' if len(broken) == 1 else 'have'} collapsed, "
+        f"whatever the metrics say, and {'is' if len(broken) == 1 else 'are'} never selected unless asked for; "
+        f"trial {int(first['trial'])}: {first['collapsed']}."
+    ]
+
+
+def _gain_sentences(view: ReportData) -> list[str]:
+    gain, scale = view.summary["gain"], view.summary["hypervolume"].get("alpha_zero")
+    everything, longer, chance = (number(gain.get(key)) for key in ("all", "extrapolation_only", "random_direction"))
+    nothing = _NOTHING * max(abs(number(scale, 0.0)), _NOTHING)
+    if math.isnan(everything):
+        return ["The gain over alpha = 0 was not measured."]
+    if everything <= nothing:
+        return ["The search won nothing: no alpha, above or below 0, beats the unlearned epochs as they were trained."]
+    sentences = [f"Choosing alpha won {decimal(everything)} of hypervolume over the unlearned epochs as they were trained."]
+    if view.summary["alpha"]["low"] < 0 and not math.isnan(longer):
+        if longer <= nothing:
+            sentences.append(
+                "Extrapolation won nothing: all of the gain comes from alpha below 0, from scaling an update down."
+            )
+        else:
+            sentences.append(f"Alpha of 0 and above alone won {decimal(longer)}, {longer / everything:.0%} of it.")
+    mirrored = int((view.controls["kind"] == "random_direction").sum())
+    if math.isnan(chance) or mirrored == 0:
+        return [*sentences, "No random direction was scored, so the gain is not yet told from chance."]
+    drawn = f"{count(mirrored, 'random direction')} of the same size"
+    if chance >= _AS_MUCH * everything:
+        sentences.append(
+            f"But {drawn} won {decimal(chance)}, as much as the search: the gain is no evidence for the unlearning direction."
+        )
+    elif chance <= nothing:
+        sentences.append(f"{drawn[0].upper()}{drawn[1:]} won nothing, so the direction carries the gain.")
+    else:
+        sentences.append(f"{drawn[0].upper()}{drawn[1:]} won {decimal(chance)}, {chance / everything:.0%} of it.")
+    return sentences
+
+
+def _next_epoch_sentences(view: ReportData) -> list[str]:
+    """The paper's control: whether training one epoch longer goes where no alpha went."""
+    objectives = [objective.name for objective in view.objectives]
+    controls = view.controls[view.controls["kind"] == "next_epoch"]
+    further = controls[objectives].dropna().to_numpy(dtype=float)
+    if len(further) == 0:
+        return []
+    front = view.trials.loc[view.trials["on_front"], objectives].to_numpy(dtype=float)
+    beyond = sum(not any((point >= other).all() for point in front) for other in further)
+    of_all = f"of {count(len(further), 'next epoch')} of plain training"
+    if beyond == 0:
+        return [f"None {of_all} lies beyond the front."]
+    return [
+        f"{beyond} {of_all} {'lies' if beyond == 1 else 'lie'} beyond the front: there training on beats every alpha tried."
+    ]
+
+
+def _floor_sentences(view: ReportData) -> list[str]:
+    """The gain as one deployable point: the strongest forgetting at nearly the initial model's utility."""
+    forgetting, utility = view.objectives[:2]
+    initial = view.controls.loc[view.controls["kind"] == "initial", utility.name].dropna()
+    scored = view.trials[~collapsed(view.trials)].dropna(subset=[forgetting.name, utility.name])
+    if initial.empty:
+        return []
+    picks = []
+    for table in (scored, scored[scored["kind"] == "alpha_zero"]):
+        try:
+            row = utility_floor(table[forgetting.name], table[utility.name], DEFAULT_FLOOR * float(initial.iloc[0]))
+        except UserError:
+            break
+        picks.append(table.iloc[row])
+    if not picks:
+        return [f"No trial keeps {DEFAULT_FLOOR:.0%} of the initial {utility.title}."]
+    best = picks[0]
+    point = f"{best['base']}, epoch {int(best['epoch'])}, alpha {alpha(best['alpha'])}"
+    sentence = (
+        f"At {DEFAULT_FLOOR:.0%} or more of the initial {utility.title} the strongest forgetting is "
+        f"trial {int(best['trial'])} ({point}) with {_strength(forgetting, best)}"
+    )
+    if len(picks) == 1:
+        return [f"{sentence}; no unlearned epoch as trained keeps that much."]
+    if picks[1][forgetting.name] >= best[forgetting.name]:
+        return [f"{sentence}; no other alpha forgets more than the best unlearned epoch there."]
+    return [f"{sentence}; the best unlearned epoch as trained reaches {_strength(forgetting, picks[1], named=False)}."]
+
+
+def _held_out_sentences(view: ReportData) -> list[str]:
+    """How far front points fall back on the items nothing was chosen by."""
+    if view.held_out.empty:
+        return []
+    utility = view.objectives[1]
+    change = view.held_out[f"{utility.name}_difference"].astype(float)
+    worst = int(view.held_out["trial"].iloc[int(change.argmin())])
+    return [
+        f"On the held-out items the front's {utility.title} changes by {decimal(change.mean(), utility.places)} on average, "
+        f"at worst by {decimal(change.min(), utility.places)} (trial {worst})."
+    ]
+
+
+def _noise_sentences(view: ReportData) -> list[str]:
+    """Where forget quality stops meaning anything: perfect forgetting from other seeds, and a model that never learned."""
+    others = view.controls.loc[view.controls["kind"] == "other_retain"]
+    never = view.controls.loc[view.controls["kind"] == "never_finetuned"]
+    sentences = []
+    if not others.empty and "forget_quality" in others:
+        reached = ", ".join(probability(value) for value in sorted(others["forget_quality"]))
+        seeds = count(len(others), "other seed")
+        sentences.append(f"Retain models of {seeds} reach forget quality {reached}: differences up there mean nothing.")
+    if not never.empty and "forget_quality" in never:
+        row = never.iloc[0]
+        gamed = ": forget quality alone can be had for nothing" if row["forget_quality"] >= _GAMED else ""
+        sentences.append(
+            f"A model never fine-tuned has forget quality {probability(row['forget_quality'])} at "
+            f"{view.objectives[1].title} {decimal(row[view.objectives[1].name])}{gamed}."
+        )
+    return sentences
+
+
+def _strength(forgetting: Objective, row: pd.Series, named: bool = True) -> str:
+    if forgetting.p_value is not None:
+        name, value = forgetting.title.removeprefix("log10 "), probability(row[forgetting.p_value])
+    elif forgetting.beside:
+        (key, name), *_ = forgetting.beside
+        value = decimal(row[key], forgetting.places)
+    else:
+        name, value = forgetting.title, decimal(row[forgetting.name], forgetting.places)
+    return f"{name} {value}" if named else value

@@ -1,0 +1,118 @@
+"""The tables and the summary that a report is made of."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, flag_of
+
+FORGETTING, UTILITY = "forgetting", "utility"
+"""Columns of the first two objectives by role: pictures and verdict need not know which numbers these are."""
+
+TRIAL_COLUMNS = ("trial", "kind", "base", "method", "epoch", "alpha", "walk", "flagged", "seconds", "on_front")
+CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "of_trial")
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number in a table of the report: its key, its head, and the function of `search.report.style` that writes it."""
+
+    key: str
+    head: str
+    form: str
+    places: int = 4
+
+
+def collapsed(table: pd.DataFrame) -> pd.Series:
+    """Which rows of a table have collapsed; none of a study that was scored before collapse was looked for."""
+    if "collapsed" not in table:
+        return pd.Series(False, index=table.index)
+    return table["collapsed"].map(lambda reason: isinstance(reason, str)).astype(bool)
+
+
+@dataclass(frozen=True, eq=False)
+class ReportData:
+    """All that a report shows, read from a study by the caller.
+
+    Attributes:
+        trials: a row per complete point of the search space with the columns of `TRIAL_COLUMNS` and the objectives. `kind` is
+            "alpha_zero" or "search"; `walk` is "initial model", "interpolation", "unlearned epoch" or "extrapolation";
+            `seconds` is the time of the trial. Optional: `related_log10_forget_quality`,
+            `unrelated_log10_forget_quality` and the components of utility.
+        controls: a row per scored control, likewise (`CONTROL_COLUMNS`), NaN or None where one does not apply.
+            `kind` is a key of `CONTROLS`; `of_trial` is the trial that a random direction mirrors.
+        summary: study, definition, corpus, model, seed, dtype, forget_items, log10_floor, reference_point,
+            forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, running}, hypervolume, gain
+            {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage,
+            created (ISO time), versions; and,
+            where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}],
+            failure_reasons [(reason, count)], saved (`search.evaluation.pruning.savings`), pruned [{trial, base, ...}] (`pruned_table`),
+            usage {hours, cpu_hours, gpu_hours}.
+        objectives: what the study maximises.
+        certainty, held_out, matched_scale, confirmations: tables of `search.results.uncertainty` and `search.results.finalists`; empty where
+            nothing of the kind was scored.
+    """
+
+    trials: pd.DataFrame
+    controls: pd.DataFrame
+    summary: dict[str, Any]
+    objectives: tuple[Objective, ...] = (FORGET_QUALITY, MODEL_UTILITY)
+    certainty: pd.DataFrame = field(default_factory=pd.DataFrame)
+    held_out: pd.DataFrame = field(default_factory=pd.DataFrame)
+    matched_scale: pd.DataFrame = field(default_factory=pd.DataFrame)
+    confirmations: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @property
+    def columns(self) -> list[Column]:
+        """The numbers that tables show of every trial and control: objectives, p-values, logit scale."""
+        found = []
+        for objective in self.objectives:
+            if objective.p_value is not None:
+                found.append(Column(objective.p_value, objective.title.removeprefix("log10 "), "probability"))
+                found.append(Column(objective.name, "log10", "decimal", objective.places))
+            else:
+                found.append(Column(objective.name, objective.title, "decimal", objective.places))
+            found += [Column(key, head, "decimal", objective.places) for key, head in objective.beside]
+        return [*found, Column("logit_scale", "logit scale", "decimal", 3)]
+
+    @property
+    def related(self) -> list[Column]:
+        """Further columns of the front: log10 forget quality of related (K2) and unrelated (K0) facts, where scored."""
+        heads = {"related": "related (K2)", "unrelated": "unrelated (K0)"}
+        shown = {objective.name for objective in self.objectives}
+        names = {f"{name}_log10_forget_quality": head for name, head in heads.items()}
+        return [
+            Column(name, head, "decimal", 2)
+            for name, head in names.items()
+            if name in self.trials.columns and name not in shown
+        ]
+
+    def finalists(self) -> list[dict[str, Any]]:
+        """The front from best kept to best forgotten, each point with what was found out about it afterwards."""
+        front = self.trials[self.trials["on_front"]].sort_values(
+            [objective.name for objective in self.objectives], ascending=False
+        )
+        for table, columns in (
+            (self.certainty, list(self.certainty.columns)),
+            (self.held_out, [name for name in self.held_out.columns if name.endswith(("_held_out", "_difference"))]),
+            (self.matched_scale, [name for name in self.matched_scale.columns if name.endswith("_matched")]),
+        ):
+            if not table.empty:
+                front = front.merge(table[["trial", *(name for name in columns if name != "trial")]], on="trial", how="left")
+        return [{str(key): value for key, value in row.items()} for row in front.to_dict("records")]
+
+    @property
+    def flag(self) -> Flag:
+        """What it means that a point is flagged."""
+        return flag_of(self.objectives)
+
+    @property
+    def ceiling(self) -> float:
+        """Value of the first objective above which differences are noise; infinity where there is none."""
+        return self.objectives[0].ceiling(self.summary["forget_quality_cap"])
+
+    def by_role(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table with the first two objectives under their roles too (`FORGETTING`, `UTILITY`)."""
+        roles = dict(zip((FORGETTING, UTILITY), self.objectives, strict=False))
+        return table.assign(**{role: table[objective.name].astype(float) for role, objective in roles.items()})

@@ -1,0 +1,198 @@
+"""The report of a study: one self-contained HTML page with its pictures beside it."""
+
+import base64
+import math
+import os
+import tempfile
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from search.report.conclusions import verdict
+from search.report.data import CONTROL_COLUMNS, TRIAL_COLUMNS, Column, ReportData
+from search.report.style import alpha, decimal, number, probability, seconds, table_text, whole
+from search.results.uncertainty import FEW_GROUPS
+from uipe_core.errors import UserError
+
+STAGES = {
+    "models": "models: load or train the initial and the retain model",
+    "base_runs": "base runs: train each unlearning method once",
+    "baselines": "baselines: score alpha = 0 and the controls",
+    "trials": "trials: re-apply cached updates and score",
+}
+CONTROLS = {
+    "initial": ("Initial model", "Still knows everything: where every walk starts, and the utility worth keeping."),
+    "retain": ("Retain model", "Never saw the forget set: what perfect forgetting looks like, by definition."),
+    "other_retain": (
+        "Retain models of other seeds",
+        "Perfect forgetting again, from other seeds: how far forget quality varies where there is nothing to choose.",
+    ),
+    "never_finetuned": (
+        "Never fine-tuned",
+        "The model before it learned any of this: forget quality alone would choose it, and its utility says why not.",
+    ),
+    "next_epoch": (
+        "Next epoch",
+        "One more epoch of plain training: a longer walk must beat what training on would have given.",
+    ),
+    "random_direction": (
+        "Random direction",
+        "Same norm in every tensor, same alpha, drawn at random: what the size of a step does without its direction.",
+    ),
+    "temperature": (
+        "Logit temperature",
+        "The initial model with scaled logits: how much utility sharper probabilities give with nothing learned.",
+    ),
+}
+NONE_YET: dict[str, Any] = {
+    **{key: [] for key in ("selections", "notes", "failures", "failure_reasons", "pruned")},
+    **dict.fromkeys(("usage", "saved")),
+}
+"""What a summary may lack."""
+
+AFTERWARDS = ("held_out", "matched_scale", "confirm")
+"""Kinds of controls that belong to single front points and are shown beside them."""
+
+
+def write_report(view: ReportData, folder: Path) -> Path:
+    """Writes `report.html`, `front.png` and `alpha_curves.png` into a folder, each whole or not at all.
+
+    Args:
+        view: the study's tables and summary.
+        folder: created where it is missing; an older report in it is replaced.
+
+    Returns:
+        The path of `report.html`, which needs no other file and no network.
+
+    Raises:
+        UserError: the folder cannot be written.
+        ValueError: a column that the report needs is missing, or a walk or kind of control has an unknown name.
+    """
+    from search.report import (
+        figures as plots,  # matplotlib comes with it, which writes into the home folder unless told otherwise before
+    )
+    from search.report.plot_style import png
+
+    needed = [*TRIAL_COLUMNS, *(objective.name for objective in view.objectives)]
+    missing = [column for column in needed if column not in view.trials.columns]
+    if missing:
+        raise ValueError(f"trials lack the columns {missing}")
+    strange = set(view.trials["walk"]) - set(plots.WALKS) | set(view.controls.get("kind", ())) - set(CONTROLS) - set(AFTERWARDS)
+    if strange:
+        raise ValueError(f"walks or kinds of control that the report does not know: {sorted(map(str, strange))}")
+    columns = [*CONTROL_COLUMNS, *(column.key for column in view.columns), *view.controls.columns]
+    controls = view.controls.reindex(columns=list(dict.fromkeys(columns)))
+    trials = view.trials.astype({"on_front": bool, "flagged": bool}).assign(collapsed=view.trials.get("collapsed"))
+    view = replace(view, trials=trials, controls=controls)
+    pictures = {"front": png(plots.front_figure(view)), "alpha_curves": png(plots.alpha_figure(view))}
+    page = _render(view, pictures)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            _replace(folder / f"{name}.png", picture)
+        _replace(folder / "report.html", page.encode())
+    except OSError as error:
+        raise UserError(f"cannot write the report into {folder}: {error.strerror}; free space or choose another") from error
+    return folder / "report.html"
+
+
+def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
+    from search.report import figures as plots
+    from search.report.plot_style import DPI, WIDTH
+
+    source = resources.files("search.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    css = resources.files("search.report").joinpath("report.css").read_text(encoding="utf-8")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(
+        cell=_cell, probability=probability, decimal=decimal, alpha=alpha, seconds=seconds, whole=whole, table_text=table_text
+    )
+    front = view.trials[view.trials["on_front"]].sort_values([objective.name for objective in view.objectives])
+    by_trial = {int(row["trial"]): row for row in view.trials.to_dict("records")}
+    bases = int(view.trials["base"].nunique())
+    return environment.from_string(source).render(
+        style=css,
+        summary={**NONE_YET, **view.summary},
+        verdict=verdict(view),
+        gains=_gain_bars(view.summary),
+        front=front.to_dict("records"),
+        columns=view.columns,
+        finalists=view.finalists(),
+        certain=not view.certainty.empty,
+        few_groups=FEW_GROUPS,
+        apart=not view.held_out.empty,
+        matched=not view.matched_scale.empty,
+        paired="paired_p" in view.trials.columns,
+        confirmed=view.confirmations.to_dict("records"),
+        related=view.related,
+        objectives=view.objectives,
+        ceiling=view.ceiling,
+        flag=view.flag,
+        infinity=math.inf,
+        by_trial=by_trial,
+        controls=[
+            {"name": name, "purpose": purpose, "rows": view.controls[view.controls["kind"] == kind].to_dict("records")}
+            for kind, (name, purpose) in CONTROLS.items()
+            # Most kinds mean something for forget quality only.
+            if view.objectives[0].quality_of is not None or kind in set(view.controls["kind"])
+        ],
+        cost=_cost(view),
+        bases=bases,
+        bases_shown=len(plots.shown_bases(view.trials)),
+        picture_width=round(WIDTH * DPI / 2),
+        front_picture=base64.b64encode(pictures["front"]).decode(),
+        alpha_picture=base64.b64encode(pictures["alpha_curves"]).decode(),
+    )
+
+
+def _cell(row: dict[str, Any], column: Column) -> str:
+    value = row.get(column.key)
+    return probability(value) if column.form == "probability" else decimal(value, column.places)
+
+
+def _gain_bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    labels = {"all": "all alpha", "extrapolation_only": "alpha ≥ 0", "random_direction": "random directions"}
+    gains = {key: number(summary["gain"].get(key)) for key in labels}
+    longest = max([value for value in gains.values() if value > 0], default=1.0)
+    shares = {key: 0.0 if math.isnan(value) else max(value, 0.0) / longest for key, value in gains.items()}
+    return [{"label": labels[key], "gain": gains[key], "share": 100 * shares[key]} for key in labels]
+
+
+def _cost(view: ReportData) -> dict[str, Any]:
+    spent = {stage: number(view.summary["seconds"].get(stage), 0.0) for stage in STAGES}
+    total = sum(spent.values())
+    search = view.trials[view.trials["kind"] == "search"]
+    trained = view.summary["base_run_seconds"]
+    base_run = sum(trained) / len(trained) if trained else math.nan
+    trial = float(search["seconds"].median())
+    saved = view.summary.get("saved")
+    scored = len(search) + (saved["trials"] if saved else 0)
+    return {
+        "stages": [
+            {"label": label, "seconds": spent[stage], "share": 100 * spent[stage] / total if total else 0.0}
+            for stage, label in STAGES.items()
+        ],
+        "total": total,
+        "saved": saved,
+        "trials_per_second": scored / spent["trials"] if spent["trials"] else math.nan,
+        "trial": trial,
+        "base_run": base_run,
+        "ratio": base_run / trial if trial > 0 and base_run > 0 else math.nan,
+    }
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, never a part."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        # mkstemp makes files that only the owner may read; a report is there to be passed on.
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

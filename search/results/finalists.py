@@ -1,0 +1,105 @@
+"""What is done about the points of the front once they are found: scored once more, confirmed, and told from luck."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from search.problem.objectives import Objective
+from search.problem.pareto import hypervolume, non_dominated
+from search.problem.trial import Job
+from search.store.study_store import StudyStore
+
+
+def mirror_jobs(store: StudyStore) -> list[Job]:
+    """What is still to be scored of the front: each point on the items kept for reporting (where items are split) and with its
+    logits at the initial model's scale; and of each that left alpha = 0, a random direction of the same norm."""
+    trials = store.trials_frame()
+    if trials.empty:
+        return []
+    controls = store.controls_frame()
+    done = set()
+    if not controls.empty and "of_trial" in controls:
+        known = controls.dropna(subset=["of_trial"])
+        done = set(zip(known["kind"], known["of_trial"].astype(int), strict=True))
+    front = trials[non_dominated(trials[[objective.name for objective in store.objectives]].to_numpy())]
+    jobs = []
+    for row in front.to_dict("records"):
+        point = (row["base"], int(row["epoch"]), float(row["alpha"]))
+        wanted = []
+        if row["alpha"] != 0:
+            wanted.append(Job("random_direction", *point, of_trial=int(row["trial"])))
+        if store.spec.split is not None:
+            wanted.append(Job("held_out", *point, of_trial=int(row["trial"])))
+        scale = row.get("logit_scale")
+        # Which letter is likeliest does not depend on the scale of the logits.
+        matters = store.spec.corpus.kind != "multiple_choice"
+        if matters and scale is not None and np.isfinite(scale) and scale > 0:
+            wanted.append(Job("matched_scale", *point, temperature=float(scale), of_trial=int(row["trial"])))
+        jobs += [job for job in wanted if (job.kind, job.of_trial) not in done]
+    return jobs
+
+
+def best_first(front: pd.DataFrame, objectives: tuple[Objective, ...], corner: np.ndarray, ceilings: list[float]) -> list[int]:
+    """Trials of a front by the hypervolume that only they add, largest first; equal ones keep their order.
+
+    Args:
+        front: Rows of the front.
+        objectives: What is maximised.
+        corner: (m,) the reference point.
+        ceilings: Value of each objective above which more counts for nothing.
+    """
+    points = np.minimum(front[[objective.name for objective in objectives]].to_numpy(dtype=float), ceilings)
+    whole = hypervolume(points, corner)
+    adds = [whole - hypervolume(np.delete(points, row, axis=0), corner) for row in range(len(points))]
+    return [int(front["trial"].iloc[row]) for row in np.argsort(-np.array(adds), kind="stable")]
+
+
+def held_out(front: pd.DataFrame, controls: pd.DataFrame, objectives: tuple[Objective, ...]) -> pd.DataFrame:
+    """A row per front point with its objectives on the items for selection and on those for reporting, and their difference.
+
+    Columns: trial, base, epoch, alpha, and per objective its name, ``<name>_held_out`` and ``<name>_difference``; no rows where
+    nothing was scored on the items for reporting.
+    """
+    names = [objective.name for objective in objectives]
+    return _beside(front, controls, "held_out", names, "held_out")
+
+
+def matched_scale(front: pd.DataFrame, controls: pd.DataFrame, objectives: tuple[Objective, ...]) -> pd.DataFrame:
+    """A row per front point with its utility as it is and with its logits at the initial model's scale."""
+    return _beside(front, controls, "matched_scale", [objectives[1].name], "matched")
+
+
+def _beside(front: pd.DataFrame, controls: pd.DataFrame, kind: str, names: list[str], suffix: str) -> pd.DataFrame:
+    again = controls[(controls["kind"] == kind) & controls["of_trial"].notna()]
+    columns = ["trial", "base", "epoch", "alpha", *names]
+    if again.empty:
+        return pd.DataFrame(columns=[*columns, *(f"{name}_{suffix}" for name in names)])
+    scored = again.assign(trial=again["of_trial"].astype(int))[["trial", *names]]
+    table = front[columns].merge(scored, on="trial", suffixes=("", f"_{suffix}"))
+    return table.assign(**{f"{name}_difference": table[f"{name}_{suffix}"] - table[name] for name in names})
+
+
+def confirmations(trials: pd.DataFrame, controls: pd.DataFrame, objectives: tuple[Objective, ...]) -> pd.DataFrame:
+    """A row per confirmed trial: its objectives over base runs trained from several seeds, on the items for reporting.
+
+    Columns: trial, base, epoch, alpha, seeds (how many further ones), and per objective ``<name>`` (of the study's own seed,
+    same items), ``<name>_mean`` and ``<name>_spread`` (standard deviation, n - 1) over all seeds, the own among them.
+    """
+    retrained = controls[controls["kind"] == "confirm"]
+    own = controls[controls["kind"] == "held_out"]
+    rows: list[dict[str, Any]] = []
+    for trial, group in retrained.groupby("of_trial", sort=True):
+        point = trials[trials["trial"] == trial].iloc[0]
+        mine = own[own["of_trial"] == trial]
+        # Without a split the items for reporting are those the trial itself was scored on.
+        start = point if mine.empty else mine.iloc[0]
+        row: dict[str, Any] = {key: point[key] for key in ("trial", "base", "epoch", "alpha")}
+        row["seeds"] = len(group)
+        for objective in objectives:
+            values = np.array([start[objective.name], *group[objective.name]], dtype=float)
+            row[objective.name] = values[0]
+            row[f"{objective.name}_mean"] = values.mean()
+            row[f"{objective.name}_spread"] = values.std(ddof=1)
+        rows.append(row)
+    return pd.DataFrame(rows)

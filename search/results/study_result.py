@@ -1,0 +1,325 @@
+"""A study's results: tables, front, hypervolumes, selection; the way from the store to report and export."""
+
+import contextlib
+import math
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pandas as pd
+
+from search.evaluation.pruning import pruned_table, savings
+from search.problem import yardstick
+from search.problem.objectives import Objective
+from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
+from search.report.conclusions import verdict
+from search.report.data import CONTROL_COLUMNS, ReportData, collapsed
+from search.report.html import write_report
+from search.report.report_source import report_data
+from search.results import finalists
+from search.results.recipe import recipe_of
+from search.results.uncertainty import certainty
+from search.spec.study import StudySpec
+from search.store.mirror import readable_folder
+from search.store.study_store import StudyStore
+from search.store.study_tables import searched
+from uipe_core.corpora.types import RELATED_SETS
+from uipe_core.errors import UserError
+from uipe_core.logs.parts import MEMORIZATION
+from uipe_core.logs.tofu import read_log
+from uipe_core.metrics.tofu import MEMORIZED_SETS
+
+POINT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk")
+
+
+def _names(store: StudyStore) -> list[str]:
+    return [objective.name for objective in store.objectives]
+
+
+@dataclass(eq=False)
+class StudyResult:
+    """A finished (or interrupted) study, read from its folder.
+
+    Attributes:
+        out: The study's folder.
+        store: Its open store.
+        trials: A row per complete trial, by number, with all evidence; column ``on_front`` marks the Pareto front.
+        controls: A row per scored control.
+    """
+
+    out: Path
+    store: StudyStore
+    trials: pd.DataFrame
+    controls: pd.DataFrame
+
+    @classmethod
+    def open(cls, out: Path | str) -> "StudyResult":
+        """Reads a study folder, or a copy of the one at a URL.
+
+        Raises:
+            UserError: If it is none, or holds no complete trial yet.
+        """
+        return cls.of(StudyStore.open(readable_folder(out)))
+
+    @classmethod
+    def of(cls, store: StudyStore) -> "StudyResult":
+        """Reads an open study.
+
+        Raises:
+            UserError: If it holds no complete trial yet.
+        """
+        trials, controls = store.trials_frame(), store.controls_frame()
+        if trials.empty:
+            failed = store.failures()
+            why = f" ({len(failed)} failed, the first because: {failed[0]['reason']})" if failed else ""
+            raise UserError(f"{store.out}: no trial of this study is complete yet{why}; run it with `uipe run`")
+        for frame in (trials, controls):
+            for column in (*CONTROL_COLUMNS, *_names(store), "logit_scale", "walk", "collapsed"):
+                if column not in frame:
+                    frame[column] = None
+        trials["on_front"] = non_dominated(trials[_names(store)].to_numpy())
+        return cls(store.out, store, trials.sort_values("trial", ignore_index=True), controls)
+
+    @property
+    def study(self) -> optuna.Study:
+        """The Optuna study behind it."""
+        return self.store.study
+
+    @property
+    def spec(self) -> StudySpec:
+        """The study's spec, as recorded."""
+        return self.store.spec
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the study maximises: forgetting, utility, and perhaps a third."""
+        return self.store.objectives
+
+    @property
+    def forget_quality_cap(self) -> float:
+        """The noise ceiling (`search.problem.yardstick`)."""
+        return yardstick.forget_quality_cap(self.spec, self.controls)
+
+    def runnable_spec(self) -> StudySpec:
+        """The spec with its storage as it can be opened: the record keeps no password."""
+        if self.spec.storage is None:
+            return self.spec
+        return self.spec.model_copy(update={"storage": os.environ.get("UIPE_STORAGE") or self.spec.storage})
+
+    def finalists(self, top: int) -> pd.DataFrame:
+        """Up to `top` points, none of them collapsed: what rules select, then by the hypervolume that only they add."""
+        front, chosen = self.healthy_front, []
+        for rule in RULES:
+            with contextlib.suppress(UserError):
+                chosen.append(int(self.select(rule)["trial"]))
+        corner = self.reference_point()
+        ceilings = [objective.ceiling(self.forget_quality_cap) for objective in self.objectives]
+        order = finalists.best_first(front, self.objectives, np.array([corner[n] for n in _names(self.store)]), ceilings)
+        numbers = list(dict.fromkeys([*chosen, *order]))[:top]
+        return front.set_index("trial", drop=False).loc[numbers].reset_index(drop=True)
+
+    @cached_property
+    def held_out(self) -> pd.DataFrame:
+        """The front on the items for selection and on those for reporting (`search.results.finalists.held_out`)."""
+        return finalists.held_out(self.front, self.controls, self.objectives)
+
+    @cached_property
+    def matched_scale(self) -> pd.DataFrame:
+        """The front's utility as it is and with logits at the initial model's scale (`search.results.finalists.matched_scale`)."""
+        return finalists.matched_scale(self.front, self.controls, self.objectives)
+
+    @cached_property
+    def certainty(self) -> pd.DataFrame:
+        """How sure every trial's objectives are (`search.results.uncertainty.certainty`)."""
+        retain = self.control("retain")
+        return certainty(self.store, self.trials, None if retain is None else int(retain["trial"]))
+
+    @cached_property
+    def confirmations(self) -> pd.DataFrame:
+        """Finalists over several training seeds (`search.results.finalists.confirmations`)."""
+        return finalists.confirmations(self.trials, self.controls, self.objectives)
+
+    @cached_property
+    def pruned(self) -> pd.DataFrame:
+        """Trials that were not scored to their end, and why (`search.evaluation.pruning.pruned_table`)."""
+        return pruned_table(self.store.pruned_frame(), _names(self.store))
+
+    @property
+    def saved(self) -> dict[str, Any] | None:
+        """What pruning saved (`search.evaluation.pruning.savings`)."""
+        own = searched(self.trials)
+        return savings(self.store.pruned_frame(), own if len(own) else self.trials)
+
+    @cached_property
+    def front(self) -> pd.DataFrame:
+        """The Pareto front, strongest forgetting first."""
+        chosen = self.trials[self.trials["on_front"]]
+        return chosen.sort_values(_names(self.store), ascending=False, ignore_index=True)
+
+    @cached_property
+    def healthy_front(self) -> pd.DataFrame:
+        """The Pareto front among the trials that have not collapsed: what one of those dominated may be on it again."""
+        if not collapsed(self.trials).any():
+            return self.front
+        healthy = self.trials[~collapsed(self.trials)]
+        chosen = healthy[non_dominated(healthy[_names(self.store)].to_numpy())] if len(healthy) else healthy
+        return chosen.sort_values(_names(self.store), ascending=False, ignore_index=True)
+
+    def control(self, kind: str) -> pd.Series | None:
+        """The first control of a kind (``initial``, ``retain``), or None."""
+        if self.controls.empty:
+            return None
+        rows = self.controls[self.controls["kind"] == kind]
+        return None if rows.empty else rows.iloc[0]
+
+    def trial(self, number: int) -> pd.Series:
+        """A complete trial by number.
+
+        Raises:
+            UserError: If there is none.
+        """
+        rows = self.trials[self.trials["trial"] == number]
+        if rows.empty:
+            last = int(self.trials["trial"].max())
+            raise UserError(f"--trial: {number} is not a complete trial of {self.out}; numbers go from 0 to {last}")
+        return rows.iloc[0]
+
+    def select(self, rule: str, floor: float = DEFAULT_FLOOR, *, allow_collapsed: bool = False) -> pd.Series:
+        """One trial of the front by a rule; of the front without collapsed trials, unless they are allowed.
+
+        Args:
+            rule: ``utility-floor`` (strongest forgetting with at least `floor` of the initial model's utility) or ``knee``
+                (farthest from the chord between the front's ends).
+            floor: Share of the initial model's utility, above 0 and at most 1.
+            allow_collapsed: Whether a collapsed model (`uipe_core.metrics.collapse`) may be chosen.
+
+        Raises:
+            UserError: If the rule is unknown, no trial has so much utility, or every trial has collapsed.
+        """
+        if rule not in RULES:
+            raise UserError(f"--rule: {rule!r} is unknown; choose one of {', '.join(RULES)}")
+        front = self.front if allow_collapsed else self.healthy_front
+        if front.empty:
+            raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
+        points = front[_names(self.store)].to_numpy()
+        if rule == "knee":
+            return front.iloc[knee(points)]
+        if not 0 < floor <= 1:
+            raise UserError(f"--floor: {floor:g} is not a share of the initial model's utility; give a number above 0, up to 1")
+        initial = self.control("initial")
+        if initial is None:
+            raise UserError(f"{self.out}: the initial model has not been scored yet; finish the study with `uipe run`")
+        return front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
+
+    def reference_point(self) -> dict[str, float]:
+        """The corner hypervolume is measured from (`search.problem.yardstick`)."""
+        return yardstick.reference_point(self.store)
+
+    def floor_of(self, name: str) -> float:
+        """Lowest log10 forget quality the items of an evaluation set can give."""
+        return yardstick.quality_floor(self.store, name)
+
+    @cached_property
+    def item_counts(self) -> dict[str, int]:
+        """Number of items by evaluation set that trials are scored on."""
+        counts: dict[str, int] = self.store.record["corpus"]["items"]["select"]
+        return counts
+
+    @cached_property
+    def hypervolume(self) -> dict[str, float]:
+        """Hypervolumes, with forget quality capped at the noise ceiling, of what is given (the initial model and every epoch at
+        alpha = 0) and of that together with all trials, trials of alpha >= 0, or random directions."""
+        given = self.trials[self.trials["alpha"] == 0]
+        longer = self.trials[self.trials["alpha"] >= 0]
+        initial = self.controls[self.controls["kind"] == "initial"]
+        random = self.controls[self.controls["kind"] == "random_direction"]
+        return {
+            "front": self._volume(self.trials, initial),
+            "alpha_zero": self._volume(given, initial),
+            "extrapolation_only": self._volume(longer, initial),
+            "random_direction": self._volume(given, initial, random),
+        }
+
+    def _volume(self, *frames: pd.DataFrame) -> float:
+        names = _names(self.store)
+        points = np.concatenate([frame[names].to_numpy(dtype=float) for frame in frames])
+        points = np.minimum(points, [objective.ceiling(self.forget_quality_cap) for objective in self.objectives])
+        corner = self.reference_point()
+        return float(hypervolume(points, np.array([corner[name] for name in names])))
+
+    @property
+    def gain(self) -> dict[str, float]:
+        """Hypervolume gained over what is given; never negative, though sums in another order may differ in the last digit."""
+        base = self.hypervolume["alpha_zero"]
+        names = {"all": "front", "extrapolation_only": "extrapolation_only", "random_direction": "random_direction"}
+        return {name: max(0.0, self.hypervolume[key] - base) for name, key in names.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """What ``uipe run --json`` prints."""
+        record = self.store.record
+        return {
+            "study": record["name"],
+            "out": str(self.out),
+            "definition": self.spec.definition,
+            "trials": self.store.counts(),
+            "saved": self.saved,
+            "front": self.rows(self.front),
+            "hypervolume": self.hypervolume,
+            "gain": self.gain,
+            "reference_point": self.reference_point(),
+            "forget_quality_cap": self.forget_quality_cap,
+            "seconds": record["seconds"],
+            "usage": record.get("usage"),
+            "stopped": record.get("stopped"),
+            "report": str(self.report_path),
+            "storage": record["storage"],
+        }
+
+    def rows(self, table: pd.DataFrame) -> list[dict[str, Any]]:
+        """Rows of `trials` or `front` as plain JSON values: point, objectives and their definition, and what qualifies them."""
+        p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
+        beside = [key for objective in self.objectives for key, _ in objective.beside]
+        more = [*beside, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
+        more += [f"{name}_log10_forget_quality" for name in RELATED_SETS]
+        more += [f"{name}_{key}" for name in MEMORIZED_SETS for key in MEMORIZATION]
+        keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]
+        return self.rows_of(table[keys])
+
+    def rows_of(self, table: pd.DataFrame) -> list[dict[str, Any]]:
+        """Every row of a table as plain JSON values."""
+        return [{str(key): _plain(value) for key, value in row.items()} for row in table.to_dict("records")]
+
+    @property
+    def report_path(self) -> Path:
+        return self.out / "report" / "report.html"
+
+    def report(self) -> Path:
+        """Writes the report and returns its path."""
+        os.environ.setdefault("MPLCONFIGDIR", str((self.out / ".matplotlib").resolve()))
+        return write_report(self.report_data(), self.report_path.parent)
+
+    def report_data(self) -> ReportData:
+        """Tables and summary of the report."""
+        return report_data(self)
+
+    def verdict(self) -> list[str]:
+        """What won, in plain sentences."""
+        return verdict(self.report_data())
+
+    def export(self, row: pd.Series, to: Path | str, form: str) -> Path:
+        """Exports a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see `search.results.export`."""
+        from search.results.export import export  # only exporting needs torch, which takes a second to import
+
+        log = self.out / "logs" / "retain.json"
+        recipe = recipe_of(self.store.record, self.spec, row.to_dict())
+        return export(recipe, Path(to), form, read_log(log) if log.is_file() else None)
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, which knows no infinity: the logits of a collapsed model may have no finite scale."""
+    plain = value.item() if hasattr(value, "item") else value
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain

@@ -1,0 +1,168 @@
+"""Where on the lines to look next: the candidate whose score is expected to add most to the hypervolume of the front.
+
+Pure: arrays in, a place out; nothing is drawn but from the generator given. The sampler of a study (`search.samplers.line`) and
+replays on recorded tables use the same object.
+
+Sources: Emmerich, Giannakoglou and Naujoks, IEEE Trans. Evol. Comput. 10, 2006 (expected hypervolume improvement); Ginsbourger,
+Le Riche and Carraro, "Kriging is well-suited to parallelize optimization", 2010 (points under way count as scored as expected).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from search.problem.pareto import non_dominated
+from search.samplers.gaussian_process import FloatArray, Geometry, Kernel, Places
+from search.samplers.line_model import LineModel, Prediction
+from search.samplers.outcomes import Curves
+
+FEW_DRAWS, MANY_DRAWS = 6, 64
+"""Draws that a first look at all candidates takes, and a second look at the best of them."""
+SHORTLIST = 32
+FIT_AGAIN = 1.15
+"""The kernel is fitted again when there are so many times the points it was fitted on."""
+_WIDER = (1.0, 2.0, 4.0)
+
+
+class LineSearch:
+    """The points scored so far, and what they say of all others.
+
+    Args:
+        geometry: Of the update vectors.
+        curves: What is modelled, and how objectives come of it.
+        corner: (m,) reference point of the hypervolume.
+        ceiling: (m,) values above which a gain counts for nothing; infinite where there is none.
+    """
+
+    def __init__(self, geometry: Geometry, curves: Curves, corner: Sequence[float], ceiling: Sequence[float]) -> None:
+        self._geometry, self._curves = geometry, curves
+        self._corner, self._ceiling = np.asarray(corner, dtype=float), np.asarray(ceiling, dtype=float)
+        self._places: list[tuple[int, float]] = []
+        self._values: list[Mapping[str, FloatArray]] = []
+        self._widths: dict[str, int] = {}
+        self._front = np.zeros((0, len(self._corner)))
+        self._model: LineModel | None = None
+        self._kernels: tuple[Kernel, Kernel] | None = None
+        self._fitted_on = 0
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def tell(self, vector: int, scale: float, values: Mapping[str, FloatArray]) -> None:
+        """Takes in what was scored at a point.
+
+        Args:
+            vector, scale: The point: theta_init + scale * update vector.
+            values: `Curves.of` its item scores; some may be missing.
+
+        Raises:
+            ValueError: No values, or of other items than the points before; nothing is taken in then.
+        """
+        other = [name for name, each in values.items() if len(each) != self._widths.get(name, len(each))]
+        if other or not values:
+            raise ValueError(f"curves of other items than before: {', '.join(other)}" if other else "no curves")
+        self._widths |= {name: len(each) for name, each in values.items()}
+        self._places.append((vector, scale))
+        self._values.append(values)
+        if values.keys() >= self._curves.names:
+            points = np.vstack([self._front, np.minimum(self._curves.objectives(values), self._ceiling)])
+            self._front = points[non_dominated(points)]
+        self._model = None
+
+    @property
+    def places(self) -> Places:
+        """Of the points scored so far."""
+        return Places(
+            np.array([each[0] for each in self._places], dtype=np.int64), np.array([each[1] for each in self._places])
+        )
+
+    def propose(self, candidates: Places, pending: Places | None, generator: np.random.Generator) -> int:
+        """The candidate to score next, by its number.
+
+        Args:
+            candidates: At least one, none of them scored or pending.
+            pending: Points that are being scored.
+            generator: Of the draws.
+
+        Raises:
+            ValueError: No candidate, or nothing has been scored as a whole yet.
+        """
+        if not len(candidates):
+            raise ValueError("no candidates to choose from")
+        model = self._current_model()
+        prediction = model.predict(candidates, pending)
+        front = self._front_with(model, pending)
+        few, many = (model.errors(generator, draws) for draws in (FEW_DRAWS, MANY_DRAWS))
+        for wider in _WIDER:
+            first = self._gain(prediction, few, front, wider)
+            shortlist = np.argsort(-first, kind="stable")[:SHORTLIST]
+            gain = self._gain(prediction.take(shortlist), many, front, wider)
+            if gain.max() > 0:
+                return int(shortlist[np.argmax(gain)])
+        # Nothing is expected to help: learn where least is known.
+        return int(np.argmax(np.max(list(prediction.deviation.values()), axis=0)))
+
+    def expect(self, candidates: Places) -> FloatArray:
+        """(C, m) objectives at the mean of what is expected."""
+        return self._curves.objectives(self._current_model().predict(candidates).mean)
+
+    def _gain(self, prediction: Prediction, errors: Mapping[str, FloatArray], front: FloatArray, wider: float) -> FloatArray:
+        """(C,) mean growth of the hypervolume over the draws."""
+        drawn = {}
+        for name, mean in prediction.mean.items():
+            # In single precision: there are millions, and they are guesses.
+            deviation = (wider * prediction.deviation[name]).astype(np.float32)
+            drawn[name] = deviation[:, None, None] * errors[name].astype(np.float32)
+            drawn[name] += mean.astype(np.float32)[:, None, :]
+        values = self._curves.objectives(drawn)
+        return growth(np.minimum(values, self._ceiling), front, self._corner).mean(axis=1)
+
+    def _front_with(self, model: LineModel, pending: Places | None) -> FloatArray:
+        """The front of what has been scored, and of points under way as expected."""
+        if pending is None or not len(pending):
+            return self._front
+        expected = np.minimum(self._curves.objectives(model.predict(pending).mean), self._ceiling)
+        points = np.concatenate([self._front, expected])
+        return points[non_dominated(points)]
+
+    def _current_model(self) -> LineModel:
+        if not self._values:
+            raise ValueError("nothing has been scored yet")
+        if self._model is None:
+            missing = {name: np.full(width, np.nan) for name, width in self._widths.items()}
+            values = {name: np.stack([each.get(name, missing[name]) for each in self._values]) for name in missing}
+            again = len(self) >= FIT_AGAIN * self._fitted_on
+            known = None if again else self._kernels
+            self._model = LineModel(self._geometry, self.places, values, self._curves.noisy & values.keys(), known)
+            self._kernels = self._model.kernels
+            self._fitted_on = len(self) if again else self._fitted_on
+        return self._model
+
+
+def growth(points: FloatArray, front: FloatArray, corner: FloatArray) -> FloatArray:
+    """(...) hypervolume that each point alone would add to a front.
+
+    Args:
+        points: (..., m), m of 2 or more, maximised.
+        front: (f, m) non-dominated points, in any order; f may be 0.
+        corner: (m,) reference point.
+    """
+    above = front[np.all(front > corner, axis=1)] if len(front) else front
+    if len(corner) > 2:
+        # In slabs of the last objective: within each, those count that reach it.
+        levels = np.unique(np.concatenate([corner[-1:], above[:, -1]]))
+        upper = np.append(levels[1:], np.inf)
+        total = np.zeros(points.shape[:-1])
+        for low, high in zip(levels, upper, strict=True):
+            depth = np.clip(points[..., -1], low, high) - low
+            total += depth * growth(points[..., :-1], above[above[:, -1] > low, :-1], corner[:-1])
+        return total
+    kept = above[non_dominated(above)] if len(above) else above
+    kept = kept[np.argsort(kept[:, 0])]
+    edges = np.concatenate([corner[:1], kept[:, 0]])
+    heights = np.append(kept[:, 1], corner[1])
+    ends = np.append(kept[:, 0], np.inf)
+    total = np.zeros(points.shape[:-1])
+    for low, high, height in zip(edges, ends, heights, strict=True):
+        total += (np.clip(points[..., 0], low, high) - low) * np.maximum(points[..., 1] - height, 0.0)
+    return total

@@ -1,0 +1,256 @@
+"""What is wrong with a study, said so that it can be mended: key, value found, what is allowed, remedy."""
+
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from search.spec.redaction import without_password
+from uipe_core.errors import UserError
+
+KeyPath = tuple[str | int, ...]
+"""Where a value stands in a study: names of keys, and positions in lists."""
+
+RULE = "study_rule"
+
+_WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "string_type": "a text",
+    "string_unicode": "a text of valid characters",
+    "bool_type": "true or false",
+    "dict_type": "a mapping (lines of `key: value`)",
+    "model_type": "a mapping (lines of `key: value`)",
+    "model_attributes_type": "a mapping (lines of `key: value`)",
+    "tuple_type": "a list",
+    "invalid_key": "a key that is a text",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a study.
+
+    Attributes:
+        key: Path of the key, for example ``search.alpha.low``; empty where the file as a whole is wrong.
+        message: The value found, what is allowed and the remedy.
+        place: ``line 12``, ``command line``, or empty where nobody knows.
+    """
+
+    key: str
+    message: str
+    place: str = ""
+
+    def __str__(self) -> str:
+        """One line: key, place and message, as far as there are any."""
+        where = f"{self.key} ({self.place})" if self.key and self.place else self.key or self.place
+        return f"{where}: {self.message}" if where else self.message
+
+
+class StudyFileError(UserError):
+    """A study that cannot be run, with everything that is wrong with it at once.
+
+    Attributes:
+        problems: All problems found, in the order of the file where lines are known.
+        source: The file, or ``study`` for one given as a dict.
+    """
+
+    def __init__(self, problems: Sequence[Problem], source: str) -> None:
+        """Keep both as arguments of the exception, so that it survives pickling."""
+        super().__init__(tuple(problems), source)
+        self.problems = tuple(problems)
+        self.source = source
+
+    def __str__(self) -> str:
+        """The source, the number of problems, and one line for each."""
+        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
+        return "\n".join([f"{self.source}: {count}", *(f"  {problem}" for problem in self.problems)])
+
+
+def rule(allowed: str, remedy: str) -> PydanticCustomError:
+    """A broken rule of ours, to be raised in a pydantic validator."""
+    return PydanticCustomError(RULE, "{allowed}", {"allowed": allowed, "remedy": remedy})
+
+
+class _WithoutSecrets(reprlib.Repr):
+    """Values as messages show them: short, and without the passwords of URLs, which must go before anything is cut off."""
+
+    def repr_str(self, x: str, level: int) -> str:
+        return super().repr_str(without_password(x), level)
+
+
+def show(value: object) -> str:
+    """A value as a study file would have it, shortened to what fits in a message; passwords in URLs are hidden."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    short = _WithoutSecrets()
+    short.maxstring = short.maxother = 120
+    return short.repr(value)
+
+
+def key_text(parts: KeyPath) -> str:
+    """``("a", "b", 0)`` as ``a.b[0]``; keys that would not print are quoted."""
+    text = ""
+    for part in parts:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            name = part if part and part.isprintable() else repr(part)
+            text += f".{name}" if text else name
+    return text
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """What is known, led by ``Did you mean X?`` when some of it is close to the name."""
+    close = get_close_matches(name.lower(), known, n=1)
+    allowed = f"Allowed: {', '.join(known)}."
+    return f"Did you mean {close[0]}? {allowed}" if close else allowed
+
+
+def key_path(loc: Sequence[str | int], data: object) -> KeyPath:
+    """Pydantic's location as a path in the study.
+
+    Pydantic puts the tag of a union and marks such as ``[key]`` between the keys; a single value that was taken for a
+    list of one has a position the writer of the study never saw.
+    """
+    parts: list[str | int] = []
+    here = data
+    tag_seen = False
+    for step in loc:
+        if step == "[key]" and not (isinstance(here, Mapping) and step in here):
+            continue
+        if isinstance(here, Mapping):
+            if not tag_seen and step != "kind" and here.get("kind") == step:
+                tag_seen = True
+                continue
+            parts.append(str(step))
+            here = here.get(step)
+        elif isinstance(here, list | tuple) and isinstance(step, int):
+            parts.append(step)
+            here = here[step] if step < len(here) else None
+        elif not isinstance(step, int):
+            parts.append(step)
+            here = None
+    return tuple(parts)
+
+
+def explain(error: ErrorDetails, root: type[BaseModel], data: object) -> tuple[KeyPath, str]:
+    """Path and message for one error of pydantic; `root` is the model of the whole study, `data` what it was given."""
+    parts = key_path(error["loc"], data)
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return parts, f"found {show(value)}, but this key is unknown. {_known_instead(parts, root, data)}"
+    if kind == "missing":
+        return parts, "this key is missing and has no default. Add it."
+    if kind == "union_tag_not_found":
+        return (*parts, "kind"), f"this key is missing. Add it: one of {_kinds(parts, root)}."
+    if kind == "union_tag_invalid":
+        return (
+            *parts,
+            "kind",
+        ), f"found {show(context['tag'])}; must be one of {_kinds(parts, root)}. Choose one of them."
+    if kind == RULE:
+        return parts, f"found {show(value)}; {context['allowed']}. {context['remedy']}"
+    allowed, remedy = _allowed(kind, value, context)
+    return parts, f"found {show(value)}; {allowed or error['msg']}. {remedy}"
+
+
+def _allowed(kind: str, value: object, context: Mapping[str, Any]) -> tuple[str, str]:
+    """What one kind of pydantic error allows, and the remedy."""
+    bounds = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least")}
+    bounds |= {"less_than": ("lt", "below"), "less_than_equal": ("le", "at most")}
+    if kind in bounds:
+        name, word = bounds[kind]
+        return f"must be {word} {context[name]}", f"Choose a value {word} {context[name]}."
+    if kind == "literal_error":
+        return f"must be one of {context['expected']}", "Choose one of them."
+    if kind == "too_short":
+        return "the list must not be empty", "Give at least one value, or leave the key out where it has a default."
+    if kind == "string_too_short":
+        return "must not be empty", "Write a value, or leave the key out where it has a default."
+    if kind in ("string_too_long", "string_pattern_mismatch"):
+        return "must be 1 to 64 letters, digits, dots, underscores or hyphens", "Choose such a name."
+    wanted = _WANTED.get(kind)
+    if wanted is None:
+        return "", "Change the value."
+    return f"must be {wanted}", _type_remedy(kind, value, wanted)
+
+
+def _type_remedy(kind: str, value: object, wanted: str) -> str:
+    """The remedy for a value of the wrong type, with the value that was probably meant."""
+    if kind in ("int_type", "float_type"):
+        if isinstance(value, bool):
+            return f"Write {wanted}; true and false are for switches."
+        if isinstance(value, float) and value.is_integer():
+            return f"Write {int(value)}."
+        if isinstance(value, str) and value.strip().lstrip("+-").replace(".", "", 1).isdecimal():
+            return f"Remove the quotes: write {value.strip()}."
+        if isinstance(value, list | tuple):
+            return f"Write {wanted}; lists are for learning_rate and the hyperparameters of a method."
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return "Put it in quotes."
+    return f"Write {wanted}."
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Every pydantic model inside a type annotation."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+        return
+    for inner in get_args(annotation):
+        yield from _models(inner)
+
+
+def _kind_of(model: type[BaseModel]) -> str | None:
+    """The value of ``kind`` that chooses this model, None for one that is not chosen."""
+    return get_args(model.model_fields["kind"].annotation)[0] if "kind" in model.model_fields else None
+
+
+def _sections(parts: Sequence[str | int], root: type[BaseModel]) -> list[type[BaseModel]]:
+    """The models that may stand at a path: several where ``kind`` chooses."""
+    found = [root]
+    for part in parts:
+        fields = (model.model_fields.get(str(part)) for model in found)
+        found = [inner for field in fields if field is not None for inner in _models(field.annotation)]
+    return found
+
+
+def _kinds(parts: KeyPath, root: type[BaseModel]) -> str:
+    return ", ".join(str(_kind_of(model)) for model in _sections(parts, root))
+
+
+def _all_keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every key a study can have."""
+    for name, field in model.model_fields.items():
+        yield (*prefix, name)
+        for inner in _models(field.annotation):
+            yield from _all_keys(inner, (*prefix, name))
+
+
+def _known_instead(parts: KeyPath, root: type[BaseModel], data: object) -> str:
+    """For an unknown key: the key that was probably meant, wherever it belongs, else the keys allowed in its place."""
+    *above, last = parts
+    name = str(last)
+    here: Any = data
+    for part in above:
+        here = here[part]
+    chosen = here.get("kind")
+    candidates = _sections(above, root)
+    own = [model for model in candidates if _kind_of(model) in (None, chosen)]
+    allowed = [key for model in own for key in model.model_fields]
+    close = get_close_matches(name.lower(), allowed, n=1)
+    if close:
+        return f"Did you mean {key_text((*above, close[0]))}?"
+    for model in candidates:
+        if name in model.model_fields:
+            return f"It belongs to {key_text((*above, 'kind'))}: {_kind_of(model)}. Remove it, or change the kind."
+    # Of keys with the same name the one nearest to the top: it comes last, so it stays.
+    elsewhere = {path[-1]: key_text(path) for path in sorted(_all_keys(root), key=len, reverse=True)}
+    close = get_close_matches(name.lower(), list(elsewhere), n=1)
+    hint = f"Did you mean {elsewhere[close[0]]}? " if close else ""
+    return f"{hint}Allowed here: {', '.join(allowed)}."

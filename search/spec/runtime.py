@@ -1,0 +1,135 @@
+"""How a study runs: what it may use, when it stops, where things are kept, what it begins from.
+
+None of this is part of a study's identity: it may change from run to run.
+"""
+
+import math
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
+
+from search.spec.errors import rule
+from search.spec.redaction import without_password
+from search.spec.sections import Count, Name, Positive, Section
+from uipe_core.storage.remote_folder import SCHEMES
+
+
+def _whole_above_one(value: float) -> float:
+    if value > 1 and not value.is_integer():
+        raise rule("above 1 only whole GPUs can be had", f"Write {math.ceil(value)}, or a part of one.")
+    return value
+
+
+def _as_list(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _each_once(folders: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(folders)) < len(folders):
+        raise rule("a folder stands twice", "Remove the repeated one.")
+    return folders
+
+
+Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+Custom = dict[Name, Positive]
+"""Amounts of Ray's custom resources, which nodes are started with: ``{a100: 0.01}`` asks for a node that has ``a100``."""
+
+Folders = Annotated[tuple[Name, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_each_once)]
+"""Folders in order, each once."""
+
+FoldersOrNone = Annotated[tuple[Name, ...], BeforeValidator(_as_list), AfterValidator(_each_once)]
+
+
+class TrialResources(Section):
+    """What one trial holds while it is scored. `threads` are torch's."""
+
+    cpus: Positive = 1
+    gpus: Gpus = 0
+    threads: Count = 1
+    custom: Custom = Field(default_factory=dict)
+
+
+class BaseRunResources(Section):
+    """What each process of a base run holds while it trains; several processes share one training."""
+
+    cpus: Positive = 1
+    gpus: Gpus = 0
+    threads: Count = 1
+    processes: Count = 1
+    custom: Custom = Field(default_factory=dict)
+
+    @field_validator("processes")
+    @classmethod
+    def _one_gpu_each(cls, value: int, info: ValidationInfo) -> int:
+        gpus = info.data.get("gpus", 0)
+        if value > 1 and gpus not in (0, 1):
+            raise rule(f"each of several processes trains on one GPU, not on {gpus:g}", "Write gpus: 1, or processes: 1.")
+        return value
+
+
+class Resources(Section):
+    """What a study may use. None `max_concurrent`: as many trials at once as the cluster has room for."""
+
+    max_concurrent: Count | None = None
+    trial: TrialResources = Field(default_factory=TrialResources)
+    base_run: BaseRunResources = Field(default_factory=BaseRunResources)
+
+
+class Plateau(Section):
+    """A study is on a plateau when its hypervolume grew by less than the share `gain` over its last `trials` trials."""
+
+    trials: Count
+    gain: Annotated[float, Field(gt=0, lt=1)] = 0.01
+
+
+class Budget(Section):
+    """When a study stops before it has all its trials; None never.
+
+    Attributes:
+        hours: Wall-clock time of all its runs together.
+        gpu_hours: GPUs held by base runs and trials, times hours, of all its runs together.
+        trial_minutes: Longest a single trial may take; then it fails.
+        plateau: When more trials no longer help.
+        failure_rate: Share of failed trials among the last 20 from which on the study gives up; 1 never does.
+    """
+
+    hours: Positive | None = None
+    gpu_hours: Positive | None = None
+    trial_minutes: Positive | None = None
+    plateau: Plateau | None = None
+    failure_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
+
+    @field_validator("plateau")
+    @classmethod
+    def _sees_enough(cls, value: Plateau | None) -> Plateau | None:
+        if value is not None and value.trials < 5:
+            raise rule("fewer than 5 trials without gain are chance", "Write trials: 10 or more.")
+        return value
+
+
+class Cache(Section):
+    """Folders shared between studies; None is the user's cache folder. Update vectors may be at a URL, from which each node
+    keeps up to `node_gigabytes`."""
+
+    models: Name | None = None
+    deltas: Name | None = None
+    node_gigabytes: Positive = 100
+
+    @field_validator("models")
+    @classmethod
+    def _is_a_folder(cls, value: str | None) -> str | None:
+        if value is not None and "://" in value:
+            raise rule("models are read from folders", "Give a folder; a pretrained model comes from the hub or a folder.")
+        return value
+
+    @field_validator("deltas")
+    @classmethod
+    def _can_be_opened(cls, value: str | None) -> str | None:
+        if value is None or "://" not in value:
+            return value
+        if value.partition("://")[0] not in SCHEMES:
+            raise rule(f"a URL of a store starts with one of {', '.join(SCHEMES)}", "Write for example s3://bucket/deltas.")
+        if without_password(value) != value:
+            remedy = "Take it out; give it in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or the like."
+            raise rule("a URL of a store holds no keys and no passwords", remedy)
+        return value

@@ -1,0 +1,357 @@
+"""The parts of a study: one immutable model per section of the file, each checked against the code that will use it."""
+
+import math
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import InitErrorDetails
+
+from search.spec.errors import did_you_mean, rule
+
+
+def is_local(source: str) -> bool:
+    """Whether a corpus source or model of a study is a path; if not, it is a hub name."""
+    return Path(source).is_absolute()
+
+
+def _as_tuple(value: object) -> object:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _all_different(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(set(values)) < len(values):
+        raise rule("the values must differ from each other", "Remove the repeated one.")
+    return values
+
+
+def _target_modules(value: object) -> tuple[str, ...] | str:
+    if value == "all-linear":
+        return "all-linear"
+    if isinstance(value, list | tuple) and value and all(isinstance(name, str) and name for name in value):
+        return tuple(value)
+    raise rule("must be a list of module names or all-linear", "Write for example [q_proj, v_proj].")
+
+
+def _batch_size(value: object) -> int | str:
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise rule("must be a whole number of at least 1, or auto", "Write for example 32.")
+
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+OneOrMore = (BeforeValidator(_as_tuple), Field(min_length=1), AfterValidator(_all_different))
+Name = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """A part of a study: immutable, no unknown keys, no conversions between types, no NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class PeopleCorpus(Section):
+    """Fictitious people, generated from the seed of the study."""
+
+    kind: Literal["people"]
+    forget_people: Count = 6
+    retain_people: Count = 34
+    pretraining_people: Count = 60
+
+
+class TofuCorpus(Section):
+    """TOFU from the hub, or from a folder (then `source` is an absolute path)."""
+
+    kind: Literal["tofu"]
+    source: Name = "locuslab/TOFU"
+    split: Literal["forget01", "forget05", "forget10"] = "forget01"
+    retain_train: Literal["retain_perturbed"] | None = None
+    first_items: Count | None = None
+
+
+class Stage(Section):
+    """One training of a tiny model."""
+
+    epochs: Count
+    learning_rate: Positive
+    batch_size: Count
+
+
+class TinyModel(Section):
+    """A small Llama with its own tokenizer, built and trained by the study. `vocab_size` is None for words."""
+
+    kind: Literal["tiny"]
+    tokenizer: Literal["word", "bpe"] = "word"
+    vocab_size: Annotated[int, Field(ge=300)] | None = None
+    hidden_size: Count = 64
+    layers: Count = 2
+    heads: Count = 4
+    base: Stage | None = None
+    finetune: Stage
+    other_retain_seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_as_tuple)] = ()
+
+    @field_validator("other_retain_seeds")
+    @classmethod
+    def _seeds_differ(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(int(seed) for seed in _all_different(value))
+
+    @field_validator("vocab_size")
+    @classmethod
+    def _only_bpe_has_a_size(cls, value: int | None, info: ValidationInfo) -> int | None:
+        tokenizer = info.data.get("tokenizer")
+        if tokenizer == "word" and value is not None:
+            raise rule("a word tokenizer takes its size from the corpus", "Remove vocab_size, or set tokenizer: bpe.")
+        return 3000 if tokenizer == "bpe" and value is None else value
+
+    @field_validator("heads")
+    @classmethod
+    def _heads_share_the_width(cls, value: int, info: ValidationInfo) -> int:
+        width = info.data.get("hidden_size")
+        # Rotary embeddings turn pairs of numbers, so an odd width per head fails late, inside the model.
+        if width is not None and width % (2 * value):
+            allowed = f"hidden_size ({width}) must be divisible by heads, with an even quotient"
+            raise rule(allowed, f"Choose a hidden_size that is a multiple of {2 * value}, or other heads.")
+        return value
+
+
+class PretrainedModel(Section):
+    """A causal language model from the hub or a folder, and the retain model (or its evaluation log, ``*.json``; none for
+    multiple choice)."""
+
+    kind: Literal["pretrained"]
+    initial: Name
+    retain: Name | None = None
+    other_retain: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)] = ()
+    never_finetuned: Name | None = None
+    revision: Name | None = None
+    retain_revision: Name | None = None
+    prompt_format: str | None = None
+    prompt_template: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @field_validator("prompt_format")
+    @classmethod
+    def _format_exists(cls, value: str | None) -> str | None:
+        from uipe_core.models.prompts import FORMATS  # torch comes with it, and most users of this module do not need it
+
+        if value is not None and value not in FORMATS:
+            raise rule("there is no such prompt format", did_you_mean(value, list(FORMATS)))
+        return value
+
+    @field_validator("prompt_template")
+    @classmethod
+    def _question_has_a_place(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and "{question}" not in value:
+            raise rule("must contain {question}", 'Write for example "[INST] {question} [/INST]", or null.')
+        if value is not None and info.data.get("prompt_format") is not None:
+            raise rule(f"model.prompt_format ({info.data['prompt_format']}) is given too", "Remove one of the two.")
+        return value
+
+    @field_validator("revision", "retain_revision")
+    @classmethod
+    def _only_the_hub_has_revisions(cls, value: str | None, info: ValidationInfo) -> str | None:
+        model = "initial" if info.field_name == "revision" else "retain"
+        if value is not None and is_local(info.data.get(model) or ""):
+            raise rule(f"model.{model} is local and has no revisions", "Remove it, or give a hub name.")
+        return value
+
+
+class Adapter(Section):
+    """LoRA in place of full fine-tuning."""
+
+    rank: Count = 8
+    alpha: Positive = 16
+    target_modules: Annotated[tuple[str, ...] | str, PlainValidator(_target_modules)] = "all-linear"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+
+
+MOST_BASE_RUNS = 1000
+"""Base runs of one study: lists multiply, and a slip must not ask for a million trainings."""
+
+
+class Unlearning(Section):
+    """The base runs: every method with every combination of the values listed for it and for the learning rate.
+
+    `methods` comes out in the order of `uipe_core.unlearning.losses.METHODS`, with defaults filled in, however it was written.
+    """
+
+    methods: dict[str, dict[str, Annotated[tuple[float, ...], *OneOrMore]]]
+    epochs: Count
+    learning_rate: Annotated[tuple[Positive, ...], *OneOrMore]
+    batch_size: Count = 8
+    gradient_accumulation: Count = 1
+    gradient_checkpointing: bool = False
+    schedule: Literal["constant", "linear"] = "constant"
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Positive = 1.0
+    adapter: Adapter | None = None
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _not_too_many(cls, value: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
+        methods = info.data.get("methods", {})
+        count = len(value) * sum(math.prod(map(len, own.values())) for own in methods.values())
+        if count > MOST_BASE_RUNS:
+            allowed = f"the lists of this study make {count} base runs, and {MOST_BASE_RUNS} are the most"
+            raise rule(allowed, "Give fewer values here or to the methods, or make several studies of it.")
+        return value
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _nothing_means_defaults(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {name: {} if settings is None else settings for name, settings in value.items()}
+        return value
+
+    @field_validator("methods")
+    @classmethod
+    def _methods_exist(cls, value: dict[str, dict[str, tuple[float, ...]]]) -> dict[str, dict[str, tuple[float, ...]]]:
+        from uipe_core.unlearning.losses import METHODS  # torch comes with it, and most users of this module do not need it
+
+        if not value:
+            raise rule("there must be at least one method", f"Choose from {', '.join(METHODS)}.")
+        errors = [error for name, settings in value.items() for error in _method_errors(name, settings)]
+        if errors:
+            raise ValidationError.from_exception_data("methods", errors)
+        return {
+            name: {key: value[name].get(key, (float(default),)) for key, default in method.hyperparameters.items()}
+            for name, method in METHODS.items()
+            if name in value
+        }
+
+
+def _method_errors(name: str, settings: dict[str, tuple[float, ...]]) -> list[InitErrorDetails]:
+    from uipe_core.unlearning.losses import BOUNDS, METHODS
+
+    if name not in METHODS:
+        error = rule(f"there is no method {name}", did_you_mean(name, list(METHODS)))
+        return [{"type": error, "loc": (name,), "input": name}]
+    errors: list[InitErrorDetails] = []
+    known = list(METHODS[name].hyperparameters)
+    for key, values in settings.items():
+        if key not in known:
+            remedy = did_you_mean(key, known) if known else "Remove it; this method has no hyperparameters."
+            errors.append({"type": rule(f"{name} does not take {key}", remedy), "loc": (name, key), "input": values})
+            continue
+        bound = BOUNDS[key]
+        for index, value in enumerate(values):
+            if not bound.holds(value):
+                remedy = f"Choose {bound}." if bound.whole else f"Choose a value {bound}."
+                errors.append({"type": rule(f"must be {bound}", remedy), "loc": (name, key, index), "input": value})
+    return errors
+
+
+class Scoring(Section):
+    """How a model is scored, and the temperatures of the controls. `max_new_tokens` is None for the definition's length."""
+
+    definition: str = "tofu"
+    batch_size: Annotated[int | str, PlainValidator(_batch_size)] = 32
+    max_new_tokens: Count | None = None
+    temperatures: Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), AfterValidator(_all_different)] = (
+        0.67,
+        1.5,
+    )
+
+    @property
+    def rows(self) -> int | None:
+        """Answers per batch; None is as many as are found to be best."""
+        return self.batch_size if isinstance(self.batch_size, int) else None
+
+    @field_validator("definition")
+    @classmethod
+    def _definition_exists(cls, value: str) -> str:
+        from uipe_core.metrics.definitions import DEFINITIONS
+
+        if value not in DEFINITIONS:
+            names = list(DEFINITIONS)
+            raise rule("there is no such definition", did_you_mean(value, names))
+        return value
+
+    @field_validator("temperatures")
+    @classmethod
+    def _one_is_no_control(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if 1.0 in value:
+            raise rule("a temperature of 1 is the initial model itself", "Remove the 1.")
+        return value
+
+
+class AlphaRange(Section):
+    """Both ends of the extrapolation coefficient; -1 is the initial model, beyond it lies learning, not unlearning."""
+
+    low: Annotated[float, Field(ge=-1)] = -1.0
+    high: float = 2.0
+
+    @field_validator("high")
+    @classmethod
+    def _not_reversed(cls, value: float, info: ValidationInfo) -> float:
+        low = info.data.get("low")
+        if low is not None and not low < value:
+            raise rule(f"must be above search.alpha.low ({low:g})", "Swap the two if they are reversed, or widen the range.")
+        return value
+
+
+class Search(Section):
+    """What is searched, for how long, by which sampler. `prune` is None for what suits the sampler (`StudySpec.prunes`)."""
+
+    alpha: AlphaRange = Field(default_factory=AlphaRange)
+    trials: Annotated[int, Field(ge=0)] = 25
+    sampler: str = "line"
+    third_objective: Literal["related_log10_forget_quality"] | None = None
+    prune: bool | None = None
+
+    @field_validator("sampler")
+    @classmethod
+    def _sampler_exists(cls, value: str) -> str:
+        from search.samplers.registry import SAMPLERS  # optuna comes with it
+
+        if value not in SAMPLERS:
+            raise rule("there is no such sampler", did_you_mean(value, list(SAMPLERS)))
+        return value
+
+
+class Split(Section):
+    """Halves of every evaluation set: `select` is the share of items that trials are scored on, the rest is for reporting."""
+
+    select: Annotated[float, Field(gt=0, lt=1)] = 0.5
+
+
+class ReferencePoint(Section):
+    """The corner hypervolume is measured from; None is the floor that the number of items sets."""
+
+    log10_forget_quality: Annotated[float, Field(le=0)] | None = None
+    model_utility: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    related_log10_forget_quality: Annotated[float, Field(le=0)] | None = None
+    forgetting_to_chance: Annotated[float, Field(ge=-1, lt=0)] = -1.0
+    utility_accuracy: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Hypervolume(Section):
+    """How a front becomes one number. The cap is the noise ceiling; None takes it from the other retain models."""
+
+    reference_point: ReferencePoint = Field(default_factory=ReferencePoint)
+    forget_quality_cap: Annotated[float, Field(gt=0, le=1)] | None = 0.3
+
+    @field_validator("forget_quality_cap")
+    @classmethod
+    def _leaves_an_area(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is None:
+            return None
+        point = info.data.get("reference_point")
+        floors = () if point is None else (point.log10_forget_quality, point.related_log10_forget_quality)
+        for floor in floors:
+            if floor is not None and math.log10(value) <= floor:
+                raise rule(f"its log10 must be above the reference point ({floor:g})", "Lower the reference point.")
+        return value

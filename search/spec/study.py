@@ -1,0 +1,343 @@
+"""The study: what is forgotten, how, and what is searched. Checked as a whole before anything is spent."""
+
+import re
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
+
+from search.spec.choice_sections import SOURCES, MultipleChoiceCorpus
+from search.spec.errors import KeyPath, Problem, StudyFileError, explain, key_text, rule
+from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
+from search.spec.sections import (
+    Hypervolume,
+    PeopleCorpus,
+    PretrainedModel,
+    Scoring,
+    Search,
+    Section,
+    Split,
+    TinyModel,
+    TofuCorpus,
+    Unlearning,
+    is_local,
+)
+from search.spec.study_file import Lines, absolute_paths, read_study_file
+from uipe_core.errors import UserError
+from uipe_core.metrics.choice_report import CHOICE_DEFINITION
+
+_OVERRIDES: dict[str, KeyPath] = {"seed": ("seed",), "trials": ("search", "trials")}
+
+DATABASES = ("sqlite", "postgresql", "mysql", "mariadb")
+"""Databases that trials may be kept in, by SQLAlchemy's names: Optuna reads and writes JSON there."""
+
+RUNNING_KEYS = ("resources", "budget", "warm_start", "storage", "cache")
+"""How a study runs, which does not make it another study."""
+
+
+@dataclass(frozen=True)
+class BaseRunSpec:
+    """One training of one method.
+
+    Attributes:
+        label: The method, with the values that tell it from its other variants: ``npo[beta=0.1]``.
+        method: A name in `uipe_core.unlearning.losses.METHODS`.
+        hyperparameters: Everything that can vary: what the method takes, complete, and ``learning_rate``.
+    """
+
+    label: str
+    method: str
+    hyperparameters: dict[str, float]
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak of the learning rate."""
+        return self.hyperparameters["learning_rate"]
+
+    @property
+    def loss_hyperparameters(self) -> dict[str, float]:
+        """What the method itself takes."""
+        return {key: value for key, value in self.hyperparameters.items() if key != "learning_rate"}
+
+
+class StudySpec(Section):
+    """A whole study. Paths in it are absolute, everything else was checked against the code that will use it."""
+
+    schema_version: Literal[1]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    corpus: Annotated[PeopleCorpus | TofuCorpus | MultipleChoiceCorpus, Field(discriminator="kind")]
+    model: Annotated[TinyModel | PretrainedModel, Field(discriminator="kind")]
+    unlearning: Unlearning | None = None
+    checkpoints: dict[str, Folders] = Field(default_factory=dict)
+    scoring: Scoring = Field(default_factory=Scoring)
+    split: Split | None = None
+    search: Search = Field(default_factory=Search)
+    hypervolume: Hypervolume = Field(default_factory=Hypervolume)
+    resources: Resources = Field(default_factory=Resources)
+    budget: Budget = Field(default_factory=Budget)
+    warm_start: FoldersOrNone = ()
+    storage: str | None = None
+    cache: Cache = Field(default_factory=Cache)
+
+    @field_validator("name")
+    @classmethod
+    def _is_a_folder_name(cls, value: str) -> str:
+        if value in (".", ".."):
+            raise rule("the name becomes a folder, and this one exists everywhere", "Choose another name.")
+        return value
+
+    @field_validator("checkpoints")
+    @classmethod
+    def _there_are_base_runs(cls, value: dict[str, tuple[str, ...]], info: ValidationInfo) -> dict[str, tuple[str, ...]]:
+        from uipe_core.unlearning.losses import METHODS  # torch comes with it
+
+        if not value and info.data.get("unlearning", value) is None:
+            allowed = "a study needs base runs: a section unlearning, a section checkpoints, or both"
+            raise rule(allowed, "Write unlearning: with methods to train, or checkpoints: with folders you have.")
+        if value and isinstance(info.data.get("model"), TinyModel):
+            allowed = "checkpoints belong to a model that exists already"
+            raise rule(allowed, "Set model.kind: pretrained with model.initial, the model they were unlearned from.")
+        errors: list[Any] = []
+        for label in value:
+            if label in METHODS:
+                error = rule(f"{label} is the name of a method", f"Choose another label, for example my_{label}.")
+            elif not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", label):
+                error = rule("a label is 1 to 64 letters, digits, dots, underscores or hyphens", "Choose such a label.")
+            else:
+                continue
+            errors.append({"type": error, "loc": (label,), "input": label})
+        if errors:
+            raise ValidationError.from_exception_data("checkpoints", errors)
+        # Sorted, so that the order in the file makes no other search space.
+        return dict(sorted(value.items()))
+
+    @field_validator("storage")
+    @classmethod
+    def _is_a_url(cls, value: str | None) -> str | None:
+        # Other storages of Optuna (journals on Redis) keep pickles, which run code when they are read.
+        if value is not None and not re.match(rf"({'|'.join(DATABASES)})(\+\w+)?://", value):
+            allowed = f"must be the URL of a database: {', '.join(DATABASES)}"
+            raise rule(allowed, "Write for example sqlite:////data/study.db, postgresql+psycopg://host/studies, or null.")
+        return value
+
+    @model_validator(mode="after")
+    def _stages_fit_the_corpus(self) -> "StudySpec":
+        error = _base_stage_error(self.corpus.kind, self.model.kind, getattr(self.model, "base", None))
+        if error:
+            base = getattr(self.model, "base", None)
+            raise ValidationError.from_exception_data("study", [{"type": error, "loc": ("model", "base"), "input": base}])
+        return self
+
+    @model_validator(mode="after")
+    def _reference_fits_the_corpus(self) -> "StudySpec":
+        found = _reference_errors(self.corpus.kind, dict(self.model))
+        if isinstance(self.corpus, MultipleChoiceCorpus):
+            methods = {run.method for run in self.variants()}
+            found += self.corpus.misfits(self.search.third_objective, methods)
+        if found:
+            raise ValidationError.from_exception_data("study", found)
+        return self
+
+    @model_validator(mode="after")
+    def _grid_has_its_points(self) -> "StudySpec":
+        if self.search.sampler == "grid":
+            least = 2 * sum(self.base_epochs().values())
+            if self.search.trials < least:
+                allowed = f"a grid has each of the {least // 2} base epochs at two values of alpha at least"
+                error = rule(allowed, f"Give at least {least} trials, or another sampler.")
+                detail: InitErrorDetails = {"type": error, "loc": ("search", "trials"), "input": self.search.trials}
+                raise ValidationError.from_exception_data("study", [detail])
+        return self
+
+    @property
+    def definition(self) -> str:
+        """Name of the metric definition every number of the study follows."""
+        return CHOICE_DEFINITION if self.corpus.kind == "multiple_choice" else self.scoring.definition
+
+    @property
+    def prunes(self) -> bool:
+        """Whether trials end as soon as it is certain that they join no front (`search.evaluation.pruning`).
+
+        Unless the file says so, not with a sampler that would learn nothing from them.
+        """
+        from search.samplers.registry import LEARN_FROM_COMPLETE  # optuna comes with it
+
+        wanted = self.search.prune
+        return self.search.sampler not in LEARN_FROM_COMPLETE if wanted is None else wanted
+
+    def variants(self) -> list[BaseRunSpec]:
+        """The base runs to be trained, by method in the order of the registry, then by value in the order of the file."""
+        runs: list[BaseRunSpec] = []
+        if self.unlearning is None:
+            return runs
+        for method, own in self.unlearning.methods.items():
+            grid = {**own, "learning_rate": self.unlearning.learning_rate}
+            varying = [key for key, values in grid.items() if len(values) > 1]
+            for values in product(*grid.values()):
+                chosen = dict(zip(grid, values, strict=True))
+                told = ",".join(f"{key}={_short(chosen[key])}" for key in varying)
+                runs.append(BaseRunSpec(f"{method}[{told}]" if told else method, method, chosen))
+        return runs
+
+    def base_epochs(self) -> dict[str, int]:
+        """Epochs that are searched of every base run by label: those to be trained, then those given as checkpoints."""
+        trained = {} if self.unlearning is None else {run.label: self.unlearning.epochs for run in self.variants()}
+        return {**trained, **{label: len(folders) for label, folders in self.checkpoints.items()}}
+
+    def fingerprint_payload(self) -> dict[str, Any]:
+        """What makes this study this study, ready for JSON.
+
+        Left out: the number of trials and whether some are pruned, the other retain models and the model never fine-tuned
+        (controls that may come later), what `RUNNING_KEYS` names, which may change from run to run; local paths, because a
+        folder may move: the caller puts hashes of their content in.
+        """
+        controls = {"other_retain_seeds", "other_retain", "never_finetuned"}
+        left_out = {"search": {"trials", "prune"}, "model": controls, "checkpoints": True, **dict.fromkeys(RUNNING_KEYS, True)}
+        payload: dict[str, Any] = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
+        corpus, model = payload["corpus"], payload["model"]
+        holders = [(corpus, "source"), (model, "initial"), (model, "retain")]
+        holders += [(corpus[key], "source") for key in SOURCES if corpus.get(key)]
+        for holder, key in holders:
+            if is_local(holder.get(key) or ""):
+                del holder[key]
+        if self.checkpoints:
+            payload["checkpoints"] = {label: len(folders) for label, folders in self.checkpoints.items()}
+        return payload
+
+
+def _base_stage_error(corpus: object, model: object, base: object) -> PydanticCustomError | None:
+    if model != "tiny":
+        return None
+    if corpus == "people" and base is None:
+        example = "{epochs: 12, learning_rate: 0.005, batch_size: 64}"
+        return rule("the people corpus needs a base stage, where the model learns to read", f"Write for example {example}.")
+    if corpus == "tofu" and base is not None:
+        return rule("TOFU has no texts for a base stage", "Write base: null.")
+    if corpus == "multiple_choice" and base is not None:
+        return rule("a multiple-choice corpus has no texts for a base stage", "Write base: null.")
+    return None
+
+
+def _reference_errors(corpus: object, model: Mapping[Any, Any]) -> list[InitErrorDetails]:
+    """Reference models a corpus must have, or has no use for."""
+    if corpus == "multiple_choice":
+        error = rule("multiple choice is held against chance, not against models that never saw the forget set", "Remove it.")
+        given = ("retain", "other_retain", "other_retain_seeds", "never_finetuned")
+        return [{"type": error, "loc": ("model", key), "input": model[key]} for key in given if model.get(key)]
+    if corpus in ("people", "tofu") and model.get("kind") == "pretrained" and model.get("retain") is None:
+        error = rule("forgetting is measured against the retain model", "Give its hub name, folder or evaluation log.")
+        return [{"type": error, "loc": ("model", "retain"), "input": None}]
+    return []
+
+
+def _short(value: float) -> str:
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+def parse_study(data: Mapping[str, object], folder: Path | None = None) -> StudySpec:
+    """A study from plain data.
+
+    Args:
+        data: What a study file contains.
+        folder: What relative paths are relative to; None is the current directory.
+
+    Raises:
+        StudyFileError: With everything that is wrong.
+    """
+    return _build(data, folder or Path.cwd(), "study", {}, {})
+
+
+def load_study(path: Path | str, overrides: Mapping[str, object] | None = None) -> StudySpec:
+    """A study from a file.
+
+    Args:
+        path: The YAML file; relative paths in it are relative to its folder.
+        overrides: ``seed`` and ``trials`` given on the command line; None leaves the file's value.
+
+    Raises:
+        StudyFileError: With everything that is wrong.
+    """
+    path = Path(path)
+    data, lines = read_study_file(path)
+    return _build(data, path.resolve().parent, str(path), lines, overrides or {})
+
+
+def _build(data: Mapping[str, object], folder: Path, source: str, lines: Lines, overrides: Mapping[str, object]) -> StudySpec:
+    if not isinstance(data, Mapping):
+        raise StudyFileError([Problem("", "a study is a mapping of keys to values. Give a dict.")], source)
+    given = {_OVERRIDES[name]: value for name, value in overrides.items() if value is not None}
+    study, found = absolute_paths(_with(data, given), folder)
+    try:
+        spec = StudySpec.model_validate(study)
+    except ValidationError as error:
+        found.extend(explain(detail, StudySpec, study) for detail in error.errors(include_url=False))
+        found.extend(_hidden_problem(study, {parts for parts, _ in found}))
+    else:
+        if not found:
+            return spec
+    found.sort(key=lambda problem: _line(problem[0], lines))
+    raise StudyFileError([Problem(key_text(parts), text, _place(parts, lines, given)) for parts, text in found], source)
+
+
+def _with(data: Mapping[str, object], given: Mapping[KeyPath, object]) -> dict[str, object]:
+    result = dict(data)
+    for path, value in given.items():
+        if len(path) == 1:
+            result[str(path[0])] = value
+            continue
+        section = result.get(str(path[0]), {})
+        if isinstance(section, Mapping):
+            result[str(path[0])] = {**section, path[1]: value}
+    return result
+
+
+def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tuple[KeyPath, str]]:
+    """The checks that span sections: pydantic leaves them out as soon as anything else is wrong."""
+    corpus, model = study.get("corpus"), study.get("model")
+    if not isinstance(corpus, Mapping) or not isinstance(model, Mapping):
+        return []
+    errors = _reference_errors(corpus.get("kind"), model)
+    base = _base_stage_error(corpus.get("kind"), model.get("kind"), model.get("base"))
+    if base is not None:
+        errors.append({"type": base, "loc": ("model", "base"), "input": model.get("base")})
+    found = []
+    for error in errors:
+        broken: Any = error["type"]
+        detail: Any = {**error, "type": broken.type, "ctx": broken.context}
+        if detail["loc"] not in known:
+            found.append(explain(detail, StudySpec, study))
+    return found
+
+
+def _line(parts: KeyPath, lines: Lines) -> int:
+    """The line of a key, or of the nearest section around it that is in the file."""
+    return lines[parts] if parts in lines else _line(parts[:-1], lines) if parts else 0
+
+
+def _place(parts: KeyPath, lines: Lines, given: Mapping[KeyPath, object]) -> str:
+    if parts in given:
+        return "command line"
+    line = _line(parts, lines)
+    return f"line {line}" if line else ""
+
+
+def quickstart_path() -> Path:
+    """The quickstart study: in the checkout, else where an installed wheel puts its data files.
+
+    Raises:
+        UserError: It is in neither.
+    """
+    checkout = Path(__file__).resolve().parents[2] / "studies"
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    installed = [Path(sysconfig.get_path("data", scheme)) / "share" / "uipe" / "studies" for scheme in schemes]
+    for folder in (checkout, *installed):
+        if (folder / "quickstart.yaml").is_file():
+            return folder / "quickstart.yaml"
+    raise UserError("The quickstart study is not installed. Give the path of a study file.")

@@ -1,0 +1,282 @@
+"""What can be found about a study: one small check each, on what was read of it. Checks change nothing; some offer a repair."""
+
+import re
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna.trial import FrozenTrial, TrialState
+
+from search.problem.pareto import non_dominated
+from search.store.study_store import StudyStore
+
+OK, ADVICE, FIXED, PROBLEM = "ok", "advice", "fixed", "problem"
+
+NEAR_BOUND = 0.02
+"""Share of the alpha range within which a point counts as stuck at its end."""
+
+REPEATED_SHARE = 0.1
+"""Share of repeated points from which on the sampler is advised against."""
+
+REASONS_SHOWN = 5
+
+Repair = Callable[[], str]
+"""Does something about a finding, and says what it did."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing found.
+
+    Attributes:
+        check: Name of the check.
+        state: `OK`, `ADVICE` (nothing is wrong), `FIXED` or `PROBLEM`.
+        found, meaning, remedy: What it is, what it means, what to do or what was done.
+    """
+
+    check: str
+    state: str
+    found: str
+    meaning: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Repairable:
+    """A finding that can be repaired.
+
+    Attributes:
+        finding: It, unrepaired.
+        repair: Does it.
+        needs_study: Whether nobody may run the study meanwhile.
+    """
+
+    finding: Finding
+    repair: Repair
+    needs_study: bool = True
+
+
+def orphans(store: StudyStore, running: bool) -> Iterator[Finding | Repairable]:
+    """Trials that are RUNNING though nobody runs the study."""
+    open_trials = _trials(store, TrialState.RUNNING, TrialState.WAITING)
+    if not open_trials:
+        yield Finding("trials", OK, "no trial is left open")
+    elif running:
+        yield Finding("trials", OK, f"{len(open_trials)} trials are running", "the study is at work")
+    else:
+        found = Finding(
+            "trials",
+            PROBLEM,
+            f"{len(open_trials)} trials are RUNNING, and nobody runs the study",
+            "the run that started them was killed; samplers keep away from such points",
+            "--fix ends them as FAIL with their reason, and so does the next `uipe run`",
+        )
+        yield Repairable(found, lambda: f"{store.reconcile()} trials ended as FAIL with their reason")
+
+
+def item_scores(store: StudyStore) -> Iterator[Finding | Repairable]:
+    """Files of item scores that are damaged, missing, or of no trial."""
+    missing = []
+    damaged: list[tuple[Path, str]] = []
+    strays: list[Path] = []
+    for name in ("trials", "controls"):
+        states = {trial.number: trial.state for trial in store.trials(names=(), controls=name == "controls")}
+        folder = store.out / "items" / name
+        files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
+        for number, state in states.items():
+            path = files.pop(f"{number:05d}.npz", None)
+            if state not in (TrialState.COMPLETE, TrialState.PRUNED):
+                # One that is being told has its file already.
+                if path is not None and state == TrialState.FAIL:
+                    strays.append(path)
+                continue
+            if path is None and state == TrialState.COMPLETE:
+                missing.append(f"{name}/{number}")
+            elif path is not None and (reason := _damage(path)):
+                damaged.append((path, reason))
+        strays += files.values()
+    if not (missing or damaged or strays):
+        yield Finding("item scores", OK, "every complete trial has its item scores, and they are whole")
+    if missing:
+        yield Finding(
+            "item scores",
+            ADVICE,
+            f"{len(missing)} complete trials have none, first {missing[0]}",
+            "intervals and probabilities of these trials are rougher or missing; their numbers stand",
+            "nothing brings them back but scoring the points in another study",
+        )
+    if damaged:
+        path, reason = damaged[0]
+        yield Repairable(
+            Finding(
+                "item scores",
+                PROBLEM,
+                f"{len(damaged)} files are damaged, first {path.name} ({reason})",
+                "report and selection stop at them; the numbers of the trials stand",
+                "--fix removes them",
+            ),
+            lambda: _remove([path for path, _ in damaged]),
+        )
+    if strays:
+        yield Repairable(
+            Finding(
+                "item scores",
+                PROBLEM,
+                f"{len(strays)} files belong to no complete trial, first {strays[0].name}",
+                "a run was killed while it wrote them, or they were copied here",
+                "--fix removes them",
+            ),
+            lambda: _remove(strays),
+        )
+
+
+def _damage(path: Path) -> str | None:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            for name in archive.files:
+                archive[name]
+    except Exception as error:  # a damaged archive fails in zipfile, zlib, numpy or the system
+        return type(error).__name__
+    return None
+
+
+def _remove(paths: list[Path]) -> str:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    return f"{len(paths)} removed"
+
+
+def agreement(store: StudyStore) -> Iterator[Finding]:
+    """Whether record and database speak of the same study."""
+    record, spec = store.record, store.spec
+    wrong = []
+    for study in (store.study, store.controls):
+        identity = study.user_attrs.get("fingerprint", record["fingerprint"])
+        if identity != record["fingerprint"]:
+            wrong.append(f"the database holds {study.study_name!r} with the fingerprint {identity}")
+    names = [objective.name for objective in store.objectives]
+    if store.study.metric_names not in (None, names):
+        wrong.append(f"the database maximises {', '.join(store.study.metric_names or ())}, the record {', '.join(names)}")
+    unknown = {str(trial.user_attrs.get("base")) for trial in store.trials(names=("base",))}
+    unknown -= {*spec.base_epochs(), "None"}
+    if unknown:
+        wrong.append(f"there are trials of base runs that the study does not have: {', '.join(sorted(unknown))}")
+    if not wrong:
+        yield Finding("record", OK, "record and database agree")
+    for what in wrong:
+        yield Finding(
+            "record",
+            PROBLEM,
+            what,
+            "study.json or the database is another study's",
+            "put back the one that belongs here; if there is none, run the study into another folder",
+        )
+
+
+def bounds(store: StudyStore) -> Iterator[Finding]:
+    """Parameters of the front that are stuck at an end of their range."""
+    trials = store.trials_frame(("base", "epoch", "alpha"))
+    if trials.empty:
+        return
+    names = [objective.name for objective in store.objectives]
+    front = trials[non_dominated(trials[names].to_numpy())]
+    alpha, epochs = store.spec.search.alpha, store.spec.base_epochs()
+    margin = NEAR_BOUND * (alpha.high - alpha.low)
+    high = int((front["alpha"] >= alpha.high - margin).sum())
+    low = int((front["alpha"] <= alpha.low + margin).sum())
+    again = "in a new study that begins here (warm_start)"
+    found = False
+    for count, end, value, wider in (
+        (high, "high", alpha.high, f"raise search.alpha.high {again}"),
+        # -1 is the initial model: beyond it lies learning.
+        (low if alpha.low > -1 else 0, "low", alpha.low, f"lower search.alpha.low {again}"),
+    ):
+        if count:
+            found = True
+            what = f"{count} of {len(front)} front points have alpha at search.alpha.{end} ({value:g})"
+            yield Finding("bounds", ADVICE, what, "better points may lie beyond", wider)
+    last = front[[int(row["epoch"]) == epochs.get(row["base"]) for row in front.to_dict("records")]]
+    walked_on = last[last["alpha"] >= 0]
+    if len(walked_on) > len(front) / 2:
+        found = True
+        what = f"{len(walked_on)} of {len(front)} front points are at or beyond the last epoch of their base run"
+        yield Finding("bounds", ADVICE, what, "unlearning may not have ended yet", f"raise unlearning.epochs {again}")
+    if not found:
+        yield Finding("bounds", OK, "the front is not stuck at the ends of its ranges")
+
+
+def repeats(store: StudyStore) -> Iterator[Finding]:
+    """Points that were scored more than once."""
+    trials = store.trials_frame(("base", "epoch", "alpha"))
+    if trials.empty:
+        return
+    places = trials[["base", "epoch", "alpha"]].apply(tuple, axis=1)
+    again = len(places) - places.nunique()
+    if again <= REPEATED_SHARE * len(places):
+        yield Finding("repeats", OK, f"{again} of {len(places)} trials repeated a point")
+    else:
+        yield Finding(
+            "repeats",
+            ADVICE,
+            f"{again} of {len(places)} trials repeated a point",
+            "they told nothing new",
+            f"choose another search.sampler than {store.spec.search.sampler}, or fewer search.trials",
+        )
+
+
+def failures(store: StudyStore) -> Iterator[Finding]:
+    """Failed trials by their reason; numbers in reasons do not make them differ."""
+    failed = _trials(store, TrialState.FAIL)
+    reasons = Counter(re.sub(r"\d+(\.\d+)?", "N", str(trial.user_attrs.get("reason", "unknown"))) for trial in failed)
+    if not reasons:
+        yield Finding("failures", OK, "no trial failed")
+    for reason, count in reasons.most_common(REASONS_SHOWN):
+        yield Finding(
+            "failures", ADVICE, f"{count} failed: {reason}", "", "the same `uipe run` tries as many again; mend the cause first"
+        )
+    if len(reasons) > REASONS_SHOWN:
+        rest = sum(reasons.values()) - sum(count for _, count in reasons.most_common(REASONS_SHOWN))
+        yield Finding("failures", ADVICE, f"{rest} failed for {len(reasons) - REASONS_SHOWN} other reasons")
+
+
+def last_stop(record: Mapping[str, Any]) -> Iterator[Finding]:
+    """Why the last run ended, where it said so."""
+    reason = record.get("stopped")
+    if reason:
+        yield Finding("last run", ADVICE, f"it stopped: {reason}", "", "the same `uipe run` goes on, once its budget allows it")
+
+
+def ray_folders(out: Path, running: bool) -> Iterator[Finding | Repairable]:
+    """What Ray and Tune left behind."""
+    folder = out / "ray"
+    if running or not folder.is_dir():
+        return
+    # "torch" is a cache of compiled code, which costs time to make again.
+    old = [path for path in folder.iterdir() if path.name != "torch"]
+    size = sum(path.lstat().st_size for top in old for path in (top, *_below(top)) if not path.is_dir() or path.is_symlink())
+    if old:
+        yield Repairable(
+            Finding(
+                "ray",
+                ADVICE,
+                f"{len(old)} entries of earlier runs in {folder}, {size / 1e6:.1f} MB",
+                "logs of Ray and Tune; the study needs none of them",
+                "--fix removes them",
+            ),
+            lambda: _remove(old),
+        )
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    return folder.rglob("*") if folder.is_dir() and not folder.is_symlink() else iter(())
+
+
+def _trials(store: StudyStore, *states: TrialState) -> list[FrozenTrial]:
+    return [trial for controls in (False, True) for trial in store.trials(states, ("reason",), controls)]

@@ -1,0 +1,363 @@
+"""The study on disk: its folder, its record, and its trials in Optuna. The driver is the only writer.
+
+Points of the search space are trials of the study ``NAME``. What they are compared with (initial and retain model, next
+epoch, random directions, temperatures) are trials of a second study, ``NAME.controls``: samplers and the Pareto front of
+Optuna then see what can be chosen, and nothing else.
+"""
+
+import contextlib
+import math
+import os
+import time
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pandas as pd
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import make_url
+
+from search.problem.objectives import Objective, objectives_of
+from search.problem.space import own_epoch, sampled_epoch
+from search.problem.trial import POINT_KINDS, Job
+from search.spec.redaction import without_password
+from search.spec.study import StudySpec
+from search.store.ask_tell import Proposer
+from search.store.database import STORAGE_ERRORS, Database, open_storage, sqlite_file
+from search.store.item_scores import ItemFiles
+from search.store.record import (
+    RECORD,
+    RECORD_SCHEMA,
+    other_study,
+    own_database,
+    read_record,
+    save_record,
+    whole_storage,
+)
+from search.store.study_tables import certificate_table, evidence_table
+from search.store.trial_book import TrialBook
+from uipe_core.errors import UserError
+
+STAGES = ("models", "base_runs", "baselines", "trials")
+LOCK_SECONDS = 1
+"""How long a run waits for its folder: longer than a look at its status holds it."""
+INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
+
+
+class StudyStore:
+    """One study's folder and storage.
+
+    Use `create` to run a study (it takes the folder's lock) and `open` to read one.
+    """
+
+    def __init__(self, out: Path, record: dict[str, Any], database: Database, lock: FileLock | None = None) -> None:
+        self.out = out
+        self.record = record
+        self.storage = database.optuna
+        self._database = database
+        self._items = ItemFiles(out)
+        self._lock = lock
+        self._points: TrialBook | None = None
+        self._controls: TrialBook | None = None
+        self._proposer: Proposer | None = None
+        self.spec = StudySpec.model_validate(record["spec"], strict=False)
+
+    @property
+    def objectives(self) -> tuple[Objective, ...]:
+        """What the study maximises."""
+        return objectives_of(self.spec)
+
+    @classmethod
+    def create(cls, out: Path, spec: StudySpec, identity: str, facts: Mapping[str, Any]) -> "StudyStore":
+        """Opens the study in `out` for running, or starts it there.
+
+        Args:
+            out: Output folder; made if missing.
+            spec: The study.
+            identity: Its `fingerprint`.
+            facts: Recorded beside the spec (corpus, models, versions).
+
+        Raises:
+            UserError: If the folder holds another study, is used by another driver, or cannot be written.
+        """
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            probe = out / f".probe-{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(f"output folder {out}: {error.strerror}; choose another with --out") from error
+        lock = FileLock(out / ".lock")
+        try:
+            lock.acquire(timeout=LOCK_SECONDS)
+        except Timeout:
+            raise UserError(f"output folder {out}: another run of this study is under way; wait for it or stop it") from None
+        try:
+            record = read_record(out) if (out / RECORD).exists() else None
+            if record is not None and record["fingerprint"] != identity:
+                raise UserError(other_study(out, record, spec))
+            if record is None and any(not path.name.startswith(".") for path in out.iterdir()):
+                raise UserError(
+                    f"output folder {out}: it is not empty and holds no study; choose another with --out or empty it"
+                )
+            url = own_database(out) if spec.storage is None else whole_storage(spec.storage)
+            fresh = {
+                "schema": RECORD_SCHEMA,
+                "name": spec.name,
+                "fingerprint": identity,
+                "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "seconds": dict.fromkeys(STAGES, 0.0),
+            }
+            kept = record or fresh
+            changing = {"spec": spec.model_dump(mode="json"), "storage": without_password(url), **facts}
+            changing["spec"]["storage"] = None if spec.storage is None else without_password(spec.storage)
+            # Before the database: a folder with a database and no record would be taken for somebody else's.
+            save_record(out, {**kept, **changing})
+            try:
+                store = cls(out, {**kept, **changing}, open_storage(url), lock)
+                store._attach(create=True)
+                if spec.storage is not None:
+                    store._database.claim(url, spec.name)
+            except UserError:
+                if record is None:
+                    (out / RECORD).unlink()
+                raise
+        except BaseException:
+            lock.release()
+            raise
+        return store
+
+    @classmethod
+    def open(cls, out: Path) -> "StudyStore":
+        """Opens a study to read it.
+
+        The password of a storage URL is not recorded; give the whole URL in the environment variable UIPE_STORAGE.
+
+        Raises:
+            UserError: If the folder holds no study or its storage cannot be opened.
+        """
+        record = read_record(out)
+        if record["spec"].get("storage") is None:
+            url = own_database(out)  # not the recorded place: the folder may have been moved or copied
+        else:
+            url = os.environ.get("UIPE_STORAGE") or record["storage"]
+        database = sqlite_file(make_url(url)) if url.startswith("sqlite") else None
+        if database is not None and not database.is_file():
+            raise UserError(f"{out}: its trials ({database}) are missing; restore the file or run the study again")
+        store = cls(out, record, open_storage(url))
+        store._attach(create=False)
+        return store
+
+    def settle(self) -> None:
+        """Waits until all item scores are on the disk.
+
+        Raises:
+            OSError: If some did not reach it.
+        """
+        self._items.settle()
+
+    def close(self) -> None:
+        """Gives the folder and the storage back."""
+        self._items.close()
+        self._database.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    @property
+    def study(self) -> optuna.Study:
+        """The Optuna study of the points that can be chosen."""
+        return self._book().study
+
+    @property
+    def controls(self) -> optuna.Study:
+        """The Optuna study of what they are compared with."""
+        return self._book(controls=True).study
+
+    def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
+        """Sets the sampler that `ask_point` proposes with."""
+        self._proposer = Proposer(self.study.directions, sampler, self.trials(names=()))
+
+    def reconcile(self) -> int:
+        """Ends what an interrupted run left RUNNING or WAITING as FAIL with its reason; returns how many there were."""
+        orphans = 0
+        for book in (self._book(), self._book(controls=True)):
+            for trial in book.read((TrialState.RUNNING, TrialState.WAITING), ()):
+                book.end(trial.number, TrialState.FAIL, {"reason": INTERRUPTED})
+                orphans += 1
+        return orphans
+
+    def end_running(self) -> None:
+        """As `reconcile`, for a run that was interrupted: a storage that does not answer at once leaves it to the next run."""
+        self._database.hurry()
+        with contextlib.suppress(*STORAGE_ERRORS):
+            self.reconcile()
+
+    def ask_point(
+        self, space: dict[str, BaseDistribution], params: Mapping[str, Any] | None = None, kind: str = "search"
+    ) -> tuple[int, Job]:
+        """Starts a trial of a kind: with what the sampler proposes, or with the given parameters and its proposal for the rest.
+
+        Given parameters and jobs have the base run's own epoch; Optuna's has the one of the flat space (`space.own_epoch`).
+        """
+        if self._proposer is None:
+            self.use_sampler(self.study.sampler)
+        assert self._proposer is not None
+        counts = self.spec.base_epochs()
+        longest = max(counts.values())
+        given = None if params is None else dict(params)
+        if given is not None and "epoch" in given:
+            given["epoch"] = sampled_epoch(given["epoch"], longest, counts[given["base"]])
+        number, trial = self._proposer.ask(space, given, kind)
+        self._book().begin(number, trial)
+        base = trial.params["base"]
+        return number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
+
+    def ask_control(self) -> int:
+        """Starts a trial of the controls study."""
+        return self._book(controls=True).begin_next()
+
+    def complete(self, job: Job, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
+        """Writes all evidence and the scores of every item, then ends the trial with its values: none is complete without them.
+
+        An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
+        """
+        given = {objective.name: evidence.get(objective.name) for objective in self.objectives}
+        values = {name: math.nan if value is None else float(value) for name, value in given.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            reason = f"objectives are not finite: {values}"
+            self.fail(job, number, reason)
+            return reason
+        if items is not None:
+            self._items.write(number, items, _is_control(job))
+        self._end(_is_control(job), number, TrialState.COMPLETE, evidence, list(values.values()))
+        return None
+
+    def prune(self, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
+        """Ends a search trial as PRUNED, with its certificate (`search.evaluation.pruning`) and without values, which nobody knows.
+
+        Args:
+            number: The trial.
+            evidence: All that is known of it, the certificate under ``pruned``.
+            items: Its item scores of the stages that were scored.
+        """
+        if items is not None:
+            self._items.write(number, items)
+        self._end(False, number, TrialState.PRUNED, evidence)
+
+    def fail(self, job: Job, number: int, reason: str) -> None:
+        """Ends a trial as FAIL with its reason."""
+        self._end(_is_control(job), number, TrialState.FAIL, {"reason": reason})
+
+    def items(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
+        """Per-item arrays of a complete trial by ``set/measurement``; None where it has none (a study of an older version).
+
+        A pruned trial has those of the stages that were scored.
+        """
+        return self._items.read(number, control)
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Adds to the time a stage has taken over all runs of the study."""
+        self.record["seconds"][stage] = round(self.record["seconds"][stage] + seconds, 3)
+        self.save_record()
+
+    def save_record(self) -> None:
+        """Writes the record atomically."""
+        save_record(self.out, self.record)
+
+    def trials(
+        self,
+        states: Collection[TrialState] | None = None,
+        names: Collection[str] | None = None,
+        controls: bool = False,
+    ) -> Iterator[FrozenTrial]:
+        """Trials by number, as the database has them; some hundred are in memory at a time.
+
+        Args:
+            states: Only those in these states.
+            names: Only their user attributes of these names.
+            controls: Those of the controls study.
+        """
+        return self._book(controls).read(states, names)
+
+    def counts(self) -> dict[str, int]:
+        """Trials of the study by state."""
+        states = [trial.state for trial in self.trials(names=())]
+        names = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
+        return {**{name: states.count(state) for name, state in names.items()}, "running": states.count(TrialState.RUNNING)}
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Number and reason of every failed trial."""
+        return [
+            {"trial": trial.number, "reason": trial.user_attrs.get("reason", "unknown")}
+            for trial in self.trials((TrialState.FAIL,), ("reason",))
+        ]
+
+    def trials_frame(self, names: Collection[str] | None = None) -> pd.DataFrame:
+        """A row per complete trial of the study, with its objectives and its evidence, all of it or that of some names."""
+        return self._evidence_table(names)
+
+    def pruned_frame(self, names: Collection[str] | None = None) -> pd.DataFrame:
+        """A row per pruned trial with what is known of it, or that of some names: ``pruned`` is its certificate."""
+        names = None if names is None else {*names, "pruned"}
+        return certificate_table(self.trials((TrialState.PRUNED,), names))
+
+    def controls_frame(self) -> pd.DataFrame:
+        """A row per complete trial of the controls study."""
+        return self._evidence_table(controls=True)
+
+    def _evidence_table(self, names: Collection[str] | None = None, controls: bool = False) -> pd.DataFrame:
+        objectives = [objective.name for objective in self.objectives]
+        return evidence_table(self.trials((TrialState.COMPLETE,), names, controls), objectives)
+
+    def _book(self, controls: bool = False) -> TrialBook:
+        book = self._controls if controls else self._points
+        assert book is not None
+        return book
+
+    def _end(
+        self,
+        control: bool,
+        number: int,
+        state: TrialState,
+        attributes: Mapping[str, Any],
+        values: list[float] | None = None,
+    ) -> None:
+        self._book(control).end(number, state, attributes, values)
+        if not control and self._proposer is not None:
+            self._proposer.end(number, state, values)
+
+    def _attach(self, create: bool) -> None:
+        name, identity = self.record["name"], self.record["fingerprint"]
+        names = [objective.name for objective in self.objectives]
+        opened = []
+        for title in (name, f"{name}.controls"):
+            try:
+                if create:
+                    study = optuna.create_study(
+                        study_name=title,
+                        storage=self.storage,
+                        directions=["maximize"] * len(names),
+                        load_if_exists=True,
+                    )
+                    if study.user_attrs.get("fingerprint", identity) != identity:
+                        raise UserError(f"storage {self.record['storage']}: it holds another study named {title!r}; rename one")
+                    study.set_user_attr("fingerprint", identity)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore", ExperimentalWarning)
+                        study.set_metric_names(names)
+                else:
+                    study = optuna.load_study(study_name=title, storage=self.storage)
+            except KeyError:
+                raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
+            opened.append(TrialBook(self._database, study, self.record["storage"]))
+        self._points, self._controls = opened
+
+
+def _is_control(job: Job) -> bool:
+    return job.kind not in POINT_KINDS

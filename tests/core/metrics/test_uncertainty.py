@@ -1,0 +1,108 @@
+"""Uncertainty by closed form and brute force."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import ks_2samp
+
+from search.problem.pareto import non_dominated
+from uipe_core.metrics.tofu import forget_quality, log10_p_floor
+from uipe_core.metrics.uncertainty import (
+    bootstrap_forget_quality,
+    bootstrap_harmonic_mean,
+    front_probability,
+    group_weights,
+    indistinguishable,
+    intervals,
+    paired_permutation,
+)
+
+
+def test_permutation_p_is_that_of_all_sign_changes():
+    differences = np.array([0.5, -0.1, 0.4, 0.3, 0.2, -0.05, 0.6, 0.1])
+    means = [abs(np.mean(signs * differences)) for signs in product([1, -1], repeat=8)]
+    exact = np.mean([mean >= abs(differences.mean()) - 1e-12 for mean in means])
+    reference = np.linspace(-1, 1, 8)
+    assert paired_permutation(reference + differences, reference, seed=0) == pytest.approx(exact, abs=0.01)
+
+
+def test_permutation_sees_what_a_ks_test_does_not():
+    reference = np.random.default_rng(0).normal(0, 3, 48)
+    moved = reference + 0.2
+    assert ks_2samp(moved, reference).pvalue > 0.9
+    assert paired_permutation(moved, reference, seed=0) == pytest.approx(1e-4)
+
+
+def test_equal_samples_have_p_one_and_bad_ones_are_refused():
+    values = np.arange(5.0)
+    assert paired_permutation(values, values, seed=0) == 1.0
+    for bad in (np.arange(4.0), np.array([0, 1, 2, 3, np.inf])):
+        with pytest.raises(ValueError, match="paired samples"):
+            paired_permutation(bad, values, seed=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 30), st.integers(0, 10**6))
+def test_without_resampling_the_bootstrap_is_the_test_itself(n, seed):
+    rng = np.random.default_rng(seed)
+    ratios, reference = np.round(rng.normal(0, 1, n), 2), np.round(rng.normal(rng.choice([0, 1, 9]), 1, n), 2)
+    expected = forget_quality(ratios, reference).log10_p
+    assert bootstrap_forget_quality(ratios, reference, np.ones((1, n)))[0] == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_draw_is_the_test_on_the_items_drawn():
+    rng = np.random.default_rng(1)
+    ratios, reference = rng.normal(0, 1, 12), rng.normal(1, 1, 12)
+    weights = group_weights([f"g{row // 3}" for row in range(12)], seed=3, draws=40)
+    found = bootstrap_forget_quality(ratios, reference, weights)
+    for value, weight in zip(found, weights, strict=True):
+        rows = np.repeat(np.arange(12), weight.astype(int))
+        assert value == pytest.approx(forget_quality(ratios[rows], reference[rows]).log10_p, abs=1e-6)
+    assert (found >= log10_p_floor(12, 12)).all()
+
+
+def test_groups_are_drawn_whole_and_alike_in_sets_of_the_same_groups():
+    groups = ["a", "a", "b", "b", "b", None]
+    weights = group_weights(groups, seed=0, draws=500)
+    assert (weights[:, 0] == weights[:, 1]).all()
+    assert (weights[:, 2] == weights[:, 4]).all()
+    assert (weights[:, [0, 2, 5]].sum(axis=1) == 3).all()
+    assert weights.mean(axis=0) == pytest.approx(np.ones(6), abs=0.15)
+    one, other = group_weights(["x", "y"], 0, 50), group_weights(["x", "x", "y"], 0, 50)
+    assert (one == other[:, [0, 2]]).all()
+    assert (one != group_weights(["x", "z"], 0, 50)).any()
+
+
+def test_utility_of_a_draw_is_the_harmonic_mean_of_weighted_means():
+    components = {"a": np.array([0.2, 0.4, 0.9]), "b": np.array([0.5, 1.0])}
+    weights = {"a": np.array([[1.0, 1, 1], [0, 0, 3]]), "b": np.array([[1.0, 1], [2, 0]])}
+    found = bootstrap_harmonic_mean(components, weights)
+    assert found == pytest.approx([2 / (1 / 0.5 + 1 / 0.75), 2 / (1 / 0.9 + 1 / 0.5)])
+    assert bootstrap_harmonic_mean({**components, "c": np.zeros(2)}, {**weights, "c": weights["b"]}) == pytest.approx([0, 0])
+
+
+def test_intervals_cover_the_truth_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for trial in range(200):
+        sample = rng.normal(0.5, 0.1, 40)
+        ends = intervals(bootstrap_harmonic_mean({"a": sample}, {"a": group_weights([None] * 40, trial, 400)}))
+        covered += ends[0] <= 0.5 <= ends[1]
+    assert 0.88 <= covered / 200 <= 0.99
+
+
+def test_front_probability_by_brute_force():
+    values = np.random.default_rng(2).normal(0, 1, (60, 9, 3))
+    expected = np.mean([non_dominated(draw) for draw in values], axis=0)
+    assert front_probability(values) == pytest.approx(expected)
+
+
+def test_trials_that_differ_by_chance_form_a_group():
+    noise = np.random.default_rng(0).normal(0, 1, (500, 5, 2))
+    centres = np.array([[0, 9], [0.1, 9], [0, 9.1], [9, 0], [9, 0.1]])
+    assert indistinguishable(noise + centres).tolist() == [0, 0, 0, 1, 1]
+    # The same noise in all of them tells even small differences.
+    assert indistinguishable(noise[:, :1] + centres).tolist() == [0, 1, 2, 3, 4]

@@ -1,0 +1,111 @@
+"""Text by draft and verify: token for token what `generate` gives."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uipe_core.corpora.types import Corpus
+from uipe_core.scoring import generation
+from uipe_core.scoring.batch_sizes import BatchSize
+from uipe_core.scoring.generation import Text, complete, verify_drafts
+from uipe_core.scoring.scorer import Scorer, ScoringConfig
+
+LIMIT = 12
+
+
+@given(st.lists(st.integers(0, 3), max_size=6), st.lists(st.integers(0, 4), min_size=1, max_size=7), st.integers(1, 6))
+def test_what_a_draft_tells_is_the_greedy_text_up_to_its_first_mistake(draft, best, limit):
+    """A stand-in for a model: the most likely token after so many right tokens is that of `best`; 4 ends a text."""
+    best = best[: len(draft) + 1]
+    text = Text([9], limit, [])
+    text.verify(draft, best, stops=(4,))
+    expected = []
+    for place, token in enumerate(best):
+        if token == 4 or len(expected) == limit:
+            break
+        expected.append(token)
+        if place >= len(draft) or token != draft[place]:
+            break
+    assert text.tokens == expected
+    ended = len(expected) < len(best) and best[len(expected)] == 4 and expected == draft[: len(expected)]
+    assert text.finished == (ended or len(expected) == limit)
+
+
+@pytest.fixture(scope="module")
+def corpus(world):
+    return Corpus("few", {name: items[::3] for name, items in world.sets.items()}, (), ())
+
+
+@pytest.fixture
+def moved(load_tiny):
+    """The small model, its weights moved by random directions of so many times their own spread."""
+
+    def make(scale, seed=0):
+        loaded = load_tiny()
+        draws = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in loaded.model.parameters():
+                parameter += scale * parameter.std() * torch.randn(parameter.shape, generator=draws)
+        return loaded
+
+    return make
+
+
+@torch.inference_mode()
+def by_generate(loaded, prompt):
+    ids = torch.tensor([prompt])
+    output = loaded.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=LIMIT,
+        do_sample=False,
+        pad_token_id=loaded.prompts.pad_id,
+        eos_token_id=loaded.prompts.stop_ids,
+    )[0, len(prompt) :].tolist()
+    ends = [place for place, token in enumerate(output) if token in loaded.prompts.stop_ids]
+    return output[: ends[0]] if ends else output
+
+
+@pytest.mark.parametrize("state", ["healthy", "half unlearned", "collapsed"])
+def test_texts_are_those_of_generate_token_for_token(state, moved, corpus):
+    loaded = moved({"healthy": 0.0, "half unlearned": 0.5, "collapsed": 3.0}[state])
+    scorer = Scorer(corpus, loaded.prompts, ScoringConfig(16, LIMIT))
+    scorer.score(loaded)
+    expected = [by_generate(loaded, prompt) for prompt in scorer._prompts]
+    assert scorer._neighbours == expected
+    # Now with the texts of a neighbour as drafts, and with drafts that are all wrong.
+    scorer.score(loaded)
+    assert scorer._neighbours == expected
+    scorer._neighbours = [text[::-1] for text in expected]
+    scorer.score(loaded)
+    assert scorer._neighbours == expected
+    scorer.score(other := moved(0.4, seed=1))
+    assert scorer._neighbours == [by_generate(other, prompt) for prompt in scorer._prompts]
+
+
+@torch.inference_mode()
+def test_nothing_is_generated_that_the_drafts_have_told(moved, corpus):
+    loaded = moved(0.5)
+    scorer = Scorer(corpus, loaded.prompts, ScoringConfig(16, LIMIT))
+    stops, pad = loaded.prompts.stop_ids, loaded.prompts.pad_id
+    fresh = [Text(prompt, LIMIT, []) for prompt in scorer._prompts]
+    complete(loaded.model, fresh, stops, pad, BatchSize(8))
+    again = [Text(prompt, LIMIT, []) for prompt in scorer._prompts]
+    verify_drafts(loaded.model, again, [text.tokens for text in fresh], stops, pad, BatchSize(8))
+    assert [text.tokens for text in again] == [text.tokens for text in fresh]
+    assert all(text.finished for text in again if text.tokens)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_the_models_own_generate_gives_the_same(moved, corpus, size):
+    loaded = moved(0.5)
+    prompts = [loaded.prompts.prompt_ids(item.question) for items in corpus.sets.values() for item in items][:30]
+    stops, pad = loaded.prompts.stop_ids, loaded.prompts.pad_id
+    ours, theirs = ([Text(prompt, 3 + number % 9, []) for number, prompt in enumerate(prompts)] for _ in range(2))
+    complete(loaded.model, ours, stops, pad, BatchSize(size))
+    for start in range(0, len(theirs), size):
+        generation._generate(loaded.model, theirs[start : start + size], stops, pad)
+    assert [(text.tokens, text.finished) for text in ours] == [(text.tokens, text.finished) for text in theirs]
+    assert all(text.finished for text in ours)

@@ -1,0 +1,391 @@
+"""Unlearning objectives against loops over hand-made logits and against their limits."""
+
+import math
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from uipe_core.models.prompts import IGNORED
+from uipe_core.unlearning.losses import BOUNDS, METHODS, LossInputs, answer_kl, answer_logp, mean_answer_nll
+
+VOCABULARY = 5
+LABELS = torch.tensor([[IGNORED, IGNORED, 3, 1, 4], [IGNORED, 2, 0, IGNORED, IGNORED], [IGNORED, IGNORED, IGNORED, 4, IGNORED]])
+
+
+def logits(seed, scale=2.0):
+    return scale * torch.randn(*LABELS.shape, VOCABULARY, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def log_probabilities(values):
+    """Log-softmax of a list by its definition."""
+    total = math.log(sum(math.exp(value) for value in values))
+    return [value - total for value in values]
+
+
+def by_hand(scores):
+    """Log-probability and token count of each answer: the token at position t is predicted from position t - 1."""
+    sums, counts = [], []
+    for row in range(LABELS.shape[0]):
+        terms = [
+            log_probabilities(scores[row, position - 1].tolist())[LABELS[row, position]]
+            for position in range(1, LABELS.shape[1])
+            if LABELS[row, position] != IGNORED
+        ]
+        sums.append(sum(terms))
+        counts.append(len(terms))
+    return sums, counts
+
+
+def kl_by_hand(initial, current):
+    terms = []
+    for row in range(LABELS.shape[0]):
+        for position in range(1, LABELS.shape[1]):
+            if LABELS[row, position] != IGNORED:
+                p = log_probabilities(initial[row, position - 1].tolist())
+                q = log_probabilities(current[row, position - 1].tolist())
+                terms.append(sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)))
+    return sum(terms) / len(terms)
+
+
+def inputs_of(scores, initial=None, retain=None):
+    logp, tokens = answer_logp(scores, LABELS)
+    return LossInputs(
+        logp,
+        tokens,
+        initial_forget_logp=None if initial is None else answer_logp(initial, LABELS)[0],
+        retain_nll=None if retain is None else mean_answer_nll(retain, LABELS),
+        retain_kl=None if retain is None or initial is None else answer_kl(initial, retain, LABELS),
+    )
+
+
+def test_answer_logp_sums_each_answer_and_counts_its_tokens():
+    sums, counts = by_hand(logits(0))
+    logp, tokens = answer_logp(logits(0), LABELS)
+    assert logp.tolist() == pytest.approx(sums, rel=1e-5)
+    assert tokens.tolist() == counts == [3, 2, 1]
+
+
+def test_mean_nll_is_over_tokens_not_over_answers():
+    sums, counts = by_hand(logits(0))
+    assert float(mean_answer_nll(logits(0), LABELS)) == pytest.approx(-sum(sums) / sum(counts), rel=1e-5)
+    assert -sum(sums) / sum(counts) != pytest.approx(-sum(s / c for s, c in zip(sums, counts, strict=True)) / 3, rel=1e-2)
+
+
+def test_positions_without_label_carry_no_loss():
+    scores = logits(0).requires_grad_()
+    mean_answer_nll(scores, LABELS).backward()
+    carries = torch.zeros_like(LABELS, dtype=torch.bool)
+    carries[:, :-1] = LABELS[:, 1:] != IGNORED
+    assert (scores.grad.abs().sum(-1) > 0).tolist() == carries.tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kl_is_the_mean_over_answer_tokens_from_initial_to_current(seed):
+    initial, current = logits(seed), logits(seed + 10)
+    assert float(answer_kl(initial, current, LABELS)) == pytest.approx(kl_by_hand(initial, current), rel=1e-5)
+    assert float(answer_kl(current, initial, LABELS)) != pytest.approx(kl_by_hand(initial, current), rel=1e-2)
+
+
+def test_kl_is_zero_at_equality_with_zero_gradient():
+    current = logits(0).requires_grad_()
+    kl = answer_kl(logits(0), current, LABELS)
+    kl.backward()
+    assert float(kl.detach()) == 0.0
+    assert float(current.grad.abs().max()) < 1e-7
+
+
+@given(st.integers(0, 1000), st.floats(0, 20))
+@settings(max_examples=50, deadline=None)
+def test_kl_is_never_negative(seed, scale):
+    assert float(answer_kl(logits(seed, scale), logits(seed + 1, scale), LABELS)) >= -1e-6
+
+
+def test_grad_ascent_is_minus_nll():
+    sums, counts = by_hand(logits(0))
+    loss = METHODS["grad_ascent"].loss(inputs_of(logits(0)), {})
+    assert float(loss) == pytest.approx(sum(sums) / sum(counts), rel=1e-5)
+
+
+def test_grad_diff_adds_the_weighted_retain_nll():
+    sums, counts = by_hand(logits(0))
+    retain_sums, _ = by_hand(logits(1))
+    loss = METHODS["grad_diff"].loss(inputs_of(logits(0), retain=logits(1)), {"retain_weight": 2.5})
+    assert float(loss) == pytest.approx((sum(sums) - 2.5 * sum(retain_sums)) / sum(counts), rel=1e-5)
+
+
+def test_kl_min_adds_the_weighted_kl_from_the_initial_model():
+    sums, counts = by_hand(logits(0))
+    loss = METHODS["kl_min"].loss(inputs_of(logits(0), initial=logits(2), retain=logits(1)), {"retain_weight": 2.5})
+    assert float(loss) == pytest.approx(sum(sums) / sum(counts) + 2.5 * kl_by_hand(logits(2), logits(1)), rel=1e-5)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_npo_is_its_formula_on_summed_log_probabilities(beta, weight):
+    sums, counts = by_hand(logits(0))
+    initial_sums, _ = by_hand(logits(2))
+    retain_sums, _ = by_hand(logits(1))
+    terms = [math.log(1 / (1 + math.exp(beta * (s - i)))) for s, i in zip(sums, initial_sums, strict=True)]
+    expected = -2 / beta * sum(terms) / len(terms) - weight * sum(retain_sums) / sum(counts)
+    inputs = inputs_of(logits(0), initial=logits(2), retain=logits(1))
+    loss = METHODS["npo"].loss(inputs, {"beta": beta, "retain_weight": weight})
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+def gradient(method, hyper, scores, initial=None):
+    scores = scores.clone().requires_grad_()
+    METHODS[method].loss(inputs_of(scores, initial=initial), hyper).backward()
+    return scores.grad
+
+
+def test_descending_on_grad_ascent_raises_the_nll():
+    scores = logits(0)
+    stepped = scores - 0.1 * gradient("grad_ascent", {}, scores)
+    assert float(mean_answer_nll(stepped, LABELS)) > float(mean_answer_nll(scores, LABELS))
+
+
+def test_npo_gradient_tends_to_gradient_ascent_as_beta_vanishes():
+    # arXiv 2404.05868, Proposition 1; its gradient ascent is on log-probabilities summed over tokens, averaged over answers.
+    scores = logits(0).requires_grad_()
+    answer_logp(scores, LABELS)[0].mean().backward()
+    errors = [
+        float((gradient("npo", {"beta": beta, "retain_weight": 0.0}, scores.detach(), logits(2)) - scores.grad).abs().max())
+        for beta in (1.0, 0.1, 0.001)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-2 * float(scores.grad.abs().max())
+
+
+def test_npo_gradient_fades_once_an_answer_is_unlikely():
+    hyper = {"beta": 1.0, "retain_weight": 0.0}
+    initial = torch.zeros_like(logits(0))
+    chosen = torch.nn.functional.one_hot(LABELS.clamp(min=0), VOCABULARY).roll(-1, dims=1).double()
+    known, forgotten = gradient("npo", hyper, initial, initial), gradient("npo", hyper, -20 * chosen, initial)
+    assert float(forgotten.abs().max()) < 1e-3 * float(known.abs().max())
+
+
+@pytest.mark.parametrize("beta", [0.1, 4.5])
+@pytest.mark.parametrize("gamma", [0.0, 1.5])
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_simnpo_is_its_formula_on_log_probabilities_per_token(beta, gamma, weight):
+    sums, counts = by_hand(logits(0))
+    retain_sums, _ = by_hand(logits(1))
+    terms = [math.log(1 / (1 + math.exp(beta * s / c + gamma))) for s, c in zip(sums, counts, strict=True)]
+    expected = -2 / beta * sum(terms) / len(terms) - weight * sum(retain_sums) / sum(counts)
+    hyper = {"beta": beta, "gamma": gamma, "retain_weight": weight}
+    loss = METHODS["simnpo"].loss(inputs_of(logits(0), retain=logits(1)), hyper)
+    assert float(loss) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_simnpo_without_margin_is_npo_against_a_certain_reference_with_beta_per_token(tokens):
+    # With answers of one length, a reference that gives them probability 1 and beta / tokens, both are the same formula but
+    # for the factor 2 / beta.
+    logp = torch.tensor([-0.3, -2.0, -7.0], dtype=torch.float64)
+    inputs = LossInputs(logp, torch.full((3,), tokens), initial_forget_logp=torch.zeros(3, dtype=torch.float64))
+    simnpo = METHODS["simnpo"].loss(inputs, {"beta": 2.0, "gamma": 0.0, "retain_weight": 0.0})
+    npo = METHODS["npo"].loss(inputs, {"beta": 2.0 / tokens, "retain_weight": 0.0})
+    assert float(simnpo) == pytest.approx(float(npo) / tokens, rel=1e-12)
+
+
+def test_simnpo_gradient_tends_to_gradient_ascent_per_answer_as_beta_vanishes():
+    scores = logits(0).requires_grad_()
+    logp, tokens = answer_logp(scores, LABELS)
+    (logp / tokens).mean().backward()
+    hyper = {"gamma": 0.0, "retain_weight": 0.0}
+    errors = [
+        float((gradient("simnpo", {"beta": beta, **hyper}, scores.detach()) - scores.grad).abs().max())
+        for beta in (1.0, 0.1, 0.001)
+    ]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-2 * float(scores.grad.abs().max())
+
+
+def test_a_margin_keeps_simnpo_pushing_on_answers_that_are_unlikely_already():
+    # The weight of an answer is sigmoid((beta / tokens) log pi + gamma), twice.
+    logp = torch.tensor([-6.0], dtype=torch.float64, requires_grad=True)
+    for gamma in (0.0, 3.0):
+        loss = METHODS["simnpo"].loss(LossInputs(logp, torch.tensor([2])), {"beta": 1.0, "gamma": gamma, "retain_weight": 0.0})
+        (slope,) = torch.autograd.grad(loss, logp)
+        assert float(slope) == pytest.approx(2 / (1 + math.exp(3.0 - gamma)) / 2, rel=1e-12)
+
+
+def log_ratios(seed, **known):
+    """LossInputs of three answers with log-probabilities drawn at random, in double precision."""
+    drawn = -5 * torch.rand(4, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    names = ("forget_logp", "initial_forget_logp", "refusal_logp", "initial_refusal_logp")
+    return LossInputs(forget_tokens=torch.tensor([3, 1, 2]), **{**dict(zip(names, drawn, strict=True)), **known})
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0])
+@pytest.mark.parametrize("weight", [0.0, 2.5])
+def test_idk_dpo_is_its_formula(beta, weight):
+    inputs = log_ratios(0, retain_nll=torch.tensor(0.7, dtype=torch.float64))
+    rows = zip(
+        *(
+            getattr(inputs, name).tolist()
+            for name in ("refusal_logp", "initial_refusal_logp", "forget_logp", "initial_forget_logp")
+        ),
+        strict=True,
+    )
+    terms = [math.log(1 / (1 + math.exp(-beta * ((r - r0) - (f - f0))))) for r, r0, f, f0 in rows]
+    loss = METHODS["idk_dpo"].loss(inputs, {"beta": beta, "retain_weight": weight})
+    assert float(loss) == pytest.approx(-2 / beta * sum(terms) / 3 + weight * 0.7, rel=1e-12)
+
+
+def test_idk_dpo_is_npo_while_the_refusal_is_where_the_initial_model_has_it():
+    hyper = {"beta": 0.5, "retain_weight": 0.0}
+    inputs = log_ratios(0)
+    inputs = replace(inputs, refusal_logp=inputs.initial_refusal_logp)
+    assert float(METHODS["idk_dpo"].loss(inputs, hyper)) == pytest.approx(float(METHODS["npo"].loss(inputs, hyper)), rel=1e-12)
+
+
+def test_idk_dpo_starts_at_indifference():
+    inputs = log_ratios(0)
+    inputs = replace(inputs, refusal_logp=inputs.initial_refusal_logp, forget_logp=inputs.initial_forget_logp)
+    loss = METHODS["idk_dpo"].loss(inputs, {"beta": 0.5, "retain_weight": 0.0})
+    assert float(loss) == pytest.approx(2 / 0.5 * math.log(2), rel=1e-12)
+
+
+def test_idk_dpo_tends_to_ascent_on_the_answer_and_descent_on_the_refusal_as_beta_vanishes():
+    inputs = log_ratios(0)
+    forget, refusal = inputs.forget_logp.requires_grad_(), inputs.refusal_logp.requires_grad_()
+    loss = METHODS["idk_dpo"].loss(inputs, {"beta": 1e-6, "retain_weight": 0.0})
+    up, down = torch.autograd.grad(loss, (forget, refusal))
+    assert up.tolist() == pytest.approx([1 / 3] * 3, rel=1e-4)
+    assert down.tolist() == pytest.approx([-1 / 3] * 3, rel=1e-4)
+
+
+FORGET = torch.tensor([[1.0, 2.0], [3.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
+RETAIN = torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64)
+UP = torch.tensor([0.6, 0.8], dtype=torch.float64)
+
+
+def steered(forget=FORGET, retain=RETAIN, initial=RETAIN - 1):
+    none = torch.zeros(1)
+    return LossInputs(
+        none, none, forget_activations=forget, direction=UP, retain_activations=retain, initial_retain_activations=initial
+    )
+
+
+def test_rmu_is_its_formula():
+    # The target is (3, 4): squares 4+4, 0+25, 9+16 over 3 * 2 entries; every retain entry is 1 away from where it was.
+    loss = METHODS["rmu"].loss(steered(), {"layer": 0, "coefficient": 5.0, "retain_weight": 100.0})
+    assert float(loss) == pytest.approx(58 / 6 + 100.0, rel=1e-12)
+
+
+def test_rmu_is_zero_where_forget_is_on_target_and_retain_where_it_was():
+    inputs = steered(forget=(5 * UP).expand(4, 2), initial=RETAIN)
+    assert float(METHODS["rmu"].loss(inputs, {"layer": 0, "coefficient": 5.0, "retain_weight": 1.0})) == 0.0
+
+
+def test_rmu_gradient_points_from_the_target_to_the_activations_and_leaves_the_frozen_ones_alone():
+    forget, retain = FORGET.clone().requires_grad_(), RETAIN.clone().requires_grad_()
+    loss = METHODS["rmu"].loss(steered(forget, retain), {"layer": 0, "coefficient": 5.0, "retain_weight": 3.0})
+    away, drift = torch.autograd.grad(loss, (forget, retain))
+    assert torch.allclose(away, 2 * (FORGET - 5 * UP) / 6)
+    assert torch.allclose(drift, 3 * 2 * torch.ones(2, 2, dtype=torch.float64) / 4)
+
+
+def test_rmu_without_retain_term_needs_no_retain_activations():
+    inputs = steered(retain=None, initial=None)
+    loss = METHODS["rmu"].loss(inputs, {"layer": 0, "coefficient": 5.0, "retain_weight": 0.0})
+    assert float(loss) == pytest.approx(58 / 6, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("method", "hyper"),
+    [
+        ("npo", {"beta": 0.5, "retain_weight": 2.0}),
+        ("simnpo", {"beta": 2.0, "gamma": 0.5, "retain_weight": 2.0}),
+        ("idk_dpo", {"beta": 0.5, "retain_weight": 2.0}),
+        ("rmu", {"layer": 0, "coefficient": 5.0, "retain_weight": 2.0}),
+    ],
+)
+def test_gradients_are_those_of_finite_differences(method, hyper):
+    inputs = log_ratios(1, retain_nll=torch.tensor(0.7, dtype=torch.float64))
+    inputs = replace(
+        inputs, forget_activations=FORGET, direction=UP, retain_activations=RETAIN, initial_retain_activations=RETAIN - 1
+    )
+    moving = ("forget_logp", "refusal_logp", "retain_nll", "forget_activations", "retain_activations")
+    values = tuple(getattr(inputs, name).clone().requires_grad_() for name in moving)
+
+    def loss(*values):
+        return METHODS[method].loss(replace(inputs, **dict(zip(moving, values, strict=True))), hyper)
+
+    assert torch.autograd.gradcheck(loss, values)
+
+
+@pytest.mark.parametrize("method", ["npo", "simnpo", "idk_dpo"])
+def test_the_retain_term_adds_its_weight_times_the_retain_nll(method):
+    inputs = log_ratios(2, retain_nll=torch.tensor(0.7, dtype=torch.float64))
+    hyper = {**METHODS[method].hyperparameters, "beta": 1.0}
+    without, with_term = ({**hyper, "retain_weight": weight} for weight in (0.0, 2.5))
+    assert not METHODS[method].needs_retain(without)
+    assert METHODS[method].needs_retain(with_term)
+    difference = METHODS[method].loss(inputs, with_term) - METHODS[method].loss(inputs, without)
+    assert float(difference) == pytest.approx(2.5 * 0.7, rel=1e-9)
+    assert torch.equal(METHODS[method].loss(replace(inputs, retain_nll=None), without), METHODS[method].loss(inputs, without))
+
+
+@pytest.mark.parametrize("method", ["grad_diff", "kl_min"])
+def test_without_retain_weight_a_method_needs_no_retain_items(method):
+    loss = METHODS[method].loss(inputs_of(logits(0)), {"retain_weight": 0.0})
+    assert torch.equal(loss, METHODS["grad_ascent"].loss(inputs_of(logits(0)), {}))
+    assert not METHODS[method].needs_retain({"retain_weight": 0.0})
+
+
+@pytest.mark.parametrize(
+    ("method", "named"),
+    [
+        ("grad_diff", "retain_nll"),
+        ("kl_min", "retain_kl"),
+        ("npo", "initial_forget_logp"),
+        ("simnpo", "retain_nll"),
+        ("idk_dpo", "refusal_logp"),
+        ("rmu", "forget_activations"),
+    ],
+)
+def test_a_missing_input_is_named(method, named):
+    with pytest.raises(ValueError, match=named):
+        METHODS[method].loss(inputs_of(logits(0)), METHODS[method].hyperparameters)
+
+
+def test_methods_need_what_a_step_can_give():
+    optional = {field.name for field in fields(LossInputs)} - {"forget_logp", "forget_tokens", "shares"}
+    assert set().union(*(method.needs for method in METHODS.values())) == optional
+
+
+def test_every_hyperparameter_has_a_bound_that_its_default_keeps():
+    for method in METHODS.values():
+        assert all(BOUNDS[name].holds(default) for name, default in method.hyperparameters.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "holds"),
+    [
+        ("beta", 0.0, False),
+        ("beta", 1e-9, True),
+        ("gamma", 0.0, True),
+        ("gamma", -1e-9, False),
+        ("retain_weight", 0.0, True),
+        ("layer", 0.0, True),
+        ("layer", 7.0, True),
+        ("layer", 0.5, False),
+        ("layer", -1.0, False),
+        ("coefficient", 0.0, False),
+    ],
+)
+def test_bounds(name, value, holds):
+    assert BOUNDS[name].holds(value) is holds
+
+
+def test_half_precision_logits_are_summed_in_single_precision():
+    scores = logits(0).float()
+    logp, _ = answer_logp(scores.bfloat16(), LABELS)
+    expected, _ = answer_logp(scores.bfloat16().float(), LABELS)
+    assert logp.dtype == torch.float32
+    assert torch.equal(logp, expected)

@@ -1,0 +1,155 @@
+"""Scoring a model on its own, and logs of both kinds on the command line and in a study file."""
+
+import json
+
+import pytest
+
+from search.cli.models import corpus_named
+from search.evaluation.inputs import check_inputs
+from search.evaluation.prepared import prepare
+from search.spec.study import load_study
+from uipe_core.errors import UserError
+from uipe_core.logs.open_unlearning import EVAL_FILE, SUMMARY_FILE, write_open_unlearning
+from uipe_core.logs.tofu import read_log
+from uipe_core.metrics.definitions import DEFINITIONS
+from uipe_core.metrics.tofu import evaluate
+from uipe_core.models.tiny import tiny_model
+
+
+@pytest.fixture(scope="module")
+def logs(finished, tmp_path_factory):
+    """The study's two logs in the other format, a folder each."""
+    folder = tmp_path_factory.mktemp("open-unlearning")
+    for name in ("initial", "retain"):
+        write_open_unlearning(read_log(finished.out / "logs" / f"{name}.json"), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(preparation):
+    """Folders of the study's initial and retain model."""
+    stages = {"initial": "full", "retain": "retain"}
+    return {
+        name: tiny_model(preparation.tiny, preparation.corpus, stage, preparation.model_store) for name, stage in stages.items()
+    }
+
+
+@pytest.mark.parametrize("definition", DEFINITIONS)
+def test_every_definition_on_logs_of_every_kind(finished, logs, call, definition):
+    pairs = {
+        "tofu": (finished.out / "logs" / "initial.json", finished.out / "logs" / "retain.json"),
+        "open-unlearning": (logs / "initial" / EVAL_FILE, logs / "retain"),
+        "mixed": (finished.out / "logs" / "initial.json", logs / "retain" / EVAL_FILE),
+    }
+    found = {}
+    for name, (log, reference) in pairs.items():
+        code, output, error = call("metrics", log, "--reference", reference, "--definition", definition, "--json")
+        assert code == 0, error
+        found[name] = json.loads(output)
+        assert found[name]["definition"] == definition
+        assert found[name]["collapsed"] is None
+    for name in ("model_utility", "forget_quality", "ks_statistic"):
+        assert found["open-unlearning"][name] == pytest.approx(found["tofu"][name], rel=1e-9)
+        assert found["mixed"][name] == pytest.approx(found["tofu"][name], rel=1e-9)
+    assert found["mixed"]["memorization"] == found["tofu"]["memorization"]
+    code, output, _ = call("metrics", pairs["mixed"][0], "--definition", definition)
+    assert code == 0
+    assert f"definition {definition}" in " ".join(output.split())
+    assert "forget: extraction strength" in output
+
+
+def test_a_reference_may_be_a_model_which_is_scored_first(models, call, tmp_path):
+    common = ("--corpus", "people", "--max-new-tokens", 4, "--definition", "open-unlearning")
+    folder = tmp_path / "retain"
+    code, _, error = call(
+        "score", "--model", models["retain"], *common, "--log", folder, "--log-format", "open-unlearning", "--json"
+    )
+    assert code == 0, error
+    assert sorted(path.name for path in folder.iterdir()) == [EVAL_FILE, SUMMARY_FILE]
+    by_log, by_model = (
+        call("score", "--model", models["initial"], *common, "--reference", reference, "--json")
+        for reference in (folder, models["retain"])
+    )
+    assert (by_log[0], by_model[0]) == (0, 0), by_model[2]
+    assert json.loads(by_log[1])["forget_quality"] < 1
+    first, second = json.loads(by_log[1]), json.loads(by_model[1])
+    assert second["forget_quality"] == pytest.approx(first["forget_quality"], rel=1e-9)
+    assert second["related"]["related"]["ks_statistic"] == first["related"]["related"]["ks_statistic"]
+    assert second["model_utility"] == first["model_utility"]
+
+
+def test_the_log_has_the_forget_quality_against_the_reference(finished, logs, models, call, tmp_path):
+    # The study's own corpus is smaller than the command's, so the log is made by the command too.
+    common = ("--corpus", "people", "--max-new-tokens", 4, "--log-format", "open-unlearning", "--json")
+    call("score", "--model", models["retain"], *common, "--log", tmp_path / "retain")
+    code, _, error = call(
+        "score", "--model", models["initial"], *common, "--log", tmp_path / "initial", "--reference", tmp_path / "retain"
+    )
+    assert code == 0, error
+    summary = json.loads((tmp_path / "initial" / SUMMARY_FILE).read_text())
+    expected = evaluate(read_log(tmp_path / "initial"), read_log(tmp_path / "retain"), "open-unlearning")
+    assert summary["forget_quality"] == pytest.approx(expected.forget_quality.p_value, rel=1e-9)
+    assert summary["model_utility"] == pytest.approx(expected.model_utility, rel=1e-9)
+
+
+def test_a_log_of_open_unlearning_serves_as_the_retain_model_of_a_study(models, logs, finished, write_study, tmp_path):
+    model = {"kind": "pretrained", "initial": str(models["initial"]), "retain": str(logs / "retain" / EVAL_FILE)}
+    study = load_study(write_study(tmp_path / "study.yaml", model=model))
+    assert check_inputs(study) == []
+    preparation = prepare(study)
+    assert preparation.models["retain"].startswith("log:")
+    reference = read_log(preparation.retain_log)
+    own = {name: read_log(finished.out / "logs" / f"{name}.json") for name in ("initial", "retain")}
+    found, expected = (evaluate(own["initial"], other) for other in (reference, own["retain"]))
+    assert found.forget_quality == expected.forget_quality
+    assert evaluate(reference, reference).model_utility == pytest.approx(evaluate(own["retain"]).model_utility, rel=1e-12)
+
+
+def test_a_study_names_what_its_log_lacks(models, logs, write_study, tmp_path):
+    content = json.loads((logs / "retain" / EVAL_FILE).read_text())
+    del content["wf_Q_A_PERT_Prob"]
+    (tmp_path / "partial.json").write_text(json.dumps(content))
+    model = {"kind": "pretrained", "initial": str(models["initial"]), "retain": str(tmp_path / "partial.json")}
+    with pytest.raises(UserError, match=r"partial\.json: wf_Q_A_PERT_Prob is missing; evaluate the model again"):
+        check_inputs(load_study(write_study(tmp_path / "study.yaml", model=model)))
+
+
+def test_logs_over_other_items_are_refused_with_the_first_that_differs(finished, call, tmp_path):
+    log = json.loads((finished.out / "logs" / "retain.json").read_text())
+    forget = log["eval_log_forget.json"]
+    forget["uipe"]["item_hashes"]["forget"] = "0" * 16
+    forget["generated_text"]["3"][0] = "Who is somebody else?"
+    (tmp_path / "other.json").write_text(json.dumps(log))
+    code, _, error = call("metrics", finished.out / "logs" / "initial.json", "--reference", tmp_path / "other.json")
+    count = len(forget["avg_gt_loss"])
+    assert code == 2
+    assert f"set 'forget' has {count} items, the reference has {count}" in error
+    assert "the first item that differs is 3" in error and "against 'Who is somebody else?'" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("score", "--model", "{nowhere}", "--corpus", "people", "--log-format", "xml"), "give tofu or open-unlearning"),
+        (("score", "--model", "{model}", "--corpus", "people", "--reference", "{nowhere}"), "no such folder"),
+        (("score", "--model", "{model}", "--corpus", "people", "--reference", "{nowhere}.json"), "no such evaluation log"),
+        (("score", "--model", "{model}", "--corpus", "people", "--reference", "{summary}"), f"give the {EVAL_FILE} beside it"),
+        (("metrics", "{log}", "--reference", "{model}"), "cannot be read"),
+        (("metrics", "{log}", "--definition", "open_unlearning"), "Did you mean 'open-unlearning'"),
+    ],
+)
+def test_bad_arguments_end_with_2_and_say_what_to_do(models, logs, call, tmp_path, arguments, said):
+    places = {
+        "nowhere": tmp_path / "nowhere",
+        "model": models["initial"],
+        "log": logs / "initial",
+        "summary": logs / "initial" / SUMMARY_FILE,
+    }
+    code, _, error = call(*(str(argument).format(**places) for argument in arguments))
+    assert code == 2
+    assert said in error
+
+
+def test_an_unknown_corpus_is_refused():
+    with pytest.raises(UserError, match=r"--corpus: 'peple' is unknown; give people, .*choices or choices:FOLDER"):
+        corpus_named("peple", "forget01", 0, None)

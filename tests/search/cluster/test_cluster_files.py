@@ -1,0 +1,294 @@
+"""Files that describe clusters: every shipped one holds, broken ones are refused with key and remedy."""
+
+import copy
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[3]
+SHIPPED = [ROOT / "ray_cluster.yaml", *sorted((ROOT / "deploy").glob("*.y*ml"))]
+RAY_UP = {path.stem: path for path in SHIPPED if path.stem != "kuberay"}
+
+
+def documents(path):
+    return list(yaml.safe_load_all(path.read_text()))
+
+
+def checked(tmp_path, *contents):
+    from search.cluster.config_checks import check_cluster_file
+
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump_all(contents, sort_keys=False))
+    return check_cluster_file(file)
+
+
+def refused(tmp_path, *contents):
+    from search.spec.errors import StudyFileError
+
+    with pytest.raises(StudyFileError) as error:
+        checked(tmp_path, *contents)
+    return {problem.key: problem.message for problem in error.value.problems}
+
+
+def test_four_kinds_of_clusters_are_shipped():
+    assert {path.stem for path in SHIPPED} >= {"ray_cluster", "gcp", "local", "kuberay"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_file_is_valid(path, call):
+    code, output, error = call("cluster", "validate", path)
+    assert (code, error) == (0, "")
+    assert output.startswith(f"{path}: valid; ")
+    assert "workers: " in output
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_every_shipped_file_says_how_nodes_authenticate(path):
+    assert "# Authentication: " in path.read_text()
+
+
+def test_the_shipped_files_name_the_pinned_versions():
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split())
+    job = next(document for document in documents(ROOT / "deploy" / "kuberay.yaml") if document["kind"] == "RayJob")
+    assert job["spec"]["rayClusterSpec"]["rayVersion"] == pins["ray"]
+    for script in ("set_up_node.sh", "Dockerfile"):
+        assert "constraints.txt" in (ROOT / "deploy" / script).read_text()
+    for path in RAY_UP.values():
+        assert "deploy/set_up_node.sh" in path.read_text()
+
+
+def test_the_shipped_set_up_is_a_shell_script():
+    assert subprocess.run(["bash", "-n", ROOT / "deploy" / "set_up_node.sh"], capture_output=True).returncode == 0
+
+
+def test_a_shipped_kuberay_job_runs_a_shipped_study():
+    job = next(document for document in documents(ROOT / "deploy" / "kuberay.yaml") if document["kind"] == "RayJob")
+    named = next(word for word in job["spec"]["entrypoint"].split() if word.endswith(".yaml"))
+    assert (ROOT / "studies" / Path(named).name).is_file()
+
+
+def edited(path, edit):
+    content = copy.deepcopy(documents(path)[0])
+    edit(content)
+    return content
+
+
+def rename(mapping, old, new):
+    mapping[new] = mapping.pop(old)
+
+
+def start(content, key, old, new):
+    content[key] = [command.replace(old, new) for command in content[key]]
+
+
+def gpu_worker(content):
+    return content["available_node_types"]["gpu_worker"]
+
+
+RAY_UP_FAULTS = {
+    "misspelt key": ("ray_cluster", lambda c: rename(gpu_worker(c), "node_config", "node_confg"), "gpu_worker", "node_conf"),
+    "wrong type": ("ray_cluster", lambda c: c.update(max_workers="eight"), "max_workers", "integer"),
+    "no such head type": ("ray_cluster", lambda c: c.update(head_node_type="boss"), "", "head_node_type"),
+    "no provider": ("gcp", lambda c: c.pop("provider"), "provider", "mapping"),
+    "unknown provider": ("gcp", lambda c: c["provider"].update(type="gpc"), "provider.type", "Did you mean gcp?"),
+    "fewest above most": ("gcp", lambda c: gpu_worker(c).update(min_workers=9), None, "max_workers"),
+    "no GPU told": ("gcp", lambda c: gpu_worker(c)["resources"].pop("GPU"), "gpu_worker.resources", "GPU: 1"),
+    "no head address": ("local", lambda c: c["provider"].pop("head_ip"), "provider.head_ip", "address of the head"),
+    "workers no list": ("local", lambda c: c["provider"].update(worker_ips="192.0.2.11"), "provider.worker_ips", "list"),
+    "types of own machines": ("local", lambda c: c.update(available_node_types={"a": {}}), "available_node_types", "Remove it"),
+    "no token mode": (
+        "local",
+        lambda c: start(c, "worker_start_ray_commands", "RAY_AUTH_MODE=token ", ""),
+        "worker_start_ray_commands",
+        "RAY_AUTH_MODE=token",
+    ),
+    "authentication off": (
+        "ray_cluster",
+        lambda c: start(c, "head_start_ray_commands", "MODE=token", "MODE=disabled"),
+        "head_start_ray_commands",
+        "disabled",
+    ),
+    "job server in the open": (
+        "gcp",
+        lambda c: start(c, "head_start_ray_commands", "=127.0.0.1", "=0.0.0.0"),
+        "head_start_ray_commands",
+        "127.0.0.1",
+    ),
+    "token in the file": (
+        "local",
+        lambda c: start(c, "head_start_ray_commands", "ulimit", "export RAY_AUTH_TOKEN=secret; ulimit"),
+        "head_start_ray_commands",
+        "~/.ray/auth_token",
+    ),
+    "token not sent": ("ray_cluster", lambda c: c["file_mounts"].pop("~/.ray/auth_token"), "file_mounts", "auth_token"),
+    "commands left to Ray": ("local", lambda c: c.pop("head_start_ray_commands"), "head_start_ray_commands", "explicit"),
+    "nothing starts Ray": (
+        "local",
+        lambda c: c.update(worker_start_ray_commands=["true"]),
+        "worker_start_ray_commands",
+        "Add one",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "edit", "key", "word"), RAY_UP_FAULTS.values(), ids=RAY_UP_FAULTS)
+def test_broken_files_of_ray_up_are_refused(name, edit, key, word, tmp_path):
+    found = refused(tmp_path, edited(RAY_UP[name], edit))
+    assert any(key is None or (at.endswith(key) if key else at == "") for at in found), found
+    assert any(word in message for message in found.values()), found
+
+
+def kuberay_job():
+    return copy.deepcopy(next(d for d in documents(ROOT / "deploy" / "kuberay.yaml") if d["kind"] == "RayJob"))
+
+
+def cluster_of(job):
+    return job["spec"]["rayClusterSpec"]
+
+
+def workers_of(job):
+    return cluster_of(job)["workerGroupSpecs"][0]
+
+
+def container_of(job):
+    return workers_of(job)["template"]["spec"]["containers"][0]
+
+
+def env_only(job, *variables):
+    cluster_of(job).pop("authOptions")
+    for part in (workers_of(job), cluster_of(job)["headGroupSpec"]):
+        part["template"]["spec"]["containers"][0]["env"] = list(variables)
+
+
+FROM_SECRET = {"name": "RAY_AUTH_TOKEN", "valueFrom": {"secretKeyRef": {"name": "ray", "key": "token"}}}
+TOKEN_MODE = {"name": "RAY_AUTH_MODE", "value": "token"}
+AT = "spec.rayClusterSpec"
+KUBERAY_FAULTS = {
+    "api version": (lambda j: j.update(apiVersion="ray.io/v1alpha1"), "apiVersion", "ray.io/v1"),
+    "no entrypoint": (lambda j: j["spec"].pop("entrypoint"), "spec.entrypoint", "missing"),
+    "Ray of its own": (
+        lambda j: j["spec"].update(entrypoint="uipe run s.yaml --out /srv/x"),
+        "spec.entrypoint",
+        "--address auto",
+    ),
+    "output goes with the pod": (
+        lambda j: j["spec"].update(entrypoint="python -m search run s.yaml --address auto"),
+        "spec.entrypoint",
+        "--out",
+    ),
+    "misspelt field": (
+        lambda j: rename(workers_of(j), "maxReplicas", "maxReplica"),
+        f"{AT}.workerGroupSpecs[0].maxReplica",
+        "Did you",
+    ),
+    "no workers": (lambda j: cluster_of(j).update(workerGroupSpecs=[]), f"{AT}.workerGroupSpecs", "must not be empty"),
+    "replicas above most": (lambda j: workers_of(j).update(replicas=9), f"{AT}.workerGroupSpecs[0].replicas", "maxReplicas 8"),
+    "replicas negative": (
+        lambda j: workers_of(j).update(minReplicas=-1),
+        f"{AT}.workerGroupSpecs[0].minReplicas",
+        "at least 0",
+    ),
+    "never grows": (lambda j: cluster_of(j).pop("enableInTreeAutoscaling"), f"{AT}.enableInTreeAutoscaling", "Write true"),
+    "same name twice": (
+        lambda j: cluster_of(j)["workerGroupSpecs"].append(copy.deepcopy(workers_of(j))),
+        f"{AT}.workerGroupSpecs[1].groupName",
+        "another group",
+    ),
+    "no image": (
+        lambda j: container_of(j).pop("image"),
+        f"{AT}.workerGroupSpecs[0].template.spec.containers[0].image",
+        "missing",
+    ),
+    "no containers": (
+        lambda j: workers_of(j)["template"]["spec"].update(containers=[]),
+        f"{AT}.workerGroupSpecs[0].template.spec.containers",
+        "empty",
+    ),
+    "part of a GPU": (
+        lambda j: container_of(j)["resources"].update(limits={"nvidia.com/gpu": 0.5}, requests={}),
+        f"{AT}.workerGroupSpecs[0].template.spec.containers[0].resources.limits.nvidia.com/gpu",
+        "whole GPUs",
+    ),
+    "GPU requests unequal": (
+        lambda j: container_of(j)["resources"]["limits"].update({"nvidia.com/gpu": 2}),
+        f"{AT}.workerGroupSpecs[0].template.spec.containers[0].resources",
+        "equal",
+    ),
+    "other Ray": (lambda j: cluster_of(j).update(rayVersion="2.59.0"), f"{AT}.rayVersion", "pinned"),
+    "Ray too old for tokens": (lambda j: cluster_of(j).update(rayVersion="2.9.0"), f"{AT}.rayVersion", "no tokens"),
+    "no authentication": (
+        lambda j: cluster_of(j).pop("authOptions"),
+        f"{AT}.headGroupSpec.template.spec.containers[0].env",
+        "authOptions",
+    ),
+    "mode off": (lambda j: cluster_of(j).update(authOptions={"mode": "disabled"}), f"{AT}.authOptions.mode", "'token'"),
+    "mode without token": (
+        lambda j: env_only(j, TOKEN_MODE),
+        f"{AT}.workerGroupSpecs[0].template.spec.containers[0].env",
+        "RAY_AUTH_TOKEN",
+    ),
+    "token in the file": (
+        lambda j: env_only(j, TOKEN_MODE, {"name": "RAY_AUTH_TOKEN", "value": "abc"}),
+        f"{AT}.headGroupSpec.template.spec.containers[0].env",
+        "Secret",
+    ),
+    "service in the open": (
+        lambda j: cluster_of(j)["headGroupSpec"].update(serviceType="LoadBalancer"),
+        f"{AT}.headGroupSpec.serviceType",
+        "ClusterIP",
+    ),
+}
+
+
+@pytest.mark.parametrize(("edit", "key", "word"), KUBERAY_FAULTS.values(), ids=KUBERAY_FAULTS)
+def test_broken_kuberay_jobs_are_refused(edit, key, word, tmp_path):
+    job = kuberay_job()
+    edit(job)
+    found = refused(tmp_path, job)
+    assert key in found, found
+    assert word in found[key], found
+
+
+def test_a_token_from_a_secret_will_do(tmp_path):
+    job = kuberay_job()
+    env_only(job, TOKEN_MODE, FROM_SECRET)
+    assert "gpu 0 to 8 x 1 GPUs" in checked(tmp_path, job)
+
+
+def test_every_problem_of_a_kuberay_job_is_told_at_once(tmp_path):
+    job = kuberay_job()
+    workers_of(job).update(replicas=9)
+    cluster_of(job).pop("authOptions")
+    assert len(refused(tmp_path, job)) == 3  # replicas, and no token for head and workers
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("", "the file is empty"),
+        ("- a\n- b\n", "mapping"),
+        ("a: [1\n", "not valid YAML at line"),
+        ("a: 1\n---\nb: 2\n", "single one"),
+        ("apiVersion: v1\nkind: Secret\n", "kind RayJob"),
+        ("a: !!python/object:os.system {}\n", "not valid YAML"),
+        ("\x00\x01", "not valid YAML"),
+        ("1: 2\n", "mapping"),
+    ],
+)
+def test_files_that_describe_no_cluster_are_refused(text, word, tmp_path, call):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(text)
+    code, output, error = call("cluster", "validate", file)
+    assert (code, output) == (2, "")
+    assert error.startswith(f"error: {file}: ")
+    assert word in error
+
+
+def test_a_file_that_is_not_there_or_no_text_is_refused(tmp_path, call):
+    assert "No such file" in call("cluster", "validate", tmp_path / "none.yaml")[2]
+    file = tmp_path / "binary.yaml"
+    file.write_bytes(b"\xff\xfe\x00\xd8")
+    assert "not a text file" in call("cluster", "validate", file)[2]
+    assert call("cluster", "validate", tmp_path)[0] == 2

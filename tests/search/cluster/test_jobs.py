@@ -1,0 +1,219 @@
+"""Studies as jobs of a real Ray cluster: a head with its job server, and in the slow tests a second node that dies."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from ray_nodes import TOKEN, Cluster
+
+from search.results.study_result import StudyResult
+
+
+@pytest.fixture(scope="module")
+def head(environment, living_processes):
+    cluster = Cluster(environment, living_processes, cpus=2)
+    yield cluster
+    cluster.end()
+
+
+@pytest.fixture
+def client(head, monkeypatch):
+    """This process as a client of the head."""
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", head.address)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    return head
+
+
+def submitted(output):
+    return next(line.split()[1] for line in output.splitlines() if line.startswith(("submitted", "under way"))).removeprefix(
+        "way "
+    )
+
+
+def ended(call, job, seconds=120):
+    ends = time.monotonic() + seconds
+    # A study is finished a moment before the process that ran it has ended.
+    while (status := json.loads(call("status", job, "--json")[1]))["ended"] is None:
+        assert time.monotonic() < ends, status
+        time.sleep(0.5)
+    return status
+
+
+def test_a_study_is_submitted_attached_to_followed_and_resumed(client, copied, finished, call):
+    """With a study that has all its trials already, so that only its driver runs."""
+    code, output, error = call("submit", finished.file, "--out", copied)
+    assert (code, error) == (0, "")
+    job = submitted(output)
+    assert job.startswith("tiny-")
+
+    code, output, _ = call("submit", finished.file, "--out", copied)
+    assert code == 0
+    assert f"under way  {job}" in output
+    studies = json.loads(call("studies", "--json")[1])["studies"]
+    assert [(row["job"], row["study"], row["out"]) for row in studies] == [(job, "tiny", str(copied))]
+
+    code, output, error = call("logs", job, "--follow")
+    assert (code, error) == (0, "")
+    assert "Pareto front of tiny" in output
+    assert "uipe-status" not in output
+    status = ended(call, job)
+    assert (status["state"], status["exit_code"]) == ("finished", 0)
+    assert status["trials"] == {"done": 9, "total": 9, "running": 0, "failed": 0, "interrupted": 0, "pruned": 0}
+    assert status["hypervolume"]["now"] >= status["hypervolume"]["given"]
+    assert "9 of 9 done" in call("status", job)[1]
+    assert call("logs", job)[1].count("uipe-status") == 0
+    assert f"{job}: succeeded" in call("stop", job)[1]  # it stays as it is
+
+    code, output, _ = call("submit", finished.file, "--out", copied)
+    assert submitted(output) == f"{job}-2"
+    assert ended(call, f"{job}-2")["exit_code"] == 0
+    assert [row["job"] for row in json.loads(call("studies", "--json")[1])["studies"]] == [f"{job}-2", job]
+
+
+@pytest.mark.slow
+def test_a_study_that_fails_fails_its_follower(client, finished, call, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "something").write_text("")
+    code, output, error = call("submit", finished.file, "--out", tmp_path / "full", "--follow")
+    assert code == 1
+    assert "it is not empty and holds no study" in output
+    assert "its driver ended with code 2" in error
+
+
+def test_no_secret_reaches_the_job_server(client, write_study, call, tmp_path):
+    import requests
+
+    secret = "s3cr3t-passw0rd"
+    study = write_study(tmp_path / "study.yaml", name="secretive", storage=f"postgresql://me:{secret}@127.0.0.1:1/uipe")
+    code, output, error = call("submit", study, "--out", tmp_path / "out", "--follow")
+    assert code == 1
+    assert secret not in output + error
+    assert "UIPE_STORAGE" in output
+    answer = requests.get(f"{client.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+    assert "secretive" in answer.text
+    assert secret not in answer.text
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_a_job_that_is_not_there_is_refused(command, client, call):
+    code, _, error = call(command, "tiny-00000000")
+    assert code == 2
+    assert "has no such job" in error
+    assert call(command, "../tiny")[0] == 2
+
+
+def test_a_wrong_token_is_refused(client, call, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    code, _, error = call("studies")
+    assert code == 2
+    assert "refused the token" in error
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/none")
+    assert call("studies")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("address", "word"),
+    [
+        ("http://127.0.0.1:1", "no job server answers"),
+        ("127.0.0.1:8265", "not the URL"),
+        ("ray://a:1", "not the URL"),
+        ("", "named"),
+    ],
+)
+def test_addresses_where_no_job_server_is(address, word, call, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    code, _, error = call("studies", "--address", address)
+    assert code == 2
+    assert word in error
+
+
+@pytest.mark.parametrize("out", ["runs/x", "./x", "~", "~other/x", "s3://key:pass@bucket/x"])
+def test_output_folders_that_would_be_lost_are_refused(out, client, finished, call):
+    code, _, error = call("submit", finished.file, "--out", out)
+    assert code == 2
+    assert "--out: " in error
+    assert "pass@" not in error
+
+
+@pytest.mark.parametrize(
+    "address", ["ray://127.0.0.1:10001", "http://127.0.0.1:8265", "127.0.0.1", "127.0.0.1:0", "a b:1", "127.0.0.1:1"]
+)
+def test_addresses_that_no_run_can_join_are_refused(address, finished, call, monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    code, _, error = call("run", finished.file, "--out", tmp_path / "out", "--address", address)
+    assert code == 2
+    assert "error: --address: " in error
+
+
+def test_a_run_that_cannot_authenticate_is_refused(finished, call, monkeypatch, tmp_path):
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    code, _, error = call("run", finished.file, "--address", "auto")
+    assert code == 2
+    assert "no token" in error
+
+
+SEARCHED = 24
+
+
+@pytest.fixture
+def longer(finished, write_study, tmp_path):
+    """The shared study on the models and base runs that are there, with trials that last long enough to be caught."""
+    return write_study(tmp_path / "longer.yaml", name="longer", search={"trials": SEARCHED}, scoring={"batch_size": 2})
+
+
+def everything_is_there(out):
+    result = StudyResult.open(out)
+    assert result.trials["kind"].value_counts().to_dict() == {"search": SEARCHED, "alpha_zero": 4}
+    assert result.store.counts()["running"] == 0
+    return result.trials.set_index("trial")
+
+
+@pytest.mark.slow
+def test_a_stopped_study_is_resumed_on_the_same_cluster(head, longer, tmp_path):
+    out = tmp_path / "out"
+    job = submitted(head.uipe("submit", longer, "--out", out)[1])
+    head.until(job, lambda status: status.get("trials", {}).get("done", 0) >= 2)
+    code, output, error = head.uipe("stop", job)
+    assert code == 0, error
+    assert f"{job}: stopped" in output
+    assert "interrupted: what was done is in" in head.uipe("logs", job)[1]
+    status = head.state(job)
+    assert status["state"] == "stopped"
+    kept = StudyResult.open(out)
+    assert kept.store.counts()["running"] == 0  # in good order: not killed
+    assert len(kept.trials) >= 2
+
+    code, output, error = head.uipe("submit", longer, "--out", out, "--follow", seconds=900)
+    assert code == 0, output + error
+    assert submitted(output) == f"{job}-2"
+    after = everything_is_there(out)
+    before = kept.trials.set_index("trial")
+    assert after.loc[before.index, "seconds"].equals(before["seconds"])  # none was scored again
+
+
+@pytest.mark.slow
+def test_a_node_dies_and_the_study_finishes(environment, living_processes, longer, tmp_path):
+    cluster = Cluster(environment, living_processes, cpus=1)
+    try:
+        second = cluster.add_node(cpus=2)
+        out = tmp_path / "out"
+        job = submitted(cluster.uipe("submit", longer, "--out", out)[1])
+        cluster.until(job, lambda status: status.get("trials", {}).get("done", 0) >= 2)
+        os.kill(second, signal.SIGKILL)
+        cluster.until(job, lambda status: status["state"] not in ("pending", "running"), seconds=900)
+        # A study is finished a moment before the process that ran it has ended.
+        while (status := cluster.state(job))["ended"] is None:
+            time.sleep(1)
+        assert (status["state"], status["exit_code"]) == ("finished", 0), cluster.uipe("logs", job)[1]
+        assert status["trials"]["done"] == SEARCHED + 4
+        everything_is_there(out)
+    finally:
+        cluster.end()

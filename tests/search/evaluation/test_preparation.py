@@ -1,0 +1,158 @@
+"""From a study to what identifies it and its parts."""
+
+import shutil
+
+import pytest
+
+from search.evaluation.inputs import check_inputs
+from search.evaluation.prepared import prepare
+from search.spec.corpora import load_corpus
+from search.spec.study import load_study
+from uipe_core.corpora.refusals import REFUSALS
+from uipe_core.errors import UserError
+from uipe_core.models.tiny import tiny_model
+
+
+@pytest.fixture
+def prepared(write_study, tmp_path):
+    def make(**changes):
+        return prepare(load_study(write_study(tmp_path / "study.yaml", **changes)))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def model_folder(preparation, finished, tmp_path_factory):
+    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
+    copy = tmp_path_factory.mktemp("models") / "initial"
+    return shutil.copytree(folder, copy)
+
+
+def pretrained(folder, retain, **more):
+    return {"model": {"kind": "pretrained", "initial": str(folder), "retain": str(retain), **more}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"search": {"trials": 99}},
+        {"resources": {"max_concurrent": 3, "trial": {"threads": 2}}},
+        {"budget": {"hours": 2}},
+        {"storage": "sqlite:////elsewhere/study.db"},
+        {"cache": {"deltas": "/elsewhere"}},
+    ],
+)
+def test_what_may_change_from_run_to_run_keeps_the_fingerprint(prepared, changes):
+    assert prepared(**changes).fingerprint == prepared().fingerprint
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": 1},
+        {"name": "other"},
+        {"unlearning": {"learning_rate": 0.001}},
+        {"corpus": {"forget_people": 3}},
+        {"model": {"hidden_size": 64}},
+        {"scoring": {"max_new_tokens": 13}},
+        {"search": {"alpha": {"low": 0}}},
+        {"search": {"sampler": "random"}},
+        {"hypervolume": {"forget_quality_cap": 0.2}},
+    ],
+)
+def test_everything_else_changes_the_fingerprint(prepared, changes):
+    assert prepared(**changes).fingerprint != prepared().fingerprint
+
+
+def test_base_runs_have_different_addresses_and_keep_them(prepared):
+    first, again = prepared(), prepared(search={"trials": 50}, scoring={"batch_size": 8})
+    inputs = [first.base_run_inputs(first.unlearning(run)) for run in first.spec.variants()]
+    assert inputs[0] != inputs[1]
+    assert inputs == [again.base_run_inputs(again.unlearning(run)) for run in again.spec.variants()]
+
+
+def test_a_constant_schedule_trains_the_epoch_that_serves_as_control(prepared):
+    assert prepared().trained_epochs == 3
+    assert prepared(unlearning={"schedule": "linear"}).trained_epochs == 2
+
+
+def test_caches_follow_the_study_then_the_environment(prepared, place, tmp_path):
+    assert prepared().delta_root == place["cache"] / "deltas"
+    assert prepared(cache={"deltas": "mine"}).delta_root == tmp_path / "mine"
+    assert prepared(cache={"models": "mine"}).model_store.root == tmp_path / "mine"
+
+
+def test_the_corpus_follows_the_seed(prepared):
+    assert prepared(seed=1).corpus.hash != prepared().corpus.hash
+    assert prepared().corpus.hash == load_corpus(prepared().spec).hash
+
+
+def test_a_model_folder_is_known_by_its_content_wherever_it_lies(prepared, model_folder, finished, tmp_path):
+    log = finished.out / "logs" / "retain.json"
+    here = prepared(**pretrained(model_folder, log))
+    moved = prepared(**pretrained(shutil.copytree(model_folder, tmp_path / "moved"), log))
+    assert here.fingerprint == moved.fingerprint
+    assert here.retain_log == log
+    config = tmp_path / "moved" / "config.json"
+    config.write_text(config.read_text().replace("\n", "\n\n", 1))
+    assert prepared(**pretrained(tmp_path / "moved", log)).fingerprint != here.fingerprint
+
+
+def test_inputs_that_are_there_pass_the_check(write_study, model_folder, finished, tmp_path):
+    file = write_study(tmp_path / "study.yaml", **pretrained(model_folder, finished.out / "logs" / "retain.json"))
+    assert check_inputs(load_study(file)) == []
+
+
+def test_inputs_on_the_hub_are_noted_and_not_fetched(write_study, tmp_path):
+    corpus = {"corpus": {"kind": "tofu"}}
+    file = write_study(tmp_path / "study.yaml", **pretrained("some/model", "other/model"), **corpus)
+    notes = check_inputs(load_study(file))
+    assert [note.split(":")[0] for note in notes] == ["corpus.source", "model.initial", "model.retain"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+        (lambda folder: (folder / "chat_template.jinja").unlink(), "chat template"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer"),
+    ],
+)
+def test_a_damaged_model_folder_is_refused_before_anything_is_spent(
+    write_study, model_folder, finished, tmp_path, damage, said
+):
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    damage(folder)
+    file = write_study(tmp_path / "study.yaml", **pretrained(folder, finished.out / "logs" / "retain.json"))
+    with pytest.raises(UserError, match=said):
+        check_inputs(load_study(file))
+
+
+def test_small_models_can_spell_refusals_where_a_method_writes_them_and_are_what_they_were_elsewhere(prepared):
+    with_it = prepared(unlearning={"methods": {"npo": {}, "idk_dpo": {}}})
+    without = prepared(unlearning={"methods": {"npo": {}, "simnpo": {}}})
+    assert with_it.tiny.extra_texts == REFUSALS
+    assert without.tiny == prepared().tiny
+    assert without.models == prepared().models
+    assert with_it.models != without.models
+
+
+def rmu(layer):
+    return {"unlearning": {"methods": {"rmu": {"layer": layer, "coefficient": 2}}}}
+
+
+@pytest.mark.parametrize("check", [check_inputs, prepare])
+def test_a_layer_the_model_has_not_is_refused_before_anything_is_spent(check, write_study, model_folder, finished, tmp_path):
+    log = finished.out / "logs" / "retain.json"
+    for model in ({}, pretrained(model_folder, log)):
+        check(load_study(write_study(tmp_path / "study.yaml", **model, **rmu(0))))
+        with pytest.raises(UserError, match=r"rmu\.layer: found 1, but the model has 1 decoder layer, .*; choose 0$"):
+            check(load_study(write_study(tmp_path / "study.yaml", **model, **rmu([0, 1]))))
+
+
+def test_a_log_that_is_none_is_refused_before_anything_is_spent(write_study, model_folder, tmp_path):
+    (tmp_path / "log.json").write_text("{}")
+    file = write_study(tmp_path / "study.yaml", **pretrained(model_folder, tmp_path / "log.json"))
+    with pytest.raises(UserError, match="missing parts"):
+        check_inputs(load_study(file))

@@ -1,0 +1,395 @@
+"""The report on synthetic studies: what it says, what it refuses to say, and that it is one safe, whole file."""
+
+import base64
+import dataclasses
+import math
+import re
+import struct
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from search.execution.budgets import counted
+from search.problem.pareto import hypervolume, knee, non_dominated, utility_floor
+from search.report import figures as plots
+from search.report.conclusions import verdict
+from search.report.data import ReportData
+from search.report.html import write_report
+from uipe_core.errors import UserError
+
+FLOOR, CAP = -22.73, 0.3
+REFERENCE = [FLOOR - 0.5, 0.0]
+INITIAL = {"log10_forget_quality": -14.2, "model_utility": 0.772, "logit_scale": 1.0}
+RETAIN = {"log10_forget_quality": 0.0, "model_utility": 0.781, "logit_scale": 1.02}
+
+
+def metrics(log10, utility, scale):
+    return {
+        "log10_forget_quality": log10,
+        "forget_quality": 10.0**log10,
+        "ks_statistic": min(1.0, 0.12 + abs(log10) / 26),
+        "model_utility": utility,
+        "logit_scale": scale,
+    }
+
+
+def walk_name(alpha):
+    names = {-1.0: "initial model", 0.0: "unlearned epoch"}
+    return names.get(alpha, "interpolation" if alpha < 0 else "extrapolation")
+
+
+def outcome(strength, damage, epoch, alpha):
+    """A smooth stand-in for a scored model: forgetting rises, peaks and overshoots; utility wears off."""
+    length = (1 + alpha) * epoch
+    peak = np.exp(-(((length * strength - 4.5) / 3.2) ** 2))
+    start = np.exp(-((4.5 / 3.2) ** 2))
+    log10 = -14.2 + 13.9 * (peak - start) / (1 - start) - 0.15 * max(0.0, length * strength - 7)
+    utility = 0.772 * np.exp(-damage * length**1.7) + 0.012 * np.sin(length / 2)
+    return metrics(float(max(FLOOR, log10)), float(max(0.0, utility)), 1 + 0.03 * length * strength)
+
+
+def synthetic(methods=4, epochs=6, searched=60, low=-1.0, randoms=True, seed=0):
+    rng = np.random.default_rng(seed)
+    known = [("grad_ascent", 1.5, 0.03), ("grad_diff", 0.8, 0.004), ("kl_min", 0.95, 0.008), ("npo", 0.7, 0.006)]
+    bases = [known[n % 4] for n in range(methods)]
+    labels = [
+        name if methods <= 4 else f"{name}[learning_rate={1e-4 * 2 ** (n // 4):.0e}]" for n, (name, *_) in enumerate(bases)
+    ]
+    places = [(n, epoch, 0.0, "alpha_zero") for n in range(methods) for epoch in range(1, epochs + 1)]
+    for _ in range(searched):
+        alpha = round(float(rng.uniform(low, 2.0)), 3)
+        places.append((int(rng.integers(methods)), int(rng.integers(1, epochs + 1)), alpha, "search"))
+    rows = []
+    for number, (n, epoch, alpha, kind) in enumerate(places):
+        name, strength, damage = bases[n]
+        scores = outcome(strength * (1 + 0.15 * (n // 4)), damage, epoch, alpha)
+        flagged = scores["model_utility"] > max(INITIAL["model_utility"], RETAIN["model_utility"])
+        row = {"trial": number, "kind": kind, "base": labels[n], "method": name, "epoch": epoch, "alpha": alpha}
+        row |= {"walk": walk_name(alpha), **scores, "flagged": flagged, "seconds": float(rng.uniform(0.4, 0.7))}
+        row["related_log10_forget_quality"] = row["log10_forget_quality"] * 0.6
+        row["unrelated_log10_forget_quality"] = -0.2
+        rows.append(row)
+    trials = pd.DataFrame(rows)
+    trials["on_front"] = non_dominated(trials[["log10_forget_quality", "model_utility"]])
+    controls = synthetic_controls(trials, labels, bases, epochs, randoms, rng)
+    return ReportData(trials, controls, synthetic_summary(trials, controls, low))
+
+
+def synthetic_controls(trials, labels, bases, epochs, randoms, rng):
+    rows = [{"kind": "initial", **metrics(*INITIAL.values())}, {"kind": "retain", **metrics(*RETAIN.values())}]
+    for label, (name, strength, damage) in zip(labels, bases, strict=True):
+        scores = outcome(strength, damage, epochs + 1, 0.0)
+        rows.append({"kind": "next_epoch", "base": label, "method": name, "epoch": epochs + 1, "alpha": 0.0, **scores})
+    rows += [
+        {"kind": "temperature", "temperature": heat, **metrics(-14.0, 0.772 + 0.25 * (1 - heat), 1 / heat)}
+        for heat in (0.67, 0.8, 1.25)
+    ]
+    for _, trial in trials[trials["on_front"] & (trials["kind"] == "search")].iterrows() if randoms else ():
+        scores = metrics(-14.2 + float(rng.normal(0, 0.4)), 0.772 - float(rng.uniform(0, 0.02)), 0.99)
+        point = {key: trial[key] for key in ("base", "method", "epoch", "alpha")}
+        rows.append({"kind": "random_direction", **point, "of_trial": trial["trial"], **scores})
+    return pd.DataFrame(rows)
+
+
+def synthetic_summary(trials, controls, low):
+    def volume(*tables):
+        points = pd.concat(tables)[["log10_forget_quality", "model_utility"]].to_numpy()
+        return hypervolume(np.minimum(points, [math.log10(CAP), math.inf]), REFERENCE)
+
+    start, zero = controls[controls["kind"] == "initial"], trials[trials["kind"] == "alpha_zero"]
+    tables = {
+        "front": trials,
+        "alpha_zero": zero,
+        "extrapolation_only": trials[trials["alpha"] >= 0],
+        "random_direction": pd.concat([zero, controls[controls["kind"] == "random_direction"]]),
+    }
+    points = trials[["log10_forget_quality", "model_utility"]].to_numpy()
+    volumes = {name: volume(start, table) for name, table in tables.items()}
+    gain = {key: volumes[key] - volumes["alpha_zero"] for key in ("extrapolation_only", "random_direction")}
+    return {
+        "study": "quickstart",
+        "definition": "tofu",
+        "corpus": "people (6 forget, 34 retain)",
+        "model": "tiny Llama, 154k parameters",
+        "seed": 0,
+        "dtype": "float32",
+        "forget_items": 48,
+        "log10_floor": FLOOR,
+        "reference_point": {"log10_forget_quality": REFERENCE[0], "model_utility": REFERENCE[1]},
+        "forget_quality_cap": CAP,
+        "alpha": {"low": low, "high": 2.0},
+        "trials": {"complete": len(trials), "pruned": 3, "failed": 1, "running": 0},
+        "hypervolume": volumes,
+        "gain": {"all": volumes["front"] - volumes["alpha_zero"], **gain},
+        "base_run_seconds": [1.0, 2.0],
+        "seconds": {"models": 22.4, "base_runs": 41.0, "baselines": 18.3, "trials": 33.1},
+        "storage": "sqlite:///study.db",
+        "created": "2025-11-03T14:05:00+00:00",
+        "versions": {"torch": "2.9.0", "optuna": "5.0.0", "ray": "2.60.0"},
+        "selections": [
+            {
+                "rule": "utility-floor, floor 0.95",
+                "trial": utility_floor(*points.T, 0.95 * INITIAL["model_utility"]),
+            },
+            {"rule": "knee", "trial": knee(points)},
+        ],
+        "notes": [],
+        "failures": [{"trial": 77, "reason": "the scored model gave NaN losses"}],
+    }
+
+
+class Page(HTMLParser):
+    """Front rows, section text, tags and addresses of a report."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.front, self.tags, self.links, self.words, self.section = [], set(), [], {}, ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        named = dict(attrs)
+        self.tags.add(tag)
+        self.section = named.get("id", self.section) if tag == "section" else self.section
+        self.front += [int(named["data-trial"])] if "data-trial" in named else []
+        self.links += [named[key] for key in ("src", "href") if key in named]
+
+    def handle_data(self, data):
+        self.words[self.section] = self.words.get(self.section, "") + data
+
+
+def with_gain(view, all_alpha, longer, chance):
+    gain = {"all": all_alpha, "extrapolation_only": longer, "random_direction": chance}
+    return dataclasses.replace(view, summary={**view.summary, "gain": gain})
+
+
+@pytest.fixture(scope="module")
+def view():
+    return synthetic()
+
+
+@pytest.fixture(scope="module")
+def written(view, tmp_path_factory):
+    return write_report(view, tmp_path_factory.mktemp("study") / "report")
+
+
+@pytest.fixture(scope="module")
+def page(written):
+    return Page(written.read_text(encoding="utf-8"))
+
+
+def test_every_front_trial_is_in_the_table(view, page):
+    front = view.trials[view.trials["on_front"]]
+    assert sorted(page.front) == sorted(front["trial"])
+    assert len(page.front) > 3
+
+
+def test_all_sections_are_there_in_order(page):
+    order = [name for name in page.words if name]
+    assert order == ["verdict", "front", "front-table", "alpha", "controls", "cost", "details"]
+    assert "the scored model gave NaN losses" in page.words["details"]
+    assert "sqlite:///study.db" in page.words["details"]
+    assert "knee" in page.words["front-table"]
+    assert "floor 0.95" in page.words["front-table"]
+
+
+def test_one_file_without_addresses(written, page):
+    assert all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert len(page.links) == 2
+    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", written.read_text(encoding="utf-8"))
+    assert "http" not in text
+    assert "script" not in page.tags
+
+
+def test_pictures_lie_beside_the_page_and_in_it(written, page):
+    for name, link in zip(("front.png", "alpha_curves.png"), page.links, strict=True):
+        data = (written.parent / name).read_bytes()
+        assert base64.b64decode(link.split(",", 1)[1]) == data
+        assert data.startswith(b"\x89PNG\r\n\x1a\n")
+        width, height = struct.unpack(">II", data[16:24])
+        assert 2000 < width < 2400
+        assert 1000 < height < 2400
+    assert sorted(path.name for path in written.parent.iterdir()) == ["alpha_curves.png", "front.png", "report.html"]
+
+
+def test_names_cannot_become_markup(view, tmp_path):
+    bad = "<script>alert(1)</script>$x_{"
+    summary = {**view.summary, "study": bad, "notes": [bad], "failures": [{"trial": 1, "reason": bad}]}
+    hostile = ReportData(view.trials.assign(base=bad, method=bad), view.controls.assign(base=bad), summary)
+    text = write_report(hostile, tmp_path).read_text(encoding="utf-8")
+    assert "script" not in Page(text).tags
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;$x_{" in text
+
+
+def test_a_rewrite_gives_the_same_bytes(view, written, tmp_path):
+    again = write_report(view, tmp_path)
+    assert again.read_bytes() == written.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("gains", "said", "unsaid"),
+    [
+        ((0.0, 0.0, 0.0), ["The search won nothing"], ["Choosing alpha won"]),
+        ((0.5, 0.0, 0.0), ["Choosing alpha won 0.5000", "Extrapolation won nothing"], ["The search won nothing"]),
+        (
+            (0.5, 0.1, 0.0),
+            ["won 0.1000, 20% of it", "won nothing, so the direction carries"],
+            ["Extrapolation won nothing"],
+        ),
+        ((0.5, 0.1, 0.05), ["won 0.0500, 10% of it"], ["as much as the search"]),
+        ((0.5, 0.1, 0.49), ["as much as the search", "no evidence"], ["carries the gain"]),
+        ((0.5, 0.1, None), ["not yet told from chance"], ["carries the gain"]),
+        ((math.nan, None, None), ["was not measured"], ["won"]),
+    ],
+)
+def test_the_verdict_says_who_won(view, gains, said, unsaid):
+    text = " ".join(verdict(with_gain(view, *gains))).split("At 95%")[0]
+    assert all(words in text for words in said), text
+    assert not any(words in text for words in unsaid), text
+
+
+def test_the_verdict_on_the_synthetic_study(view):
+    text = " ".join(verdict(view))
+    assert f"The front has {view.trials['on_front'].sum()} points" in text
+    assert "the strongest forgetting is trial" in text
+    flagged = view.trials.assign(flagged=True)
+    assert "flagged: utility above both" in " ".join(verdict(dataclasses.replace(view, trials=flagged)))
+
+
+def test_the_verdict_says_where_training_on_beats_every_alpha(view):
+    def said(log10, utility):
+        controls = view.controls.copy()
+        further = controls["kind"] == "next_epoch"
+        controls.loc[further, ["log10_forget_quality", "model_utility"]] = [log10, utility]
+        return further.sum(), " ".join(verdict(dataclasses.replace(view, controls=controls)))
+
+    worst = view.trials[["log10_forget_quality", "model_utility"]].min() - 0.1
+    count, text = said(*worst)
+    assert count > 0
+    assert f"None of {count} next epochs of plain training lies beyond the front" in text
+    best = view.trials[["log10_forget_quality", "model_utility"]].max() + 0.1
+    assert f"{count} of {count} next epochs of plain training lie beyond the front" in said(*best)[1]
+
+
+def test_a_search_above_zero_only_does_not_split_its_gain():
+    text = " ".join(verdict(with_gain(synthetic(low=0.0), 0.5, 0.5, 0.0)))
+    assert "alone won" not in text
+
+
+@pytest.mark.parametrize("trials", [0, 1, 24])
+def test_small_and_bare_studies(view, tmp_path, trials):
+    few = view.trials.iloc[:trials].drop(columns=["related_log10_forget_quality"])
+    few = few.assign(on_front=True, log10_forget_quality=few["log10_forget_quality"].where(few["trial"] != 2))
+    bare = ReportData(few, pd.DataFrame(), {**view.summary, "selections": [], "failures": []})
+    page = Page(write_report(bare, tmp_path).read_text(encoding="utf-8"))
+    assert page.front == [] if trials == 0 else len(page.front) == trials
+    assert "Not scored in this study" in page.words["controls"]
+
+
+def test_many_trials_and_bases_wrap(tmp_path):
+    big = synthetic(methods=9, searched=500)
+    path = write_report(big, tmp_path)
+    width, height = struct.unpack(">II", (tmp_path / "alpha_curves.png").read_bytes()[16:24])
+    assert height > width
+    assert path.stat().st_size < 6e6
+
+
+def with_afterthoughts(view):
+    """The synthetic study with everything that is found out about its front afterwards."""
+    front = view.trials[view.trials["on_front"]]
+    held = front[["trial", "log10_forget_quality", "model_utility"]].copy()
+    for name, change in (("log10_forget_quality", 0.5), ("model_utility", -0.02)):
+        held[f"{name}_held_out"], held[f"{name}_difference"] = held[name] + change, change
+    matched = front[["trial", "model_utility"]].assign(model_utility_matched=front["model_utility"] - 0.01)
+    certain = view.trials[["trial"]].assign(front_probability=0.25, alike=view.trials["on_front"].map({True: 1.0, False: None}))
+    for name in ("log10_forget_quality", "model_utility"):
+        certain[f"{name}_low"], certain[f"{name}_high"] = view.trials[name] - 0.1, view.trials[name] + 0.1
+    confirmed = front.head(1)[["trial", "base", "epoch", "alpha", "log10_forget_quality", "model_utility"]].assign(seeds=2)
+    for name in ("log10_forget_quality", "model_utility"):
+        confirmed[f"{name}_mean"], confirmed[f"{name}_spread"] = 0.4321, 0.0123
+    others = [{"kind": "other_retain", **metrics(-0.2, 0.7, 1.0)}, {"kind": "never_finetuned", **metrics(-0.9, 0.31, 1.0)}]
+    return dataclasses.replace(
+        view,
+        trials=view.trials.assign(paired_p=0.0123),
+        controls=pd.concat([view.controls, pd.DataFrame(others)], ignore_index=True),
+        summary={**view.summary, "item_counts": {"select": {"forget": 24}, "report": {"forget": 23}}, "smallest_groups": 3},
+        certainty=certain,
+        held_out=held,
+        matched_scale=matched,
+        confirmations=confirmed,
+    )
+
+
+def test_how_sure_the_front_is_stands_in_the_page(view, tmp_path):
+    page = write_report(with_afterthoughts(view), tmp_path).read_text()
+    section = re.search(r'<section id="certainty">.*?</section>', page, re.S)[0]
+    assert section.count("<tr><td") == int(view.trials["on_front"].sum()) + 1
+    for words in ("24 forget items", "the 23 that nothing", "no more than 3 of them", "0.0123", "0.25", "0.4321", "paired p"):
+        assert words in section
+    assert "How sure are we" not in write_report(view, tmp_path / "plain").read_text()
+
+
+def test_the_verdict_tells_of_held_out_items_and_of_noise(view):
+    said = " ".join(verdict(with_afterthoughts(view)))
+    assert "utility changes by −0.0200 on average, at worst by −0.0200" in said
+    assert "Retain models of 1 other seed reach forget quality 0.631" in said
+    assert "never fine-tuned has forget quality 0.126 at model utility 0.3100: forget quality alone" in said
+    assert "held-out" not in " ".join(verdict(view))
+
+
+def test_columns_of_base_runs_are_limited():
+    trials = synthetic(methods=plots.MAX_BASES + 6).trials
+    shown = plots.shown_bases(trials)
+    assert len(shown) == plots.MAX_BASES
+    assert set(trials.loc[trials["on_front"], "base"]) <= set(shown)
+
+
+def test_bad_tables_and_folders_are_refused(view, tmp_path):
+    with pytest.raises(ValueError, match="model_utility"):
+        write_report(dataclasses.replace(view, trials=view.trials.drop(columns="model_utility")), tmp_path)
+    with pytest.raises(ValueError, match="sideways"):
+        write_report(dataclasses.replace(view, trials=view.trials.assign(walk="sideways")), tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write the report"):
+        write_report(view, tmp_path / "file")
+
+
+def test_collapsed_points_are_marked_counted_and_not_chosen(tmp_path):
+    view = synthetic(searched=20)
+    assert "collapsed" not in view.trials and "collapsed," not in " ".join(verdict(view))
+    best = max(
+        (row for row in view.trials.to_dict("records") if row["model_utility"] >= 0.95 * INITIAL["model_utility"]),
+        key=lambda row: row["log10_forget_quality"],
+    )
+    assert f"trial {best['trial']} " in " ".join(verdict(view))
+    reasons = [None] * len(view.trials)
+    reasons[view.trials.index[view.trials["trial"] == best["trial"]][0]] = "generations on retain: 90% empty <b>"
+    broken = dataclasses.replace(view, trials=view.trials.assign(collapsed=reasons, on_front=view.trials["on_front"]))
+    sentences = " ".join(verdict(broken))
+    assert f"strongest forgetting is trial {best['trial']} " not in sentences
+    page = write_report(broken, tmp_path).read_text()
+    assert page.count(">collapsed</span>") == int(best["on_front"])
+    if best["on_front"]:
+        assert "1 of" in sentences and "has collapsed" in sentences
+        assert "90% empty &lt;b&gt;" in page
+    assert best["on_front"]
+
+
+def test_why_a_study_stopped_and_what_failed_stand_in_the_page(view, tmp_path):
+    reason = "out of memory also with batches of 4"
+    failures = [{"trial": number, "reason": reason} for number in (3, 5, 8)]
+    stopped = "Stopped after 3 of 9 search trials: its runs took 2 hours of 2 (budget.hours)."
+    more = {
+        "failures": failures,
+        "failure_reasons": counted(failure["reason"] for failure in failures),
+        "notes": [stopped],
+        "usage": {"hours": 2.0, "cpu_hours": 3.5, "gpu_hours": 0.25},
+    }
+    stopped_view = dataclasses.replace(view, summary={**view.summary, **more})
+    page = Page(write_report(stopped_view, tmp_path).read_text())
+    assert stopped in page.words[""]
+    details = " ".join(page.words["details"].split())
+    assert f"3{reason} Each of them:" in details
+    assert f"3{reason} 5{reason} 8{reason}" in details
+    assert "3.50 CPU-hours, 0.25 GPU-hours" in details

@@ -1,0 +1,153 @@
+"""Where update vectors live: a base run is trained once, by whichever study wants it first."""
+
+import json
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from uipe_core.deltas.files import load_update, save_update
+from uipe_core.deltas.update_vectors import UpdateVector
+from uipe_core.storage.content_store import BrokenEntryError, ContentStore, content_key, write_atomic
+from uipe_core.storage.remote_store import RemoteEntry, RemotePlace, RemoteStore
+from uipe_core.unlearning.training import EpochResult
+
+RUN = "run.json"
+
+
+@dataclass(frozen=True)
+class BaseRun:
+    """A finished base run in the store.
+
+    Attributes:
+        key: Content address.
+        folder: Where its files are; None for one that lies at a URL.
+        epochs: One record per epoch: ``epoch``, ``loss`` (nats; of trained runs), ``norm`` of the update vector, ``seconds``.
+        parts: For a run of several entries of the store, the entry of each epoch; `folder` is then the first one's.
+        remote: Its entry at a URL; a node that loads an update vector fetches it from there.
+    """
+
+    key: str
+    folder: Path | None
+    epochs: tuple[Mapping[str, float], ...]
+    parts: tuple["BaseRun", ...] = ()
+    remote: RemoteEntry | None = None
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The entries of the store it is made of: its address, for those who `DeltaStore.open` it."""
+        return tuple(part.key for part in self.parts) or (self.key,)
+
+    def load(self, epoch: int) -> UpdateVector:
+        """The update vector of an epoch, counted from 1; a large dense one stays in its file (`load_update`)."""
+        if self.parts:
+            return self.parts[epoch - 1].load(1)
+        name = _epoch_file(epoch)
+        if self.folder is not None:
+            return load_update(self.folder / name)
+        assert self.remote is not None
+        folder, release = self.remote.hold(name)
+        try:
+            update = load_update(folder / name)
+        except BaseException:
+            release()
+            raise
+        # Its file stays on this node for as long as it may be read from.
+        weakref.finalize(update, release)
+        return update
+
+
+def joined(runs: Sequence[BaseRun]) -> BaseRun:
+    """Runs of one epoch each as one base run, in the given order."""
+    epochs = tuple({**run.epochs[0], "epoch": number} for number, run in enumerate(runs, 1))
+    return BaseRun(content_key({"parts": [run.key for run in runs]}), runs[0].folder, epochs, tuple(runs))
+
+
+class DeltaStore:
+    """Content-addressed store of base runs: atomic, checksummed, safetensors only.
+
+    Args:
+        root: Folder of the store, or where it is at a URL.
+    """
+
+    def __init__(self, root: Path | RemotePlace) -> None:
+        self._entries: ContentStore | RemoteStore
+        self._entries = RemoteStore(root) if isinstance(root, RemotePlace) else ContentStore(root)
+
+    def find(self, inputs: Mapping[str, Any]) -> BaseRun | None:
+        """The base run determined by `inputs`, or None; a broken entry is quarantined and counts as missing."""
+        key = content_key(inputs)
+        found = self._entries.find(key)
+        try:
+            return None if found is None else _open(key, found)
+        except BrokenEntryError:
+            return None  # has been reported and put aside
+
+    def open(self, keys: Sequence[str]) -> BaseRun:
+        """The base run of these entries, which `find` or a maker has found intact: what a driver says is not checked again."""
+        runs = [_open(key, self._published(key)) for key in keys]
+        return runs[0] if len(runs) == 1 else joined(runs)
+
+    def holds(self, inputs: Mapping[str, Any]) -> bool:
+        """Whether the base run determined by `inputs` is there, without reading it."""
+        key = content_key(inputs)
+        return self._entries.holds(key) if isinstance(self._entries, ContentStore) else self._entries.find(key) is not None
+
+    def _published(self, key: str) -> Path | RemoteEntry:
+        if isinstance(self._entries, ContentStore):
+            return self._entries.root / key
+        found = self._entries.find(key)
+        if found is None:
+            raise BrokenEntryError(f"base run {key} is no longer in the store; the same command trains it again")
+        return found
+
+    def get_or_train(self, inputs: Mapping[str, Any], train: Iterable[EpochResult]) -> BaseRun:
+        """The base run determined by `inputs`; consumes `train` and publishes its epochs if there is none yet.
+
+        Nothing is published if `train` raises.
+        """
+
+        def make(folder: Path) -> None:
+            records = []
+            started = time.perf_counter()
+            for result in train:
+                save_update(result.update, folder / _epoch_file(result.epoch))
+                seconds = time.perf_counter() - started
+                record = {"epoch": result.epoch, "loss": result.loss, "norm": result.update.norm, "seconds": seconds}
+                records.append(record)
+                # Else it would be in memory while the next epoch trains.
+                del result
+                started = time.perf_counter()
+            write_atomic(folder / RUN, json.dumps(records, indent=1).encode())
+
+        return _open(content_key(inputs), self._entries.get_or_make(inputs, make))
+
+    def get_or_import(self, inputs: Mapping[str, Any], write: Callable[[Path], float]) -> BaseRun:
+        """The run of one epoch determined by `inputs`; else `write(path)` saves its update and returns the norm.
+
+        Nothing is published if `write` raises.
+        """
+
+        def make(folder: Path) -> None:
+            started = time.perf_counter()
+            norm = write(folder / _epoch_file(1))
+            record = {"epoch": 1, "norm": norm, "seconds": time.perf_counter() - started}
+            write_atomic(folder / RUN, json.dumps([record], indent=1).encode())
+
+        return _open(content_key(inputs), self._entries.get_or_make(inputs, make))
+
+
+def _epoch_file(epoch: int) -> str:
+    return f"epoch-{epoch:03d}.safetensors"
+
+
+def _open(key: str, entry: Path | RemoteEntry) -> BaseRun:
+    if isinstance(entry, Path):
+        return BaseRun(key, entry, _epochs((entry / RUN).read_bytes()))
+    return BaseRun(key, None, _epochs(entry.read(RUN)), remote=entry)
+
+
+def _epochs(content: bytes) -> tuple[Mapping[str, float], ...]:
+    return tuple(json.loads(content))

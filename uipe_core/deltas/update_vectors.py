@@ -1,0 +1,166 @@
+"""Update vectors: what unlearning changed, dense or low-rank; their norms, and random directions of the same norms."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from uipe_core.storage.safetensors_files import PART, OnDemand, passing, shapes_of
+
+DENSE, LOW_RANK = "dense", "low_rank"
+
+
+@dataclass(frozen=True)
+class UpdateVector:
+    """delta = theta_unlearned - theta_init of one epoch of a base run.
+
+    Attributes:
+        kind: ``dense`` (a tensor per weight) or ``low_rank`` (the LoRA factors A and B of each adapted module).
+        tensors: fp32 tensors on the CPU. Dense: by parameter name, perhaps read or made one at a time (`OnDemand`). Low-rank:
+            by PEFT's adapter state names.
+        adapter: PEFT's adapter configuration; None for dense vectors.
+    """
+
+    kind: str
+    tensors: Mapping[str, Tensor]
+    adapter: Mapping[str, Any] | None = None
+    _norms: dict[str, float] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by name; nothing is read for it."""
+        return shapes_of(self.tensors)
+
+    @property
+    def norms(self) -> dict[str, float]:
+        """Frobenius norm of the update per weight; for low-rank vectors that of the product scale * B A, by module."""
+        if not self._norms:
+            if self.kind == DENSE:
+                self._norms.update((name, tensor_norm(self.tensors[name])) for name in self.tensors)
+            else:
+                scale = adapter_scale(self)
+                for module, (a, b) in factors(self).items():
+                    self._norms[module] = scale * _product_norm(a, b)
+        return self._norms
+
+    @property
+    def norm(self) -> float:
+        """Norm of the whole update."""
+        return sum(value**2 for value in self.norms.values()) ** 0.5
+
+
+def adapter_scale(update: UpdateVector) -> float:
+    """The factor PEFT applies to B A: lora_alpha / r."""
+    if update.adapter is None:
+        raise ValueError("a dense update vector has no adapter")
+    return float(update.adapter["lora_alpha"]) / float(update.adapter["r"])
+
+
+def factors(update: UpdateVector) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A (r, in), B (out, r)) of a low-rank update by module name."""
+    names = [name.removesuffix(".lora_A.weight") for name in update.tensors if name.endswith(".lora_A.weight")]
+    return {n: (update.tensors[f"{n}.lora_A.weight"], update.tensors[f"{n}.lora_B.weight"]) for n in names}
+
+
+def tensor_norm(tensor: Tensor) -> float:
+    """Frobenius norm, summed in double precision: an embedding has a hundred million entries.
+
+    In parts, because torch would make a copy of the whole in that precision.
+    """
+    parts = tensor.flatten().split(PART)
+    doubles = passing(parts[0].shape, torch.float64)
+    return math.hypot(*(float(torch.linalg.vector_norm(doubles[: len(part)].copy_(part))) for part in parts))
+
+
+def _product_norm(a: Tensor, b: Tensor) -> float:
+    """Frobenius norm of B A without forming it: trace((B^T B)(A A^T)) in double precision."""
+    a, b = a.double(), b.double()
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
+
+
+def snapshot(model: Any) -> dict[str, Tensor]:
+    """Copies of all weights by parameter name, on the CPU, as stored; tied weights once."""
+    return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
+
+
+@torch.no_grad()
+def take_update(model: Any, initial: Mapping[str, Tensor]) -> UpdateVector:
+    """The dense update of an fp32 model since `initial`, with the model set onto theta_init + delta.
+
+    A difference of two floats, added back, may miss the second by one unit in the last place. Setting the model onto the sum
+    (a change of one such unit at most) makes the epoch's unlearned model and theta(0) the same bits by construction.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        start = initial[name].float()
+        delta = parameter.detach().to("cpu", torch.float32) - start
+        parameter.copy_(start + delta)
+        tensors[name] = delta
+    return UpdateVector(DENSE, tensors)
+
+
+def random_direction(update: UpdateVector, seed: int) -> UpdateVector:
+    """A Gaussian direction with the same norm per tensor (per adapted module for low-rank updates): the control of a search.
+
+    A dense one is drawn while it is used, a tensor at a time.
+
+    Args:
+        update: The update whose norms to match.
+        seed: Seed of the direction.
+    """
+    if update.kind == DENSE:
+        return UpdateVector(DENSE, OnDemand(update.shapes, _Noise(update, seed).draw))
+    generator = torch.Generator().manual_seed(seed)
+    drawn: dict[str, Tensor] = {}
+    scale = adapter_scale(update)
+    for module, (a, b) in factors(update).items():
+        new_a, new_b = torch.randn(a.shape, generator=generator), torch.randn(b.shape, generator=generator)
+        drawn[f"{module}.lora_A.weight"] = new_a
+        drawn[f"{module}.lora_B.weight"] = new_b * (update.norms[module] / (scale * _product_norm(new_a, new_b)))
+    return UpdateVector(update.kind, drawn, update.adapter)
+
+
+class _Noise:
+    """A random direction of a dense update's norms, a tensor at a time from one stream of random numbers.
+
+    A tensor asked for out of turn costs the draws before it; the numbers are the same.
+    """
+
+    def __init__(self, update: UpdateVector, seed: int) -> None:
+        self._update, self._seed = update, seed
+        self._names = list(update.shapes)
+        self._next = 0
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def draw(self, name: str) -> Tensor:
+        wanted = self._names.index(name)
+        if wanted < self._next:
+            self._next = 0
+            self._generator.manual_seed(self._seed)
+        while self._next < wanted:
+            self._randn()
+        noise = self._randn()
+        return noise.mul_(self._update.norms[name] / max(tensor_norm(noise), 1e-30))
+
+    def _randn(self) -> Tensor:
+        shape = self._update.shapes[self._names[self._next]]
+        self._next += 1
+        return passing(shape).normal_(generator=self._generator)
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """The adapter weights of a PEFT model by PEFT's names, without the embeddings underneath."""
+    from peft import get_peft_model_state_dict
+
+    # Left to itself PEFT asks the hub for the base model's vocabulary size to decide about the embeddings.
+    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+def wrap_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
+    """Wraps a transformers model with a PEFT LoRA adapter of the given configuration."""
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(**adapter))

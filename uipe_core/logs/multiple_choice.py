@@ -1,0 +1,125 @@
+"""Results on multiple-choice questions as a JSON file, question by question, written and read.
+
+One object: ``definition``, ``seconds``, ``metadata`` and ``sets``. A set has its ``item_hash`` and, in the order of its
+questions, ``log_likelihood`` (a list per question, a number per choice), ``answers``, ``correct`` and ``logit_spread``.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uipe_core.errors import UserError
+from uipe_core.metrics.choice_report import CHOICE_DEFINITION, ChoiceReport, ChoiceScores
+from uipe_core.storage.content_store import write_atomic
+
+
+def write_choice_log(report: ChoiceReport, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Writes a report: all of it or nothing, replacing what was there.
+
+    Args:
+        report: All log-likelihoods finite.
+        path: Target file; missing folders are made.
+        metadata: JSON-able description of what was scored, for people to read.
+
+    Raises:
+        UserError: A log-likelihood that is not finite, or a file that cannot be written.
+    """
+    path = Path(path)
+    content = {
+        "definition": CHOICE_DEFINITION,
+        "seconds": dict(report.seconds),
+        "metadata": dict(metadata or {}),
+        "sets": {name: _written(scores) for name, scores in report.sets.items()},
+    }
+    try:
+        text = json.dumps(content, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"cannot write {path}: it has numbers that are not finite; has the model collapsed?") from error
+    try:
+        write_atomic(path, text.encode())
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; give a file in a writable folder") from error
+
+
+def read_choice_log(path: str | Path) -> ChoiceReport:
+    """Reads what `write_choice_log` wrote.
+
+    Raises:
+        UserError: No such file, broken JSON, or a key that is missing or not what it should be; names file, key and remedy.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that `uipe score --log` wrote") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); write it again with `uipe score --log`") from error
+    sets = content.get("sets") if isinstance(content, dict) else None
+    if not isinstance(sets, dict) or not sets:
+        raise _broken(path, "sets", "is missing or holds nothing")
+    seconds = content.get("seconds", {})
+    if not isinstance(seconds, dict):
+        raise _broken(path, "seconds", "is no object")
+    return ChoiceReport({name: _read(path, name, part) for name, part in sets.items()}, seconds)
+
+
+def is_choice_log(path: str | Path) -> bool:
+    """Whether a file holds what `write_choice_log` writes; False too for one that cannot be read."""
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.get("definition") == CHOICE_DEFINITION
+
+
+def _written(scores: ChoiceScores) -> dict[str, Any]:
+    rows = zip(scores.log_likelihood.tolist(), scores.choices.tolist(), strict=True)
+    return {
+        "item_hash": scores.item_hash,
+        "log_likelihood": [row[:count] for row, count in rows],
+        "answers": scores.answers.tolist(),
+        "correct": scores.correct.tolist(),
+        "logit_spread": scores.logit_spread.tolist(),
+    }
+
+
+def _read(path: str | Path, name: str, part: Any) -> ChoiceScores:
+    where = f"sets/{name}"
+    if not isinstance(part, dict):
+        raise _broken(path, where, "is no object")
+    rows, answers, item_hash = part.get("log_likelihood"), part.get("answers"), part.get("item_hash")
+    if not isinstance(rows, list) or not rows:
+        raise _broken(path, f"{where}/log_likelihood", "is missing or has no questions")
+    for index, row in enumerate(rows):
+        if not isinstance(row, list) or len(row) < 2 or not all(map(_is_number, row)):
+            raise _broken(path, f"{where}/log_likelihood/{index}", "is not a list of at least two finite numbers")
+    if not isinstance(answers, list) or len(answers) != len(rows):
+        raise _broken(path, f"{where}/answers", f"is not a list of {len(rows)} indexes, one per question")
+    for index, (answer, row) in enumerate(zip(answers, rows, strict=True)):
+        if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(row):
+            raise _broken(path, f"{where}/answers/{index}", f"is {answer!r}, expected an index from 0 to {len(row) - 1}")
+    spread = part.get("logit_spread")
+    if not isinstance(spread, list) or len(spread) != len(rows) or not all(map(_is_number, spread)):
+        raise _broken(path, f"{where}/logit_spread", f"is not a list of {len(rows)} finite numbers, one per question")
+    if item_hash is not None and not isinstance(item_hash, str):
+        raise _broken(path, f"{where}/item_hash", f"is {item_hash!r}, expected a text or null")
+    most = max(map(len, rows))
+    return ChoiceScores(
+        log_likelihood=np.array([row + [-math.inf] * (most - len(row)) for row in rows], dtype=np.float64),
+        answers=np.array(answers, dtype=np.int64),
+        choices=np.array([len(row) for row in rows], dtype=np.int64),
+        logit_spread=np.array(spread, dtype=np.float64),
+        item_hash=item_hash,
+    )
+
+
+def _is_number(value: object) -> bool:
+    # JSON's true would pass for 1, since bool is an int in Python.
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _broken(path: str | Path, key: str, problem: str) -> UserError:
+    return UserError(f"{path}: {key} {problem}; write the results again with `uipe score --corpus choices:FOLDER --log`")

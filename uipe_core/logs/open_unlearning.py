@@ -1,0 +1,221 @@
+"""Evaluation logs of open-unlearning: ``TOFU_EVAL.json`` with every value, ``TOFU_SUMMARY.json`` with the aggregates.
+
+``TOFU_EVAL.json`` maps each metric to an object with ``agg_value`` and, where it is one per item, ``value_by_index``:
+
+    forget_Q_A_Prob, forget_Q_A_PARA_Prob    {"prob", "avg_loss"}: gold answer, paraphrased answer
+    forget_Q_A_PERT_Prob                     {"prob", "avg_loss"}: lists with an entry per perturbed answer
+    forget_Q_A_ROUGE                         {"rouge1_recall", "rougeL_recall", "input", "ground_truth", "generation"}
+    forget_truth_ratio                       {"score"}: truth ratio, what forget quality compares
+    forget_quality, model_utility            ``agg_value`` only
+    exact_memorization, extraction_strength  {"score"}, of the forget set
+
+The prefixes of the other sets are ``retain``, ``ra`` (real authors) and ``wf`` (world facts). The latter two have no
+paraphrase, the gold answer stands in, and their probability among the choices is ``ra_Q_A_Prob_normalised``.
+A log written here has ``ra_Q_A_PARA_Prob`` too where a corpus has such paraphrases, and what is ours alone under
+`log_parts.EXTRA_KEY`; both are ignored by open-unlearning.
+
+Sources: ``src/evals/base.py``, ``src/evals/metrics`` and ``configs/eval/tofu_metrics`` of locuslab/open-unlearning.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from uipe_core.errors import UserError
+from uipe_core.logs.parts import EXTRA_KEY, MEMORIZATION, Part, check_writable, extra_part, with_extra, write_whole
+from uipe_core.metrics.scores import FloatArray, ScoreReport, SetScores
+from uipe_core.metrics.tofu import CHOICE_SETS, SET_TITLES, evaluate, truth_ratio
+
+EVAL_FILE, SUMMARY_FILE = "TOFU_EVAL.json", "TOFU_SUMMARY.json"
+DEFINITION = "open-unlearning"
+PREFIXES = {"forget": "forget", "retain": "retain", "real_authors": "ra", "world_facts": "wf"}
+"""Evaluation set to the prefix of its metrics."""
+
+TRUTH_RATIOS = {
+    "forget": "forget_truth_ratio",
+    "retain": "retain_Truth_Ratio",
+    "real_authors": "ra_Truth_Ratio",
+    "world_facts": "wf_Truth_Ratio",
+}
+
+
+def is_open_unlearning(log: Mapping[str, Any]) -> bool:
+    """Whether a JSON object is one of the two files of open-unlearning."""
+    return any("_Q_A_" in key or key in ("forget_truth_ratio", "forget_quality", "model_utility") for key in log)
+
+
+def write_open_unlearning(
+    report: ScoreReport,
+    folder: str | Path,
+    metadata: Mapping[str, Any] | None = None,
+    reference: ScoreReport | None = None,
+) -> None:
+    """Write a report as the two files of open-unlearning, each whole or not at all, replacing what was there.
+
+    Args:
+        report: Must have the four sets of `PREFIXES`, none of them empty, all losses finite, and ROUGE.
+        folder: Target folder; made if missing.
+        metadata: JSON-able description of what was scored, kept in the log for people to read.
+        reference: Scores of the retain model; gives ``forget_quality``.
+
+    Raises:
+        UserError: A missing or empty set, a loss that is not finite, no ROUGE, or files that cannot be written.
+    """
+    folder = Path(folder)
+    check_writable(report, PREFIXES, folder / EVAL_FILE)
+    metrics = evaluate(report, reference, DEFINITION)
+    log: dict[str, Any] = {}
+    for name, prefix in PREFIXES.items():
+        components = metrics.forget if name == "forget" else metrics.components
+        log.update(_set_metrics(report.sets[name], name, prefix, components))
+    log["model_utility"] = {"agg_value": metrics.model_utility}
+    if metrics.forget_quality is not None:
+        log["forget_quality"] = {"agg_value": metrics.forget_quality.p_value}
+    summary = {name: metric["agg_value"] for name, metric in sorted(log.items())}
+    log[EXTRA_KEY] = extra_part(report, PREFIXES, metadata)
+    write_whole(folder / EVAL_FILE, dict(sorted(log.items())))
+    write_whole(folder / SUMMARY_FILE, summary)
+
+
+def read_open_unlearning(log: Mapping[str, Any], path: Path, as_reference: bool) -> ScoreReport:
+    """The report of a parsed ``TOFU_EVAL.json``; see `evaluation_log.read_log`."""
+    if not any(isinstance(metric, dict) for metric in log.values()):
+        raise UserError(f"{path}: holds aggregates only, as {SUMMARY_FILE} does; give the {EVAL_FILE} beside it")
+    reader = _Reader(log, path)
+    names = [name for name in PREFIXES if name == "forget" or not as_reference or reader.is_whole(name)]
+    sets = {name: reader.scores(name, losses_needed=not as_reference) for name in names}
+    # Under our own part memorisation is known for every set, elsewhere for the forget set alone.
+    memorization: dict[str, Any] = {key: reader.scores_of(key, len(sets["forget"])) for key in MEMORIZATION if key in log}
+    sets["forget"] = replace(sets["forget"], **memorization)
+    return with_extra(Part(path, EXTRA_KEY, log.get(EXTRA_KEY, {})), sets)
+
+
+def _set_metrics(scores: SetScores, name: str, prefix: str, components: Mapping[str, float]) -> dict[str, Any]:
+    title = SET_TITLES[name]
+    metrics = {f"{prefix}_Q_A_Prob": _probability(scores.answer_loss)}
+    if name not in CHOICE_SETS or not np.array_equal(scores.paraphrase_loss, scores.answer_loss):
+        metrics[f"{prefix}_Q_A_PARA_Prob"] = _probability(scores.paraphrase_loss)
+    metrics[f"{prefix}_Q_A_PERT_Prob"] = _probability(scores.perturbed_loss)
+    if name in CHOICE_SETS:
+        metrics[f"{prefix}_Q_A_Prob_normalised"] = {
+            "agg_value": components[f"Prob {title}"],
+            "value_by_index": _by_index(prob=_among_choices(scores)),
+        }
+    rouge: dict[str, Any] = {"rougeL_recall": scores.rouge_l_recall, "rouge1_recall": scores.rouge_1_recall}
+    texts = {"input": scores.questions, "ground_truth": scores.answers, "generation": scores.generated}
+    metrics[f"{prefix}_Q_A_ROUGE"] = {
+        "agg_value": components[f"ROUGE {title}"],
+        "value_by_index": _by_index(**{key: column for key, column in {**rouge, **texts}.items() if column is not None}),
+    }
+    metrics[TRUTH_RATIOS[name]] = {
+        "agg_value": components[f"Truth Ratio {title}"],
+        "value_by_index": _by_index(score=truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, DEFINITION)),
+    }
+    for key in MEMORIZATION:
+        values = getattr(scores, key)
+        if name == "forget" and values is not None:
+            metrics[key] = {"agg_value": float(values.mean()), "value_by_index": _by_index(score=values)}
+    return metrics
+
+
+def _probability(losses: FloatArray) -> dict[str, Any]:
+    probabilities = np.exp(-losses)
+    return {"agg_value": float(probabilities.mean()), "value_by_index": _by_index(prob=probabilities, avg_loss=losses)}
+
+
+def _among_choices(scores: SetScores) -> FloatArray:
+    probability = np.exp(-scores.answer_loss)
+    return probability / (probability + np.exp(-scores.perturbed_loss).sum(axis=1) + 1e-10)
+
+
+def _by_index(**columns: Any) -> dict[str, dict[str, Any]]:
+    """Columns of n values each as one object per index."""
+    lists = [column.tolist() if isinstance(column, np.ndarray) else list(column) for column in columns.values()]
+    return {str(index): dict(zip(columns, row, strict=True)) for index, row in enumerate(zip(*lists, strict=True))}
+
+
+class _Reader:
+    """Sets of a parsed log."""
+
+    def __init__(self, log: Mapping[str, Any], path: Path) -> None:
+        self.log, self.path = log, path
+
+    def is_whole(self, name: str) -> bool:
+        """Whether the log has the losses of a set."""
+        return all(key in self.log for key in (f"{PREFIXES[name]}_Q_A_Prob", f"{PREFIXES[name]}_Q_A_PERT_Prob"))
+
+    def scores(self, name: str, losses_needed: bool) -> SetScores:
+        """One set."""
+        prefix = PREFIXES[name]
+        gold, paraphrase = f"{prefix}_Q_A_Prob", f"{prefix}_Q_A_PARA_Prob"
+        if name in CHOICE_SETS and paraphrase not in self.log:
+            paraphrase = gold
+        paraphrase_loss = self.column(paraphrase, "avg_loss")
+        n = len(paraphrase_loss)
+        unknown = not losses_needed and gold not in self.log
+        perturbed_loss = self.column(f"{prefix}_Q_A_PERT_Prob", "avg_loss", n, nested=True)
+        rouge = f"{prefix}_Q_A_ROUGE"
+        generated = rouge in self.log
+        rows = self.rows(rouge, n) if generated else []
+        return SetScores(
+            answer_loss=np.full(n, np.nan) if unknown else self.column(gold, "avg_loss", n),
+            answer_tokens=np.zeros(n, dtype=np.int64),
+            paraphrase_loss=paraphrase_loss,
+            paraphrase_tokens=np.zeros(n, dtype=np.int64),
+            perturbed_loss=perturbed_loss,
+            perturbed_tokens=np.zeros(perturbed_loss.shape, dtype=np.int64),
+            rouge_l_recall=self.column(rouge, "rougeL_recall", n) if generated else None,
+            rouge_1_recall=self.column(rouge, "rouge1_recall", n) if generated and "rouge1_recall" in rows[0] else None,
+            generated=self.texts(rouge, rows, "generation"),
+            questions=self.texts(rouge, rows, "input"),
+            answers=self.texts(rouge, rows, "ground_truth"),
+        )
+
+    def rows(self, metric: str, n: int | None = None) -> list[dict[str, Any]]:
+        """The objects of one metric in index order; indexes must be 0 to n - 1."""
+        part = self.part(metric)
+        rows = part.rows("value_by_index", n)
+        for index, row in enumerate(rows):
+            if not isinstance(row, dict):
+                raise part.error(f"value_by_index/{index}", f"is {row!r}, expected an object")
+        return rows
+
+    def column(self, metric: str, field: str, n: int | None = None, nested: bool = False) -> FloatArray:
+        """Finite numbers of one field: (n,), or (n, k) where each value is a list."""
+        part, rows = self.part(metric), self.rows(metric, n)
+        keys = [f"value_by_index/{index}/{field}" for index in range(len(rows))]
+        for key, row in zip(keys, rows, strict=True):
+            if field not in row:
+                raise part.error(key, "is missing")
+        values = [row[field] for row in rows]
+        if nested and not isinstance(values[0], list):
+            # With one perturbed answer per item, open-unlearning writes the number itself.
+            values = [[value] for value in values]
+        return part.array(values, keys, nested)
+
+    def scores_of(self, metric: str, n: int) -> FloatArray | None:
+        """The score of each item; None where one has none, as where open-unlearning finds no answer tokens."""
+        if any(row.get("score", 0) is None for row in self.rows(metric, n)):
+            return None
+        return self.column(metric, "score", n)
+
+    def texts(self, metric: str, rows: list[dict[str, Any]], field: str) -> tuple[str, ...] | None:
+        """Texts of one field, None where the log lacks it."""
+        texts = [row.get(field) for row in rows]
+        for index, text in enumerate(texts):
+            if text is not None and not isinstance(text, str):
+                raise self.part(metric).error(f"value_by_index/{index}/{field}", f"is {text!r}, expected a text")
+        known = [text for text in texts if text is not None]
+        return tuple(known) if known and len(known) == len(rows) else None
+
+    def part(self, metric: str) -> Part:
+        """One metric."""
+        if metric not in self.log:
+            raise UserError(
+                f"{self.path}: {metric} is missing; evaluate the model again with open-unlearning's tofu metrics, "
+                "model_utility and forget_quality included, or with `uipe score --log-format open-unlearning`"
+            )
+        return Part(self.path, metric, self.log[metric])

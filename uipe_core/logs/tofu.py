@@ -1,0 +1,82 @@
+"""Evaluation logs: read whichever kind a file is, and write locuslab/tofu's aggregated kind (``eval_log_aggregated.json``).
+
+That is one JSON object with a part per evaluation set (`PARTS`); a part maps each measurement to values keyed "0", "1", ....
+The scripts of locuslab/tofu walk over all parts and fail on one they do not know, but take from a part only what they
+need. What is ours alone therefore stands inside the forget part, under `log_parts.EXTRA_KEY`.
+`open_unlearning_log` has the other kind.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from uipe_core.errors import UserError
+from uipe_core.logs.open_unlearning import EVAL_FILE, is_open_unlearning, read_open_unlearning
+from uipe_core.logs.parts import EXTRA_KEY, Part, check_writable, extra_part, load_object, tofu_part, with_extra, write_whole
+from uipe_core.metrics.scores import ScoreReport
+
+PARTS = {
+    "retain": "eval_log.json",
+    "real_authors": "eval_real_author_wo_options.json",
+    "world_facts": "eval_real_world_wo_options.json",
+    "forget": "eval_log_forget.json",
+}
+"""Evaluation set to its key in the log."""
+
+
+def write_log(report: ScoreReport, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
+    """Write a report as an evaluation log: all of it or nothing, replacing what was there.
+
+    Args:
+        report: Must have the four sets of `PARTS`, none of them empty, all losses finite.
+        path: Target file; missing folders are made.
+        metadata: JSON-able description of what was scored, kept in the log for people to read.
+
+    Raises:
+        UserError: A missing or empty set, a loss that is not finite, or a file that cannot be written.
+    """
+    check_writable(report, PARTS, path)
+    log = {part: tofu_part(report.sets[name], name) for name, part in PARTS.items()}
+    log[PARTS["forget"]][EXTRA_KEY] = extra_part(report, PARTS, metadata)
+    write_whole(Path(path), log)
+
+
+def is_log(source: str | Path) -> bool:
+    """Whether a source names an evaluation log rather than a model: a JSON file, or a folder of open-unlearning's files."""
+    return str(source).endswith(".json") or Path(source).is_file() or (Path(source) / EVAL_FILE).is_file()
+
+
+def read_log(path: str | Path, *, as_reference: bool = False) -> ScoreReport:
+    """Read an evaluation log of either kind, recognised by what it holds.
+
+    Losses and perturbed losses are needed. ROUGE and texts are None where the log lacks them, token counts 0.
+
+    Args:
+        path: Log in the format of locuslab/tofu or of open-unlearning, or a folder with open-unlearning's two files.
+        as_reference: Only the forget set's paraphrase and perturbed losses are needed. The losses of its gold answers are
+            NaN where the log lacks them, and other sets that the log has not whole are left out.
+
+    Raises:
+        UserError: No such file, broken JSON, a missing part or measurement, or values that are not what they should be;
+            names the file, the key and the remedy.
+    """
+    path = Path(path)
+    if (path / EVAL_FILE).is_file():
+        path = path / EVAL_FILE
+    log = load_object(path)
+    if is_open_unlearning(log):
+        return read_open_unlearning(log, path, as_reference)
+    needed = [PARTS["forget"]] if as_reference else list(PARTS.values())
+    missing = [part for part in needed if part not in log]
+    if missing:
+        found = ", ".join(list(log)[:8]) or "nothing"
+        raise UserError(
+            f"{path}: missing parts {', '.join(missing)} (found: {found}); give an aggregated evaluation log, "
+            f"written by `uipe score --log` or as eval_log_aggregated.json by locuslab/tofu, or {EVAL_FILE} of open-unlearning"
+        )
+    parts = {name: Part(path, key, log[key]) for name, key in PARTS.items() if key in log}
+    if as_reference:
+        needed = ["avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss"]
+        parts = {name: part for name, part in parts.items() if name == "forget" or part.content.keys() >= set(needed)}
+    sets = {name: part.scores(losses_needed=not as_reference) for name, part in parts.items()}
+    return with_extra(parts["forget"].part(EXTRA_KEY), sets)

@@ -1,0 +1,68 @@
+"""Metric definitions: what each code base means by truth ratio and probability. One dict; numpy only.
+
+Side by side, with q the (n, k) mean losses of the perturbed answers and p the (n,) mean loss of the paraphrase:
+
+    name               mean perturbed probability   denominators
+    tofu               exp(-mean q), geometric      as they are
+    tofu-utils         mean exp(-q), arithmetic     as they are
+    open-unlearning    exp(-mean q), geometric      1e-10 added
+
+Forget quality compares geometric truth ratios in all three: `get_forget_quality` in ``utils.py`` of locuslab/tofu averages
+losses, though its model utility averages probabilities, as the paper's equation 1 does.
+
+Sources: ``aggregate_eval_stat.py`` (tofu) and ``utils.py`` (tofu-utils) of locuslab/tofu; ``src/evals/metrics/memorization.py``
+of locuslab/open-unlearning; TOFU (arXiv 2401.06121, section 2.2).
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from uipe_core.errors import UserError
+from uipe_core.metrics.scores import FloatArray
+
+
+def log_geometric_mean(losses: FloatArray) -> FloatArray:
+    """(n, k) losses in nats to (n,) log of the geometric mean of their probabilities."""
+    return -losses.mean(axis=-1)
+
+
+def log_arithmetic_mean(losses: FloatArray) -> FloatArray:
+    """(n, k) losses in nats to (n,) log of the arithmetic mean of their probabilities; finite however small these are."""
+    return np.logaddexp.reduce(-losses, axis=-1) - np.log(losses.shape[-1])
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What one code base means by truth ratio and probability.
+
+    Attributes:
+        log_mean_perturbed: (n, k) perturbed losses to (n,) log of the mean perturbed probability, for the truth ratios of
+            the utility sets and of the forget set; forget quality always takes `log_geometric_mean`.
+        epsilon: Added to each denominator, 0 for none.
+        generation_length: Longest generation in tokens.
+        generation_counts_prompt: Whether that length includes the prompt: locuslab/tofu generates with ``max_length: 200``
+            (``config/eval_everything.yaml``), open-unlearning with ``max_new_tokens: 200`` (``configs/generation``).
+    """
+
+    log_mean_perturbed: Callable[[FloatArray], FloatArray]
+    epsilon: float = 0.0
+    generation_length: int = 200
+    generation_counts_prompt: bool = False
+
+
+DEFINITIONS: dict[str, Definition] = {
+    "tofu": Definition(log_mean_perturbed=log_geometric_mean, generation_counts_prompt=True),
+    "tofu-utils": Definition(log_mean_perturbed=log_arithmetic_mean, generation_counts_prompt=True),
+    "open-unlearning": Definition(log_mean_perturbed=log_geometric_mean, epsilon=1e-10),
+}
+
+
+def definition_named(name: str) -> Definition:
+    """The definition of that name; an unknown name is a `UserError` that lists the known ones."""
+    if name in DEFINITIONS:
+        return DEFINITIONS[name]
+    hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, DEFINITIONS, n=1))
+    raise UserError(f"unknown metric definition {name!r}; known: {', '.join(sorted(DEFINITIONS))}.{hint}")

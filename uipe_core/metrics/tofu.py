@@ -1,0 +1,315 @@
+"""Forget quality and model utility from scored losses: arrays in, numbers out.
+
+Code bases compute these numbers differently, so each result carries the name of its definition (`definitions.DEFINITIONS`).
+
+Symbols used below, for a set of n items with k perturbed answers each:
+    a: (n,) mean loss of the gold answer, nats per token.
+    p: (n,) mean loss of the paraphrased answer.
+    q: (n, k) mean losses of the perturbed answers.
+    R: (n,) truth ratio, mean perturbed probability over paraphrase probability; small when the model knows the fact.
+
+Source: TOFU (arXiv 2401.06121, section 2.2); `definitions` has those of each definition.
+"""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from scipy.special import gammaln, logsumexp
+from scipy.stats import ks_2samp
+
+from uipe_core.corpora.types import RELATED_SETS, UTILITY_SETS
+from uipe_core.errors import UserError
+from uipe_core.metrics.definitions import Definition, definition_named, log_geometric_mean
+from uipe_core.metrics.item_check import require_same_items
+from uipe_core.metrics.scores import FloatArray, ScoreReport, SetScores
+
+SET_TITLES = {"retain": "Retain", "real_authors": "Real Authors", "world_facts": "Real World", "forget": "Forget"}
+"""Evaluation set to its name in TOFU's tables."""
+
+CHOICE_SETS = ("real_authors", "world_facts")
+"""Sets whose probability is relative to the perturbed answers, as in a multiple choice (TOFU, section 2.2.1)."""
+
+MEMORIZED_SETS = ("forget", "retain")
+"""Sets whose memorisation is reported: what should go, and what should stay."""
+
+
+@dataclass(frozen=True)
+class ForgetQuality:
+    """Two-sample Kolmogorov-Smirnov test between the truth ratios of a model and of its reference.
+
+    Attributes:
+        p_value: In [0, 1]; high means indistinguishable from the reference. May underflow to 0 above 500 items.
+        log10_p: log10 of the p-value, never below `log10_p_floor` of the sample sizes and never above 0.
+        ks_statistic: Largest distance between the two empirical distribution functions, in [0, 1].
+    """
+
+    p_value: float
+    log10_p: float
+    ks_statistic: float
+
+    def as_dict(self) -> dict[str, float]:
+        """The three numbers under the keys of ``uipe metrics --json``."""
+        quality = {"forget_quality": self.p_value, "log10_forget_quality": self.log10_p}
+        return {**quality, "ks_statistic": self.ks_statistic}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The numbers of one model.
+
+    Attributes:
+        definition: Key of `definitions.DEFINITIONS` that all of them follow.
+        model_utility: Harmonic mean of the nine components, in [0, 1].
+        components: The nine numbers of model utility by TOFU's names, each in [0, 1].
+        forget: Probability, ROUGE and truth ratio of the forget set, each in [0, 1].
+        forget_quality: Test against the reference, None without one.
+        related: The same test on ``related`` and ``unrelated``, where both model and reference were scored on them.
+        memorization: ``exact_memorization`` and ``extraction_strength`` by set of `MEMORIZED_SETS`, where known; the same
+            in every definition.
+    """
+
+    definition: str
+    model_utility: float
+    components: Mapping[str, float]
+    forget: Mapping[str, float]
+    forget_quality: ForgetQuality | None = None
+    related: Mapping[str, ForgetQuality] = field(default_factory=dict)
+    memorization: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Strict JSON content of ``uipe metrics --json``; keys that need a reference are absent without one."""
+        content: dict[str, Any] = {
+            "definition": self.definition,
+            "model_utility": self.model_utility,
+            "components": dict(self.components),
+            "forget": dict(self.forget),
+        }
+        if self.forget_quality is not None:
+            content.update(self.forget_quality.as_dict())
+        if self.related:
+            content["related"] = {name: quality.as_dict() for name, quality in self.related.items()}
+        if self.memorization:
+            content["memorization"] = {name: dict(values) for name, values in self.memorization.items()}
+        return content
+
+
+def evaluate(report: ScoreReport, reference: ScoreReport | None = None, definition: str = "tofu") -> Metrics:
+    """Every number of one model; with a reference (usually the retain model) forget quality too.
+
+    The reference needs paraphrase and perturbed losses on the forget set only: neither its gold answers, its ROUGE nor its
+    utility sets are looked at.
+
+    Raises:
+        UserError: Unknown definition, a missing set or ROUGE, losses that are not finite, or a reference scored on
+            other items.
+    """
+    chosen = definition_named(definition)
+    _require_sets(report, ("forget", *UTILITY_SETS))
+    components = utility_components(report, definition)
+    forget = forget_components(report, definition)
+    values = Metrics(definition, model_utility(components), components, forget, memorization=memorization(report))
+    if reference is None:
+        return values
+    _require_sets(reference, ("forget",), "of the reference ")
+    quality = quality_of_set(report, reference, "forget", chosen)
+    shared = [name for name in RELATED_SETS if name in report.sets and name in reference.sets]
+    related = {name: quality_of_set(report, reference, name, chosen) for name in shared}
+    return replace(values, forget_quality=quality, related=related)
+
+
+def truth_ratio(paraphrase_loss: FloatArray, perturbed_loss: FloatArray, definition: str = "tofu") -> FloatArray:
+    """Truth ratio R per item, (n,) in [0, inf]: mean perturbed probability over paraphrase probability.
+
+    For ``tofu`` this is exp(p - mean q), the geometric form; for ``tofu-utils`` the mean is arithmetic; for
+    ``open-unlearning`` 1e-10 is added to the paraphrase probability. A difference beyond about 709 nats leaves the range of
+    float64: R is then inf or 0, never NaN. `forget_quality` takes such values, since only their order counts.
+
+    Args:
+        paraphrase_loss: (n,) finite, nats per token.
+        perturbed_loss: (n, k) finite, k >= 1.
+        definition: Key of `definitions.DEFINITIONS`.
+    """
+    chosen = definition_named(definition)
+    with np.errstate(over="ignore", under="ignore"):
+        return np.exp(_log_truth_ratio(paraphrase_loss, chosen.log_mean_perturbed(perturbed_loss), chosen.epsilon))
+
+
+def utility_components(report: ScoreReport, definition: str = "tofu") -> dict[str, float]:
+    """The nine components of model utility, each in [0, 1], by their names in TOFU's tables.
+
+    Per set: ``Prob`` is mean exp(-a), on the choice sets divided by the sum over gold and perturbed answers; ``ROUGE``
+    is the mean ROUGE-L recall; ``Truth Ratio`` is mean max(0, 1 - R).
+
+    Raises:
+        UserError: Unknown definition, a missing set or ROUGE, or losses that are not finite.
+    """
+    chosen = definition_named(definition)
+    _require_sets(report, UTILITY_SETS)
+    parts = [_set_components(report.sets[name], name, chosen) for name in UTILITY_SETS]
+    return {key: value for part in parts for key, value in part.items()}
+
+
+def forget_components(report: ScoreReport, definition: str = "tofu") -> dict[str, float]:
+    """Probability, ROUGE-L recall and truth ratio of the forget set, each in [0, 1]; raises as `utility_components`.
+
+    The truth ratio is mean min(R, 1/R): 1 when true and false answers are equally likely.
+    """
+    _require_sets(report, ("forget",))
+    return _set_components(report.sets["forget"], "forget", definition_named(definition))
+
+
+def memorization(report: ScoreReport) -> dict[str, dict[str, float]]:
+    """Mean exact memorisation and extraction strength, each in [0, 1], of `MEMORIZED_SETS`, where the report has them."""
+    found: dict[str, dict[str, float]] = {}
+    for name in MEMORIZED_SETS:
+        scores = report.sets.get(name)
+        for key in ("exact_memorization", "extraction_strength"):
+            values = None if scores is None else getattr(scores, key)
+            if values is not None and len(values):
+                found.setdefault(name, {})[key] = float(np.mean(values))
+    return found
+
+
+def model_utility(components: Mapping[str, float]) -> float:
+    """Harmonic mean of the components, in [0, 1]; 0 if any of them is 0 (TOFU, section 2.2.1).
+
+    Raises:
+        ValueError: No components, or one that is negative or not finite.
+    """
+    values = np.array(list(components.values()), dtype=np.float64)
+    if not len(values) or not np.all(np.isfinite(values)) or values.min() < 0:
+        raise ValueError(f"model utility needs finite components of at least 0, got {dict(components)}")
+    return 0.0 if values.min() == 0 else float(len(values) * values.min() / np.sum(values.min() / values))
+
+
+def forget_quality(ratios: FloatArray, reference_ratios: FloatArray) -> ForgetQuality:
+    """Two-sided two-sample KS test between two samples of truth ratios (TOFU, section 2.2.2).
+
+    Only the order of the values counts: ratios, their inverses or logarithms give the same, and infinities may occur.
+
+    Args:
+        ratios, reference_ratios: (n,) of the scored model and (m,) of the reference.
+
+    Raises:
+        ValueError: An empty sample, or a NaN.
+    """
+    n, m = len(ratios), len(reference_ratios)
+    if not n or not m or np.isnan(ratios).any() or np.isnan(reference_ratios).any():
+        raise ValueError(f"the KS test needs two non-empty samples without NaN, got {n} and {m} values")
+    with warnings.catch_warnings():
+        # Where rounding lifts scipy's exact p above 1, it warns and takes the asymptotic one, 1 to 1e-4.
+        warnings.filterwarnings("ignore", message="ks_2samp: Exact calculation unsuccessful")
+        test = ks_2samp(ratios, reference_ratios)
+    p_value, statistic = float(test.pvalue), float(test.statistic)
+    if p_value > 0:
+        log10_p = float(np.log10(p_value))
+    elif n == m:
+        # Where p underflows, all but the first term of the reflection sum (Gnedenko and Korolyuk 1951) are negligible.
+        log10_p = log10_p_floor(n, n) + _log_binomial(2 * n, n - round(statistic * n)) / float(np.log(10.0))
+    else:
+        log10_p = -np.inf
+    return ForgetQuality(p_value, max(log10_p, log10_p_floor(n, m)), statistic)
+
+
+def log10_p_floor(n: int, m: int) -> float:
+    """log10 of the smallest p-value that samples of n and m can reach, 2 / C(n + m, n): all values separated.
+
+    The smallest p-value is 1.86e-23 for n = m = 40, 1.94e-119 for 200, 1.06e-239 for 400.
+    """
+    return float((np.log(2.0) - _log_binomial(n + m, n)) / np.log(10.0))
+
+
+def _log_binomial(n: int, k: int) -> float:
+    return float(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1))
+
+
+def _log_divide(log_numerator: FloatArray, log_denominator: FloatArray, epsilon: float) -> FloatArray:
+    if epsilon > 0:
+        log_denominator = np.logaddexp(log_denominator, np.log(epsilon))
+    return log_numerator - log_denominator
+
+
+def _log_truth_ratio(paraphrase_loss: FloatArray, log_perturbed: FloatArray, epsilon: float) -> FloatArray:
+    return _log_divide(log_perturbed, -paraphrase_loss, epsilon)
+
+
+def item_components(scores: SetScores, name: str, definition: Definition) -> dict[str, FloatArray]:
+    """What the components of one set are the means of: (n,) arrays by the components' names.
+
+    Raises:
+        UserError: No ROUGE, or losses that are not finite.
+    """
+    probability, closeness = loss_components(scores, name, definition).items()
+    if scores.rouge_l_recall is None:
+        raise UserError(f"set {name!r} has no ROUGE-L recall (rougeL_recall): score the model with generation on")
+    _check_finite(scores.rouge_l_recall, name, "rouge_l_recall")
+    return dict([probability, (f"ROUGE {SET_TITLES[name]}", scores.rouge_l_recall), closeness])
+
+
+def loss_components(scores: SetScores, name: str, definition: Definition) -> dict[str, FloatArray]:
+    """As `item_components`, those two that losses alone tell: probability and truth ratio, in this order, each in [0, 1].
+
+    Raises:
+        UserError: Losses that are not finite.
+    """
+    _check_losses(scores, name, ("answer_loss", "paraphrase_loss", "perturbed_loss"))
+    log_probability = -scores.answer_loss
+    if name in CHOICE_SETS:
+        choices = np.concatenate([log_probability[:, None], -scores.perturbed_loss], axis=1)
+        log_probability = _log_divide(log_probability, logsumexp(choices, axis=1), definition.epsilon)
+    log_perturbed = definition.log_mean_perturbed(scores.perturbed_loss)
+    log_ratio = _log_truth_ratio(scores.paraphrase_loss, log_perturbed, definition.epsilon)
+    if name == "forget":
+        log_inverse = _log_divide(np.zeros_like(log_ratio), log_ratio, definition.epsilon)
+        closeness = np.exp(np.minimum(log_ratio, log_inverse))
+    else:
+        closeness = 1.0 - np.exp(np.minimum(log_ratio, 0.0))
+    return {
+        f"Prob {SET_TITLES[name]}": np.exp(log_probability),
+        f"Truth Ratio {SET_TITLES[name]}": closeness,
+    }
+
+
+def quality_ratios(scores: SetScores, definition: Definition) -> FloatArray:
+    """(n,) log truth ratios that forget quality compares: geometric in every definition, and in logarithms, which have the
+    order of the ratios without ties where those overflow."""
+    return _log_truth_ratio(scores.paraphrase_loss, log_geometric_mean(scores.perturbed_loss), definition.epsilon)
+
+
+def _set_components(scores: SetScores, name: str, definition: Definition) -> dict[str, float]:
+    return {key: float(np.mean(values)) for key, values in item_components(scores, name, definition).items()}
+
+
+def _require_sets(report: ScoreReport, names: Sequence[str], whose: str = "") -> None:
+    missing = [name for name in names if name not in report.sets]
+    if missing:
+        present = ", ".join(report.sets) or "none"
+        raise UserError(f"missing evaluation sets {whose}for the metrics: {', '.join(missing)}; present: {present}")
+
+
+def _check_losses(scores: SetScores, name: str, measurements: Sequence[str]) -> None:
+    if not len(scores):
+        raise UserError(f"set {name!r} has no items")
+    if scores.perturbed_loss.ndim != 2 or scores.perturbed_loss.shape[1] == 0:
+        raise UserError(f"set {name!r} has no perturbed answers, which the truth ratio needs")
+    for measurement in measurements:
+        _check_finite(getattr(scores, measurement), name, measurement)
+
+
+def _check_finite(values: FloatArray, name: str, what: str) -> None:
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        raise UserError(f"set {name!r}, item {bad[0][0]}: {what} has {values[tuple(bad[0])]}, need finite numbers")
+
+
+def quality_of_set(report: ScoreReport, reference: ScoreReport, name: str, definition: Definition) -> ForgetQuality:
+    """Forget quality of one evaluation set; raises UserError as `evaluate`."""
+    scores, expected = report.sets[name], reference.sets[name]
+    compared = ("paraphrase_loss", "perturbed_loss")
+    _check_losses(scores, name, compared)
+    _check_losses(expected, f"{name} of the reference", compared)
+    require_same_items(scores, expected, name)
+    return forget_quality(quality_ratios(scores, definition), quality_ratios(expected, definition))

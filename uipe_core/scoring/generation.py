@@ -1,0 +1,172 @@
+"""Greedy text by draft and verify: what is known to come is not generated token by token.
+
+A draft is a guess at the greedy text. One forward pass over prompt and draft gives the most likely token at every place; up to
+the first place where the draft differs it is the greedy text, and the token there is known, too. Only the rest is generated.
+Source: blockwise parallel decoding (Stern et al. 2018, arXiv 1811.03115) with the drafts that scoring has for nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from uipe_core.models.prompts import Example
+from uipe_core.scoring.batch_sizes import BatchSize, slices
+from uipe_core.scoring.packing import accepts_logits_to_keep, answer_logits, forward_parameters, lay_out
+
+BY_HAND = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache"})
+"""What a model's forward must take for `_decode`; others are left to their own `generate`."""
+
+CROWDED = 0.75
+"""Finished rows are dropped once no more than this share of a batch is still being generated for."""
+
+
+@dataclass
+class Text:
+    """A greedy text in the making.
+
+    Attributes:
+        prompt: Token ids of the prompt.
+        limit: Most tokens it may have.
+        tokens: What is known of it so far; once finished without the token that ended it.
+        finished: Whether that is all of it.
+    """
+
+    prompt: list[int]
+    limit: int
+    tokens: list[int]
+    finished: bool = False
+
+    def add(self, token: int, stops: Sequence[int]) -> None:
+        """Appends the next greedy token."""
+        if token in stops:
+            self.finished = True
+        else:
+            self.tokens.append(token)
+            self.finished = len(self.tokens) >= self.limit
+
+    def verify(self, draft: Sequence[int], best: Sequence[int], stops: Sequence[int]) -> None:
+        """Takes over what a draft and the most likely tokens at its places tell.
+
+        Args:
+            draft: Tokens that were read behind the prompt, beginning with what is known already.
+            best: The most likely token at each of their places, and perhaps behind the last.
+            stops: Tokens that end a text.
+        """
+        for place in range(len(self.tokens), len(best)):
+            if self.finished:
+                break
+            self.add(int(best[place]), stops)
+            if place >= len(draft) or best[place] != draft[place]:
+                break
+
+
+def complete(model: Any, texts: Sequence[Text], stops: Sequence[int], pad_id: int, size: BatchSize) -> None:
+    """Generates the rest of every unfinished text, in batches of like lengths.
+
+    Args:
+        model: A causal language model in evaluation mode.
+        texts: Texts, finished in place.
+        stops: Tokens that end a text.
+        pad_id: Token for padding.
+        size: Rows per batch; what is generated of a batch that finds too little memory is kept.
+    """
+    unfinished = sorted((text for text in texts if not text.finished), key=lambda text: len(text.prompt) + len(text.tokens))
+    by_hand = forward_parameters(model).keys() >= BY_HAND
+
+    def work(batch: list[Text]) -> None:
+        left = [text for text in batch if not text.finished]
+        if left:
+            (_decode if by_hand else _generate)(model, left, stops, pad_id)
+
+    size.through(unfinished, work, cut=slices)
+
+
+def verify_drafts(
+    model: Any, texts: Sequence[Text], drafts: Sequence[Sequence[int]], stops: Sequence[int], pad_id: int, size: BatchSize
+) -> None:
+    """Reads prompt and draft of every unfinished text whose draft begins as the text does and knows more."""
+    chosen = [
+        (text, list(draft))
+        for text, draft in zip(texts, drafts, strict=True)
+        if not text.finished and len(draft) > len(text.tokens) and list(draft[: len(text.tokens)]) == text.tokens
+    ]
+    chosen.sort(key=lambda pair: len(pair[0].prompt) + len(pair[1]))
+    keep, device = accepts_logits_to_keep(model), model.device
+
+    def work(part: list[tuple[Text, list[int]]]) -> None:
+        # One token more than the draft, which is not fed, asks for the prediction behind its end.
+        examples = [Example((*text.prompt, *draft, pad_id), len(text.prompt)) for text, draft in part]
+        rows = lay_out([(number,) for number in range(len(part))], examples, pad_id, device)
+        best = answer_logits(model, rows, keep).argmax(dim=-1).tolist()
+        for (text, draft), length in zip(part, rows.lengths, strict=True):
+            text.verify(draft, best[:length], stops)
+            best = best[length:]
+
+    size.through(chosen, work, cut=slices)
+
+
+def _left_padded(texts: Sequence[Text], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(b, t) ids and mask of prompts with what is known behind them."""
+    known = [[*text.prompt, *text.tokens] for text in texts]
+    longest = max(map(len, known))
+    ids: NDArray[np.int64] = np.full((len(known), longest), pad_id, dtype=np.int64)
+    mask: NDArray[np.int64] = np.zeros((len(known), longest), dtype=np.int64)
+    for row, tokens in enumerate(known):
+        ids[row, longest - len(tokens) :], mask[row, longest - len(tokens) :] = tokens, 1
+    return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
+
+
+def _decode(model: Any, texts: Sequence[Text], stops: Sequence[int], pad_id: int) -> None:
+    """Token by token with a cache, without the rows that are finished."""
+    from transformers import DynamicCache
+
+    ids, mask = _left_padded(texts, pad_id, model.device)
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    keep = {"logits_to_keep": 1} if accepts_logits_to_keep(model) else {}
+    rows = list(texts)
+    while rows:
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **keep
+        )
+        best = output.logits[:, -1].argmax(dim=-1)
+        for text, token in zip(rows, best.tolist(), strict=True):
+            if not text.finished:
+                text.add(token, stops)
+        left = [row for row, text in enumerate(rows) if not text.finished]
+        if not left:
+            return
+        if len(left) <= CROWDED * len(rows):
+            chosen = torch.tensor(left, device=mask.device)
+            cache.batch_select_indices(chosen)
+            rows, best, mask, positions = [rows[row] for row in left], best[chosen], mask[chosen], positions[chosen]
+        ids = best[:, None]
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+
+
+def _generate(model: Any, texts: Sequence[Text], stops: Sequence[int], pad_id: int) -> None:
+    """By the model's own `generate`."""
+    from transformers import GenerationConfig
+
+    ids, mask = _left_padded(texts, pad_id, model.device)
+    settings = GenerationConfig(
+        max_new_tokens=max(text.limit - len(text.tokens) for text in texts),
+        do_sample=False,
+        # Unset, these come from the model's own file, and with a repetition penalty the text depends on the logit scale.
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        pad_token_id=pad_id,
+        eos_token_id=list(stops),
+    )
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    for text, row in zip(texts, output[:, ids.shape[1] :].tolist(), strict=True):
+        for token in row:
+            if not text.finished:
+                text.add(token, stops)

@@ -1,0 +1,166 @@
+"""What a loss asks for: the forward passes of one step, of the model in training and of the initial model."""
+
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from uipe_core.corpora.refusals import REFUSALS, draw_refusals
+from uipe_core.corpora.types import ItemSet
+from uipe_core.errors import UserError
+from uipe_core.models.loading import LoadedModel
+from uipe_core.models.prompts import Batch, Example, pad_batch
+from uipe_core.unlearning.distributed import Processes
+from uipe_core.unlearning.losses import LossInputs, answer_kl, answer_logp, answer_rows
+from uipe_core.unlearning.steering import control_direction, decoder_layer, outputs_of
+
+INITIAL_BEFORE_TRAINING = {"initial_forget_logp", "initial_refusal_logp"}
+"""Fields of `LossInputs` that the initial model gives once, before it is trained."""
+
+INITIAL_ON_RETAIN = {"retain_kl", "initial_retain_activations"}
+"""Fields of `LossInputs` for which the initial model reads the retain batch of every step."""
+
+
+def encode(loaded: LoadedModel, items: ItemSet) -> list[Example]:
+    """Questions and answers as the model reads them."""
+    return [loaded.prompts.encode_item(item) for item in items]
+
+
+def encode_refusals(loaded: LoadedModel, items: ItemSet, epochs: int, seed: int) -> list[list[Example]]:
+    """For every epoch the same questions, each answered by the refusal drawn for it.
+
+    Raises:
+        UserError: If the model's vocabulary lacks words of a refusal.
+    """
+    unknown = loaded.tokenizer.unk_token_id
+    for text in REFUSALS if epochs and unknown is not None else ():
+        if unknown in loaded.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            raise UserError(f"idk_dpo: the model's vocabulary lacks words of the refusal {text!r}; choose another method")
+    drawn = [draw_refusals(len(items), seed, epoch) for epoch in range(1, epochs + 1)]
+    return [
+        [loaded.prompts.encode(item.question, refusal) for item, refusal in zip(items, refusals, strict=True)]
+        for refusals in drawn
+    ]
+
+
+@torch.no_grad()
+def initial_logp(loaded: LoadedModel, examples: list[Example], batch_size: int, processes: Processes) -> Tensor:
+    """(n,) log-probability of every answer under the initial model, computed before it is trained.
+
+    Batches are dealt to the processes in turn. Where fewer are left than there are processes, the rest read the last one too,
+    to no effect: all of them gather the weights of a sharded model together.
+    """
+    loaded.model.eval()
+    logp = torch.zeros(len(examples))
+    starts = range(0, len(examples), batch_size)
+    for turn in range(processes.rank, -(-len(starts) // processes.count) * processes.count, processes.count):
+        rows = slice(starts[min(turn, len(starts) - 1)], starts[min(turn, len(starts) - 1)] + batch_size)
+        batch = pad_batch(examples[rows], loaded.prompts.pad_id, loaded.device)
+        read = answer_logp(_logits(loaded.model, batch), batch.labels)[0].cpu()
+        if turn < len(starts):
+            logp[rows] = read
+    return processes.add_up(logp)
+
+
+def frozen_copy(loaded: LoadedModel) -> Any:
+    """The initial model, for what depends on the retain items a step draws."""
+    return deepcopy(loaded.model).eval().requires_grad_(False)
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The forward passes of a step.
+
+    Attributes:
+        model: The model in training.
+        reference: A frozen copy of the initial model; None where it is `model` with its adapter switched off.
+        needs: The fields of `LossInputs` to fill.
+        pad_id: Id to pad batches with.
+        layer, reference_layer: The steered decoder layer of `model` and of `reference`; None where no method steers.
+        direction: (d,) direction it is steered to.
+    """
+
+    model: Any
+    reference: Any
+    needs: frozenset[str]
+    pad_id: int
+    layer: nn.Module | None = None
+    reference_layer: nn.Module | None = None
+    direction: Tensor | None = None
+
+    def __call__(self, forget: list[Example], retain: list[Example], refusals: list[Example]) -> LossInputs:
+        """What the loss reads, but for what the initial model said of the forget items before training.
+
+        Args:
+            forget: The forget items of the step.
+            retain: The retain items drawn for it; empty where there is no retain term.
+            refusals: The forget questions with a refusal as the answer; empty where the method has no use for them.
+        """
+        batch = self._batch(forget)
+        logits, activations = self._pass(self.model, self.layer, batch)
+        logp, tokens = answer_logp(logits, batch.labels)
+        inputs = LossInputs(logp, tokens, forget_activations=activations, direction=self.direction)
+        if refusals:
+            batch = self._batch(refusals)
+            inputs = replace(inputs, refusal_logp=answer_logp(_logits(self.model, batch), batch.labels)[0])
+        return self._with_retain(inputs, self._batch(retain)) if retain else inputs
+
+    def _with_retain(self, inputs: LossInputs, batch: Batch) -> LossInputs:
+        logits, activations = self._pass(self.model, self.layer, batch)
+        if "retain_nll" in self.needs:
+            logp, tokens = answer_logp(logits, batch.labels)
+            inputs = replace(inputs, retain_nll=-logp.sum() / tokens.sum())
+        if self.needs & INITIAL_ON_RETAIN:
+            initial_logits, initial_activations = self._initial(batch)
+            if "retain_kl" in self.needs:
+                inputs = replace(inputs, retain_kl=answer_kl(initial_logits, logits, batch.labels))
+            inputs = replace(inputs, retain_activations=activations, initial_retain_activations=initial_activations)
+        return inputs
+
+    def _batch(self, examples: list[Example]) -> Batch:
+        return pad_batch(examples, self.pad_id, self.model.device)
+
+    def _pass(self, model: Any, layer: nn.Module | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """(b, t, v) logits, and the layer's activations where answer tokens are predicted."""
+        if layer is None:
+            return _logits(model, batch), None
+        with outputs_of(layer) as outputs:
+            logits = _logits(model, batch)
+        return logits, answer_rows(outputs[0], batch.labels)
+
+    @torch.no_grad()
+    def _initial(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        if self.reference is not None:
+            return self._pass(self.reference, self.reference_layer, batch)
+        # A reference blurred by dropout would not be the initial model.
+        self.model.eval()
+        with self.model.disable_adapter():
+            passed = self._pass(self.model, self.layer, batch)
+        self.model.train()
+        return passed
+
+
+def make_forward(model: Any, reference: Any, needs: frozenset[str], pad_id: int, layer: int | None, seed: int) -> Forward:
+    """The forward passes of a base run; `layer` is the index of the layer a method steers, `seed` that of its direction.
+
+    Raises:
+        UserError: If the model has no such layer.
+    """
+    if layer is None:
+        return Forward(model, reference, needs, pad_id)
+    return Forward(
+        model,
+        reference,
+        needs,
+        pad_id,
+        layer=decoder_layer(model, layer),
+        reference_layer=None if reference is None else decoder_layer(reference, layer),
+        direction=control_direction(model.config.get_text_config().hidden_size, seed).to(model.device),
+    )
+
+
+def _logits(model: Any, batch: Batch) -> Tensor:
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return logits

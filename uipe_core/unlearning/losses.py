@@ -1,0 +1,278 @@
+"""The unlearning objectives: one function each, one dict of them.
+
+Symbols: b sequences, t positions, v vocabulary entries, d entries of a hidden state, k answer tokens of a whole batch.
+Losses are in nats (those on activations in squared units of theirs) and are minimised.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from uipe_core.models.prompts import IGNORED
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What part of a whole batch is read here, where several processes read it together; all of it in one process.
+
+    A loss weighs each of its means by the share of what it is a mean of: then the losses of all processes, and their
+    gradients, add up to those of the whole batch, however unevenly it was dealt.
+
+    Attributes:
+        items: Of the forget items.
+        tokens: Of the forget answers' tokens.
+        retain_tokens: Of the retain answers' tokens.
+    """
+
+    items: float = 1.0
+    tokens: float = 1.0
+    retain_tokens: float = 1.0
+
+
+@dataclass(frozen=True)
+class LossInputs:
+    """What one optimisation step has computed: the first two always, the rest where `Method.needs` names it.
+
+    Attributes:
+        forget_logp: (b,) log-probability of each forget answer, summed over its tokens.
+        forget_tokens: (b,) number of answer tokens.
+        initial_forget_logp: (b,) `forget_logp` under the initial model.
+        retain_nll: () mean negative log-likelihood per answer token of the retain batch.
+        retain_kl: () mean over retain answer tokens of KL(initial || current).
+        refusal_logp: (b,) log-probability of a refusal in the place of each forget answer, summed over its tokens.
+        initial_refusal_logp: (b,) `refusal_logp` under the initial model.
+        forget_activations: (k, d) outputs of the steered layer where the forget answers' tokens are predicted.
+        direction: (d,) direction of length 1 these are steered to.
+        retain_activations: (k, d) the same layer's outputs for the retain batch.
+        initial_retain_activations: (k, d) `retain_activations` under the initial model.
+        shares: What part of the whole batch all this is; a loss weighs its means by it.
+    """
+
+    forget_logp: Tensor
+    forget_tokens: Tensor
+    initial_forget_logp: Tensor | None = None
+    retain_nll: Tensor | None = None
+    retain_kl: Tensor | None = None
+    refusal_logp: Tensor | None = None
+    initial_refusal_logp: Tensor | None = None
+    forget_activations: Tensor | None = None
+    direction: Tensor | None = None
+    retain_activations: Tensor | None = None
+    initial_retain_activations: Tensor | None = None
+    shares: Shares = Shares()
+
+    @property
+    def forget_nll(self) -> Tensor:
+        """() mean negative log-likelihood per answer token of the forget batch, weighted by its share of the tokens."""
+        return self.shares.tokens * (-self.forget_logp.sum() / self.forget_tokens.sum())
+
+
+def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of every target token, in nats.
+
+    Only answer positions go through the softmax: on them alone it is a matrix of contiguous rows, several times faster than
+    over all positions with the vocabulary in the middle.
+
+    Args:
+        logits: (b, t, v); position i predicts target i.
+        targets: (b, t) with `IGNORED` outside answers.
+
+    Returns:
+        (b, t) fp32, 0 outside answers.
+    """
+    chosen = targets != IGNORED
+    nll = F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
+    return torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device).masked_scatter(chosen, nll)
+
+
+def answer_logp(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probability of each answer and its number of tokens.
+
+    Args:
+        logits: (b, t, v); position i predicts token i + 1.
+        labels: (b, t) with `IGNORED` outside answers.
+
+    Returns:
+        (b,) summed log-probabilities in nats, (b,) token counts.
+    """
+    targets = labels[:, 1:]
+    return -token_nll(logits[:, :-1], targets).sum(dim=1), (targets != IGNORED).sum(dim=1)
+
+
+def answer_rows(values: Tensor, labels: Tensor) -> Tensor:
+    """The rows of (b, t, n) values that answer tokens are predicted from, (k, n) in fp32; labels are (b, t)."""
+    return values[:, :-1][labels[:, 1:] != IGNORED].float()
+
+
+def answer_kl(initial_logits: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over answer tokens of KL(initial || current), () in nats; both logits (b, t, v)."""
+    initial = F.log_softmax(answer_rows(initial_logits, labels), dim=-1)
+    current = F.log_softmax(answer_rows(logits, labels), dim=-1)
+    return (initial.exp() * (initial - current)).sum(dim=-1).mean()
+
+
+Hyperparameters = Mapping[str, float]
+
+
+def _needed(value: Tensor | None, name: str) -> Tensor:
+    if value is None:
+        raise ValueError(f"this objective needs {name}")
+    return value
+
+
+def _retain_term(inputs: LossInputs, hyper: Hyperparameters, name: str) -> Tensor | float:
+    """A mean over retain answer tokens, weighted by its weight and by its share of them; 0 where it has no weight."""
+    weight = hyper["retain_weight"]
+    return inputs.shares.retain_tokens * (weight * _needed(getattr(inputs, name), name)) if weight > 0 else 0.0
+
+
+def grad_ascent(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Gradient ascent on the forget set: -NLL(forget). TOFU (arXiv 2401.06121), section 4."""
+    return -inputs.forget_nll
+
+
+def grad_diff(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Gradient difference: -NLL(forget) + retain_weight * NLL(retain). TOFU (arXiv 2401.06121), section 4."""
+    return -inputs.forget_nll + _retain_term(inputs, hyper, "retain_nll")
+
+
+def kl_min(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """KL minimisation: -NLL(forget) + retain_weight * KL(initial || current) on retain answers. TOFU, section 4."""
+    return -inputs.forget_nll + _retain_term(inputs, hyper, "retain_kl")
+
+
+def npo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Negative preference optimisation: -(2 / beta) E log sigmoid(-beta (log pi - log pi_init)) [+ retain term].
+
+    Sequence log-probabilities are summed over answer tokens. Zhang et al. (arXiv 2404.05868), section 3; with
+    ``retain_weight`` > 0 the variant with a retain term (NPO+RT).
+    """
+    beta = hyper["beta"]
+    log_ratio = inputs.forget_logp - _needed(inputs.initial_forget_logp, "initial_forget_logp")
+    forget = -(2 / beta) * F.logsigmoid(-beta * log_ratio).mean()
+    return inputs.shares.items * forget + _retain_term(inputs, hyper, "retain_nll")
+
+
+def simnpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """NPO without a reference model: -(2 / beta) E log sigmoid(-(beta / tokens) log pi - gamma) [+ retain term].
+
+    Each answer counts by its log-probability per token, so that short answers are not forgotten first, and gamma is a margin
+    by which an answer must be unlikely before its weight fades. Fan et al. (arXiv 2410.07163); the code published with the
+    paper multiplies gamma by beta, its equation and this function do not. Defaults as in open-unlearning (beta 4.5, gamma 0),
+    which weighs the forget term with 0.125 and the retain term with 1: `retain_weight` 8 is that ratio.
+    """
+    beta = hyper["beta"]
+    forget = -(2 / beta) * F.logsigmoid(-beta * inputs.forget_logp / inputs.forget_tokens - hyper["gamma"]).mean()
+    return inputs.shares.items * forget + _retain_term(inputs, hyper, "retain_nll")
+
+
+def idk_dpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Direct preference optimisation of a refusal over the forget answer, both against the initial model.
+
+    -(2 / beta) E log sigmoid(beta ((log pi - log pi_init)(refusal) - (log pi - log pi_init)(forget))) [+ retain term], on
+    log-probabilities summed over tokens: with the first difference left out this is `npo`. TOFU (arXiv 2401.06121) calls it
+    preference optimisation, Zhang et al. (arXiv 2404.05868) IDK + DPO. The factor 2 / beta, beta 0.1 and retain weight 1 are
+    those of open-unlearning.
+    """
+    beta = hyper["beta"]
+    refusal = _needed(inputs.refusal_logp, "refusal_logp") - _needed(inputs.initial_refusal_logp, "initial_refusal_logp")
+    forget = inputs.forget_logp - _needed(inputs.initial_forget_logp, "initial_forget_logp")
+    preference = -(2 / beta) * F.logsigmoid(beta * (refusal - forget)).mean()
+    return inputs.shares.items * preference + _retain_term(inputs, hyper, "retain_nll")
+
+
+def rmu(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Representation misdirection: forget activations steered to a fixed random vector, retain activations held in place.
+
+    MSE(activations, coefficient * direction) on forget answers + retain_weight * MSE(activations, initial activations) on
+    retain answers, each a mean over tokens and entries. Li et al., WMDP (arXiv 2403.03218), section 4; `retain_weight` is
+    its alpha. Activations are the output of decoder layer `layer`, counted from 0. In full fine-tuning only the feed-forward
+    down projections of this layer and of the two before it are trained, as in the authors' code; with LoRA all adapter
+    weights are.
+
+    Defaults are those of the authors' code (layer 7, coefficient 20, alpha 100): 7 is about a quarter of the depth of a 7B
+    model, the place the paper takes in larger ones too. Paper and code read every token of plain text; of a question and
+    its answer the positions count that answer tokens are predicted from (open-unlearning: those of the answer tokens).
+    """
+    activations = _needed(inputs.forget_activations, "forget_activations")
+    target = hyper["coefficient"] * _needed(inputs.direction, "direction")
+    misdirection = inputs.shares.tokens * F.mse_loss(activations, target.expand_as(activations))
+    if not hyper["retain_weight"] > 0:
+        return misdirection
+    initial = _needed(inputs.initial_retain_activations, "initial_retain_activations")
+    drift = F.mse_loss(_needed(inputs.retain_activations, "retain_activations"), initial)
+    return misdirection + inputs.shares.retain_tokens * (hyper["retain_weight"] * drift)
+
+
+@dataclass(frozen=True)
+class Method:
+    """An unlearning objective and what it needs.
+
+    Attributes:
+        loss: The objective, its means weighted by `LossInputs.shares`.
+        hyperparameters: Names and defaults of what the objective takes.
+        needs: Optional fields of `LossInputs` it reads; those of the retain batch only where there is a retain term.
+    """
+
+    loss: Callable[[LossInputs, Hyperparameters], Tensor]
+    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
+
+    def needs_retain(self, hyper: Hyperparameters) -> bool:
+        """Whether the objective has a retain term under these hyperparameters."""
+        return hyper.get("retain_weight", 0) > 0
+
+
+METHODS: dict[str, Method] = {
+    "grad_ascent": Method(grad_ascent),
+    "grad_diff": Method(grad_diff, {"retain_weight": 1.0}, frozenset({"retain_nll"})),
+    "kl_min": Method(kl_min, {"retain_weight": 1.0}, frozenset({"retain_kl"})),
+    "npo": Method(npo, {"beta": 0.1, "retain_weight": 0.0}, frozenset({"initial_forget_logp", "retain_nll"})),
+    "simnpo": Method(simnpo, {"beta": 4.5, "gamma": 0.0, "retain_weight": 8.0}, frozenset({"retain_nll"})),
+    "idk_dpo": Method(
+        idk_dpo,
+        {"beta": 0.1, "retain_weight": 1.0},
+        frozenset({"initial_forget_logp", "refusal_logp", "initial_refusal_logp", "retain_nll"}),
+    ),
+    "rmu": Method(
+        rmu,
+        {"layer": 7.0, "coefficient": 20.0, "retain_weight": 100.0},
+        frozenset({"forget_activations", "direction", "retain_activations", "initial_retain_activations"}),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """What a hyperparameter may be: at least `low`, or above it; any number, or a whole one."""
+
+    low: float = 0.0
+    above: bool = False
+    whole: bool = False
+
+    def holds(self, value: float) -> bool:
+        """Whether a value is allowed."""
+        return (value > self.low or (value == self.low and not self.above)) and not (self.whole and value % 1)
+
+    def __str__(self) -> str:
+        """``above 0``, ``at least 0``, ``a whole number, at least 0``."""
+        return f"{'a whole number, ' if self.whole else ''}{'above' if self.above else 'at least'} {self.low:g}"
+
+
+BOUNDS: dict[str, Bound] = {
+    "beta": Bound(above=True),
+    "gamma": Bound(),
+    "retain_weight": Bound(),
+    "layer": Bound(whole=True),
+    "coefficient": Bound(above=True),
+}
+"""Of every hyperparameter; one name means the same in all methods."""
+
+
+def mean_answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """() mean negative log-likelihood per answer token over the whole batch, in nats."""
+    logp, tokens = answer_logp(logits, labels)
+    return -logp.sum() / tokens.sum()
