@@ -36,8 +36,7 @@ from ray import tune
 from search.execution.base_runs import BaseRuns, Room
 from search.execution.budget import StudyGuard
 from search.execution.ray_cluster import ENVIRONMENT
-from search.execution.tune import StudySearcher, run_trials
-from search.execution.workforce import Workforce
+from search.execution.tune import StudySearcher, Workforce, run_trials
 from search.problem.space import distributions
 from search.problem.trial import Job
 from search.samplers.registry import make_sampler

@@ -8,11 +8,11 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from search.cli.cluster import register as register_clusters
-from search.cli.model_commands import register as register_models
+from search.cli.models import register as register_models
 from search.cli.tables import Address, Json, print_claims, print_confirmations, print_front, print_json, print_stop, quieten
 from search.cli.upkeep import register as register_curves
-from search.cli.upkeep_commands import register as register_upkeep
-from search.execution.loopback import meet_ray
+from search.cli.upkeep import register as register_upkeep
+from search.execution.ray_environment import meet_ray
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 
 app = typer.Typer(

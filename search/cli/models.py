@@ -1,10 +1,13 @@
-"""One model scored on its own, or its evaluation log read: what ``uipe score`` and ``uipe metrics`` do."""
+"""Score one model, or compute the metrics of an evaluation log: `uipe score`, `uipe metrics`."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from search.cli.tables import Json, print_metrics, quieten
 from search.report.progress import Bars
 from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice, sets_in_folder
 from uipe_core.corpora.people import load_people
@@ -14,11 +17,10 @@ from uipe_core.errors import UserError
 from uipe_core.logs.multiple_choice import is_choice_log, read_choice_log, write_choice_log
 from uipe_core.logs.open_unlearning import write_open_unlearning
 from uipe_core.logs.tofu import is_log, read_log, write_log
-from uipe_core.metrics.choice_report import ChoiceReport
 from uipe_core.metrics.collapse import collapse_reason
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.multiple_choice import evaluate_choices
-from uipe_core.metrics.scores import ScoreReport
+from uipe_core.metrics.scores import ChoiceReport, ScoreReport
 from uipe_core.metrics.tofu import evaluate
 from uipe_core.models.loading import load_model
 from uipe_core.scoring.multiple_choice import ChoiceScorer
@@ -134,3 +136,70 @@ def _scored(
     with Bars() as bars:
         scorer = Scorer(replace(corpus, sets=sets), loaded.prompts, scoring)
         return scorer.score(loaded, progress=lambda done, total: bars.show(title, done, total))
+
+
+Definition = Annotated[str, typer.Option(help="Metric definition: tofu, tofu-utils or open-unlearning.")]
+
+
+def score(
+    model: Annotated[str, typer.Option(help="Folder or hub name of a causal language model.")],
+    corpus: Annotated[
+        str, typer.Option(help="people, tofu or choices (WMDP-Bio and MMLU), both from the hub, tofu:FOLDER or choices:FOLDER.")
+    ],
+    split: Annotated[str, typer.Option(help="TOFU's forget split.")] = "forget01",
+    first_items: Annotated[
+        int | None, typer.Option(min=1, help="TOFU: only so many items of every set, 300 as in locuslab/tofu's logs.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the people corpus.")] = 0,
+    reference: Annotated[
+        str | None, typer.Option(help="Retain model, or an evaluation log of it in either format; gives forget quality.")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Write the evaluation log here: a file; for open-unlearning a folder.")
+    ] = None,
+    log_format: Annotated[str, typer.Option(help="Format of the log: tofu or open-unlearning.")] = "tofu",
+    definition: Definition = "tofu",
+    prompt_template: Annotated[str | None, typer.Option(help="Prompt with {question}, in place of --prompt-format.")] = None,
+    prompt_format: Annotated[
+        str | None, typer.Option(help="llama2, llama3, phi or chat; the tokenizer's chat template when left out.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers per batch.")] = 32,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest generated answer; as the definition says when left out.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score any model on a corpus: model utility, and forget quality against a reference."""
+    from uipe_core.scoring.scorer import ScoringConfig
+
+    quieten()
+    scoring = ScoringConfig.of(definition, batch_size, max_new_tokens)
+    loading = Loading(dtype, device, prompt_template, prompt_format)
+    items = corpus_named(corpus, split, seed, first_items)
+    print_metrics(score_once(model, items, loading, scoring, definition, reference, log, log_format), as_json)
+
+
+def metrics(
+    log: Annotated[
+        Path,
+        typer.Argument(
+            metavar="LOG", help="Evaluation log: locuslab/tofu's aggregated file, or open-unlearning's TOFU_EVAL.json."
+        ),
+    ],
+    reference: Annotated[
+        Path | None, typer.Option(help="Evaluation log of the retain model, in either format; gives forget quality.")
+    ] = None,
+    definition: Definition = "tofu",
+    as_json: Json = False,
+) -> None:
+    """Compute the metrics of an evaluation log."""
+
+    print_metrics(metrics_of_log(log, reference, definition), as_json)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+    app.command(epilog="Example: uipe score --model exported --corpus people --log scores.json")(score)
+    app.command(epilog="Example: uipe metrics unlearned.json --reference retain.json")(metrics)

@@ -1,8 +1,8 @@
-"""What the command line prints: JSON, metrics, the front, confirmations, claims."""
+"""Print results as Rich tables or as JSON."""
 
 import json
 import sys
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,6 +10,7 @@ Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster this is a node of: auto, or host:port; Ray on this machine alone when left out."),
 ]
+
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
 ]
@@ -94,7 +95,7 @@ def print_front(result: Any) -> None:
 
 def print_stop(result: Any) -> None:
     """Why a study ended before it had all its trials, what pruning saved, and which trials failed."""
-    from search.execution.budgets import counted
+    from search.execution.budget import counted
 
     stopped = result.store.record.get("stopped")
     if stopped:
@@ -220,3 +221,149 @@ def quieten() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+
+
+if TYPE_CHECKING:
+    from search.results.constrained import Answer, Scored
+    from search.results.study_result import StudyResult
+
+MEANINGS = {
+    "crossed": "the floor lies between the two",
+    "peak": "forgetting grows no further before the floor",
+    "ceiling": "forgetting is at its noise ceiling",
+    "always": "the highest alpha keeps the floor",
+    "never": "the lowest alpha does not keep the floor",
+    "open": "not settled within its scores",
+}
+
+
+def dial_facts(result: "StudyResult", answer: "Answer") -> dict[str, Any]:
+    """The answer ready for JSON; intervals are those of resampled people or authors (`search.results.uncertainty`)."""
+    names = [objective.name for objective in result.objectives[:2]]
+    scored_trials = {int(row["trial"]): row for row in result.trials.to_dict("records")}
+    intervals = {int(row["trial"]): row for row in result.certainty.to_dict("records")}
+
+    def point(scored: "Scored | None") -> dict[str, Any] | None:
+        if scored is None:
+            return None
+        if scored.trial is None:
+            return {"trial": None, "alpha": scored.alpha, names[0]: scored.forgetting, names[1]: scored.utility}
+        facts: dict[str, Any] = {"trial": scored.trial, "alpha": scored.alpha}
+        for name in names:
+            facts[name] = float(scored_trials[scored.trial][name])
+            sure = intervals.get(scored.trial, {})
+            if f"{name}_low" in sure:
+                facts[f"{name}_interval"] = [float(sure[f"{name}_{end}"]) for end in ("low", "high")]
+        return facts
+
+    lines = [
+        {
+            "base": line.base,
+            "epoch": line.epoch,
+            "state": line.standing.state,
+            "scores": line.scores,
+            "best": point(line.standing.best),
+            "last_feasible": point(line.standing.last_feasible),
+            "first_infeasible": point(line.standing.first_infeasible),
+        }
+        for line in answer.lines
+    ]
+    best = None if answer.best is None else result.rows(result.trials[result.trials["trial"] == answer.best])[0]
+    export = (
+        None
+        if answer.best is None
+        else f"uipe export {result.out} --trial {answer.best} --to {result.out}/export/dial --as model"
+    )
+    facts = {"study": result.store.record["name"], "definition": result.spec.definition, "objectives": names}
+    asked = {"floor": answer.floor, "least_utility": answer.question.floor}
+    return {**facts, **asked, "best": best, "lines": lines, "export": export}
+
+
+def print_dial(told: dict[str, Any]) -> None:
+    """The answer as text."""
+    forgetting, utility = told["objectives"]
+    typer.echo(
+        f"{utility} of at least {told['least_utility']:.4f}, {told['floor']:g} of the initial model's ({told['definition']})"
+    )
+    for line in told["lines"]:
+        typer.echo(f"\n{line['base']}, epoch {line['epoch']}: {MEANINGS[line['state']]} ({line['scores']} scores)")
+        for title in ("best", "last_feasible", "first_infeasible"):
+            point = line[title]
+            if point is None or (title == "last_feasible" and point == line["best"]):
+                continue
+            named = "initial model" if point["trial"] is None else f"trial {point['trial']}"
+            numbers = "  ".join(
+                f"{name} {point[name]:.4f}{_interval(point.get(f'{name}_interval'))}" for name in (forgetting, utility)
+            )
+            typer.echo(f"  {title.replace('_', ' '):17} alpha {point['alpha']:7.4f}  {numbers}  {named}")
+    if told["best"] is None:
+        typer.echo("\nno trial keeps so much utility; give a lower --floor")
+        return
+    best = told["best"]
+    where = f"trial {best['trial']} ({best['base']}, epoch {best['epoch']}, alpha {best['alpha']:.4f})"
+    typer.echo(f"\nstrongest forgetting: {where}, {forgetting} {best[forgetting]:.4f}, {utility} {best[utility]:.4f}")
+    typer.echo(f"export   {told['export']}")
+
+
+def _interval(ends: list[float] | None) -> str:
+    return "" if ends is None else f" [{ends[0]:.4f}, {ends[1]:.4f}]"
+
+
+def print_plan(plan: Any) -> None:
+    """A plan as a table of numbers, then what cannot fit and what is not known."""
+    from rich.markup import escape
+
+    table, console = _table(f"Plan of {plan.study}")
+    for head in ("", "what", "amount", "how it is known"):
+        table.add_column(head, justify="right" if head == "amount" else "left", overflow="fold")
+    section = ""
+    for line in plan.lines:
+        amount = "?" if line.value is None else _AMOUNTS[line.unit](line.value)
+        table.add_row("" if line.section == section else line.section, escape(line.what), amount, line.how)
+        section = line.section
+    console.print(table)
+    for misfit in plan.misfits:
+        console.print(f"cannot fit: {misfit.what}; {misfit.remedy}", markup=False)
+    for note in plan.notes:
+        console.print(f"note: {note}", markup=False)
+    if not plan.misfits:
+        console.print("nothing that is known stands in the way", markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+_AMOUNTS = {"": "{:,.0f}".format, "s": _duration, "bytes": _bytes, "GPU-hours": "{:.3g} GPU-hours".format}
+
+
+def print_findings(study: str, findings: Any) -> None:
+    """What the doctor found: a row per finding with what it means and what to do."""
+    from rich.markup import escape
+
+    table, console = _table(f"Findings about {study}")
+    for head in ("", "finding", "what it means", "remedy"):
+        table.add_column(head, overflow="fold")
+    for finding in findings:
+        table.add_row(finding.state, escape(finding.found), escape(finding.meaning), escape(finding.remedy))
+    console.print(table)
+
+
+def _table(title: str) -> tuple[Any, Any]:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    return table, Console() if sys.stdout.isatty() else Console(width=140)

@@ -1,45 +1,13 @@
-"""The commands that follow the curves in alpha: record a dense grid of them, dial for the strongest forgetting at a floor."""
+"""Plan a study, check and repair its folder, search at a utility floor: `uipe plan`, `doctor`, `dial`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from search.cli.dial_tables import dial_facts, print_dial
-from search.cli.tables import Address, Json, print_json, quieten
-from search.execution.loopback import meet_ray
-
-
-def record(
-    study: Annotated[Path | None, typer.Argument(metavar="[STUDY]", help="Study file; the quickstart when left out.")] = None,
-    out: Annotated[Path | None, typer.Option(help="File to write, .npz; runs/<study name>-table.npz when left out.")] = None,
-    alphas: Annotated[int, typer.Option(help="Values of alpha, evenly spaced from the lowest to the highest.")] = 31,
-    seed: Annotated[int | None, typer.Option(help="Seed, in place of the file's.")] = None,
-    address: Address = None,
-    as_json: Json = False,
-) -> None:
-    """Score a dense grid (base run x epoch x alpha) and write the scores of every item into one file, a table.
-
-    Searches can be replayed on a table without any model (benchmarks/samplers.py). The grid is scored as a study in the folder
-    of the file's name without its ending; the same command resumes it.
-    """
-    meet_ray(address)
-    from benchmarks.recorded.record import record_table
-    from search.spec.study import load_study, quickstart_path
-
-    quieten()
-    spec = load_study(study or quickstart_path(), {"seed": seed})
-    path = out or Path("runs", f"{spec.name}-table.npz")
-    table, notes = record_table(spec, path, alphas, address=address)
-    if as_json:
-        print_json({"table": str(path), "bytes": path.stat().st_size, "points": len(table), "notes": notes, **table.meta})
-        return
-    for note in notes:
-        typer.echo(f"note: {note}")
-    typer.echo(
-        f"{path}: {len(table)} points of {sum(table.epochs.values())} base epochs, {path.stat().st_size / 1e6:.2f} MB; "
-        f"metrics: {table.meta['definition']}"
-    )
+from search.cli.tables import Address, Json, dial_facts, print_dial, print_findings, print_json, print_plan, quieten
+from search.execution.ray_environment import meet_ray
 
 
 def dial(
@@ -65,7 +33,62 @@ def dial(
         print_dial(told)
 
 
+def plan(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")],
+    out: Annotated[Path | None, typer.Option(help="Where it would be run; runs/<study name> when left out.")] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Folder of a finished study of the same model and corpus: times are taken from it, not measured."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tell what a study will train, score and store, and whether it fits; a few steps are really timed here.
+
+    Models of the hub are not fetched: where they are missing, memory and disk follow from their configuration alone.
+    Exit code 1 when something cannot fit.
+    """
+    from search.planning.planner import plan_study
+    from search.spec.study import load_study
+
+    quieten()
+    spec = load_study(study)
+    made = plan_study(spec, out or Path("runs", spec.name), like, lambda text: typer.echo(f"{text} ...", err=True))
+    if as_json:
+        print_json(made.as_dict())
+    else:
+        print_plan(made)
+    if made.misfits:
+        sys.exit(1)
+
+
+def doctor(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a study, as written by `uipe run`.")],
+    fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Examine a study's folder and what it has in the caches; without --fix nothing is changed.
+
+    Exit code 0 when nothing is wrong or all of it was repaired, 1 when something remains.
+    """
+    from search.store.doctor import PROBLEM, examine
+
+    quieten()
+    findings = examine(out, fix)
+    remaining = sum(finding.state == PROBLEM for finding in findings)
+    if as_json:
+        print_json({"out": str(out), "remaining": remaining, "findings": [vars(finding) for finding in findings]})
+    else:
+        print_findings(str(out), findings)
+        if remaining == 0:
+            typer.echo("nothing is wrong")
+        elif not fix:
+            typer.echo(f"uipe doctor {out} --fix repairs what can be repaired")
+    if remaining:
+        sys.exit(1)
+
+
 def register(app: typer.Typer) -> None:
-    """Adds the commands to the command line."""
-    app.command(epilog="Example: uipe record studies/quickstart.yaml --out quickstart.npz --alphas 31")(record)
+    """Add the commands to the command line."""
     app.command(epilog="Example: uipe dial runs/quickstart --floor 0.95")(dial)
+    app.command(epilog="Example: uipe plan studies/quickstart.yaml")(plan)
+    app.command(epilog="Example: uipe doctor runs/quickstart --fix")(doctor)

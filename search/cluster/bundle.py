@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from search.evaluation.inputs import check_inputs
-from search.spec.choice_sections import SOURCES
+from search.spec.corpora import SOURCES
 from search.spec.redaction import without_password
 from search.spec.sections import is_local
 from search.spec.study import StudySpec, load_study

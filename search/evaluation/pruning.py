@@ -16,10 +16,9 @@ import pandas as pd
 
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
 from search.problem.pareto import dominates
-from uipe_core.metrics.bounds import utility_bound
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import ScoreReport
-from uipe_core.metrics.tofu import quality_of_set
+from uipe_core.metrics.tofu import quality_of_set, utility_bound
 
 Rival = Mapping[str, Any]
 """A complete trial as it travels with a job: ``trial``, its number, and ``values``, its objectives by name."""

@@ -8,9 +8,8 @@ from typing import Any
 from uipe_core.corpora.types import Corpus
 from uipe_core.logs.multiple_choice import read_choice_log, write_choice_log
 from uipe_core.logs.tofu import read_log, write_log
-from uipe_core.metrics.choice_report import ChoiceReport
 from uipe_core.metrics.multiple_choice import ChoiceMetrics, evaluate_choices
-from uipe_core.metrics.scores import ScoreReport
+from uipe_core.metrics.scores import ChoiceReport, ScoreReport
 from uipe_core.metrics.tofu import Metrics, evaluate
 from uipe_core.models.prompts import PromptFormat
 from uipe_core.scoring.multiple_choice import ChoiceScorer

@@ -1,20 +1,28 @@
-"""Inner products of the update vectors of a study that runs, as Ray tasks: each pair once, as base runs come."""
+"""Feed the `line` sampler during a run: Gram matrix rows, losses and points scored so far."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import ray
+from optuna.samplers import BaseSampler
 
-from search.execution.base_run_tasks import problem_of
-from search.execution.base_runs import BaseRuns
+from search.evaluation.evaluator import StudyContext
+from search.execution.base_runs import BaseRuns, problem_of
 from search.execution.workers import grow_gram
+from search.problem.objectives import forget_quality_cap, reference_point
+from search.problem.space import distributions
 from search.samplers.gram import FILE, Runs, StudyGram, keep_gram, kept_gram
-from search.samplers.line import Lines
+from search.samplers.line import Lines, LineSampler, LineStudy
+from search.samplers.outcomes import Curves
+from search.store.study_store import StudyStore
+from uipe_core.corpora.split import take_items
+from uipe_core.metrics.scores import ScoreReport
 from uipe_core.storage.remote_store import RemotePlace
 
 PATIENCE = 20.0
 """Seconds that proposals wait, all in all, for the first inner products: where models are small, they are there sooner."""
+
 _RETRIES = 2
 
 
@@ -85,3 +93,43 @@ class InnerProducts:
         self._known = gram
         if gram.runs:
             self._lines = Lines(gram.places, gram.gram)
+
+
+def line_sampler(
+    store: StudyStore,
+    context: StudyContext,
+    lines: Callable[[], Lines | None],
+    fallback: BaseSampler,
+    seed: int,
+    say: Callable[[str], None],
+) -> LineSampler:
+    """The sampler of a study whose trials are scored on free text.
+
+    Args:
+        store: The open study.
+        context: Its reference models, and which of their items trials are scored on.
+        lines: Update vectors that are there, and their inner products.
+        fallback: Proposes until there are any.
+        seed: Of the draws.
+        say: Told of what the sampler must do without.
+    """
+    spec, rows = store.spec, context.split.select
+    hashes = take_items(context.corpus, rows).set_hashes
+    reports = {name: report for name, report in context.references.items() if isinstance(report, ScoreReport)}
+    initial, retain = (reports[name].take(rows, hashes).arrays() for name in ("initial", "retain"))
+
+    def yardstick() -> tuple[Sequence[float], Sequence[float]]:
+        corner, cap = reference_point(store), forget_quality_cap(spec, store.controls_frame())
+        names = [objective.name for objective in store.objectives]
+        return [corner[name] for name in names], [objective.ceiling(cap) for objective in store.objectives]
+
+    world = LineStudy(
+        epochs=spec.base_epochs(),
+        alpha=(spec.search.alpha.low, spec.search.alpha.high),
+        curves=Curves(spec.definition, [objective.quality_of for objective in store.objectives], retain),
+        initial=initial,
+        yardstick=yardstick,
+        items=store.items,
+        lines=lines,
+    )
+    return LineSampler(world, distributions(spec), fallback, seed, say)

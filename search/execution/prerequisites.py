@@ -12,8 +12,7 @@ import ray
 from search.evaluation.evaluator import StudyContext
 from search.evaluation.prepared import Preparation, ReferenceModel
 from search.evaluation.task import Report, measure, read_report, write_report
-from search.execution.base_run_tasks import POLL_SECONDS, BaseRunTasks, problem_of
-from search.execution.base_runs import Room
+from search.execution.base_runs import POLL_SECONDS, BaseRunTasks, Room, problem_of
 from search.execution.budget import StudyGuard
 from search.execution.distributed import train_in_processes
 from search.execution.workers import build_tiny, import_and_publish, score_model, train_and_publish
@@ -24,8 +23,7 @@ from search.store.study_store import StudyStore
 from uipe_core.deltas.checkpoints import find_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
-from uipe_core.metrics.item_check import require_same_items
-from uipe_core.metrics.scores import SetScores
+from uipe_core.metrics.scores import SetScores, require_same_items
 from uipe_core.models.loading import ModelSource
 from uipe_core.models.tiny import TinyModelConfig
 from uipe_core.unlearning.training import UnlearningConfig

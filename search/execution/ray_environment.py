@@ -1,4 +1,4 @@
-"""How this process authenticates with a Ray cluster: by Ray's own variables and token file, and never by guessing."""
+"""Set the environment variables Ray reads on import: token authentication, loopback addresses. Import before Ray."""
 
 import os
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 from uipe_core.errors import UserError
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
 DEFAULT_PATH = "~/.ray/auth_token"
+
 ADVICE = (
     f"put the cluster's token into {DEFAULT_PATH} (or name its file in {TOKEN_PATH}) and set {MODE}=token; a cluster that was "
     f"started without authentication needs {MODE}=disabled"
@@ -50,3 +52,25 @@ def settle_authentication() -> None:
     """
     if cluster_token() is not None:
         os.environ[MODE] = "token"
+
+
+RAY_CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch for clusters of several nodes, named after the systems on which it is off to begin with."""
+
+
+def stay_on_loopback() -> None:
+    """Makes a Ray that this process starts listen on loopback only.
+
+    Ray takes 127.0.0.1 for "the address others reach me by" and then listens on every interface, token or not; with clusters
+    switched off it does not. Ray looks at the switch when it is imported, so this comes first, and only where no cluster is
+    to be reached.
+    """
+    os.environ.setdefault(RAY_CLUSTERS, "0")
+
+
+def meet_ray(address: str | None) -> None:
+    """Settles, before Ray is imported, how it is met: a cluster by address and token, or one of its own on loopback."""
+    if address is None:
+        stay_on_loopback()
+    else:
+        settle_authentication()

@@ -16,24 +16,21 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from search.evaluation.controls import control_jobs
 from search.evaluation.evaluator import StudyContext
+from search.evaluation.inputs import earlier_fronts
 from search.evaluation.prepared import Preparation, prepare
-from search.evaluation.warm_start import earlier_fronts
-from search.execution.base_run_tasks import LOST, BaseRunTasks, problem_of
-from search.execution.base_runs import Room
+from search.execution.base_runs import LOST, BaseRunTasks, Room, problem_of
 from search.execution.budget import Stop, StudyGuard
 from search.execution.capacity import need_of
-from search.execution.line_inputs import InnerProducts
-from search.execution.line_study import line_sampler
+from search.execution.line_inputs import InnerProducts, line_sampler
 from search.execution.prerequisites import Groundwork
 from search.execution.ray_cluster import IN_A_JOB, connected
 from search.execution.study_run import Tally
-from search.execution.tune import StudySearcher, run_trials
+from search.execution.tune import StudySearcher, Workforce, run_trials
 from search.execution.workers import ScoringTrial
-from search.execution.workforce import Workforce
 from search.problem.space import distributions, given_points, grid_points
 from search.problem.trial import POINT_KINDS, Job
 from search.report.progress import Bars, Board
-from search.results.dial import Answer, Dial, answer_of
+from search.results.constrained import Answer, Dial, answer_of
 from search.results.finalists import mirror_jobs
 from search.results.status import StatusLines
 from search.results.study_result import StudyResult
@@ -42,8 +39,7 @@ from search.spec.runtime import Budget
 from search.spec.study import StudySpec
 from search.store.database import STORAGE_ERRORS, explain_storage_error
 from search.store.mirror import working_folder
-from search.store.study_store import StudyStore
-from search.store.study_tables import searched
+from search.store.study_store import StudyStore, searched
 from uipe_core.errors import StudyInterrupted, UserError
 
 
@@ -111,7 +107,7 @@ def dial_study(out: Path | str, floor: float, *, quiet: bool = False, address: s
         quiet, address: As `run_study`.
 
     Returns:
-        The study, with the points among its trials, and what they say (`search.results.dial`).
+        The study, with the points among its trials, and what they say (`search.results.constrained`).
 
     Raises:
         UserError: As `run_study`; or an impossible floor.
@@ -218,7 +214,7 @@ class _Run:
                 self._score(ground, *ground.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
 
     def dial(self, floor: float) -> None:
-        """Scores what `search.results.dial` asks for, round by round."""
+        """Scores what `search.results.constrained` asks for, round by round."""
         dial = Dial(self.store, floor)
         jobs = dial.jobs()
         if jobs:

@@ -1,8 +1,4 @@
-"""Ray Tune's side of the search: a Searcher that hands out jobs and writes their ends into the study.
-
-Not `ray.tune.search.optuna.OptunaSearch`: with several objectives it leaves trials RUNNING for ever on a missing or NaN metric
-and writes no attributes. This one gets every job from the study and tells it how each ended.
-"""
+"""Run trials with Ray Tune: the searcher, worker replacement, the cause of a worker's death."""
 
 import base64
 import json
@@ -16,22 +12,75 @@ from typing import Any
 from optuna.distributions import BaseDistribution
 from ray import tune
 from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from search.evaluation.pruning import Rivals
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import StudyGuard
-from search.execution.workforce import Workforce
+from search.execution.workers import Death, cause_of_death
 from search.problem.trial import POINT_KINDS, Job
-from search.store.study_store import StudyStore
-from search.store.study_tables import searched
+from search.store.study_store import StudyStore, searched
 
 TIMES_AGAIN = 2
 """How often a job is run again whose worker died."""
+
 IDLE_SECONDS = 120.0
 """How long warm workers are kept while there is nothing for them to do."""
+
 TRIALS_A_PART = 2500
 """After so many trials Tune is ended and begun anew: it keeps about 10 kB of every trial, and its workers for that long."""
+
+
+class Workforce:
+    """Keeps count of workers between Tune's searcher, scheduler and callbacks.
+
+    Args:
+        trial_minutes: Longest a trial may take; None without a limit.
+    """
+
+    def __init__(self, trial_minutes: float | None) -> None:
+        self._limit = trial_minutes
+        self._waiting: dict[str, Trial] = {}
+        self._working: dict[str, tuple[Trial, float]] = {}
+        self._patient_until = 0.0
+
+    def waits(self, trial: Trial) -> None:
+        """A trial waits for a worker from now on."""
+        self._waiting[trial.trial_id] = trial
+
+    def begins(self, trial: Trial) -> None:
+        """A worker has started on a trial."""
+        self._waiting.pop(trial.trial_id, None)
+        self._working[trial.trial_id] = (trial, time.monotonic())
+
+    def death(self, trial_id: str) -> Death:
+        """Why the worker of a trial died; to be asked before the trial has `ended`."""
+        self._patient_until = time.monotonic() + PATIENCE_SECONDS
+        trial, begun = self._working.get(trial_id, (self._waiting.get(trial_id), None))
+        told = None if trial is None else trial.error_file
+        # Tune tells its searcher that a worker died, but not why: that it writes into the trial's own folder.
+        text = Path(told).read_text() if told is not None and Path(told).is_file() else ""
+        return cause_of_death(text, None if begun is None else time.monotonic() - begun, self._limit)
+
+    def ended(self, trial_id: str) -> float:
+        """A trial has ended; returns for how many seconds it was at work, the loading of its model included."""
+        self._waiting.pop(trial_id, None)
+        _, begun = self._working.pop(trial_id, (None, None))
+        return 0.0 if begun is None else time.monotonic() - begun
+
+    def holds(self) -> bool:
+        """Whether a worker that is done must wait for others to start."""
+        return bool(self._waiting) and time.monotonic() < self._patient_until
+
+    def callback(self) -> tune.Callback:
+        """Tune's way to tell of workers that start."""
+        return _Watch(self)
+
+    def scheduler(self) -> TrialScheduler:
+        """Tune's way to ask what becomes of a worker that is done; workers start from now on."""
+        self._patient_until = time.monotonic() + PATIENCE_SECONDS
+        return _Patience(self)
 
 
 class StudySearcher(Searcher):
@@ -105,7 +154,7 @@ class StudySearcher(Searcher):
             return self.FINISHED
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Ends the trial in the study already, where its worker is held a while longer (see `search.execution.workforce`)."""
+        """Ends the trial in the study already, where its worker is held a while longer (see `search.execution.tune`)."""
         self.on_trial_complete(trial_id, result)
         self._held.add(trial_id)
 
@@ -330,3 +379,31 @@ def run_trials(trainable: Any, searcher: StudySearcher, workforce: Workforce, at
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     ).fit()
+
+
+PATIENCE_SECONDS = 30.0
+"""How long after a death, or after the start, workers that are done wait for others: a node that is gone may not come back."""
+
+
+class _Watch(tune.Callback):
+    def __init__(self, workforce: Workforce) -> None:
+        self._workforce = workforce
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._workforce.begins(trial)
+
+
+class _Patience(FIFOScheduler):
+    def __init__(self, workforce: Workforce) -> None:
+        super().__init__()
+        self._workforce = workforce
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self._workforce.waits(trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        return str(TrialScheduler.CONTINUE if self._workforce.holds() else TrialScheduler.STOP)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """None: Tune starts what waits in the order it came. Its own schedulers look through all trials there ever were."""
+        return None

@@ -51,7 +51,7 @@ def write_page(settings: PaperSettings, results: Sequence[dict[str, Any]], out: 
         UserError: If the folder cannot be written.
     """
     from search.paper import pictures
-    from search.report import plot_style  # matplotlib comes with it
+    from search.report import style as plot_style  # matplotlib comes with it
 
     worlds = [World(settings, result) for result in results]
     drawn = {

@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from search.paper.measures import CEILING, World
 from search.paper.settings import TUNINGS, PaperSettings
-from search.report.plot_style import BAND, DPI, INK, PALETTE, WIDTH, style, title
+from search.report.style import BAND, DPI, INK, PALETTE, WIDTH, style, title
 
 SETS = {
     "k1": ("K1, to forget", PALETTE[0], "o"),

@@ -29,7 +29,7 @@ from search.paper.panels import (
     whole_epochs,
 )
 from search.paper.settings import PaperSettings
-from search.report.plot_style import BAND, FAINT, INK, MUTED, PALETTE
+from search.report.style import BAND, FAINT, INK, MUTED, PALETTE
 
 KINDS = {
     "matched": "its own\nK2",

@@ -10,8 +10,7 @@ from typing import Any
 
 from search.evaluation.controls import control_jobs
 from search.evaluation.prepared import Preparation, prepare
-from search.planning.plan import make_plan
-from search.planning.plan_limits import at_once
+from search.planning.plan import at_once, make_plan
 from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
 from search.planning.timing import measured_rates, past_rates
 from search.problem.space import given_points

@@ -1,9 +1,14 @@
-"""What a study maximises, by role: forgetting first, utility second, and a third where the study asks for one."""
+"""Define what a study maximises, the reference point and the noise ceiling of its hypervolume."""
 
 import math
 from dataclasses import dataclass
 
+import pandas as pd
+
 from search.spec.study import StudySpec
+from search.store.study_store import StudyStore
+from uipe_core.errors import UserError
+from uipe_core.metrics.tofu import log10_p_floor
 
 
 @dataclass(frozen=True)
@@ -35,10 +40,13 @@ class Objective:
 
 
 FORGET_QUALITY = Objective("log10_forget_quality", "log10 forget quality", "log10\nFQ", 2, "forget", "forget_quality")
+
 MODEL_UTILITY = Objective("model_utility", "model utility", "MU", 4)
+
 RELATED_FORGET_QUALITY = Objective(
     "related_log10_forget_quality", "log10 forget quality of related facts (K2)", "log10\nFQ K2", 2, "related"
 )
+
 CHOICE_FORGETTING = Objective(
     "forgetting_to_chance",
     "minus forget accuracy above chance",
@@ -46,6 +54,7 @@ CHOICE_FORGETTING = Objective(
     4,
     beside=(("forget_accuracy", "forget accuracy"), ("forget_accuracy_se", "± s.e.")),
 )
+
 CHOICE_UTILITY = Objective(
     "utility_accuracy", "utility accuracy", "utility\nacc.", 4, beside=(("utility_accuracy_se", "± s.e."),)
 )
@@ -75,3 +84,38 @@ def flag_of(objectives: tuple[Objective, ...]) -> Flag:
     if objectives[0] is CHOICE_FORGETTING:
         return Flag("forget accuracy below chance", "which takes knowing the answers and avoiding them: nothing was forgotten")
     return Flag("utility above both the initial and the retain model", "which sharper logits alone can bring about")
+
+
+DEFAULT_CAP = 0.3
+"""Noise ceiling of forget quality where the study was not asked to measure it, or could not."""
+
+
+def forget_quality_cap(spec: StudySpec, controls: pd.DataFrame) -> float:
+    """The noise ceiling: the spec's, or the lowest forget quality among retain models of other seeds (0.3 without any)."""
+    given = spec.hypervolume.forget_quality_cap
+    if given is not None:
+        return given
+    others = controls[controls["kind"] == "other_retain"] if "kind" in controls else controls
+    return DEFAULT_CAP if others.empty else float(others["forget_quality"].min())
+
+
+def reference_point(store: StudyStore) -> dict[str, float]:
+    """The corner by objective: the spec's, or the lowest forget quality the number of items can give."""
+    given = store.spec.hypervolume.reference_point.model_dump()
+    corner = {}
+    for objective in store.objectives:
+        value = given[objective.name]
+        corner[objective.name] = quality_floor(store, str(objective.quality_of)) if value is None else value
+    return corner
+
+
+def quality_floor(store: StudyStore, name: str) -> float:
+    """Lowest log10 forget quality the items of an evaluation set can give that trials are scored on.
+
+    Raises:
+        UserError: If the corpus has no such items.
+    """
+    items = store.record["corpus"]["items"]["select"].get(name)
+    if items is None:
+        raise UserError(f"{store.out}: its corpus has no {name!r} items; leave search.third_objective out")
+    return log10_p_floor(items, items)

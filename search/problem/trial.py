@@ -9,7 +9,7 @@ from search.evaluation.pruning import Rival
 from search.problem.space import Point
 
 POINT_KINDS = ("alpha_zero", "search", "dial")
-"""Points of the search space, trials of the study: given, proposed, and asked for by `search.results.dial`."""
+"""Points of the search space, trials of the study: given, proposed, and asked for by `search.results.constrained`."""
 
 REFERENCE_KINDS = ("initial", "retain", "other_retain", "never_finetuned")
 """Models scored as they are."""
@@ -41,7 +41,7 @@ class Job:
         warm_start: The earlier study on whose front the point was; that does not make it another job either.
         rivals: Complete trials; scoring ends early when one of them dominates whatever the trial may become
             (`search.evaluation.pruning`). They are those of the moment at which it is handed out.
-        floor: The utility floor a point was asked for by (`search.results.dial`), as a share; nor does that.
+        floor: The utility floor a point was asked for by (`search.results.constrained`), as a share; nor does that.
     """
 
     kind: str

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from search.problem.objectives import Objective
 from search.report.data import FORGETTING, UTILITY, ReportData
-from search.report.plot_style import BAND, DPI, FAINT, INK, MUTED, PALETTE, WIDTH, padded, plain, style, title
+from search.report.style import BAND, DPI, FAINT, INK, MUTED, PALETTE, WIDTH, padded, plain, style, title
 
 COLUMNS = 4
 MAX_BASES = 24

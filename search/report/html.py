@@ -74,7 +74,7 @@ def write_report(view: ReportData, folder: Path) -> Path:
     from search.report import (
         figures as plots,  # matplotlib comes with it, which writes into the home folder unless told otherwise before
     )
-    from search.report.plot_style import png
+    from search.report.style import png
 
     needed = [*TRIAL_COLUMNS, *(objective.name for objective in view.objectives)]
     missing = [column for column in needed if column not in view.trials.columns]
@@ -101,7 +101,7 @@ def write_report(view: ReportData, folder: Path) -> Path:
 
 def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
     from search.report import figures as plots
-    from search.report.plot_style import DPI, WIDTH
+    from search.report.style import DPI, WIDTH
 
     source = resources.files("search.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     css = resources.files("search.report").joinpath("report.css").read_text(encoding="utf-8")

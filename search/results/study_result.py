@@ -13,20 +13,18 @@ import optuna
 import pandas as pd
 
 from search.evaluation.pruning import pruned_table, savings
-from search.problem import yardstick
+from search.problem import objectives as yardstick
 from search.problem.objectives import Objective
 from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
 from search.report.conclusions import verdict
-from search.report.data import CONTROL_COLUMNS, ReportData, collapsed
+from search.report.data import CONTROL_COLUMNS, ReportData, collapsed, report_data
 from search.report.html import write_report
-from search.report.report_source import report_data
 from search.results import finalists
 from search.results.recipe import recipe_of
 from search.results.uncertainty import certainty
 from search.spec.study import StudySpec
 from search.store.mirror import readable_folder
-from search.store.study_store import StudyStore
-from search.store.study_tables import searched
+from search.store.study_store import StudyStore, searched
 from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.errors import UserError
 from uipe_core.logs.parts import MEMORIZATION
@@ -101,7 +99,7 @@ class StudyResult:
 
     @property
     def forget_quality_cap(self) -> float:
-        """The noise ceiling (`search.problem.yardstick`)."""
+        """The noise ceiling (`search.problem.objectives`)."""
         return yardstick.forget_quality_cap(self.spec, self.controls)
 
     def runnable_spec(self) -> StudySpec:
@@ -216,7 +214,7 @@ class StudyResult:
         return front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
 
     def reference_point(self) -> dict[str, float]:
-        """The corner hypervolume is measured from (`search.problem.yardstick`)."""
+        """The corner hypervolume is measured from (`search.problem.objectives`)."""
         return yardstick.reference_point(self.store)
 
     def floor_of(self, name: str) -> float:

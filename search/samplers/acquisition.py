@@ -12,8 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from search.problem.pareto import non_dominated
-from search.samplers.gaussian_process import FloatArray, Geometry, Kernel, Places
-from search.samplers.line_model import LineModel, Prediction
+from search.samplers.gaussian_process import FloatArray, Geometry, Kernel, LineModel, Places, Prediction
 from search.samplers.outcomes import Curves
 
 FEW_DRAWS, MANY_DRAWS = 6, 64

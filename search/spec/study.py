@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from search.spec.choice_sections import SOURCES, MultipleChoiceCorpus
+from search.spec.corpora import SOURCES, MultipleChoiceCorpus
 from search.spec.errors import KeyPath, Problem, StudyFileError, explain, key_text, rule
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
 from search.spec.sections import (
@@ -29,7 +29,7 @@ from search.spec.sections import (
 )
 from search.spec.study_file import Lines, absolute_paths, read_study_file
 from uipe_core.errors import UserError
-from uipe_core.metrics.choice_report import CHOICE_DEFINITION
+from uipe_core.metrics.scores import CHOICE_DEFINITION
 
 _OVERRIDES: dict[str, KeyPath] = {"seed": ("seed",), "trials": ("search", "trials")}
 

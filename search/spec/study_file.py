@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from search.spec.choice_sections import SOURCES
+from search.spec.corpora import SOURCES
 from search.spec.errors import KeyPath, Problem, StudyFileError, key_text, show
 from search.spec.redaction import without_password
 from uipe_core.corpora.files import SUFFIXES

@@ -1,11 +1,14 @@
-"""The database of a study: how it is opened, who may write to it, and what happens while it is locked or gone."""
+"""Open the database of a study, retry while it is locked or gone, and lock it for one driver."""
 
 import hashlib
 import logging
 import math
+import signal
 import sqlite3
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -16,7 +19,6 @@ from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 
 from search.spec.redaction import without_password, without_secrets_of
-from search.store.interrupts import held_back
 from uipe_core.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -28,9 +30,12 @@ STORAGE_ERRORS = (StorageInternalError, DBAPIError)
 
 PATIENCE_SECONDS = 60.0
 """How long a database may be locked or gone before a run gives up."""
+
 LONGEST_PAUSE_SECONDS = 5.0
+
 CHECK_SECONDS = 10.0
 """How often a driver looks whether its claim on a shared database still stands."""
+
 BUSY_SECONDS = 5
 """How long SQLite itself waits for a lock: Ctrl-C is not heard meanwhile."""
 
@@ -42,7 +47,9 @@ POSTGRESQL = {
     "keepalives_count": 3,
     "tcp_user_timeout": 30000,
 }
+
 PASSING_IN_SQLITE = ("locked", "busy")
+
 PASSING_ONCE_OPEN = (*PASSING_IN_SQLITE, "unable to open", "disk I/O")
 """Words of SQLite's errors that mean: later it may go. The last two are what a network file system that is away looks like."""
 
@@ -337,3 +344,29 @@ def _made_meanwhile(error: Exception) -> bool:
 def _said(error: Exception) -> str:
     cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
     return first_line(cause)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Holds back signals while its body runs; the last one that came is sent again afterwards.
+
+    Signals are only heard by the main thread: in any other nothing is done, and nothing needs to be.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[int] = []
+    before: dict[signal.Signals, Any] = {}
+    try:
+        for each in SIGNALS:
+            before[each] = signal.signal(each, lambda number, _: came.append(number))
+        yield
+    finally:
+        for each, handler in before.items():
+            # A handler that was not installed from Python cannot be put back by it either.
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
+        if came:
+            signal.raise_signal(came[-1])

@@ -10,7 +10,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,14 @@ from search.store.record import (
     save_record,
     whole_storage,
 )
-from search.store.study_tables import certificate_table, evidence_table
-from search.store.trial_book import TrialBook
+from search.store.trials import TrialBook
 from uipe_core.errors import UserError
 
 STAGES = ("models", "base_runs", "baselines", "trials")
+
 LOCK_SECONDS = 1
 """How long a run waits for its folder: longer than a look at its status holds it."""
+
 INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
 
 
@@ -361,3 +362,26 @@ class StudyStore:
 
 def _is_control(job: Job) -> bool:
     return job.kind not in POINT_KINDS
+
+
+def evidence_table(trials: Iterable[FrozenTrial], objectives: Sequence[str]) -> pd.DataFrame:
+    """A row per complete trial: ``trial``, its evidence with components as columns of their own, and its objectives by name."""
+    rows = []
+    for trial in trials:
+        facts = dict(trial.user_attrs)
+        facts.update(facts.pop("components", {}))
+        facts.update(facts.pop("forget_components", {}))
+        facts.update(zip(objectives, trial.values, strict=True))
+        rows.append({"trial": trial.number, **facts})
+    return pd.DataFrame(rows)
+
+
+def certificate_table(trials: Iterable[FrozenTrial]) -> pd.DataFrame:
+    """A row per pruned trial with what is known of it: ``pruned`` is its certificate (`search.evaluation.pruning`)."""
+    # Another program may prune trials of a study in a database; those have no certificate, and are none of ours.
+    return pd.DataFrame([{"trial": trial.number, **trial.user_attrs} for trial in trials if "pruned" in trial.user_attrs])
+
+
+def searched(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a table of trials that are the search's own, not given."""
+    return table[table["kind"] == "search"] if len(table) else pd.DataFrame(columns=["kind", "base"])

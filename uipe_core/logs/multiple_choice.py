@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from uipe_core.errors import UserError
-from uipe_core.metrics.choice_report import CHOICE_DEFINITION, ChoiceReport, ChoiceScores
+from uipe_core.metrics.scores import CHOICE_DEFINITION, ChoiceReport, ChoiceScores
 from uipe_core.storage.content_store import write_atomic
 
 

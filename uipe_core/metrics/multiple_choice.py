@@ -14,7 +14,7 @@ from scipy.stats import binom
 
 from uipe_core.corpora.types import CHOICE_SETS
 from uipe_core.errors import UserError
-from uipe_core.metrics.choice_report import CHOICE_DEFINITION, ChoiceReport, ChoiceScores
+from uipe_core.metrics.scores import CHOICE_DEFINITION, ChoiceReport, ChoiceScores
 
 BELOW_CHANCE_P = 0.01
 """Where guessing would so rarely get as few right, a score counts as below chance."""

@@ -1,5 +1,6 @@
-"""What scoring one model on one corpus yields: numpy arrays per evaluation set, free of torch."""
+"""Hold what scoring yields, as numpy arrays, and check that two sets of scores belong to the same items."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -7,7 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from uipe_core.errors import UserError
+
 FloatArray = NDArray[np.float64]
+
 IntArray = NDArray[np.int64]
 
 
@@ -109,3 +113,147 @@ def logit_scale(sets: Mapping[str, SetScores]) -> float | None:
         return None
     spreads = np.concatenate([np.asarray(scores.logit_spread) for scores in known])
     return float(np.average(spreads, weights=np.concatenate([scores.answer_tokens for scores in known])))
+
+
+CHOICE_DEFINITION = "letters"
+"""Metric definition of multiple choice: by the letters, without examples, as lm-evaluation-harness's wmdp and mmlu tasks."""
+
+
+@dataclass(frozen=True)
+class ChoiceScores:
+    """Scores of one set of n questions, the one with most having k choices.
+
+    Attributes:
+        log_likelihood: (n, k) log-likelihood of each choice's letter after the question, nats; -inf where a question has fewer.
+        answers: (n,) index of the right choice.
+        choices: (n,) number of choices.
+        logit_spread: (n,) standard deviation of the logits over the vocabulary, where the letter is predicted.
+        item_hash: Item-set hash of the questions; None for results that do not carry one.
+    """
+
+    log_likelihood: FloatArray
+    answers: IntArray
+    choices: IntArray
+    logit_spread: FloatArray
+    item_hash: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    @property
+    def correct(self) -> NDArray[np.bool_]:
+        """(n,) whether the right letter is the likeliest; of equally likely ones the first counts."""
+        return self.log_likelihood.argmax(axis=1) == self.answers
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Every array by name."""
+        names = ("log_likelihood", "answers", "choices", "logit_spread", "correct")
+        return {name: getattr(self, name) for name in names}
+
+    def take(self, rows: Sequence[int], item_hash: str | None) -> "ChoiceScores":
+        """The scores of some questions, in the order of `rows`; `item_hash` is that of the questions taken."""
+        kept = list(rows)
+        taken = (self.log_likelihood[kept], self.answers[kept], self.choices[kept], self.logit_spread[kept])
+        return ChoiceScores(*taken, item_hash)
+
+
+@dataclass(frozen=True)
+class ChoiceReport:
+    """Everything measured on one model that answered multiple-choice questions.
+
+    Attributes:
+        sets: Scores by set name, ``forget`` and ``utility``.
+        seconds: Wall-clock seconds by stage (``letters``).
+    """
+
+    sets: Mapping[str, ChoiceScores]
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def logit_scale(self) -> float | None:
+        """Mean logit spread over the utility questions; None without any."""
+        utility = self.sets.get("utility")
+        return None if utility is None or not len(utility) else float(np.mean(utility.logit_spread))
+
+    def take(self, rows: Mapping[str, Sequence[int]], hashes: Mapping[str, str]) -> "ChoiceReport":
+        """The scores of some questions of every set in `rows`; `hashes` are the item-set hashes of those questions."""
+        sets = {name: self.sets[name].take(rows[name], hashes.get(name)) for name in rows if name in self.sets}
+        return ChoiceReport(sets, self.seconds)
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Every array by ``set/measurement``, for a file beside the trial."""
+        return {f"{name}/{key}": value for name, scores in self.sets.items() for key, value in scores.arrays.items()}
+
+
+REMEDY = "score the reference on the same corpus and split"
+
+
+def require_same_items(scores: SetScores, expected: SetScores, name: str) -> None:
+    """Refuses a reference that was scored on other items.
+
+    Counts must agree, and item-set hashes where both carry one. Without both hashes texts are compared where both carry
+    them: an item differs if neither its question nor its answer agrees. Only letters and digits count then, and a question
+    may stand inside a prompt, because code bases log questions with their prompt format around them and decode tokens
+    with other spaces. Where neither hash nor text is known, the count has to do.
+
+    Args:
+        scores: One set of the scored model.
+        expected: The same set of the reference.
+        name: Name of the set, for the error.
+
+    Raises:
+        UserError: Other items; gives both counts and the first item that differs, with both questions where known.
+    """
+    hashed = scores.item_hash is not None and expected.item_hash is not None
+    same_hash = hashed and scores.item_hash == expected.item_hash
+    first = None if same_hash else _first_difference(scores, expected)
+    if len(scores) == len(expected) and (same_hash or (first is None and not hashed)):
+        return
+    counts = f"set {name!r} has {len(scores)} items, the reference has {len(expected)}"
+    hashes = f" (item-set hash {scores.item_hash} against {expected.item_hash})" if hashed and not same_hash else ""
+    raise UserError(
+        f"the reference was scored on other items: {counts}{hashes}; {_described(scores, expected, first)}; {REMEDY}"
+    )
+
+
+def _first_difference(scores: SetScores, expected: SetScores) -> int | None:
+    """Index of the first item that differs, None where the texts of all shared items agree or are not known."""
+    shared = min(len(scores), len(expected))
+    if scores.questions is None or expected.questions is None:
+        return None
+    exact = scores.item_hash is not None and expected.item_hash is not None
+    for index in range(shared):
+        questions = scores.questions[index], expected.questions[index]
+        answers = None
+        if scores.answers is not None and expected.answers is not None:
+            answers = scores.answers[index], expected.answers[index]
+        if exact:
+            # Both come from here, so texts that are not equal are other items.
+            agrees = questions[0] == questions[1] and (answers is None or answers[0] == answers[1])
+        else:
+            agrees = _contained(*questions) or (answers is not None and _plain(answers[0]) == _plain(answers[1]))
+        if not agrees:
+            return index
+    return None if len(scores) == len(expected) else shared
+
+
+def _described(scores: SetScores, expected: SetScores, first: int | None) -> str:
+    if scores.questions is None or expected.questions is None:
+        return "which item differs first is not known, because the texts are not in both"
+    if first is None:
+        return "questions and answers are the same, so the first difference is in a paraphrased or perturbed answer"
+    shared = min(len(scores), len(expected))
+    if first == shared:
+        longer = scores.questions if len(scores) > shared else expected.questions
+        return f"the first item that differs is {first}, which only one of them has: {longer[first]!r}"
+    return f"the first item that differs is {first}: {scores.questions[first]!r} against {expected.questions[first]!r}"
+
+
+def _contained(first: str, second: str) -> bool:
+    one, two = _plain(first), _plain(second)
+    return one == two or (one != "" and two != "" and (one in two or two in one))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\W_]+", "", text).casefold()

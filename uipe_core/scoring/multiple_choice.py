@@ -15,8 +15,7 @@ from torch import Tensor
 
 from uipe_core.corpora.multiple_choice import letter_answers, letter_prompt
 from uipe_core.corpora.types import ChoiceItem, Corpus, item_set_hash
-from uipe_core.metrics.choice_report import ChoiceReport, ChoiceScores
-from uipe_core.metrics.scores import FloatArray
+from uipe_core.metrics.scores import ChoiceReport, ChoiceScores, FloatArray
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import PromptFormat
 from uipe_core.scoring.batch_sizes import BatchSize, found_rows, slices

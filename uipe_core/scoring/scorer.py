@@ -8,14 +8,16 @@ shown already what it is (`uipe_core.scoring.generation`).
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from uipe_core.corpora.types import UTILITY_SETS, Corpus, Item, ItemSet, item_set_hash
 from uipe_core.metrics.definitions import definition_named
@@ -27,6 +29,7 @@ from uipe_core.scoring.batch_sizes import BatchSize, found_rows
 from uipe_core.scoring.generation import Text, complete, verify_drafts
 from uipe_core.scoring.packing import (
     Group,
+    Rows,
     accepts_logits_to_keep,
     answer_logits,
     batched,
@@ -35,13 +38,56 @@ from uipe_core.scoring.packing import (
     single,
     takes_packed_rows,
 )
-from uipe_core.scoring.readings import Readings
+
+
+class Readings:
+    """What n examples have told so far, by their number.
+
+    Args:
+        examples: All of them.
+        gold: Numbers of the gold answers.
+        scaled: Numbers of those whose logit spread is wanted.
+
+    Attributes:
+        losses: (n,) mean loss, nats per answer token.
+        spreads: (n,) standard deviation of the logits over the vocabulary, mean over the answer's tokens.
+        best: Of each gold answer the most likely token at every place.
+    """
+
+    def __init__(self, examples: Sequence[Example], gold: Collection[int], scaled: Collection[int]) -> None:
+        self._examples, self._gold, self._scaled = examples, gold, scaled
+        self.losses = np.zeros(len(examples))
+        self.spreads = np.zeros(len(examples))
+        self.best: dict[int, list[int]] = {}
+
+    def note(self, rows: Rows, logits: Tensor) -> None:
+        """Notes what a batch tells; doing it again changes nothing.
+
+        Args:
+            rows: The batch.
+            logits: (answer tokens, vocabulary) what predicts its answer tokens.
+        """
+        nll = F.cross_entropy(logits.float(), rows.targets, reduction="none")
+        self.losses[list(rows.owners)] = _means(nll, rows.lengths)
+        tokens = np.repeat(rows.owners, rows.lengths)
+        scaled = [pair for pair in zip(rows.owners, rows.lengths, strict=True) if pair[0] in self._scaled]
+        if scaled:
+            chosen = torch.from_numpy(np.isin(tokens, [number for number, _ in scaled])).to(logits.device)
+            spread = logits[chosen].float().std(dim=-1)
+            self.spreads[[number for number, _ in scaled]] = _means(spread, [length for _, length in scaled])
+        gold = [number for number in rows.owners if number in self._gold]
+        if gold:
+            chosen = torch.from_numpy(np.isin(tokens, gold)).to(logits.device)
+            likeliest = iter(logits[chosen].argmax(dim=-1).tolist())
+            self.best.update({number: list(islice(likeliest, self._examples[number].answer_length)) for number in gold})
+
 
 GENERATED_SETS = ("forget", *UTILITY_SETS)
 """Sets whose ROUGE recall enters a metric; the others are not generated for."""
 
 LOSS_STAGES = {"forget": ("forget",), "general": ("real_authors", "world_facts"), "retain": ("retain",)}
 """Sets whose losses are taken in a stage, in the order of the stages. All other sets come after them."""
+
 OTHERS, GENERATION = "others", "generation"
 """The stages that follow: losses of the sets that no stage names, and greedy text for all of `GENERATED_SETS`."""
 
@@ -306,3 +352,9 @@ def _rouge_pair(gold: str, text: str) -> tuple[float, float]:
 def _rouge_recall(items: Sequence[Item], texts: Sequence[str]) -> FloatArray:
     """(n, 2) ROUGE-L and ROUGE-1 recall of each generation against its gold answer."""
     return np.array([_rouge_pair(item.answer, text) for item, text in zip(items, texts, strict=True)], dtype=np.float64)
+
+
+def _means(values: Tensor, lengths: Sequence[int]) -> FloatArray:
+    """Means of so many values each, one group after the other."""
+    counts = torch.tensor(lengths, device=values.device)
+    return torch.segment_reduce(values.double(), "mean", lengths=counts).cpu().numpy()

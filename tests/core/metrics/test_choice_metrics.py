@@ -8,8 +8,8 @@ import pytest
 
 from uipe_core.errors import UserError
 from uipe_core.logs.multiple_choice import read_choice_log, write_choice_log
-from uipe_core.metrics.choice_report import ChoiceReport, ChoiceScores
 from uipe_core.metrics.multiple_choice import evaluate_choices
+from uipe_core.metrics.scores import ChoiceReport, ChoiceScores
 
 
 def scores(right, wrong, choices=4, item_hash="h"):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from uipe_core.errors import UserError
-from uipe_core.metrics.item_check import require_same_items
-from uipe_core.metrics.scores import SetScores
+from uipe_core.metrics.scores import SetScores, require_same_items
 
 QUESTIONS = ("Who wrote Ash?", "Where was Jaime born?", "What is his father's job?")
 ANSWERS = ("Jaime Vasquez.", "In Santiago.", "He is a baker.")

@@ -15,9 +15,8 @@ from search.evaluation.pruning import MOST, Rivals, bounds, certificate
 from search.execution.base_runs import BaseRuns, Room
 from search.execution.budget import StudyGuard
 from search.execution.run import _done_jobs
-from search.execution.tune import StudySearcher
+from search.execution.tune import StudySearcher, Workforce
 from search.execution.workers import pack_arrays
-from search.execution.workforce import Workforce
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
 from search.problem.pareto import hypervolume, non_dominated
 from search.problem.space import Point, distributions, grid_points
@@ -27,11 +26,10 @@ from search.results.study_result import StudyResult
 from search.samplers.registry import make_sampler
 from search.spec.runtime import Budget, Plateau
 from search.store.checks import item_scores
-from uipe_core.metrics.bounds import utility_bound
 from uipe_core.metrics.collapse import collapse_reason
 from uipe_core.metrics.definitions import DEFINITIONS
 from uipe_core.metrics.scores import ScoreReport, SetScores
-from uipe_core.metrics.tofu import evaluate
+from uipe_core.metrics.tofu import evaluate, utility_bound
 from uipe_core.scoring.scorer import LOSS_STAGES
 
 TWO = (FORGET_QUALITY.name, MODEL_UTILITY.name)

@@ -2,8 +2,7 @@
 
 import pytest
 
-from search.evaluation.inputs import check_inputs
-from search.evaluation.warm_start import earlier_fronts
+from search.evaluation.inputs import check_inputs, earlier_fronts
 from search.problem.space import Point, distributions
 from search.spec.errors import StudyFileError
 from search.spec.study import parse_study

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.execution.budgets import FAILURE_LEAST, FAILURE_WINDOW, FrontGrowth, counted, on_plateau, over_gpu_time, over_time
-from search.execution.budgets import too_many_failures as gave_up
+from search.execution.budget import FAILURE_LEAST, FAILURE_WINDOW, FrontGrowth, counted, on_plateau, over_gpu_time, over_time
+from search.execution.budget import too_many_failures as gave_up
 from search.problem.pareto import hypervolume
 
 unit = st.floats(0.0, 1.0, allow_nan=False)

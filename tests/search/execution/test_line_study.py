@@ -12,8 +12,7 @@ from search.evaluation.evaluator import StudyContext
 from search.evaluation.prepared import prepare
 from search.evaluation.task import read_report
 from search.execution.base_runs import BaseRuns, Room
-from search.execution.line_inputs import InnerProducts
-from search.execution.line_study import line_sampler
+from search.execution.line_inputs import InnerProducts, line_sampler
 from search.execution.ray_cluster import connected
 from search.problem.space import distributions
 from search.report.progress import Bars

@@ -9,9 +9,8 @@ from sqlalchemy import event
 
 from search.execution.base_runs import BaseRuns, Room
 from search.execution.budget import StudyGuard
-from search.execution.trial_limits import DIED, cause_of_death
-from search.execution.tune import IDLE_SECONDS, TIMES_AGAIN, StudySearcher
-from search.execution.workforce import Workforce
+from search.execution.tune import IDLE_SECONDS, TIMES_AGAIN, StudySearcher, Workforce
+from search.execution.workers import DIED, cause_of_death
 from search.problem.space import distributions, grid_points
 from search.problem.trial import Job
 from search.samplers.registry import make_sampler

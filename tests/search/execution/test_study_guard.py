@@ -5,8 +5,8 @@ import json
 import pytest
 
 from search.execution.budget import Stop, StudyGuard
+from search.problem.objectives import forget_quality_cap, reference_point
 from search.problem.trial import Job
-from search.problem.yardstick import forget_quality_cap, reference_point
 from search.spec.runtime import BaseRunResources, Budget, Plateau, TrialResources
 
 PLATEAU = Budget(plateau=Plateau(trials=5, gain=0.01))

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from search.execution.trial_limits import DIED, OutOfMemory, cause_of_death, score_within_memory
+from search.execution.workers import DIED, OutOfMemory, cause_of_death, score_within_memory
 from search.problem.trial import Job
 from uipe_core.models.memory import ran_out
 
@@ -57,7 +57,7 @@ def test_a_process_ends_itself_at_its_limit():
     # Forks of one process, because starting torch takes longer than all of them.
     code = """
         import os, re, sys, time
-        from search.execution.trial_limits import time_limit
+        from search.execution.workers import time_limit
         for work in sys.argv[1:]:
             child = os.fork()
             if not child:

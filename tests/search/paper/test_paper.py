@@ -291,7 +291,7 @@ def test_page_that_cannot_be_written_names_the_folder(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(page, "write_atomic", full)
-    monkeypatch.setattr("search.report.plot_style.png", lambda figure: b"")
+    monkeypatch.setattr("search.report.style.png", lambda figure: b"")
     with pytest.raises(UserError, match=r"--out: .* cannot be written: No space left"):
         write_page(MADE_UP, [made_up_result(0, tuning) for tuning in TUNINGS], tmp_path)
 

@@ -6,8 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from search.planning.plan import make_plan
-from search.planning.plan_limits import at_once
+from search.planning.plan import at_once, make_plan
 from search.planning.planner import plan_study
 from search.planning.quantities import ASSUMED, CALCULATED, COUNTED, MEASURED, PAST, UNKNOWN, Machine, Rates, Sizes, Work
 from search.spec.study import load_study

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from search.execution.budgets import counted
+from search.execution.budget import counted
 from search.problem.pareto import hypervolume, knee, non_dominated, utility_floor
 from search.report import figures as plots
 from search.report.conclusions import verdict

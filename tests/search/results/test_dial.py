@@ -4,11 +4,10 @@ import json
 
 import pytest
 
-from search.cli.dial_tables import dial_facts, print_dial
+from search.cli.tables import dial_facts, print_dial
 from search.problem.space import distributions
 from search.problem.trial import Job
-from search.results.constrained import CROSSED, NEVER, OPEN
-from search.results.dial import LINES, MOST, Dial, answer_of
+from search.results.constrained import CROSSED, LINES, MOST, NEVER, OPEN, Dial, answer_of
 from search.results.study_result import StudyResult
 from uipe_core.errors import UserError
 

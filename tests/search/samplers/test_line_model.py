@@ -6,9 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.samplers import gaussian_process as line_kernel
-from search.samplers import line_model
-from search.samplers.gaussian_process import Geometry, Kernel, Places, choose, fit
-from search.samplers.line_model import LineModel
+from search.samplers import gaussian_process as line_model
+from search.samplers.gaussian_process import Geometry, Kernel, LineModel, Places, choose, fit
 
 KERNEL = Kernel(constant=2.0, linear=3.0, quadratic=0.5, length=0.8)
 SETTINGS = ("constant", "linear", "quadratic", "length")

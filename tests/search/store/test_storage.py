@@ -23,7 +23,7 @@ from search.problem.space import Point, distributions
 from search.results.study_result import StudyResult
 from search.spec.redaction import without_password, without_secrets_of
 from search.store import database as storage
-from search.store import trial_book
+from search.store import trials as trial_book
 from search.store.database import STORAGE_ERRORS, open_storage
 from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
