@@ -28,9 +28,8 @@ import optuna
 from machine import machine
 from optuna.distributions import BaseDistribution
 
-from search.problem.space import distributions
 from search.problem.trial import Job
-from search.samplers.registry import make_sampler
+from search.samplers.registry import SAMPLERS as REGISTRY
 from search.spec.study import parse_study
 from search.store.study_store import StudyStore
 
@@ -115,9 +114,9 @@ def main() -> None:
 def benchmark(trials: int, running: int, folder: Path) -> dict[str, Any]:
     spec = parse_study(STUDY, folder)
     store = StudyStore.create(folder / "study", spec, "f" * 32, {})
-    space = distributions(spec)
+    space = spec.search_space()
     items = os.urandom(ITEM_BYTES)
-    store.use_sampler(make_sampler("random", 0))
+    store.use_sampler(REGISTRY["random"].make(0))
     others = [store.ask_point(space) for _ in range(running)]
     marks = sorted({min(mark, trials) for mark in MARKS} | {trials})
     rows: list[dict[str, Any]] = []
@@ -128,10 +127,10 @@ def benchmark(trials: int, running: int, folder: Path) -> dict[str, Any]:
             continue
         row: dict[str, Any] = {"trials": len(taken), "resident_mb": resident(), **costs(taken[-100:])}
         for name in SAMPLERS:
-            store.use_sampler(make_sampler(name, 0))
+            store.use_sampler(REGISTRY[name].make(0))
             found = costs([one(store, space, items) for _ in range(ASKS)])
             row[name] = {clock: round(found["ask"][clock] - row["ask"][clock], 2) for clock in ("wall", "cpu")}
-        store.use_sampler(make_sampler("random", len(taken)))
+        store.use_sampler(REGISTRY["random"].make(len(taken)))
         rows.append(row)
         print(json.dumps(row), file=sys.stderr, flush=True)
     for number, job in others:
@@ -199,7 +198,7 @@ def plain_optuna(folder: Path, running: int) -> dict[str, float]:
     target.close()
     sqlite3.connect(copy).execute("PRAGMA journal_mode=DELETE")
     study = optuna.load_study(study_name="driver", storage=f"sqlite:///{copy}", sampler=optuna.samplers.RandomSampler(seed=0))
-    space = distributions(parse_study(STUDY, folder))
+    space = parse_study(STUDY, folder).search_space()
 
     def trial() -> None:
         asked = study.ask(fixed_distributions=space)

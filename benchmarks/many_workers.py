@@ -33,13 +33,13 @@ from driver import EVIDENCE, ITEM_BYTES, STUDY, resident
 from machine import machine
 from ray import tune
 
-from search.execution.base_runs import BaseRuns, Room
+from search.execution.base_runs import BaseRuns
 from search.execution.budget import StudyGuard
+from search.execution.capacity import Room
 from search.execution.ray_cluster import ENVIRONMENT
 from search.execution.tune import StudySearcher, Workforce, run_trials
-from search.problem.space import distributions
 from search.problem.trial import Job
-from search.samplers.registry import make_sampler
+from search.samplers.registry import SAMPLERS
 from search.spec.study import parse_study
 from search.store.study_store import StudyStore
 
@@ -176,7 +176,7 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """A study of as many trials as asked for, and what each cost."""
     spec = parse_study(STUDY, folder)
     store = StudyStore.create(folder / "study", spec, "f" * 32, {})
-    store.use_sampler(make_sampler(options.sampler, 0))
+    store.use_sampler(SAMPLERS[options.sampler].make(0))
     clock = Timed()
     for name in ("ask_point", "complete"):
         setattr(store, name, clock.wrap(getattr(store, name)))
@@ -185,7 +185,7 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     workforce, guard = Workforce(None), StudyGuard(store, spec.budget, print)
     ended = clock.note
     searcher = StudySearcher(
-        store, distributions(spec), [], options.trials, runs, lambda: None, iter(()), ended, workforce, guard
+        store, spec.search_space(), [], options.trials, runs, lambda: None, iter(()), ended, workforce, guard
     )
     items = base64.b64encode(os.urandom(ITEM_BYTES)).decode()
     started = Started.within(folder / "started", options.workers)

@@ -12,7 +12,8 @@ from uipe_core.corpora.tofu import load_tofu
 from uipe_core.corpora.types import Corpus
 from uipe_core.models.loading import DTYPES, LoadedModel, load_model
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model
-from uipe_core.storage.content_store import ContentStore, cache_folder
+from uipe_core.storage.content_store import ContentStore
+from uipe_core.storage.files import cache_folder
 
 SHAPES = {
     # name: hidden, intermediate, layers, heads, key-value heads, vocabulary

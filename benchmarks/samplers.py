@@ -1,6 +1,7 @@
 """How many scores a search needs: samplers replayed on recorded tables, without any model. Prints one JSON object.
 
-A table (`uipe record`) has the scores of every item on a dense grid. A replay (`benchmarks.recorded.replay`) answers a proposed (base,
+A table (`benchmarks.recorded.record`) has the scores of every item on a dense grid. A replay (`benchmarks.recorded.replay`) answers a
+proposed (base,
 epoch, alpha) with the items of that place, between recorded alphas by interpolation, and computes the objectives from them by
 the study's own metrics. ``left_out`` says how inexact that is: every other alpha is left out and predicted from the rest, so
 that gaps twice as wide as a replay's are bridged. ``recomputed`` is what the table's single precision costs.
@@ -39,7 +40,7 @@ from search.problem.pareto import non_dominated
 from search.problem.space import own_epoch, sampled_epoch
 from search.samplers.line import Lines, LineSampler, LineStudy
 from search.samplers.outcomes import Curves
-from search.samplers.registry import make_sampler
+from search.samplers.registry import SAMPLERS as REGISTRY
 
 TABLES = Path(__file__).parent / "tables"
 SAMPLERS = ["random", "grid", "nsga2", "tpe", "gp", "line"]
@@ -57,7 +58,7 @@ class Search:
         self._kept: dict[int, Items] = {}
         self._seed = seed
         self._grid = self._grid_points(trials) if name == "grid" else None
-        sampler = _line_sampler(world, seed, self._kept.get) if name == "line" else make_sampler(name, seed)
+        sampler = _line_sampler(world, seed, self._kept.get) if name == "line" else REGISTRY[name].make(seed)
         self._study = optuna.create_study(directions=["maximize"] * len(world.table.meta["objectives"]), sampler=sampler)
         counts = list(world.table.epochs.values())
         for base, epoch, items, values in world.given:
@@ -112,7 +113,7 @@ def _line_sampler(world: World, seed: int, items: Callable[[int], Items | None])
         items=items,
         lines=lambda: lines,
     )
-    return LineSampler(study, world.space, make_sampler("tpe", seed), seed, warnings.warn)
+    return LineSampler(study, world.space, REGISTRY["tpe"].make(seed), seed, warnings.warn)
 
 
 def replay(world: World, name: str, seed: int, most: int) -> tuple[dict[float, float], float]:
@@ -180,7 +181,7 @@ def suggest_seconds(world: World, name: str, trials: int) -> dict[str, float]:
     for _ in range(trials - len(world.given)):
         search.step()
     kept = search._kept
-    search._study.sampler = _line_sampler(world, 0, kept.get) if name == "line" else make_sampler(name, 0)
+    search._study.sampler = _line_sampler(world, 0, kept.get) if name == "line" else REGISTRY[name].make(0)
     search.step()  # a sampler's first proposal reads all there is; in a study that is spread over all of them
     seconds = [search.step()[1] for _ in range(9)]
     return {"median": round(float(np.median(seconds)), 4), "largest": round(max(seconds), 4)}

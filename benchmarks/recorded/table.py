@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uipe_core.errors import UserError
-from uipe_core.storage.content_store import write_atomic
+from uipe_core.storage.files import write_atomic
 
 FORMAT, VERSION = "uipe-score-table", 1
 COLUMNS = ("base", "epoch", "alpha", "objectives")

@@ -45,6 +45,7 @@ def run(
     """Run a study; the same command resumes an interrupted one and extends a finished one."""
     meet_ray(address)
     from search.execution.run import run_study
+    from search.report.conclusions import conclusions
     from search.spec.study import load_study, quickstart_path
 
     quieten()
@@ -54,7 +55,7 @@ def run(
         print_json(result.summary())
         return
     print_front(result)
-    for sentence in result.verdict():
+    for sentence in conclusions(result):
         typer.echo(f"- {sentence}")
     print_stop(result)
     typer.echo(f"\nreport   {result.report_path}")
@@ -192,9 +193,10 @@ def confirm(
 @app.command(epilog="Example: uipe report runs/quickstart")
 def report(out: Out) -> None:
     """Write the HTML report again."""
+    from search.report.html import write_report
     from search.results.study_result import StudyResult
 
-    typer.echo(StudyResult.open(out).report())
+    typer.echo(write_report(StudyResult.open(out)))
 
 
 @app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")

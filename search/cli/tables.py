@@ -58,7 +58,7 @@ def print_front(result: Any) -> None:
     from rich.table import Table
 
     from search.problem.objectives import flag_of
-    from search.report.data import collapsed
+    from search.results.study_result import collapsed
 
     definition = result.spec.definition
     title = f"Pareto front of {result.store.record['name']} (metrics: {definition})"
@@ -95,7 +95,7 @@ def print_front(result: Any) -> None:
 
 def print_stop(result: Any) -> None:
     """Why a study ended before it had all its trials, what pruning saved, and which trials failed."""
-    from search.execution.budget import counted
+    from search.report.style import counted
 
     stopped = result.store.record.get("stopped")
     if stopped:

@@ -135,7 +135,8 @@ class Jobs:
         return self._ask(lambda: self._client.get_job_info(name), missing=name)
 
     def status(self, name: str) -> dict[str, Any]:
-        """What is known of a study: the job's state, and the latest status its driver told (`search.results.status.status_of`)."""
+        """What is known of a study: the job's state, and the latest status its driver told
+        (`search.results.status.status_of`)."""
         job = self.job(name)
         summary = summary_of(job)
         told = last_status(self.log(name)) if job.status != JobStatus.PENDING else None

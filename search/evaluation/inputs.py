@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from search.problem.objectives import objectives_of
 from search.problem.pareto import non_dominated
 from search.problem.space import Point
 from search.spec.corpora import fetched_sources, load_corpus
@@ -129,7 +128,7 @@ def _front_of(spec: StudySpec, where: str, folder: Path) -> tuple[str, list[Poin
         store = StudyStore.open(folder)
     except UserError as error:
         raise UserError(f"{where}{error}") from error
-    ours = [objective.name for objective in objectives_of(spec)]
+    ours = [objective.name for objective in spec.objectives]
     theirs = [objective.name for objective in store.objectives]
     if ours != theirs:
         raise UserError(

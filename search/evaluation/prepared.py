@@ -20,10 +20,11 @@ from uipe_core.models.loading import ModelSource, model_folder, model_identity
 from uipe_core.models.prompts import PROMPT_SCHEMA
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model_inputs
 from uipe_core.scoring.scorer import ScoringConfig
-from uipe_core.storage.content_store import ContentStore, cache_folder, content_key, file_hash
+from uipe_core.storage.content_store import ContentStore, content_key
+from uipe_core.storage.files import cache_folder, file_hash
 from uipe_core.storage.node_cache import GIGABYTE
 from uipe_core.storage.remote_store import RemotePlace
-from uipe_core.unlearning.losses import METHODS
+from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.training import AdapterConfig, UnlearningConfig
 
 REPORTED_PACKAGES = ("uipe-search", "ray", "optuna", "torch", "transformers", "peft", "accelerate", "scipy")

@@ -16,12 +16,12 @@ import pandas as pd
 
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
 from search.problem.pareto import dominates
+from search.problem.trial import Rival
+from search.samplers.registry import SAMPLERS
+from search.spec.study import StudySpec
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import ScoreReport
 from uipe_core.metrics.tofu import quality_of_set, utility_bound
-
-Rival = Mapping[str, Any]
-"""A complete trial as it travels with a job: ``trial``, its number, and ``values``, its objectives by name."""
 
 MOST = 100
 """Rivals that travel with a job, at most: with any of them a certificate is true, and fronts are smaller than that."""
@@ -155,3 +155,12 @@ def savings(pruned: pd.DataFrame, complete: pd.DataFrame) -> dict[str, Any] | No
         stages[each["stage"]] = stages.get(each["stage"], 0) + 1
     share = saved / whole if whole > 0 else 0.0
     return {"trials": len(pruned), "stages": stages, "seconds": round(saved, 3), "share": round(share, 3)}
+
+
+def prunes(spec: StudySpec) -> bool:
+    """Return whether a study ends trials early whose bounds are dominated.
+
+    Where the study file leaves it open (``search.prune: null``), only with samplers that learn from pruned trials.
+    """
+    wanted = spec.search.prune
+    return SAMPLERS[spec.search.sampler].sees_pruned if wanted is None else wanted

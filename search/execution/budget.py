@@ -1,8 +1,8 @@
 """Stop a study when its budget is used up: decision rules, and the monitor that applies them."""
 
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 from optuna.trial import TrialState
 
-from search.problem.objectives import forget_quality_cap, reference_point
 from search.problem.pareto import hypervolume
 from search.problem.trial import POINT_KINDS, Job
+from search.report.style import counted
 from search.spec.runtime import BaseRunResources, Budget, TrialResources
 from search.store.study_store import StudyStore
 
@@ -145,8 +145,8 @@ class StudyGuard:
         store = self._store
         names = [objective.name for objective in store.objectives]
         controls = store.controls_frame()
-        cap = forget_quality_cap(store.spec, controls)
-        corner = reference_point(store)
+        cap = store.noise_ceiling(controls)
+        corner = store.reference_point()
         ceilings = [objective.ceiling(cap) for objective in store.objectives]
         self._growth = FrontGrowth([corner[name] for name in names], ceilings)
         self._volumes.clear()
@@ -165,9 +165,6 @@ FAILURE_WINDOW = 20
 
 FAILURE_LEAST = 10
 """So many trials must have ended in a run before its failure rate means anything."""
-
-LONGEST_REASON = 160
-"""Characters of a reason that are shown where reasons are counted."""
 
 
 def over_time(hours: float, allowed: float | None) -> str | None:
@@ -228,12 +225,6 @@ def too_many_failures(reasons: Sequence[str | None], allowed: float) -> str | No
         return None
     common = "; ".join(f"{count} x {reason}" for reason, count in counted(failed)[:3])
     return f"{len(failed)} of the last {len(last)} trials failed (budget.failure_rate: {allowed:g}): {common}"
-
-
-def counted(reasons: Iterable[str]) -> list[tuple[str, int]]:
-    """Reasons of failure, each cut to a line, and how often each came; the commonest first, equal ones as they came."""
-    lines = (reason.strip().partition("\n")[0] for reason in reasons)
-    return Counter(line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 4]} ..." for line in lines).most_common()
 
 
 class FrontGrowth:

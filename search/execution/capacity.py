@@ -7,9 +7,39 @@ from pathlib import Path
 
 import yaml
 
-from search.execution.base_runs import Room
 from search.spec.runtime import BaseRunResources, Resources, TrialResources
 from uipe_core.errors import UserError, first_line
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a cluster holds, in slots: one slot is the room of one trial.
+
+    Attributes:
+        slots: Trials the cluster holds, at least 1.
+        per_run: Slots one base run takes, at least 1.
+        most: Trials at once at most, at least 1.
+    """
+
+    slots: int
+    per_run: int = 1
+    most: int = 1
+
+    def base_runs(self, beside_trials: bool) -> int:
+        """How many base runs train at once: all that fit; beside trials, so many that a slot is left. At least 1."""
+        return max((self.slots - beside_trials) // self.per_run, 1)
+
+    def trials(self, missing: int) -> int:
+        """How many trials run at once while so many base runs are missing.
+
+        At least one, so that trials start with the first base run; none where a base run would not fit beside it: an idle
+        worker keeps its resources, and the base run would wait for them for ever.
+        """
+        if not missing:
+            return self.most
+        beside = (self.slots - 1) // self.per_run
+        return min(self.most, self.slots - self.per_run * min(missing, beside)) if beside else 0
+
 
 CLUSTER_DESCRIPTION = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` puts the cluster's description on its head node."""

@@ -10,8 +10,6 @@ from optuna.samplers import BaseSampler
 from search.evaluation.evaluator import StudyContext
 from search.execution.base_runs import BaseRuns, problem_of
 from search.execution.workers import grow_gram
-from search.problem.objectives import forget_quality_cap, reference_point
-from search.problem.space import distributions
 from search.samplers.gram import FILE, Runs, StudyGram, keep_gram, kept_gram
 from search.samplers.line import Lines, LineSampler, LineStudy
 from search.samplers.outcomes import Curves
@@ -119,7 +117,7 @@ def line_sampler(
     initial, retain = (reports[name].take(rows, hashes).arrays() for name in ("initial", "retain"))
 
     def yardstick() -> tuple[Sequence[float], Sequence[float]]:
-        corner, cap = reference_point(store), forget_quality_cap(spec, store.controls_frame())
+        corner, cap = store.reference_point(), store.noise_ceiling(store.controls_frame())
         names = [objective.name for objective in store.objectives]
         return [corner[name] for name in names], [objective.ceiling(cap) for objective in store.objectives]
 
@@ -132,4 +130,4 @@ def line_sampler(
         items=store.items,
         lines=lines,
     )
-    return LineSampler(world, distributions(spec), fallback, seed, say)
+    return LineSampler(world, spec.search_space(), fallback, seed, say)

@@ -12,8 +12,9 @@ import ray
 from search.evaluation.evaluator import StudyContext
 from search.evaluation.prepared import Preparation, ReferenceModel
 from search.evaluation.task import Report, measure, read_report, write_report
-from search.execution.base_runs import POLL_SECONDS, BaseRunTasks, Room, problem_of
+from search.execution.base_runs import POLL_SECONDS, BaseRunTasks, problem_of
 from search.execution.budget import StudyGuard
+from search.execution.capacity import Room
 from search.execution.distributed import train_in_processes
 from search.execution.workers import build_tiny, import_and_publish, score_model, train_and_publish
 from search.problem.trial import retrained

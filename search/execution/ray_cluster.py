@@ -17,8 +17,7 @@ import ray
 
 import search
 import uipe_core
-from search.execution.base_runs import Room
-from search.execution.capacity import autoscaler_fleet, room_for
+from search.execution.capacity import Room, autoscaler_fleet, room_for
 from search.execution.ray_environment import ADVICE, MODE, settle_authentication
 from search.report.progress import Bars
 from search.spec.sections import PretrainedModel

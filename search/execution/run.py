@@ -14,27 +14,26 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search.evaluation.controls import control_jobs
+from search.evaluation.controls import control_jobs, mirror_jobs
 from search.evaluation.evaluator import StudyContext
 from search.evaluation.inputs import earlier_fronts
 from search.evaluation.prepared import Preparation, prepare
-from search.execution.base_runs import LOST, BaseRunTasks, Room, problem_of
+from search.execution.base_runs import LOST, BaseRunTasks, problem_of
 from search.execution.budget import Stop, StudyGuard
-from search.execution.capacity import need_of
+from search.execution.capacity import Room, need_of
 from search.execution.line_inputs import InnerProducts, line_sampler
 from search.execution.prerequisites import Groundwork
 from search.execution.ray_cluster import IN_A_JOB, connected
 from search.execution.study_run import Tally
 from search.execution.tune import StudySearcher, Workforce, run_trials
 from search.execution.workers import ScoringTrial
-from search.problem.space import distributions, given_points, grid_points
 from search.problem.trial import POINT_KINDS, Job
+from search.report.html import write_report
 from search.report.progress import Bars, Board
 from search.results.constrained import Answer, Dial, answer_of
-from search.results.finalists import mirror_jobs
 from search.results.status import StatusLines
 from search.results.study_result import StudyResult
-from search.samplers.registry import make_sampler
+from search.samplers.registry import SAMPLERS
 from search.spec.runtime import Budget
 from search.spec.study import StudySpec
 from search.store.database import STORAGE_ERRORS, explain_storage_error
@@ -131,7 +130,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
             run = _Run(preparation, store, bars, address)
-            with StatusLines(store, bars, job=IN_A_JOB in os.environ):
+            with StatusLines(store, bars.under_way, IN_A_JOB in os.environ and bars.plain):
                 try:
                     work(run)
                 except KeyboardInterrupt:
@@ -141,7 +140,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
                 raise UserError(_without_result(folder, run.stopped, store))
             bars.say("writing the report ...")
             result = StudyResult.of(store)
-            result.report()
+            write_report(result)
             store.settle()
         except KeyboardInterrupt:
             raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None
@@ -163,7 +162,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
 def _without_result(folder: Path, stop: Stop, store: StudyStore) -> str:
     """Why a study ended without what was asked for; what there is of it is in its report."""
     if store.counts()["complete"]:
-        StudyResult.of(store).report()
+        write_report(StudyResult.of(store))
     if stop.gave_up:
         return f"{folder}: the study gave up: {stop.reason}; mend the cause, then the same command goes on"
     return f"{folder}: no trial was complete when the study stopped: {stop.reason}; give it more and the same command goes on"
@@ -185,10 +184,10 @@ class _Run:
         spec = self.preparation.spec
         done = _done_jobs(self.store)
         jobs = [job for job in control_jobs(self.preparation) if job not in done]
-        jobs += [job for point in given_points(spec) if (job := Job("alpha_zero", **point.params)) not in done]
-        if spec.search.sampler == "grid":
+        jobs += [job for point in spec.given_points() if (job := Job("alpha_zero", **point.params)) not in done]
+        if SAMPLERS[spec.search.sampler].fixed_points:
             scored = {(job.base, job.epoch, job.alpha) for job in done if job.kind in POINT_KINDS}
-            jobs += [Job("search", **point.params) for point in grid_points(spec) if (*point.params.values(),) not in scored]
+            jobs += [Job("search", **point.params) for point in spec.grid_points() if (*point.params.values(),) not in scored]
             proposals = 0
         else:
             proposals = max(spec.search.trials - self._searched(), 0)
@@ -286,8 +285,12 @@ class _Run:
         # A resumed study must not propose what it proposed before, so its length goes into the seed.
         scored = sum(self.store.counts().values())
         seed = spec.seed + 1000003 * scored
-        sampler = make_sampler(spec.search.sampler, seed)
-        products = self._inner_products(context, base_runs) if spec.search.sampler == "line" and proposals else None
+        sampler = SAMPLERS[spec.search.sampler].make(seed)
+        products = (
+            self._inner_products(context, base_runs)
+            if SAMPLERS[spec.search.sampler].needs_inner_products and proposals
+            else None
+        )
         if products is not None:
             sampler = line_sampler(self.store, context, products.lines, sampler, seed, self.bars.say)
         self.store.use_sampler(sampler)
@@ -301,7 +304,7 @@ class _Run:
         workforce = Workforce(spec.budget.trial_minutes)
         searcher = StudySearcher(
             self.store,
-            distributions(spec),
+            spec.search_space(),
             jobs,
             proposals,
             base_runs.runs,

@@ -2,10 +2,11 @@
 
 import base64
 import json
+import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from search.evaluation.pruning import Rivals
+from search.evaluation.pruning import Rivals, prunes
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import StudyGuard
-from search.execution.workers import Death, cause_of_death
 from search.problem.trial import POINT_KINDS, Job
 from search.store.study_store import StudyStore, searched
 
@@ -30,6 +30,46 @@ IDLE_SECONDS = 120.0
 
 TRIALS_A_PART = 2500
 """After so many trials Tune is ended and begun anew: it keeps about 10 kB of every trial, and its workers for that long."""
+
+DIED = "the worker died or was killed"
+
+
+@dataclass(frozen=True)
+class Death:
+    """Why a trial's worker died.
+
+    Attributes:
+        reason: In words for people.
+        timed_out: Whether the trial itself was too long at work; it would be again, so it is not to be run again by itself.
+    """
+
+    reason: str
+    timed_out: bool = False
+
+
+def cause_of_death(told: str, seconds: float | None, minutes: float | None) -> Death:
+    """What ended a worker in the middle of a trial.
+
+    A worker at its time limit ends itself where nothing but the clock can speak for it: a trial that hangs in C code, perhaps
+    with Python's lock held, sends no word. So a death without another cause after that time is one of the limit.
+
+    Args:
+        told: What Ray says of the death; empty where it says nothing.
+        seconds: How long the trial was at work; None if its worker had not started yet.
+        minutes: The limit; None without one.
+    """
+    if "running low on memory" in told:
+        used = re.search(r"was ([\d.]+ ?\w+) used / ([\d.]+ ?\w+) limit", told)
+        amount = "" if used is None else f" ({used[1]} of {used[2]} in use)"
+        return Death(f"{DIED}: its machine ran out of memory{amount}, so Ray ended it")
+    if "node has died" in told or "node was terminated" in told:
+        return Death(f"{DIED}: its machine died or left the cluster")
+    if "error raised in its creation task" in told:
+        return Death(f"the worker could not start: {told.strip().splitlines()[-1]}")
+    if minutes is not None and seconds is not None and seconds >= 60 * minutes:
+        return Death(f"ran past its time limit of {minutes:g} minutes (budget.trial_minutes)", timed_out=True)
+    code = re.search(r"exit code (\d+)", told)
+    return Death(DIED if code is None else f"{DIED}: exit code {code[1]}")
 
 
 class Workforce:
@@ -186,7 +226,7 @@ class StudySearcher(Searcher):
             self._running[trial_id] = asked
             self._idle_since = None
             job = asked[1]
-            prunable = job.kind == "search" and self._store.spec.prunes
+            prunable = job.kind == "search" and prunes(self._store.spec)
             rivals = self._rivals.of(float(job.alpha or 0.0)) if prunable else ()
             handed = replace(job, delta=self._runs.published.get(str(job.run), ()), rivals=rivals)
             return {"job": handed.as_text()}

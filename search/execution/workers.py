@@ -4,11 +4,10 @@ import base64
 import faulthandler
 import io
 import json
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,49 +155,8 @@ def score_model(source: ModelSource, corpus: Corpus, scoring: ScoringConfig, thr
     return scorer_of(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))
 
 
-DIED = "the worker died or was killed"
-
-
 class OutOfMemory(Exception):
     """A trial that found too little memory twice."""
-
-
-@dataclass(frozen=True)
-class Death:
-    """Why a trial's worker died.
-
-    Attributes:
-        reason: In words for people.
-        timed_out: Whether the trial itself was too long at work; it would be again, so it is not to be run again by itself.
-    """
-
-    reason: str
-    timed_out: bool = False
-
-
-def cause_of_death(told: str, seconds: float | None, minutes: float | None) -> Death:
-    """What ended a worker in the middle of a trial.
-
-    A worker at its time limit ends itself where nothing but the clock can speak for it: a trial that hangs in C code, perhaps
-    with Python's lock held, sends no word. So a death without another cause after that time is one of the limit.
-
-    Args:
-        told: What Ray says of the death; empty where it says nothing.
-        seconds: How long the trial was at work; None if its worker had not started yet.
-        minutes: The limit; None without one.
-    """
-    if "running low on memory" in told:
-        used = re.search(r"was ([\d.]+ ?\w+) used / ([\d.]+ ?\w+) limit", told)
-        amount = "" if used is None else f" ({used[1]} of {used[2]} in use)"
-        return Death(f"{DIED}: its machine ran out of memory{amount}, so Ray ended it")
-    if "node has died" in told or "node was terminated" in told:
-        return Death(f"{DIED}: its machine died or left the cluster")
-    if "error raised in its creation task" in told:
-        return Death(f"the worker could not start: {told.strip().splitlines()[-1]}")
-    if minutes is not None and seconds is not None and seconds >= 60 * minutes:
-        return Death(f"ran past its time limit of {minutes:g} minutes (budget.trial_minutes)", timed_out=True)
-    code = re.search(r"exit code (\d+)", told)
-    return Death(DIED if code is None else f"{DIED}: exit code {code[1]}")
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from search.paper.statistics import CONFIDENCE, FAILS, HOLDS, OPEN, at, best_abo
 from search.report.style import count, decimal, seconds
 from uipe_core.errors import UserError
 from uipe_core.metrics.tofu import log10_p_floor
-from uipe_core.storage.content_store import write_atomic
+from uipe_core.storage.files import write_atomic
 
 MODEL_ROWS = {
     "full": "M1 and M3 before unlearning: K1 and K2 learned",

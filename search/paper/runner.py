@@ -14,7 +14,8 @@ from search.paper.experiment import run_task
 from search.paper.settings import PaperSettings, Task, tasks
 from search.report.progress import Bars
 from uipe_core.errors import StudyInterrupted, UserError
-from uipe_core.storage.content_store import ContentStore, cache_folder, write_atomic
+from uipe_core.storage.content_store import ContentStore
+from uipe_core.storage.files import cache_folder, write_atomic
 
 PARTS = "parts"
 """Folder of finished parts within the output folder."""

@@ -13,7 +13,6 @@ from search.evaluation.prepared import Preparation, prepare
 from search.planning.plan import at_once, make_plan
 from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
 from search.planning.timing import measured_rates, past_rates
-from search.problem.space import given_points
 from search.spec.corpora import fetched_sources, load_corpus
 from search.spec.sections import PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
@@ -28,7 +27,7 @@ from uipe_core.models.tiny import TinyModelConfig, tiny_skeleton
 from uipe_core.storage.remote_store import RemotePlace
 from uipe_core.storage.safetensors_files import read_headers, weight_files
 from uipe_core.unlearning.loss_inputs import INITIAL_ON_RETAIN
-from uipe_core.unlearning.losses import METHODS
+from uipe_core.unlearning.methods import METHODS
 
 
 def plan_study(spec: StudySpec, out: Path, like: Path | None, say: Callable[[str], None]) -> Plan:
@@ -152,7 +151,7 @@ def _work(preparation: Preparation, builds: int, built: int, trains: tuple[str, 
         references=sum(model.log is None for model in preparation.references),
         controls=len(controls),
         from_logs=sum(job.model is not None for job in controls),
-        given=len(given_points(spec)),
+        given=len(spec.given_points()),
         search=spec.search.trials,
         walks=walks,
     )

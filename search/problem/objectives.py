@@ -1,12 +1,11 @@
 """Define what a study maximises, the reference point and the noise ceiling of its hypervolume."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
-from search.spec.study import StudySpec
-from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
 from uipe_core.metrics.tofu import log10_p_floor
 
@@ -63,14 +62,6 @@ THIRD_OBJECTIVES = {objective.name: objective for objective in (RELATED_FORGET_Q
 """Objectives a study may add, by the name its file gives (``search.third_objective``)."""
 
 
-def objectives_of(spec: StudySpec) -> tuple[Objective, ...]:
-    """The objectives of a study: forgetting, utility, and its third one if it has one."""
-    if spec.corpus.kind == "multiple_choice":
-        return CHOICE_FORGETTING, CHOICE_UTILITY
-    third = spec.search.third_objective
-    return (FORGET_QUALITY, MODEL_UTILITY) if third is None else (FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES[third])
-
-
 @dataclass(frozen=True)
 class Flag:
     """Why a point is marked as not to be believed at first sight: what holds of it, and what that may mean."""
@@ -90,32 +81,48 @@ DEFAULT_CAP = 0.3
 """Noise ceiling of forget quality where the study was not asked to measure it, or could not."""
 
 
-def forget_quality_cap(spec: StudySpec, controls: pd.DataFrame) -> float:
-    """The noise ceiling: the spec's, or the lowest forget quality among retain models of other seeds (0.3 without any)."""
-    given = spec.hypervolume.forget_quality_cap
+def forget_quality_cap(given: float | None, controls: pd.DataFrame) -> float:
+    """Return the noise ceiling of forget quality, in (0, 1].
+
+    Args:
+        given: The value the study file gives (``hypervolume.forget_quality_cap``), or None to measure it.
+        controls: Scored controls. The lowest forget quality among retain models of other seeds is the ceiling; without any
+            it is `DEFAULT_CAP`.
+    """
     if given is not None:
         return given
     others = controls[controls["kind"] == "other_retain"] if "kind" in controls else controls
     return DEFAULT_CAP if others.empty else float(others["forget_quality"].min())
 
 
-def reference_point(store: StudyStore) -> dict[str, float]:
-    """The corner by objective: the spec's, or the lowest forget quality the number of items can give."""
-    given = store.spec.hypervolume.reference_point.model_dump()
-    corner = {}
-    for objective in store.objectives:
-        value = given[objective.name]
-        corner[objective.name] = quality_floor(store, str(objective.quality_of)) if value is None else value
-    return corner
+def reference_point(
+    objectives: Sequence[Objective], given: Mapping[str, float | None], item_counts: Mapping[str, int]
+) -> dict[str, float]:
+    """Return the reference point of hypervolume, by objective.
 
-
-def quality_floor(store: StudyStore, name: str) -> float:
-    """Lowest log10 forget quality the items of an evaluation set can give that trials are scored on.
+    Args:
+        objectives: The objectives of the study.
+        given: Coordinates by objective from the study file; None for the lowest value that so many items can give.
+        item_counts: Items by evaluation set.
 
     Raises:
-        UserError: If the corpus has no such items.
+        UserError: A coordinate follows from a set that the corpus lacks.
     """
-    items = store.record["corpus"]["items"]["select"].get(name)
-    if items is None:
-        raise UserError(f"{store.out}: its corpus has no {name!r} items; leave search.third_objective out")
-    return log10_p_floor(items, items)
+    values = {objective.name: given[objective.name] for objective in objectives}
+    floors = {
+        objective.name: quality_floor(item_counts, str(objective.quality_of))
+        for objective in objectives
+        if values[objective.name] is None
+    }
+    return {name: floors[name] if value is None else value for name, value in values.items()}
+
+
+def quality_floor(item_counts: Mapping[str, int], name: str) -> float:
+    """Return the lowest log10 forget quality that the items of an evaluation set can give.
+
+    Raises:
+        UserError: The corpus has no such items.
+    """
+    if name not in item_counts:
+        raise UserError(f"search.third_objective: the corpus has no {name!r} items; leave it out")
+    return log10_p_floor(item_counts[name], item_counts[name])

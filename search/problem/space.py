@@ -1,14 +1,15 @@
-"""From a study to what Optuna searches: one flat space (base, epoch, alpha) and its given points.
+"""Define the search space: one flat space (base, epoch, alpha), and the points that are known beforehand.
 
-Flat, because samplers treat conditional parameters as independent draws.
+Flat, because samplers treat conditional parameters as independent draws. Throughout, `epochs` maps every base run to the
+number of its epochs, and `low` and `high` bound alpha.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-
-from search.spec.study import StudySpec
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
 
 
 @dataclass(frozen=True)
@@ -40,31 +41,31 @@ class Point:
         return {"base": self.base, "epoch": self.epoch, "alpha": self.alpha}
 
 
-def distributions(spec: StudySpec) -> dict[str, BaseDistribution]:
-    """The search space, in the form of ``study.ask(fixed_distributions=...)``."""
-    alpha, epochs = spec.search.alpha, spec.base_epochs()
+def distributions(epochs: Mapping[str, int], low: float, high: float) -> "dict[str, BaseDistribution]":
+    """Build the search space in the form of ``study.ask(fixed_distributions=...)``."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
     return {
         "base": CategoricalDistribution(list(epochs)),
         "epoch": IntDistribution(1, max(epochs.values())),
-        "alpha": FloatDistribution(alpha.low, alpha.high),
+        "alpha": FloatDistribution(low, high),
     }
 
 
-def given_points(spec: StudySpec) -> list[Point]:
-    """Every epoch of every base run at alpha = 0, which the search has for free; none where alpha excludes 0."""
-    if not spec.search.alpha.low <= 0 <= spec.search.alpha.high:
+def given_points(epochs: Mapping[str, int], low: float, high: float) -> list[Point]:
+    """List every epoch of every base run at alpha = 0, which costs no search; none where alpha excludes 0."""
+    if not low <= 0 <= high:
         return []
-    return [Point(base, epoch, 0.0) for base, count in spec.base_epochs().items() for epoch in range(1, count + 1)]
+    return [Point(base, epoch, 0.0) for base, count in epochs.items() for epoch in range(1, count + 1)]
 
 
-def grid_points(spec: StudySpec) -> list[Point]:
-    """Every epoch of every base run at alphas spread evenly from the lowest to the highest, as many as the trials allow.
+def grid_points(epochs: Mapping[str, int], low: float, high: float, trials: int) -> list[Point]:
+    """List every epoch of every base run at evenly spaced values of alpha, as many as `trials` allows.
 
-    A point at alpha = 0 among them is left out, because `given_points` has it.
+    Points at alpha = 0 are left out, because `given_points` has them.
     """
-    bases = [(base, epoch) for base, count in spec.base_epochs().items() for epoch in range(1, count + 1)]
-    steps = spec.search.trials // len(bases)
-    low, high = spec.search.alpha.low, spec.search.alpha.high
+    bases = [(base, epoch) for base, count in epochs.items() for epoch in range(1, count + 1)]
+    steps = trials // len(bases)
     # Rounded, so that 0 is 0; the ends stay what they are.
     inner = [round(low + (high - low) * step / (steps - 1), 9) for step in range(1, steps - 1)]
     alphas = [low, *inner, high]

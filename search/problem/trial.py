@@ -5,8 +5,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from search.evaluation.pruning import Rival
 from search.problem.space import Point
+
+Rival = Mapping[str, Any]
+"""A complete trial as it travels with a job: ``trial``, its number, and ``values``, its objectives by name."""
 
 POINT_KINDS = ("alpha_zero", "search", "dial")
 """Points of the search space, trials of the study: given, proposed, and asked for by `search.results.constrained`."""

@@ -6,8 +6,9 @@ import pandas as pd
 
 from search.problem.objectives import Objective
 from search.problem.pareto import DEFAULT_FLOOR, utility_floor
-from search.report.data import ReportData, collapsed
+from search.report.data import ReportData, report_data
 from search.report.style import alpha, count, decimal, number, probability
+from search.results.study_result import StudyResult, collapsed
 from uipe_core.errors import UserError
 
 # Gains below this share of the hypervolume at alpha = 0 are rounding, not results.
@@ -17,8 +18,13 @@ _GAMED = 0.05
 """Forget quality that passes the usual test, reached by a model that was never taught."""
 
 
-def verdict(view: ReportData) -> list[str]:
-    """What won, in plain sentences: what alpha gained over the unlearned epochs, and whether chance gains as much.
+def conclusions(result: StudyResult) -> list[str]:
+    """Conclude from a study's results what won, in plain sentences."""
+    return conclude(report_data(result))
+
+
+def conclude(view: ReportData) -> list[str]:
+    """Conclude what alpha gained over the unlearned epochs, and whether random directions gain as much.
 
     Gains are hypervolumes over what is given without a search: the initial model and every epoch at alpha = 0.
     """

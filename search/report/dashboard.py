@@ -2,6 +2,7 @@
 
 import optuna
 
+from search.report.conclusions import conclusions
 from search.results.study_result import StudyResult
 
 
@@ -21,7 +22,7 @@ def write_notes(result: StudyResult) -> None:
     table = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *rows]
     lines = [
         f"# {record['name']}",
-        *result.verdict(),
+        *conclusions(result),
         f"Corpus: {record['corpus']['name']}. Metric definition: {result.spec.definition}.",
         f"Report: {result.report_path}",
         "\n".join(table),

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
-from search.execution.budget import counted
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, flag_of
 from search.problem.pareto import DEFAULT_FLOOR, RULES
+from search.report.style import counted
+from search.results.study_result import StudyResult
 from search.results.uncertainty import smallest_groups
 from search.spec.study import StudySpec
 from uipe_core.errors import UserError
@@ -17,8 +18,6 @@ FORGETTING, UTILITY = "forgetting", "utility"
 """Columns of the first two objectives by role: pictures and verdict need not know which numbers these are."""
 
 TRIAL_COLUMNS = ("trial", "kind", "base", "method", "epoch", "alpha", "walk", "flagged", "seconds", "on_front")
-
-CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "of_trial")
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,6 @@ class Column:
     head: str
     form: str
     places: int = 4
-
-
-def collapsed(table: pd.DataFrame) -> pd.Series:
-    """Which rows of a table have collapsed; none of a study that was scored before collapse was looked for."""
-    if "collapsed" not in table:
-        return pd.Series(False, index=table.index)
-    return table["collapsed"].map(lambda reason: isinstance(reason, str)).astype(bool)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +46,11 @@ class ReportData:
             {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage,
             created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}],
-            failure_reasons [(reason, count)], saved (`search.evaluation.pruning.savings`), pruned [{trial, base, ...}] (`pruned_table`),
-            usage {hours, cpu_hours, gpu_hours}.
+            failure_reasons [(reason, count)], saved (`search.evaluation.pruning.savings`), pruned [{trial, base, ...}]
+            (`pruned_table`), usage {hours, cpu_hours, gpu_hours}.
         objectives: what the study maximises.
-        certainty, held_out, matched_scale, confirmations: tables of `search.results.uncertainty` and `search.results.finalists`; empty where
-            nothing of the kind was scored.
+        certainty, held_out, matched_scale, confirmations: tables of `search.results.uncertainty` and
+            `search.results.finalists`; empty where nothing of the kind was scored.
     """
 
     trials: pd.DataFrame
@@ -125,11 +117,7 @@ class ReportData:
         return table.assign(**{role: table[objective.name].astype(float) for role, objective in roles.items()})
 
 
-if TYPE_CHECKING:
-    from search.results.study_result import StudyResult
-
-
-def report_data(result: "StudyResult") -> ReportData:
+def report_data(result: StudyResult) -> ReportData:
     """Tables and summary of the report."""
     record, spec = result.store.record, result.spec
     trained = [run["epochs"] for label, run in record["base_runs"].items() if label not in spec.checkpoints]
@@ -157,7 +145,7 @@ def report_data(result: "StudyResult") -> ReportData:
     return ReportData(result.trials, result.controls, summary, result.objectives, *tables)
 
 
-def _selections(result: "StudyResult") -> list[dict[str, Any]]:
+def _selections(result: StudyResult) -> list[dict[str, Any]]:
     found = []
     for rule in RULES:
         title = f"{rule}, floor {DEFAULT_FLOOR}" if rule == "utility-floor" else rule
@@ -168,7 +156,7 @@ def _selections(result: "StudyResult") -> list[dict[str, Any]]:
     return found
 
 
-def _notes(result: "StudyResult") -> list[str]:
+def _notes(result: StudyResult) -> list[str]:
     notes = [
         f"Epochs of {label} are given checkpoints: "
         + ", ".join(f"{epoch} is {Path(folder).name}" for epoch, folder in enumerate(folders, 1))

@@ -3,7 +3,6 @@
 import base64
 import math
 import os
-import tempfile
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -11,11 +10,13 @@ from typing import Any
 
 import jinja2
 
-from search.report.conclusions import verdict
-from search.report.data import CONTROL_COLUMNS, TRIAL_COLUMNS, Column, ReportData
+from search.report.conclusions import conclude
+from search.report.data import TRIAL_COLUMNS, Column, ReportData, report_data
 from search.report.style import alpha, decimal, number, probability, seconds, table_text, whole
+from search.results.study_result import CONTROL_COLUMNS, StudyResult
 from search.results.uncertainty import FEW_GROUPS
 from uipe_core.errors import UserError
+from uipe_core.storage.files import write_atomic
 
 STAGES = {
     "models": "models: load or train the initial and the retain model",
@@ -57,7 +58,18 @@ AFTERWARDS = ("held_out", "matched_scale", "confirm")
 """Kinds of controls that belong to single front points and are shown beside them."""
 
 
-def write_report(view: ReportData, folder: Path) -> Path:
+def write_report(result: StudyResult) -> Path:
+    """Write the report of a study into its folder; return the path of the page.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    # Matplotlib writes a font cache, by default into the home folder.
+    os.environ.setdefault("MPLCONFIGDIR", str((result.out / ".matplotlib").resolve()))
+    return render_report(report_data(result), result.report_path.parent)
+
+
+def render_report(view: ReportData, folder: Path) -> Path:
     """Writes `report.html`, `front.png` and `alpha_curves.png` into a folder, each whole or not at all.
 
     Args:
@@ -92,8 +104,8 @@ def write_report(view: ReportData, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, picture in pictures.items():
-            _replace(folder / f"{name}.png", picture)
-        _replace(folder / "report.html", page.encode())
+            write_atomic(folder / f"{name}.png", picture)
+        write_atomic(folder / "report.html", page.encode())
     except OSError as error:
         raise UserError(f"cannot write the report into {folder}: {error.strerror}; free space or choose another") from error
     return folder / "report.html"
@@ -115,7 +127,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
     return environment.from_string(source).render(
         style=css,
         summary={**NONE_YET, **view.summary},
-        verdict=verdict(view),
+        verdict=conclude(view),
         gains=_gain_bars(view.summary),
         front=front.to_dict("records"),
         columns=view.columns,
@@ -181,18 +193,3 @@ def _cost(view: ReportData) -> dict[str, Any]:
         "base_run": base_run,
         "ratio": base_run / trial if trial > 0 and base_run > 0 else math.nan,
     }
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, never a part."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        # mkstemp makes files that only the owner may read; a report is there to be passed on.
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -2,6 +2,8 @@
 
 import io
 import math
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import pandas as pd
@@ -106,3 +108,13 @@ def padded(low: float, high: float, share: float, least: float) -> tuple[float, 
     """Limits with a margin: a share of the span, at least `least`."""
     margin = max((high - low) * share, least)
     return low - margin, high + margin
+
+
+LONGEST_REASON = 160
+"""Characters of a reason that are shown where reasons are counted."""
+
+
+def counted(reasons: Iterable[str]) -> list[tuple[str, int]]:
+    """Reasons of failure, each cut to a line, and how often each came; the commonest first, equal ones as they came."""
+    lines = (reason.strip().partition("\n")[0] for reason in reasons)
+    return Counter(line if len(line) <= LONGEST_REASON else f"{line[: LONGEST_REASON - 4]} ..." for line in lines).most_common()

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from search.problem.objectives import forget_quality_cap
 from search.problem.trial import Job
 from search.results.study_result import StudyResult
 from search.store.study_store import StudyStore
@@ -227,7 +226,7 @@ class Dial:
             raise UserError(f"{store.out}: neither the initial model nor a trial has been scored yet; run it with `uipe run`")
         self._store, self.floor = store, floor
         self._forgetting, self._utility = store.objectives[0], store.objectives[1].name
-        ceiling = self._forgetting.ceiling(forget_quality_cap(store.spec, controls))
+        ceiling = self._forgetting.ceiling(store.noise_ceiling(controls))
         start = initial.iloc[0]
         alpha = store.spec.search.alpha
         self.question = Question(floor * float(start[self._utility]), alpha.low, alpha.high, ceiling)

@@ -6,38 +6,7 @@ import numpy as np
 import pandas as pd
 
 from search.problem.objectives import Objective
-from search.problem.pareto import hypervolume, non_dominated
-from search.problem.trial import Job
-from search.store.study_store import StudyStore
-
-
-def mirror_jobs(store: StudyStore) -> list[Job]:
-    """What is still to be scored of the front: each point on the items kept for reporting (where items are split) and with its
-    logits at the initial model's scale; and of each that left alpha = 0, a random direction of the same norm."""
-    trials = store.trials_frame()
-    if trials.empty:
-        return []
-    controls = store.controls_frame()
-    done = set()
-    if not controls.empty and "of_trial" in controls:
-        known = controls.dropna(subset=["of_trial"])
-        done = set(zip(known["kind"], known["of_trial"].astype(int), strict=True))
-    front = trials[non_dominated(trials[[objective.name for objective in store.objectives]].to_numpy())]
-    jobs = []
-    for row in front.to_dict("records"):
-        point = (row["base"], int(row["epoch"]), float(row["alpha"]))
-        wanted = []
-        if row["alpha"] != 0:
-            wanted.append(Job("random_direction", *point, of_trial=int(row["trial"])))
-        if store.spec.split is not None:
-            wanted.append(Job("held_out", *point, of_trial=int(row["trial"])))
-        scale = row.get("logit_scale")
-        # Which letter is likeliest does not depend on the scale of the logits.
-        matters = store.spec.corpus.kind != "multiple_choice"
-        if matters and scale is not None and np.isfinite(scale) and scale > 0:
-            wanted.append(Job("matched_scale", *point, temperature=float(scale), of_trial=int(row["trial"])))
-        jobs += [job for job in wanted if (job.kind, job.of_trial) not in done]
-    return jobs
+from search.problem.pareto import hypervolume
 
 
 def best_first(front: pd.DataFrame, objectives: tuple[Objective, ...], corner: np.ndarray, ceilings: list[float]) -> list[int]:

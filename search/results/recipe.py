@@ -8,7 +8,6 @@ from typing import Any
 
 import yaml
 
-from search.problem.objectives import objectives_of
 from search.spec.study import RUNNING_KEYS, StudySpec
 from uipe_core.errors import UserError, first_line
 
@@ -107,7 +106,7 @@ def recipe_of(record: Mapping[str, Any], spec: StudySpec, row: Mapping[Any, Any]
         spec: The study's spec.
         row: The trial as a row of `search.results.study_result.StudyResult.trials`.
     """
-    objectives = objectives_of(spec)
+    objectives = spec.objectives
     p_values = [objective.p_value for objective in objectives if objective.p_value is not None]
     names = dict.fromkeys(["definition", *(objective.name for objective in objectives), *p_values, *checked_numbers(spec)])
     expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}

@@ -14,9 +14,8 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
-from search.problem.space import grid_points
-from search.report.progress import Bars
 from search.results.study_result import StudyResult
+from search.samplers.registry import SAMPLERS
 from search.store.mirror import is_url, is_worked_on, readable_folder
 from search.store.study_store import INTERRUPTED, StudyStore
 from uipe_core.errors import UserError
@@ -76,7 +75,7 @@ def status_of(
     trials = list(store.trials(names=("kind", "reason")))
     states = [trial.state for trial in trials]
     spec = store.spec
-    proposed = len(grid_points(spec)) if spec.search.sampler == "grid" else spec.search.trials
+    proposed = len(spec.grid_points()) if SAMPLERS[spec.search.sampler].fixed_points else spec.search.trials
     asked = {"alpha_zero": sum(spec.base_epochs().values()), "search": proposed}
     done = [trial for trial in trials if trial.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     kinds = [trial.user_attrs.get("kind") for trial in done]
@@ -133,12 +132,13 @@ class StatusLines:
     A thread of its own reads the storage, so that a long training or trial does not silence it.
 
     Args:
-        store, bars: The study and its progress.
-        job: Whether this driver is a job of a cluster; nothing is told where it is none, or where a terminal has bars.
+        store: The study.
+        progress: Work under way: (done, total) by name.
+        wanted: Whether lines are to be written. They are for a cluster job whose log nobody watches as a terminal.
     """
 
-    def __init__(self, store: StudyStore, bars: Bars, job: bool) -> None:
-        self._store, self._bars, self._wanted = store, bars, job and bars.plain
+    def __init__(self, store: StudyStore, progress: Callable[[], dict[str, tuple[int, int]]], wanted: bool) -> None:
+        self._store, self._progress, self._wanted = store, progress, wanted
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._tell, name="status lines", daemon=True)
 
@@ -157,7 +157,7 @@ class StatusLines:
         began = time.monotonic()
         while True:
             started = time.monotonic()
-            _write(lambda: status_of(self._store, "running", self._bars.under_way()))
+            _write(lambda: status_of(self._store, "running", self._progress()))
             ended = time.monotonic()
             pause = min(max(SHORTEST, SHARE * (ended - began)), LONGEST)
             if self._over.wait(max(pause, (ended - started) / SHARE)):

@@ -13,12 +13,8 @@ import optuna
 import pandas as pd
 
 from search.evaluation.pruning import pruned_table, savings
-from search.problem import objectives as yardstick
-from search.problem.objectives import Objective
+from search.problem.objectives import Objective, quality_floor
 from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
-from search.report.conclusions import verdict
-from search.report.data import CONTROL_COLUMNS, ReportData, collapsed, report_data
-from search.report.html import write_report
 from search.results import finalists
 from search.results.recipe import recipe_of
 from search.results.uncertainty import certainty
@@ -30,6 +26,9 @@ from uipe_core.errors import UserError
 from uipe_core.logs.parts import MEMORIZATION
 from uipe_core.logs.tofu import read_log
 from uipe_core.metrics.tofu import MEMORIZED_SETS
+
+CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "of_trial")
+"""Columns that the table of controls always has."""
 
 POINT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk")
 
@@ -100,7 +99,7 @@ class StudyResult:
     @property
     def forget_quality_cap(self) -> float:
         """The noise ceiling (`search.problem.objectives`)."""
-        return yardstick.forget_quality_cap(self.spec, self.controls)
+        return self.store.noise_ceiling(self.controls)
 
     def runnable_spec(self) -> StudySpec:
         """The spec with its storage as it can be opened: the record keeps no password."""
@@ -127,7 +126,8 @@ class StudyResult:
 
     @cached_property
     def matched_scale(self) -> pd.DataFrame:
-        """The front's utility as it is and with logits at the initial model's scale (`search.results.finalists.matched_scale`)."""
+        """The front's utility as it is and with logits at the initial model's scale
+        (`search.results.finalists.matched_scale`)."""
         return finalists.matched_scale(self.front, self.controls, self.objectives)
 
     @cached_property
@@ -215,11 +215,11 @@ class StudyResult:
 
     def reference_point(self) -> dict[str, float]:
         """The corner hypervolume is measured from (`search.problem.objectives`)."""
-        return yardstick.reference_point(self.store)
+        return self.store.reference_point()
 
     def floor_of(self, name: str) -> float:
         """Lowest log10 forget quality the items of an evaluation set can give."""
-        return yardstick.quality_floor(self.store, name)
+        return quality_floor(self.store.item_counts, name)
 
     @cached_property
     def item_counts(self) -> dict[str, int]:
@@ -293,23 +293,12 @@ class StudyResult:
 
     @property
     def report_path(self) -> Path:
+        """Where `search.report.html.write_report` writes the page."""
         return self.out / "report" / "report.html"
 
-    def report(self) -> Path:
-        """Writes the report and returns its path."""
-        os.environ.setdefault("MPLCONFIGDIR", str((self.out / ".matplotlib").resolve()))
-        return write_report(self.report_data(), self.report_path.parent)
-
-    def report_data(self) -> ReportData:
-        """Tables and summary of the report."""
-        return report_data(self)
-
-    def verdict(self) -> list[str]:
-        """What won, in plain sentences."""
-        return verdict(self.report_data())
-
     def export(self, row: pd.Series, to: Path | str, form: str) -> Path:
-        """Exports a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see `search.results.export`."""
+        """Exports a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see
+        `search.results.export`."""
         from search.results.export import export  # only exporting needs torch, which takes a second to import
 
         log = self.out / "logs" / "retain.json"
@@ -321,3 +310,10 @@ def _plain(value: Any) -> Any:
     """A value as JSON has it, which knows no infinity: the logits of a collapsed model may have no finite scale."""
     plain = value.item() if hasattr(value, "item") else value
     return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def collapsed(table: pd.DataFrame) -> pd.Series:
+    """Which rows of a table have collapsed; none of a study that was scored before collapse was looked for."""
+    if "collapsed" not in table:
+        return pd.Series(False, index=table.index)
+    return table["collapsed"].map(lambda reason: isinstance(reason, str)).astype(bool)

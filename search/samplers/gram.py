@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from uipe_core.deltas.gram import gram_matrix
 from uipe_core.deltas.store import DeltaStore
-from uipe_core.storage.content_store import write_atomic
+from uipe_core.storage.files import write_atomic
 
 FILE = "gram.npz"
 """Where a study's folder keeps it."""

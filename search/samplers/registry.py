@@ -1,45 +1,67 @@
-"""The samplers a study may name."""
+"""List the samplers a study may name. The names are readable without importing Optuna."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
+if TYPE_CHECKING:
+    from optuna.samplers import BaseSampler
 
 _STARTUP = 8
 
 
-def _tpe(seed: int) -> BaseSampler:
+def _tpe(seed: int) -> "BaseSampler":
+    from optuna.samplers import TPESampler
+
     return TPESampler(multivariate=True, n_startup_trials=_STARTUP, seed=seed)
 
 
-def _nsga2(seed: int) -> BaseSampler:
+def _nsga2(seed: int) -> "BaseSampler":
+    from optuna.samplers import NSGAIISampler
+
     # The default of 50 would spend a whole study on the first, random generation.
     return NSGAIISampler(population_size=12, seed=seed)
 
 
-def _gp(seed: int) -> BaseSampler:
+def _gp(seed: int) -> "BaseSampler":
+    from optuna.samplers import GPSampler
+
     return GPSampler(n_startup_trials=_STARTUP, seed=seed)
 
 
-def _random(seed: int) -> BaseSampler:
+def _random(seed: int) -> "BaseSampler":
+    from optuna.samplers import RandomSampler
+
     return RandomSampler(seed=seed)
 
 
-SAMPLERS: Mapping[str, Callable[[int], BaseSampler]] = MappingProxyType(
-    # The points of a grid are all known beforehand (`space.grid_points`); its sampler is never asked for any. Of `line` this is
-    # what proposes where nothing is known of the lines (`line_sampler`).
-    {"line": _tpe, "tpe": _tpe, "nsga2": _nsga2, "gp": _gp, "random": _random, "grid": _random}
-)
-"""Makers of samplers by the name a study gives."""
+@dataclass(frozen=True)
+class SamplerEntry:
+    """A sampler of Optuna and how a study runs it.
 
-LEARN_FROM_COMPLETE = ("gp", "nsga2")
-"""Samplers that see complete trials only: where trials were pruned they would propose again and again."""
-
-
-def make_sampler(name: str, seed: int) -> BaseSampler:
-    """The sampler of a study.
-
-    Raises:
-        KeyError: The name is not in `SAMPLERS`; a `StudySpec` has none such.
+    Attributes:
+        make: Build the Optuna sampler from a seed.
+        sees_pruned: It learns from PRUNED trials. One that does not proposes pruned points again and again.
+        fixed_points: Every point is known before the first trial (`search.problem.space.grid_points`); `make` is never asked.
+        needs_inner_products: The Gaussian process over the Gram matrix proposes (`search.samplers.line`); `make` builds the
+            fallback, used where there are no losses to model.
     """
-    return SAMPLERS[name](seed)
+
+    make: Callable[[int], "BaseSampler"]
+    sees_pruned: bool = True
+    fixed_points: bool = False
+    needs_inner_products: bool = False
+
+
+SAMPLERS: Mapping[str, SamplerEntry] = MappingProxyType(
+    {
+        "line": SamplerEntry(_tpe, needs_inner_products=True),
+        "tpe": SamplerEntry(_tpe),
+        "nsga2": SamplerEntry(_nsga2, sees_pruned=False),
+        "gp": SamplerEntry(_gp, sees_pruned=False),
+        "random": SamplerEntry(_random),
+        "grid": SamplerEntry(_random, fixed_points=True),
+    }
+)
+"""Samplers by the name a study file gives (``search.sampler``)."""

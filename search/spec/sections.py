@@ -185,7 +185,7 @@ MOST_BASE_RUNS = 1000
 class Unlearning(Section):
     """The base runs: every method with every combination of the values listed for it and for the learning rate.
 
-    `methods` comes out in the order of `uipe_core.unlearning.losses.METHODS`, with defaults filled in, however it was written.
+    `methods` comes out in the order of `uipe_core.unlearning.methods.METHODS`, with defaults filled in, however it was written.
     """
 
     methods: dict[str, dict[str, Annotated[tuple[float, ...], *OneOrMore]]]
@@ -219,7 +219,7 @@ class Unlearning(Section):
     @field_validator("methods")
     @classmethod
     def _methods_exist(cls, value: dict[str, dict[str, tuple[float, ...]]]) -> dict[str, dict[str, tuple[float, ...]]]:
-        from uipe_core.unlearning.losses import METHODS  # torch comes with it, and most users of this module do not need it
+        from uipe_core.unlearning.methods import METHODS  # torch comes with it, and most users of this module do not need it
 
         if not value:
             raise rule("there must be at least one method", f"Choose from {', '.join(METHODS)}.")
@@ -234,7 +234,7 @@ class Unlearning(Section):
 
 
 def _method_errors(name: str, settings: dict[str, tuple[float, ...]]) -> list[InitErrorDetails]:
-    from uipe_core.unlearning.losses import BOUNDS, METHODS
+    from uipe_core.unlearning.methods import BOUNDS, METHODS
 
     if name not in METHODS:
         error = rule(f"there is no method {name}", did_you_mean(name, list(METHODS)))

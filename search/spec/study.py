@@ -6,11 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from search.problem.objectives import (
+    CHOICE_FORGETTING,
+    CHOICE_UTILITY,
+    FORGET_QUALITY,
+    MODEL_UTILITY,
+    THIRD_OBJECTIVES,
+    Objective,
+)
+from search.problem.space import Point, distributions, given_points, grid_points
+from search.samplers.registry import SAMPLERS
 from search.spec.corpora import SOURCES, MultipleChoiceCorpus
 from search.spec.errors import KeyPath, Problem, StudyFileError, explain, key_text, rule
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
@@ -31,6 +41,9 @@ from search.spec.study_file import Lines, absolute_paths, read_study_file
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import CHOICE_DEFINITION
 
+if TYPE_CHECKING:
+    from optuna.distributions import BaseDistribution
+
 _OVERRIDES: dict[str, KeyPath] = {"seed": ("seed",), "trials": ("search", "trials")}
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mariadb")
@@ -46,7 +59,7 @@ class BaseRunSpec:
 
     Attributes:
         label: The method, with the values that tell it from its other variants: ``npo[beta=0.1]``.
-        method: A name in `uipe_core.unlearning.losses.METHODS`.
+        method: A name in `uipe_core.unlearning.methods.METHODS`.
         hyperparameters: Everything that can vary: what the method takes, complete, and ``learning_rate``.
     """
 
@@ -95,7 +108,7 @@ class StudySpec(Section):
     @field_validator("checkpoints")
     @classmethod
     def _there_are_base_runs(cls, value: dict[str, tuple[str, ...]], info: ValidationInfo) -> dict[str, tuple[str, ...]]:
-        from uipe_core.unlearning.losses import METHODS  # torch comes with it
+        from uipe_core.unlearning.methods import METHODS  # torch comes with it
 
         if not value and info.data.get("unlearning", value) is None:
             allowed = "a study needs base runs: a section unlearning, a section checkpoints, or both"
@@ -146,7 +159,7 @@ class StudySpec(Section):
 
     @model_validator(mode="after")
     def _grid_has_its_points(self) -> "StudySpec":
-        if self.search.sampler == "grid":
+        if SAMPLERS[self.search.sampler].fixed_points:
             least = 2 * sum(self.base_epochs().values())
             if self.search.trials < least:
                 allowed = f"a grid has each of the {least // 2} base epochs at two values of alpha at least"
@@ -161,15 +174,24 @@ class StudySpec(Section):
         return CHOICE_DEFINITION if self.corpus.kind == "multiple_choice" else self.scoring.definition
 
     @property
-    def prunes(self) -> bool:
-        """Whether trials end as soon as it is certain that they join no front (`search.evaluation.pruning`).
+    def objectives(self) -> tuple[Objective, ...]:
+        """The objectives, all maximised: forgetting, utility, and a third where the study names one."""
+        if self.corpus.kind == "multiple_choice":
+            return CHOICE_FORGETTING, CHOICE_UTILITY
+        third = self.search.third_objective
+        return (FORGET_QUALITY, MODEL_UTILITY) if third is None else (FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES[third])
 
-        Unless the file says so, not with a sampler that would learn nothing from them.
-        """
-        from search.samplers.registry import LEARN_FROM_COMPLETE  # optuna comes with it
+    def search_space(self) -> "dict[str, BaseDistribution]":
+        """The search space, in the form of ``study.ask(fixed_distributions=...)``."""
+        return distributions(self.base_epochs(), self.search.alpha.low, self.search.alpha.high)
 
-        wanted = self.search.prune
-        return self.search.sampler not in LEARN_FROM_COMPLETE if wanted is None else wanted
+    def given_points(self) -> list[Point]:
+        """Every epoch of every base run at alpha = 0."""
+        return given_points(self.base_epochs(), self.search.alpha.low, self.search.alpha.high)
+
+    def grid_points(self) -> list[Point]:
+        """The points of ``search.sampler: grid``."""
+        return grid_points(self.base_epochs(), self.search.alpha.low, self.search.alpha.high, self.search.trials)
 
     def variants(self) -> list[BaseRunSpec]:
         """The base runs to be trained, by method in the order of the registry, then by value in the order of the file."""

@@ -17,7 +17,8 @@ from search.store.record import read_record
 from search.store.study_store import StudyStore
 from uipe_core.deltas.checkpoints import checkpoint_inputs
 from uipe_core.errors import UserError
-from uipe_core.storage.content_store import ContentStore, cache_folder, content_key
+from uipe_core.storage.content_store import ContentStore, content_key
+from uipe_core.storage.files import cache_folder
 
 MB = 10**6
 

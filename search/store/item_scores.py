@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uipe_core.errors import UserError, first_line
-from uipe_core.storage.content_store import fsync_path, write_atomic
+from uipe_core.storage.files import fsync_path, write_atomic
 
 logger = logging.getLogger(__name__)
 

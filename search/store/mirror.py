@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from search.spec.redaction import without_password
 from uipe_core.errors import UserError
-from uipe_core.storage.content_store import cache_folder, file_hash, write_atomic
+from uipe_core.storage.files import cache_folder, file_hash, write_atomic
 from uipe_core.storage.remote_folder import RemoteFolder
 
 logger = logging.getLogger(__name__)

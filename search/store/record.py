@@ -12,7 +12,7 @@ from sqlalchemy import URL
 from search.spec.redaction import HIDDEN, without_password
 from search.spec.study import RUNNING_KEYS, StudySpec
 from uipe_core.errors import UserError, first_line
-from uipe_core.storage.content_store import write_atomic
+from uipe_core.storage.files import write_atomic
 
 RECORD = "study.json"
 RECORD_SCHEMA = 1

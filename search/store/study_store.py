@@ -23,7 +23,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import make_url
 
-from search.problem.objectives import Objective, objectives_of
+from search.problem.objectives import Objective, forget_quality_cap, reference_point
 from search.problem.space import own_epoch, sampled_epoch
 from search.problem.trial import POINT_KINDS, Job
 from search.spec.redaction import without_password
@@ -72,7 +72,21 @@ class StudyStore:
     @property
     def objectives(self) -> tuple[Objective, ...]:
         """What the study maximises."""
-        return objectives_of(self.spec)
+        return self.spec.objectives
+
+    @property
+    def item_counts(self) -> dict[str, int]:
+        """Number of items by evaluation set that trials are scored on."""
+        counts: dict[str, int] = self.record["corpus"]["items"]["select"]
+        return counts
+
+    def reference_point(self) -> dict[str, float]:
+        """The reference point of hypervolume, by objective."""
+        return reference_point(self.objectives, self.spec.hypervolume.reference_point.model_dump(), self.item_counts)
+
+    def noise_ceiling(self, controls: pd.DataFrame) -> float:
+        """Forget quality above which differences are noise (`search.problem.objectives.forget_quality_cap`)."""
+        return forget_quality_cap(self.spec.hypervolume.forget_quality_cap, controls)
 
     @classmethod
     def create(cls, out: Path, spec: StudySpec, identity: str, facts: Mapping[str, Any]) -> "StudyStore":
@@ -240,7 +254,8 @@ class StudyStore:
         return None
 
     def prune(self, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
-        """Ends a search trial as PRUNED, with its certificate (`search.evaluation.pruning`) and without values, which nobody knows.
+        """Ends a search trial as PRUNED, with its certificate (`search.evaluation.pruning`) and without values, which nobody
+        knows.
 
         Args:
             number: The trial.

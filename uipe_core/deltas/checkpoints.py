@@ -29,7 +29,7 @@ from uipe_core.deltas.store import BaseRun, DeltaStore, joined
 from uipe_core.errors import UserError
 from uipe_core.models.loading import Progress
 from uipe_core.models.skeleton import InitialModel, dense_weights
-from uipe_core.storage.content_store import file_hash
+from uipe_core.storage.files import file_hash
 from uipe_core.storage.safetensors_files import PART, ShardReader, StoredTensor, weight_files
 
 CHECKPOINT_SCHEMA = 1

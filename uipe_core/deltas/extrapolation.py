@@ -73,7 +73,8 @@ class Extrapolator:
 
     Args:
         model: A transformers model holding theta_init. It is changed in place (and wrapped for low-rank updates).
-        initial: The weights theta_init as stored, perhaps read one at a time (`uipe_core.deltas.initial_weights`); copied from the
+        initial: The weights theta_init as stored, perhaps read one at a time (`uipe_core.deltas.initial_weights`); copied
+        from the
             model when not given. Give them when the model was cast to another dtype, so that extrapolation still starts
             from the stored values.
     """

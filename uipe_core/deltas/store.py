@@ -10,9 +10,22 @@ from typing import Any
 
 from uipe_core.deltas.files import load_update, save_update
 from uipe_core.deltas.update_vectors import UpdateVector
-from uipe_core.storage.content_store import BrokenEntryError, ContentStore, content_key, write_atomic
+from uipe_core.storage.content_store import BrokenEntryError, ContentStore, content_key
+from uipe_core.storage.files import write_atomic
 from uipe_core.storage.remote_store import RemoteEntry, RemotePlace, RemoteStore
-from uipe_core.unlearning.training import EpochResult
+
+
+@dataclass(frozen=True)
+class EpochResult:
+    """The outcome of one epoch: its update vector and the mean of its training losses in nats.
+
+    Of several processes only the first gets the update; in the others it has no tensors.
+    """
+
+    epoch: int
+    update: UpdateVector
+    loss: float
+
 
 RUN = "run.json"
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import CHOICE_DEFINITION, ChoiceReport, ChoiceScores
-from uipe_core.storage.content_store import write_atomic
+from uipe_core.storage.files import write_atomic
 
 
 def write_choice_log(report: ChoiceReport, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:

@@ -75,7 +75,8 @@ class ScoreReport:
             corpus has them ``related``, ``unrelated``).
         logit_scale: Mean over gold answer tokens of the utility sets of the standard deviation of the logits over the
             vocabulary; None where it was not measured.
-        seconds: Wall-clock seconds by stage of scoring (`uipe_core.scoring.scorer.LOSS_STAGES` and those that follow), in their order.
+        seconds: Wall-clock seconds by stage of scoring (`uipe_core.scoring.scorer.LOSS_STAGES` and those that follow), in
+        their order.
     """
 
     sets: Mapping[str, SetScores]

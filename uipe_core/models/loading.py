@@ -10,7 +10,7 @@ import torch
 
 from uipe_core.errors import UserError, first_line
 from uipe_core.models.prompts import PromptFormat
-from uipe_core.storage.content_store import file_hash
+from uipe_core.storage.files import file_hash
 from uipe_core.storage.safetensors_files import weight_files
 
 Progress = Callable[[int, int], None]

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from uipe_core.corpora.types import Corpus, ItemSet
+from uipe_core.models.likelihood import mean_answer_nll
 from uipe_core.models.loading import Progress, load_model
 from uipe_core.models.prompts import PromptFormat, pad_batch
 from uipe_core.storage.content_store import ContentStore
-from uipe_core.unlearning.losses import mean_answer_nll
 
 TINY_SCHEMA = 2
 """Raised whenever a change in this file alters the tiny models it builds, so that cached ones are not taken for new."""

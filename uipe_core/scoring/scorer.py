@@ -2,8 +2,8 @@
 
 In stages in order of their cost, so that whoever has seen enough need not pay for the rest. Teacher-forced losses are computed
 in batches sorted by length, padded on the right to the longest of the batch, with logits for answer positions only; answers to
-one question share its prompt where the model takes that (`uipe_core.scoring.packing`). Text is generated only where the losses have not
-shown already what it is (`uipe_core.scoring.generation`).
+one question share its prompt where the model takes that (`uipe_core.scoring.packing`). Text is generated only where the
+losses have not shown already what it is (`uipe_core.scoring.generation`).
 """
 
 import time

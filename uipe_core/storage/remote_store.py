@@ -21,12 +21,12 @@ from uipe_core.storage.content_store import (
     MANIFEST,
     BrokenEntryError,
     ContentStore,
-    cache_folder,
     check_manifest,
     content_key,
     manifest_of,
     read_manifest,
 )
+from uipe_core.storage.files import cache_folder
 from uipe_core.storage.node_cache import NodeCache
 from uipe_core.storage.remote_folder import RemoteFolder
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector
 from uipe_core.models.prompts import Example
-from uipe_core.unlearning.losses import Shares
+from uipe_core.unlearning.methods import Shares
 from uipe_core.unlearning.steering import find_decoder_layers
 
 Step = TypeVar("Step")
@@ -148,7 +148,8 @@ def local_snapshot(model: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def take_sharded_update(model: Any, initial: Mapping[str, Tensor], rank: int) -> UpdateVector:
-    """`uipe_core.deltas.update_vectors.take_update` of an fp32 model in shards: every process sets its own onto theta_init + delta.
+    """`uipe_core.deltas.update_vectors.take_update` of an fp32 model in shards: every process sets its own onto theta_init +
+    delta.
 
     The update is gathered one tensor at a time. The first process gets it; in the others it has no tensors.
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from uipe_core.corpora.types import Item
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector, adapter_scale, factors
 from uipe_core.metrics.scores import FloatArray
+from uipe_core.models.likelihood import mean_answer_nll
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import pad_batch
-from uipe_core.unlearning.losses import mean_answer_nll
 
 _PEFT_PREFIX = "base_model.model."
 _BLOCK = 1 << 24

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from uipe_core.corpora.refusals import REFUSALS, draw_refusals
 from uipe_core.corpora.types import ItemSet
 from uipe_core.errors import UserError
+from uipe_core.models.likelihood import answer_kl, answer_logp, answer_rows
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import Batch, Example, pad_batch
 from uipe_core.unlearning.distributed import Processes
-from uipe_core.unlearning.losses import LossInputs, answer_kl, answer_logp, answer_rows
+from uipe_core.unlearning.methods import LossInputs
 from uipe_core.unlearning.steering import control_direction, decoder_layer, outputs_of
 
 INITIAL_BEFORE_TRAINING = {"initial_forget_logp", "initial_refusal_logp"}

@@ -3,7 +3,8 @@
 The loop follows TOFU (arXiv 2401.06121): an epoch is one pass over the forget set, each step pairs its forget batch with as
 many retain items drawn at random, AdamW warms up linearly over the first epoch.
 
-In a process group (`uipe_core.unlearning.distributed`) all processes train one base run together: each reads its part of every batch, and
+In a process group (`uipe_core.unlearning.distributed`) all processes train one base run together: each reads its part of
+every batch, and
 the summed gradient is that of the whole one. Rounding apart, the update vectors are those of one process, so that the number of
 processes is no input of a base run (with dropout they are so in distribution only).
 """
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from uipe_core.corpora.types import Corpus
+from uipe_core.deltas.store import EpochResult
 from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector, adapter_state, snapshot, take_update, wrap_adapter
 from uipe_core.models.loading import LoadedModel, Progress
 from uipe_core.unlearning.distributed import Processes, current_processes, local_snapshot, take_sharded_update
@@ -29,7 +31,7 @@ from uipe_core.unlearning.loss_inputs import (
     initial_logp,
     make_forward,
 )
-from uipe_core.unlearning.losses import METHODS
+from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.steering import train_down_projections
 
 TRAINING_SCHEMA = 3
@@ -62,7 +64,7 @@ class UnlearningConfig:
     """Everything that determines a base run, given model and corpus.
 
     Attributes:
-        method: Key of `uipe_core.unlearning.losses.METHODS`.
+        method: Key of `uipe_core.unlearning.methods.METHODS`.
         hyperparameters: What the method takes, for example ``{"beta": 0.1}``.
         epochs: Passes over the forget set.
         learning_rate: Peak learning rate.
@@ -92,18 +94,6 @@ class UnlearningConfig:
     def as_inputs(self) -> dict[str, Any]:
         """JSON-able form for content addressing."""
         return {**asdict(self), "schema": TRAINING_SCHEMA}
-
-
-@dataclass(frozen=True)
-class EpochResult:
-    """The outcome of one epoch: its update vector and the mean of its training losses in nats.
-
-    Of several processes only the first gets the update; in the others it has no tensors.
-    """
-
-    epoch: int
-    update: UpdateVector
-    loss: float
 
 
 class DivergedError(RuntimeError):

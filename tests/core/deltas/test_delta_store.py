@@ -7,11 +7,10 @@ import weakref
 import pytest
 import torch
 
-from uipe_core.deltas.store import DeltaStore
+from uipe_core.deltas.store import DeltaStore, EpochResult
 from uipe_core.deltas.update_vectors import DENSE, LOW_RANK, UpdateVector
 from uipe_core.errors import UserError
 from uipe_core.storage.content_store import content_key
-from uipe_core.unlearning.training import EpochResult
 
 INPUTS = {"method": "npo", "learning_rate": 1e-3, "epochs": 3}
 ADAPTER = {"r": 2, "lora_alpha": 4.0, "target_modules": ["q_proj"], "lora_dropout": 0.0, "task_type": "CAUSAL_LM"}

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from uipe_core.deltas.adapters import adapter_weights
 from uipe_core.deltas.checkpoints import check_checkpoint, checkpoint_identity
-from uipe_core.deltas.store import DeltaStore
+from uipe_core.deltas.store import DeltaStore, EpochResult
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector
 from uipe_core.errors import UserError
 from uipe_core.logs.tofu import read_log
@@ -24,7 +24,6 @@ from uipe_core.models.skeleton import meta_model, open_initial
 from uipe_core.storage.content_store import MANIFEST, BrokenEntryError, ContentStore, _canonical, content_key
 from uipe_core.storage.safetensors_files import weight_files
 from uipe_core.unlearning.steering import model_depth
-from uipe_core.unlearning.training import EpochResult
 
 PACKAGES = [Path(__file__).parents[3] / name for name in ("uipe_core", "search")]
 

@@ -12,7 +12,8 @@ from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError
 from uipe_core.models.loading import ModelSource, cast_weights, load_model, model_identity, resolve_device
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model, tiny_model_inputs
-from uipe_core.storage.content_store import ContentStore, cache_folder
+from uipe_core.storage.content_store import ContentStore
+from uipe_core.storage.files import cache_folder
 
 FROZEN = Stage(epochs=1, learning_rate=0.0, batch_size=500)
 SMALL = TinyModelConfig("word", None, 8, 1, 2, base=Stage(1, 1e-2, 100), finetune=FROZEN, seed=0)

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 
 import uipe_core
 from uipe_core.errors import UserError
-from uipe_core.storage.content_store import BrokenEntryError, ContentStore, content_key, file_hash, write_atomic
+from uipe_core.storage.content_store import BrokenEntryError, ContentStore, content_key
+from uipe_core.storage.files import file_hash, write_atomic
 
 INPUTS = {"what": "weights", "seed": 3}
 KEY = content_key(INPUTS)

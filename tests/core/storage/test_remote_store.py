@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import uipe_core
-from uipe_core.deltas.store import DeltaStore
+from uipe_core.deltas.store import DeltaStore, EpochResult
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector
 from uipe_core.errors import UserError
 from uipe_core.storage import node_cache, remote_folder
@@ -24,7 +24,6 @@ from uipe_core.storage.content_store import BrokenEntryError, content_key, manif
 from uipe_core.storage.node_cache import NodeCache
 from uipe_core.storage.remote_folder import open_url
 from uipe_core.storage.remote_store import RemotePlace, RemoteStore
-from uipe_core.unlearning.training import EpochResult
 
 INPUTS = {"what": "weights", "seed": 3}
 KEY = content_key(INPUTS)

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from uipe_core.models.likelihood import answer_kl, answer_logp, mean_answer_nll
 from uipe_core.models.prompts import IGNORED
-from uipe_core.unlearning.losses import BOUNDS, METHODS, LossInputs, answer_kl, answer_logp, mean_answer_nll
+from uipe_core.unlearning.methods import BOUNDS, METHODS, LossInputs
 
 VOCABULARY = 5
 LABELS = torch.tensor([[IGNORED, IGNORED, 3, 1, 4], [IGNORED, 2, 0, IGNORED, IGNORED], [IGNORED, IGNORED, IGNORED, 4, IGNORED]])

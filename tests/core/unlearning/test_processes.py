@@ -23,7 +23,7 @@ from uipe_core.errors import UserError
 from uipe_core.models.loading import load_model
 from uipe_core.models.prompts import Example
 from uipe_core.unlearning.distributed import Processes, current_processes
-from uipe_core.unlearning.losses import METHODS, Shares
+from uipe_core.unlearning.methods import METHODS, Shares
 from uipe_core.unlearning.training import AdapterConfig, DivergedError, UnlearningConfig, train_base_run
 
 LORA = AdapterConfig(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "o_proj"))

@@ -7,6 +7,7 @@ import torch
 from uipe_core.corpora.types import Item
 from uipe_core.deltas.extrapolation import Extrapolator
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector
+from uipe_core.models.likelihood import mean_answer_nll
 from uipe_core.models.prompts import pad_batch
 from uipe_core.unlearning.gradients import (
     cosine,
@@ -21,7 +22,6 @@ from uipe_core.unlearning.gradients import (
     predicted_projection,
     projection,
 )
-from uipe_core.unlearning.losses import mean_answer_nll
 from uipe_core.unlearning.training import AdapterConfig, UnlearningConfig, train_base_run
 
 LORA = AdapterConfig(rank=2, alpha=8, target_modules=("q_proj", "v_proj"))

@@ -11,7 +11,7 @@ from uipe_core.deltas.extrapolation import Extrapolator
 from uipe_core.deltas.update_vectors import DENSE, LOW_RANK, snapshot
 from uipe_core.errors import UserError
 from uipe_core.models.loading import LoadedModel
-from uipe_core.unlearning.losses import METHODS
+from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.steering import control_direction, decoder_layer, outputs_of
 from uipe_core.unlearning.training import AdapterConfig, DivergedError, UnlearningConfig, train_base_run
 

@@ -10,8 +10,9 @@ import yaml
 
 from search.evaluation.inputs import check_inputs
 from search.evaluation.prepared import prepare
-from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, objectives_of
+from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY
 from search.problem.trial import Job
+from search.report.conclusions import conclusions
 from search.spec.errors import StudyFileError
 from search.spec.study import load_study, parse_study
 from uipe_core.errors import UserError
@@ -68,7 +69,7 @@ def test_defaults_are_wmdp_bio_and_mmlu(world):
     assert str(spec.corpus.utility.data_set()) == "cais/mmlu:all:test"
     assert spec.model.retain is None
     assert spec.definition == "letters"
-    assert objectives_of(spec) == (CHOICE_FORGETTING, CHOICE_UTILITY)
+    assert spec.objectives == (CHOICE_FORGETTING, CHOICE_UTILITY)
     notes = check_inputs(spec)
     assert [note.partition(":")[0] for note in notes] == ["corpus.forget.source", "corpus.utility.source", "model.initial"]
 
@@ -218,7 +219,7 @@ def test_report_and_verdict_speak_of_accuracy_and_chance(ran, choice_result):
         assert part in page
     for part in ("forget quality", "retain model,", "log10"):
         assert part not in page.partition('id="controls"')[0]
-    text = " ".join(choice_result.verdict())
+    text = " ".join(conclusions(choice_result))
     assert "forget accuracy" in text
     assert "utility accuracy" in text
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from search.evaluation.controls import control_jobs
 from search.evaluation.inputs import check_inputs
 from search.evaluation.prepared import prepare
-from search.problem.space import Point, distributions, given_points, own_epoch, sampled_epoch
+from search.problem.space import Point, own_epoch, sampled_epoch
 from search.results.study_result import StudyResult
 from search.spec.errors import StudyFileError
 from search.spec.study import load_study, parse_study
@@ -205,9 +205,9 @@ def test_a_failed_given_point_is_asked_for_again_with_the_flat_spaces_epoch(worl
     preparation = prepare(load_study(study_of(world, unlearning=unlearning)))
     store = StudyStore.create(tmp_path / "out", preparation.spec, preparation.fingerprint, preparation.facts())
     try:
-        space = distributions(preparation.spec)
+        space = preparation.spec.search_space()
         assert space["epoch"] == optuna.distributions.IntDistribution(1, 5)
-        for point in given_points(preparation.spec):
+        for point in preparation.spec.given_points():
             number, job = store.ask_point(space, point.params, "alpha_zero")
             assert Point(job.base, job.epoch, job.alpha) == point
             assert job.kind == "alpha_zero"

@@ -14,9 +14,9 @@ from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.deltas.extrapolation import Extrapolator
 from uipe_core.errors import UserError
 from uipe_core.logs.tofu import read_log
+from uipe_core.models.likelihood import mean_answer_nll
 from uipe_core.models.prompts import CHAT_DATE, FORMATS, PromptFormat, pad_batch
 from uipe_core.scoring.scorer import Scorer
-from uipe_core.unlearning.losses import mean_answer_nll
 from uipe_core.unlearning.training import train_base_run
 
 TOFU_FILES = {

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from search.problem.space import given_points
 from search.results.study_result import StudyResult
 from search.store.study_store import StudyStore
 from uipe_core.corpora.split import take_items
@@ -301,5 +300,5 @@ def test_ray_has_left_this_process(adapted):
 def test_given_points_are_every_epoch_of_every_base_run(result):
     zero = result.trials[result.trials["alpha"] == 0]
     places = {(row["base"], row["epoch"]) for row in zero.to_dict("records")}
-    assert places == {(point.base, point.epoch) for point in given_points(result.spec)}
+    assert places == {(point.base, point.epoch) for point in result.spec.given_points()}
     assert all(math.isfinite(value) for value in result.gain.values())

@@ -15,9 +15,8 @@ from optuna.trial import TrialState
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 
-from search.problem.space import distributions
 from search.problem.trial import Job
-from search.samplers.registry import make_sampler
+from search.samplers.registry import SAMPLERS
 from search.store import trials as trial_rows
 from search.store.trials import end_trial
 from uipe_core.errors import UserError
@@ -31,7 +30,7 @@ def store(new_store):
 
 
 def ask(store):
-    return store.ask_point(distributions(store.spec))
+    return store.ask_point(store.spec.search_space())
 
 
 def score(store, made_up_evidence, count=1):
@@ -57,7 +56,7 @@ def attributes(store, number):
 
 
 def test_evidence_is_there_under_its_names_and_none_twice(store, made_up_evidence):
-    number, job = store.ask_point(distributions(store.spec), {"base": "npo", "epoch": 1, "alpha": 0.0}, "alpha_zero")
+    number, job = store.ask_point(store.spec.search_space(), {"base": "npo", "epoch": 1, "alpha": 0.0}, "alpha_zero")
     evidence = made_up_evidence(job, note="ü 'quoted' % :name", flagged=True, of_trial=None)
     store.complete(job, number, evidence)
     assert attributes(store, number) == {key: value for key, value in evidence.items() if value is not None}
@@ -88,7 +87,7 @@ def test_evidence_is_written_whole_or_not_at_all(store, made_up_evidence):
 def test_what_is_written_is_what_optuna_would_have_written(new_store, made_up_evidence):
     """Every row but the ids and the times, of trials that ended in each way, with parameters and a sampler's notes."""
     ours = new_store()
-    ours.use_sampler(make_sampler("nsga2", 0))
+    ours.use_sampler(SAMPLERS["nsga2"].make(0))
     score(ours, made_up_evidence, 3)
     number, job = ask(ours)
     ours.fail(job, number, "no memory")
@@ -123,7 +122,7 @@ def test_what_is_read_is_what_optuna_would_have_read(new_store, made_up_evidence
     """Of trials in each state, of ours and of another program, more than fit one answer; controls lie between them."""
     monkeypatch.setattr(trial_rows, "READ_AT_ONCE", 3)
     store = new_store()
-    store.use_sampler(make_sampler("nsga2", 0))
+    store.use_sampler(SAMPLERS["nsga2"].make(0))
     assert list(store.trials()) == []
     score(store, made_up_evidence, 4)
     store.complete(Job("initial", model="initial"), store.ask_control(), made_up_evidence(Job("initial", model="initial")))
@@ -185,7 +184,7 @@ def test_the_sampler_proposes_as_it_would_on_the_study_itself(store, made_up_evi
     itself = optuna.load_study(
         study_name=store.study.study_name, storage=store.storage, sampler=TPESampler(multivariate=True, seed=3)
     )
-    expected = itself.ask(fixed_distributions=distributions(store.spec)).params
+    expected = itself.ask(fixed_distributions=store.spec.search_space()).params
     itself.tell(16, state=TrialState.FAIL)
     store.use_sampler(TPESampler(multivariate=True, seed=3))
     # The failed one is no part of what it learns from.
@@ -224,7 +223,7 @@ def test_a_resumed_study_shows_its_sampler_all_trials_with_their_numbers_and_wit
 
 def test_what_a_sampler_notes_with_a_trial_is_kept_for_the_next_run(new_store, made_up_evidence):
     store = new_store()
-    store.use_sampler(make_sampler("nsga2", 0))
+    store.use_sampler(SAMPLERS["nsga2"].make(0))
     score(store, made_up_evidence, 14)
     noted = [trial.system_attrs for trial in store.study.trials]
     assert all(noted)

@@ -12,18 +12,20 @@ from optuna.trial import TrialState
 
 from search.evaluation.evaluator import Evaluator
 from search.evaluation.pruning import MOST, Rivals, bounds, certificate
-from search.execution.base_runs import BaseRuns, Room
+from search.execution.base_runs import BaseRuns
 from search.execution.budget import StudyGuard
+from search.execution.capacity import Room
 from search.execution.run import _done_jobs
 from search.execution.tune import StudySearcher, Workforce
 from search.execution.workers import pack_arrays
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
 from search.problem.pareto import hypervolume, non_dominated
-from search.problem.space import Point, distributions, grid_points
+from search.problem.space import Point
 from search.problem.trial import Job
+from search.report.html import write_report
 from search.results.status import status_of
 from search.results.study_result import StudyResult
-from search.samplers.registry import make_sampler
+from search.samplers.registry import SAMPLERS
 from search.spec.runtime import Budget, Plateau
 from search.store.checks import item_scores
 from uipe_core.metrics.collapse import collapse_reason
@@ -276,13 +278,13 @@ class Driver:
 
     def __init__(self, store, jobs=(), proposals=0, budget=None):
         self.store = store
-        store.use_sampler(make_sampler("random", 0))
+        store.use_sampler(SAMPLERS["random"].make(0))
         runs = BaseRuns(Room(9, 1, 9), {"grad_diff": ("aa",), "npo": ("bb",)}, training=set())
         self.ends = []
         self.guard = StudyGuard(store, budget or Budget(), lambda words: None)
         self.searcher = StudySearcher(
             store,
-            distributions(store.spec),
+            store.spec.search_space(),
             jobs,
             proposals,
             runs,
@@ -356,7 +358,7 @@ def test_results_say_what_was_pruned_and_saved(half_pruned):
     assert list(result.pruned[f"{TWO[1]}_bound"]) == [0.4] * 3
     saved = result.summary()["saved"]
     assert saved == {"trials": 3, "stages": {"general": 3}, "seconds": pytest.approx(1.2), "share": pytest.approx(0.8)}
-    page = result.report().read_text()
+    page = write_report(result).read_text()
     assert "3 trials were not scored to their end (3 after general)" in page
     assert "<h3>Pruned trials</h3>" in page
     assert "search trials are done" not in page  # nothing is missing
@@ -370,7 +372,7 @@ def test_without_pruning_no_trial_has_rivals(new_store, made_up_evidence):
     result = reportable(store)
     assert result.pruned.empty
     assert result.saved is None
-    assert "not scored to their end" not in result.report().read_text()
+    assert "not scored to their end" not in write_report(result).read_text()
 
 
 def test_pruning_suits_the_sampler_unless_the_study_says_so(new_store):
@@ -378,7 +380,7 @@ def test_pruning_suits_the_sampler_unless_the_study_says_so(new_store):
     spec = new_store().spec
 
     def prunes(sampler, prune):
-        return spec.model_copy(update={"search": spec.search.model_copy(update={"sampler": sampler, "prune": prune})}).prunes
+        return prunes(spec.model_copy(update={"search": spec.search.model_copy(update={"sampler": sampler, "prune": prune})}))
 
     assert {pair for pair in asked if prunes(*pair)} == {
         *((sampler, None) for sampler in ("tpe", "random", "grid")),
@@ -409,9 +411,9 @@ def test_samplers_go_on_after_pruned_trials(new_store, made_up_evidence, tmp_pat
         store = new_store(out=tmp_path / sampler, name=sampler, search={"prune": True})
         driver = Driver(store, GIVEN, 0)
         driver.work(lambda job: (made_up_evidence(job), None))
-        store.use_sampler(make_sampler(sampler, 0))
+        store.use_sampler(SAMPLERS[sampler].make(0))
         for turn in range(24):
-            point, job = store.ask_point(distributions(store.spec))
+            point, job = store.ask_point(store.spec.search_space())
             if turn % 3:
                 store.prune(point, pruned_evidence(job))
             else:
@@ -444,7 +446,7 @@ def test_a_grid_ends_with_the_same_front(new_store, evaluator, with_delta, tmp_p
     volumes, fronts_of = [], []
     for prune in (False, True):
         store = new_store(out=tmp_path / f"prune-{prune}", name=f"grid-{prune}", search={**FINE, "prune": prune})
-        jobs = [*GIVEN, *(Job("search", **point.params) for point in grid_points(store.spec))]
+        jobs = [*GIVEN, *(Job("search", **point.params) for point in store.spec.grid_points())]
 
         def evaluate_for(job):
             evidence, report = evaluator.evaluate(with_delta(job))

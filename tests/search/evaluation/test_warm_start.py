@@ -3,7 +3,7 @@
 import pytest
 
 from search.evaluation.inputs import check_inputs, earlier_fronts
-from search.problem.space import Point, distributions
+from search.problem.space import Point
 from search.spec.errors import StudyFileError
 from search.spec.study import parse_study
 from uipe_core.errors import UserError
@@ -16,7 +16,7 @@ def earlier(new_store, made_up_evidence, tmp_path):
     def make(name, points, **changes):
         store = new_store(tmp_path / name, name=name, **changes)
         for base, epoch, alpha, quality, utility in points:
-            number, job = store.ask_point(distributions(store.spec), Point(base, epoch, alpha).params)
+            number, job = store.ask_point(store.spec.search_space(), Point(base, epoch, alpha).params)
             extra = {"related_log10_forget_quality": -1.0} if store.spec.search.third_objective else {}
             assert store.complete(job, number, made_up_evidence(job, quality, utility, **extra)) is None
         store.close()

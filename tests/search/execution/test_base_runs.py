@@ -6,8 +6,8 @@ import pytest
 import ray
 import yaml
 
-from search.execution.base_runs import BaseRuns, Room, problem_of
-from search.execution.capacity import Fleet, autoscaler_fleet, fits, need_of, per_base_run, room_for, trials_held
+from search.execution.base_runs import BaseRuns, problem_of
+from search.execution.capacity import Fleet, Room, autoscaler_fleet, fits, need_of, per_base_run, room_for, trials_held
 from search.spec.runtime import BaseRunResources, Resources, TrialResources
 from uipe_core.errors import UserError
 

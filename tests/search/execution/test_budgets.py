@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from search.execution.budget import FAILURE_LEAST, FAILURE_WINDOW, FrontGrowth, counted, on_plateau, over_gpu_time, over_time
+from search.execution.budget import FAILURE_LEAST, FAILURE_WINDOW, FrontGrowth, on_plateau, over_gpu_time, over_time
 from search.execution.budget import too_many_failures as gave_up
 from search.problem.pareto import hypervolume
+from search.report.style import counted
 
 unit = st.floats(0.0, 1.0, allow_nan=False)
 points = st.lists(st.tuples(unit, unit), max_size=25)

@@ -11,13 +11,13 @@ from benchmarks.recorded.record import gram_of_study
 from search.evaluation.evaluator import StudyContext
 from search.evaluation.prepared import prepare
 from search.evaluation.task import read_report
-from search.execution.base_runs import BaseRuns, Room
+from search.execution.base_runs import BaseRuns
+from search.execution.capacity import Room
 from search.execution.line_inputs import InnerProducts, line_sampler
 from search.execution.ray_cluster import connected
-from search.problem.space import distributions
 from search.report.progress import Bars
 from search.samplers.gram import FILE, NOTHING, StudyGram, grown, keep_gram, kept_gram
-from search.samplers.registry import make_sampler
+from search.samplers.registry import SAMPLERS
 from search.spec.study import load_study
 from search.store.study_store import StudyStore
 from uipe_core.deltas.gram import gram_matrix
@@ -192,9 +192,9 @@ def test_a_resumed_study_proposes_from_the_kept_items_what_is_new(resumed, resul
     said = []
     damaged = store.out / "items" / "trials" / "00002.npz"
     damaged.write_bytes(damaged.read_bytes()[:100])
-    store.use_sampler(line_sampler(store, context, lambda: lines, make_sampler("tpe", 0), 0, said.append))
+    store.use_sampler(line_sampler(store, context, lambda: lines, SAMPLERS["tpe"].make(0), 0, said.append))
     known = {(trial.params["base"], trial.params["epoch"], trial.params["alpha"]) for trial in store.study.trials}
-    space = distributions(store.spec)
+    space = store.spec.search_space()
     jobs = [store.ask_point(space)[1] for _ in range(4)]
     points = {(job.base, job.epoch, job.alpha) for job in jobs}
     assert len(points) == 4

@@ -7,13 +7,12 @@ import pytest
 from optuna.trial import TrialState
 from sqlalchemy import event
 
-from search.execution.base_runs import BaseRuns, Room
+from search.execution.base_runs import BaseRuns
 from search.execution.budget import StudyGuard
-from search.execution.tune import IDLE_SECONDS, TIMES_AGAIN, StudySearcher, Workforce
-from search.execution.workers import DIED, cause_of_death
-from search.problem.space import distributions, grid_points
+from search.execution.capacity import Room
+from search.execution.tune import DIED, IDLE_SECONDS, TIMES_AGAIN, StudySearcher, Workforce, cause_of_death
 from search.problem.trial import Job
-from search.samplers.registry import make_sampler
+from search.samplers.registry import SAMPLERS
 from search.spec.runtime import Budget, Plateau
 from search.spec.study import parse_study
 
@@ -34,8 +33,8 @@ class Harness:
         self.ends, self.said = [], []
         self.runs = BaseRuns(Room(slots, 1, slots), dict(there), training=set(coming))
         self.polls = 0
-        store.use_sampler(make_sampler("random", 0))
-        self.space = distributions(parse_study(store.record["spec"]))
+        store.use_sampler(SAMPLERS["random"].make(0))
+        self.space = parse_study(store.record["spec"]).search_space()
         ended = lambda *end: self.ends.append(end)  # noqa: E731
         guard = StudyGuard(store, budget or store.spec.budget, self.said.append)
         rounds = (mirrors() for _ in range(1))
@@ -309,7 +308,7 @@ def test_tune_is_begun_anew_after_so_many_trials(harness, monkeypatch, made_up_e
 
 def test_a_grid_is_handed_out_once_each_and_less_of_it_without_a_base_run(new_store):
     store = new_store(search={"sampler": "grid", "trials": 12})
-    points = [Job("search", **point.params) for point in grid_points(store.spec)]
+    points = [Job("search", **point.params) for point in store.spec.grid_points()]
     study = Harness(store, jobs=points, there={"npo": ("bb",)})
     study.runs.fail("grad_diff", "no memory")
     jobs = [study.next() for _ in range(6)]

@@ -5,7 +5,6 @@ import json
 import pytest
 
 from search.execution.budget import Stop, StudyGuard
-from search.problem.objectives import forget_quality_cap, reference_point
 from search.problem.trial import Job
 from search.spec.runtime import BaseRunResources, Budget, Plateau, TrialResources
 
@@ -25,9 +24,8 @@ def add(store, made_up_evidence, kind, **numbers):
 
 
 def SPACE(store):
-    from search.problem.space import distributions
 
-    return distributions(store.spec)
+    return store.spec.search_space()
 
 
 def test_hours_are_those_of_all_runs_and_outlive_them(new_store, tmp_path):
@@ -105,6 +103,6 @@ def test_a_noise_ceiling_that_comes_down_is_heeded(new_store, made_up_evidence):
     guard.scored(*add(store, made_up_evidence, "search", log10_forget_quality=-0.6))
     before = guard._volumes[-1]
     guard.scored(*add(store, made_up_evidence, "other_retain", log10_forget_quality=-2.0))
-    assert forget_quality_cap(store.spec, store.controls_frame()) == pytest.approx(0.01)
-    corner = reference_point(store)["log10_forget_quality"]
+    assert store.noise_ceiling(store.controls_frame()) == pytest.approx(0.01)
+    corner = store.reference_point()["log10_forget_quality"]
     assert guard._volumes[-1] == pytest.approx(before * (-2.0 - corner) / (-0.6 - corner))

@@ -8,7 +8,8 @@ import textwrap
 import pytest
 import torch
 
-from search.execution.workers import DIED, OutOfMemory, cause_of_death, score_within_memory
+from search.execution.tune import DIED, cause_of_death
+from search.execution.workers import OutOfMemory, score_within_memory
 from search.problem.trial import Job
 from uipe_core.models.memory import ran_out
 

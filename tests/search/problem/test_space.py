@@ -5,8 +5,8 @@ from itertools import pairwise
 import optuna
 import pytest
 
-from search.problem.space import Point, distributions, given_points, grid_points
-from search.samplers.registry import SAMPLERS, make_sampler
+from search.problem.space import Point
+from search.samplers.registry import SAMPLERS
 from search.spec.errors import StudyFileError
 from search.spec.study import StudySpec, parse_study
 
@@ -30,7 +30,7 @@ def study(low: float = -1, high: float = 2, **search: object) -> StudySpec:
 
 
 def test_space_is_flat() -> None:
-    space = distributions(study())
+    space = study().search_space()
     assert space == {
         "base": optuna.distributions.CategoricalDistribution(["grad_ascent", "npo[beta=0.1]", "npo[beta=1]"]),
         "epoch": optuna.distributions.IntDistribution(1, 3),
@@ -40,7 +40,7 @@ def test_space_is_flat() -> None:
 
 @pytest.mark.parametrize(("low", "high", "count"), [(-1, 2, 9), (0, 2, 9), (-1, 0, 9), (0.5, 2, 0), (-1, -0.5, 0)])
 def test_given_points_are_every_epoch_where_alpha_reaches_zero(low: float, high: float, count: int) -> None:
-    points = given_points(study(low, high))
+    points = study(low, high).given_points()
     assert len(set(points)) == len(points) == count
     assert all(point.alpha == 0 and 1 <= point.epoch <= 3 for point in points)
 
@@ -65,34 +65,34 @@ def test_samplers_propose_within_the_space_and_repeat_by_seed(name: str) -> None
     spec = study()
     runs = []
     for _ in range(2):
-        optimisation = optuna.create_study(directions=["maximize"] * 2, sampler=make_sampler(name, 0))
-        for point in given_points(spec):
+        optimisation = optuna.create_study(directions=["maximize"] * 2, sampler=SAMPLERS[name].make(0))
+        for point in spec.given_points():
             optimisation.enqueue_trial(point.params)
         for _ in range(12):
-            trial = optimisation.ask(distributions(spec))
+            trial = optimisation.ask(spec.search_space())
             optimisation.tell(trial, [trial.params["alpha"], -(trial.params["alpha"] ** 2)])
         runs.append([trial.params for trial in optimisation.trials])
     assert runs[0] == runs[1]
-    assert [Point(**params) for params in runs[0][:9]] == given_points(spec)
+    assert [Point(**params) for params in runs[0][:9]] == spec.given_points()
     assert all(-1 <= params["alpha"] <= 2 for params in runs[0])
 
 
 def test_a_grid_is_every_epoch_at_evenly_spaced_alphas_and_zero_only_once() -> None:
-    points = grid_points(study(-1, 2, sampler="grid", trials=9 * 4 + 8))
+    points = study(-1, 2, sampler="grid", trials=9 * 4 + 8).grid_points()
     assert sorted({point.alpha for point in points}) == [-1.0, 1.0, 2.0]
     assert len(points) == len(set(points)) == 9 * 3
-    assert {(point.base, point.epoch) for point in points} == {(point.base, point.epoch) for point in given_points(study())}
+    assert {(point.base, point.epoch) for point in points} == {(point.base, point.epoch) for point in study().given_points()}
 
 
 def test_a_grid_stays_within_its_range_and_fits_the_space() -> None:
     spec = study(-0.1, 0.7, sampler="grid", trials=9 * 13)
-    alphas = sorted({point.alpha for point in grid_points(spec)})
+    alphas = sorted({point.alpha for point in spec.grid_points()})
     assert (alphas[0], alphas[-1], len(alphas)) == (-0.1, 0.7, 13)
     assert len({round(second - first, 6) for first, second in pairwise(alphas)}) == 1
 
 
 def test_a_grid_with_too_few_trials_is_refused_with_how_many_it_takes() -> None:
-    assert len(grid_points(study(sampler="grid", trials=18))) == 18
+    assert len(study(sampler="grid", trials=18).grid_points()) == 18
     with pytest.raises(StudyFileError, match=r"search\.trials") as caught:
         study(sampler="grid", trials=17)
     assert "9 base epochs" in str(caught.value) and "at least 18 trials" in str(caught.value)

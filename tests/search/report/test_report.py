@@ -11,12 +11,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from search.execution.budget import counted
 from search.problem.pareto import hypervolume, knee, non_dominated, utility_floor
 from search.report import figures as plots
-from search.report.conclusions import verdict
+from search.report.conclusions import conclude
 from search.report.data import ReportData
-from search.report.html import write_report
+from search.report.html import render_report
+from search.report.style import counted
 from uipe_core.errors import UserError
 
 FLOOR, CAP = -22.73, 0.3
@@ -171,7 +171,7 @@ def view():
 
 @pytest.fixture(scope="module")
 def written(view, tmp_path_factory):
-    return write_report(view, tmp_path_factory.mktemp("study") / "report")
+    return render_report(view, tmp_path_factory.mktemp("study") / "report")
 
 
 @pytest.fixture(scope="module")
@@ -217,13 +217,13 @@ def test_names_cannot_become_markup(view, tmp_path):
     bad = "<script>alert(1)</script>$x_{"
     summary = {**view.summary, "study": bad, "notes": [bad], "failures": [{"trial": 1, "reason": bad}]}
     hostile = ReportData(view.trials.assign(base=bad, method=bad), view.controls.assign(base=bad), summary)
-    text = write_report(hostile, tmp_path).read_text(encoding="utf-8")
+    text = render_report(hostile, tmp_path).read_text(encoding="utf-8")
     assert "script" not in Page(text).tags
     assert "&lt;script&gt;alert(1)&lt;/script&gt;$x_{" in text
 
 
 def test_a_rewrite_gives_the_same_bytes(view, written, tmp_path):
-    again = write_report(view, tmp_path)
+    again = render_report(view, tmp_path)
     assert again.read_bytes() == written.read_bytes()
 
 
@@ -244,17 +244,17 @@ def test_a_rewrite_gives_the_same_bytes(view, written, tmp_path):
     ],
 )
 def test_the_verdict_says_who_won(view, gains, said, unsaid):
-    text = " ".join(verdict(with_gain(view, *gains))).split("At 95%")[0]
+    text = " ".join(conclude(with_gain(view, *gains))).split("At 95%")[0]
     assert all(words in text for words in said), text
     assert not any(words in text for words in unsaid), text
 
 
 def test_the_verdict_on_the_synthetic_study(view):
-    text = " ".join(verdict(view))
+    text = " ".join(conclude(view))
     assert f"The front has {view.trials['on_front'].sum()} points" in text
     assert "the strongest forgetting is trial" in text
     flagged = view.trials.assign(flagged=True)
-    assert "flagged: utility above both" in " ".join(verdict(dataclasses.replace(view, trials=flagged)))
+    assert "flagged: utility above both" in " ".join(conclude(dataclasses.replace(view, trials=flagged)))
 
 
 def test_the_verdict_says_where_training_on_beats_every_alpha(view):
@@ -262,7 +262,7 @@ def test_the_verdict_says_where_training_on_beats_every_alpha(view):
         controls = view.controls.copy()
         further = controls["kind"] == "next_epoch"
         controls.loc[further, ["log10_forget_quality", "model_utility"]] = [log10, utility]
-        return further.sum(), " ".join(verdict(dataclasses.replace(view, controls=controls)))
+        return further.sum(), " ".join(conclude(dataclasses.replace(view, controls=controls)))
 
     worst = view.trials[["log10_forget_quality", "model_utility"]].min() - 0.1
     count, text = said(*worst)
@@ -273,7 +273,7 @@ def test_the_verdict_says_where_training_on_beats_every_alpha(view):
 
 
 def test_a_search_above_zero_only_does_not_split_its_gain():
-    text = " ".join(verdict(with_gain(synthetic(low=0.0), 0.5, 0.5, 0.0)))
+    text = " ".join(conclude(with_gain(synthetic(low=0.0), 0.5, 0.5, 0.0)))
     assert "alone won" not in text
 
 
@@ -282,14 +282,14 @@ def test_small_and_bare_studies(view, tmp_path, trials):
     few = view.trials.iloc[:trials].drop(columns=["related_log10_forget_quality"])
     few = few.assign(on_front=True, log10_forget_quality=few["log10_forget_quality"].where(few["trial"] != 2))
     bare = ReportData(few, pd.DataFrame(), {**view.summary, "selections": [], "failures": []})
-    page = Page(write_report(bare, tmp_path).read_text(encoding="utf-8"))
+    page = Page(render_report(bare, tmp_path).read_text(encoding="utf-8"))
     assert page.front == [] if trials == 0 else len(page.front) == trials
     assert "Not scored in this study" in page.words["controls"]
 
 
 def test_many_trials_and_bases_wrap(tmp_path):
     big = synthetic(methods=9, searched=500)
-    path = write_report(big, tmp_path)
+    path = render_report(big, tmp_path)
     width, height = struct.unpack(">II", (tmp_path / "alpha_curves.png").read_bytes()[16:24])
     assert height > width
     assert path.stat().st_size < 6e6
@@ -322,20 +322,20 @@ def with_afterthoughts(view):
 
 
 def test_how_sure_the_front_is_stands_in_the_page(view, tmp_path):
-    page = write_report(with_afterthoughts(view), tmp_path).read_text()
+    page = render_report(with_afterthoughts(view), tmp_path).read_text()
     section = re.search(r'<section id="certainty">.*?</section>', page, re.S)[0]
     assert section.count("<tr><td") == int(view.trials["on_front"].sum()) + 1
     for words in ("24 forget items", "the 23 that nothing", "no more than 3 of them", "0.0123", "0.25", "0.4321", "paired p"):
         assert words in section
-    assert "How sure are we" not in write_report(view, tmp_path / "plain").read_text()
+    assert "How sure are we" not in render_report(view, tmp_path / "plain").read_text()
 
 
 def test_the_verdict_tells_of_held_out_items_and_of_noise(view):
-    said = " ".join(verdict(with_afterthoughts(view)))
+    said = " ".join(conclude(with_afterthoughts(view)))
     assert "utility changes by −0.0200 on average, at worst by −0.0200" in said
     assert "Retain models of 1 other seed reach forget quality 0.631" in said
     assert "never fine-tuned has forget quality 0.126 at model utility 0.3100: forget quality alone" in said
-    assert "held-out" not in " ".join(verdict(view))
+    assert "held-out" not in " ".join(conclude(view))
 
 
 def test_columns_of_base_runs_are_limited():
@@ -347,28 +347,28 @@ def test_columns_of_base_runs_are_limited():
 
 def test_bad_tables_and_folders_are_refused(view, tmp_path):
     with pytest.raises(ValueError, match="model_utility"):
-        write_report(dataclasses.replace(view, trials=view.trials.drop(columns="model_utility")), tmp_path)
+        render_report(dataclasses.replace(view, trials=view.trials.drop(columns="model_utility")), tmp_path)
     with pytest.raises(ValueError, match="sideways"):
-        write_report(dataclasses.replace(view, trials=view.trials.assign(walk="sideways")), tmp_path)
+        render_report(dataclasses.replace(view, trials=view.trials.assign(walk="sideways")), tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write the report"):
-        write_report(view, tmp_path / "file")
+        render_report(view, tmp_path / "file")
 
 
 def test_collapsed_points_are_marked_counted_and_not_chosen(tmp_path):
     view = synthetic(searched=20)
-    assert "collapsed" not in view.trials and "collapsed," not in " ".join(verdict(view))
+    assert "collapsed" not in view.trials and "collapsed," not in " ".join(conclude(view))
     best = max(
         (row for row in view.trials.to_dict("records") if row["model_utility"] >= 0.95 * INITIAL["model_utility"]),
         key=lambda row: row["log10_forget_quality"],
     )
-    assert f"trial {best['trial']} " in " ".join(verdict(view))
+    assert f"trial {best['trial']} " in " ".join(conclude(view))
     reasons = [None] * len(view.trials)
     reasons[view.trials.index[view.trials["trial"] == best["trial"]][0]] = "generations on retain: 90% empty <b>"
     broken = dataclasses.replace(view, trials=view.trials.assign(collapsed=reasons, on_front=view.trials["on_front"]))
-    sentences = " ".join(verdict(broken))
+    sentences = " ".join(conclude(broken))
     assert f"strongest forgetting is trial {best['trial']} " not in sentences
-    page = write_report(broken, tmp_path).read_text()
+    page = render_report(broken, tmp_path).read_text()
     assert page.count(">collapsed</span>") == int(best["on_front"])
     if best["on_front"]:
         assert "1 of" in sentences and "has collapsed" in sentences
@@ -387,7 +387,7 @@ def test_why_a_study_stopped_and_what_failed_stand_in_the_page(view, tmp_path):
         "usage": {"hours": 2.0, "cpu_hours": 3.5, "gpu_hours": 0.25},
     }
     stopped_view = dataclasses.replace(view, summary={**view.summary, **more})
-    page = Page(write_report(stopped_view, tmp_path).read_text())
+    page = Page(render_report(stopped_view, tmp_path).read_text())
     assert stopped in page.words[""]
     details = " ".join(page.words["details"].split())
     assert f"3{reason} Each of them:" in details

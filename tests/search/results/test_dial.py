@@ -5,7 +5,6 @@ import json
 import pytest
 
 from search.cli.tables import dial_facts, print_dial
-from search.problem.space import distributions
 from search.problem.trial import Job
 from search.results.constrained import CROSSED, LINES, MOST, NEVER, OPEN, Dial, answer_of
 from search.results.study_result import StudyResult
@@ -28,7 +27,7 @@ def score(store, job, evidence, forgetting, utility, **more):
     """Scores a job by hand; its trial."""
     if job.kind in ("alpha_zero", "search", "dial"):
         number, _ = store.ask_point(
-            distributions(store.spec), {"base": job.base, "epoch": job.epoch, "alpha": job.alpha}, job.kind
+            store.spec.search_space(), {"base": job.base, "epoch": job.epoch, "alpha": job.alpha}, job.kind
         )
     else:
         number = store.ask_control()

@@ -6,9 +6,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from search.evaluation.controls import mirror_jobs
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY
 from search.problem.pareto import hypervolume
-from search.results.finalists import best_first, confirmations, held_out, matched_scale, mirror_jobs
+from search.results.finalists import best_first, confirmations, held_out, matched_scale
 from search.results.study_result import StudyResult
 from search.results.uncertainty import smallest_groups
 from uipe_core.logs.tofu import read_log

@@ -7,9 +7,12 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from search.problem.space import Point, distributions
+from search.evaluation.controls import mirror_jobs
+from search.problem.space import Point
 from search.problem.trial import Job
-from search.results.finalists import mirror_jobs
+from search.report.conclusions import conclusions
+from search.report.data import report_data
+from search.report.html import write_report
 from search.results.study_result import StudyResult
 from search.spec.study import parse_study
 from uipe_core.errors import UserError
@@ -35,7 +38,7 @@ def study(new_store, made_up_evidence):
 
     def make(points, controls=(), initial=(-6.0, 0.8), evidence=made_up_evidence, **changes):
         store = new_store(**changes)
-        space = distributions(parse_study(store.record["spec"]))
+        space = parse_study(store.record["spec"]).search_space()
         write_log(flat_report(), store.out / "logs" / "retain.json")
         store.record["base_runs"] = {"npo": {"delta": "0", "epochs": [{"epoch": 1, "seconds": 1.0}]}}
         store.save_record()
@@ -131,7 +134,7 @@ def test_a_front_of_one_point_serves_every_rule(study):
     result = study([(0, -1.0, 0.9), (0.5, -2.0, 0.7)])
     assert result.front["trial"].tolist() == [0]
     assert result.select("knee")["trial"] == result.select("utility-floor")["trial"] == 0
-    assert result.report().is_file()
+    assert write_report(result).is_file()
 
 
 def test_utility_floor_takes_the_strongest_forgetting_that_keeps_enough(study):
@@ -169,29 +172,29 @@ def test_without_any_control_there_is_still_a_front(study):
     assert result.select("knee")["trial"] in (0, 1)
     with pytest.raises(UserError, match="initial model has not been scored"):
         result.select("utility-floor")
-    assert result.report().is_file()
+    assert write_report(result).is_file()
 
 
 def test_an_alpha_range_without_zero_has_nothing_given(study):
     result = study([(0.5, -5.0, 0.7), (1.0, -1.0, 0.6)], search={"alpha": {"low": 0.25, "high": 1.5}})
     assert result.hypervolume["extrapolation_only"] == result.hypervolume["front"]
     assert result.hypervolume["alpha_zero"] == pytest.approx((-6.0 - FLOOR) * 0.8)
-    assert result.report().is_file()
+    assert write_report(result).is_file()
     json.dumps(result.summary(), allow_nan=False)
 
 
 def test_a_study_without_searched_trials_can_be_reported(study):
     result = study([(0, -5.0, 0.8)], search={"trials": 0})
     assert result.gain["all"] == 0.0
-    assert any("won nothing" in sentence for sentence in result.verdict())
-    assert result.report().is_file()
+    assert any("won nothing" in sentence for sentence in conclusions(result))
+    assert write_report(result).is_file()
 
 
 def test_no_complete_trial_is_an_error_that_gives_the_first_reason(new_store):
     store = new_store()
     with pytest.raises(UserError, match="no trial of this study is complete"):
         StudyResult.of(store)
-    number, job = store.ask_point(distributions(parse_study(store.record["spec"])))
+    number, job = store.ask_point(parse_study(store.record["spec"]).search_space())
     store.fail(job, number, "the worker had no memory")
     with pytest.raises(UserError, match="1 failed, the first because: the worker had no memory"):
         StudyResult.of(store)
@@ -220,7 +223,7 @@ def test_random_directions_mirror_each_moved_front_point_once(study):
 
 def test_missing_trials_are_said_in_the_report(study):
     result = study([(0, -5.0, 0.8), (0.5, -1.0, 0.6)], search={"trials": 5})
-    assert "1 of 5 search trials are done" in " ".join(result.report_data().summary["notes"])
+    assert "1 of 5 search trials are done" in " ".join(report_data(result).summary["notes"])
 
 
 # Collapse
@@ -232,7 +235,7 @@ def with_collapse(new_store, made_up_evidence):
 
     def make(points):
         store = new_store()
-        space = distributions(parse_study(store.record["spec"]))
+        space = parse_study(store.record["spec"]).search_space()
         for index, (strength, utility, reason) in enumerate(points):
             number, job = store.ask_point(space, {"base": "npo", "epoch": 1, "alpha": 0.1 + index / 10}, "search")
             store.complete(job, number, made_up_evidence(job, strength, utility, collapsed=reason))
@@ -315,6 +318,6 @@ def test_a_third_objective_counts_in_front_and_hypervolume(study, made_up_eviden
         for chosen in combinations(sizes, size):
             volume += (-1) ** (size + 1) * float(np.prod(np.min(chosen, axis=0)))
     assert result.hypervolume["front"] == pytest.approx(volume)
-    page = result.report().read_text()
+    page = write_report(result).read_text()
     assert "log10 forget quality of related facts (K2)" in page
     assert result.rows(result.front)[0].keys() >= {"related_log10_forget_quality"}

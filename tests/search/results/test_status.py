@@ -22,10 +22,9 @@ BASE = ("grad_diff", 1)
 
 def score(store, evidence, alpha, kind="search", **values):
     """A complete trial."""
-    from search.problem.space import distributions
 
     params = {"base": BASE[0], "epoch": BASE[1], "alpha": alpha} if kind == "alpha_zero" else None
-    number, job = store.ask_point(distributions(store.spec), params)
+    number, job = store.ask_point(store.spec.search_space(), params)
     store.complete(job, number, evidence(job, **values))
     return number
 
@@ -33,7 +32,6 @@ def score(store, evidence, alpha, kind="search", **values):
 @pytest.fixture
 def begun(new_store, made_up_evidence):
     """A study with the initial model, one point at alpha = 0 and two search trials scored, one running and one failed."""
-    from search.problem.space import distributions
 
     store = new_store()
     initial = Job("initial", model="initial")
@@ -41,7 +39,7 @@ def begun(new_store, made_up_evidence):
     score(store, made_up_evidence, 0.0, kind="alpha_zero", log10_forget_quality=-5.0, model_utility=0.5)
     score(store, made_up_evidence, 0.5, log10_forget_quality=-2.0, model_utility=0.4)
     score(store, made_up_evidence, 1.0, log10_forget_quality=-1.0, model_utility=0.1)
-    space = distributions(store.spec)
+    space = store.spec.search_space()
     number, job = store.ask_point(space)
     store.fail(job, number, "broken")
     store.ask_point(space)
@@ -66,10 +64,9 @@ def test_usage_comes_from_the_record_and_is_nothing_where_nobody_kept_it(begun):
 
 
 def test_the_expected_end_is_the_missing_trials_at_the_pace_of_the_latest(new_store, made_up_evidence):
-    from search.problem.space import distributions
 
     store = new_store()
-    space = distributions(store.spec)
+    space = store.spec.search_space()
     asked = [store.ask_point(space) for _ in range(4)]
     time.sleep(0.3)
     for number, job in asked[:2]:
@@ -139,7 +136,7 @@ def test_a_run_by_hand_is_told_in_words_only(finished):
 def test_the_driver_of_a_job_tells_its_status_in_its_log(copied, finished, capsys):
     preparation = prepare(load_study(finished.file))
     store = StudyStore.create(copied, preparation.spec, preparation.fingerprint, preparation.facts())
-    with closing(store), StatusLines(store, bars := Bars(), job=True):
+    with closing(store), StatusLines(store, (bars := Bars()).under_way, wanted=True):
         bars.say("writing the report")
     log = capsys.readouterr().err
     told = [json.loads(line.removeprefix(PREFIX)) for line in log.splitlines() if line.startswith(PREFIX)]
@@ -160,17 +157,17 @@ def test_a_log_that_ends_in_the_middle_of_a_line_has_the_status_before():
 
 def test_a_storage_that_is_away_costs_a_line_and_nothing_else(begun, capsys, monkeypatch):
     monkeypatch.setattr(type(begun), "trials", lambda *_, **__: (_ for _ in ()).throw(OSError("gone")))
-    with StatusLines(begun, Bars(), job=True):
+    with StatusLines(begun, Bars().under_way, wanted=True):
         pass
     assert PREFIX not in capsys.readouterr().err
 
 
 def test_only_a_job_that_is_not_quiet_tells_it(begun, capsys):
     for bars, job in ((Bars(quiet=True), True), (Bars(), False)):
-        with StatusLines(begun, bars, job):
+        with StatusLines(begun, bars.under_way, job and bars.plain):
             pass
     assert capsys.readouterr().err == ""
     assert not sys.stderr.isatty()
-    with pytest.raises(RuntimeError), StatusLines(begun, Bars(), job=True):
+    with pytest.raises(RuntimeError), StatusLines(begun, Bars().under_way, wanted=True):
         raise RuntimeError
     assert last_status(capsys.readouterr().err)["state"] == "unfinished"

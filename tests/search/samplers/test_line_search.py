@@ -17,7 +17,7 @@ from search.samplers.acquisition import LineSearch, growth
 from search.samplers.gaussian_process import Geometry, Places
 from search.samplers.line import Lines, LineSampler, LineStudy
 from search.samplers.outcomes import Curves
-from search.samplers.registry import make_sampler
+from search.samplers.registry import SAMPLERS
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import ScoreReport, SetScores
 from uipe_core.metrics.tofu import evaluate, log10_p_floor
@@ -334,7 +334,7 @@ def test_a_point_that_failed_is_left_alone(world):
 
 
 def test_another_sampler_proposes_until_there_are_lines_and_for_base_runs_without(world):
-    bench = Bench(world, fallback=make_sampler("random", 3), lines=None).begin()
+    bench = Bench(world, fallback=SAMPLERS["random"].make(3), lines=None).begin()
     before = bench.ask()
     assert set(before.params) == set(SPACE)
     bench.score(before)

@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
 
-from search.problem.space import Point, distributions
+from search.problem.space import Point
 from search.store.checks import ADVICE, FIXED, OK, PROBLEM
 from search.store.doctor import examine
 from search.store.study_store import StudyStore
@@ -58,7 +58,7 @@ def test_a_sound_study_has_no_problem_and_is_left_as_it_was(ill, call):
 
 def test_everything_broken_at_once_is_found_and_then_repaired(ill, call):
     store = StudyStore.open(ill)
-    orphan, _ = store.ask_point(distributions(store.spec))
+    orphan, _ = store.ask_point(store.spec.search_space())
     control = store.ask_control()
     items = ill / "items" / "trials"
     damaged = items / "00001.npz"
@@ -112,7 +112,7 @@ def test_everything_broken_at_once_is_found_and_then_repaired(ill, call):
 
 def test_nothing_of_a_study_at_work_is_touched(ill, call):
     store = StudyStore.open(ill)
-    running, _ = store.ask_point(distributions(store.spec))
+    running, _ = store.ask_point(store.spec.search_space())
     stray = ill / "items" / "trials" / "00999.npz"
     stray.write_bytes(b"")
     (ill / "items" / "trials" / f"{running:05d}.npz").write_bytes(b"being told")
@@ -160,10 +160,10 @@ def test_parameters_at_their_bounds_repeats_and_failures_become_advice(new_store
     store = new_store(search={"alpha": {"low": -0.5, "high": 2}})
     points = [(2.0, -1.0, 0.5), (1.99, -2.0, 0.6), (-0.5, -3.0, 0.7), (1.0, -9.0, 0.1), (1.0, -9.0, 0.1)]
     for alpha, quality, utility in points:
-        number, job = store.ask_point(distributions(store.spec), Point("npo", 2, alpha).params)
+        number, job = store.ask_point(store.spec.search_space(), Point("npo", 2, alpha).params)
         store.complete(job, number, made_up_evidence(job, quality, utility))
     for memory in (12, 13):
-        number, job = store.ask_point(distributions(store.spec))
+        number, job = store.ask_point(store.spec.search_space())
         store.fail(job, number, f"out of memory: {memory} GB")
     store.close()
     found = by_state(examine(store.out, fix=False), ADVICE)
@@ -177,7 +177,7 @@ def test_parameters_at_their_bounds_repeats_and_failures_become_advice(new_store
 
 def test_alpha_at_minus_one_is_no_bound_to_widen(new_store, made_up_evidence):
     store = new_store()
-    number, job = store.ask_point(distributions(store.spec), Point("npo", 1, -1.0).params)
+    number, job = store.ask_point(store.spec.search_space(), Point("npo", 1, -1.0).params)
     store.complete(job, number, made_up_evidence(job))
     store.close()
     assert [finding.state for finding in examine(store.out, fix=False) if finding.check == "bounds"] == [OK]
@@ -185,7 +185,7 @@ def test_alpha_at_minus_one_is_no_bound_to_widen(new_store, made_up_evidence):
 
 def test_space_that_is_missing_is_a_problem(new_store, made_up_evidence, monkeypatch):
     store = new_store(search={"trials": 1000})
-    number, job = store.ask_point(distributions(store.spec), Point("npo", 1, 0.5).params)
+    number, job = store.ask_point(store.spec.search_space(), Point("npo", 1, 0.5).params)
     store.complete(job, number, made_up_evidence(job), np.random.default_rng(0).bytes(10000))
     store.close()
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from search.execution import run as runner
-from search.problem.space import distributions
 from search.results.study_result import StudyResult
 from search.store import item_scores as item_files
 from search.store.item_scores import ItemFiles
@@ -106,7 +105,7 @@ def test_a_file_that_somebody_deleted_meanwhile_is_no_error(tmp_path, monkeypatc
 def test_a_closed_study_gives_its_folder_back_also_where_the_disk_fails(new_store, made_up_evidence, monkeypatch, caplog):
     monkeypatch.setattr(item_files, "fsync_path", broken_disk)
     store = new_store()
-    number, job = store.ask_point(distributions(store.spec))
+    number, job = store.ask_point(store.spec.search_space())
     store.complete(job, number, made_up_evidence(job), content(0.0))
     store.close()
     assert "did not reach the disk: [Errno 5] Input/output error" in caplog.text

@@ -6,7 +6,6 @@ import time
 
 import pytest
 
-from search.problem.space import distributions
 from search.results.status import read_status
 from search.results.study_result import StudyResult
 from search.store import mirror as out_mirror
@@ -40,7 +39,7 @@ def url(remote, on_machine):
 
 def score(store, made_up_evidence, count=1):
     for _ in range(count):
-        number, job = store.ask_point(distributions(store.spec))
+        number, job = store.ask_point(store.spec.search_space())
         store.complete(job, number, made_up_evidence(job), items=b"scores of every item")
 
 

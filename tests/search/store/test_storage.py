@@ -19,7 +19,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 import search
-from search.problem.space import Point, distributions
+from search.problem.space import Point
 from search.results.study_result import StudyResult
 from search.spec.redaction import without_password, without_secrets_of
 from search.store import database as storage
@@ -50,7 +50,7 @@ def score(store, made_up_evidence, count):
     """Some trials from their beginning to their end; their numbers."""
     numbers = []
     for _ in range(count):
-        number, job = store.ask_point(distributions(store.spec))
+        number, job = store.ask_point(store.spec.search_space())
         assert store.complete(job, number, made_up_evidence(job)) is None
         numbers.append(number)
     return numbers
@@ -111,7 +111,7 @@ def test_a_claim_dies_with_its_holder(new_store, shared_url, tmp_path):
 def test_a_server_that_is_stopped_and_started_again_costs_nothing(server, new_store, made_up_evidence, caplog):
     store = new_store(storage=server.url, name="restarted")
     numbers = score(store, made_up_evidence, 3)
-    number, job = store.ask_point(distributions(store.spec))
+    number, job = store.ask_point(store.spec.search_space())
     server.stop()
     starting = threading.Timer(1.5, server.start)
     starting.start()
@@ -128,7 +128,7 @@ def test_a_server_that_is_stopped_and_started_again_costs_nothing(server, new_st
     starting = threading.Timer(1.0, server.start)
     starting.start()
     given = Point("npo", 1, 0.0)
-    number, job = store.ask_point(distributions(store.spec), given.params, "alpha_zero")
+    number, job = store.ask_point(store.spec.search_space(), given.params, "alpha_zero")
     starting.join()
     assert (number, job.kind, job.alpha) == (6, "alpha_zero", 0.0)
     assert states(store)[6:] == [TrialState.RUNNING]
@@ -165,7 +165,7 @@ def test_an_answer_that_was_lost_makes_no_second_trial(new_store, made_up_eviden
 
     for name in ("begin_trial", "end_trial"):
         monkeypatch.setattr(trial_book, name, losing(getattr(trial_book, name)))
-    number, job = store.ask_point(distributions(store.spec), given)
+    number, job = store.ask_point(store.spec.search_space(), given)
     assert (number, job.kind) == (2, "search")
     assert store.complete(job, number, made_up_evidence(job)) is None
     assert len(lost) == 2
@@ -177,7 +177,7 @@ def test_an_answer_that_was_lost_makes_no_second_trial(new_store, made_up_eviden
 def test_a_locked_file_is_waited_for(new_store, made_up_evidence, tmp_path, monkeypatch, seconds):
     monkeypatch.setattr(storage, "BUSY_SECONDS", 1)
     store = new_store()
-    number, job = store.ask_point(distributions(store.spec))
+    number, job = store.ask_point(store.spec.search_space())
     held, freed = threading.Event(), []
 
     def hold():
@@ -197,7 +197,7 @@ def test_a_locked_file_is_waited_for(new_store, made_up_evidence, tmp_path, monk
 
 def test_patience_ends_and_is_not_begun_again_for_every_trial(impatient, new_store, made_up_evidence, tmp_path):
     store = new_store()
-    jobs = [store.ask_point(distributions(store.spec)) for _ in range(5)]
+    jobs = [store.ask_point(store.spec.search_space()) for _ in range(5)]
     with locked(tmp_path / "out" / "study.db"):
         started = time.monotonic()
         with pytest.raises(STORAGE_ERRORS):
@@ -242,7 +242,7 @@ def test_interrupted_runs_leave_nothing_open(new_store, made_up_evidence):
         with pytest.raises(KeyboardInterrupt):
             threading.Timer(0.002 + 0.0007 * round_, lambda: signal.pthread_kill(main, signal.SIGINT)).start()
             while True:
-                number, job = store.ask_point(distributions(store.spec))
+                number, job = store.ask_point(store.spec.search_space())
                 store.complete(job, number, made_up_evidence(job, -5.0, 0.9))
         store.end_running()
         assert {trial.state for trial in store.study.get_trials(deepcopy=False)} <= {TrialState.COMPLETE, TrialState.FAIL}

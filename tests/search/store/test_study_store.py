@@ -8,7 +8,7 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
-from search.problem.space import Point, distributions
+from search.problem.space import Point
 from search.problem.trial import Job
 from search.spec.redaction import without_password
 from search.spec.study import parse_study
@@ -23,7 +23,7 @@ SECRET = "hunter2"
 
 
 def space(store):
-    return distributions(parse_study(store.record["spec"]))
+    return parse_study(store.record["spec"]).search_space()
 
 
 def ask(store, params=None):

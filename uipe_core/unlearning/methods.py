@@ -1,17 +1,19 @@
-"""The unlearning objectives: one function each, one dict of them.
+"""Unlearning methods: one loss function each, and their hyperparameters with defaults and bounds.
+
+Reading the names imports no torch, so that commands that only read a study start fast.
 
 Symbols: b sequences, t positions, v vocabulary entries, d entries of a hidden state, k answer tokens of a whole batch.
 Losses are in nats (those on activations in squared units of theirs) and are minimised.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from uipe_core.models.prompts import IGNORED
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -70,50 +72,6 @@ class LossInputs:
         return self.shares.tokens * (-self.forget_logp.sum() / self.forget_tokens.sum())
 
 
-def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of every target token, in nats.
-
-    Only answer positions go through the softmax: on them alone it is a matrix of contiguous rows, several times faster than
-    over all positions with the vocabulary in the middle.
-
-    Args:
-        logits: (b, t, v); position i predicts target i.
-        targets: (b, t) with `IGNORED` outside answers.
-
-    Returns:
-        (b, t) fp32, 0 outside answers.
-    """
-    chosen = targets != IGNORED
-    nll = F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
-    return torch.zeros(targets.shape, dtype=nll.dtype, device=nll.device).masked_scatter(chosen, nll)
-
-
-def answer_logp(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each answer and its number of tokens.
-
-    Args:
-        logits: (b, t, v); position i predicts token i + 1.
-        labels: (b, t) with `IGNORED` outside answers.
-
-    Returns:
-        (b,) summed log-probabilities in nats, (b,) token counts.
-    """
-    targets = labels[:, 1:]
-    return -token_nll(logits[:, :-1], targets).sum(dim=1), (targets != IGNORED).sum(dim=1)
-
-
-def answer_rows(values: Tensor, labels: Tensor) -> Tensor:
-    """The rows of (b, t, n) values that answer tokens are predicted from, (k, n) in fp32; labels are (b, t)."""
-    return values[:, :-1][labels[:, 1:] != IGNORED].float()
-
-
-def answer_kl(initial_logits: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over answer tokens of KL(initial || current), () in nats; both logits (b, t, v)."""
-    initial = F.log_softmax(answer_rows(initial_logits, labels), dim=-1)
-    current = F.log_softmax(answer_rows(logits, labels), dim=-1)
-    return (initial.exp() * (initial - current)).sum(dim=-1).mean()
-
-
 Hyperparameters = Mapping[str, float]
 
 
@@ -150,6 +108,8 @@ def npo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     Sequence log-probabilities are summed over answer tokens. Zhang et al. (arXiv 2404.05868), section 3; with
     ``retain_weight`` > 0 the variant with a retain term (NPO+RT).
     """
+    from torch.nn import functional as F
+
     beta = hyper["beta"]
     log_ratio = inputs.forget_logp - _needed(inputs.initial_forget_logp, "initial_forget_logp")
     forget = -(2 / beta) * F.logsigmoid(-beta * log_ratio).mean()
@@ -164,6 +124,8 @@ def simnpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     paper multiplies gamma by beta, its equation and this function do not. Defaults as in open-unlearning (beta 4.5, gamma 0),
     which weighs the forget term with 0.125 and the retain term with 1: `retain_weight` 8 is that ratio.
     """
+    from torch.nn import functional as F
+
     beta = hyper["beta"]
     forget = -(2 / beta) * F.logsigmoid(-beta * inputs.forget_logp / inputs.forget_tokens - hyper["gamma"]).mean()
     return inputs.shares.items * forget + _retain_term(inputs, hyper, "retain_nll")
@@ -177,6 +139,8 @@ def idk_dpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     preference optimisation, Zhang et al. (arXiv 2404.05868) IDK + DPO. The factor 2 / beta, beta 0.1 and retain weight 1 are
     those of open-unlearning.
     """
+    from torch.nn import functional as F
+
     beta = hyper["beta"]
     refusal = _needed(inputs.refusal_logp, "refusal_logp") - _needed(inputs.initial_refusal_logp, "initial_refusal_logp")
     forget = inputs.forget_logp - _needed(inputs.initial_forget_logp, "initial_forget_logp")
@@ -197,6 +161,8 @@ def rmu(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     model, the place the paper takes in larger ones too. Paper and code read every token of plain text; of a question and
     its answer the positions count that answer tokens are predicted from (open-unlearning: those of the answer tokens).
     """
+    from torch.nn import functional as F
+
     activations = _needed(inputs.forget_activations, "forget_activations")
     target = hyper["coefficient"] * _needed(inputs.direction, "direction")
     misdirection = inputs.shares.tokens * F.mse_loss(activations, target.expand_as(activations))
@@ -270,9 +236,3 @@ BOUNDS: dict[str, Bound] = {
     "coefficient": Bound(above=True),
 }
 """Of every hyperparameter; one name means the same in all methods."""
-
-
-def mean_answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """() mean negative log-likelihood per answer token over the whole batch, in nats."""
-    logp, tokens = answer_logp(logits, labels)
-    return -logp.sum() / tokens.sum()
