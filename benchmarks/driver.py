@@ -28,7 +28,7 @@ import optuna
 from machine import machine
 from optuna.distributions import BaseDistribution
 
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from search.samplers.registry import SAMPLERS as REGISTRY
 from search.spec.study import parse_study
 from search.store.study_store import StudyStore
@@ -172,7 +172,7 @@ def costs(taken: list[Cost]) -> dict[str, dict[str, float]]:
     return {name: milliseconds(found) for name, found in parts.items()}
 
 
-def evidence_of(job: Job) -> dict[str, Any]:
+def evidence_of(job: TrialSpec) -> dict[str, Any]:
     """Evidence whose objectives pull in opposite directions, as in a study: a front of many points."""
     assert job.alpha is not None and job.epoch is not None
     walked = (1 + job.alpha) * job.epoch / 5
@@ -202,7 +202,7 @@ def plain_optuna(folder: Path, running: int) -> dict[str, float]:
 
     def trial() -> None:
         asked = study.ask(fixed_distributions=space)
-        job = Job("search", asked.params["base"], asked.params["epoch"], asked.params["alpha"])
+        job = TrialSpec("search", asked.params["base"], asked.params["epoch"], asked.params["alpha"])
         evidence = evidence_of(job)
         for key, value in evidence.items():
             asked.set_user_attr(key, value)

@@ -34,11 +34,11 @@ from machine import machine
 from ray import tune
 
 from search.execution.base_runs import BaseRuns
-from search.execution.budget import StudyGuard
-from search.execution.capacity import Room
+from search.execution.budget import BudgetMonitor
+from search.execution.capacity import ClusterCapacity
 from search.execution.ray_cluster import ENVIRONMENT
-from search.execution.tune import StudySearcher, Workforce, run_trials
-from search.problem.trial import Job
+from search.execution.tune import StudySearcher, WorkerPoolMonitor, run_trials
+from search.problem.trial import TrialSpec
 from search.samplers.registry import SAMPLERS
 from search.spec.study import parse_study
 from search.store.study_store import StudyStore
@@ -77,11 +77,11 @@ class Sleeper(tune.Trainable):
     """Takes jobs as `ScoringTrial` does, and sleeps."""
 
     def setup(self, config: dict[str, Any], started: Started, seconds: float, evidence: dict[str, Any], items: str) -> None:
-        self._job, self._seconds, self._evidence, self._items = Job.from_text(config["job"]), seconds, evidence, items
+        self._job, self._seconds, self._evidence, self._items = TrialSpec.from_text(config["job"]), seconds, evidence, items
         self._started = started
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._job = Job.from_text(new_config["job"])
+        self._job = TrialSpec.from_text(new_config["job"])
         return True
 
     def step(self) -> dict[str, Any]:
@@ -181,8 +181,8 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     for name in ("ask_point", "complete"):
         setattr(store, name, clock.wrap(getattr(store, name)))
     labels = [variant.label for variant in spec.variants()]
-    runs = BaseRuns(Room(slots=options.workers, most=options.workers), published=dict.fromkeys(labels, ()))
-    workforce, guard = Workforce(None), StudyGuard(store, spec.budget, print)
+    runs = BaseRuns(ClusterCapacity(slots=options.workers, most=options.workers), published=dict.fromkeys(labels, ()))
+    workforce, guard = WorkerPoolMonitor(None), BudgetMonitor(store, spec.budget, print)
     ended = clock.note
     searcher = StudySearcher(
         store, spec.search_space(), [], options.trials, runs, lambda: None, iter(()), ended, workforce, guard

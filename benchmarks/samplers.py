@@ -38,8 +38,8 @@ from benchmarks.recorded.table import ScoreTable, read_table
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
 from search.problem.pareto import non_dominated
 from search.problem.space import own_epoch, sampled_epoch
-from search.samplers.line import Lines, LineSampler, LineStudy
-from search.samplers.outcomes import Curves
+from search.samplers.line import LineSampler, LineStudy, UpdateVectors
+from search.samplers.outcomes import OutcomeModel
 from search.samplers.registry import SAMPLERS as REGISTRY
 
 TABLES = Path(__file__).parent / "tables"
@@ -101,13 +101,13 @@ def _line_sampler(world: World, seed: int, items: Callable[[int], Items | None])
     """The sampler that knows the line, as a study has it."""
     table = world.table
     vectors = [(label, epoch) for label, count in table.epochs.items() for epoch in range(1, count + 1)]
-    lines = Lines({place: number for number, place in enumerate(vectors)}, table.gram)
+    lines = UpdateVectors({place: number for number, place in enumerate(vectors)}, table.gram)
     known = {each.name: each for each in (FORGET_QUALITY, MODEL_UTILITY, *THIRD_OBJECTIVES.values())}
     qualities = [known[name].quality_of for name in table.meta["objectives"]]
     study = LineStudy(
         epochs=table.epochs,
         alpha=(world.low, world.high),
-        curves=Curves(table.meta["definition"], qualities, table.retain),
+        curves=OutcomeModel(table.meta["definition"], qualities, table.retain),
         initial=table.initial,
         yardstick=lambda: (list(world.corner), list(world.ceilings)),
         items=items,

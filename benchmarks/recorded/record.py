@@ -10,11 +10,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from benchmarks.recorded.table import ScoreTable, write_table
-from search.evaluation.prepared import Preparation, prepare
+from search.evaluation.prepared import PreparedStudy, prepare
 from search.execution.run import run_study
 from search.problem.objectives import Objective
 from search.results.study_result import StudyResult
-from search.samplers.gram import FILE, grown, keep_gram, kept_gram
+from search.samplers.gram import FILE, extend_gram, keep_gram, kept_gram
 from search.spec.study import StudySpec
 from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.deltas.checkpoints import find_checkpoints
@@ -72,7 +72,7 @@ def record_table(
     return table, _notes(result, table, wanted)
 
 
-def gram_of_study(preparation: Preparation, out: Path) -> NDArray[np.float64]:
+def gram_of_study(preparation: PreparedStudy, out: Path) -> NDArray[np.float64]:
     """(M, M) Gram matrix of a study's update vectors, in the order base, epoch; what its folder lacks is computed and kept.
 
     Raises:
@@ -88,7 +88,7 @@ def gram_of_study(preparation: Preparation, out: Path) -> NDArray[np.float64]:
         if run is None:
             raise UserError(f"base run {label} is no longer in the delta store; the same command trains it again")
         there[label] = (run.keys, count)
-    gram = grown(kept_gram(out / FILE), there, deltas)
+    gram = extend_gram(kept_gram(out / FILE), there, deltas)
     keep_gram(out / FILE, gram)
     return gram.ordered(list(there))
 

@@ -14,7 +14,9 @@ Server = Annotated[
     str | None,
     typer.Option("--address", help="URL of the cluster's job server; RAY_API_SERVER_ADDRESS when left out."),
 ]
-Job = Annotated[str, typer.Argument(metavar="ID", help="Id of a study's job, as `uipe submit` and `uipe studies` print it.")]
+TrialSpec = Annotated[
+    str, typer.Argument(metavar="ID", help="Id of a study's job, as `uipe submit` and `uipe studies` print it.")
+]
 Follow = Annotated[bool, typer.Option("--follow", help="Go on with the driver's log until the study ends.")]
 
 cluster = typer.Typer(name="cluster", help="Files that describe clusters.", no_args_is_help=True)
@@ -70,7 +72,7 @@ def status(
     print_json(known) if as_json else print_status(known)
 
 
-def logs(job: Job, address: Server = None, follow: Follow = False) -> None:
+def logs(job: TrialSpec, address: Server = None, follow: Follow = False) -> None:
     """Print the log of a study's driver."""
     from search.results.status import without_status
 
@@ -81,7 +83,7 @@ def logs(job: Job, address: Server = None, follow: Follow = False) -> None:
         typer.echo(without_status(jobs.log(job)), nl=False)
 
 
-def stop(job: Job, address: Server = None) -> None:
+def stop(job: TrialSpec, address: Server = None) -> None:
     """End a study on a cluster in good order; the same submit resumes it."""
     from search.cluster.jobs import summary_of
 

@@ -224,7 +224,7 @@ def quieten() -> None:
 
 
 if TYPE_CHECKING:
-    from search.results.constrained import Answer, Scored
+    from search.results.constrained import Answer, ScoredPoint
     from search.results.study_result import StudyResult
 
 MEANINGS = {
@@ -243,7 +243,7 @@ def dial_facts(result: "StudyResult", answer: "Answer") -> dict[str, Any]:
     scored_trials = {int(row["trial"]): row for row in result.trials.to_dict("records")}
     intervals = {int(row["trial"]): row for row in result.certainty.to_dict("records")}
 
-    def point(scored: "Scored | None") -> dict[str, Any] | None:
+    def point(scored: "ScoredPoint | None") -> dict[str, Any] | None:
         if scored is None:
             return None
         if scored.trial is None:

@@ -26,7 +26,7 @@ DIGITS = 8
 
 
 @dataclass(frozen=True)
-class Parcel:
+class JobBundle:
     """A study on its way.
 
     Attributes:
@@ -42,7 +42,7 @@ class Parcel:
     notes: list[str]
 
 
-def pack(study: Path, folder: Path) -> Parcel:
+def build_bundle(study: Path, folder: Path) -> JobBundle:
     """Checks a study and its local inputs, and puts what must travel into a folder.
 
     Logs of retain models (``*.json``), corpus files and corpus folders travel. Model folders, checkpoints, caches and earlier
@@ -78,10 +78,10 @@ def pack(study: Path, folder: Path) -> Parcel:
     # Caches and earlier studies may change from run to run.
     stays = sorted(entry for entry in _staying(content) if entry[0].startswith(("model.", "checkpoints.")))
     parts = {"study": spec.fingerprint_payload(), "inputs": _hashes(folder / "inputs"), "stays": stays}
-    return Parcel(spec, folder, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), notes)
+    return JobBundle(spec, folder, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), notes)
 
 
-def submission_id(parcel: Parcel, out: str) -> str:
+def submission_id(parcel: JobBundle, out: str) -> str:
     """Name of the study's first job: the same study for the same output folder always gets the same."""
     return f"{parcel.spec.name}-{hashlib.sha256(f'{parcel.identity} {out}'.encode()).hexdigest()[:DIGITS]}"
 

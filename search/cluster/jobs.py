@@ -17,7 +17,7 @@ import ray
 import requests
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from search.cluster.bundle import STUDY_FILE, pack, submission_id
+from search.cluster.bundle import STUDY_FILE, build_bundle, submission_id
 from search.execution.ray_cluster import code_environment
 from search.execution.ray_environment import ADVICE, cluster_token
 from search.results.status import is_noise, last_status
@@ -87,7 +87,7 @@ class Jobs:
             UserError: If the study is broken or cannot travel, or the cluster refuses it.
         """
         with tempfile.TemporaryDirectory(prefix="uipe-") as folder:
-            parcel = pack(study, Path(folder))
+            parcel = build_bundle(study, Path(folder))
             place = _output_folder(out or f"~/runs/{parcel.spec.name}")
             first = submission_id(parcel, place)
             known = {job.submission_id: job for job in self.all() if _is_of(job.submission_id, first)}
@@ -158,7 +158,7 @@ class Jobs:
             StudyInterrupted: On Ctrl-C; the study goes on.
         """
         self.job(name)
-        lines = _Lines(self._client.tail_job_logs(name))
+        lines = _LogLines(self._client.tail_job_logs(name))
         try:
             while (line := self._ask(lines.next)) is not None:
                 if not is_noise(line):
@@ -220,7 +220,7 @@ def summary_of(job: JobDetails) -> dict[str, Any]:
     }
 
 
-class _Lines:
+class _LogLines:
     """Whole lines out of the pieces that a job's log arrives in."""
 
     def __init__(self, pieces: Any) -> None:

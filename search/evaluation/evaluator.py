@@ -8,7 +8,7 @@ from typing import Any
 
 from search.evaluation.pruning import bounds, certificate
 from search.evaluation.task import Report, is_flagged, measure, scorer_of, suspicious_utility
-from search.problem.trial import REPORTED_KINDS, Job, identity
+from search.problem.trial import REPORTED_KINDS, TrialSpec, identity
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.extrapolation import Extrapolator
@@ -24,7 +24,7 @@ from uipe_core.metrics.uncertainty import paired_permutation
 from uipe_core.models.loading import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
 from uipe_core.models.prompts import PromptFormat
 from uipe_core.scoring.scorer import GENERATION, Scorer, ScoringConfig
-from uipe_core.storage.remote_store import RemotePlace
+from uipe_core.storage.remote_store import RemoteLocation
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class StudyContext:
     corpus: Corpus
     split: Split
     source: ModelSource
-    deltas: Path | RemotePlace
+    deltas: Path | RemoteLocation
     methods: Mapping[str, str]
     references: Mapping[str, Report]
     scoring: ScoringConfig
@@ -92,7 +92,7 @@ class Evaluator:
         self._deltas = DeltaStore(context.deltas)
         self._last: tuple[tuple[tuple[str, ...], int], UpdateVector, float] | None = None
 
-    def evaluate(self, job: Job) -> tuple[dict[str, Any], Report]:
+    def evaluate(self, job: TrialSpec) -> tuple[dict[str, Any], Report]:
         """Evidence of one job, flat and JSON-able with objectives under their metric names; and the scores behind it.
 
         Of a job that one of its rivals dominates whatever the rest may be, the evidence has the certificate of that under
@@ -131,7 +131,7 @@ class Evaluator:
             self._halves[reported] = _Half(self.context, rows, self.loaded.prompts)
         return self._halves[reported]
 
-    def _report(self, job: Job, half: _Half) -> tuple[Report, float | None, dict[str, Any] | None]:
+    def _report(self, job: TrialSpec, half: _Half) -> tuple[Report, float | None, dict[str, Any] | None]:
         """Scores, the norm of the update vector, and the certificate of a job that was not scored to its end."""
         if job.model is not None:
             return half.references[job.model], None, None
@@ -146,7 +146,7 @@ class Evaluator:
         report, dominated = self._scored(job, half, self._on(model))
         return replace(report, seconds={"apply": applied, **report.seconds}), norm, dominated
 
-    def _scored(self, job: Job, half: _Half, loaded: LoadedModel) -> tuple[Report, dict[str, Any] | None]:
+    def _scored(self, job: TrialSpec, half: _Half, loaded: LoadedModel) -> tuple[Report, dict[str, Any] | None]:
         """The scores of a model, as far as they matter, and why not further. Letters have no stages yet."""
         if not job.rivals or not isinstance(half.scorer, Scorer):
             return half.scorer.score(loaded, temperature=job.temperature), None
@@ -185,7 +185,7 @@ class Evaluator:
 
 
 def evidence(
-    job: Job, metrics: Metrics | ChoiceMetrics, report: Report, initial: Report, methods: Mapping[str, str]
+    job: TrialSpec, metrics: Metrics | ChoiceMetrics, report: Report, initial: Report, methods: Mapping[str, str]
 ) -> dict[str, Any]:
     """Everything a trial carries about its numbers."""
     scale = None

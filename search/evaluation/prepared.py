@@ -23,7 +23,7 @@ from uipe_core.scoring.scorer import ScoringConfig
 from uipe_core.storage.content_store import ContentStore, content_key
 from uipe_core.storage.files import cache_folder, file_hash
 from uipe_core.storage.node_cache import GIGABYTE
-from uipe_core.storage.remote_store import RemotePlace
+from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.training import AdapterConfig, UnlearningConfig
 
@@ -50,7 +50,7 @@ class ReferenceModel:
 
 
 @dataclass(frozen=True)
-class Preparation:
+class PreparedStudy:
     """A study with everything that identifies it, before anything is trained.
 
     Attributes:
@@ -85,11 +85,11 @@ class Preparation:
         return _tiny_key(config, self.corpus, stage)
 
     @property
-    def delta_root(self) -> Path | RemotePlace:
+    def delta_root(self) -> Path | RemoteLocation:
         """Folder of the delta store, or where it is at a URL."""
         cache = self.spec.cache
         if cache.deltas is not None and "://" in cache.deltas:
-            return RemotePlace(cache.deltas, int(cache.node_gigabytes * GIGABYTE))
+            return RemoteLocation(cache.deltas, int(cache.node_gigabytes * GIGABYTE))
         return Path(cache.deltas or cache_folder("deltas"))
 
     @property
@@ -261,7 +261,7 @@ def _log(place: str) -> Path | None:
     return Path(place) if place.endswith(".json") else None
 
 
-def prepare(spec: StudySpec) -> Preparation:
+def prepare(spec: StudySpec) -> PreparedStudy:
     """Loads the corpus and identifies the models of a study; nothing is trained yet.
 
     Raises:
@@ -284,7 +284,7 @@ def prepare(spec: StudySpec) -> Preparation:
         )
         stages = {"initial": "full"} if corpus.choices else {"initial": "full", "retain": "retain"}
         keys = {which: _tiny_key(tiny, corpus, stage) for which, stage in stages.items()}
-        return Preparation(spec, corpus, tiny, keys, {})
+        return PreparedStudy(spec, corpus, tiny, keys, {})
     identity, revision = model_identity(model.initial, model.revision)
     check_steered_layers(spec, revision)
     given = {}
@@ -296,11 +296,11 @@ def prepare(spec: StudySpec) -> Preparation:
             for label, places in spec.checkpoints.items()
         }
     if model.retain is None:
-        return Preparation(spec, corpus, None, {"initial": identity}, {"initial": revision}, given)
+        return PreparedStudy(spec, corpus, None, {"initial": identity}, {"initial": revision}, given)
     if model.retain.endswith(".json"):
         retain, retain_revision = f"log:{file_hash(Path(model.retain))[:32]}", None
     else:
         retain, retain_revision = model_identity(model.retain, model.retain_revision)
-    return Preparation(
+    return PreparedStudy(
         spec, corpus, None, {"initial": identity, "retain": retain}, {"initial": revision, "retain": retain_revision}, given
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import ray
 
-from search.execution.capacity import Room
+from search.execution.capacity import ClusterCapacity
 from uipe_core.deltas.store import BaseRun
 from uipe_core.errors import UserError
 from uipe_core.unlearning.training import DivergedError
@@ -19,13 +19,13 @@ class BaseRuns:
 
     Attributes:
         room: The cluster.
-        published: Entries of the delta store by base run (`Job.run`).
+        published: Entries of the delta store by base run (`TrialSpec.run`).
         failed: Why there is none, by base run; nothing is tried again in this run of the study.
         waiting: Base runs no task has been started for yet, in order.
         training: Base runs at work.
     """
 
-    room: Room
+    room: ClusterCapacity
     published: dict[str, tuple[str, ...]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
@@ -76,7 +76,7 @@ class BaseRunTasks:
 
     def __init__(
         self,
-        room: Room,
+        room: ClusterCapacity,
         known: Mapping[str, BaseRun],
         starters: Mapping[str, Callable[[], Any]],
         news: Callable[[str, BaseRun | str], None],

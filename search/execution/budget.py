@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from optuna.trial import TrialState
 
 from search.problem.pareto import hypervolume
-from search.problem.trial import POINT_KINDS, Job
+from search.problem.trial import POINT_KINDS, TrialSpec
 from search.report.style import counted
 from search.spec.runtime import BaseRunResources, Budget, TrialResources
 from search.store.study_store import StudyStore
@@ -47,7 +47,7 @@ class Stop:
         return self.budget == "failure_rate"
 
 
-class StudyGuard:
+class BudgetMonitor:
     """Counts hours and judges budgets, at a cost per trial that does not grow with the study.
 
     Args:
@@ -95,7 +95,7 @@ class StudyGuard:
         if not again:
             self._ends.append(reason)
 
-    def scored(self, job: Job, evidence: Mapping[str, Any]) -> None:
+    def scored(self, job: TrialSpec, evidence: Mapping[str, Any]) -> None:
         """A trial is complete."""
         self._ends.append(None)
         if self._growth is None:

@@ -12,7 +12,7 @@ from uipe_core.errors import UserError, first_line
 
 
 @dataclass(frozen=True)
-class Room:
+class ClusterCapacity:
     """What a cluster holds, in slots: one slot is the room of one trial.
 
     Attributes:
@@ -117,7 +117,7 @@ def trials_held(need: Need, nodes: Iterable[Need], fleet: Fleet) -> int:
     return max(sum(fits(need, node) for node in nodes), brought)
 
 
-def room_for(resources: Resources, nodes: Sequence[Need], fleet: Fleet | None) -> Room:
+def room_for(resources: Resources, nodes: Sequence[Need], fleet: Fleet | None) -> ClusterCapacity:
     """What a cluster holds of a study's trials and base runs, now or once its autoscaler has brought what it may.
 
     Args:
@@ -143,7 +143,7 @@ def room_for(resources: Resources, nodes: Sequence[Need], fleet: Fleet | None) -
                 f"room for {held['base_run']} of them; lower it, or what each of them asks for"
             )
     slots = held["trial"] or asked or 1
-    return Room(slots, per_base_run(resources.base_run, resources.trial), asked or slots)
+    return ClusterCapacity(slots, per_base_run(resources.base_run, resources.trial), asked or slots)
 
 
 def _too_much(part: str, need: Need, nodes: Sequence[Need], own: bool) -> str:

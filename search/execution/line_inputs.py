@@ -11,12 +11,12 @@ from search.evaluation.evaluator import StudyContext
 from search.execution.base_runs import BaseRuns, problem_of
 from search.execution.workers import grow_gram
 from search.samplers.gram import FILE, Runs, StudyGram, keep_gram, kept_gram
-from search.samplers.line import Lines, LineSampler, LineStudy
-from search.samplers.outcomes import Curves
+from search.samplers.line import LineSampler, LineStudy, UpdateVectors
+from search.samplers.outcomes import OutcomeModel
 from search.store.study_store import StudyStore
 from uipe_core.corpora.split import take_items
 from uipe_core.metrics.scores import ScoreReport
-from uipe_core.storage.remote_store import RemotePlace
+from uipe_core.storage.remote_store import RemoteLocation
 
 PATIENCE = 20.0
 """Seconds that proposals wait, all in all, for the first inner products: where models are small, they are there sooner."""
@@ -36,13 +36,13 @@ class InnerProducts:
     """
 
     def __init__(
-        self, runs: BaseRuns, epochs: Mapping[str, int], deltas: Path | RemotePlace, out: Path, say: Callable[[str], None]
+        self, runs: BaseRuns, epochs: Mapping[str, int], deltas: Path | RemoteLocation, out: Path, say: Callable[[str], None]
     ) -> None:
         self._runs, self._epochs, self._deltas, self._file, self._say = runs, epochs, deltas, out / FILE, say
         self._patience = PATIENCE
         self._task: tuple[frozenset[str], ray.ObjectRef[StudyGram]] | None = None
         self._failed: set[frozenset[str]] = set()
-        self._lines: Lines | None = None
+        self._lines: UpdateVectors | None = None
         self._known = kept_gram(self._file).among(self._there())
         self._take(self._known)
 
@@ -66,7 +66,7 @@ class InnerProducts:
         self._take(found)
         keep_gram(self._file, found)
 
-    def lines(self) -> Lines | None:
+    def lines(self) -> UpdateVectors | None:
         """The update vectors whose inner products are known; None if there are none yet, after a little patience."""
         started = time.monotonic()
         self.poll()
@@ -90,13 +90,13 @@ class InnerProducts:
     def _take(self, gram: StudyGram) -> None:
         self._known = gram
         if gram.runs:
-            self._lines = Lines(gram.places, gram.gram)
+            self._lines = UpdateVectors(gram.places, gram.gram)
 
 
 def line_sampler(
     store: StudyStore,
     context: StudyContext,
-    lines: Callable[[], Lines | None],
+    lines: Callable[[], UpdateVectors | None],
     fallback: BaseSampler,
     seed: int,
     say: Callable[[str], None],
@@ -124,7 +124,7 @@ def line_sampler(
     world = LineStudy(
         epochs=spec.base_epochs(),
         alpha=(spec.search.alpha.low, spec.search.alpha.high),
-        curves=Curves(spec.definition, [objective.quality_of for objective in store.objectives], retain),
+        curves=OutcomeModel(spec.definition, [objective.quality_of for objective in store.objectives], retain),
         initial=initial,
         yardstick=yardstick,
         items=store.items,

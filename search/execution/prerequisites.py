@@ -10,11 +10,11 @@ from typing import Any
 import ray
 
 from search.evaluation.evaluator import StudyContext
-from search.evaluation.prepared import Preparation, ReferenceModel
+from search.evaluation.prepared import PreparedStudy, ReferenceModel
 from search.evaluation.task import Report, measure, read_report, write_report
 from search.execution.base_runs import POLL_SECONDS, BaseRunTasks, problem_of
-from search.execution.budget import StudyGuard
-from search.execution.capacity import Room
+from search.execution.budget import BudgetMonitor
+from search.execution.capacity import ClusterCapacity
 from search.execution.distributed import train_in_processes
 from search.execution.workers import build_tiny, import_and_publish, score_model, train_and_publish
 from search.problem.trial import retrained
@@ -36,7 +36,7 @@ BOARD_SECONDS = 5.0
 
 
 @dataclass
-class Groundwork:
+class Prerequisites:
     """Builds, trains and scores what the caches and the study's folder lack.
 
     Attributes:
@@ -48,12 +48,12 @@ class Groundwork:
         guard: Told what base runs have used.
     """
 
-    preparation: Preparation
+    preparation: PreparedStudy
     store: StudyStore
     bars: Bars
     board: Any
-    room: Room
-    guard: StudyGuard
+    room: ClusterCapacity
+    guard: BudgetMonitor
 
     def begin(self, seeds: Iterable[int] = (), labels: Iterable[str] = ()) -> tuple[StudyContext, BaseRunTasks]:
         """Builds models and scores references; base runs begin meanwhile and may go on afterwards.

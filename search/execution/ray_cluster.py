@@ -17,7 +17,7 @@ import ray
 
 import search
 import uipe_core
-from search.execution.capacity import Room, autoscaler_fleet, room_for
+from search.execution.capacity import ClusterCapacity, autoscaler_fleet, room_for
 from search.execution.ray_environment import ADVICE, MODE, settle_authentication
 from search.report.progress import Bars
 from search.spec.sections import PretrainedModel
@@ -40,7 +40,7 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def connected(spec: StudySpec, out: Path, bars: Bars, address: str | None = None) -> Iterator[Room]:
+def connected(spec: StudySpec, out: Path, bars: Bars, address: str | None = None) -> Iterator[ClusterCapacity]:
     """A Ray cluster for the length of a run.
 
     Args:
@@ -178,7 +178,7 @@ def _interrupts_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _room(spec: StudySpec, own: bool) -> Room:
+def _room(spec: StudySpec, own: bool) -> ClusterCapacity:
     """What the cluster holds of the study; see `room_for`."""
     if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.trial.gpus == 0:
         raise UserError("model.device: 'cuda' needs GPUs for the trials; set resources.trial.gpus, for example to 1")

@@ -14,22 +14,22 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search.evaluation.controls import control_jobs, mirror_jobs
+from search.evaluation.controls import control_jobs, follow_up_trials
 from search.evaluation.evaluator import StudyContext
 from search.evaluation.inputs import earlier_fronts
-from search.evaluation.prepared import Preparation, prepare
+from search.evaluation.prepared import PreparedStudy, prepare
 from search.execution.base_runs import LOST, BaseRunTasks, problem_of
-from search.execution.budget import Stop, StudyGuard
-from search.execution.capacity import Room, need_of
+from search.execution.budget import BudgetMonitor, Stop
+from search.execution.capacity import ClusterCapacity, need_of
 from search.execution.line_inputs import InnerProducts, line_sampler
-from search.execution.prerequisites import Groundwork
+from search.execution.prerequisites import Prerequisites
 from search.execution.ray_cluster import IN_A_JOB, connected
-from search.execution.study_run import Tally
-from search.execution.tune import StudySearcher, Workforce, run_trials
+from search.execution.study_run import StageProgress
+from search.execution.tune import StudySearcher, WorkerPoolMonitor, run_trials
 from search.execution.workers import ScoringTrial
-from search.problem.trial import POINT_KINDS, Job
+from search.problem.trial import POINT_KINDS, TrialSpec
 from search.report.html import write_report
-from search.report.progress import Bars, Board
+from search.report.progress import Bars, ProgressActor
 from search.results.constrained import Answer, Dial, answer_of
 from search.results.status import StatusLines
 from search.results.study_result import StudyResult
@@ -86,7 +86,7 @@ def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False,
     result = StudyResult.open(out)
     spec = result.runnable_spec()
     jobs = [
-        Job("confirm", row["base"], int(row["epoch"]), float(row["alpha"]), of_trial=int(row["trial"]))
+        TrialSpec("confirm", row["base"], int(row["epoch"]), float(row["alpha"]), of_trial=int(row["trial"]))
         for row in result.finalists(top).to_dict("records")
         if row["base"] not in spec.checkpoints
     ]
@@ -126,7 +126,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
         preparation = prepare(spec)
         store = StudyStore.create(folder, spec, preparation.fingerprint, preparation.facts())
         try:
-            orphans = store.reconcile()
+            orphans = store.fail_orphaned_trials()
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
             run = _Run(preparation, store, bars, address)
@@ -141,7 +141,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
             bars.say("writing the report ...")
             result = StudyResult.of(store)
             write_report(result)
-            store.settle()
+            store.flush()
         except KeyboardInterrupt:
             raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None
         except LOST as error:
@@ -172,7 +172,7 @@ def _without_result(folder: Path, stop: Stop, store: StudyStore) -> str:
 class _Run:
     """One run of a study: what is missing, and getting it done."""
 
-    preparation: Preparation
+    preparation: PreparedStudy
     store: StudyStore
     bars: Bars
     address: str | None = None
@@ -184,10 +184,12 @@ class _Run:
         spec = self.preparation.spec
         done = _done_jobs(self.store)
         jobs = [job for job in control_jobs(self.preparation) if job not in done]
-        jobs += [job for point in spec.given_points() if (job := Job("alpha_zero", **point.params)) not in done]
+        jobs += [job for point in spec.given_points() if (job := TrialSpec("alpha_zero", **point.params)) not in done]
         if SAMPLERS[spec.search.sampler].fixed_points:
             scored = {(job.base, job.epoch, job.alpha) for job in done if job.kind in POINT_KINDS}
-            jobs += [Job("search", **point.params) for point in spec.grid_points() if (*point.params.values(),) not in scored]
+            jobs += [
+                TrialSpec("search", **point.params) for point in spec.grid_points() if (*point.params.values(),) not in scored
+            ]
             proposals = 0
         else:
             proposals = max(spec.search.trials - self._searched(), 0)
@@ -204,7 +206,7 @@ class _Run:
                         self._score(ground, *ground.begin(), jobs, proposals)
         self._note_stop()
 
-    def confirm(self, points: list[Job], seeds: Sequence[int]) -> None:
+    def confirm(self, points: list[TrialSpec], seeds: Sequence[int]) -> None:
         """Trains the base runs of some points from other seeds and scores the points again, on the items for reporting."""
         done = _done_jobs(self.store)
         jobs = [job for point in points for seed in seeds if (job := replace(point, seed=seed)) not in done]
@@ -221,7 +223,7 @@ class _Run:
                 self._score(ground, *ground.begin(), jobs, 0, iter(dial.jobs, []))
 
     @contextmanager
-    def _asked_for(self) -> Iterator[Groundwork]:
+    def _asked_for(self) -> Iterator[Prerequisites]:
         """What is asked for by itself: only failures end it, and why the search stopped stays as it was."""
         budget = Budget(failure_rate=self.preparation.spec.budget.failure_rate)
         place = connected(self.preparation.spec, self.store.out, self.bars, self.address)
@@ -229,8 +231,8 @@ class _Run:
             yield self._groundwork(room, guard)
 
     @contextmanager
-    def _guarded(self, budget: Budget) -> Iterator[StudyGuard]:
-        guard = StudyGuard(self.store, budget, self.bars.say)
+    def _guarded(self, budget: Budget) -> Iterator[BudgetMonitor]:
+        guard = BudgetMonitor(self.store, budget, self.bars.say)
         try:
             yield guard
         finally:
@@ -244,28 +246,28 @@ class _Run:
             self.store.record["stopped"] = reason
             self.store.save_record()
 
-    def _groundwork(self, room: Room, guard: StudyGuard) -> Groundwork:
+    def _groundwork(self, room: ClusterCapacity, guard: BudgetMonitor) -> Prerequisites:
         # On the driver's node: what ends that ends the study, too.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-        board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Board).remote()
-        return Groundwork(self.preparation, self.store, self.bars, board, room, guard)
+        board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(ProgressActor).remote()
+        return Prerequisites(self.preparation, self.store, self.bars, board, room, guard)
 
-    def _mirrors(self) -> list[Job]:
-        return mirror_jobs(self.store)
+    def _mirrors(self) -> list[TrialSpec]:
+        return follow_up_trials(self.store)
 
-    def _earlier(self, done: set[Job]) -> list[Job]:
+    def _earlier(self, done: set[TrialSpec]) -> list[TrialSpec]:
         """Points of earlier studies' fronts that have not been scored here."""
         fronts = earlier_fronts(self.preparation.spec)
         for note in fronts.notes:
             self.bars.say(note)
-        jobs = [Job("search", **point.params, warm_start=point.warm_start) for point in fronts.points]
+        jobs = [TrialSpec("search", **point.params, warm_start=point.warm_start) for point in fronts.points]
         return [job for job in jobs if job not in done]
 
     def _searched(self) -> int:
         """Search trials that are decided; counted by number, because samplers may propose a point twice."""
         return sum(len(searched(frame)) for frame in (self.store.trials_frame(("kind",)), self.store.pruned_frame(("kind",))))
 
-    def _rounds(self, tally: Tally, asked: Iterable[list[Job]]) -> Iterator[list[Job]]:
+    def _rounds(self, tally: StageProgress, asked: Iterable[list[TrialSpec]]) -> Iterator[list[TrialSpec]]:
         """What is scored once everything before it has ended: what was asked for, then what the front lacks."""
         for jobs in asked:
             yield tally.more(jobs)
@@ -273,12 +275,12 @@ class _Run:
 
     def _score(
         self,
-        ground: Groundwork,
+        ground: Prerequisites,
         context: StudyContext,
         base_runs: BaseRunTasks,
-        jobs: list[Job],
+        jobs: list[TrialSpec],
         proposals: int,
-        rounds: Iterable[list[Job]] = (),
+        rounds: Iterable[list[TrialSpec]] = (),
     ) -> None:
         """Scores jobs and proposals as their base runs come, then round after round of others, then what the front lacks."""
         spec = self.preparation.spec
@@ -300,8 +302,8 @@ class _Run:
             if products is not None:
                 products.poll()
 
-        tally = Tally(self.bars, self.store, jobs, proposals)
-        workforce = Workforce(spec.budget.trial_minutes)
+        tally = StageProgress(self.bars, self.store, jobs, proposals)
+        workforce = WorkerPoolMonitor(spec.budget.trial_minutes)
         searcher = StudySearcher(
             self.store,
             spec.search_space(),
@@ -345,7 +347,7 @@ class _Run:
         return InnerProducts(base_runs.runs, epochs, context.deltas, self.store.out, self.bars.say)
 
 
-def _done_jobs(store: StudyStore) -> set[Job]:
+def _done_jobs(store: StudyStore) -> set[TrialSpec]:
     """Jobs that need not be done again."""
     done = set()
     names = ("base", "epoch", "alpha", "of_trial", "model", "seed")
@@ -354,7 +356,7 @@ def _done_jobs(store: StudyStore) -> set[Job]:
         for row in frame.to_dict("records"):
             values: dict[str, Any] = {name: None if _absent(row.get(name)) else row[name] for name in names}
             temperature = 1.0 if _absent(row.get("temperature")) else float(row["temperature"])
-            done.add(Job(kind=row["kind"], temperature=temperature, **values))
+            done.add(TrialSpec(kind=row["kind"], temperature=temperature, **values))
     return done
 
 

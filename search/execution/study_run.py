@@ -4,15 +4,15 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from search.report.progress import Bars
 from search.store.study_store import StudyStore
 
 
-class Tally:
+class StageProgress:
     """Shows the progress of trials and books their time to the stage they belong to."""
 
-    def __init__(self, bars: Bars, store: StudyStore, jobs: Iterable[Job], proposals: int) -> None:
+    def __init__(self, bars: Bars, store: StudyStore, jobs: Iterable[TrialSpec], proposals: int) -> None:
         self._bars, self._store = bars, store
         self._totals = Counter({"baselines": 0, "trials": proposals}) + Counter(_stage(job) for job in jobs)
         self._done: Counter[str] = Counter()
@@ -26,13 +26,13 @@ class Tally:
         """Time counts from now."""
         self._since = time.perf_counter()
 
-    def more(self, jobs: list[Job]) -> list[Job]:
+    def more(self, jobs: list[TrialSpec]) -> list[TrialSpec]:
         """Announces what is scored besides, once everything else has ended."""
         self._totals["trials"] += len(jobs)
         self._show("trials")
         return jobs
 
-    def ended(self, job: Job, reason: str | None, again: bool) -> None:
+    def ended(self, job: TrialSpec, reason: str | None, again: bool) -> None:
         """Counts a job, unless it is run again; since trials overlap, the time since the last one ended goes to its stage."""
         self._stage = _stage(job)
         self._done[self._stage] += not again
@@ -59,5 +59,5 @@ class Tally:
             self._bars.show(names[stage], self._done[stage], self._totals[stage])
 
 
-def _stage(job: Job) -> str:
+def _stage(job: TrialSpec) -> str:
     return "trials" if job.kind in ("search", "dial") or job.of_trial is not None else "baselines"

@@ -18,8 +18,8 @@ from ray.tune.search import Searcher
 
 from search.evaluation.pruning import Rivals, prunes
 from search.execution.base_runs import BaseRuns
-from search.execution.budget import StudyGuard
-from search.problem.trial import POINT_KINDS, Job
+from search.execution.budget import BudgetMonitor
+from search.problem.trial import POINT_KINDS, TrialSpec
 from search.store.study_store import StudyStore, searched
 
 TIMES_AGAIN = 2
@@ -35,7 +35,7 @@ DIED = "the worker died or was killed"
 
 
 @dataclass(frozen=True)
-class Death:
+class WorkerFailure:
     """Why a trial's worker died.
 
     Attributes:
@@ -47,7 +47,7 @@ class Death:
     timed_out: bool = False
 
 
-def cause_of_death(told: str, seconds: float | None, minutes: float | None) -> Death:
+def worker_failure(told: str, seconds: float | None, minutes: float | None) -> WorkerFailure:
     """What ended a worker in the middle of a trial.
 
     A worker at its time limit ends itself where nothing but the clock can speak for it: a trial that hangs in C code, perhaps
@@ -61,18 +61,18 @@ def cause_of_death(told: str, seconds: float | None, minutes: float | None) -> D
     if "running low on memory" in told:
         used = re.search(r"was ([\d.]+ ?\w+) used / ([\d.]+ ?\w+) limit", told)
         amount = "" if used is None else f" ({used[1]} of {used[2]} in use)"
-        return Death(f"{DIED}: its machine ran out of memory{amount}, so Ray ended it")
+        return WorkerFailure(f"{DIED}: its machine ran out of memory{amount}, so Ray ended it")
     if "node has died" in told or "node was terminated" in told:
-        return Death(f"{DIED}: its machine died or left the cluster")
+        return WorkerFailure(f"{DIED}: its machine died or left the cluster")
     if "error raised in its creation task" in told:
-        return Death(f"the worker could not start: {told.strip().splitlines()[-1]}")
+        return WorkerFailure(f"the worker could not start: {told.strip().splitlines()[-1]}")
     if minutes is not None and seconds is not None and seconds >= 60 * minutes:
-        return Death(f"ran past its time limit of {minutes:g} minutes (budget.trial_minutes)", timed_out=True)
+        return WorkerFailure(f"ran past its time limit of {minutes:g} minutes (budget.trial_minutes)", timed_out=True)
     code = re.search(r"exit code (\d+)", told)
-    return Death(DIED if code is None else f"{DIED}: exit code {code[1]}")
+    return WorkerFailure(DIED if code is None else f"{DIED}: exit code {code[1]}")
 
 
-class Workforce:
+class WorkerPoolMonitor:
     """Keeps count of workers between Tune's searcher, scheduler and callbacks.
 
     Args:
@@ -94,14 +94,14 @@ class Workforce:
         self._waiting.pop(trial.trial_id, None)
         self._working[trial.trial_id] = (trial, time.monotonic())
 
-    def death(self, trial_id: str) -> Death:
+    def death(self, trial_id: str) -> WorkerFailure:
         """Why the worker of a trial died; to be asked before the trial has `ended`."""
         self._patient_until = time.monotonic() + PATIENCE_SECONDS
         trial, begun = self._working.get(trial_id, (self._waiting.get(trial_id), None))
         told = None if trial is None else trial.error_file
         # Tune tells its searcher that a worker died, but not why: that it writes into the trial's own folder.
         text = Path(told).read_text() if told is not None and Path(told).is_file() else ""
-        return cause_of_death(text, None if begun is None else time.monotonic() - begun, self._limit)
+        return worker_failure(text, None if begun is None else time.monotonic() - begun, self._limit)
 
     def ended(self, trial_id: str) -> float:
         """A trial has ended; returns for how many seconds it was at work, the loading of its model included."""
@@ -149,14 +149,14 @@ class StudySearcher(Searcher):
         self,
         store: StudyStore,
         space: dict[str, BaseDistribution],
-        jobs: Iterable[Job],
+        jobs: Iterable[TrialSpec],
         proposals: int,
         runs: BaseRuns,
         poll: Callable[[], None],
-        rounds: Iterator[list[Job]],
-        finished: Callable[[Job, str | None, bool], None],
-        workforce: Workforce,
-        guard: StudyGuard,
+        rounds: Iterator[list[TrialSpec]],
+        finished: Callable[[TrialSpec, str | None, bool], None],
+        workforce: WorkerPoolMonitor,
+        guard: BudgetMonitor,
     ) -> None:
         super().__init__()
         self._store = store
@@ -167,9 +167,9 @@ class StudySearcher(Searcher):
         self._rounds = rounds
         self._finished = finished
         self._workforce, self._guard = workforce, guard
-        self._running: dict[str, tuple[int, Job]] = {}
+        self._running: dict[str, tuple[int, TrialSpec]] = {}
         self._held: set[str] = set()
-        self._deaths: Counter[Job] = Counter()
+        self._deaths: Counter[TrialSpec] = Counter()
         self._proposed = _proposed(store)
         self._rivals = Rivals([objective.name for objective in store.objectives])
         for row in store.trials_frame(("alpha", "collapsed")).to_dict("records"):
@@ -243,7 +243,7 @@ class StudySearcher(Searcher):
         self.done = True
         return self.FINISHED
 
-    def _ask(self) -> tuple[int, Job] | None:
+    def _ask(self) -> tuple[int, TrialSpec] | None:
         """Starts the trial of the next job, if one can be run now."""
         job = self._ready_job()
         if job is not None:
@@ -258,14 +258,14 @@ class StudySearcher(Searcher):
         self._proposed[str(asked[1].base)] += 1
         return asked
 
-    def _ask_for(self, job: Job) -> tuple[int, Job]:
+    def _ask_for(self, job: TrialSpec) -> tuple[int, TrialSpec]:
         if job.kind not in POINT_KINDS:
             return self._store.ask_control(), job
         params = {"base": job.base, "epoch": job.epoch, "alpha": job.alpha}
         number, asked = self._store.ask_point(self._space, params, job.kind)
         return number, replace(asked, warm_start=job.warm_start, floor=job.floor)
 
-    def _ready_job(self) -> Job | None:
+    def _ready_job(self) -> TrialSpec | None:
         return next((job for job in self._jobs if job.run is None or job.run in self._runs.published), None)
 
     def _base_to_propose(self) -> str | None:
@@ -350,7 +350,7 @@ class StudySearcher(Searcher):
             self._guard.failed(incomplete)
         self._finished(job, incomplete, False)
 
-    def _again(self, job: Job) -> bool:
+    def _again(self, job: TrialSpec) -> bool:
         """Puts a job back whose worker died; False if it has been put back often enough."""
         if self._deaths[job] >= TIMES_AGAIN:
             return False
@@ -358,7 +358,7 @@ class StudySearcher(Searcher):
         self._jobs.appendleft(job)
         return True
 
-    def _fail(self, job: Job, number: int, reason: str, again: bool) -> None:
+    def _fail(self, job: TrialSpec, number: int, reason: str, again: bool) -> None:
         self._store.fail(job, number, reason)
         self._finished(job, reason, again)
 
@@ -391,7 +391,9 @@ class _Forgetting(tune.Callback):
         trial.experiment_tag = ""  # all of the configuration again, as the name of the folder it has had
 
 
-def run_trials(trainable: Any, searcher: StudySearcher, workforce: Workforce, at_once: int, folder: Path, name: str) -> None:
+def run_trials(
+    trainable: Any, searcher: StudySearcher, workforce: WorkerPoolMonitor, at_once: int, folder: Path, name: str
+) -> None:
     """Lets Tune run what a searcher hands out until it has nothing more at the moment.
 
     Args:
@@ -426,7 +428,7 @@ PATIENCE_SECONDS = 30.0
 
 
 class _Watch(tune.Callback):
-    def __init__(self, workforce: Workforce) -> None:
+    def __init__(self, workforce: WorkerPoolMonitor) -> None:
         self._workforce = workforce
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -434,7 +436,7 @@ class _Watch(tune.Callback):
 
 
 class _Patience(FIFOScheduler):
-    def __init__(self, workforce: Workforce) -> None:
+    def __init__(self, workforce: WorkerPoolMonitor) -> None:
         super().__init__()
         self._workforce = workforce
 

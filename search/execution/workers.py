@@ -17,8 +17,8 @@ from ray import tune
 
 from search.evaluation.evaluator import Evaluator, StudyContext, load_for_scoring
 from search.evaluation.task import Report, scorer_of
-from search.problem.trial import Job
-from search.samplers.gram import Runs, StudyGram, grown
+from search.problem.trial import TrialSpec
+from search.samplers.gram import Runs, StudyGram, extend_gram
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.checkpoints import import_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
@@ -28,7 +28,7 @@ from uipe_core.models.skeleton import open_initial
 from uipe_core.models.tiny import TinyModelConfig, tiny_model
 from uipe_core.scoring.scorer import ScoringConfig
 from uipe_core.storage.content_store import ContentStore
-from uipe_core.storage.remote_store import RemotePlace
+from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.unlearning.distributed import current_processes
 from uipe_core.unlearning.training import UnlearningConfig, train_base_run
 
@@ -44,13 +44,13 @@ class ScoringTrial(tune.Trainable):
 
     def setup(self, config: dict[str, Any], context: StudyContext) -> None:
         """Notes the job; the model is loaded with the first step, because slow set-ups upset actor reuse."""
-        self._job: Job | None = Job.from_text(config["job"])
+        self._job: TrialSpec | None = TrialSpec.from_text(config["job"])
         self._context = context
         self._loaded: Evaluator | None = None
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next job."""
-        self._job = Job.from_text(new_config["job"])
+        self._job = TrialSpec.from_text(new_config["job"])
         return True
 
     def step(self) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def train_and_publish(
     corpus: Corpus,
     config: UnlearningConfig,
     inputs: Mapping[str, Any],
-    root: Path | RemotePlace,
+    root: Path | RemoteLocation,
     threads: int,
     board: Any,
     label: str,
@@ -130,7 +130,7 @@ def train_and_publish(
 def import_and_publish(
     initial: Path,
     checkpoints: Sequence[tuple[Path, Mapping[str, Any]]],
-    root: Path | RemotePlace,
+    root: Path | RemoteLocation,
     trust_remote_code: bool,
     threads: int,
     board: Any,
@@ -142,10 +142,10 @@ def import_and_publish(
     return import_checkpoints(open_initial(initial, trust_remote_code), checkpoints, DeltaStore(root), note)
 
 
-def grow_gram(known: StudyGram, runs: Runs, root: Path | RemotePlace) -> StudyGram:
+def grow_gram(known: StudyGram, runs: Runs, root: Path | RemoteLocation) -> StudyGram:
     """The inner products of base runs that have come, beside those that are known."""
     set_threads(1)
-    return grown(known, runs, DeltaStore(root))
+    return extend_gram(known, runs, DeltaStore(root))
 
 
 def score_model(source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str) -> Report:
@@ -176,7 +176,7 @@ def time_limit(minutes: float | None) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def score_within_memory(evaluator: Callable[[], Evaluator], job: Job) -> tuple[dict[str, Any], Report]:
+def score_within_memory(evaluator: Callable[[], Evaluator], job: TrialSpec) -> tuple[dict[str, Any], Report]:
     """Evidence and scores of a job; without enough memory tried once more, with what was in use given back.
 
     Scoring halves its batches by itself. What fails here is loading or moving the model, or a single row.

@@ -12,10 +12,10 @@ from search.planning.quantities import (
     MEASURED,
     START_SECONDS,
     UNKNOWN,
-    Line,
     Machine,
     Misfit,
     Plan,
+    PlanEntry,
     Rates,
     Sizes,
     Work,
@@ -54,7 +54,7 @@ def make_plan(
     return Plan(spec.name, (*lines, *time_lines), tuple(misfits), notes)
 
 
-def _work_lines(work: Work) -> list[Line]:
+def _work_lines(work: Work) -> list[PlanEntry]:
     counts = [
         ("small models to build", work.builds),
         ("small models in the cache", work.built),
@@ -67,46 +67,46 @@ def _work_lines(work: Work) -> list[Line]:
         ("trials: given points at alpha = 0", work.given),
         ("trials: search", work.search),
     ]
-    lines = [Line("work", what, count, "", COUNTED) for what, count in counts if count]
+    lines = [PlanEntry("work", what, count, "", COUNTED) for what, count in counts if count]
     steps = None if work.steps is None else work.steps * work.epochs * len(work.trains)
     if work.trains:
-        lines.append(Line("work", "optimiser steps", steps, "", UNKNOWN if steps is None else CALCULATED))
+        lines.append(PlanEntry("work", "optimiser steps", steps, "", UNKNOWN if steps is None else CALCULATED))
     what = f"trials: {work.walks} mirrors of each of {work.front} front points"
-    return [*lines, Line("work", what, work.walks * work.front, "", ASSUMED)]
+    return [*lines, PlanEntry("work", what, work.walks * work.front, "", ASSUMED)]
 
 
-def _size_lines(work: Work, sizes: Sizes | None, rates: Rates | None, machine: Machine) -> list[Line]:
+def _size_lines(work: Work, sizes: Sizes | None, rates: Rates | None, machine: Machine) -> list[PlanEntry]:
     out = None if rates is None else out_bytes(work, rates)
-    scores = Line("disk", "output folder: item scores, database", out, "bytes", UNKNOWN if out is None else CALCULATED)
+    scores = PlanEntry("disk", "output folder: item scores, database", out, "bytes", UNKNOWN if out is None else CALCULATED)
     free = [
-        Line("disk", "free for update vectors", machine.deltas_free, "bytes", MEASURED),
-        Line("disk", "free for the output folder", machine.out_free, "bytes", MEASURED),
+        PlanEntry("disk", "free for update vectors", machine.deltas_free, "bytes", MEASURED),
+        PlanEntry("disk", "free for the output folder", machine.out_free, "bytes", MEASURED),
     ]
     if sizes is None:
-        return [Line("disk", "update vectors", None, "bytes", UNKNOWN), scores, *free]
+        return [PlanEntry("disk", "update vectors", None, "bytes", UNKNOWN), scores, *free]
     scoring, training = sizes.scoring_bytes, sizes.training_bytes
-    lines = [Line("model", "parameters", sizes.parameters, "", COUNTED)]
+    lines = [PlanEntry("model", "parameters", sizes.parameters, "", COUNTED)]
     if sizes.adapter is not None:
-        lines.append(Line("model", "parameters of the adapter", sizes.adapter, "", COUNTED))
+        lines.append(PlanEntry("model", "parameters of the adapter", sizes.adapter, "", COUNTED))
     lines += [
-        Line("memory", "libraries of one worker", machine.libraries, "bytes", MEASURED),
-        Line("memory", "a trial's weights, host", scoring[0], "bytes", CALCULATED),
-        Line("memory", "a trial's weights, device", scoring[1], "bytes", CALCULATED),
+        PlanEntry("memory", "libraries of one worker", machine.libraries, "bytes", MEASURED),
+        PlanEntry("memory", "a trial's weights, host", scoring[0], "bytes", CALCULATED),
+        PlanEntry("memory", "a trial's weights, device", scoring[1], "bytes", CALCULATED),
     ]
     if work.trains:
-        lines.append(Line("memory", "a base run, host", training[0], "bytes", CALCULATED))
-        lines.append(Line("memory", "a base run, device, without activations", training[1], "bytes", CALCULATED))
-    lines.append(Line("disk", "update vector of one epoch", sizes.delta_bytes, "bytes", CALCULATED))
-    return [*lines, Line("disk", "update vectors to store", delta_bytes(work, sizes), "bytes", CALCULATED), scores, *free]
+        lines.append(PlanEntry("memory", "a base run, host", training[0], "bytes", CALCULATED))
+        lines.append(PlanEntry("memory", "a base run, device, without activations", training[1], "bytes", CALCULATED))
+    lines.append(PlanEntry("disk", "update vector of one epoch", sizes.delta_bytes, "bytes", CALCULATED))
+    return [*lines, PlanEntry("disk", "update vectors to store", delta_bytes(work, sizes), "bytes", CALCULATED), scores, *free]
 
 
 def _time(
     spec: StudySpec, work: Work, rates: Rates | None, trials: int, runs: int
-) -> tuple[float | None, float | None, list[Line]]:
+) -> tuple[float | None, float | None, list[PlanEntry]]:
     """Hours from start to end, GPU-hours, and the lines that say so."""
     if rates is None:
-        unknown = [Line("time", "from start to end", None, "s", UNKNOWN)]
-        return None, None, [*unknown, Line("time", "GPUs held", None, "GPU-hours", UNKNOWN)]
+        unknown = [PlanEntry("time", "from start to end", None, "s", UNKNOWN)]
+        return None, None, [*unknown, PlanEntry("time", "GPUs held", None, "GPU-hours", UNKNOWN)]
     training = sum(rates.epoch[label] for label in work.trains) * work.epochs
     scoring = rates.reference * work.references
     base = (training + scoring) / min(runs, max(len(work.trains) + work.references, 1))
@@ -120,20 +120,24 @@ def _time(
     lines = []
     if work.trains:
         mean = training / (work.epochs * len(work.trains))
-        lines.append(Line("time", "one epoch of a base run, on average", mean, "s", rates.how))
+        lines.append(PlanEntry("time", "one epoch of a base run, on average", mean, "s", rates.how))
     lines += [
-        Line("time", "one trial", rates.trial, "s", rates.how),
-        Line("time", "one reference model, all items", rates.reference, "s", rates.how),
-        *([] if rates.load is None else [Line("time", "loading the model, once for each stage", rates.load, "s", rates.how)]),
-        Line("time", "start of Ray, report", START_SECONDS, "s", ASSUMED),
+        PlanEntry("time", "one trial", rates.trial, "s", rates.how),
+        PlanEntry("time", "one reference model, all items", rates.reference, "s", rates.how),
+        *(
+            []
+            if rates.load is None
+            else [PlanEntry("time", "loading the model, once for each stage", rates.load, "s", rates.how)]
+        ),
+        PlanEntry("time", "start of Ray, report", START_SECONDS, "s", ASSUMED),
     ]
     if work.builds:
-        lines.append(Line("time", "small models", builds, "s", CALCULATED))
+        lines.append(PlanEntry("time", "small models", builds, "s", CALCULATED))
     lines += [
-        Line("time", f"base runs and references, {runs} at once", base, "s", CALCULATED),
-        Line("time", f"trials, {trials} at once", searching, "s", CALCULATED),
-        Line("time", "from start to end", total, "s", CALCULATED),
-        Line("time", "GPUs held", gpu_seconds / HOUR, "GPU-hours", CALCULATED),
+        PlanEntry("time", f"base runs and references, {runs} at once", base, "s", CALCULATED),
+        PlanEntry("time", f"trials, {trials} at once", searching, "s", CALCULATED),
+        PlanEntry("time", "from start to end", total, "s", CALCULATED),
+        PlanEntry("time", "GPUs held", gpu_seconds / HOUR, "GPU-hours", CALCULATED),
     ]
     return total / HOUR, gpu_seconds / HOUR, lines
 

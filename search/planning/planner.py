@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from search.evaluation.controls import control_jobs
-from search.evaluation.prepared import Preparation, prepare
+from search.evaluation.prepared import PreparedStudy, prepare
 from search.planning.plan import at_once, make_plan
 from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
 from search.planning.timing import measured_rates, past_rates
@@ -24,7 +24,7 @@ from uipe_core.errors import UserError
 from uipe_core.models.loading import DTYPES
 from uipe_core.models.skeleton import meta_model
 from uipe_core.models.tiny import TinyModelConfig, tiny_skeleton
-from uipe_core.storage.remote_store import RemotePlace
+from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.storage.safetensors_files import read_headers, weight_files
 from uipe_core.unlearning.loss_inputs import INITIAL_ON_RETAIN
 from uipe_core.unlearning.methods import METHODS
@@ -61,7 +61,7 @@ def plan_study(spec: StudySpec, out: Path, like: Path | None, say: Callable[[str
     return make_plan(spec, work, sizes, rates, machine, tuple(notes))
 
 
-def _prepared(spec: StudySpec, notes: list[str]) -> tuple[Preparation, bool]:
+def _prepared(spec: StudySpec, notes: list[str]) -> tuple[PreparedStudy, bool]:
     """The study prepared, and whether model and corpus are all there; else with stand-ins for what is not on this machine."""
     model = spec.model
     absent = _absent_models(spec)
@@ -84,7 +84,7 @@ def _prepared(spec: StudySpec, notes: list[str]) -> tuple[Preparation, bool]:
         return prepare(spec), True
     assert isinstance(model, PretrainedModel)
     models = {"initial": model.initial} | ({"retain": model.retain} if model.retain else {})
-    return Preparation(spec, corpus, None, models, {"initial": model.revision}), False
+    return PreparedStudy(spec, corpus, None, models, {"initial": model.revision}), False
 
 
 def _absent_models(spec: StudySpec) -> list[str]:
@@ -109,14 +109,14 @@ def _is_fetched(name: str, revision: str | None) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def _builds(preparation: Preparation) -> tuple[list[tuple[str, TinyModelConfig]], int]:
+def _builds(preparation: PreparedStudy) -> tuple[list[tuple[str, TinyModelConfig]], int]:
     """Stage and configuration of the small models to build, and how many the cache has."""
     wanted = [model.tiny for model in preparation.references if model.tiny is not None]
     missing = [tiny for tiny in wanted if not preparation.model_store.holds(preparation.tiny_key(*tiny))]
     return missing, len(wanted) - len(missing)
 
 
-def _base_runs(preparation: Preparation, whole: bool) -> tuple[tuple[str, ...], list[Path | None]]:
+def _base_runs(preparation: PreparedStudy, whole: bool) -> tuple[tuple[str, ...], list[Path | None]]:
     """Labels of the base runs to train, and the checkpoints to import; a checkpoint that is not here has no folder."""
     spec = preparation.spec
     if not whole:
@@ -131,7 +131,7 @@ def _base_runs(preparation: Preparation, whole: bool) -> tuple[tuple[str, ...], 
     )
 
 
-def _work(preparation: Preparation, builds: int, built: int, trains: tuple[str, ...], imports: int) -> Work:
+def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str, ...], imports: int) -> Work:
     spec = preparation.spec
     steps = None
     if spec.unlearning is not None and preparation.corpus.forget_train:
@@ -157,7 +157,7 @@ def _work(preparation: Preparation, builds: int, built: int, trains: tuple[str, 
     )
 
 
-def _sizes(preparation: Preparation, trains: tuple[str, ...], imports: list[Path | None], notes: list[str]) -> Sizes | None:
+def _sizes(preparation: PreparedStudy, trains: tuple[str, ...], imports: list[Path | None], notes: list[str]) -> Sizes | None:
     """How large the model is; None where not even its configuration is here."""
     spec = preparation.spec
     try:
@@ -193,7 +193,7 @@ def _import_bytes(folder: Path | None, parameters: int) -> int:
     return 4 * sum(math.prod(tensor.shape) for tensor in stored.values())
 
 
-def _skeleton(preparation: Preparation) -> Any:
+def _skeleton(preparation: PreparedStudy) -> Any:
     if preparation.tiny is not None:
         return tiny_skeleton(preparation.tiny, preparation.corpus)
     source = preparation.source("initial")
@@ -214,11 +214,11 @@ def _why_not_timed(spec: StudySpec, sizes: Sizes | None, machine: Machine) -> st
     return None
 
 
-def _machine(deltas: Path | RemotePlace, out: Path) -> Machine:
+def _machine(deltas: Path | RemoteLocation, out: Path) -> Machine:
     import torch
 
     # Of a store at a URL this machine has its node cache.
-    there, here = _nearest(deltas.node_root if isinstance(deltas, RemotePlace) else deltas), _nearest(out)
+    there, here = _nearest(deltas.node_root if isinstance(deltas, RemoteLocation) else deltas), _nearest(out)
     return Machine(
         cpus=len(os.sched_getaffinity(0)),
         memory=_memory(),

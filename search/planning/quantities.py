@@ -152,7 +152,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Line:
+class PlanEntry:
     """One number of a plan; `value` is None where it is not known. Units: ``""``, ``s``, ``bytes`` or ``GPU-hours``."""
 
     section: str
@@ -182,7 +182,7 @@ class Plan:
     """
 
     study: str
-    lines: tuple[Line, ...]
+    lines: tuple[PlanEntry, ...]
     misfits: tuple[Misfit, ...]
     notes: tuple[str, ...] = ()
 

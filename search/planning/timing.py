@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from search.evaluation.evaluator import load_for_scoring
-from search.evaluation.prepared import Preparation
+from search.evaluation.prepared import PreparedStudy
 from search.evaluation.task import scorer_of
 from search.planning.quantities import MEASURED, PAST, Rates
 from search.store.study_store import StudyStore
@@ -38,7 +38,7 @@ FIRST_SHARE = 1 / 16
 
 
 def measured_rates(
-    preparation: Preparation, trains: Iterable[str], builds: Iterable[tuple[str, TinyModelConfig]], say: Callable[[str], None]
+    preparation: PreparedStudy, trains: Iterable[str], builds: Iterable[tuple[str, TinyModelConfig]], say: Callable[[str], None]
 ) -> Rates:
     """Really loads (or begins to build) the initial model, takes a few optimiser steps with every method, and scores items.
 
@@ -65,7 +65,7 @@ def measured_rates(
     return Rates(MEASURED, epochs, sum(seconds.values()), trial, whole, size, load)
 
 
-def _initial(preparation: Preparation, store: ContentStore) -> ModelSource:
+def _initial(preparation: PreparedStudy, store: ContentStore) -> ModelSource:
     """The initial model; of a tiny one that is not built yet, one of its shape after a few steps."""
     if preparation.tiny is None:
         return preparation.source("initial")
@@ -111,7 +111,7 @@ class _Clock:
 
 
 def _epochs(
-    preparation: Preparation, source: ModelSource, trains: set[str], say: Callable[[str], None]
+    preparation: PreparedStudy, source: ModelSource, trains: set[str], say: Callable[[str], None]
 ) -> tuple[dict[str, float], UpdateVector | None]:
     """Seconds of an epoch of each base run, its update vector included; and one such vector."""
     by_method: dict[str, float] = {}
@@ -137,7 +137,7 @@ def _epochs(
     return {run.label: by_method[run.method] for run in runs}, update
 
 
-def _scoring(preparation: Preparation, source: ModelSource, update: UpdateVector | None) -> tuple[float, float, float, float]:
+def _scoring(preparation: PreparedStudy, source: ModelSource, update: UpdateVector | None) -> tuple[float, float, float, float]:
     """Seconds of a trial, to score all items, and to load the model; and bytes of the scores a trial keeps."""
     started = time.perf_counter()
     loaded, walker = load_for_scoring(source)
@@ -166,7 +166,7 @@ def _share(rows: Rows, share: float) -> Rows:
     return {name: chosen[:: max(1, round(1 / share))] for name, chosen in rows.items()}
 
 
-def _timed_scores(preparation: Preparation, rows: Rows, loaded: Any) -> tuple[float, int]:
+def _timed_scores(preparation: PreparedStudy, rows: Rows, loaded: Any) -> tuple[float, int]:
     scorer = scorer_of(take_items(preparation.corpus, rows), loaded.prompts, preparation.scoring)
     started = time.perf_counter()
     report = scorer.score(loaded)
@@ -177,7 +177,7 @@ def _timed_scores(preparation: Preparation, rows: Rows, loaded: Any) -> tuple[fl
         return seconds, os.fstat(stream.fileno()).st_size
 
 
-def past_rates(folder: Path, preparation: Preparation, trains: Iterable[str], builds: int) -> Rates:
+def past_rates(folder: Path, preparation: PreparedStudy, trains: Iterable[str], builds: int) -> Rates:
     """Rates of a study that was run before: medians of its epochs and trials.
 
     Args:

@@ -16,11 +16,11 @@ POINT_KINDS = ("alpha_zero", "search", "dial")
 REFERENCE_KINDS = ("initial", "retain", "other_retain", "never_finetuned")
 """Models scored as they are."""
 
-MIRROR_KINDS = ("random_direction", "held_out", "matched_scale", "confirm")
+FOLLOW_UP_KINDS = ("random_direction", "held_out", "matched_scale", "confirm")
 """What is scored of a front point afterwards: a random direction of its norm; the point itself on the items kept for
 reporting; with its logits brought to the scale of the initial model; with its base run trained from another seed."""
 
-CONTROL_KINDS = (*REFERENCE_KINDS, "next_epoch", "temperature", *MIRROR_KINDS)
+CONTROL_KINDS = (*REFERENCE_KINDS, "next_epoch", "temperature", *FOLLOW_UP_KINDS)
 """What the trials are compared with: trials of the controls study."""
 
 REPORTED_KINDS = ("held_out", "confirm")
@@ -28,14 +28,14 @@ REPORTED_KINDS = ("held_out", "confirm")
 
 
 @dataclass(frozen=True)
-class Job:
+class TrialSpec:
     """One thing to score.
 
     Attributes:
         kind: One of `POINT_KINDS` or `CONTROL_KINDS`.
         base, epoch, alpha: Which update vector, walked how far; None where no vector is involved.
         temperature: Logits are divided by it.
-        of_trial: For one of `MIRROR_KINDS`, the trial whose base, epoch and alpha it mirrors.
+        of_trial: For one of `FOLLOW_UP_KINDS`, the trial whose base, epoch and alpha it mirrors.
         model: Name of the reference model where no vector is involved; None for the initial one.
         seed: For a confirmation, the seed its base run was trained with.
         delta: Entries of the delta store that hold its base run. They travel with the job, because a base run may be published
@@ -69,10 +69,10 @@ class Job:
         return json.dumps({each.name: getattr(self, each.name) for each in fields(self)})
 
     @staticmethod
-    def from_text(text: str) -> "Job":
+    def from_text(text: str) -> "TrialSpec":
         """What `as_text` gave."""
         given = json.loads(text)
-        return Job(**{**given, "delta": tuple(given["delta"]), "rivals": tuple(given["rivals"])})
+        return TrialSpec(**{**given, "delta": tuple(given["delta"]), "rivals": tuple(given["rivals"])})
 
 
 def retrained(label: str, seed: int) -> str:
@@ -80,7 +80,7 @@ def retrained(label: str, seed: int) -> str:
     return f"{label}@{seed}"
 
 
-def identity(job: Job, methods: Mapping[str, str]) -> dict[str, Any]:
+def identity(job: TrialSpec, methods: Mapping[str, str]) -> dict[str, Any]:
     """What a trial carries about the job it is."""
     facts: dict[str, Any] = {
         "kind": job.kind,
@@ -97,7 +97,7 @@ def identity(job: Job, methods: Mapping[str, str]) -> dict[str, Any]:
     return facts
 
 
-def _walk(job: Job) -> str | None:
+def _walk(job: TrialSpec) -> str | None:
     if job.base is None or job.epoch is None or job.alpha is None:
         return None
     return Point(job.base, job.epoch, job.alpha).walk

@@ -70,7 +70,7 @@ class Bars:
         self.console.print(text, highlight=False, markup=False)
 
 
-class Board:
+class ProgressActor:
     """Where tasks note how far they are, and the driver reads it. Lives in this light module so that its actor starts fast."""
 
     def __init__(self) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import PchipInterpolator
 
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from search.results.study_result import StudyResult
 from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
@@ -27,7 +27,7 @@ INNER = 0.1
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredPoint:
     """A scored point of a line.
 
     Attributes:
@@ -45,7 +45,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Question:
+class Constraint:
     """Strongest forgetting at utility of at least `floor`, for alpha from `low` to `high`; more than `ceiling` is noise."""
 
     floor: float
@@ -58,13 +58,13 @@ class Question:
         """Distance in alpha below which two points are as good as one."""
         return CLOSE * (self.high - self.low)
 
-    def feasible(self, point: Scored) -> bool:
+    def feasible(self, point: ScoredPoint) -> bool:
         """Whether a point keeps enough utility."""
         return point.sound and point.utility >= self.floor
 
 
 @dataclass(frozen=True)
-class Standing:
+class BracketState:
     """What is known of a line.
 
     Attributes:
@@ -76,13 +76,13 @@ class Standing:
     """
 
     state: str
-    best: Scored | None
-    last_feasible: Scored | None
-    first_infeasible: Scored | None
+    best: ScoredPoint | None
+    last_feasible: ScoredPoint | None
+    first_infeasible: ScoredPoint | None
     next: float | None
 
 
-def stand(points: Sequence[Scored], question: Question) -> Standing:
+def stand(points: Sequence[ScoredPoint], question: Constraint) -> BracketState:
     """Where a line stands and what to score next.
 
     Args:
@@ -95,7 +95,7 @@ def stand(points: Sequence[Scored], question: Question) -> Standing:
     if not feasible:
         first = inside[0] if inside else None
         known = first is not None and first.alpha - question.low < question.close
-        return Standing(NEVER if known else OPEN, None, None, first, None if known else question.low)
+        return BracketState(NEVER if known else OPEN, None, None, first, None if known else question.low)
     best = max(feasible, key=lambda point: (point.forgetting, point.utility))
     # Of equally forgetful ones, which a test's few p-values make frequent, the farthest one is nearest to more.
     edge = max(feasible, key=lambda point: (point.forgetting, point.alpha))
@@ -103,20 +103,22 @@ def stand(points: Sequence[Scored], question: Question) -> Standing:
     crossings = (pair for pair in pairwise(line) if question.feasible(pair[0]) and not question.feasible(pair[1]))
     last, first = next((pair for pair in crossings if pair[0].alpha >= edge.alpha), (None, None))
     if best.forgetting >= question.ceiling:
-        return Standing(CEILING, best, last, first, None)
+        return BracketState(CEILING, best, last, first, None)
     if after is None:
         reached = question.high - edge.alpha < question.close
-        return Standing(ALWAYS if reached else OPEN, best, last, first, None if reached else _farther(before, edge, question))
+        return BracketState(
+            ALWAYS if reached else OPEN, best, last, first, None if reached else _farther(before, edge, question)
+        )
     falls = after.forgetting <= edge.forgetting
     if falls and before is not None:
         wanted = _peak(before, edge, after, question)
-        return Standing(PEAK if wanted is None else OPEN, best, last, first, wanted)
+        return BracketState(PEAK if wanted is None else OPEN, best, last, first, wanted)
     if after.alpha - edge.alpha <= question.close:
-        return Standing(CROSSED, best, last, first, None)
-    return Standing(OPEN, best, last, first, _crossing(edge, after, question.floor))
+        return BracketState(CROSSED, best, last, first, None)
+    return BracketState(OPEN, best, last, first, _crossing(edge, after, question.floor))
 
 
-def promise(points: Sequence[Scored], question: Question) -> tuple[float, float]:
+def promise(points: Sequence[ScoredPoint], question: Constraint) -> tuple[float, float]:
     """What a line may give, by curves through what is scored: strongest forgetting at the floor, and the utility there.
 
     Minus infinity where no place between scored points is feasible.
@@ -137,12 +139,12 @@ def promise(points: Sequence[Scored], question: Question) -> tuple[float, float]
     return float(forgetting[strongest]), float(utility[strongest])
 
 
-def _neighbours(line: list[Scored], point: Scored) -> tuple[Scored | None, Scored | None]:
+def _neighbours(line: list[ScoredPoint], point: ScoredPoint) -> tuple[ScoredPoint | None, ScoredPoint | None]:
     place = line.index(point)
     return line[place - 1] if place else None, line[place + 1] if place + 1 < len(line) else None
 
 
-def _farther(before: Scored | None, edge: Scored, question: Question) -> float:
+def _farther(before: ScoredPoint | None, edge: ScoredPoint, question: Constraint) -> float:
     """Beyond the last point: half as far again as the floor seems to be, or to the end where utility does not fall."""
     if before is None or before.utility <= edge.utility:
         return question.high
@@ -150,14 +152,14 @@ def _farther(before: Scored | None, edge: Scored, question: Question) -> float:
     return min(question.high, edge.alpha + max(1.5 * (edge.utility - question.floor) / slope, 2 * question.close))
 
 
-def _crossing(feasible: Scored, infeasible: Scored, floor: float) -> float:
+def _crossing(feasible: ScoredPoint, infeasible: ScoredPoint, floor: float) -> float:
     """Where the straight line crosses the floor; in the middle where the far end has collapsed."""
     drop = feasible.utility - infeasible.utility
     share = (feasible.utility - floor) / drop if infeasible.sound and drop > 0 else 0.5
     return feasible.alpha + min(max(share, INNER), 1 - INNER) * (infeasible.alpha - feasible.alpha)
 
 
-def _peak(before: Scored, edge: Scored, after: Scored, question: Question) -> float | None:
+def _peak(before: ScoredPoint, edge: ScoredPoint, after: ScoredPoint, question: Constraint) -> float | None:
     """Beside the strongest point, where a parabola through the three has its top; None where its neighbours are close."""
     left, right = (max(before.alpha, question.low), edge.alpha), (edge.alpha, after.alpha)
     rise = (edge.forgetting - before.forgetting) / (edge.alpha - before.alpha)
@@ -180,12 +182,12 @@ MOST = 6
 
 
 @dataclass(frozen=True)
-class Line:
+class AlphaSweep:
     """A base epoch that was looked at: how it stands, and how many points were scored for it."""
 
     base: str
     epoch: int
-    standing: Standing
+    standing: BracketState
     scores: int
 
 
@@ -201,9 +203,9 @@ class Answer:
     """
 
     floor: float
-    question: Question
+    question: Constraint
     best: int | None
-    lines: tuple[Line, ...]
+    lines: tuple[AlphaSweep, ...]
 
 
 class Dial:
@@ -229,24 +231,24 @@ class Dial:
         ceiling = self._forgetting.ceiling(store.noise_ceiling(controls))
         start = initial.iloc[0]
         alpha = store.spec.search.alpha
-        self.question = Question(floor * float(start[self._utility]), alpha.low, alpha.high, ceiling)
-        self._start = Scored(-1.0, min(float(start[self._forgetting.name]), ceiling), float(start[self._utility]))
+        self.question = Constraint(floor * float(start[self._utility]), alpha.low, alpha.high, ceiling)
+        self._start = ScoredPoint(-1.0, min(float(start[self._forgetting.name]), ceiling), float(start[self._utility]))
         self._places: list[tuple[str, int]] | None = None
-        self._asked: set[Job] = set()
+        self._asked: set[TrialSpec] = set()
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[TrialSpec]:
         """What to score next: nothing for a line that is settled, has had its scores, or whose point could not be scored."""
         wanted = []
         for line in self.lines():
             if line.standing.next is None or line.scores >= MOST:
                 continue
-            job = Job("dial", line.base, line.epoch, round(line.standing.next, 4), floor=self.floor)
+            job = TrialSpec("dial", line.base, line.epoch, round(line.standing.next, 4), floor=self.floor)
             if job not in self._asked:
                 wanted.append(job)
         self._asked.update(wanted)
         return wanted
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[AlphaSweep]:
         """The lines that are looked at: those that were before, asked for the same floor, and others of most promise."""
         trials = self._store.trials_frame()
         points = self._points(trials)
@@ -255,7 +257,7 @@ class Dial:
         if self._places is None:
             ranked = sorted(points, key=lambda place: promise(points[place], self.question), reverse=True)
             self._places = list(dict.fromkeys([*counts, *ranked]))[: max(LINES, len(counts))]
-        return [Line(*place, stand(points[place], self.question), counts[place]) for place in self._places]
+        return [AlphaSweep(*place, stand(points[place], self.question), counts[place]) for place in self._places]
 
     def best(self) -> int | None:
         """The strongest of all trials that keep enough utility, looked at or not."""
@@ -263,25 +265,25 @@ class Dial:
         feasible = [point for point in scored if self.question.feasible(point)]
         return None if not feasible else max(feasible, key=lambda point: (point.forgetting, point.utility)).trial
 
-    def _points(self, trials: pd.DataFrame) -> dict[tuple[str, int], list[Scored]]:
+    def _points(self, trials: pd.DataFrame) -> dict[tuple[str, int], list[ScoredPoint]]:
         """What is scored of each base epoch, the initial model first."""
-        found: dict[tuple[str, int], list[Scored]] = {}
+        found: dict[tuple[str, int], list[ScoredPoint]] = {}
         for row in trials.to_dict("records"):
             found.setdefault((str(row["base"]), int(row["epoch"])), [self._start]).append(self._point(row))
         return found
 
-    def _point(self, row: dict[Any, Any]) -> Scored:
+    def _point(self, row: dict[Any, Any]) -> ScoredPoint:
         forgetting = min(float(row[self._forgetting.name]), self.question.ceiling)
         # A column that some trials lack has NaN there.
         sound = not isinstance(row.get("collapsed"), str)
-        return Scored(float(row["alpha"]), forgetting, float(row[self._utility]), sound, int(row["trial"]))
+        return ScoredPoint(float(row["alpha"]), forgetting, float(row[self._utility]), sound, int(row["trial"]))
 
 
 def answer_of(result: StudyResult, floor: float) -> Answer:
     """The answer a study has now."""
     dial = Dial(result.store, floor)
 
-    def strength(line: Line) -> tuple[float, float]:
+    def strength(line: AlphaSweep) -> tuple[float, float]:
         best = line.standing.best
         return (float("-inf"), 0.0) if best is None else (best.forgetting, best.utility)
 

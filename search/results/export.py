@@ -10,7 +10,7 @@ from typing import Any
 
 from search.evaluation.evaluator import load_for_scoring
 from search.evaluation.inputs import checkpoint_folder
-from search.evaluation.prepared import Preparation, prepare
+from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import Report, measure, scorer_of
 from search.results.recipe import RECIPE_FILE, Recipe, checked_numbers, read_recipe
 from search.spec.sections import PretrainedModel
@@ -97,7 +97,7 @@ def _is_low_rank(recipe: Recipe) -> bool:
     return recipe.spec.unlearning is not None and recipe.spec.unlearning.adapter is not None
 
 
-def _write_weights(recipe: Recipe, preparation: Preparation, folder: Path, form: str) -> None:
+def _write_weights(recipe: Recipe, preparation: PreparedStudy, folder: Path, form: str) -> None:
     source = _source(preparation, "initial")
     update = _base_run(preparation, recipe.base, source).load(recipe.epoch)
     loaded, walker = load_for_scoring(source)
@@ -124,7 +124,7 @@ def _load_scaled(model: Any, update: UpdateVector, alpha: float) -> None:
         raise ValueError("the adapter's scale is not that of the update vector")
 
 
-def _source(preparation: Preparation, which: str) -> ModelSource:
+def _source(preparation: PreparedStudy, which: str) -> ModelSource:
     """A model of the study, built again if it is a tiny one that the cache has lost."""
     if preparation.tiny is None:
         return preparation.source(which)
@@ -132,7 +132,7 @@ def _source(preparation: Preparation, which: str) -> ModelSource:
     return preparation.source(which, str(tiny_model(preparation.tiny, preparation.corpus, stage, preparation.model_store)))
 
 
-def _base_run(preparation: Preparation, label: str, source: ModelSource) -> BaseRun:
+def _base_run(preparation: PreparedStudy, label: str, source: ModelSource) -> BaseRun:
     """A base run of the study, trained or imported again if the delta store has lost it."""
     if label in preparation.spec.checkpoints:
         initial = open_initial(preparation.initial_folder, preparation.trust_remote_code)
@@ -148,7 +148,7 @@ def _base_run(preparation: Preparation, label: str, source: ModelSource) -> Base
     return store.get_or_train(inputs, train_base_run(source.load(dtype="auto"), preparation.corpus, config))
 
 
-def _score_afresh(preparation: Preparation, folder: Path, reference: Report | None) -> tuple[Numbers, Numbers | None]:
+def _score_afresh(preparation: PreparedStudy, folder: Path, reference: Report | None) -> tuple[Numbers, Numbers | None]:
     """Scores the written folder as a stranger would load it: on the items trials are scored on, and on those for reporting."""
     if reference is None and "retain" in preparation.models:
         log = preparation.retain_log
@@ -166,11 +166,11 @@ def _score_afresh(preparation: Preparation, folder: Path, reference: Report | No
     return numbers[0], numbers[1] if len(numbers) > 1 else None
 
 
-def _score(corpus: Corpus, preparation: Preparation, loaded: LoadedModel) -> Report:
+def _score(corpus: Corpus, preparation: PreparedStudy, loaded: LoadedModel) -> Report:
     return scorer_of(corpus, loaded.prompts, preparation.scoring).score(loaded)
 
 
-def _tolerances(spec: StudySpec, preparation: Preparation, low_rank: bool) -> dict[str, float]:
+def _tolerances(spec: StudySpec, preparation: PreparedStudy, low_rank: bool) -> dict[str, float]:
     """How far each checked number may be from the trial's.
 
     KS statistic and accuracies move in steps of one item, so a merged adapter may differ by a step or two.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from search.problem.objectives import Objective
 from search.store.study_store import StudyStore
-from uipe_core.corpora.types import CHOICE_SETS, UTILITY_SETS
+from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, UTILITY_SETS
 from uipe_core.metrics.definitions import Definition, definition_named
 from uipe_core.metrics.scores import FloatArray, set_scores
 from uipe_core.metrics.tofu import item_components, quality_ratios
@@ -108,7 +108,7 @@ class _ChoiceDraws:
 
     def of(self, arrays: Arrays) -> FloatArray:
         """(d, 2) forgetting and utility of one trial in every draw."""
-        accuracy = {name: self._mean(name, arrays[f"{name}/correct"]) for name in CHOICE_SETS}
+        accuracy = {name: self._mean(name, arrays[f"{name}/correct"]) for name in MULTIPLE_CHOICE_SETS}
         chance = self._mean("forget", 1.0 / arrays["forget/choices"])
         return np.stack([-np.maximum(0.0, accuracy["forget"] - chance), accuracy["utility"]], axis=1)
 

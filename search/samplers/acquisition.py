@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from search.problem.pareto import non_dominated
-from search.samplers.gaussian_process import FloatArray, Geometry, Kernel, LineModel, Places, Prediction
-from search.samplers.outcomes import Curves
+from search.samplers.gaussian_process import FloatArray, Geometry, Kernel, MultiOutputGP, Points, Prediction
+from search.samplers.outcomes import OutcomeModel
 
 FEW_DRAWS, MANY_DRAWS = 6, 64
 """Draws that a first look at all candidates takes, and a second look at the best of them."""
@@ -33,14 +33,14 @@ class LineSearch:
         ceiling: (m,) values above which a gain counts for nothing; infinite where there is none.
     """
 
-    def __init__(self, geometry: Geometry, curves: Curves, corner: Sequence[float], ceiling: Sequence[float]) -> None:
+    def __init__(self, geometry: Geometry, curves: OutcomeModel, corner: Sequence[float], ceiling: Sequence[float]) -> None:
         self._geometry, self._curves = geometry, curves
         self._corner, self._ceiling = np.asarray(corner, dtype=float), np.asarray(ceiling, dtype=float)
         self._places: list[tuple[int, float]] = []
         self._values: list[Mapping[str, FloatArray]] = []
         self._widths: dict[str, int] = {}
         self._front = np.zeros((0, len(self._corner)))
-        self._model: LineModel | None = None
+        self._model: MultiOutputGP | None = None
         self._kernels: tuple[Kernel, Kernel] | None = None
         self._fitted_on = 0
 
@@ -52,7 +52,7 @@ class LineSearch:
 
         Args:
             vector, scale: The point: theta_init + scale * update vector.
-            values: `Curves.of` its item scores; some may be missing.
+            values: `OutcomeModel.of` its item scores; some may be missing.
 
         Raises:
             ValueError: No values, or of other items than the points before; nothing is taken in then.
@@ -69,13 +69,13 @@ class LineSearch:
         self._model = None
 
     @property
-    def places(self) -> Places:
+    def places(self) -> Points:
         """Of the points scored so far."""
-        return Places(
+        return Points(
             np.array([each[0] for each in self._places], dtype=np.int64), np.array([each[1] for each in self._places])
         )
 
-    def propose(self, candidates: Places, pending: Places | None, generator: np.random.Generator) -> int:
+    def propose(self, candidates: Points, pending: Points | None, generator: np.random.Generator) -> int:
         """The candidate to score next, by its number.
 
         Args:
@@ -101,7 +101,7 @@ class LineSearch:
         # Nothing is expected to help: learn where least is known.
         return int(np.argmax(np.max(list(prediction.deviation.values()), axis=0)))
 
-    def expect(self, candidates: Places) -> FloatArray:
+    def expect(self, candidates: Points) -> FloatArray:
         """(C, m) objectives at the mean of what is expected."""
         return self._curves.objectives(self._current_model().predict(candidates).mean)
 
@@ -116,7 +116,7 @@ class LineSearch:
         values = self._curves.objectives(drawn)
         return growth(np.minimum(values, self._ceiling), front, self._corner).mean(axis=1)
 
-    def _front_with(self, model: LineModel, pending: Places | None) -> FloatArray:
+    def _front_with(self, model: MultiOutputGP, pending: Points | None) -> FloatArray:
         """The front of what has been scored, and of points under way as expected."""
         if pending is None or not len(pending):
             return self._front
@@ -124,7 +124,7 @@ class LineSearch:
         points = np.concatenate([self._front, expected])
         return points[non_dominated(points)]
 
-    def _current_model(self) -> LineModel:
+    def _current_model(self) -> MultiOutputGP:
         if not self._values:
             raise ValueError("nothing has been scored yet")
         if self._model is None:
@@ -132,7 +132,7 @@ class LineSearch:
             values = {name: np.stack([each.get(name, missing[name]) for each in self._values]) for name in missing}
             again = len(self) >= FIT_AGAIN * self._fitted_on
             known = None if again else self._kernels
-            self._model = LineModel(self._geometry, self.places, values, self._curves.noisy & values.keys(), known)
+            self._model = MultiOutputGP(self._geometry, self.places, values, self._curves.noisy & values.keys(), known)
             self._kernels = self._model.kernels
             self._fitted_on = len(self) if again else self._fitted_on
         return self._model

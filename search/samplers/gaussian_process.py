@@ -29,7 +29,7 @@ _STEPS = 40
 
 
 @dataclass(frozen=True)
-class Places:
+class Points:
     """Where points lie: theta_init + scale * (update vector number `vector`). Both arrays are (P,); scale is 1 + alpha."""
 
     vector: IntArray
@@ -38,12 +38,12 @@ class Places:
     def __len__(self) -> int:
         return len(self.scale)
 
-    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Places":
+    def take(self, rows: NDArray[np.int64] | NDArray[np.bool_]) -> "Points":
         """Some of the points."""
-        return Places(self.vector[rows], self.scale[rows])
+        return Points(self.vector[rows], self.scale[rows])
 
-    def __add__(self, other: "Places") -> "Places":
-        return Places(np.concatenate([self.vector, other.vector]), np.concatenate([self.scale, other.scale]))
+    def __add__(self, other: "Points") -> "Points":
+        return Points(np.concatenate([self.vector, other.vector]), np.concatenate([self.scale, other.scale]))
 
 
 class Geometry:
@@ -66,11 +66,11 @@ class Geometry:
             raise ValueError("a Gram matrix of zero vectors has no directions")
         self._gram = gram / np.median(squares[squares > 0])
 
-    def inner(self, a: Places, b: Places) -> FloatArray:
+    def inner(self, a: Points, b: Points) -> FloatArray:
         """(P, P') inner products of two sets of points, theta_init being the origin."""
         return np.outer(a.scale, b.scale) * self._gram[np.ix_(a.vector, b.vector)]
 
-    def squares(self, a: Places) -> FloatArray:
+    def squares(self, a: Points) -> FloatArray:
         """(P,) squared distances from theta_init."""
         return np.asarray(a.scale**2 * self._gram[a.vector, a.vector])
 
@@ -97,14 +97,14 @@ class Kernel:
         square = ratio * ratio / 3.0
         return (rising + square) * decay, square * rising * decay
 
-    def matrix(self, geometry: Geometry, a: Places, b: Places) -> FloatArray:
+    def matrix(self, geometry: Geometry, a: Points, b: Points) -> FloatArray:
         """(P, P') covariances of two sets of points, without the nugget."""
         inner = geometry.inner(a, b)
         matern, _ = self.bends(inner, geometry.squares(a), geometry.squares(b))
         matern += self.constant + inner * (self.linear + self.quadratic * inner)
         return matern
 
-    def diagonal(self, geometry: Geometry, a: Places) -> FloatArray:
+    def diagonal(self, geometry: Geometry, a: Points) -> FloatArray:
         """(P,) variances, without the nugget."""
         squares = geometry.squares(a)
         return self.constant + self.linear * squares + self.quadratic * squares**2 + 1.0
@@ -119,7 +119,7 @@ def _kernel(logarithms: FloatArray) -> Kernel:
     return Kernel(*(float(value) for value in np.exp(logarithms)))
 
 
-def fit(geometry: Geometry, places: Places, products: list[tuple[FloatArray, int]], start: Kernel, noisy: bool) -> Kernel:
+def fit(geometry: Geometry, places: Points, products: list[tuple[FloatArray, int]], start: Kernel, noisy: bool) -> Kernel:
     """The settings of greatest marginal likelihood, the scale of every group being the likeliest for each setting.
 
     Args:
@@ -164,7 +164,7 @@ def fit(geometry: Geometry, places: Places, products: list[tuple[FloatArray, int
     return _kernel(found.x)
 
 
-def choose(geometry: Geometry, kernel: Kernel, places: Places, most: int) -> IntArray:
+def choose(geometry: Geometry, kernel: Kernel, places: Points, most: int) -> IntArray:
     """At most so many points, each the one the others before it tell least of; all of them if they are few. In their order.
 
     Of more than `LOOKED_AT` points the first half and the last half of that are looked at.
@@ -199,7 +199,7 @@ class _Trained:
 
     kernel: Kernel
     rows: IntArray
-    places: Places
+    places: Points
     factor: FloatArray
     white: Mapping[str, FloatArray]
     missed: Mapping[str, FloatArray]
@@ -217,7 +217,7 @@ class Prediction:
         return Prediction({k: v[rows] for k, v in self.mean.items()}, {k: v[rows] for k, v in self.deviation.items()})
 
 
-class LineModel:
+class MultiOutputGP:
     """The process, given the points scored so far.
 
     Args:
@@ -231,7 +231,7 @@ class LineModel:
     def __init__(
         self,
         geometry: Geometry,
-        places: Places,
+        places: Points,
         values: Mapping[str, FloatArray],
         noisy: frozenset[str] = frozenset(),
         known: tuple[Kernel, Kernel] | None = None,
@@ -275,7 +275,7 @@ class LineModel:
         trained = _Trained(kernel, rows, places, factor, white, missed)
         self._trained.update(dict.fromkeys(values, trained))
 
-    def predict(self, candidates: Places, pending: Places | None = None) -> Prediction:
+    def predict(self, candidates: Points, pending: Points | None = None) -> Prediction:
         """What is expected of candidates; `pending` points count as scored just as expected, so deviations shrink near them."""
         mean, deviation = {}, {}
         for trained in {id(each): each for each in self._trained.values()}.values():
@@ -307,7 +307,7 @@ class LineModel:
         }
 
 
-def _origin(places: Places, values: FloatArray) -> FloatArray:
+def _origin(places: Points, values: FloatArray) -> FloatArray:
     there = np.flatnonzero((places.scale == 0) & np.isfinite(values).all(axis=1))
     return values[there[0]] if len(there) else np.nanmean(values, axis=0)
 

@@ -54,7 +54,7 @@ class StudyGram:
 NOTHING = StudyGram({}, np.zeros((0, 0)))
 
 
-def grown(known: StudyGram, runs: Runs, deltas: DeltaStore) -> StudyGram:
+def extend_gram(known: StudyGram, runs: Runs, deltas: DeltaStore) -> StudyGram:
     """The inner products of base runs: those that are known as they are, and behind them the others.
 
     Raises:

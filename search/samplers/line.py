@@ -18,8 +18,8 @@ from threadpoolctl import ThreadpoolController
 
 from search.problem.space import own_epoch, sampled_epoch
 from search.samplers.acquisition import LineSearch
-from search.samplers.gaussian_process import FloatArray, Geometry, Places
-from search.samplers.outcomes import Curves
+from search.samplers.gaussian_process import FloatArray, Geometry, Points
+from search.samplers.outcomes import OutcomeModel
 from uipe_core.errors import UserError
 
 CANDIDATES = 720
@@ -34,7 +34,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
-class Lines:
+class UpdateVectors:
     """The update vectors that are there.
 
     Attributes:
@@ -62,11 +62,11 @@ class LineStudy:
 
     epochs: Mapping[str, int]
     alpha: tuple[float, float]
-    curves: Curves
+    curves: OutcomeModel
     initial: Arrays
     yardstick: Callable[[], tuple[Sequence[float], Sequence[float]]]
     items: Callable[[int], Arrays | None]
-    lines: Callable[[], Lines | None]
+    lines: Callable[[], UpdateVectors | None]
 
 
 class LineSampler(BaseSampler):
@@ -94,7 +94,7 @@ class LineSampler(BaseSampler):
         self._said: set[str] = set()
         self._values: dict[int, Mapping[str, FloatArray] | None] = {}
         self._measure: tuple[Sequence[float], Sequence[float]] | None = None
-        self._lines: Lines | None = None
+        self._lines: UpdateVectors | None = None
         self._search: LineSearch | None = None
         self._told: set[int] = set()
         self._libraries = ThreadpoolController()
@@ -150,8 +150,8 @@ class LineSampler(BaseSampler):
         pending = self._places_of(trials, number, (TrialState.RUNNING, TrialState.WAITING))
         failed = self._places_of(trials, number, (TrialState.FAIL,))
 
-        def around(vector: NDArray[np.int64], alpha: FloatArray) -> Places:
-            found = Places(vector, np.asarray(1.0 + np.round(np.clip(alpha, low, high), _DIGITS), dtype=np.float64))
+        def around(vector: NDArray[np.int64], alpha: FloatArray) -> Points:
+            found = Points(vector, np.asarray(1.0 + np.round(np.clip(alpha, low, high), _DIGITS), dtype=np.float64))
             near = _near(found, search.places + pending, _SAME * (high - low)) | _near(found, failed, 0.5 * step)
             # theta_init is known, whatever the vector.
             return found.take(~near & (np.abs(found.scale) > _SAME * (high - low)))
@@ -170,7 +170,7 @@ class LineSampler(BaseSampler):
         # Rounded, because 1 + alpha - 1 is not alpha.
         return {"base": label, "epoch": epoch, "alpha": float(np.clip(round(closer.scale[chosen] - 1.0, _DIGITS), low, high))}
 
-    def _taught(self, lines: Lines, trials: Sequence[FrozenTrial]) -> LineSearch | None:
+    def _taught(self, lines: UpdateVectors, trials: Sequence[FrozenTrial]) -> LineSearch | None:
         """The model of all that has been scored; anew where there are more update vectors than before."""
         if self._measure is None:
             self._measure = self._world.yardstick()
@@ -214,10 +214,10 @@ class LineSampler(BaseSampler):
         vector = self._lines.vectors.get((params["base"], epoch))
         return None if vector is None else (vector, 1.0 + params["alpha"])
 
-    def _places_of(self, trials: Sequence[FrozenTrial], but: int, states: tuple[TrialState, ...]) -> Places:
+    def _places_of(self, trials: Sequence[FrozenTrial], but: int, states: tuple[TrialState, ...]) -> Points:
         found = [self._place_of(trial) for trial in trials if trial.state in states and trial.number != but]
         there = [place for place in found if place is not None]
-        return Places(
+        return Points(
             np.array([place[0] for place in there], dtype=np.int64), np.array([place[1] for place in there], dtype=float)
         )
 
@@ -227,7 +227,7 @@ class LineSampler(BaseSampler):
             self._say(sentence)
 
 
-def _near(points: Places, others: Places, distance: float) -> NDArray[np.bool_]:
+def _near(points: Points, others: Points, distance: float) -> NDArray[np.bool_]:
     """(P,) whether another point of the same vector lies within a distance."""
     same = points.vector[:, None] == others.vector[None, :]
     return np.asarray((same & (np.abs(points.scale[:, None] - others.scale[None, :]) < distance)).any(axis=1))

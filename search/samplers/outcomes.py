@@ -34,7 +34,7 @@ ANSWER, CHOICE, RATIO, TEXT = "answer", "choice", "ratio", "text"
 """Curves of a utility set: log odds of the answers, and of them among the choices; truth ratios; text beyond answers."""
 
 
-class Curves:
+class OutcomeModel:
     """How arrays of item scores become curves, and curves objectives.
 
     Args:

@@ -37,7 +37,7 @@ from search.spec.sections import (
     Unlearning,
     is_local,
 )
-from search.spec.study_file import Lines, absolute_paths, read_study_file
+from search.spec.study_file import LineNumbers, absolute_paths, read_study_file
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import CHOICE_DEFINITION
 
@@ -291,7 +291,9 @@ def load_study(path: Path | str, overrides: Mapping[str, object] | None = None) 
     return _build(data, path.resolve().parent, str(path), lines, overrides or {})
 
 
-def _build(data: Mapping[str, object], folder: Path, source: str, lines: Lines, overrides: Mapping[str, object]) -> StudySpec:
+def _build(
+    data: Mapping[str, object], folder: Path, source: str, lines: LineNumbers, overrides: Mapping[str, object]
+) -> StudySpec:
     if not isinstance(data, Mapping):
         raise StudyFileError([Problem("", "a study is a mapping of keys to values. Give a dict.")], source)
     given = {_OVERRIDES[name]: value for name, value in overrides.items() if value is not None}
@@ -338,12 +340,12 @@ def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tu
     return found
 
 
-def _line(parts: KeyPath, lines: Lines) -> int:
+def _line(parts: KeyPath, lines: LineNumbers) -> int:
     """The line of a key, or of the nearest section around it that is in the file."""
     return lines[parts] if parts in lines else _line(parts[:-1], lines) if parts else 0
 
 
-def _place(parts: KeyPath, lines: Lines, given: Mapping[KeyPath, object]) -> str:
+def _place(parts: KeyPath, lines: LineNumbers, given: Mapping[KeyPath, object]) -> str:
     if parts in given:
         return "command line"
     line = _line(parts, lines)

@@ -13,7 +13,7 @@ from search.spec.redaction import without_password
 from uipe_core.corpora.files import SUFFIXES
 from uipe_core.errors import first_line
 
-Lines = dict[KeyPath, int]
+LineNumbers = dict[KeyPath, int]
 """Line of every key and list entry, counted from 1."""
 
 MAX_BYTES = 2**20
@@ -28,7 +28,7 @@ _UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, OverflowError
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
-def read_study_file(path: Path) -> tuple[dict[str, object], Lines]:
+def read_study_file(path: Path) -> tuple[dict[str, object], LineNumbers]:
     """The content of a study file, and the line of each key.
 
     Raises:
@@ -87,13 +87,13 @@ def _loader() -> type[yaml.SafeLoader]:
     return StudyLoader
 
 
-def _parse(text: str) -> tuple[dict[str, object], Lines, list[Problem]]:
+def _parse(text: str) -> tuple[dict[str, object], LineNumbers, list[Problem]]:
     loader = _loader()(text)
     try:
         node = loader.get_single_node()
         if node is None:
             raise _UnusableFileError("the file is empty. Start from a copy of studies/quickstart.yaml.")
-        lines: Lines = {}
+        lines: LineNumbers = {}
         problems = list(_walk(node, (), lines, ()))
         if problems:
             return {}, lines, problems
@@ -106,7 +106,7 @@ def _parse(text: str) -> tuple[dict[str, object], Lines, list[Problem]]:
     return data, lines, []
 
 
-def _walk(node: yaml.Node, path: KeyPath, lines: Lines, above: tuple[int, ...]) -> Iterator[Problem]:
+def _walk(node: yaml.Node, path: KeyPath, lines: LineNumbers, above: tuple[int, ...]) -> Iterator[Problem]:
     """Notes the lines and yields a problem per repeated key; PyYAML would silently keep the last one."""
     place = f"line {node.start_mark.line + 1}"
     if id(node) in above:

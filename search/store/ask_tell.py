@@ -14,7 +14,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 
-class Proposer:
+class InMemoryStudy:
     """Proposes points, and is told how they ended. Numbers trials as the study does that it stands for.
 
     Args:

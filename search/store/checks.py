@@ -75,7 +75,7 @@ def orphans(store: StudyStore, running: bool) -> Iterator[Finding | Repairable]:
             "the run that started them was killed; samplers keep away from such points",
             "--fix ends them as FAIL with their reason, and so does the next `uipe run`",
         )
-        yield Repairable(found, lambda: f"{store.reconcile()} trials ended as FAIL with their reason")
+        yield Repairable(found, lambda: f"{store.fail_orphaned_trials()} trials ended as FAIL with their reason")
 
 
 def item_scores(store: StudyStore) -> Iterator[Finding | Repairable]:

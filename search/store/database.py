@@ -61,7 +61,7 @@ def sqlite_file(url: URL) -> Path | None:
     return Path(url.database.removeprefix("file:"))
 
 
-class DriverClaim:
+class WriterLock:
     """The right of one driver to write a study's trials into a database that other drivers can reach; ends with its process.
 
     PostgreSQL: an advisory lock of the server, held by a connection of its own. SQLite: a lock of the operating system on
@@ -161,8 +161,8 @@ class Database:
 
     def __init__(self, backend: RDBStorage) -> None:
         self._backend = backend
-        self.optuna = cast(BaseStorage, PatientStorage(self, backend))
-        self._claim: DriverClaim | None = None
+        self.optuna = cast(BaseStorage, RetryingStorage(self, backend))
+        self._claim: WriterLock | None = None
         self._patience = PATIENCE_SECONDS
         self._failing_since: float | None = None
         self._checked = time.monotonic()
@@ -172,15 +172,15 @@ class Database:
         """SQLAlchemy's engine."""
         return self._backend.engine
 
-    def claim(self, url: str, name: str) -> None:
+    def acquire_writer_lock(self, url: str, name: str) -> None:
         """Makes this process the only writer of a study's trials.
 
         Raises:
             UserError: If another driver is.
         """
-        claim = DriverClaim(make_url(url), name)
-        self.patiently(claim.take)
-        self._claim = claim
+        acquire_writer_lock = WriterLock(make_url(url), name)
+        self.with_retry(acquire_writer_lock.take)
+        self._claim = acquire_writer_lock
         # A new connection may be to a server that was started again, and has forgotten the claim.
         event.listen(self.engine, "connect", self._forget_check)
 
@@ -195,12 +195,12 @@ class Database:
         if self._claim is not None:
             self._claim.release()
 
-    def patiently(self, action: Callable[[], Result]) -> Result:
+    def with_retry(self, action: Callable[[], Result]) -> Result:
         """Does something that may be done twice, again and again while the database is locked or gone."""
         return self.insist(lambda _: action())
 
     def insist(self, action: Callable[[bool], Result], proves: bool = True) -> Result:
-        """As `patiently`; the action hears whether it is asked again.
+        """As `with_retry`; the action hears whether it is asked again.
 
         Args:
             action: What is done.
@@ -212,7 +212,7 @@ class Database:
             try:
                 # An interrupt in the middle of a transaction can leave its connection, and its lock, with nobody to close it:
                 # what ends the open trials afterwards would find the database locked.
-                with held_back():
+                with defer_signals():
                     self._check_claim(again)
                     result = action(again)
             except STORAGE_ERRORS as error:
@@ -243,7 +243,7 @@ class Database:
         self._checked = -math.inf
 
 
-class PatientStorage:
+class RetryingStorage:
     """A stand-in for one of Optuna's storages that passes everything on, patiently.
 
     Args:
@@ -268,7 +268,7 @@ class PatientStorage:
 
 
 # What asks for the type gets it; nothing of Optuna's own is inherited.
-BaseStorage.register(PatientStorage)
+BaseStorage.register(RetryingStorage)
 
 
 def open_storage(url: str) -> Database:
@@ -350,7 +350,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Holds back signals while its body runs; the last one that came is sent again afterwards.
 
     Signals are only heard by the main thread: in any other nothing is done, and nothing needs to be.

@@ -61,7 +61,7 @@ class ItemFiles:
                 f"{path}: the item scores of trial {number} are damaged ({first_line(error)}); delete the file"
             ) from error
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Waits until all is on the disk.
 
         Raises:
@@ -70,7 +70,7 @@ class ItemFiles:
         self._raise_failures(wait=True)
 
     def close(self) -> None:
-        """As `settle`, at an end that has its own reason: what did not reach the disk is logged."""
+        """As `flush`, at an end that has its own reason: what did not reach the disk is logged."""
         self._disk.shutdown()
         for failure in filter(None, (flush.exception() for flush in self._on_their_way)):
             logger.warning("item scores in %s did not reach the disk: %s", self._folder, failure)

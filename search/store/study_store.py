@@ -25,10 +25,10 @@ from sqlalchemy import make_url
 
 from search.problem.objectives import Objective, forget_quality_cap, reference_point
 from search.problem.space import own_epoch, sampled_epoch
-from search.problem.trial import POINT_KINDS, Job
+from search.problem.trial import POINT_KINDS, TrialSpec
 from search.spec.redaction import without_password
 from search.spec.study import StudySpec
-from search.store.ask_tell import Proposer
+from search.store.ask_tell import InMemoryStudy
 from search.store.database import STORAGE_ERRORS, Database, open_storage, sqlite_file
 from search.store.item_scores import ItemFiles
 from search.store.record import (
@@ -40,7 +40,7 @@ from search.store.record import (
     save_record,
     whole_storage,
 )
-from search.store.trials import TrialBook
+from search.store.trials import TrialTable
 from uipe_core.errors import UserError
 
 STAGES = ("models", "base_runs", "baselines", "trials")
@@ -64,9 +64,9 @@ class StudyStore:
         self._database = database
         self._items = ItemFiles(out)
         self._lock = lock
-        self._points: TrialBook | None = None
-        self._controls: TrialBook | None = None
-        self._proposer: Proposer | None = None
+        self._points: TrialTable | None = None
+        self._controls: TrialTable | None = None
+        self._proposer: InMemoryStudy | None = None
         self.spec = StudySpec.model_validate(record["spec"], strict=False)
 
     @property
@@ -138,7 +138,7 @@ class StudyStore:
                 store = cls(out, {**kept, **changing}, open_storage(url), lock)
                 store._attach(create=True)
                 if spec.storage is not None:
-                    store._database.claim(url, spec.name)
+                    store._database.acquire_writer_lock(url, spec.name)
             except UserError:
                 if record is None:
                     (out / RECORD).unlink()
@@ -169,13 +169,13 @@ class StudyStore:
         store._attach(create=False)
         return store
 
-    def settle(self) -> None:
+    def flush(self) -> None:
         """Waits until all item scores are on the disk.
 
         Raises:
             OSError: If some did not reach it.
         """
-        self._items.settle()
+        self._items.flush()
 
     def close(self) -> None:
         """Gives the folder and the storage back."""
@@ -196,9 +196,9 @@ class StudyStore:
 
     def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
         """Sets the sampler that `ask_point` proposes with."""
-        self._proposer = Proposer(self.study.directions, sampler, self.trials(names=()))
+        self._proposer = InMemoryStudy(self.study.directions, sampler, self.trials(names=()))
 
-    def reconcile(self) -> int:
+    def fail_orphaned_trials(self) -> int:
         """Ends what an interrupted run left RUNNING or WAITING as FAIL with its reason; returns how many there were."""
         orphans = 0
         for book in (self._book(), self._book(controls=True)):
@@ -208,14 +208,14 @@ class StudyStore:
         return orphans
 
     def end_running(self) -> None:
-        """As `reconcile`, for a run that was interrupted: a storage that does not answer at once leaves it to the next run."""
+        """Fail the running trials of an interrupted run. Ask the database only once: the next run does it otherwise."""
         self._database.hurry()
         with contextlib.suppress(*STORAGE_ERRORS):
-            self.reconcile()
+            self.fail_orphaned_trials()
 
     def ask_point(
         self, space: dict[str, BaseDistribution], params: Mapping[str, Any] | None = None, kind: str = "search"
-    ) -> tuple[int, Job]:
+    ) -> tuple[int, TrialSpec]:
         """Starts a trial of a kind: with what the sampler proposes, or with the given parameters and its proposal for the rest.
 
         Given parameters and jobs have the base run's own epoch; Optuna's has the one of the flat space (`space.own_epoch`).
@@ -231,13 +231,13 @@ class StudyStore:
         number, trial = self._proposer.ask(space, given, kind)
         self._book().begin(number, trial)
         base = trial.params["base"]
-        return number, Job(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
+        return number, TrialSpec(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
 
     def ask_control(self) -> int:
         """Starts a trial of the controls study."""
         return self._book(controls=True).begin_next()
 
-    def complete(self, job: Job, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
+    def complete(self, job: TrialSpec, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
         """Writes all evidence and the scores of every item, then ends the trial with its values: none is complete without them.
 
         An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
@@ -266,7 +266,7 @@ class StudyStore:
             self._items.write(number, items)
         self._end(False, number, TrialState.PRUNED, evidence)
 
-    def fail(self, job: Job, number: int, reason: str) -> None:
+    def fail(self, job: TrialSpec, number: int, reason: str) -> None:
         """Ends a trial as FAIL with its reason."""
         self._end(_is_control(job), number, TrialState.FAIL, {"reason": reason})
 
@@ -331,7 +331,7 @@ class StudyStore:
         objectives = [objective.name for objective in self.objectives]
         return evidence_table(self.trials((TrialState.COMPLETE,), names, controls), objectives)
 
-    def _book(self, controls: bool = False) -> TrialBook:
+    def _book(self, controls: bool = False) -> TrialTable:
         book = self._controls if controls else self._points
         assert book is not None
         return book
@@ -371,11 +371,11 @@ class StudyStore:
                     study = optuna.load_study(study_name=title, storage=self.storage)
             except KeyError:
                 raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
-            opened.append(TrialBook(self._database, study, self.record["storage"]))
+            opened.append(TrialTable(self._database, study, self.record["storage"]))
         self._points, self._controls = opened
 
 
-def _is_control(job: Job) -> bool:
+def _is_control(job: TrialSpec) -> bool:
     return job.kind not in POINT_KINDS
 
 

@@ -256,7 +256,7 @@ def _local(time: datetime | None) -> datetime | None:
     return None if time is None else time.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)
 
 
-class TrialBook:
+class TrialTable:
     """Trials of a study that nobody else writes to.
 
     Args:
@@ -293,7 +293,7 @@ class TrialBook:
 
     def begin_next(self) -> int:
         """Writes a trial without parameters as running; returns its number."""
-        newest = self._database.patiently(lambda: last_trial(self._database.engine, self._study_id))
+        newest = self._database.with_retry(lambda: last_trial(self._database.engine, self._study_id))
         number = 0 if newest is None else newest[1] + 1
         self.begin(number, create_trial(state=TrialState.RUNNING))
         return number
@@ -304,7 +304,7 @@ class TrialBook:
         if identifier is None:
             identifier = self._database.optuna.get_trial_id_from_study_id_trial_number(self._study_id, number)
         known = {name: value for name, value in attributes.items() if value is not None}
-        self._database.patiently(lambda: end_trial(self._database.engine, identifier, state, known, values))
+        self._database.with_retry(lambda: end_trial(self._database.engine, identifier, state, known, values))
         self._identifiers.pop(number, None)
 
     def read(self, states: Collection[TrialState] | None = None, names: Collection[str] | None = None) -> Iterator[FrozenTrial]:

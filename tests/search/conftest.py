@@ -363,9 +363,9 @@ def made_up_evidence():
 
     def make(job, log10_forget_quality=-5.0, model_utility=0.5, **more):
         from search.problem.space import Point
-        from search.problem.trial import Job
+        from search.problem.trial import TrialSpec
 
-        assert isinstance(job, Job)
+        assert isinstance(job, TrialSpec)
         return {
             "kind": job.kind,
             "base": job.base,

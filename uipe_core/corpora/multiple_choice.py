@@ -8,7 +8,7 @@ from pathlib import Path
 from string import ascii_uppercase
 
 from uipe_core.corpora.files import SUFFIXES, DataSet, Row
-from uipe_core.corpora.types import CHOICE_SETS, ChoiceItem, ChoiceSet, Corpus, Item, ItemSet
+from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, ChoiceItem, ChoiceSet, Corpus, Item, ItemSet
 from uipe_core.errors import UserError
 
 TOPICS = {"wmdp-bio": "biology", "wmdp-chem": "chemistry", "wmdp-cyber": "cybersecurity"}
@@ -30,7 +30,9 @@ def sets_in_folder(folder: Path) -> tuple[DataSet, DataSet]:
     """
     if not folder.is_dir():
         raise UserError(f"folder {folder}: no such folder; give one with the files forget.jsonl and utility.jsonl")
-    files = {name: [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()] for name in CHOICE_SETS}
+    files = {
+        name: [path for suffix in SUFFIXES if (path := folder / f"{name}{suffix}").is_file()] for name in MULTIPLE_CHOICE_SETS
+    }
     forget, utility = (DataSet(str(found[0])) if found else DataSet(str(folder), (name,)) for name, found in files.items())
     return forget, utility
 

@@ -77,7 +77,7 @@ UTILITY_SETS = ("retain", "real_authors", "world_facts")
 RELATED_SETS = ("related", "unrelated")
 """K2 and K0 in the terms of UIPE: forgetting wanted, damage not wanted. Not every corpus has them."""
 
-CHOICE_SETS = ("forget", "utility")
+MULTIPLE_CHOICE_SETS = ("forget", "utility")
 """Evaluation sets of a multiple-choice corpus."""
 
 

@@ -20,7 +20,7 @@ ROOM = 2 / 3
 BUFFERS = 2
 
 
-class Courier:
+class HostToDeviceCopier:
     """Brings tensors to the device they are wanted on; what is there already is left as it is."""
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Courier:
         self._buffers = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(BUFFERS)]
         self._sent = [torch.cuda.Event() for _ in range(BUFFERS)]
 
-    def settle(self, tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def synchronize(self, tensors: Mapping[str, Tensor], beside: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Copies of some tensors on the GPUs of their namesakes, if all of these lie on GPUs that have room; else as they are.
 
         Args:

@@ -12,7 +12,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 
-from uipe_core.deltas.device_copies import Courier
+from uipe_core.deltas.device_copies import HostToDeviceCopier
 from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector, adapter_state, snapshot, wrap_adapter
 from uipe_core.storage.safetensors_files import parts, shapes_of
 
@@ -21,7 +21,9 @@ PIECE = 1 << 16
 
 
 @torch.no_grad()
-def extrapolate(target: Tensor, initial: Tensor, delta: Tensor, alpha: float, courier: Courier | None = None) -> None:
+def extrapolate(
+    target: Tensor, initial: Tensor, delta: Tensor, alpha: float, courier: HostToDeviceCopier | None = None
+) -> None:
     """Sets `target` to theta_init + (1 + alpha) * delta, summed in fp32 and rounded once; exactly theta_init at alpha = -1.
 
     One pass on the target's device that reads theta_init and delta and writes the target; part by part where they come from
@@ -40,7 +42,7 @@ def extrapolate(target: Tensor, initial: Tensor, delta: Tensor, alpha: float, co
     if target.device == initial.device == delta.device:
         torch.add(initial, delta, alpha=1.0 + alpha, out=target)  # in one: on a GPU a part takes no longer than its launch
         return
-    courier = courier or Courier()
+    courier = courier or HostToDeviceCopier()
     for part, start, change in zip(parts(target), parts(initial), parts(delta), strict=True):
         start, change = courier.bring(start, part.device), courier.bring(change, part.device)
         torch.add(start, change, alpha=1.0 + alpha, out=part)
@@ -82,7 +84,7 @@ class Extrapolator:
     def __init__(self, model: Any, initial: Mapping[str, Tensor] | None = None) -> None:
         self.model = model
         self._initial = initial if initial is not None else snapshot(model)
-        self._courier = Courier()
+        self._courier = HostToDeviceCopier()
         self._settled = False
         # Not the update itself: whoever lets go of it wants its file closed.
         self._near: tuple[ref[UpdateVector], Mapping[str, Tensor]] | None = None
@@ -112,11 +114,11 @@ class Extrapolator:
     def _brought_near(self, update: UpdateVector, parameters: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The update's tensors, and theta_init too, on GPUs with room for them."""
         if not self._settled:
-            self._initial = self._courier.settle(self._initial, parameters)
+            self._initial = self._courier.synchronize(self._initial, parameters)
             self._settled = True
         if self._near is None or self._near[0]() is not update:
             self._near = None  # first: the last one's room is the next one's
-            tensors = self._courier.settle(update.tensors, parameters)
+            tensors = self._courier.synchronize(update.tensors, parameters)
             if tensors is update.tensors:
                 return tensors
             self._near = (ref(update), tensors)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from uipe_core.deltas.update_vectors import DENSE, LOW_RANK, UpdateVector, tensor_norm
 from uipe_core.errors import UserError
-from uipe_core.storage.safetensors_files import OnDemand, ShardReader, open_weights, stored_tensor
+from uipe_core.storage.safetensors_files import LazyTensors, ShardReader, open_weights, stored_tensor
 
 RESIDENT = 1 << 26
 """Bytes up to which an update vector or an initial model is kept: mapping a small file anew would cost more than it saves."""
@@ -86,5 +86,5 @@ def load_update(path: Path) -> UpdateVector:
             stored = {name: stored_tensor(path, stream, name) for name in names}
             reader = ShardReader(_REMEDY)
             shapes = {name: place.shape for name, place in stored.items()}
-            tensors = OnDemand(shapes, lambda name: reader.read(stored[name]))
+            tensors = LazyTensors(shapes, lambda name: reader.read(stored[name]))
     return UpdateVector(metadata["kind"], tensors, json.loads(metadata["adapter"]))

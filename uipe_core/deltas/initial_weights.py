@@ -15,7 +15,7 @@ from uipe_core.deltas.files import RESIDENT
 from uipe_core.deltas.update_vectors import snapshot
 from uipe_core.errors import UserError
 from uipe_core.models.skeleton import tied_names
-from uipe_core.storage.safetensors_files import OnDemand, ShardReader, StoredTensor, parts, read_headers, weight_files
+from uipe_core.storage.safetensors_files import LazyTensors, ShardReader, StoredTensor, parts, read_headers, weight_files
 
 
 def saved_folder(location: str, revision: str | None = None) -> Path | None:
@@ -64,7 +64,7 @@ def _weights(
     lying: Mapping[str, StoredTensor],
     reader: ShardReader,
     states: Mapping[Path, tuple[int, int, int] | None],
-) -> OnDemand:
+) -> LazyTensors:
     shapes, dtypes = {}, {}
     for name, parameter in model.named_parameters():
         shapes[name], dtypes[name] = tuple(parameter.shape), parameter.dtype
@@ -78,7 +78,7 @@ def _weights(
             raise UserError(f"{path}: changed since the model was loaded; put it back, or run the study on the new model anew")
         return reader.read(lying[name]).to(dtypes[name])
 
-    return OnDemand(shapes, read)
+    return LazyTensors(shapes, read)
 
 
 def _holds(stored: Tensor, parameter: Tensor) -> bool:

@@ -12,7 +12,7 @@ from uipe_core.deltas.files import load_update, save_update
 from uipe_core.deltas.update_vectors import UpdateVector
 from uipe_core.storage.content_store import BrokenEntryError, ContentStore, content_key
 from uipe_core.storage.files import write_atomic
-from uipe_core.storage.remote_store import RemoteEntry, RemotePlace, RemoteStore
+from uipe_core.storage.remote_store import RemoteEntry, RemoteLocation, RemoteStore
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class DeltaStore:
         root: Folder of the store, or where it is at a URL.
     """
 
-    def __init__(self, root: Path | RemotePlace) -> None:
+    def __init__(self, root: Path | RemoteLocation) -> None:
         self._entries: ContentStore | RemoteStore
-        self._entries = RemoteStore(root) if isinstance(root, RemotePlace) else ContentStore(root)
+        self._entries = RemoteStore(root) if isinstance(root, RemoteLocation) else ContentStore(root)
 
     def find(self, inputs: Mapping[str, Any]) -> BaseRun | None:
         """The base run determined by `inputs`, or None; a broken entry is quarantined and counts as missing."""

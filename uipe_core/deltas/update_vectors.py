@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uipe_core.storage.safetensors_files import PART, OnDemand, passing, shapes_of
+from uipe_core.storage.safetensors_files import PART, LazyTensors, passing, shapes_of
 
 DENSE, LOW_RANK = "dense", "low_rank"
 
@@ -19,7 +19,7 @@ class UpdateVector:
 
     Attributes:
         kind: ``dense`` (a tensor per weight) or ``low_rank`` (the LoRA factors A and B of each adapted module).
-        tensors: fp32 tensors on the CPU. Dense: by parameter name, perhaps read or made one at a time (`OnDemand`). Low-rank:
+        tensors: fp32 tensors on the CPU. Dense: by parameter name, perhaps read one at a time (`LazyTensors`). Low-rank:
             by PEFT's adapter state names.
         adapter: PEFT's adapter configuration; None for dense vectors.
     """
@@ -112,7 +112,7 @@ def random_direction(update: UpdateVector, seed: int) -> UpdateVector:
         seed: Seed of the direction.
     """
     if update.kind == DENSE:
-        return UpdateVector(DENSE, OnDemand(update.shapes, _Noise(update, seed).draw))
+        return UpdateVector(DENSE, LazyTensors(update.shapes, _Noise(update, seed).draw))
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Tensor] = {}
     scale = adapter_scale(update)

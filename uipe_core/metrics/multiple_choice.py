@@ -12,7 +12,7 @@ import numpy as np
 from scipy.special import log_softmax
 from scipy.stats import binom
 
-from uipe_core.corpora.types import CHOICE_SETS
+from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import CHOICE_DEFINITION, ChoiceReport, ChoiceScores
 
@@ -104,7 +104,7 @@ def evaluate_choices(report: ChoiceReport) -> ChoiceMetrics:
     Raises:
         UserError: A missing or empty set, or log-likelihoods that are not finite.
     """
-    return ChoiceMetrics(*(_accuracy(report, name) for name in CHOICE_SETS))
+    return ChoiceMetrics(*(_accuracy(report, name) for name in MULTIPLE_CHOICE_SETS))
 
 
 def _accuracy(report: ChoiceReport, name: str) -> Accuracy:

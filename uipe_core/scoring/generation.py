@@ -16,7 +16,7 @@ from torch import Tensor
 
 from uipe_core.models.prompts import Example
 from uipe_core.scoring.batch_sizes import BatchSize, slices
-from uipe_core.scoring.packing import accepts_logits_to_keep, answer_logits, forward_parameters, lay_out
+from uipe_core.scoring.packing import accepts_logits_to_keep, answer_logits, collate, forward_parameters
 
 BY_HAND = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache"})
 """What a model's forward must take for `_decode`; others are left to their own `generate`."""
@@ -101,7 +101,7 @@ def verify_drafts(
     def work(part: list[tuple[Text, list[int]]]) -> None:
         # One token more than the draft, which is not fed, asks for the prediction behind its end.
         examples = [Example((*text.prompt, *draft, pad_id), len(text.prompt)) for text, draft in part]
-        rows = lay_out([(number,) for number in range(len(part))], examples, pad_id, device)
+        rows = collate([(number,) for number in range(len(part))], examples, pad_id, device)
         best = answer_logits(model, rows, keep).argmax(dim=-1).tolist()
         for (text, draft), length in zip(part, rows.lengths, strict=True):
             text.verify(draft, best[:length], stops)

@@ -92,7 +92,7 @@ def batched(groups: Sequence[Group], size: int) -> Iterator[list[Group]]:
         yield batch
 
 
-def lay_out(groups: Sequence[Group], examples: Sequence[Example], pad_id: int, device: torch.device) -> Rows:
+def collate(groups: Sequence[Group], examples: Sequence[Example], pad_id: int, device: torch.device) -> Rows:
     """Lays groups out as rows."""
     fed = [[examples[number].input_ids[examples[number].prompt_length : -1] for number in group] for group in groups]
     prompts = [examples[group[0]].input_ids[: examples[group[0]].prompt_length] for group in groups]
@@ -186,9 +186,9 @@ def takes_packed_rows(model: Any, examples: Sequence[Example], pad_id: int, devi
     if not groups:
         return False
     keep = accepts_logits_to_keep(model)
-    packed = lay_out(groups, examples, pad_id, device)
+    packed = collate(groups, examples, pad_id, device)
     assert packed.segments is not None
-    alone = lay_out([(number,) for group in groups for number in group], examples, pad_id, device)
+    alone = collate([(number,) for group in groups for number in group], examples, pad_id, device)
     open_to_all = Rows(**{**vars(packed), "segments": torch.zeros_like(packed.segments)})
     try:
         read = [answer_logits(model, rows, keep).float() for rows in (packed, alone, open_to_all)]

@@ -33,14 +33,14 @@ from uipe_core.scoring.packing import (
     accepts_logits_to_keep,
     answer_logits,
     batched,
+    collate,
     grouped,
-    lay_out,
     single,
     takes_packed_rows,
 )
 
 
-class Readings:
+class TeacherForcedScores:
     """What n examples have told so far, by their number.
 
     Args:
@@ -212,7 +212,7 @@ class Scorer:
             if progress is not None:
                 progress(done, total)
 
-        read = Readings(self.examples, self._gold_rows, self._scale_rows)
+        read = TeacherForcedScores(self.examples, self._gold_rows, self._scale_rows)
         sets: dict[str, SetScores] = {}
         seconds: dict[str, float] = {}
         for stage, names in self._stages.items():
@@ -251,7 +251,7 @@ class Scorer:
 
         def read(count: int) -> None:
             chosen = [(longest[place % len(longest)],) for place in range(count)]
-            logits = answer_logits(model, rows := lay_out(chosen, self.examples, self.prompts.pad_id, device), keep)
+            logits = answer_logits(model, rows := collate(chosen, self.examples, self.prompts.pad_id, device), keep)
             F.cross_entropy(logits.float(), rows.targets)
 
         tokens = len(self.examples[longest[0]].input_ids)
@@ -263,12 +263,12 @@ class Scorer:
         model: Any,
         device: torch.device,
         temperature: float,
-        readings: Readings,
+        readings: TeacherForcedScores,
         step: Callable[[int], None],
         groups: list[Group],
     ) -> None:
         """Reads a batch of answers and notes what they tell."""
-        rows = lay_out(groups, self.examples, self.prompts.pad_id, device)
+        rows = collate(groups, self.examples, self.prompts.pad_id, device)
         logits = answer_logits(model, rows, accepts_logits_to_keep(model))
         readings.note(rows, logits if temperature == 1.0 else logits.float() / temperature)
         step(len(rows.owners))
@@ -298,7 +298,7 @@ class Scorer:
         self._neighbours = [text.tokens for text in texts]
         return [str(text) for text in self.prompts.tokenizer.batch_decode(self._neighbours, skip_special_tokens=True)]
 
-    def _set_scores(self, name: str, read: Readings) -> SetScores:
+    def _set_scores(self, name: str, read: TeacherForcedScores) -> SetScores:
         """The scores of a set whose losses have been taken, without ROUGE."""
         items, rows = self.sets[name], self._rows[name]
         gold = [self._matches(row[0], read.best[row[0]]) for row in rows]

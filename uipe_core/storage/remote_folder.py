@@ -68,7 +68,7 @@ class RemoteFolder:
             except FileNotFoundError:
                 return None
 
-        return patiently(self.url, read)
+        return with_retry(self.url, read)
 
     def write(self, path: str, content: bytes) -> None:
         """Writes a small file so that readers see it whole or not at all."""
@@ -89,7 +89,7 @@ class RemoteFolder:
                         self._fs.delete_file(temporary)
                 raise
 
-        patiently(self.url, write)
+        with_retry(self.url, write)
 
     def upload(self, source: Path, path: str) -> None:
         """Copies a file of this machine there."""
@@ -100,7 +100,7 @@ class RemoteFolder:
                 while block := stream.read(BLOCK):
                     out.write(block)
 
-        patiently(self.url, copy)
+        with_retry(self.url, copy)
 
     def download(self, path: str, target: Path) -> str | None:
         """Copies a file to this machine; returns its SHA-256, None where there is none."""
@@ -118,11 +118,11 @@ class RemoteFolder:
             return digest.hexdigest()
 
         target.parent.mkdir(parents=True, exist_ok=True)
-        return patiently(self.url, copy, this_machine=FULL)
+        return with_retry(self.url, copy, this_machine=FULL)
 
     def sizes(self, paths: Sequence[str]) -> list[int | None]:
         """Bytes of each file; None for what is no file."""
-        found = patiently(self.url, partial(self._fs.get_file_info, [self._at(path) for path in paths]))
+        found = with_retry(self.url, partial(self._fs.get_file_info, [self._at(path) for path in paths]))
         return [info.size if info.is_file else None for info in found]
 
     def delete(self, path: str) -> None:
@@ -132,7 +132,7 @@ class RemoteFolder:
             with suppress(FileNotFoundError):
                 self._fs.delete_file(self._at(path))
 
-        patiently(self.url, delete)
+        with_retry(self.url, delete)
 
     def discard(self, folder: str) -> None:
         """Removes a folder if that can be done; nothing depends on it."""
@@ -166,7 +166,7 @@ def open_url(url: str) -> tuple[Any, str]:
     option = OPTIONS.get(scheme)
     asked = f"{url}{'&' if '?' in url else '?'}{option}" if option and option.partition("=")[0] not in url else url
     try:
-        system, path = patiently(url, lambda: fs.FileSystem.from_uri(asked))
+        system, path = with_retry(url, lambda: fs.FileSystem.from_uri(asked))
     except (ValueError, NotImplementedError, TypeError) as error:
         if isinstance(error, UserError):
             raise
@@ -174,7 +174,7 @@ def open_url(url: str) -> tuple[Any, str]:
     return system, path.rstrip("/")
 
 
-def patiently(url: str, action: Callable[[], Result], this_machine: Container[int] = ()) -> Result:
+def with_retry(url: str, action: Callable[[], Result], this_machine: Container[int] = ()) -> Result:
     """Does something at a URL, again and again while the store is out of reach.
 
     Args:

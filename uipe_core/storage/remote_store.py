@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RemotePlace:
+class RemoteLocation:
     """Where entries are, and how much of them a node may keep; travels to the nodes.
 
     Attributes:
@@ -62,7 +62,7 @@ class RemoteEntry:
         files: Size and SHA-256 of each file by name.
     """
 
-    place: RemotePlace
+    place: RemoteLocation
     key: str
     upload: str
     files: Mapping[str, Mapping[str, Any]]
@@ -109,7 +109,7 @@ class RemoteStore:
         UserError: If the URL is none that pyarrow can open.
     """
 
-    def __init__(self, place: RemotePlace) -> None:
+    def __init__(self, place: RemoteLocation) -> None:
         self.place = place
         self._folder = RemoteFolder(place.url)
 

@@ -43,7 +43,7 @@ class StoredTensor:
     dtype: str
 
 
-class OnDemand(Mapping[str, Tensor]):
+class LazyTensors(Mapping[str, Tensor]):
     """Tensors that are read or made when they are asked for, and not kept.
 
     Args:
@@ -69,7 +69,7 @@ class OnDemand(Mapping[str, Tensor]):
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes by name, in the order of `tensors`; nothing is read for it."""
-    if isinstance(tensors, OnDemand):
+    if isinstance(tensors, LazyTensors):
         return dict(tensors.shapes)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 

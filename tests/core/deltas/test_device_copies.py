@@ -7,7 +7,7 @@ import torch
 
 from uipe_core.deltas import device_copies
 from uipe_core.deltas import extrapolation as extrapolator
-from uipe_core.deltas.device_copies import Courier
+from uipe_core.deltas.device_copies import HostToDeviceCopier
 from uipe_core.deltas.extrapolation import Extrapolator, extrapolate
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector, snapshot
 from uipe_core.storage import safetensors_files as weight_files
@@ -66,8 +66,8 @@ def test_on_the_cpu_nothing_is_copied_or_kept(load_tiny):
     model = load_tiny().model
     parameters = dict(model.named_parameters())
     initial = snapshot(model)
-    assert Courier().settle(initial, parameters) is initial
-    assert Courier().bring(initial["lm_head.weight"], torch.device("cpu")) is initial["lm_head.weight"]
+    assert HostToDeviceCopier().synchronize(initial, parameters) is initial
+    assert HostToDeviceCopier().bring(initial["lm_head.weight"], torch.device("cpu")) is initial["lm_head.weight"]
     walker = Extrapolator(model)
     walker.apply(UpdateVector(DENSE, {name: 0.1 * tensor for name, tensor in initial.items()}), 1.0)
     gc.collect()

@@ -19,7 +19,7 @@ from uipe_core.deltas.initial_weights import pristine, saved_folder
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector, random_direction, snapshot
 from uipe_core.errors import UserError
 from uipe_core.models.loading import DTYPES, cast_weights
-from uipe_core.storage.safetensors_files import OnDemand, parts
+from uipe_core.storage.safetensors_files import LazyTensors, parts
 
 ALPHAS = st.one_of(st.sampled_from([-1.0, 0.0]), st.floats(-3, 5, allow_nan=False))
 
@@ -102,7 +102,7 @@ def test_a_streamed_walk_is_the_one_in_memory_to_the_bit(kind, scored, places, t
     initial = pristine(model, places[kind])
     change, path = change_of(model, tmp_path)
     update = load_update(path)
-    assert isinstance(initial, OnDemand) and isinstance(update.tensors, OnDemand)
+    assert isinstance(initial, LazyTensors) and isinstance(update.tensors, LazyTensors)
     assert_same(dict(initial), start)
     cast_weights(model, DTYPES[scored])
     pristine_weights = snapshot(model)
@@ -210,7 +210,7 @@ def test_a_model_without_files_of_its_own_is_copied(tmp_path):
     for folder in (None, tmp_path / "adapter"):
         model = llama()
         initial = pristine(model, folder)
-        assert not isinstance(initial, OnDemand)
+        assert not isinstance(initial, LazyTensors)
         assert_same(dict(initial), snapshot(llama()))
 
 
@@ -219,8 +219,8 @@ def test_a_small_model_and_a_small_update_are_kept(monkeypatch, places, tmp_path
     monkeypatch.setattr("uipe_core.deltas.initial_weights.RESIDENT", 1 << 26)
     model = reload(places["one file"])
     _, path = change_of(model, tmp_path)
-    assert not isinstance(pristine(model, places["one file"]), OnDemand)
-    assert not isinstance(load_update(path).tensors, OnDemand)
+    assert not isinstance(pristine(model, places["one file"]), LazyTensors)
+    assert not isinstance(load_update(path).tensors, LazyTensors)
 
 
 def test_the_folder_of_a_model_is_its_own_or_the_hubs_copy(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ from uipe_core.scoring.packing import (
     accepts_logits_to_keep,
     answer_logits,
     batched,
+    collate,
     grouped,
-    lay_out,
     single,
     takes_packed_rows,
 )
@@ -52,7 +52,7 @@ def test_batches_hold_every_example_once_and_no_more_than_allowed(items, size):
 @torch.inference_mode()
 def test_packed_logits_are_those_of_each_answer_alone(items):
     model = llama()
-    rows = lay_out(grouped(items), items, 0, CPU)
+    rows = collate(grouped(items), items, 0, CPU)
     logits = answer_logits(model, rows, keep=True).split(rows.lengths)
     for number, found in zip(rows.owners, logits, strict=True):
         example = items[number]

@@ -23,7 +23,7 @@ from uipe_core.storage import node_cache, remote_folder
 from uipe_core.storage.content_store import BrokenEntryError, content_key, manifest_of
 from uipe_core.storage.node_cache import NodeCache
 from uipe_core.storage.remote_folder import open_url
-from uipe_core.storage.remote_store import RemotePlace, RemoteStore
+from uipe_core.storage.remote_store import RemoteLocation, RemoteStore
 
 INPUTS = {"what": "weights", "seed": 3}
 KEY = content_key(INPUTS)
@@ -74,7 +74,7 @@ def root(tmp_path):
 
 @pytest.fixture
 def place(root, on_node):
-    return RemotePlace(f"file://{root}", 10**6)
+    return RemoteLocation(f"file://{root}", 10**6)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ def test_a_copy_that_goes_bad_on_a_node_is_fetched_again(place, on_node, caplog)
 
 
 def test_what_could_not_be_published_is_published_later_and_not_made_again(root, on_node):
-    place = RemotePlace(f"file://{root}", 10**6)
+    place = RemoteLocation(f"file://{root}", 10**6)
 
     def big(folder):
         (folder / "weights.bin").write_bytes(os.urandom(200_000))
@@ -298,7 +298,7 @@ def test_a_read_only_store_is_read_and_not_written(place, root, on_node):
 )
 def test_a_url_that_is_none_is_the_users_error(url, said, on_node):
     with pytest.raises(UserError, match=said):
-        RemoteStore(RemotePlace(url, 1))
+        RemoteStore(RemoteLocation(url, 1))
 
 
 def test_a_store_out_of_reach_is_waited_for_and_then_said(on_node, monkeypatch):
@@ -310,7 +310,7 @@ def test_a_store_out_of_reach_is_waited_for_and_then_said(on_node, monkeypatch):
         raise OSError("When reading: AWS Error NETWORK_CONNECTION during GetObject operation: curlCode: 7")
 
     with pytest.raises(UserError, match=r"NETWORK_CONNECTION.*out of reach for 0 s.*run the same command again"):
-        remote_folder.patiently("s3://bucket/a", away)
+        remote_folder.with_retry("s3://bucket/a", away)
     assert len(calls) > 1
     calls.clear()
 
@@ -319,7 +319,7 @@ def test_a_store_out_of_reach_is_waited_for_and_then_said(on_node, monkeypatch):
         raise OSError("When reading: AWS Error ACCESS_DENIED during HeadObject operation: No response body.")
 
     with pytest.raises(UserError, match="ACCESS_DENIED"):
-        remote_folder.patiently("s3://bucket/a", refused)
+        remote_folder.with_retry("s3://bucket/a", refused)
     assert len(calls) == 1
 
 
@@ -432,7 +432,7 @@ def test_a_base_run_at_a_url_is_trained_once_and_loaded_on_any_node(place, on_no
 
 
 def test_an_update_vector_keeps_its_file_until_it_is_gone(place, on_node):
-    run = DeltaStore(RemotePlace(place.url, 8000)).get_or_train(INPUTS, training(3))
+    run = DeltaStore(RemoteLocation(place.url, 8000)).get_or_train(INPUTS, training(3))
     node = on_node("node-2")
 
     def kept():
@@ -450,7 +450,7 @@ def test_an_update_vector_keeps_its_file_until_it_is_gone(place, on_node):
 
 @pytest.mark.slow
 def test_an_object_store_does_the_same(s3, on_node, caplog):
-    place = RemotePlace(s3.format("deltas"), 10**6)
+    place = RemoteLocation(s3.format("deltas"), 10**6)
     entry = RemoteStore(place).get_or_make(INPUTS, make)
     on_node("node-2")
     assert RemoteStore(place).get_or_make(INPUTS, never) == entry
@@ -470,4 +470,4 @@ def test_an_object_store_does_the_same(s3, on_node, caplog):
 @pytest.mark.slow
 def test_a_bucket_that_is_not_there_is_the_users_error(s3, on_node):
     with pytest.raises(UserError, match=r"store s3://nobody.*(NO_SUCH_BUCKET|bucket)"):
-        RemoteStore(RemotePlace(s3.format("x").replace("bucket", "nobody"), 1)).get_or_make(INPUTS, make)
+        RemoteStore(RemoteLocation(s3.format("x").replace("bucket", "nobody"), 1)).get_or_make(INPUTS, make)

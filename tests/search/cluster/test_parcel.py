@@ -6,7 +6,7 @@ import shutil
 import pytest
 import yaml
 
-from search.cluster.bundle import STUDY_FILE, pack, submission_id
+from search.cluster.bundle import STUDY_FILE, build_bundle, submission_id
 from search.spec.study import load_study
 from uipe_core.errors import UserError
 
@@ -21,7 +21,7 @@ def packed(tmp_path):
     def pack_into(study):
         folder = tmp_path / f"parcel-{next(count)}"
         folder.mkdir()
-        return pack(study, folder)
+        return build_bundle(study, folder)
 
     return pack_into
 

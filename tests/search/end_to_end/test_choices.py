@@ -11,7 +11,7 @@ import yaml
 from search.evaluation.inputs import check_inputs
 from search.evaluation.prepared import prepare
 from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from search.report.conclusions import conclusions
 from search.spec.errors import StudyFileError
 from search.spec.study import load_study, parse_study
@@ -295,14 +295,14 @@ def test_halves_are_scored_apart(choice_result, world):
     spec = parse_study(data)
     halves = evaluator(choice_result, spec)
     point = ("grad_diff", int(whole["epoch"]), float(whole["alpha"]))
-    kinds = {"search": Job("search", *point), "held_out": Job("held_out", *point, of_trial=1)}
+    kinds = {"search": TrialSpec("search", *point), "held_out": TrialSpec("held_out", *point, of_trial=1)}
     (selected, shorter), (reported, longer) = (halves.evaluate(with_delta(spec, job)) for job in kinds.values())
     sizes = {name: (len(shorter.sets[name]), len(longer.sets[name])) for name in ("forget", "utility")}
     assert sizes == {"forget": (8, 12), "utility": (11, 17)}
     for name, (few, many) in sizes.items():
         accuracy = (few * selected[f"{name}_accuracy"] + many * reported[f"{name}_accuracy"]) / (few + many)
         assert accuracy == pytest.approx(whole[f"{name}_accuracy"])
-    initial, _ = halves.evaluate(Job("held_out", model="initial"))
+    initial, _ = halves.evaluate(TrialSpec("held_out", model="initial"))
     assert initial["forget_accuracy"] > 0.9
 
 
@@ -323,7 +323,7 @@ def test_an_evaluator_flags_below_chance(choice_result):
     preparation = prepare(spec)
     turned = tuple(replace(item, answer=(item.answer + 1) % 4) for item in preparation.corpus.choices["forget"])
     corpus = replace(preparation.corpus, choices={**preparation.corpus.choices, "forget": turned})
-    job = with_delta(spec, Job("search", "grad_diff", 1, -1.0))
+    job = with_delta(spec, TrialSpec("search", "grad_diff", 1, -1.0))
     evidence, report = evaluator(choice_result, spec, corpus).evaluate(job)
     assert evidence["forget_accuracy"] < 0.1
     assert evidence["forgetting_to_chance"] == 0.0

@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from sqlalchemy import event, text
 from sqlalchemy.exc import IntegrityError
 
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from search.samplers.registry import SAMPLERS
 from search.store import trials as trial_rows
 from search.store.trials import end_trial
@@ -125,7 +125,9 @@ def test_what_is_read_is_what_optuna_would_have_read(new_store, made_up_evidence
     store.use_sampler(SAMPLERS["nsga2"].make(0))
     assert list(store.trials()) == []
     score(store, made_up_evidence, 4)
-    store.complete(Job("initial", model="initial"), store.ask_control(), made_up_evidence(Job("initial", model="initial")))
+    store.complete(
+        TrialSpec("initial", model="initial"), store.ask_control(), made_up_evidence(TrialSpec("initial", model="initial"))
+    )
     number, job = ask(store)
     store.prune(number, {**made_up_evidence(job), "pruned": {"stage": "retain"}, "nested": {"a": {"b": [1, None, "ü"]}}})
     number, job = ask(store)
@@ -208,7 +210,7 @@ def test_a_resumed_study_shows_its_sampler_all_trials_with_their_numbers_and_wit
     ask(store)
     store.close()
     store = new_store(out=store.out)
-    assert store.reconcile() == 1
+    assert store.fail_orphaned_trials() == 1
     sampler = Noting(seed=0)
     assert isinstance(sampler, BaseSampler)
     store.use_sampler(sampler)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from search.evaluation.evaluator import Evaluator
-from search.problem.trial import CONTROL_KINDS, POINT_KINDS, Job
+from search.problem.trial import CONTROL_KINDS, POINT_KINDS, TrialSpec
 
 
 @pytest.fixture(scope="module")
@@ -32,27 +32,27 @@ def numbers(evidence):
 
 def test_an_evaluator_repeats_what_the_study_found(evaluate, result):
     for row in result.trials.to_dict("records"):
-        evidence = evaluate(Job(row["kind"], row["base"], row["epoch"], row["alpha"]))
+        evidence = evaluate(TrialSpec(row["kind"], row["base"], row["epoch"], row["alpha"]))
         for name in ("log10_forget_quality", "model_utility", "ks_statistic", "logit_scale", "flagged", "walk", "update_norm"):
             assert evidence[name] == row[name], name
 
 
 def test_the_order_of_jobs_does_not_matter(evaluate):
-    job = Job("search", "npo", 2, 0.7)
+    job = TrialSpec("search", "npo", 2, 0.7)
     first = numbers(evaluate(job))
     for other in (
-        Job("search", "grad_diff", 1, 2.0),
-        Job("random_direction", "npo", 2, 2.0, of_trial=3),
-        Job("temperature", temperature=2.0),
-        Job("initial", model="initial"),
+        TrialSpec("search", "grad_diff", 1, 2.0),
+        TrialSpec("random_direction", "npo", 2, 2.0, of_trial=3),
+        TrialSpec("temperature", temperature=2.0),
+        TrialSpec("initial", model="initial"),
     ):
         evaluate(other)
     assert numbers(evaluate(job)) == first
 
 
 def test_minus_one_is_the_initial_model_and_both_score_alike(evaluate):
-    walked = evaluate(Job("search", "npo", 2, -1.0))
-    initial = evaluate(Job("initial", model="initial"))
+    walked = evaluate(TrialSpec("search", "npo", 2, -1.0))
+    initial = evaluate(TrialSpec("initial", model="initial"))
     assert walked["walk"] == "initial model"
     assert walked["update_norm"] == 0.0
     # The initial model was scored on all items at once, and batches decide the last bits.
@@ -61,8 +61,8 @@ def test_minus_one_is_the_initial_model_and_both_score_alike(evaluate):
 
 
 def test_temperature_moves_the_logits_and_nothing_else(evaluate):
-    hot = evaluate(Job("temperature", temperature=2.0))
-    initial = evaluate(Job("initial", model="initial"))
+    hot = evaluate(TrialSpec("temperature", temperature=2.0))
+    initial = evaluate(TrialSpec("initial", model="initial"))
     assert hot["temperature"] == 2.0
     assert hot["logit_scale"] == pytest.approx(0.5, rel=1e-4)
     assert hot["components"]["ROUGE Retain"] == initial["components"]["ROUGE Retain"]
@@ -70,9 +70,9 @@ def test_temperature_moves_the_logits_and_nothing_else(evaluate):
 
 
 def test_random_directions_have_the_norm_of_what_they_mirror_and_repeat(evaluate):
-    mirror = Job("random_direction", "npo", 2, 1.5, of_trial=7)
+    mirror = TrialSpec("random_direction", "npo", 2, 1.5, of_trial=7)
     first, again = evaluate(mirror), evaluate(mirror)
-    walked = evaluate(Job("search", "npo", 2, 1.5))
+    walked = evaluate(TrialSpec("search", "npo", 2, 1.5))
     assert numbers(first) == numbers(again)
     assert first["of_trial"] == 7
     assert first["update_norm"] == pytest.approx(walked["update_norm"], rel=1e-5)
@@ -81,15 +81,15 @@ def test_random_directions_have_the_norm_of_what_they_mirror_and_repeat(evaluate
 
 def test_evidence_is_json_of_finite_numbers(evaluate):
     jobs = [
-        Job("alpha_zero", "npo", 1, 0.0),
-        Job("initial", model="initial"),
-        Job("retain", model="retain"),
-        Job("next_epoch", "npo", 3, 0.0),
+        TrialSpec("alpha_zero", "npo", 1, 0.0),
+        TrialSpec("initial", model="initial"),
+        TrialSpec("retain", model="retain"),
+        TrialSpec("next_epoch", "npo", 3, 0.0),
     ]
-    jobs += [Job("search", "grad_diff", 2, -0.5), Job("random_direction", "npo", 1, 0.5, of_trial=1)]
-    jobs += [Job("temperature", temperature=0.5), Job("held_out", "npo", 1, 0.5, of_trial=1)]
-    jobs += [Job("matched_scale", "npo", 1, 0.5, temperature=1.1, of_trial=1), Job("held_out", model="retain")]
-    jobs += [Job("never_finetuned", model="never_finetuned"), Job("other_retain", model="other_retain-1")]
+    jobs += [TrialSpec("search", "grad_diff", 2, -0.5), TrialSpec("random_direction", "npo", 1, 0.5, of_trial=1)]
+    jobs += [TrialSpec("temperature", temperature=0.5), TrialSpec("held_out", "npo", 1, 0.5, of_trial=1)]
+    jobs += [TrialSpec("matched_scale", "npo", 1, 0.5, temperature=1.1, of_trial=1), TrialSpec("held_out", model="retain")]
+    jobs += [TrialSpec("never_finetuned", model="never_finetuned"), TrialSpec("other_retain", model="other_retain-1")]
     assert {job.kind for job in jobs} == {*POINT_KINDS, *CONTROL_KINDS} - {"confirm", "dial"}
     for job in jobs:
         evidence = json.loads(json.dumps(evaluate(job), allow_nan=False))
@@ -100,12 +100,12 @@ def test_evidence_is_json_of_finite_numbers(evaluate):
 
 
 def test_a_walk_too_far_is_a_collapse_and_says_why(evaluate):
-    assert evaluate(Job("initial", model="initial"))["collapsed"] is None
-    assert "nats per token on retain" in evaluate(Job("search", "npo", 2, 1e4))["collapsed"]
+    assert evaluate(TrialSpec("initial", model="initial"))["collapsed"] is None
+    assert "nats per token on retain" in evaluate(TrialSpec("search", "npo", 2, 1e4))["collapsed"]
 
 
 def test_evidence_has_memorisation_of_what_should_go_and_what_should_stay(evaluate):
-    for job in (Job("initial", model="initial"), Job("search", "npo", 2, 0.5)):
+    for job in (TrialSpec("initial", model="initial"), TrialSpec("search", "npo", 2, 0.5)):
         evidence = evaluate(job)
         for name in ("forget", "retain"):
             assert 0 <= evidence[f"{name}_extraction_strength"] <= evidence[f"{name}_exact_memorization"] <= 1
@@ -113,21 +113,21 @@ def test_evidence_has_memorisation_of_what_should_go_and_what_should_stay(evalua
 
 def test_an_unknown_base_run_is_an_error_and_the_worker_goes_on(evaluate):
     with pytest.raises(ValueError, match="entries of the delta store"):
-        evaluate(Job("search", "nothing", 1, 0.5))
-    assert evaluate(Job("search", "npo", 1, 0.5))["model_utility"] > 0
+        evaluate(TrialSpec("search", "nothing", 1, 0.5))
+    assert evaluate(TrialSpec("search", "npo", 1, 0.5))["model_utility"] > 0
 
 
 def test_held_out_points_are_scored_on_the_other_items(evaluator, with_delta, preparation):
     split, corpus = preparation.split, preparation.corpus
     for kind, rows in (("search", split.select), ("held_out", split.report)):
-        _, report = evaluator.evaluate(with_delta(Job(kind, "npo", 2, 0.5, of_trial=1 if kind == "held_out" else None)))
+        _, report = evaluator.evaluate(with_delta(TrialSpec(kind, "npo", 2, 0.5, of_trial=1 if kind == "held_out" else None)))
         asked = tuple(corpus.sets["forget"][row].question for row in rows["forget"])
         assert report.sets["forget"].questions == asked
 
 
 def test_matched_scale_brings_the_logits_to_those_of_the_initial_model(evaluate):
-    sharp = evaluate(Job("search", "grad_diff", 2, 1.5))
-    matched = evaluate(Job("matched_scale", "grad_diff", 2, 1.5, temperature=sharp["logit_scale"], of_trial=1))
+    sharp = evaluate(TrialSpec("search", "grad_diff", 2, 1.5))
+    matched = evaluate(TrialSpec("matched_scale", "grad_diff", 2, 1.5, temperature=sharp["logit_scale"], of_trial=1))
     assert matched["logit_scale"] == pytest.approx(1.0, rel=1e-4)
     assert matched["components"]["ROUGE Retain"] == sharp["components"]["ROUGE Retain"]
 
@@ -135,13 +135,13 @@ def test_matched_scale_brings_the_logits_to_those_of_the_initial_model(evaluate)
 def test_item_scores_travel_as_text(evaluator, with_delta):
     from search.execution.workers import pack_arrays
 
-    _, report = evaluator.evaluate(with_delta(Job("search", "npo", 1, 0.5)))
+    _, report = evaluator.evaluate(with_delta(TrialSpec("search", "npo", 1, 0.5)))
     arrays = np.load(io.BytesIO(base64.b64decode(pack_arrays(report.arrays()))))
     assert np.array_equal(arrays["forget/answer_loss"], report.sets["forget"].answer_loss)
 
 
 def test_smaller_batches_give_the_same_numbers_and_say_so(evaluator, with_delta):
-    job = with_delta(Job("search", "npo", 1, 0.5))
+    job = with_delta(TrialSpec("search", "npo", 1, 0.5))
     whole, _ = evaluator.evaluate(job)
     assert "batch_size" not in whole
     narrow = Evaluator(evaluator.context)

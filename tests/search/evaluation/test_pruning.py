@@ -13,15 +13,15 @@ from optuna.trial import TrialState
 from search.evaluation.evaluator import Evaluator
 from search.evaluation.pruning import MOST, Rivals, bounds, certificate
 from search.execution.base_runs import BaseRuns
-from search.execution.budget import StudyGuard
-from search.execution.capacity import Room
+from search.execution.budget import BudgetMonitor
+from search.execution.capacity import ClusterCapacity
 from search.execution.run import _done_jobs
-from search.execution.tune import StudySearcher, Workforce
+from search.execution.tune import StudySearcher, WorkerPoolMonitor
 from search.execution.workers import pack_arrays
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
 from search.problem.pareto import hypervolume, non_dominated
 from search.problem.space import Point
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from search.report.html import write_report
 from search.results.status import status_of
 from search.results.study_result import StudyResult
@@ -200,11 +200,11 @@ def test_of_a_large_front_some_travel_its_ends_among_them():
 
 
 def test_a_job_travels_as_text():
-    job = Job("search", "npo", 2, 0.1 + 0.2, delta=("a", "b"), rivals=(rival(-1.0, 0.1 + 0.7),))
-    again = Job.from_text(job.as_text())
+    job = TrialSpec("search", "npo", 2, 0.1 + 0.2, delta=("a", "b"), rivals=(rival(-1.0, 0.1 + 0.7),))
+    again = TrialSpec.from_text(job.as_text())
     assert again == job
     assert (again.alpha, again.delta, again.rivals) == (job.alpha, job.delta, job.rivals)
-    assert Job.from_text(Job("initial", model="initial").as_text()) == Job("initial", model="initial")
+    assert TrialSpec.from_text(TrialSpec("initial", model="initial").as_text()) == TrialSpec("initial", model="initial")
 
 
 def test_equal_numbers_dominate_nothing():
@@ -240,7 +240,7 @@ def numbers(evidence):
 
 
 def test_a_worker_stops_where_a_rival_dominates_what_may_come(evaluator, with_delta):
-    job = with_delta(Job("search", "grad_diff", 2, 1.0))
+    job = with_delta(TrialSpec("search", "grad_diff", 2, 1.0))
     whole, report = evaluator.evaluate(job)
     # Nobody has a utility above 1, so only a perfect model ends a trial after its forget set.
     first, part = evaluator.evaluate(replace(job, rivals=(rival(-100.0, 1.0), rival(0.0, 1.0))))
@@ -279,9 +279,9 @@ class Driver:
     def __init__(self, store, jobs=(), proposals=0, budget=None):
         self.store = store
         store.use_sampler(SAMPLERS["random"].make(0))
-        runs = BaseRuns(Room(9, 1, 9), {"grad_diff": ("aa",), "npo": ("bb",)}, training=set())
+        runs = BaseRuns(ClusterCapacity(9, 1, 9), {"grad_diff": ("aa",), "npo": ("bb",)}, training=set())
         self.ends = []
-        self.guard = StudyGuard(store, budget or Budget(), lambda words: None)
+        self.guard = BudgetMonitor(store, budget or Budget(), lambda words: None)
         self.searcher = StudySearcher(
             store,
             store.spec.search_space(),
@@ -291,21 +291,21 @@ class Driver:
             lambda: None,
             list,
             lambda *end: self.ends.append(end),
-            Workforce(None),
+            WorkerPoolMonitor(None),
             self.guard,
         )
         self.asked = 0
 
     def work(self, evaluate):
         while isinstance(found := self.searcher.suggest(str(self.asked)), dict):
-            evidence, items = evaluate(Job.from_text(found["job"]))
+            evidence, items = evaluate(TrialSpec.from_text(found["job"]))
             result = {"evidence": json.dumps(evidence)} | ({} if items is None else {"items": pack_arrays(items)})
             self.searcher.on_trial_complete(str(self.asked), result)
             assert self.searcher.error is None
             self.asked += 1
 
 
-GIVEN = [Job("alpha_zero", base, epoch, 0.0) for base in ("grad_diff", "npo") for epoch in (1, 2)]
+GIVEN = [TrialSpec("alpha_zero", base, epoch, 0.0) for base in ("grad_diff", "npo") for epoch in (1, 2)]
 CERTIFICATE = {"stage": "general", "bound": {TWO[0]: -6.0, TWO[1]: 0.4}, "trial": 0, "values": {TWO[0]: -5.0, TWO[1]: 0.5}}
 
 
@@ -345,7 +345,7 @@ def test_a_pruned_trial_is_done_without_values_and_keeps_its_certificate(half_pr
     assert len(driver.ends) == 10
     assert all(reason is None for _, reason, _ in driver.ends)
     # Nothing of it is asked for again, and it counts as tried.
-    assert {Job(job.kind, job.base, job.epoch, job.alpha) for job in seen} == _done_jobs(store)
+    assert {TrialSpec(job.kind, job.base, job.epoch, job.alpha) for job in seen} == _done_jobs(store)
     assert sum(driver.searcher._proposed.values()) == 6
     status = status_of(store)
     assert (status["state"], status["trials"]["done"], status["trials"]["pruned"]) == ("finished", 10, 3)
@@ -403,7 +403,7 @@ def test_pruned_trials_count_for_a_plateau(new_store, made_up_evidence):
     assert store.counts()["pruned"] == 5
     assert driver.guard.stopped.budget == "plateau"
     # The next run sees it as this one does.
-    assert StudyGuard(store, budget, lambda words: None).stop().budget == "plateau"
+    assert BudgetMonitor(store, budget, lambda words: None).stop().budget == "plateau"
 
 
 def test_samplers_go_on_after_pruned_trials(new_store, made_up_evidence, tmp_path):
@@ -446,7 +446,7 @@ def test_a_grid_ends_with_the_same_front(new_store, evaluator, with_delta, tmp_p
     volumes, fronts_of = [], []
     for prune in (False, True):
         store = new_store(out=tmp_path / f"prune-{prune}", name=f"grid-{prune}", search={**FINE, "prune": prune})
-        jobs = [*GIVEN, *(Job("search", **point.params) for point in store.spec.grid_points())]
+        jobs = [*GIVEN, *(TrialSpec("search", **point.params) for point in store.spec.grid_points())]
 
         def evaluate_for(job):
             evidence, report = evaluator.evaluate(with_delta(job))

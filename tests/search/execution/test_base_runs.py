@@ -7,7 +7,16 @@ import ray
 import yaml
 
 from search.execution.base_runs import BaseRuns, problem_of
-from search.execution.capacity import Fleet, Room, autoscaler_fleet, fits, need_of, per_base_run, room_for, trials_held
+from search.execution.capacity import (
+    ClusterCapacity,
+    Fleet,
+    autoscaler_fleet,
+    fits,
+    need_of,
+    per_base_run,
+    room_for,
+    trials_held,
+)
 from search.spec.runtime import BaseRunResources, Resources, TrialResources
 from uipe_core.errors import UserError
 
@@ -29,7 +38,7 @@ CLUSTER = Path(__file__).resolve().parents[3] / "ray_cluster.yaml"
     ],
 )
 def test_trials_get_what_base_runs_leave_and_never_their_last_room(slots, per_run, missing, trials, beside):
-    room = Room(slots, per_run, slots)
+    room = ClusterCapacity(slots, per_run, slots)
     assert room.trials(missing) == trials
     assert room.base_runs(beside_trials=True) == beside
     assert room.base_runs(beside_trials=False) == max(slots // per_run, 1)
@@ -39,11 +48,11 @@ def test_trials_get_what_base_runs_leave_and_never_their_last_room(slots, per_ru
 
 
 def test_no_more_trials_than_the_study_asks_for():
-    assert [Room(8, 1, 2).trials(missing) for missing in (0, 3, 20)] == [2, 2, 1]
+    assert [ClusterCapacity(8, 1, 2).trials(missing) for missing in (0, 3, 20)] == [2, 2, 1]
 
 
 def test_base_runs_start_one_fewer_beside_trials():
-    runs = BaseRuns(Room(3, 1, 3), waiting=["a", "b", "c", "d", "e"])
+    runs = BaseRuns(ClusterCapacity(3, 1, 3), waiting=["a", "b", "c", "d", "e"])
     assert runs.startable(beside_trials=False) == ["a", "b", "c"]
     for name in "abc":
         runs.start(name)
@@ -101,8 +110,8 @@ def test_a_cluster_without_gpus_counts_those_its_autoscaler_may_bring(tmp_path):
 def test_a_study_gets_what_it_asks_for_or_all_there_is():
     nodes = [{"CPU": 8.0, "GPU": 2.0}] * 3
     trial, base_run = TrialResources(cpus=2, gpus=1), BaseRunResources(cpus=2, gpus=2)
-    assert room_for(Resources(trial=trial, base_run=base_run), nodes, None) == Room(6, 2, 6)
-    assert room_for(Resources(max_concurrent=2, trial=trial, base_run=base_run), nodes, None) == Room(6, 2, 2)
+    assert room_for(Resources(trial=trial, base_run=base_run), nodes, None) == ClusterCapacity(6, 2, 6)
+    assert room_for(Resources(max_concurrent=2, trial=trial, base_run=base_run), nodes, None) == ClusterCapacity(6, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +139,7 @@ def test_what_no_node_could_ever_hold_is_refused(part, needs, said):
 
 def test_a_cluster_that_has_no_gpu_yet_is_no_error(tmp_path):
     resources = Resources(trial=TrialResources(cpus=4, gpus=1), base_run=BaseRunResources(cpus=4, gpus=1))
-    assert room_for(resources, [{"CPU": 8.0}], autoscaler_fleet(described(tmp_path))) == Room(20, 1, 20)
+    assert room_for(resources, [{"CPU": 8.0}], autoscaler_fleet(described(tmp_path))) == ClusterCapacity(20, 1, 20)
 
 
 def test_no_description_is_no_autoscaler(tmp_path):

@@ -12,11 +12,11 @@ from search.evaluation.evaluator import StudyContext
 from search.evaluation.prepared import prepare
 from search.evaluation.task import read_report
 from search.execution.base_runs import BaseRuns
-from search.execution.capacity import Room
+from search.execution.capacity import ClusterCapacity
 from search.execution.line_inputs import InnerProducts, line_sampler
 from search.execution.ray_cluster import connected
 from search.report.progress import Bars
-from search.samplers.gram import FILE, NOTHING, StudyGram, grown, keep_gram, kept_gram
+from search.samplers.gram import FILE, NOTHING, StudyGram, extend_gram, keep_gram, kept_gram
 from search.samplers.registry import SAMPLERS
 from search.spec.study import load_study
 from search.store.study_store import StudyStore
@@ -55,22 +55,22 @@ def counted(monkeypatch):
 
 def test_each_pair_is_computed_once_as_base_runs_come(result, preparation, monkeypatch):
     calls, deltas, runs = counted(monkeypatch), DeltaStore(preparation.delta_root), base_runs(result)
-    first = grown(NOTHING, {"npo": runs["npo"]}, deltas)
+    first = extend_gram(NOTHING, {"npo": runs["npo"]}, deltas)
     # The study names grad_diff first, but npo's rows stay where they are.
-    both = grown(first, runs, deltas)
+    both = extend_gram(first, runs, deltas)
     assert calls == [(0, 2), (2, 4)]
     assert both.places == {("npo", 1): 0, ("npo", 2): 1, ("grad_diff", 1): 2, ("grad_diff", 2): 3}
-    whole = grown(NOTHING, runs, deltas)
+    whole = extend_gram(NOTHING, runs, deltas)
     assert list(whole.runs) == ["grad_diff", "npo"]
     np.testing.assert_allclose(both.ordered(["grad_diff", "npo"]), whole.gram, rtol=1e-12)
-    assert grown(both, runs, deltas).gram.tobytes() == both.gram.tobytes()
+    assert extend_gram(both, runs, deltas).gram.tobytes() == both.gram.tobytes()
     assert len(calls) == 3
 
 
 def test_products_of_a_base_run_that_is_another_now_are_computed_anew(result, preparation, monkeypatch):
     calls, deltas, runs = counted(monkeypatch), DeltaStore(preparation.delta_root), base_runs(result)
     known = StudyGram({"npo": (["another"], 2), "grad_diff": runs["grad_diff"]}, 7e9 * np.ones((4, 4)))
-    gram = grown(known, runs, deltas)
+    gram = extend_gram(known, runs, deltas)
     assert calls == [(2, 4)]
     assert list(gram.runs) == ["grad_diff", "npo"]
     assert (gram.gram == 7e9).sum() == 4
@@ -87,7 +87,7 @@ def test_a_recorded_table_takes_the_kept_ones(copied, result, preparation, monke
 
 
 def test_while_a_study_runs_workers_are_asked_for_what_has_come_only(result, preparation, tmp_path):
-    runs, said, published = BaseRuns(Room(1)), [], base_runs(result)
+    runs, said, published = BaseRuns(ClusterCapacity(1)), [], base_runs(result)
 
     def begun(root):
         return InnerProducts(runs, result.spec.base_epochs(), root, tmp_path, said.append)
@@ -109,7 +109,7 @@ def test_while_a_study_runs_workers_are_asked_for_what_has_come_only(result, pre
         kept = kept_gram(tmp_path / FILE)
         assert kept.gram.tobytes() == products.lines().gram.tobytes()
         np.testing.assert_array_equal(kept.gram[:2, :2], 7 * np.eye(2))
-        alone = grown(NOTHING, {"grad_diff": published["grad_diff"]}, DeltaStore(preparation.delta_root))
+        alone = extend_gram(NOTHING, {"grad_diff": published["grad_diff"]}, DeltaStore(preparation.delta_root))
         np.testing.assert_allclose(kept.gram[2:, 2:], alone.gram)
         assert said == []
         (tmp_path / FILE).unlink()
@@ -185,10 +185,10 @@ def test_multiple_choice_has_no_losses_to_follow_and_that_is_said(resumed):
 
 def test_a_resumed_study_proposes_from_the_kept_items_what_is_new(resumed, result):
     store, context = resumed
-    from search.samplers.line import Lines
+    from search.samplers.line import UpdateVectors
 
     kept = kept_gram(store.out / FILE)
-    lines = Lines(kept.places, kept.gram)
+    lines = UpdateVectors(kept.places, kept.gram)
     said = []
     damaged = store.out / "items" / "trials" / "00002.npz"
     damaged.write_bytes(damaged.read_bytes()[:100])

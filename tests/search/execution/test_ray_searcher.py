@@ -8,17 +8,17 @@ from optuna.trial import TrialState
 from sqlalchemy import event
 
 from search.execution.base_runs import BaseRuns
-from search.execution.budget import StudyGuard
-from search.execution.capacity import Room
-from search.execution.tune import DIED, IDLE_SECONDS, TIMES_AGAIN, StudySearcher, Workforce, cause_of_death
-from search.problem.trial import Job
+from search.execution.budget import BudgetMonitor
+from search.execution.capacity import ClusterCapacity
+from search.execution.tune import DIED, IDLE_SECONDS, TIMES_AGAIN, StudySearcher, WorkerPoolMonitor, worker_failure
+from search.problem.trial import TrialSpec
 from search.samplers.registry import SAMPLERS
 from search.spec.runtime import Budget, Plateau
 from search.spec.study import parse_study
 
-GIVEN = [Job("alpha_zero", "npo", 1, 0.0), Job("alpha_zero", "npo", 2, 0.0)]
-CONTROLS = [Job("initial"), Job("next_epoch", "npo", 3, 0.0)]
-MIRROR = Job("random_direction", "npo", 1, 0.5, of_trial=3)
+GIVEN = [TrialSpec("alpha_zero", "npo", 1, 0.0), TrialSpec("alpha_zero", "npo", 2, 0.0)]
+CONTROLS = [TrialSpec("initial"), TrialSpec("next_epoch", "npo", 3, 0.0)]
+MIRROR = TrialSpec("random_direction", "npo", 1, 0.5, of_trial=3)
 
 
 THERE = {"grad_diff": ("aa",), "npo": ("bb",)}
@@ -31,15 +31,15 @@ class Harness:
     def __init__(self, store, jobs=(), proposals=0, mirrors=list, slots=99, there=THERE, coming=(), budget=None):
         self.store = store
         self.ends, self.said = [], []
-        self.runs = BaseRuns(Room(slots, 1, slots), dict(there), training=set(coming))
+        self.runs = BaseRuns(ClusterCapacity(slots, 1, slots), dict(there), training=set(coming))
         self.polls = 0
         store.use_sampler(SAMPLERS["random"].make(0))
         self.space = parse_study(store.record["spec"]).search_space()
         ended = lambda *end: self.ends.append(end)  # noqa: E731
-        guard = StudyGuard(store, budget or store.spec.budget, self.said.append)
+        guard = BudgetMonitor(store, budget or store.spec.budget, self.said.append)
         rounds = (mirrors() for _ in range(1))
         self.searcher = StudySearcher(
-            store, self.space, jobs, proposals, self.runs, self.poll, rounds, ended, Workforce(None), guard
+            store, self.space, jobs, proposals, self.runs, self.poll, rounds, ended, WorkerPoolMonitor(None), guard
         )
         self.asked = 0
 
@@ -49,7 +49,7 @@ class Harness:
     def next(self):
         self.asked += 1
         found = self.searcher.suggest(str(self.asked))
-        return Job.from_text(found["job"]) if isinstance(found, dict) else found
+        return TrialSpec.from_text(found["job"]) if isinstance(found, dict) else found
 
     def finish(self, name, evidence):
         self.searcher.on_trial_complete(str(name), {"evidence": json.dumps(evidence)})
@@ -181,7 +181,7 @@ def test_a_job_travels_with_the_entries_of_its_base_run(harness):
 
 
 def test_jobs_wait_for_their_base_run_and_for_nothing_else(harness):
-    late = Job("alpha_zero", "grad_diff", 1, 0.0)
+    late = TrialSpec("alpha_zero", "grad_diff", 1, 0.0)
     study = harness(jobs=[late, *GIVEN], there={"npo": ("bb",)}, coming=["grad_diff"])
     assert [study.next(), study.next()] == GIVEN
     assert study.next() is None
@@ -213,7 +213,7 @@ def test_what_was_searched_before_counts_for_the_share(harness, made_up_evidence
 
 
 def test_without_a_base_run_that_failed_the_others_are_searched_evenly(harness, made_up_evidence):
-    lost = [Job("next_epoch", "npo", 3, 0.0), *GIVEN]
+    lost = [TrialSpec("next_epoch", "npo", 3, 0.0), *GIVEN]
     mirrored = []
     study = harness(jobs=lost, proposals=4, there={"grad_diff": ("aa",)}, mirrors=lambda: mirrored.append(1) or [])
     study.runs.fail("npo", "the loss is not finite")
@@ -308,7 +308,7 @@ def test_tune_is_begun_anew_after_so_many_trials(harness, monkeypatch, made_up_e
 
 def test_a_grid_is_handed_out_once_each_and_less_of_it_without_a_base_run(new_store):
     store = new_store(search={"sampler": "grid", "trials": 12})
-    points = [Job("search", **point.params) for point in store.spec.grid_points()]
+    points = [TrialSpec("search", **point.params) for point in store.spec.grid_points()]
     study = Harness(store, jobs=points, there={"npo": ("bb",)})
     study.runs.fail("grad_diff", "no memory")
     jobs = [study.next() for _ in range(6)]
@@ -359,7 +359,7 @@ def test_a_plateau_ends_the_search_and_the_front_is_still_mirrored(harness, made
 
 def test_no_plateau_before_all_base_runs_are_there(harness, made_up_evidence):
     budget = Budget(plateau=Plateau(trials=5, gain=0.01))
-    grid = [Job("search", "npo", 1, 0.1 * step) for step in range(1, 20)]
+    grid = [TrialSpec("search", "npo", 1, 0.1 * step) for step in range(1, 20)]
     study = harness(jobs=[*grid, CONTROLS[0]], there={"npo": ("bb",)}, coming=["grad_diff"], budget=budget)
     for number in range(1, 9):
         study.finish(number, made_up_evidence(study.next()))
@@ -386,7 +386,7 @@ def test_failures_end_the_study_with_their_reasons(harness):
 def test_a_trial_beyond_its_time_is_not_run_again(harness, monkeypatch):
     study = harness(proposals=1)
     study.next()
-    monkeypatch.setattr(Workforce, "death", lambda self, trial_id: cause_of_death("", 61.0, 1.0))
+    monkeypatch.setattr(WorkerPoolMonitor, "death", lambda self, trial_id: worker_failure("", 61.0, 1.0))
     study.kill(1)
     assert study.ends[0][1:] == ("ran past its time limit of 1 minutes (budget.trial_minutes)", False)
     assert study.next() == StudySearcher.FINISHED

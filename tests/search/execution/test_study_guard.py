@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from search.execution.budget import Stop, StudyGuard
-from search.problem.trial import Job
+from search.execution.budget import BudgetMonitor, Stop
+from search.problem.trial import TrialSpec
 from search.spec.runtime import BaseRunResources, Budget, Plateau, TrialResources
 
 PLATEAU = Budget(plateau=Plateau(trials=5, gain=0.01))
@@ -16,7 +16,7 @@ def add(store, made_up_evidence, kind, **numbers):
     number, job = (
         store.ask_point(SPACE(store), {"base": "npo", "epoch": 1, "alpha": 0.0}, kind)
         if kind in ("alpha_zero", "search")
-        else (store.ask_control(), Job(kind))
+        else (store.ask_control(), TrialSpec(kind))
     )
     evidence = made_up_evidence(job, **numbers)
     assert store.complete(job, number, evidence) is None
@@ -30,7 +30,7 @@ def SPACE(store):
 
 def test_hours_are_those_of_all_runs_and_outlive_them(new_store, tmp_path):
     store = new_store()
-    guard = StudyGuard(store, Budget(), print)
+    guard = BudgetMonitor(store, Budget(), print)
     guard.held(1800.0, TrialResources(cpus=2, gpus=0.5))
     guard.held(3600.0, BaseRunResources(cpus=1, gpus=1, processes=4))
     guard.close()
@@ -40,7 +40,7 @@ def test_hours_are_those_of_all_runs_and_outlive_them(new_store, tmp_path):
     assert kept["hours"] >= 0.0
     again = new_store()
     said = []
-    guard = StudyGuard(again, Budget(gpu_hours=4.5), said.append)
+    guard = BudgetMonitor(again, Budget(gpu_hours=4.5), said.append)
     assert guard.stop() is None
     guard.held(3600.0, TrialResources(gpus=1))
     assert guard.stop() == Stop("gpu_hours", "it held GPUs for 5.25 GPU-hours of 4.5 (budget.gpu_hours)")
@@ -49,7 +49,7 @@ def test_hours_are_those_of_all_runs_and_outlive_them(new_store, tmp_path):
 
 
 def test_without_gpus_their_budget_is_never_used_up(new_store):
-    guard = StudyGuard(new_store(), Budget(gpu_hours=1e-9), print)
+    guard = BudgetMonitor(new_store(), Budget(gpu_hours=1e-9), print)
     guard.held(1e9, TrialResources())
     assert guard.stop() is None
 
@@ -58,7 +58,7 @@ def test_the_record_is_not_written_with_every_trial(new_store, monkeypatch):
     store = new_store()
     writes = []
     monkeypatch.setattr(store, "save_record", lambda: writes.append(1))
-    guard = StudyGuard(store, PLATEAU, print)
+    guard = BudgetMonitor(store, PLATEAU, print)
     for _ in range(1000):
         guard.held(0.001, TrialResources())
         guard.stop()
@@ -69,37 +69,37 @@ def test_the_record_is_not_written_with_every_trial(new_store, monkeypatch):
 
 def test_failures_of_an_earlier_run_are_forgiven(new_store):
     store = new_store()
-    guard = StudyGuard(store, Budget(failure_rate=0.5), print)
+    guard = BudgetMonitor(store, Budget(failure_rate=0.5), print)
     for _ in range(9):
         guard.failed("no room")
     guard.failed("died", again=True)
     assert guard.stop() is None
     guard.failed("no room")
     assert guard.stop().gave_up
-    assert StudyGuard(store, Budget(failure_rate=0.5), print).stop() is None
+    assert BudgetMonitor(store, Budget(failure_rate=0.5), print).stop() is None
 
 
 def test_growth_goes_on_where_the_last_run_left_it(new_store, made_up_evidence):
     store = new_store()
     said = []
-    first = StudyGuard(store, PLATEAU, said.append)
+    first = BudgetMonitor(store, PLATEAU, said.append)
     for kind, utility in (("initial", 0.4), ("alpha_zero", 0.5), *[("search", 0.5)] * 3):
         first.scored(*add(store, made_up_evidence, kind, model_utility=utility))
     assert first.stop() is None
-    second = StudyGuard(store, PLATEAU, said.append)
+    second = BudgetMonitor(store, PLATEAU, said.append)
     assert list(second._volumes) == pytest.approx(list(first._volumes))
     for _ in range(2):
         second.scored(*add(store, made_up_evidence, "search", model_utility=0.45))
     assert second.stop().budget == "plateau"
     # The next run stops where this one did, and more patience goes on.
-    assert StudyGuard(store, PLATEAU, said.append).stop().mirrored
-    assert StudyGuard(store, Budget(plateau=Plateau(trials=6)), said.append).stop() is None
+    assert BudgetMonitor(store, PLATEAU, said.append).stop().mirrored
+    assert BudgetMonitor(store, Budget(plateau=Plateau(trials=6)), said.append).stop() is None
     assert len(said) == 2
 
 
 def test_a_noise_ceiling_that_comes_down_is_heeded(new_store, made_up_evidence):
     store = new_store(hypervolume={"forget_quality_cap": None})
-    guard = StudyGuard(store, PLATEAU, print)
+    guard = BudgetMonitor(store, PLATEAU, print)
     guard.scored(*add(store, made_up_evidence, "search", log10_forget_quality=-0.6))
     before = guard._volumes[-1]
     guard.scored(*add(store, made_up_evidence, "other_retain", log10_forget_quality=-2.0))

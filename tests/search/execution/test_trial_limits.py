@@ -8,9 +8,9 @@ import textwrap
 import pytest
 import torch
 
-from search.execution.tune import DIED, cause_of_death
+from search.execution.tune import DIED, worker_failure
 from search.execution.workers import OutOfMemory, score_within_memory
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from uipe_core.models.memory import ran_out
 
 MEMORY_MONITOR = (
@@ -38,12 +38,12 @@ LOST = "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly e
     ],
 )
 def test_a_death_has_its_cause(told, seconds, reason, timed_out):
-    death = cause_of_death(told, seconds, 1.0)
+    death = worker_failure(told, seconds, 1.0)
     assert (death.reason, death.timed_out) == (reason, timed_out)
 
 
 def test_without_a_limit_no_death_is_one_of_time():
-    assert cause_of_death(LOST, 1e9, None).reason == DIED
+    assert worker_failure(LOST, 1e9, None).reason == DIED
 
 
 WORK = {
@@ -106,14 +106,14 @@ class Hungry:
 @pytest.mark.parametrize("fails", [0, 1])
 def test_too_little_memory_is_tried_once_more(fails):
     hungry = Hungry(fails)
-    facts, _ = score_within_memory(lambda: hungry, Job("initial"))
+    facts, _ = score_within_memory(lambda: hungry, TrialSpec("initial"))
     assert facts == {"asked": fails + 1}
 
 
 def test_twice_too_little_is_the_end():
     hungry = Hungry(9)
     with pytest.raises(OutOfMemory, match=r"out of memory twice, however small the batches: .*can't allocate memory"):
-        score_within_memory(lambda: hungry, Job("initial"))
+        score_within_memory(lambda: hungry, TrialSpec("initial"))
     assert hungry.asked == 2
 
 
@@ -125,7 +125,7 @@ def test_a_model_that_does_not_fit_is_loaded_once_more():
         allocate(2**50)
 
     with pytest.raises(OutOfMemory):
-        score_within_memory(load, Job("initial"))
+        score_within_memory(load, TrialSpec("initial"))
     assert len(loads) == 2
 
 
@@ -135,4 +135,4 @@ def test_other_errors_are_not_tried_again():
             raise ValueError("broken")
 
     with pytest.raises(ValueError, match="broken"):
-        score_within_memory(Broken, Job("initial"))
+        score_within_memory(Broken, TrialSpec("initial"))

@@ -7,14 +7,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.results.constrained import ALWAYS, CEILING, CROSSED, NEVER, OPEN, PEAK, Question, Scored, promise, stand
+from search.results.constrained import ALWAYS, CEILING, CROSSED, NEVER, OPEN, PEAK, Constraint, ScoredPoint, promise, stand
 
-ASK = Question(floor=0.7, low=-1.0, high=2.0)
-INITIAL = Scored(-1.0, -13.0, 0.9)
+ASK = Constraint(floor=0.7, low=-1.0, high=2.0)
+INITIAL = ScoredPoint(-1.0, -13.0, 0.9)
 
 
 def scored(alpha, forgetting, utility):
-    return Scored(alpha, forgetting(alpha), utility(alpha), trial=0)
+    return ScoredPoint(alpha, forgetting(alpha), utility(alpha), trial=0)
 
 
 def searched(forgetting, utility, question=ASK, most=6, start=(0.0,)):
@@ -43,7 +43,7 @@ def falling(alpha):
 def test_a_monotone_line_is_closed_in_on_within_six_scores(floor, bend):
     """Utility falls from 0.9 to 0.4 along a power of the way: straight, late or early."""
     utility = lambda alpha: 0.9 - 0.5 * ((alpha + 1) / 3) ** bend  # noqa: E731
-    question = Question(floor, -1.0, 2.0)
+    question = Constraint(floor, -1.0, 2.0)
     standing, count, _ = searched(rising, utility, question)
     truth = 3 * ((0.9 - floor) / 0.5) ** (1 / bend) - 1
     assert count <= 6
@@ -67,7 +67,7 @@ def test_what_always_keeps_the_floor_ends_at_the_highest_alpha():
 
 
 def test_what_never_keeps_the_floor_costs_one_score_at_the_lowest_alpha():
-    question = Question(floor=0.7, low=0.0, high=2.0)
+    question = Constraint(floor=0.7, low=0.0, high=2.0)
     standing, count, _ = searched(rising, lambda alpha: 0.5, question, start=(1.0,))
     assert (standing.state, standing.best, standing.last_feasible) == (NEVER, None, None)
     assert (count, standing.first_infeasible.alpha) == (1, 0.0)
@@ -99,7 +99,7 @@ def test_a_line_that_is_not_monotone_keeps_what_was_really_scored():
     st.lists(st.tuples(st.floats(-0.99, 2), st.floats(-13, 0), st.floats(0, 1)), max_size=8, unique_by=lambda p: round(p[0], 2))
 )
 def test_whatever_was_scored_the_answer_is_the_best_feasible_point_and_the_next_one_is_new(rows):
-    points = [INITIAL, *(Scored(*row, trial=number) for number, row in enumerate(rows))]
+    points = [INITIAL, *(ScoredPoint(*row, trial=number) for number, row in enumerate(rows))]
     standing = stand(points, ASK)
     feasible = [point for point in points if point.utility >= 0.7]
     assert standing.best == max(feasible, key=lambda point: (point.forgetting, point.utility))
@@ -120,20 +120,20 @@ def test_a_peak_before_the_floor_is_found():
 
 
 def test_the_noise_ceiling_ends_a_line():
-    question = Question(0.7, -1.0, 2.0, ceiling=-0.5)
+    question = Constraint(0.7, -1.0, 2.0, ceiling=-0.5)
     standing, count, _ = searched(lambda alpha: min(-0.5, rising(alpha) + 12), falling, question)
     assert (standing.state, count) == (CEILING, 0)
     assert standing.best.alpha == 0.0
 
 
 def test_a_collapsed_model_is_never_feasible():
-    broken = Scored(1.0, -1.0, 0.89, sound=False, trial=1)
-    standing = stand([INITIAL, Scored(0.0, -5.0, 0.85, trial=0), broken], ASK)
+    broken = ScoredPoint(1.0, -1.0, 0.89, sound=False, trial=1)
+    standing = stand([INITIAL, ScoredPoint(0.0, -5.0, 0.85, trial=0), broken], ASK)
     assert (standing.best.alpha, standing.first_infeasible, standing.next) == (0.0, broken, 0.5)
 
 
 def test_of_equally_forgetful_points_the_one_of_most_utility_is_best():
-    points = [INITIAL, Scored(0.0, -13.0, 0.85, trial=0), Scored(0.5, -3.0, 0.6, trial=1)]
+    points = [INITIAL, ScoredPoint(0.0, -13.0, 0.85, trial=0), ScoredPoint(0.5, -3.0, 0.6, trial=1)]
     standing = stand(points, ASK)
     assert standing.best == INITIAL
     # Yet the search goes on where forgetting begins.
@@ -142,11 +142,11 @@ def test_of_equally_forgetful_points_the_one_of_most_utility_is_best():
 
 
 def test_promise_is_what_curves_through_the_points_allow():
-    good = [INITIAL, Scored(0.0, -2.0, 0.6, trial=0)]
-    poor = [INITIAL, Scored(0.0, -12.0, 0.6, trial=1)]
+    good = [INITIAL, ScoredPoint(0.0, -2.0, 0.6, trial=0)]
+    poor = [INITIAL, ScoredPoint(0.0, -12.0, 0.6, trial=1)]
     assert promise(good, ASK) > promise(poor, ASK) > (-np.inf, -np.inf)
     forgetting, utility = promise(good, ASK)
     assert -13 < forgetting < -2 and utility >= 0.7
-    beyond = Question(0.7, 0.0, 2.0)
+    beyond = Constraint(0.7, 0.0, 2.0)
     assert promise(good, beyond) == (-np.inf, -np.inf)
     assert promise([INITIAL], ASK) == (-13.0, 0.9)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from search.cli.tables import dial_facts, print_dial
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from search.results.constrained import CROSSED, LINES, MOST, NEVER, OPEN, Dial, answer_of
 from search.results.study_result import StudyResult
 from uipe_core.errors import UserError
@@ -15,11 +15,11 @@ from uipe_core.errors import UserError
 def study(new_store, made_up_evidence):
     """A study whose epochs at alpha = 0 are scored: the further, the more forgotten, and the less useful."""
     store = new_store()
-    score(store, Job("initial", model="initial"), made_up_evidence, -9.0, 0.8)
+    score(store, TrialSpec("initial", model="initial"), made_up_evidence, -9.0, 0.8)
     for base, strength in (("grad_diff", 1.0), ("npo", 0.5)):
         for epoch in (1, 2):
             forgotten, lost = 3.0 * strength * epoch, 0.1 * epoch
-            score(store, Job("alpha_zero", base, epoch, 0.0), made_up_evidence, -9.0 + forgotten, 0.8 - lost)
+            score(store, TrialSpec("alpha_zero", base, epoch, 0.0), made_up_evidence, -9.0 + forgotten, 0.8 - lost)
     return store
 
 
@@ -109,16 +109,16 @@ def test_a_point_that_cannot_be_scored_is_not_asked_for_again(study):
 
 
 def test_collapsed_trials_are_no_answer(study, made_up_evidence):
-    score(study, Job("search", "npo", 1, 1.5), made_up_evidence, -0.6, 0.79, collapsed="empty answers")
+    score(study, TrialSpec("search", "npo", 1, 1.5), made_up_evidence, -0.6, 0.79, collapsed="empty answers")
     assert answer_of(StudyResult.of(study), 0.9).best is None
-    number = score(study, Job("search", "npo", 1, -0.5), made_up_evidence, -8.0, 0.75)
+    number = score(study, TrialSpec("search", "npo", 1, -0.5), made_up_evidence, -8.0, 0.75)
     assert answer_of(StudyResult.of(study), 0.9).best == number
 
 
 def test_alpha_above_zero_only_may_leave_no_answer(new_store, made_up_evidence, capsys):
     store = new_store(search={"alpha": {"low": 0, "high": 2}})
-    score(store, Job("initial", model="initial"), made_up_evidence, -9.0, 0.8)
-    score(store, Job("alpha_zero", "npo", 1, 0.0), made_up_evidence, -3.0, 0.3)
+    score(store, TrialSpec("initial", model="initial"), made_up_evidence, -9.0, 0.8)
+    score(store, TrialSpec("alpha_zero", "npo", 1, 0.0), made_up_evidence, -3.0, 0.3)
     assert Dial(store, 0.95).jobs() == []
     result = StudyResult.of(store)
     answer = answer_of(result, 0.95)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from search.evaluation.controls import mirror_jobs
+from search.evaluation.controls import follow_up_trials
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY
 from search.problem.pareto import hypervolume
 from search.results.finalists import best_first, confirmations, held_out, matched_scale
@@ -25,7 +25,7 @@ def test_every_front_point_is_scored_on_the_items_for_reporting_and_at_matched_s
     for kind in ("held_out", "matched_scale"):
         mirrored = controls[(controls["kind"] == kind) & controls["of_trial"].notna()]
         assert set(mirrored["of_trial"].astype(int)) == set(result.front["trial"])
-    assert mirror_jobs(result.store) == []
+    assert follow_up_trials(result.store) == []
     matched = controls[controls["kind"] == "matched_scale"]
     assert matched["logit_scale"].to_numpy(dtype=float) == pytest.approx(1.0, rel=1e-4)
     assert set(controls[(controls["kind"] == "held_out") & controls["of_trial"].isna()]["model"]) == {"initial", "retain"}

@@ -7,9 +7,9 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
-from search.evaluation.controls import mirror_jobs
+from search.evaluation.controls import follow_up_trials
 from search.problem.space import Point
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from search.report.conclusions import conclusions
 from search.report.data import report_data
 from search.report.html import write_report
@@ -48,7 +48,7 @@ def study(new_store, made_up_evidence):
             else:
                 number, job = store.ask_point(space, {"base": "npo", "epoch": 1, "alpha": alpha}, "search")
             store.complete(job, number, evidence(job, strength, utility))
-        known = [] if initial is None else [(Job("initial"), *initial)]
+        known = [] if initial is None else [(TrialSpec("initial"), *initial)]
         for job, strength, utility in (*known, *controls):
             store.complete(job, store.ask_control(), evidence(job, strength, utility))
         return StudyResult.open(store.out)
@@ -79,8 +79,8 @@ def random_points(seed, count=12):
 def test_hypervolumes_are_those_of_brute_force(study, seed):
     points, rng = random_points(seed), np.random.default_rng(100 + seed)
     randoms = [(float(rng.uniform(FLOOR, 0)), float(rng.uniform(0, 1))) for _ in range(2)]
-    controls = [(Job("random_direction", "npo", 1, 0.5, of_trial=n), *point) for n, point in enumerate(randoms)]
-    controls.append((Job("retain"), 0.0, 1.0))
+    controls = [(TrialSpec("random_direction", "npo", 1, 0.5, of_trial=n), *point) for n, point in enumerate(randoms)]
+    controls.append((TrialSpec("retain"), 0.0, 1.0))
     initial = (-6.0, 0.8)
     result = study(points, controls, initial)
     corner = (FLOOR, 0.0)
@@ -215,10 +215,10 @@ def test_front_rows_are_plain_json_values(study):
 
 
 def test_random_directions_mirror_each_moved_front_point_once(study):
-    mirror = Job("random_direction", "npo", 1, 0.5, of_trial=1)
+    mirror = TrialSpec("random_direction", "npo", 1, 0.5, of_trial=1)
     result = study([(0, -5.0, 0.8), (0.5, -3.0, 0.7), (1.0, -1.0, 0.6), (1.5, -2.0, 0.2)], [(mirror, -6.0, 0.8)])
-    randoms = [job for job in mirror_jobs(result.store) if job.kind == "random_direction"]
-    assert randoms == [Job("random_direction", "npo", 1, 1.0, of_trial=2)]
+    randoms = [job for job in follow_up_trials(result.store) if job.kind == "random_direction"]
+    assert randoms == [TrialSpec("random_direction", "npo", 1, 1.0, of_trial=2)]
 
 
 def test_missing_trials_are_said_in_the_report(study):
@@ -239,7 +239,7 @@ def with_collapse(new_store, made_up_evidence):
         for index, (strength, utility, reason) in enumerate(points):
             number, job = store.ask_point(space, {"base": "npo", "epoch": 1, "alpha": 0.1 + index / 10}, "search")
             store.complete(job, number, made_up_evidence(job, strength, utility, collapsed=reason))
-        store.complete(Job("initial"), store.ask_control(), made_up_evidence(Job("initial"), -6.0, 0.8))
+        store.complete(TrialSpec("initial"), store.ask_control(), made_up_evidence(TrialSpec("initial"), -6.0, 0.8))
         return StudyResult.of(store)
 
     return make

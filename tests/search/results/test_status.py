@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from search.evaluation.prepared import prepare
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from search.report.progress import Bars
 from search.results.status import PREFIX, StatusLines, is_running, last_status, read_status, status_of, without_status
 from search.spec.study import load_study
@@ -34,7 +34,7 @@ def begun(new_store, made_up_evidence):
     """A study with the initial model, one point at alpha = 0 and two search trials scored, one running and one failed."""
 
     store = new_store()
-    initial = Job("initial", model="initial")
+    initial = TrialSpec("initial", model="initial")
     store.complete(initial, store.ask_control(), made_up_evidence(initial, log10_forget_quality=-9.0, model_utility=0.6))
     score(store, made_up_evidence, 0.0, kind="alpha_zero", log10_forget_quality=-5.0, model_utility=0.5)
     score(store, made_up_evidence, 0.5, log10_forget_quality=-2.0, model_utility=0.4)

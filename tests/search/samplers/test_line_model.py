@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from search.samplers import gaussian_process as line_kernel
 from search.samplers import gaussian_process as line_model
-from search.samplers.gaussian_process import Geometry, Kernel, LineModel, Places, choose, fit
+from search.samplers.gaussian_process import Geometry, Kernel, MultiOutputGP, Points, choose, fit
 
 KERNEL = Kernel(constant=2.0, linear=3.0, quadratic=0.5, length=0.8)
 SETTINGS = ("constant", "linear", "quadratic", "length")
@@ -20,7 +20,7 @@ def vectors(seed=0, count=5, width=12):
 
 def places(seed=1, count=9, of=5):
     generator = np.random.default_rng(seed)
-    return Places(generator.integers(0, of, count), np.append(0.0, generator.uniform(0.1, 3.0, count - 1)))
+    return Points(generator.integers(0, of, count), np.append(0.0, generator.uniform(0.1, 3.0, count - 1)))
 
 
 def by_hand(weights, kernel):
@@ -40,7 +40,7 @@ def by_hand(weights, kernel):
 def test_means_and_deviations_are_those_of_the_textbook():
     weights, known, asked = vectors(), places(), places(2, 4)
     values = np.random.default_rng(3).normal(size=(9, 6))
-    model = LineModel(Geometry(weights @ weights.T), known, {"loss": values}, known=BOTH)
+    model = MultiOutputGP(Geometry(weights @ weights.T), known, {"loss": values}, known=BOTH)
     found = model.predict(asked)
 
     at, wanted = known.scale[:, None] * weights[known.vector], asked.scale[:, None] * weights[asked.vector]
@@ -62,14 +62,14 @@ def test_a_function_in_the_kernels_span_is_found_exactly():
     values, truth = covariance(at, at) @ mix, covariance(wanted, at) @ mix
     origin = values[:1]
     mix_again = np.linalg.solve(covariance(at, at), values - origin)
-    found = LineModel(Geometry(weights @ weights.T), known, {"loss": values}, known=BOTH).predict(asked).mean["loss"]
+    found = MultiOutputGP(Geometry(weights @ weights.T), known, {"loss": values}, known=BOTH).predict(asked).mean["loss"]
     assert np.allclose(found, origin + covariance(wanted, at) @ mix_again, atol=2e-3 * np.abs(truth).max())
 
 
 def test_what_was_scored_is_predicted_without_doubt():
     weights, known = vectors(), places()
     values = np.random.default_rng(3).normal(size=(9, 6))
-    found = LineModel(Geometry(weights @ weights.T), known, {"loss": values}, known=BOTH).predict(known)
+    found = MultiOutputGP(Geometry(weights @ weights.T), known, {"loss": values}, known=BOTH).predict(known)
     assert np.allclose(found.mean["loss"], values, atol=1e-3)
     assert found.deviation["loss"].max() < 0.02
 
@@ -81,9 +81,9 @@ def test_the_names_of_update_vectors_do_not_matter(order):
     values = {"loss": np.random.default_rng(3).normal(size=(9, 6))}
     gram = weights @ weights.T
     new = np.argsort(order)
-    one = LineModel(Geometry(gram), known, values).predict(asked)
-    other = LineModel(Geometry(gram[np.ix_(order, order)]), Places(new[known.vector], known.scale), values).predict(
-        Places(new[asked.vector], asked.scale)
+    one = MultiOutputGP(Geometry(gram), known, values).predict(asked)
+    other = MultiOutputGP(Geometry(gram[np.ix_(order, order)]), Points(new[known.vector], known.scale), values).predict(
+        Points(new[asked.vector], asked.scale)
     )
     assert np.allclose(one.mean["loss"], other.mean["loss"], atol=1e-5)
     assert np.allclose(one.deviation["loss"], other.deviation["loss"], atol=1e-5)
@@ -94,11 +94,11 @@ def test_theta_init_is_the_same_point_of_every_vector_and_half_a_vector_walked_t
     weights = np.vstack([weights, weights[0] / 2])
     known = places()
     values = {"loss": np.random.default_rng(3).normal(size=(9, 6))}
-    model = LineModel(Geometry(weights @ weights.T), known, values, known=BOTH)
-    start = model.predict(Places(np.arange(6), np.zeros(6)))
+    model = MultiOutputGP(Geometry(weights @ weights.T), known, values, known=BOTH)
+    start = model.predict(Points(np.arange(6), np.zeros(6)))
     assert np.allclose(start.mean["loss"], values["loss"][0], atol=1e-3)
     assert start.deviation["loss"].max() < 0.01
-    same = model.predict(Places(np.array([0, 5]), np.array([0.7, 1.4])))
+    same = model.predict(Points(np.array([0, 5]), np.array([0.7, 1.4])))
     assert np.allclose(same.mean["loss"][0], same.mean["loss"][1])
 
 
@@ -108,26 +108,26 @@ def test_a_group_that_some_points_lack_is_predicted_from_the_others():
     whole, partial = generator.normal(size=(9, 6)), generator.normal(size=(9, 3))
     partial[[2, 5, 8]] = np.nan
     geometry = Geometry(weights @ weights.T)
-    both = LineModel(geometry, known, {"whole": whole, "partial": partial}, known=BOTH).predict(asked)
+    both = MultiOutputGP(geometry, known, {"whole": whole, "partial": partial}, known=BOTH).predict(asked)
     rows = np.array([0, 1, 3, 4, 6, 7])
-    alone = LineModel(geometry, known.take(rows), {"partial": partial[rows]}, known=BOTH).predict(asked)
+    alone = MultiOutputGP(geometry, known.take(rows), {"partial": partial[rows]}, known=BOTH).predict(asked)
     assert np.allclose(both.mean["partial"], alone.mean["partial"])
     assert np.allclose(
-        both.mean["whole"], LineModel(geometry, known, {"whole": whole}, known=BOTH).predict(asked).mean["whole"]
+        both.mean["whole"], MultiOutputGP(geometry, known, {"whole": whole}, known=BOTH).predict(asked).mean["whole"]
     )
     assert (both.deviation["whole"] <= both.deviation["partial"] + 1e-9).all()
 
 
 def test_points_under_way_take_doubt_away_as_scored_ones_do_and_leave_means_alone():
     weights, known, asked = vectors(), places(), places(2, 20)
-    under_way = Places(np.array([1, 3]), np.array([0.9, 2.2]))
+    under_way = Points(np.array([1, 3]), np.array([0.9, 2.2]))
     values = np.random.default_rng(3).normal(size=(9, 6))
     geometry = Geometry(weights @ weights.T)
-    model = LineModel(geometry, known, {"loss": values}, known=BOTH)
+    model = MultiOutputGP(geometry, known, {"loss": values}, known=BOTH)
     found, before = model.predict(asked, under_way), model.predict(asked)
     assert np.array_equal(found.mean["loss"], before.mean["loss"])
     believed = np.vstack([values, model.predict(under_way).mean["loss"]])
-    after = LineModel(geometry, known + under_way, {"loss": believed}, known=BOTH).predict(asked)
+    after = MultiOutputGP(geometry, known + under_way, {"loss": believed}, known=BOTH).predict(asked)
     assert np.allclose(found.deviation["loss"], after.deviation["loss"], atol=1e-3)
     assert np.allclose(found.mean["loss"], after.mean["loss"], atol=1e-3)
     assert found.deviation["loss"].sum() < before.deviation["loss"].sum()
@@ -160,13 +160,13 @@ def test_the_settings_found_are_the_likeliest():
 def test_of_many_points_those_are_taken_that_tell_most(monkeypatch):
     monkeypatch.setattr(line_model, "TRAINED_ON", 40)
     weights = vectors(count=3)
-    known = Places(np.repeat(np.arange(3), 60), np.tile(np.linspace(0, 3, 60), 3))
+    known = Points(np.repeat(np.arange(3), 60), np.tile(np.linspace(0, 3, 60), 3))
     geometry = Geometry(weights @ weights.T)
     chosen = choose(geometry, KERNEL, known, 40)
     assert len(set(chosen)) == 40
     assert len(choose(geometry, KERNEL, known.take(chosen), 40)) == 40
     truth = np.sin(known.scale)[:, None] * np.array([1.0, 2.0])
-    found = LineModel(geometry, known, {"loss": truth}).predict(known).mean["loss"]
+    found = MultiOutputGP(geometry, known, {"loss": truth}).predict(known).mean["loss"]
     assert np.abs(found - truth).max() < 0.01
     spread = np.array([len(set(known.vector[chosen] * (known.scale[chosen] > 0)))])
     assert spread == 3
@@ -176,7 +176,7 @@ def test_draws_of_errors_go_together_as_items_do():
     weights, known = vectors(), places()
     one = np.random.default_rng(3).normal(size=9)
     values = {"a": np.stack([one, -one], axis=1), "b": one[:, None] * 3}
-    drawn = LineModel(Geometry(weights @ weights.T), known, values, known=BOTH).errors(np.random.default_rng(0), 50)
+    drawn = MultiOutputGP(Geometry(weights @ weights.T), known, values, known=BOTH).errors(np.random.default_rng(0), 50)
     assert np.allclose(drawn["a"][:, 0], -drawn["a"][:, 1])
     assert np.allclose(drawn["b"][:, 0], 3 * drawn["a"][:, 0])
     assert drawn["a"].std() > 0
@@ -199,8 +199,8 @@ def test_what_is_no_gram_matrix_is_refused(gram, told):
 def test_vectors_that_are_the_same_or_zero_do_not_break_it():
     weights = vectors(count=3)
     weights = np.vstack([weights, weights[0], np.zeros(12)])
-    known = Places(np.array([0, 3, 4, 1, 2, 0]), np.array([1.0, 1.0, 1.0, 0.5, 2.0, 0.0]))
+    known = Points(np.array([0, 3, 4, 1, 2, 0]), np.array([1.0, 1.0, 1.0, 0.5, 2.0, 0.0]))
     values = np.array([1.0, 1.0, 0.0, 3.0, 4.0, 0.0])[:, None]
-    found = LineModel(Geometry(weights @ weights.T), known, {"loss": values}).predict(known)
+    found = MultiOutputGP(Geometry(weights @ weights.T), known, {"loss": values}).predict(known)
     assert np.isfinite(found.mean["loss"]).all()
     assert np.isfinite(found.deviation["loss"]).all()

@@ -14,9 +14,9 @@ from optuna.trial import TrialState
 
 from search.problem.pareto import hypervolume
 from search.samplers.acquisition import LineSearch, growth
-from search.samplers.gaussian_process import Geometry, Places
-from search.samplers.line import Lines, LineSampler, LineStudy
-from search.samplers.outcomes import Curves
+from search.samplers.gaussian_process import Geometry, Points
+from search.samplers.line import LineSampler, LineStudy, UpdateVectors
+from search.samplers.outcomes import OutcomeModel
 from search.samplers.registry import SAMPLERS
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import ScoreReport, SetScores
@@ -44,7 +44,9 @@ class World:
         self.weights[:, 1] = [0.1, 0.4, 0.9, 0.3, 0.9]
         self.taste = {name: generator.normal(0, 0.15, (16, 3, ITEMS)) for name in SETS}
         self.start = {name: generator.uniform(0.2, 1.0, ITEMS) for name in SETS}
-        self.lines = Lines({("a", 1): 0, ("a", 2): 1, ("a", 3): 2, ("b", 1): 3, ("b", 2): 4}, self.weights @ self.weights.T)
+        self.lines = UpdateVectors(
+            {("a", 1): 0, ("a", 2): 1, ("a", 3): 2, ("b", 1): 3, ("b", 2): 4}, self.weights @ self.weights.T
+        )
 
     def report(self, vector=0, scale=0.0):
         theta = scale * self.weights[vector]
@@ -66,7 +68,7 @@ class World:
         return self.report(2, 0.8)
 
     def curves(self, qualities=("forget", None), definition="tofu"):
-        return Curves(definition, qualities, self.retain.arrays())
+        return OutcomeModel(definition, qualities, self.retain.arrays())
 
     def objectives(self, vector, scale):
         found = evaluate(self.report(vector, scale), self.retain)
@@ -159,7 +161,7 @@ def searched(world, **changes):
 
 def grid(of=5):
     scales = np.setdiff1d(np.round(np.linspace(0.1, 3.0, 30), 6), [1.0])
-    return Places(np.repeat(np.arange(of), len(scales)), np.tile(scales, of))
+    return Points(np.repeat(np.arange(of), len(scales)), np.tile(scales, of))
 
 
 def test_a_few_scores_have_nearly_all_there_is_to_gain(world):
@@ -209,7 +211,7 @@ def test_a_pruned_point_tells_of_the_sets_it_has(world):
     search, without = searched(world), searched(world)
     arrays = world.report(2, 2.0).arrays()
     search.tell(2, 2.0, world.curves().of({name: each for name, each in arrays.items() if name.startswith("forget/")}))
-    asked = Places(np.array([2]), np.array([2.0]))
+    asked = Points(np.array([2]), np.array([2.0]))
     truth = world.objectives(2, 2.0)[0]
     assert abs(search.expect(asked)[0, 0] - truth) <= abs(without.expect(asked)[0, 0] - truth)
     assert search.expect(asked)[0, 0] == pytest.approx(truth, abs=0.5)
@@ -339,7 +341,7 @@ def test_another_sampler_proposes_until_there_are_lines_and_for_base_runs_withou
     assert set(before.params) == set(SPACE)
     bench.score(before)
     half = {place: number for place, number in world.lines.vectors.items() if place[0] == "a"}
-    bench.lines = Lines(half, world.lines.gram[:3, :3])
+    bench.lines = UpdateVectors(half, world.lines.gram[:3, :3])
     for _ in range(3):
         trial = bench.ask()
         assert trial.params["base"] == "a"

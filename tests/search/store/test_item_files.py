@@ -79,7 +79,7 @@ def test_a_disk_that_does_not_take_the_last_is_an_error_of_settling(tmp_path, mo
     files = ItemFiles(tmp_path)
     files.write(0, content(0.0))
     with pytest.raises(OSError, match="Input/output error"):
-        files.settle()
+        files.flush()
     files.close()
 
 

@@ -210,7 +210,7 @@ def test_patience_ends_and_is_not_begun_again_for_every_trial(impatient, new_sto
         store.end_running()
     store.close()
     again = new_store()
-    assert again.reconcile() == 5
+    assert again.fail_orphaned_trials() == 5
     assert states(again) == [TrialState.FAIL] * 5
 
 
@@ -226,7 +226,7 @@ def test_an_interrupt_waits_for_the_end_of_a_transaction(new_store):
             done.append(connection.execute(text("UPDATE study_user_attributes SET value_json = '2' WHERE key = 'half'")))
 
     with pytest.raises(KeyboardInterrupt):
-        store._database.patiently(interrupted_in_the_middle)
+        store._database.with_retry(interrupted_in_the_middle)
     assert done
     assert store.storage.get_study_user_attrs(1)["half"] == 2
     with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import pytest
 from optuna.trial import TrialState
 
 from search.problem.space import Point
-from search.problem.trial import Job
+from search.problem.trial import TrialSpec
 from search.spec.redaction import without_password
 from search.spec.study import parse_study
 from search.store.record import read_record
@@ -41,7 +41,7 @@ def store(new_store):
 
 def test_asked_point_carries_its_place_and_kind(store):
     number, job = ask(store, ZERO.params)
-    assert (number, job) == (0, Job("alpha_zero", "npo", 1, 0.0))
+    assert (number, job) == (0, TrialSpec("alpha_zero", "npo", 1, 0.0))
     number, job = ask(store)
     assert (number, job.kind) == (1, "search")
     assert job.base in ("grad_diff", "npo") and job.epoch in (1, 2) and -1 <= job.alpha <= 2
@@ -91,7 +91,7 @@ def test_an_objective_that_is_no_number_fails_the_trial_with_its_reason(store, m
 
 def test_controls_are_kept_apart_from_points(store, made_up_evidence):
     number = store.ask_control()
-    job = Job("temperature", temperature=1.5)
+    job = TrialSpec("temperature", temperature=1.5)
     store.complete(job, number, made_up_evidence(job, temperature=1.5))
     assert store.study.trials == []
     assert store.counts() == {"complete": 0, "pruned": 0, "failed": 0, "running": 0}
@@ -105,28 +105,28 @@ def test_reconcile_ends_running_and_waiting_trials_with_a_reason(store, made_up_
     running, _ = ask(store)
     control = store.ask_control()
     store.study.enqueue_trial(ZERO.params, user_attrs={"kind": "alpha_zero"})
-    assert store.reconcile() == 3
+    assert store.fail_orphaned_trials() == 3
     assert [trial.state for trial in store.study.trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
     assert store.controls.trials[control].state == TrialState.FAIL
     assert all("interrupted" in failure["reason"] for failure in store.failures())
     assert store.failures()[0]["trial"] == running
-    assert store.reconcile() == 0
+    assert store.fail_orphaned_trials() == 0
 
 
 def test_a_given_point_whose_trial_failed_is_asked_again(store):
     number, job = ask(store, ZERO.params)
     store.fail(job, number, "killed")
     again, job = ask(store, ZERO.params)
-    assert (again, job) == (number + 1, Job("alpha_zero", "npo", 1, 0.0))
+    assert (again, job) == (number + 1, TrialSpec("alpha_zero", "npo", 1, 0.0))
     other, job = ask(store, Point("npo", 2, 0.0).params)
-    assert (other, job) == (number + 2, Job("alpha_zero", "npo", 2, 0.0))
+    assert (other, job) == (number + 2, TrialSpec("alpha_zero", "npo", 2, 0.0))
 
 
 def test_what_was_enqueued_and_never_asked_does_not_shift_the_given_points(store):
     store.study.enqueue_trial(ZERO.params, user_attrs={"kind": "alpha_zero"})
-    store.reconcile()
+    store.fail_orphaned_trials()
     _, job = ask(store, Point("grad_diff", 2, 0.0).params)
-    assert job == Job("alpha_zero", "grad_diff", 2, 0.0)
+    assert job == TrialSpec("alpha_zero", "grad_diff", 2, 0.0)
 
 
 def test_metric_names_and_directions_are_set_in_both_studies(store):
