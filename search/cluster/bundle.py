@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from search.evaluation.inputs import check_inputs
-from search.spec.corpora import SOURCES
+from search.spec.corpora import path_sites
 from search.spec.redaction import without_password
 from search.spec.sections import is_local
 from search.spec.study import StudySpec, load_study
@@ -89,11 +89,8 @@ def submission_id(parcel: JobBundle, out: str) -> str:
 def _sources(content: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     """Where a study's content names files or folders that may travel: the holder and its key."""
     corpus, model = content["corpus"], content["model"]
-    if corpus.get("source"):
-        yield corpus, "source"
-    for name in SOURCES:
-        if isinstance(corpus.get(name), dict):
-            yield corpus[name], "source"
+    for parts, holder, _ in path_sites(corpus):
+        yield holder, parts[-1]
     for key in ("retain", "never_finetuned"):
         if model.get(key):
             yield model, key

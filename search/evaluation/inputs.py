@@ -5,7 +5,7 @@ from pathlib import Path
 
 from search.problem.pareto import non_dominated
 from search.problem.space import Point
-from search.spec.corpora import fetched_sources, load_corpus
+from search.spec.corpora import fetched_sources
 from search.spec.sections import PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
 from search.store.study_store import StudyStore
@@ -25,9 +25,9 @@ def check_inputs(spec: StudySpec) -> list[str]:
         UserError: If an input is missing or broken.
     """
     later = "is on the hub and is fetched when the study runs"
-    notes = [f"corpus.{key}: {source} {later}" for key, source in fetched_sources(spec)]
+    notes = [f"corpus.{key}: {source} {later}" for key, source in fetched_sources(spec.corpus)]
     if not notes:
-        split_corpus(load_corpus(spec), None if spec.split is None else spec.split.select, spec.seed)
+        split_corpus(spec.corpus.load(spec.seed), None if spec.split is None else spec.split.select, spec.seed)
     if isinstance(spec.model, PretrainedModel):
         given = {"initial": spec.model.initial}
         given |= {"retain": spec.model.retain} if spec.model.retain else {}

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from search.evaluation.inputs import check_checkpoints, check_steered_layers, checkpoint_folder
-from search.spec.corpora import load_corpus
 from search.spec.sections import PretrainedModel, TinyModel
 from search.spec.study import BaseRunSpec, StudySpec
 from search.store.record import fingerprint
@@ -267,7 +266,7 @@ def prepare(spec: StudySpec) -> PreparedStudy:
     Raises:
         UserError: If the corpus or a model cannot be had.
     """
-    corpus = load_corpus(spec)
+    corpus = spec.corpus.load(spec.seed)
     model = spec.model
     if isinstance(model, TinyModel):
         check_steered_layers(spec, None)

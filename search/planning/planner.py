@@ -13,7 +13,7 @@ from search.evaluation.prepared import PreparedStudy, prepare
 from search.planning.plan import at_once, make_plan
 from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
 from search.planning.timing import measured_rates, past_rates
-from search.spec.corpora import fetched_sources, load_corpus
+from search.spec.corpora import fetched_sources
 from search.spec.sections import PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus
@@ -66,9 +66,9 @@ def _prepared(spec: StudySpec, notes: list[str]) -> tuple[PreparedStudy, bool]:
     model = spec.model
     absent = _absent_models(spec)
     try:
-        corpus = load_corpus(spec)
+        corpus = spec.corpus.load(spec.seed)
     except UserError as error:
-        if isinstance(model, TinyModel) or not fetched_sources(spec):
+        if isinstance(model, TinyModel) or not fetched_sources(spec.corpus):
             raise
         notes.append(f"the corpus is not known, and with it neither steps nor times: {error}")
         corpus = Corpus(spec.corpus.kind, {}, (), (), choices={"forget": ()} if spec.corpus.kind == "multiple_choice" else {})

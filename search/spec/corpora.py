@@ -1,56 +1,157 @@
-"""Validate the corpus section of a study file and load the corpus it names."""
+"""Validate the corpus section of a study file, and load the corpus it describes.
 
-from collections.abc import Collection
+One class per kind. A class knows its data sources, which of its keys may be paths, its task, and how to load the corpus.
+`CORPORA` lists them by the name a study file gives (``corpus.kind``).
+"""
+
+from collections.abc import Collection, Mapping
 from pathlib import PurePath
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, field_validator
 from pydantic_core import InitErrorDetails
 
-from search.spec.errors import rule
-from search.spec.sections import Count, Name, OneOrMore, PeopleCorpus, Section, TofuCorpus, is_local
-from search.spec.study import StudySpec
-from uipe_core.corpora.files import DataSet
+from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, FORGET_QUALITY, MODEL_UTILITY, Objective
+from search.spec.errors import KeyPath, rule
+from search.spec.sections import Count, Name, OneOrMore, Section, is_local
+from uipe_core.corpora.files import SUFFIXES, DataSet
 from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice
-from uipe_core.corpora.people import load_people
-from uipe_core.corpora.tofu import load_tofu
-from uipe_core.corpora.types import Corpus
+
+if TYPE_CHECKING:
+    from uipe_core.corpora.types import Corpus
+
+FREE_TEXT = "free_text"
+MULTIPLE_CHOICE = "multiple_choice"
+"""Tasks: how models answer, and so how they are scored (`search.evaluation.task`)."""
 
 
-def load_corpus(spec: StudySpec) -> Corpus:
-    """The corpus of a study."""
-    if isinstance(spec.corpus, MultipleChoiceCorpus):
-        chosen = spec.corpus
-        return load_multiple_choice(
-            chosen.forget.data_set(),
-            chosen.utility.data_set(),
-            None if chosen.forget_texts is None else chosen.forget_texts.data_set(),
-            None if chosen.retain_texts is None else chosen.retain_texts.data_set(),
-            chosen.texts,
-            chosen.text_characters,
-        )
-    if isinstance(spec.corpus, PeopleCorpus):
-        sizes = spec.corpus
-        return load_people(spec.seed, sizes.forget_people, sizes.retain_people, sizes.pretraining_people)
-    tofu = spec.corpus
-    return load_tofu(tofu.source, tofu.split, tofu.retain_train, tofu.first_items)
+class CorpusSection(Protocol):
+    """What a study needs of the corpus section of its file, whatever its kind.
+
+    Attributes:
+        kind: Name in `CORPORA`.
+        task: `FREE_TEXT` or `MULTIPLE_CHOICE`.
+        objectives: Forgetting and utility, in this order.
+        path_keys: Keys below ``corpus`` whose value may be a path, and the endings of files allowed there besides folders.
+    """
+
+    task: ClassVar[str]
+    objectives: ClassVar[tuple[Objective, ...]]
+    path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]]
+
+    @property
+    def kind(self) -> str: ...
+
+    def load(self, seed: int) -> "Corpus":
+        """Load the corpus.
+
+        Args:
+            seed: The study's seed.
+        """
+
+    @classmethod
+    def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
+        """List what is wrong with the model section (as plain data) for this corpus."""
+
+    def study_errors(self, third_objective: str | None, methods: Collection[str]) -> list[InitErrorDetails]:
+        """List what is wrong with the rest of the study for this corpus."""
 
 
-def fetched_sources(spec: StudySpec) -> list[tuple[str, str]]:
-    """Keys and names of the corpus's data sets that must be fetched."""
-    corpus = spec.corpus
-    if isinstance(corpus, TofuCorpus):
-        sources = [("source", corpus.source)]
-    elif isinstance(corpus, MultipleChoiceCorpus):
-        given = {key: getattr(corpus, key) for key in SOURCES}
-        sources = [(f"{key}.source", data.source) for key, data in given.items() if data is not None]
-    else:
-        sources = []
-    return [(key, source) for key, source in sources if not is_local(source)]
+def sources(section: CorpusSection) -> dict[KeyPath, str]:
+    """Return the data sources of a corpus by key: hub names and absolute paths."""
+    found = {}
+    for key in section.path_keys:
+        value: Any = section
+        for part in key:
+            value = None if value is None else getattr(value, str(part))
+        if value is not None:
+            found[key] = str(value)
+    return found
 
 
-SOURCES = ("forget", "utility", "forget_texts", "retain_texts")
-"""Keys of the corpus that say where data lie; each may name a path."""
+def fetched_sources(section: CorpusSection) -> list[tuple[str, str]]:
+    """Return keys and names of the data sets that must be fetched from the hub."""
+    return [(".".join(map(str, key)), source) for key, source in sources(section).items() if not is_local(source)]
+
+
+def path_sites(corpus: Mapping[str, Any]) -> list[tuple[KeyPath, dict[str, Any], tuple[str, ...]]]:
+    """List the places in a corpus section as plain data that may hold a path.
+
+    Returns:
+        Per place: its key below ``corpus``, the mapping that holds the last part of the key, and the file endings allowed.
+    """
+    kind = CORPORA.get(str(corpus.get("kind")))
+    sites = []
+    for key, endings in ({} if kind is None else kind.path_keys).items():
+        holder: Any = corpus
+        for part in key[:-1]:
+            holder = holder.get(part) if isinstance(holder, Mapping) else None
+        if isinstance(holder, dict) and isinstance(holder.get(key[-1]), str) and holder[key[-1]]:
+            sites.append((key, holder, endings))
+    return sites
+
+
+class PeopleCorpus(Section):
+    """Fictitious people, generated from the seed of the study."""
+
+    task: ClassVar = FREE_TEXT
+    objectives: ClassVar = (FORGET_QUALITY, MODEL_UTILITY)
+    path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {}
+
+    kind: Literal["people"]
+    forget_people: Count = 6
+    retain_people: Count = 34
+    pretraining_people: Count = 60
+
+    def load(self, seed: int) -> "Corpus":
+        """Generate the corpus."""
+        from uipe_core.corpora.people import load_people
+
+        return load_people(seed, self.forget_people, self.retain_people, self.pretraining_people)
+
+    @classmethod
+    def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
+        """Require a base stage of a tiny model, and a retain model of any other."""
+        if model.get("kind") == "tiny" and model.get("base") is None:
+            example = "{epochs: 12, learning_rate: 0.005, batch_size: 64}"
+            error = rule(
+                "the people corpus needs a base stage, where the model learns to read", f"Write for example {example}."
+            )
+            return [{"type": error, "loc": ("model", "base"), "input": None}]
+        return _retain_missing(model)
+
+    def study_errors(self, third_objective: str | None, methods: Collection[str]) -> list[InitErrorDetails]:
+        """Everything else fits."""
+        return []
+
+
+class TofuCorpus(Section):
+    """TOFU from the hub, or from a folder (then `source` is an absolute path)."""
+
+    task: ClassVar = FREE_TEXT
+    objectives: ClassVar = (FORGET_QUALITY, MODEL_UTILITY)
+    path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {("source",): ()}
+
+    kind: Literal["tofu"]
+    source: Name = "locuslab/TOFU"
+    split: Literal["forget01", "forget05", "forget10"] = "forget01"
+    retain_train: Literal["retain_perturbed"] | None = None
+    first_items: Count | None = None
+
+    def load(self, seed: int) -> "Corpus":
+        """Read the corpus; `seed` plays no part."""
+        from uipe_core.corpora.tofu import load_tofu
+
+        return load_tofu(self.source, self.split, self.retain_train, self.first_items)
+
+    @classmethod
+    def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
+        """Refuse a base stage of a tiny model; require a retain model of any other."""
+        return _base_refused(model, "TOFU has no texts for a base stage") or _retain_missing(model)
+
+    def study_errors(self, third_objective: str | None, methods: Collection[str]) -> list[InitErrorDetails]:
+        """Everything else fits."""
+        return []
 
 
 class DataSource(Section):
@@ -72,16 +173,22 @@ class DataSource(Section):
 
     @classmethod
     def of(cls, data_set: DataSet) -> "DataSource":
-        """The section that means a data set."""
+        """Describe a data set as a section."""
         return cls(source=data_set.source, subset=data_set.subsets, split=data_set.split)
 
     def data_set(self) -> DataSet:
-        """What the corpus reads."""
+        """Return the data set as `uipe_core` reads it."""
         return DataSet(self.source, self.subset or (), self.split)
 
 
 class MultipleChoiceCorpus(Section):
-    """Questions to forget and to keep, and the texts that are trained on: WMDP and MMLU unless told otherwise."""
+    """Questions to forget and to keep, and the texts that are trained on; by default WMDP-Bio and MMLU from the hub."""
+
+    task: ClassVar = MULTIPLE_CHOICE
+    objectives: ClassVar = (CHOICE_FORGETTING, CHOICE_UTILITY)
+    path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {
+        (name, "source"): SUFFIXES for name in ("forget", "utility", "forget_texts", "retain_texts")
+    }
 
     kind: Literal["multiple_choice"]
     forget: DataSource = Field(default_factory=lambda: DataSource.of(WMDP_AND_MMLU[0]))
@@ -91,8 +198,25 @@ class MultipleChoiceCorpus(Section):
     texts: Count | None = None
     text_characters: Annotated[int, Field(ge=50)] = 2000
 
-    def misfits(self, third_objective: str | None, methods: Collection[str]) -> list[InitErrorDetails]:
-        """Parts of the study that multiple choice has no use for."""
+    def load(self, seed: int) -> "Corpus":
+        """Read the corpus; `seed` plays no part."""
+        texts = [None if source is None else source.data_set() for source in (self.forget_texts, self.retain_texts)]
+        return load_multiple_choice(
+            self.forget.data_set(), self.utility.data_set(), texts[0], texts[1], self.texts, self.text_characters
+        )
+
+    @classmethod
+    def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
+        """Refuse a base stage of a tiny model, and reference models: chance is the reference."""
+        error = rule("multiple choice is held against chance, not against models that never saw the forget set", "Remove it.")
+        given = ("retain", "other_retain", "other_retain_seeds", "never_finetuned")
+        found: list[InitErrorDetails] = [
+            {"type": error, "loc": ("model", key), "input": model[key]} for key in given if model.get(key)
+        ]
+        return [*_base_refused(model, "a multiple-choice corpus has no texts for a base stage"), *found]
+
+    def study_errors(self, third_objective: str | None, methods: Collection[str]) -> list[InitErrorDetails]:
+        """Refuse a third objective, and a method that answers questions where texts are trained on."""
         found: list[InitErrorDetails] = []
         if third_objective is not None:
             error = rule("a multiple-choice corpus has no related facts", "Remove it.")
@@ -101,3 +225,24 @@ class MultipleChoiceCorpus(Section):
             error = rule("it answers questions, and corpus.forget_texts are none", "Remove the method, or forget_texts.")
             found.append({"type": error, "loc": ("unlearning", "methods", "idk_dpo"), "input": {}})
         return found
+
+
+def _base_refused(model: Mapping[str, Any], why: str) -> list[InitErrorDetails]:
+    if model.get("kind") != "tiny" or model.get("base") is None:
+        return []
+    return [{"type": rule(why, "Write base: null."), "loc": ("model", "base"), "input": model["base"]}]
+
+
+def _retain_missing(model: Mapping[str, Any]) -> list[InitErrorDetails]:
+    if model.get("kind") != "pretrained" or model.get("retain") is not None:
+        return []
+    error = rule("forgetting is measured against the retain model", "Give its hub name, folder or evaluation log.")
+    return [{"type": error, "loc": ("model", "retain"), "input": None}]
+
+
+CORPORA: dict[str, type[PeopleCorpus] | type[TofuCorpus] | type[MultipleChoiceCorpus]] = {
+    "people": PeopleCorpus,
+    "tofu": TofuCorpus,
+    "multiple_choice": MultipleChoiceCorpus,
+}
+"""Corpus sections by the name a study file gives (``corpus.kind``)."""

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from search.spec.redaction import without_password
@@ -206,6 +207,15 @@ def _models(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models(inner)
 
 
+def _models_of(field: FieldInfo) -> Iterator[type[BaseModel]]:
+    """Yield the section classes a field may hold: those of a registry (`search.spec.sections.ByKind`), or of its annotation."""
+    registries = [mark.registry for mark in field.metadata if hasattr(mark, "registry")]
+    for registry in registries:
+        yield from registry.values()
+    if not registries:
+        yield from _models(field.annotation)
+
+
 def _kind_of(model: type[BaseModel]) -> str | None:
     """The value of ``kind`` that chooses this model, None for one that is not chosen."""
     return get_args(model.model_fields["kind"].annotation)[0] if "kind" in model.model_fields else None
@@ -216,7 +226,7 @@ def _sections(parts: Sequence[str | int], root: type[BaseModel]) -> list[type[Ba
     found = [root]
     for part in parts:
         fields = (model.model_fields.get(str(part)) for model in found)
-        found = [inner for field in fields if field is not None for inner in _models(field.annotation)]
+        found = [inner for field in fields if field is not None for inner in _models_of(field)]
     return found
 
 
@@ -228,7 +238,7 @@ def _all_keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[
     """The path of every key a study can have."""
     for name, field in model.model_fields.items():
         yield (*prefix, name)
-        for inner in _models(field.annotation):
+        for inner in _models_of(field):
             yield from _all_keys(inner, (*prefix, name))
 
 

@@ -1,6 +1,7 @@
 """The parts of a study: one immutable model per section of the file, each checked against the code that will use it."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,7 +16,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
-from pydantic_core import InitErrorDetails
+from pydantic_core import InitErrorDetails, PydanticKnownError, core_schema
 
 from search.spec.errors import did_you_mean, rule
 
@@ -23,6 +24,34 @@ from search.spec.errors import did_you_mean, rule
 def is_local(source: str) -> bool:
     """Whether a corpus source or model of a study is a path; if not, it is a hub name."""
     return Path(source).is_absolute()
+
+
+class ByKind:
+    """Pydantic annotation of a section whose class is chosen by its ``kind`` from a registry.
+
+    Unlike a discriminated union it sees entries that are added later.
+
+    Args:
+        registry: Section classes by kind.
+    """
+
+    def __init__(self, registry: Mapping[str, type[BaseModel]]) -> None:
+        self.registry = registry
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> core_schema.CoreSchema:
+        return core_schema.no_info_plain_validator_function(self._validate)
+
+    def _validate(self, value: object) -> BaseModel:
+        if isinstance(value, BaseModel) and type(value) in self.registry.values():
+            return value
+        if not isinstance(value, Mapping):
+            raise PydanticKnownError("model_attributes_type")
+        if "kind" not in value:
+            raise PydanticKnownError("union_tag_not_found", {"discriminator": "kind"})
+        if value["kind"] not in self.registry:
+            context = {"discriminator": "kind", "tag": str(value["kind"]), "expected_tags": ", ".join(self.registry)}
+            raise PydanticKnownError("union_tag_invalid", context)
+        return self.registry[value["kind"]].model_validate(value)
 
 
 def _as_tuple(value: object) -> object:
@@ -50,8 +79,11 @@ def _batch_size(value: object) -> int | str:
 
 
 Count = Annotated[int, Field(ge=1)]
+
 Positive = Annotated[float, Field(gt=0)]
+
 OneOrMore = (BeforeValidator(_as_tuple), Field(min_length=1), AfterValidator(_all_different))
+
 Name = Annotated[str, Field(min_length=1)]
 
 
@@ -59,25 +91,6 @@ class Section(BaseModel):
     """A part of a study: immutable, no unknown keys, no conversions between types, no NaN or infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
-
-
-class PeopleCorpus(Section):
-    """Fictitious people, generated from the seed of the study."""
-
-    kind: Literal["people"]
-    forget_people: Count = 6
-    retain_people: Count = 34
-    pretraining_people: Count = 60
-
-
-class TofuCorpus(Section):
-    """TOFU from the hub, or from a folder (then `source` is an absolute path)."""
-
-    kind: Literal["tofu"]
-    source: Name = "locuslab/TOFU"
-    split: Literal["forget01", "forget05", "forget10"] = "forget01"
-    retain_train: Literal["retain_perturbed"] | None = None
-    first_items: Count | None = None
 
 
 class Stage(Section):

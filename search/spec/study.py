@@ -9,31 +9,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
 from search.problem.objectives import (
-    CHOICE_FORGETTING,
-    CHOICE_UTILITY,
-    FORGET_QUALITY,
-    MODEL_UTILITY,
     THIRD_OBJECTIVES,
     Objective,
 )
 from search.problem.space import Point, distributions, given_points, grid_points
 from search.samplers.registry import SAMPLERS
-from search.spec.corpora import SOURCES, MultipleChoiceCorpus
+from search.spec.corpora import CORPORA, MULTIPLE_CHOICE, CorpusSection, path_sites
 from search.spec.errors import KeyPath, Problem, StudyFileError, explain, key_text, rule
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
 from search.spec.sections import (
+    ByKind,
     Hypervolume,
-    PeopleCorpus,
     PretrainedModel,
     Scoring,
     Search,
     Section,
     Split,
     TinyModel,
-    TofuCorpus,
     Unlearning,
     is_local,
 )
@@ -84,7 +79,7 @@ class StudySpec(Section):
     schema_version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    corpus: Annotated[PeopleCorpus | TofuCorpus | MultipleChoiceCorpus, Field(discriminator="kind")]
+    corpus: Annotated[CorpusSection, ByKind(CORPORA)]
     model: Annotated[TinyModel | PretrainedModel, Field(discriminator="kind")]
     unlearning: Unlearning | None = None
     checkpoints: dict[str, Folders] = Field(default_factory=dict)
@@ -140,19 +135,10 @@ class StudySpec(Section):
         return value
 
     @model_validator(mode="after")
-    def _stages_fit_the_corpus(self) -> "StudySpec":
-        error = _base_stage_error(self.corpus.kind, self.model.kind, getattr(self.model, "base", None))
-        if error:
-            base = getattr(self.model, "base", None)
-            raise ValidationError.from_exception_data("study", [{"type": error, "loc": ("model", "base"), "input": base}])
-        return self
-
-    @model_validator(mode="after")
-    def _reference_fits_the_corpus(self) -> "StudySpec":
-        found = _reference_errors(self.corpus.kind, dict(self.model))
-        if isinstance(self.corpus, MultipleChoiceCorpus):
-            methods = {run.method for run in self.variants()}
-            found += self.corpus.misfits(self.search.third_objective, methods)
+    def _fits_the_corpus(self) -> "StudySpec":
+        methods = {run.method for run in self.variants()}
+        found = self.corpus.model_errors(dict(self.model))
+        found += self.corpus.study_errors(self.search.third_objective, methods)
         if found:
             raise ValidationError.from_exception_data("study", found)
         return self
@@ -171,15 +157,13 @@ class StudySpec(Section):
     @property
     def definition(self) -> str:
         """Name of the metric definition every number of the study follows."""
-        return CHOICE_DEFINITION if self.corpus.kind == "multiple_choice" else self.scoring.definition
+        return CHOICE_DEFINITION if self.corpus.task == MULTIPLE_CHOICE else self.scoring.definition
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
         """The objectives, all maximised: forgetting, utility, and a third where the study names one."""
-        if self.corpus.kind == "multiple_choice":
-            return CHOICE_FORGETTING, CHOICE_UTILITY
         third = self.search.third_objective
-        return (FORGET_QUALITY, MODEL_UTILITY) if third is None else (FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES[third])
+        return self.corpus.objectives if third is None else (*self.corpus.objectives, THIRD_OBJECTIVES[third])
 
     def search_space(self) -> "dict[str, BaseDistribution]":
         """The search space, in the form of ``study.ask(fixed_distributions=...)``."""
@@ -223,39 +207,13 @@ class StudySpec(Section):
         left_out = {"search": {"trials", "prune"}, "model": controls, "checkpoints": True, **dict.fromkeys(RUNNING_KEYS, True)}
         payload: dict[str, Any] = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
         corpus, model = payload["corpus"], payload["model"]
-        holders = [(corpus, "source"), (model, "initial"), (model, "retain")]
-        holders += [(corpus[key], "source") for key in SOURCES if corpus.get(key)]
-        for holder, key in holders:
+        holders = [(holder, str(key[-1])) for key, holder, _ in path_sites(corpus)]
+        for holder, key in [*holders, (model, "initial"), (model, "retain")]:
             if is_local(holder.get(key) or ""):
                 del holder[key]
         if self.checkpoints:
             payload["checkpoints"] = {label: len(folders) for label, folders in self.checkpoints.items()}
         return payload
-
-
-def _base_stage_error(corpus: object, model: object, base: object) -> PydanticCustomError | None:
-    if model != "tiny":
-        return None
-    if corpus == "people" and base is None:
-        example = "{epochs: 12, learning_rate: 0.005, batch_size: 64}"
-        return rule("the people corpus needs a base stage, where the model learns to read", f"Write for example {example}.")
-    if corpus == "tofu" and base is not None:
-        return rule("TOFU has no texts for a base stage", "Write base: null.")
-    if corpus == "multiple_choice" and base is not None:
-        return rule("a multiple-choice corpus has no texts for a base stage", "Write base: null.")
-    return None
-
-
-def _reference_errors(corpus: object, model: Mapping[Any, Any]) -> list[InitErrorDetails]:
-    """Reference models a corpus must have, or has no use for."""
-    if corpus == "multiple_choice":
-        error = rule("multiple choice is held against chance, not against models that never saw the forget set", "Remove it.")
-        given = ("retain", "other_retain", "other_retain_seeds", "never_finetuned")
-        return [{"type": error, "loc": ("model", key), "input": model[key]} for key in given if model.get(key)]
-    if corpus in ("people", "tofu") and model.get("kind") == "pretrained" and model.get("retain") is None:
-        error = rule("forgetting is measured against the retain model", "Give its hub name, folder or evaluation log.")
-        return [{"type": error, "loc": ("model", "retain"), "input": None}]
-    return []
 
 
 def _short(value: float) -> str:
@@ -327,10 +285,8 @@ def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tu
     corpus, model = study.get("corpus"), study.get("model")
     if not isinstance(corpus, Mapping) or not isinstance(model, Mapping):
         return []
-    errors = _reference_errors(corpus.get("kind"), model)
-    base = _base_stage_error(corpus.get("kind"), model.get("kind"), model.get("base"))
-    if base is not None:
-        errors.append({"type": base, "loc": ("model", "base"), "input": model.get("base")})
+    kind = CORPORA.get(str(corpus.get("kind")))
+    errors = [] if kind is None else kind.model_errors(model)
     found = []
     for error in errors:
         broken: Any = error["type"]

@@ -1,5 +1,6 @@
 """From a study file to plain data: YAML with line numbers, and paths made absolute."""
 
+import copy
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from search.spec.corpora import SOURCES
+from search.spec.corpora import path_sites
 from search.spec.errors import KeyPath, Problem, StudyFileError, key_text, show
 from search.spec.redaction import without_password
 from uipe_core.corpora.files import SUFFIXES
@@ -163,22 +164,21 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
     """
     result = dict(data)
     problems: list[tuple[KeyPath, str]] = []
-    for section, key in (("corpus", "source"), *(("model", key) for key in ("initial", "retain", "never_finetuned"))):
-        value = _text_at(result, section, key)
+    for key in ("initial", "retain", "never_finetuned"):
+        value = _text_at(result, "model", key)
         if value is not None:
-            local, problem = _located(
-                section, value, folder, file_endings=(".json",) if key in ("retain", "never_finetuned") else ()
-            )
-            _replace(result, section, key, local)
-            problems += [((section, key), problem)] if problem else []
-    corpus = result.get("corpus")
-    for name in SOURCES:
-        inner = corpus.get(name) if isinstance(corpus, dict) else None
-        value = _text_at({name: inner}, name, "source")
-        if value is not None and isinstance(inner, dict):
-            local, problem = _located(name, value, folder, file_endings=SUFFIXES)
-            _replace(result, "corpus", name, {**inner, "source": local})
-            problems += [(("corpus", name, "source"), problem)] if problem else []
+            local, problem = _located("model", value, folder, file_endings=() if key == "initial" else (".json",))
+            _replace(result, "model", key, local)
+            problems += [(("model", key), problem)] if problem else []
+    corpus = copy.deepcopy(result.get("corpus"))
+    if isinstance(corpus, dict):
+        result["corpus"] = corpus
+        for parts, holder, endings in path_sites(corpus):
+            name = str(parts[-1])
+            # The name an error uses for the place: the set, or the corpus itself.
+            local, problem = _located(str(("corpus", *parts)[-2]), holder[name], folder, file_endings=endings)
+            holder[name] = local
+            problems += [(("corpus", *parts), problem)] if problem else []
     model = result.get("model")
     others = model.get("other_retain") if isinstance(model, dict) else None
     if isinstance(others, list) and all(isinstance(value, str) and value for value in others):

@@ -6,7 +6,6 @@ import pytest
 
 from search.evaluation.inputs import check_inputs
 from search.evaluation.prepared import prepare
-from search.spec.corpora import load_corpus
 from search.spec.study import load_study
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.errors import UserError
@@ -84,7 +83,7 @@ def test_caches_follow_the_study_then_the_environment(prepared, place, tmp_path)
 
 def test_the_corpus_follows_the_seed(prepared):
     assert prepared(seed=1).corpus.hash != prepared().corpus.hash
-    assert prepared().corpus.hash == load_corpus(prepared().spec).hash
+    assert prepared().corpus.hash == prepared().spec.corpus.load(prepared().spec.seed).hash
 
 
 def test_a_model_folder_is_known_by_its_content_wherever_it_lies(prepared, model_folder, finished, tmp_path):
