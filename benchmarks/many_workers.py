@@ -33,6 +33,7 @@ from driver import EVIDENCE, ITEM_BYTES, STUDY, resident
 from machine import machine
 from ray import tune
 
+from search.evaluation.metrics import TrialMetrics
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
@@ -88,9 +89,9 @@ class Sleeper(tune.Trainable):
         self._started.wait()
         time.sleep(self._seconds)
         walked = (1 + self._job.alpha) * self._job.epoch / 5
-        known = {key: getattr(self._job, key) for key in ("kind", "base", "epoch", "alpha")}
         objectives = {"log10_forget_quality": -20 * 2.718281828**-walked, "model_utility": 0.9 - 0.1 * walked}
-        return {"evidence": json.dumps({**known, **self._evidence, **objectives}), "items": self._items, "done": True}
+        metrics = TrialMetrics("tofu", {**self._evidence, **objectives})
+        return {"metrics": metrics.as_text(), "items": self._items, "done": True}
 
 
 class Timed:

@@ -1,33 +1,173 @@
-"""What is scored beside the points of the search: jobs that follow from the study alone."""
+"""List the controls of a study: what trials are compared with, so that a gain is told from damage or an artefact of the metric.
+
+One entry of `CONTROLS` says everything about a kind of control: when it is scored, on which items, with which update, and
+how tables and figures show it. Titles, purposes and markers of the report come from here.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from search.evaluation.prepared import PreparedStudy
+from search.evaluation.task import TASKS, task_of
 from search.problem.pareto import non_dominated
-from search.problem.trial import TrialSpec
-from search.store.study_store import StudyStore
+from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN, RETAIN, TrialSpec
+
+if TYPE_CHECKING:
+    from search.evaluation.prepared import PreparedStudy
+    from search.store.study_store import StudyStore
+    from uipe_core.deltas.update_vectors import UpdateVector
 
 
-def control_jobs(preparation: PreparedStudy) -> list[TrialSpec]:
-    """The models trials are compared with, the initial one at other temperatures, and the next epoch of plain training."""
-    spec = preparation.spec
-    jobs = [TrialSpec(model.kind, model=model.name) for model in preparation.references]
-    if spec.split is not None:
-        kept = ("initial", "retain")
-        jobs += [TrialSpec("held_out", model=model.name) for model in preparation.references if model.name in kept]
-    # Which letter is likeliest does not depend on the temperature.
-    temperatures = () if preparation.corpus.choices else spec.scoring.temperatures
-    jobs += [TrialSpec("temperature", temperature=value) for value in temperatures]
-    # Only what is trained here can be trained on.
-    if spec.unlearning is not None and preparation.trained_epochs > spec.unlearning.epochs:
-        next_epoch = spec.unlearning.epochs + 1
-        jobs += [TrialSpec("next_epoch", run.label, next_epoch, 0.0) for run in spec.variants()]
-    return jobs
+@dataclass(frozen=True)
+class Marker:
+    """How figures draw a kind of control.
+
+    Attributes:
+        shape: Matplotlib's marker.
+        label: Its name in legends.
+        size: Area in points squared, for a reference model, which is named in the figure; None for every other control.
+        dashes: Line style of its utility level in the curves over alpha; None for no such line.
+    """
+
+    shape: str
+    label: str
+    size: float | None = None
+    dashes: tuple[int, tuple[float, ...]] | None = None
 
 
-def follow_up_trials(store: StudyStore) -> list[TrialSpec]:
-    """What is still to be scored of the front: each point on the items kept for reporting (where items are split) and with its
-    logits at the initial model's scale; and of each that left alpha = 0, a random direction of the same norm."""
+@dataclass(frozen=True)
+class Control:
+    """A kind of control.
+
+    Attributes:
+        title, purpose: Its name and reason in the report. One without a title is shown with the front point it belongs to.
+        marker: How figures draw it; None for not at all.
+        given: Trials that follow from the study alone, scored first.
+        follow_up: The trial that a point of the finished front asks for, or None; gets the point as a row of
+            `StudyStore.trials_frame`, as `base`, `epoch`, `alpha` and `of_trial` of a `TrialSpec`.
+        held_out: Scored on the items kept for reporting; every other trial is scored on those for selection.
+        update: Replaces the update vector before it is applied; gets the update and the study's seed.
+    """
+
+    title: str = ""
+    purpose: str = ""
+    marker: Marker | None = None
+    given: "Callable[[PreparedStudy], list[TrialSpec]] | None" = None
+    follow_up: "Callable[[StudyStore, Mapping[str, Any], dict[str, Any]], TrialSpec | None] | None" = None
+    held_out: bool = False
+    update: "Callable[[UpdateVector, int], UpdateVector] | None" = None
+
+
+def _reference(kind: str) -> "Callable[[PreparedStudy], list[TrialSpec]]":
+    def given(prepared: "PreparedStudy") -> list[TrialSpec]:
+        return [TrialSpec(model.kind, model=model.name) for model in prepared.models.references() if model.kind == kind]
+
+    return given
+
+
+def _held_out_references(prepared: "PreparedStudy") -> list[TrialSpec]:
+    if prepared.spec.split is None:
+        return []
+    return [
+        TrialSpec("held_out", model=model.name) for model in prepared.models.references() if model.name in (INITIAL, RETAIN)
+    ]
+
+
+def _temperatures(prepared: "PreparedStudy") -> list[TrialSpec]:
+    values = prepared.spec.scoring.temperatures if task_of(prepared.corpus).reads_logits else ()
+    return [TrialSpec("temperature", temperature=value) for value in values]
+
+
+def _next_epochs(prepared: "PreparedStudy") -> list[TrialSpec]:
+    unlearning = prepared.spec.unlearning
+    if unlearning is None or prepared.trained_epochs == unlearning.epochs:
+        return []
+    return [TrialSpec("next_epoch", run.label, unlearning.epochs + 1, 0.0) for run in prepared.spec.variants()]
+
+
+def _random_direction(store: "StudyStore", row: Mapping[str, Any], point: dict[str, Any]) -> TrialSpec | None:
+    return TrialSpec("random_direction", **point) if row["alpha"] != 0 else None
+
+
+def _held_out(store: "StudyStore", row: Mapping[str, Any], point: dict[str, Any]) -> TrialSpec | None:
+    return None if store.spec.split is None else TrialSpec("held_out", **point)
+
+
+def _matched_scale(store: "StudyStore", row: Mapping[str, Any], point: dict[str, Any]) -> TrialSpec | None:
+    scale = row.get("logit_scale")
+    if not TASKS[store.spec.corpus.task].reads_logits or scale is None or not np.isfinite(scale) or scale <= 0:
+        return None
+    return TrialSpec("matched_scale", **point, temperature=float(scale))
+
+
+def _randomised(update: "UpdateVector", seed: int) -> "UpdateVector":
+    from uipe_core.deltas.update_vectors import random_direction
+
+    return random_direction(update, seed)
+
+
+CONTROLS: dict[str, Control] = {
+    INITIAL: Control(
+        "Initial model",
+        "Still knows everything: where every walk starts, and the utility worth keeping.",
+        Marker("D", "initial model", 62.0, (0, (6, 3))),
+        given=_reference(INITIAL),
+    ),
+    RETAIN: Control(
+        "Retain model",
+        "Never saw the forget set: what perfect forgetting looks like, by definition.",
+        Marker("*", "retain model", 150.0, (0, (1, 1.5))),
+        given=_reference(RETAIN),
+    ),
+    OTHER_RETAIN: Control(
+        "Retain models of other seeds",
+        "Perfect forgetting again, from other seeds: how far forget quality varies where there is nothing to choose.",
+        Marker("*", "control: retain model of another seed"),
+        given=_reference(OTHER_RETAIN),
+    ),
+    NEVER_FINETUNED: Control(
+        "Never fine-tuned",
+        "The model before it learned any of this: forget quality alone would choose it, and its utility says why not.",
+        Marker("P", "control: never fine-tuned"),
+        given=_reference(NEVER_FINETUNED),
+    ),
+    "next_epoch": Control(
+        "Next epoch",
+        "One more epoch of plain training: a longer walk must beat what training on would have given.",
+        Marker("+", "control: next epoch of training"),
+        given=_next_epochs,
+    ),
+    "random_direction": Control(
+        "Random direction",
+        "Same norm in every tensor, same alpha, drawn at random: what the size of a step does without its direction.",
+        Marker("x", "control: random direction"),
+        follow_up=_random_direction,
+        update=_randomised,
+    ),
+    "temperature": Control(
+        "Logit temperature",
+        "The initial model with scaled logits: how much utility sharper probabilities give with nothing learned.",
+        Marker("1", "control: logit temperature"),
+        given=_temperatures,
+    ),
+    # Shown with the front point they belong to: the point on the held-out items, with its logits at the initial model's
+    # scale, and with its base run trained from another seed (`uipe confirm`).
+    "held_out": Control(given=_held_out_references, follow_up=_held_out, held_out=True),
+    "matched_scale": Control(follow_up=_matched_scale),
+    "confirm": Control(held_out=True),
+}
+"""Controls by kind (`TrialSpec.kind`), in the order of the report."""
+
+
+def given_controls(prepared: "PreparedStudy") -> list[TrialSpec]:
+    """List the controls that follow from the study alone."""
+    return [trial for control in CONTROLS.values() if control.given is not None for trial in control.given(prepared)]
+
+
+def follow_up_trials(store: "StudyStore") -> list[TrialSpec]:
+    """List the controls that the front asks for and that have not been scored."""
     trials = store.trials_frame()
     if trials.empty:
         return []
@@ -37,18 +177,11 @@ def follow_up_trials(store: StudyStore) -> list[TrialSpec]:
         known = controls.dropna(subset=["of_trial"])
         done = set(zip(known["kind"], known["of_trial"].astype(int), strict=True))
     front = trials[non_dominated(trials[[objective.name for objective in store.objectives]].to_numpy())]
-    jobs = []
+    found = []
     for row in front.to_dict("records"):
-        point = (row["base"], int(row["epoch"]), float(row["alpha"]))
-        wanted = []
-        if row["alpha"] != 0:
-            wanted.append(TrialSpec("random_direction", *point, of_trial=int(row["trial"])))
-        if store.spec.split is not None:
-            wanted.append(TrialSpec("held_out", *point, of_trial=int(row["trial"])))
-        scale = row.get("logit_scale")
-        # Which letter is likeliest does not depend on the scale of the logits.
-        matters = store.spec.corpus.kind != "multiple_choice"
-        if matters and scale is not None and np.isfinite(scale) and scale > 0:
-            wanted.append(TrialSpec("matched_scale", *point, temperature=float(scale), of_trial=int(row["trial"])))
-        jobs += [job for job in wanted if (job.kind, job.of_trial) not in done]
-    return jobs
+        point = {"base": row["base"], "epoch": int(row["epoch"]), "alpha": float(row["alpha"]), "of_trial": int(row["trial"])}
+        for kind, control in CONTROLS.items():
+            if control.follow_up is not None and (kind, point["of_trial"]) not in done:
+                wanted = control.follow_up(store, {str(key): value for key, value in row.items()}, point)
+                found += [] if wanted is None else [wanted]
+    return found

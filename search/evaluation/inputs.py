@@ -1,5 +1,6 @@
 """Check local inputs and load warm-start points before anything is spent."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,11 +30,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
     if not notes:
         split_corpus(spec.corpus.load(spec.seed), None if spec.split is None else spec.split.select, spec.seed)
     if isinstance(spec.model, PretrainedModel):
-        given = {"initial": spec.model.initial}
-        given |= {"retain": spec.model.retain} if spec.model.retain else {}
-        given |= {f"other_retain[{place}]": value for place, value in enumerate(spec.model.other_retain)}
-        given |= {"never_finetuned": spec.model.never_finetuned} if spec.model.never_finetuned else {}
-        for key, value in given.items():
+        for key, value in spec.model.places().items():
             if not is_local(value):
                 notes.append(f"model.{key}: {value} {later}")
             elif value.endswith(".json"):
@@ -46,21 +43,29 @@ def check_inputs(spec: StudySpec) -> list[str]:
             notes.append("checkpoints: they are held against model.initial when the study runs")
         elif spec.checkpoints:
             check_checkpoints(spec, Path(spec.model.initial))
-    if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
-        check_steered_layers(spec, None)
+    model = spec.model
+    if isinstance(model, TinyModel):
+        check_steered_layers(spec, lambda: model.layers)
+    elif is_local(model.initial):
+        check_steered_layers(spec, lambda: model_depth(model.initial, None, model.trust_remote_code))
     return [*notes, *earlier_fronts(spec).notes]
 
 
-def check_steered_layers(spec: StudySpec, revision: str | None) -> None:
-    """Refuses layers the initial model does not have, where a method steers one and the depth is known before loading."""
-    layers = sorted({run.hyperparameters["layer"] for run in spec.variants() if run.method == "rmu"})
-    model = spec.model
-    if not layers:
-        return
-    depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, model.trust_remote_code)
-    if depth is not None:
+def check_steered_layers(spec: StudySpec, depth: Callable[[], int | None]) -> None:
+    """Refuse layers that the initial model lacks, where a method steers one.
+
+    Args:
+        spec: The study.
+        depth: Return the number of decoder layers, None where it is not known; called only if a method steers a layer.
+
+    Raises:
+        UserError: A layer the model does not have.
+    """
+    layers = sorted({int(run.hyperparameters["layer"]) for run in spec.variants() if "layer" in run.hyperparameters})
+    known = depth() if layers else None
+    if known is not None:
         for layer in layers:
-            check_layer(int(layer), depth)
+            check_layer(layer, known)
 
 
 def checkpoint_folder(place: str) -> Path:

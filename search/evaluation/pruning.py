@@ -52,7 +52,7 @@ def bounds(report: ScoreReport, reference: ScoreReport, definition: str, names: 
     return {name: bound(name) for name in names}
 
 
-def certificate(stage: str, bound: Mapping[str, float], rivals: Iterable[Rival]) -> dict[str, Any] | None:
+def dominating_rival(stage: str, bound: Mapping[str, float], rivals: Iterable[Rival]) -> dict[str, Any] | None:
     """Why a trial need not be scored further, ready for JSON; None where no rival dominates its bound.
 
     Returns:

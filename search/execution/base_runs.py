@@ -1,6 +1,5 @@
 """Track the base runs of a study and run the missing ones as Ray tasks."""
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,16 +12,32 @@ from uipe_core.errors import UserError
 from uipe_core.unlearning.training import DivergedError
 
 
+@dataclass(frozen=True)
+class BaseRunEvent:
+    """The end of a base run: published, or failed.
+
+    Attributes:
+        name: The base run (`TrialSpec.run`).
+        run: What was published; None where it failed.
+        reason: Why it failed.
+    """
+
+    name: str
+    run: BaseRun | None = None
+    reason: str = ""
+
+
 @dataclass
 class BaseRuns:
-    """The base runs of a study as they come.
+    """States of a study's base runs: waiting, then training, then published or failed.
 
     Attributes:
         room: The cluster.
         published: Entries of the delta store by base run (`TrialSpec.run`).
-        failed: Why there is none, by base run; nothing is tried again in this run of the study.
+        failed: Reasons by base run. A failed base run is not tried again in this run of the study.
         waiting: Base runs no task has been started for yet, in order.
-        training: Base runs at work.
+        training: Base runs with a task.
+        events: Ends that have not been taken yet, in order; see `take_events`.
     """
 
     room: ClusterCapacity
@@ -30,6 +45,7 @@ class BaseRuns:
     failed: dict[str, str] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
     training: set[str] = field(default_factory=set)
+    events: list[BaseRunEvent] = field(default_factory=list)
 
     @property
     def missing(self) -> int:
@@ -45,117 +61,84 @@ class BaseRuns:
         return self.waiting[: max(self.room.base_runs(beside_trials) - len(self.training), 0)]
 
     def start(self, name: str) -> None:
-        """Notes that a base run is at work."""
+        """Move a base run from waiting to training."""
         self.waiting.remove(name)
         self.training.add(name)
 
-    def publish(self, name: str, keys: tuple[str, ...]) -> None:
-        """Notes that a base run is there."""
+    def publish(self, name: str, run: BaseRun) -> None:
+        """Move a base run from training to published."""
         self.training.discard(name)
-        self.published[name] = keys
+        self.published[name] = run.keys
+        self.events.append(BaseRunEvent(name, run))
 
     def fail(self, name: str, reason: str) -> None:
-        """Notes that there will be none."""
+        """Move a base run from training to failed."""
         self.training.discard(name)
         self.failed[name] = f"base run {name} failed: {reason}"
+        self.events.append(BaseRunEvent(name, reason=reason))
+
+    def take_events(self) -> list[BaseRunEvent]:
+        """Return the ends since the last call."""
+        taken, self.events = self.events, []
+        return taken
 
 
 POLL_SECONDS = 0.2
 
 
 class BaseRunTasks:
-    """Gets the missing base runs of a study trained, each by one task.
+    """Train or import the missing base runs of a study, one Ray task each.
 
     Args:
         room: The cluster.
-        known: Base runs that are there already, by name.
-        starters: Makes the task of each missing base run, by name.
-        news: Called with each base run that has come, or the reason why it never will.
-        watch: Called now and then: shows how far tasks are.
+        known: Base runs that the delta store has, by name.
+        starters: Start the task of each missing base run, by name.
+
+    Attributes:
+        runs: Their states.
     """
 
-    def __init__(
-        self,
-        room: ClusterCapacity,
-        known: Mapping[str, BaseRun],
-        starters: Mapping[str, Callable[[], Any]],
-        news: Callable[[str, BaseRun | str], None],
-        watch: Callable[[], None],
-    ) -> None:
+    def __init__(self, room: ClusterCapacity, known: Mapping[str, BaseRun], starters: Mapping[str, Callable[[], Any]]) -> None:
         self.runs = BaseRuns(room, {name: run.keys for name, run in known.items()}, waiting=list(starters))
         self._starters = starters
-        self._news, self._watch = news, watch
         self._tasks: dict[Any, str] = {}
-        self._looked = 0.0
         self._error: Exception | None = None
 
-    def poll(self) -> None:
-        """Notes which base runs have ended, and starts others beside the trials; costs next to nothing when none is missing."""
-        if self.runs.missing:
-            self._collect(0.0)
-            self._start(beside_trials=True)
+    def start(self, beside_trials: bool) -> None:
+        """Start the tasks there is room for; `beside_trials` leaves a slot for a trial."""
+        for name in self.runs.startable(beside_trials):
+            self._tasks[self._starters[name]()] = name
+            self.runs.start(name)
 
-    def wait(self, enough: Callable[[], bool]) -> None:
-        """Trains, without trials beside, until enough is there or nothing is missing."""
-        self._collect(0.0)
-        while self.runs.missing and not enough():
-            self._start(beside_trials=False)
-            self._collect(POLL_SECONDS)
+    def collect(self, timeout: float = 0.0) -> None:
+        """Update the states of tasks that have ended; wait up to `timeout` seconds for the first."""
+        if not self._tasks:
+            return
+        ray.wait(list(self._tasks), timeout=timeout)
+        for task in ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)[0]:
+            name = self._tasks.pop(task)
+            try:
+                self.runs.publish(name, ray.get(task))
+            except ray.exceptions.RayError as error:
+                problem = problem_of(name, error)
+                self._error = self._error or problem
+                self.runs.fail(name, str(problem).removeprefix(f"{name}: "))
 
     def require_one(self) -> None:
-        """Checks that a base run is there, or may still come.
+        """Check that a base run is published, or may still be.
 
         Raises:
-            UserError: All failed; the first failure, where it was the user's to mend.
+            UserError: All failed; the first failure, where the user can correct its cause.
             RuntimeError: The first failure otherwise.
         """
         if self._error is not None and not (self.runs.missing or self.runs.published):
             raise self._error
 
-    def tend(self) -> None:
-        """As `poll`, before the first trial: all that fit are started, until a first one has come."""
-        self._collect(0.0)
-        self._start(beside_trials=bool(self.runs.published))
-
     def cancel(self) -> None:
-        """Ends the tasks that are still at work; what they have published stays."""
+        """Cancel the tasks that still run; what they have published stays."""
         for task in self._tasks:
             ray.cancel(task, force=True)
         self._tasks.clear()
-
-    def _start(self, beside_trials: bool) -> None:
-        for name in self.runs.startable(beside_trials):
-            self._tasks[self._starters[name]()] = name
-            self.runs.start(name)
-
-    def _collect(self, timeout: float) -> None:
-        """Notes what has ended, at most `timeout` seconds after the call, and shows how far the rest is."""
-        ended = self._ended(timeout)
-        for task in ended:
-            self._note(self._tasks.pop(task), task)
-        if ended or time.monotonic() - self._looked > POLL_SECONDS:
-            self._watch()
-            self._looked = time.monotonic()
-
-    def _ended(self, timeout: float) -> list[Any]:
-        """The tasks that have ended; waits for the first."""
-        if not self._tasks:
-            return []
-        ray.wait(list(self._tasks), timeout=timeout)
-        return ray.wait(list(self._tasks), num_returns=len(self._tasks), timeout=0)[0]
-
-    def _note(self, name: str, task: Any) -> None:
-        try:
-            run: BaseRun = ray.get(task)
-        except ray.exceptions.RayError as error:
-            problem = problem_of(name, error)
-            self._error = self._error or problem
-            reason = str(problem).removeprefix(f"{name}: ")
-            self.runs.fail(name, reason)
-            self._news(name, reason)
-        else:
-            self.runs.publish(name, run.keys)
-            self._news(name, run)
 
 
 LOST = (

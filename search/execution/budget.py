@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from optuna.trial import TrialState
 
 from search.problem.pareto import hypervolume
-from search.problem.trial import POINT_KINDS, TrialSpec
+from search.problem.trial import INITIAL, OTHER_RETAIN, TrialSpec
 from search.report.style import counted
 from search.spec.runtime import BaseRunResources, Budget, TrialResources
 from search.store.study_store import StudyStore
@@ -100,9 +100,9 @@ class BudgetMonitor:
         self._ends.append(None)
         if self._growth is None:
             return
-        if job.kind == "other_retain" and self._store.spec.hypervolume.forget_quality_cap is None:
+        if job.kind == OTHER_RETAIN and self._store.spec.hypervolume.forget_quality_cap is None:
             self._look_back()  # the noise ceiling may have come down
-        elif job.kind in (*POINT_KINDS, "initial"):
+        elif not job.is_control or job.kind == INITIAL:
             self._note(job.kind, self._growth.add([evidence[objective.name] for objective in self._store.objectives]))
 
     def pruned(self) -> None:
@@ -152,7 +152,7 @@ class BudgetMonitor:
         self._volumes.clear()
         self._volumes.append(0.0)
         if not controls.empty:
-            for row in controls[controls["kind"] == "initial"].to_dict("records"):
+            for row in controls[controls["kind"] == INITIAL].to_dict("records"):
                 self._note("initial", self._growth.add([row[name] for name in names]))
         done = store.trials((TrialState.COMPLETE, TrialState.PRUNED), ("kind",))
         for trial in sorted(done, key=lambda trial: trial.datetime_complete or datetime.max):

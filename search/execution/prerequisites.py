@@ -10,14 +10,15 @@ from typing import Any
 import ray
 
 from search.evaluation.evaluator import StudyContext
-from search.evaluation.prepared import PreparedStudy, ReferenceModel
-from search.evaluation.task import Report, measure, read_report, write_report
-from search.execution.base_runs import POLL_SECONDS, BaseRunTasks, problem_of
+from search.evaluation.models import PretrainedModels, TinyModels
+from search.evaluation.prepared import PreparedStudy
+from search.evaluation.task import Report, task_of
+from search.execution.base_runs import POLL_SECONDS, BaseRunEvent, BaseRunTasks, problem_of
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
 from search.execution.distributed import train_in_processes
 from search.execution.workers import build_tiny, import_and_publish, score_model, train_and_publish
-from search.problem.trial import retrained
+from search.problem.trial import NEVER_FINETUNED, retrained
 from search.report.progress import Bars
 from search.spec.runtime import BaseRunResources, TrialResources
 from search.store.study_store import StudyStore
@@ -54,6 +55,7 @@ class Prerequisites:
     board: Any
     room: ClusterCapacity
     guard: BudgetMonitor
+    _shown: float = 0.0
 
     def begin(self, seeds: Iterable[int] = (), labels: Iterable[str] = ()) -> tuple[StudyContext, BaseRunTasks]:
         """Builds models and scores references; base runs begin meanwhile and may go on afterwards.
@@ -81,7 +83,6 @@ class Prerequisites:
             split=self.preparation.split,
             source=_spread(sources["initial"], spec.resources.trial),
             deltas=self.preparation.delta_root,
-            methods={**{run.label: run.method for run in spec.variants()}, **{label: label for label in spec.checkpoints}},
             references=reports,
             scoring=self.preparation.scoring,
             definition=spec.definition,
@@ -92,35 +93,55 @@ class Prerequisites:
         return context, tasks
 
     def wait(self, tasks: BaseRunTasks, enough: Callable[[], bool]) -> None:
-        """Waits until enough base runs are there; see `BaseRunTasks.wait`."""
+        """Train base runs, without trials at the same time, until `enough` returns True or none is missing."""
         with self._stage("base_runs"):
-            tasks.wait(enough)
+            self._record(tasks)
+            while tasks.runs.missing and not enough():
+                tasks.start(beside_trials=False)
+                self._record(tasks, POLL_SECONDS)
+
+    def poll(self, tasks: BaseRunTasks) -> None:
+        """Record the base runs that have ended, and start others beside the trials. Cheap while none is missing."""
+        if tasks.runs.missing:
+            self._record(tasks)
+            tasks.start(beside_trials=True)
+
+    def _record(self, tasks: BaseRunTasks, timeout: float = 0.0) -> None:
+        """Collect what has ended and write it into the study's record; show how far the rest is."""
+        tasks.collect(timeout)
+        events = tasks.runs.take_events()
+        for event in events:
+            if event.run is not None:
+                seconds = sum(float(epoch.get("seconds", 0.0)) for epoch in event.run.epochs)
+                self.guard.held(seconds, self.preparation.spec.resources.base_run)
+            else:
+                self.bars.say(f"failed: base run {event.name}: {event.reason}")
+            self._note(event)
+        if events or time.monotonic() - self._shown > POLL_SECONDS:
+            self._show()
 
     def _sources(self) -> dict[str, ModelSource]:
         """Sources of the reference models, by name; tiny ones are built where the cache lacks them."""
-        preparation = self.preparation
-        sources = {model.name: model.source for model in preparation.references if model.source is not None}
-        tiny = [(model, *model.tiny) for model in preparation.references if model.tiny is not None]
-        folders = {model.name: preparation.model_store.find(self._key(stage, config)) for model, stage, config in tiny}
-        missing = [(model, stage, config) for model, stage, config in tiny if folders[model.name] is None]
+        models = self.preparation.models
+        references = models.references()
+        sources = {model.name: model.source for model in references if model.source is not None}
+        if not isinstance(models, TinyModels):
+            return sources
+        wanted = [(model.name, *model.tiny) for model in references if model.tiny is not None]
+        folders = {name: models.store.find(models.key(stage, config)) for name, stage, config in wanted}
+        missing = [(name, stage, config) for name, stage, config in wanted if folders[name] is None]
         # What others start from first, so that it is built once.
         for first in (True, False):
             tasks = {
-                model.name: self._build(model, stage, config) for model, stage, config in missing if (stage == "base") is first
+                name: self._build(models, name, stage, config) for name, stage, config in missing if (stage == "base") is first
             }
             folders.update(self._gather(tasks))
-        return sources | {name: preparation.source(name, str(folder)) for name, folder in folders.items()}
+        return sources | {name: models.source(name, str(folder)) for name, folder in folders.items()}
 
-    def _key(self, stage: str, config: TinyModelConfig) -> str:
-        return self.preparation.tiny_key(stage, config)
-
-    def _build(self, model: ReferenceModel, stage: str, config: TinyModelConfig) -> Any:
-        title = {"never_finetuned": "base"}.get(model.name, model.name.replace("_", " "))
-        preparation, threads = self.preparation, self.preparation.spec.resources.base_run.threads
+    def _build(self, models: TinyModels, name: str, stage: str, config: TinyModelConfig) -> Any:
+        title = {NEVER_FINETUNED: "base"}.get(name, name.replace("_", " "))
         needs = self.preparation.spec.resources.base_run
-        return _task(
-            needs, build_tiny, title, stage, config, preparation.corpus, preparation.model_store.root, threads, self.board
-        )
+        return _task(needs, build_tiny, title, stage, config, models.corpus, models.store.root, needs.threads, self.board)
 
     def _base_runs(self, initial: ModelSource, further: list[tuple[str, int]]) -> BaseRunTasks:
         """The base runs of the study and further ones (label and seed): which are there, and a task for each that is not."""
@@ -141,9 +162,9 @@ class Prerequisites:
             starters[label] = partial(self._import, label)
         there = {name: run for name, run in known.items() if run is not None}
         for name, run in there.items():
-            self._news(name, run)
+            self._note(BaseRunEvent(name, run))
         missing = {name: start for name, start in starters.items() if name not in there}
-        return BaseRunTasks(self.room, there, missing, self._came, self._show)
+        return BaseRunTasks(self.room, there, missing)
 
     def _train(self, name: str, initial: ModelSource, config: UnlearningConfig) -> Any:
         """Starts the training of a base run: the one place where such a task is made."""
@@ -160,37 +181,33 @@ class Prerequisites:
         """Starts the import of given checkpoints as a base run."""
         preparation, needs = self.preparation, self.preparation.spec.resources.base_run
         given = preparation.checkpoints_of(label)
-        arguments = (preparation.initial_folder, given, preparation.delta_root, preparation.trust_remote_code, needs.threads)
+        models = preparation.models
+        assert isinstance(models, PretrainedModels)
+        arguments = (models.initial_folder(), given, preparation.delta_root, models.trust_remote_code, needs.threads)
         return _task(needs, import_and_publish, *arguments, self.board, label)
 
-    def _came(self, name: str, run: BaseRun | str) -> None:
-        """Counts what a base run has used that came in this run of the study."""
-        if isinstance(run, BaseRun):
-            seconds = sum(float(epoch.get("seconds", 0.0)) for epoch in run.epochs)
-            self.guard.held(seconds, self.preparation.spec.resources.base_run)
-        self._news(name, run)
-
-    def _news(self, name: str, run: BaseRun | str) -> None:
-        """Writes into the study's record which base run has come, or why it has not."""
+    def _note(self, event: BaseRunEvent) -> None:
+        """Write into the study's record that a base run is published, or why it failed."""
         record = self.store.record
-        failed = {label: reason for label, reason in record.get("failed_base_runs", {}).items() if label != name}
-        if isinstance(run, BaseRun):
-            record["base_runs"] = {**record.get("base_runs", {}), name: {"delta": run.key, "epochs": list(run.epochs)}}
+        failed = {label: reason for label, reason in record.get("failed_base_runs", {}).items() if label != event.name}
+        if event.run is not None:
+            entry = {"delta": event.run.key, "epochs": list(event.run.epochs)}
+            record["base_runs"] = {**record.get("base_runs", {}), event.name: entry}
         else:
-            failed[name] = run
-            self.bars.say(f"failed: base run {name}: {run}")
+            failed[event.name] = event.reason
         record["failed_base_runs"] = failed
         self.store.save_record()
 
     def _reports(self, sources: Mapping[str, ModelSource], base_runs: BaseRunTasks) -> dict[str, Report]:
         """The scores of the reference models, which every trial needs; base runs start behind them."""
         preparation, needs = self.preparation, self.preparation.spec.resources.trial
+        task = task_of(preparation.corpus)
         reports: dict[str, Report] = {}
         tasks = {}
-        for model in preparation.references:
+        for model in preparation.models.references():
             log = model.log or self.store.out / "logs" / f"{model.name}.json"
             if log.is_file():
-                reports[model.name] = read_report(log, bool(preparation.corpus.choices))
+                reports[model.name] = task.read_log(log)
             else:
                 title = f"scoring: {model.name.replace('_', ' ')} model"
                 wanted = (
@@ -202,22 +219,23 @@ class Prerequisites:
                     title,
                 )
                 tasks[model.name] = _task(needs, score_model, *wanted)
-        scored_models = self._gather({f"score {name}": task for name, task in tasks.items()}, base_runs.tend)
+        scored_models = self._gather({f"score {name}": task for name, task in tasks.items()}, lambda: self._tend(base_runs))
         for title, scored in scored_models.items():
             name = title.removeprefix("score ")
             reports[name] = scored
             facts = {"study": preparation.spec.name, "model": name}
-            write_report(scored, self.store.out / "logs" / f"{name}.json", facts)
+            task.write_log(scored, self.store.out / "logs" / f"{name}.json", facts)
         return reports
 
     def _check(self, reports: Mapping[str, Report]) -> None:
         """Whether given logs will do, found out once here: in the workers they would fail every trial."""
-        for model in self.preparation.references:
+        task = task_of(self.preparation.corpus)
+        for model in self.preparation.models.references():
             if model.log is None:
                 continue
             for name in ("initial", model.name):
                 try:
-                    measure(reports[name], reports[model.name], self.preparation.spec.definition)
+                    task.evaluate(reports[name], reports[model.name], self.preparation.spec.definition)
                     # Halves are taken from every set, not only from those that forget quality compares.
                     scores, given = reports[name].sets, reports[model.name].sets
                     for key in scores.keys() & given.keys():
@@ -244,8 +262,14 @@ class Prerequisites:
             raise failures[0]
         return results
 
+    def _tend(self, tasks: BaseRunTasks) -> None:
+        """Record what has ended; start all base runs that fit until a first one is published, then leave room for a trial."""
+        self._record(tasks)
+        tasks.start(beside_trials=bool(tasks.runs.published))
+
     def _show(self) -> None:
         """Shows how far the tasks are; while the board's node has just died, nothing."""
+        self._shown = time.monotonic()
         with suppress(ray.exceptions.RayError):
             self.bars.show_all(ray.get(self.board.read.remote(), timeout=BOARD_SECONDS))
 

@@ -14,10 +14,11 @@ import ray
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search.evaluation.controls import control_jobs, follow_up_trials
+from search.evaluation.controls import follow_up_trials, given_controls
 from search.evaluation.evaluator import StudyContext
 from search.evaluation.inputs import earlier_fronts
 from search.evaluation.prepared import PreparedStudy, prepare
+from search.evaluation.task import task_of
 from search.execution.base_runs import LOST, BaseRunTasks, problem_of
 from search.execution.budget import BudgetMonitor, Stop
 from search.execution.capacity import ClusterCapacity, need_of
@@ -27,7 +28,7 @@ from search.execution.ray_cluster import IN_A_JOB, connected
 from search.execution.study_run import StageProgress
 from search.execution.tune import StudySearcher, WorkerPoolMonitor, run_trials
 from search.execution.workers import ScoringTrial
-from search.problem.trial import POINT_KINDS, TrialSpec
+from search.problem.trial import TrialSpec
 from search.report.html import write_report
 from search.report.progress import Bars, ProgressActor
 from search.results.constrained import Answer, Dial, answer_of
@@ -183,10 +184,10 @@ class _Run:
         """Does what the study still lacks; starts Ray only if there is something."""
         spec = self.preparation.spec
         done = _done_jobs(self.store)
-        jobs = [job for job in control_jobs(self.preparation) if job not in done]
+        jobs = [job for job in given_controls(self.preparation) if job not in done]
         jobs += [job for point in spec.given_points() if (job := TrialSpec("alpha_zero", **point.params)) not in done]
         if SAMPLERS[spec.search.sampler].fixed_points:
-            scored = {(job.base, job.epoch, job.alpha) for job in done if job.kind in POINT_KINDS}
+            scored = {(job.base, job.epoch, job.alpha) for job in done if not job.is_control}
             jobs += [
                 TrialSpec("search", **point.params) for point in spec.grid_points() if (*point.params.values(),) not in scored
             ]
@@ -298,7 +299,7 @@ class _Run:
         self.store.use_sampler(sampler)
 
         def poll() -> None:
-            base_runs.poll()
+            ground.poll(base_runs)
             if products is not None:
                 products.poll()
 
@@ -340,7 +341,7 @@ class _Run:
 
     def _inner_products(self, context: StudyContext, base_runs: BaseRunTasks) -> InnerProducts | None:
         """What the sampler that knows the line needs; None, and a word about it, where there are no losses to follow."""
-        if context.corpus.choices:
+        if not task_of(context.corpus).has_item_curves:
             self.bars.say("sampler line: multiple choice has no losses to follow; tpe proposes in its place")
             return None
         epochs = self.preparation.spec.base_epochs()

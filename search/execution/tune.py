@@ -1,7 +1,6 @@
 """Run trials with Ray Tune: the searcher, worker replacement, the cause of a worker's death."""
 
 import base64
-import json
 import re
 import time
 from collections import Counter, deque
@@ -16,10 +15,11 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from search.evaluation.metrics import TrialMetrics
 from search.evaluation.pruning import Rivals, prunes
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
-from search.problem.trial import POINT_KINDS, TrialSpec
+from search.problem.trial import TrialSpec, identity
 from search.store.study_store import StudyStore, searched
 
 TIMES_AGAIN = 2
@@ -170,6 +170,7 @@ class StudySearcher(Searcher):
         self._running: dict[str, tuple[int, TrialSpec]] = {}
         self._held: set[str] = set()
         self._deaths: Counter[TrialSpec] = Counter()
+        self._methods = store.spec.methods()
         self._proposed = _proposed(store)
         self._rivals = Rivals([objective.name for objective in store.objectives])
         for row in store.trials_frame(("alpha", "collapsed")).to_dict("records"):
@@ -259,7 +260,7 @@ class StudySearcher(Searcher):
         return asked
 
     def _ask_for(self, job: TrialSpec) -> tuple[int, TrialSpec]:
-        if job.kind not in POINT_KINDS:
+        if job.is_control:
             return self._store.ask_control(), job
         params = {"base": job.base, "epoch": job.epoch, "alpha": job.alpha}
         number, asked = self._store.ask_point(self._space, params, job.kind)
@@ -334,9 +335,10 @@ class StudySearcher(Searcher):
             self._guard.failed(reason, again)
             self._fail(job, number, reason, again)
             return
-        evidence = json.loads(result["evidence"])
+        metrics = TrialMetrics.from_text(result["metrics"])
+        evidence = {**identity(job, self._methods), **metrics.as_dict()}
         items = base64.b64decode(result["items"]) if "items" in result else None
-        if "pruned" in evidence:
+        if metrics.pruned is not None:
             self._store.prune(number, evidence, items)
             self._guard.pruned()
             self._finished(job, None, False)
@@ -344,7 +346,7 @@ class StudySearcher(Searcher):
         incomplete = self._store.complete(job, number, evidence, items)
         if incomplete is None:
             self._guard.scored(job, evidence)
-            if job.kind in POINT_KINDS:
+            if not job.is_control:
                 self._rivals.add(number, evidence)
         else:
             self._guard.failed(incomplete)

@@ -3,7 +3,6 @@
 import base64
 import faulthandler
 import io
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ import numpy as np
 from ray import tune
 
 from search.evaluation.evaluator import Evaluator, StudyContext, load_for_scoring
-from search.evaluation.task import Report, scorer_of
+from search.evaluation.metrics import TrialMetrics
+from search.evaluation.task import Report, task_of
 from search.problem.trial import TrialSpec
 from search.samplers.gram import Runs, StudyGram, extend_gram
 from uipe_core.corpora.types import Corpus
@@ -64,9 +64,8 @@ class ScoringTrial(tune.Trainable):
         job, self._job = self._job, None
         try:
             with time_limit(self._context.trial_minutes):
-                evidence, report = score_within_memory(self._evaluator, job)
-                # As text, because Tune flattens nested results before its searcher sees them, and writes them as JSON.
-                return {"evidence": json.dumps(evidence), "items": pack_arrays(report.arrays())}
+                metrics, report = score_within_memory(self._evaluator, job)
+                return {"metrics": metrics.as_text(), "items": pack_arrays(report.arrays())}
         except OutOfMemory as error:
             return {"reason": str(error)}
         except Exception as error:
@@ -152,7 +151,7 @@ def score_model(source: ModelSource, corpus: Corpus, scoring: ScoringConfig, thr
     """Scores a model as it is."""
     set_threads(threads)
     loaded, _ = load_for_scoring(source)
-    return scorer_of(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))
+    return task_of(corpus).scorer(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))
 
 
 class OutOfMemory(Exception):
@@ -176,8 +175,8 @@ def time_limit(minutes: float | None) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def score_within_memory(evaluator: Callable[[], Evaluator], job: TrialSpec) -> tuple[dict[str, Any], Report]:
-    """Evidence and scores of a job; without enough memory tried once more, with what was in use given back.
+def score_within_memory(evaluator: Callable[[], Evaluator], job: TrialSpec) -> tuple[TrialMetrics, Report]:
+    """Score a trial. Where memory runs out, release what is in use and try once more.
 
     Scoring halves its batches by itself. What fails here is loading or moving the model, or a single row.
 

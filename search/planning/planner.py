@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.controls import control_jobs
+from search.evaluation.controls import given_controls
+from search.evaluation.models import PretrainedModels, TinyModels
 from search.evaluation.prepared import PreparedStudy, prepare
+from search.evaluation.task import TASKS
 from search.planning.plan import at_once, make_plan
 from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
 from search.planning.timing import measured_rates, past_rates
-from search.spec.corpora import fetched_sources
+from search.spec.corpora import MULTIPLE_CHOICE, fetched_sources
 from search.spec.sections import PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus
@@ -22,8 +24,7 @@ from uipe_core.deltas.store import DeltaStore
 from uipe_core.deltas.update_vectors import adapter_state, wrap_adapter
 from uipe_core.errors import UserError
 from uipe_core.models.loading import DTYPES
-from uipe_core.models.skeleton import meta_model
-from uipe_core.models.tiny import TinyModelConfig, tiny_skeleton
+from uipe_core.models.tiny import TinyModelConfig
 from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.storage.safetensors_files import read_headers, weight_files
 from uipe_core.unlearning.loss_inputs import INITIAL_ON_RETAIN
@@ -71,7 +72,7 @@ def _prepared(spec: StudySpec, notes: list[str]) -> tuple[PreparedStudy, bool]:
         if isinstance(model, TinyModel) or not fetched_sources(spec.corpus):
             raise
         notes.append(f"the corpus is not known, and with it neither steps nor times: {error}")
-        corpus = Corpus(spec.corpus.kind, {}, (), (), choices={"forget": ()} if spec.corpus.kind == "multiple_choice" else {})
+        corpus = Corpus(spec.corpus.kind, {}, (), (), choices={"forget": ()} if spec.corpus.task == MULTIPLE_CHOICE else {})
         known = False
     else:
         known = True
@@ -83,8 +84,7 @@ def _prepared(spec: StudySpec, notes: list[str]) -> tuple[PreparedStudy, bool]:
     if known and not absent:
         return prepare(spec), True
     assert isinstance(model, PretrainedModel)
-    models = {"initial": model.initial} | ({"retain": model.retain} if model.retain else {})
-    return PreparedStudy(spec, corpus, None, models, {"initial": model.revision}), False
+    return PreparedStudy(spec, corpus, PretrainedModels.unseen(model)), False
 
 
 def _absent_models(spec: StudySpec) -> list[str]:
@@ -111,8 +111,11 @@ def _is_fetched(name: str, revision: str | None) -> bool:
 
 def _builds(preparation: PreparedStudy) -> tuple[list[tuple[str, TinyModelConfig]], int]:
     """Stage and configuration of the small models to build, and how many the cache has."""
-    wanted = [model.tiny for model in preparation.references if model.tiny is not None]
-    missing = [tiny for tiny in wanted if not preparation.model_store.holds(preparation.tiny_key(*tiny))]
+    models = preparation.models
+    if not isinstance(models, TinyModels):
+        return [], 0
+    wanted = [model.tiny for model in models.references() if model.tiny is not None]
+    missing = [tiny for tiny in wanted if not models.store.holds(models.key(*tiny))]
     return missing, len(wanted) - len(missing)
 
 
@@ -138,8 +141,8 @@ def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str
         per_step = spec.unlearning.batch_size * spec.unlearning.gradient_accumulation
         steps = -(-len(preparation.corpus.forget_train) // per_step)
     # A random direction of most points, the held-out items where there are some, and the matched scale of free text.
-    walks = 1 + (spec.split is not None) + (spec.corpus.kind != "multiple_choice")
-    controls = control_jobs(preparation)
+    walks = 1 + (spec.split is not None) + TASKS[spec.corpus.task].reads_logits
+    controls = given_controls(preparation)
     return Work(
         builds=builds,
         built=built,
@@ -148,7 +151,7 @@ def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str
         imports=imports,
         epochs=preparation.trained_epochs,
         steps=steps,
-        references=sum(model.log is None for model in preparation.references),
+        references=sum(model.log is None for model in preparation.models.references()),
         controls=len(controls),
         from_logs=sum(job.model is not None for job in controls),
         given=len(spec.given_points()),
@@ -194,10 +197,7 @@ def _import_bytes(folder: Path | None, parameters: int) -> int:
 
 
 def _skeleton(preparation: PreparedStudy) -> Any:
-    if preparation.tiny is not None:
-        return tiny_skeleton(preparation.tiny, preparation.corpus)
-    source = preparation.source("initial")
-    return meta_model(source.location, source.revision, source.trust_remote_code)
+    return preparation.models.skeleton()
 
 
 def _why_not_timed(spec: StudySpec, sizes: Sizes | None, machine: Machine) -> str | None:

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from search.evaluation.evaluator import load_for_scoring
+from search.evaluation.models import TinyModels
 from search.evaluation.prepared import PreparedStudy
-from search.evaluation.task import scorer_of
+from search.evaluation.task import task_of
 from search.planning.quantities import MEASURED, PAST, Rates
+from search.problem.trial import INITIAL
 from search.store.study_store import StudyStore
 from uipe_core.corpora.split import Rows, take_items
 from uipe_core.corpora.types import Corpus
@@ -67,10 +69,11 @@ def measured_rates(
 
 def _initial(preparation: PreparedStudy, store: ContentStore) -> ModelSource:
     """The initial model; of a tiny one that is not built yet, one of its shape after a few steps."""
-    if preparation.tiny is None:
-        return preparation.source("initial")
-    folder = preparation.model_store.find(preparation.tiny_key("full", preparation.tiny))
-    return preparation.source("initial", str(folder or _begun(preparation.tiny, preparation.corpus, "full", store)))
+    models = preparation.models
+    if not isinstance(models, TinyModels):
+        return models.source(INITIAL)
+    folder = models.store.find(models.key("full", models.config))
+    return models.source(INITIAL, str(folder or _begun(models.config, preparation.corpus, "full", store)))
 
 
 def _begun(config: TinyModelConfig, corpus: Corpus, stage: str, store: ContentStore, note: Any = None) -> Path:
@@ -167,7 +170,8 @@ def _share(rows: Rows, share: float) -> Rows:
 
 
 def _timed_scores(preparation: PreparedStudy, rows: Rows, loaded: Any) -> tuple[float, int]:
-    scorer = scorer_of(take_items(preparation.corpus, rows), loaded.prompts, preparation.scoring)
+    chosen = take_items(preparation.corpus, rows)
+    scorer = task_of(chosen).scorer(chosen, loaded.prompts, preparation.scoring)
     started = time.perf_counter()
     report = scorer.score(loaded)
     seconds = time.perf_counter() - started
@@ -193,7 +197,7 @@ def past_rates(folder: Path, preparation: PreparedStudy, trains: Iterable[str], 
     record, trials = store.record, store.trials_frame()
     store.close()
     # What is not on this machine is known by its name only, and the corpus by its section of the study file.
-    model, ours = record["models"].get("initial", ""), preparation.models["initial"]
+    model, ours = record["models"].get(INITIAL, ""), preparation.models.identities[INITIAL]
     corpus_known = bool(preparation.corpus.sets or preparation.corpus.forget_train)
     same = {
         "model": model == ours or model.startswith(f"{ours}@"),

@@ -13,18 +13,9 @@ Rival = Mapping[str, Any]
 POINT_KINDS = ("alpha_zero", "search", "dial")
 """Points of the search space, trials of the study: given, proposed, and asked for by `search.results.constrained`."""
 
-REFERENCE_KINDS = ("initial", "retain", "other_retain", "never_finetuned")
-"""Models scored as they are."""
-
-FOLLOW_UP_KINDS = ("random_direction", "held_out", "matched_scale", "confirm")
-"""What is scored of a front point afterwards: a random direction of its norm; the point itself on the items kept for
-reporting; with its logits brought to the scale of the initial model; with its base run trained from another seed."""
-
-CONTROL_KINDS = (*REFERENCE_KINDS, "next_epoch", "temperature", *FOLLOW_UP_KINDS)
-"""What the trials are compared with: trials of the controls study."""
-
-REPORTED_KINDS = ("held_out", "confirm")
-"""Scored on the items kept for reporting; everything else on those for selection."""
+INITIAL, RETAIN, OTHER_RETAIN, NEVER_FINETUNED = "initial", "retain", "other_retain", "never_finetuned"
+REFERENCE_KINDS = (INITIAL, RETAIN, OTHER_RETAIN, NEVER_FINETUNED)
+"""Models scored as they are. Every kind of trial that is no point is a control (`search.evaluation.controls.CONTROLS`)."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +23,10 @@ class TrialSpec:
     """One thing to score.
 
     Attributes:
-        kind: One of `POINT_KINDS` or `CONTROL_KINDS`.
+        kind: One of `POINT_KINDS`, or a control.
         base, epoch, alpha: Which update vector, walked how far; None where no vector is involved.
         temperature: Logits are divided by it.
-        of_trial: For one of `FOLLOW_UP_KINDS`, the trial whose base, epoch and alpha it mirrors.
+        of_trial: For a control of a front point, the trial whose base, epoch and alpha it has.
         model: Name of the reference model where no vector is involved; None for the initial one.
         seed: For a confirmation, the seed its base run was trained with.
         delta: Entries of the delta store that hold its base run. They travel with the job, because a base run may be published
@@ -58,6 +49,11 @@ class TrialSpec:
     warm_start: str | None = field(default=None, compare=False)
     rivals: tuple[Rival, ...] = field(default=(), compare=False)
     floor: float | None = field(default=None, compare=False)
+
+    @property
+    def is_control(self) -> bool:
+        """True for what points are compared with: it is a trial of the controls study."""
+        return self.kind not in POINT_KINDS
 
     @property
     def run(self) -> str | None:

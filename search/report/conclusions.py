@@ -6,6 +6,7 @@ import pandas as pd
 
 from search.problem.objectives import Objective
 from search.problem.pareto import DEFAULT_FLOOR, utility_floor
+from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN
 from search.report.data import ReportData, report_data
 from search.report.style import alpha, count, decimal, number, probability
 from search.results.study_result import StudyResult, collapsed
@@ -115,7 +116,7 @@ def _next_epoch_sentences(view: ReportData) -> list[str]:
 def _floor_sentences(view: ReportData) -> list[str]:
     """The gain as one deployable point: the strongest forgetting at nearly the initial model's utility."""
     forgetting, utility = view.objectives[:2]
-    initial = view.controls.loc[view.controls["kind"] == "initial", utility.name].dropna()
+    initial = view.controls.loc[view.controls["kind"] == INITIAL, utility.name].dropna()
     scored = view.trials[~collapsed(view.trials)].dropna(subset=[forgetting.name, utility.name])
     if initial.empty:
         return []
@@ -156,8 +157,8 @@ def _held_out_sentences(view: ReportData) -> list[str]:
 
 def _noise_sentences(view: ReportData) -> list[str]:
     """Where forget quality stops meaning anything: perfect forgetting from other seeds, and a model that never learned."""
-    others = view.controls.loc[view.controls["kind"] == "other_retain"]
-    never = view.controls.loc[view.controls["kind"] == "never_finetuned"]
+    others = view.controls.loc[view.controls["kind"] == OTHER_RETAIN]
+    never = view.controls.loc[view.controls["kind"] == NEVER_FINETUNED]
     sentences = []
     if not others.empty and "forget_quality" in others:
         reached = ", ".join(probability(value) for value in sorted(others["forget_quality"]))

@@ -15,6 +15,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.text import Annotation
 from matplotlib.ticker import MaxNLocator
 
+from search.evaluation.controls import CONTROLS, Marker
 from search.problem.objectives import Objective
 from search.report.data import FORGETTING, UTILITY, ReportData
 from search.report.style import BAND, DPI, FAINT, INK, MUTED, PALETTE, WIDTH, padded, plain, style, title
@@ -28,17 +29,14 @@ WALKS = {
     "interpolation": ("v", 46.0, "interpolation (−1 < α < 0)"),
     "initial model": ("s", 34.0, "initial model (α = −1)"),
 }
-_CONTROLS = {
-    "other_retain": ("*", "control: retain model of another seed"),
-    "never_finetuned": ("P", "control: never fine-tuned"),
-    "next_epoch": ("+", "control: next epoch of training"),
-    "random_direction": ("x", "control: random direction"),
-    "temperature": ("1", "control: logit temperature"),
-}
-_REFERENCES = {"initial": ("D", 62.0, "initial model"), "retain": ("*", 150.0, "retain model")}
-_LEVELS = {"initial": (0, (6, 3)), "retain": (0, (1, 1.5))}
 _GUIDE = (0, (2, 2))
 _PLACES = [(8, 8), (-8, 8), (8, -8), (-8, -8), (0, 11), (0, -11)]
+
+
+def _markers(named: bool) -> dict[str, Marker]:
+    """Return the markers of the controls that figures draw: the reference models, named in the figure, or the others."""
+    drawn = {kind: control.marker for kind, control in CONTROLS.items() if control.marker is not None}
+    return {kind: marker for kind, marker in drawn.items() if (marker.size is not None) is named}
 
 
 def front_figure(view: ReportData) -> Figure:
@@ -51,7 +49,7 @@ def front_figure(view: ReportData) -> Figure:
     third = view.objectives[2] if len(view.objectives) > 2 else None
     front = trials[trials["on_front"]].dropna(subset=[FORGETTING, UTILITY])
     full = _window(pd.concat([trials, controls])[[FORGETTING, UTILITY]].dropna(), view.objectives[0])
-    near = pd.concat([front, controls[controls["kind"].isin(_REFERENCES)]])[[FORGETTING, UTILITY]].dropna()
+    near = pd.concat([front, controls[controls["kind"].isin(_markers(named=True))]])[[FORGETTING, UTILITY]].dropna()
     close = _window(near, view.objectives[0])
     zoomed = third is None and len(front) > 1 and _area(close) < 0.55 * _area(full)
     figure = Figure(figsize=(WIDTH, 6.3), dpi=DPI, layout="constrained")
@@ -141,7 +139,7 @@ def alpha_figure(view: ReportData) -> Figure:
 
 def _drawn(controls: pd.DataFrame) -> pd.DataFrame:
     """The controls with a place in the picture: not those on other items or with other logits than the trials."""
-    return controls[controls["kind"].isin([*_CONTROLS, *_REFERENCES])]
+    return controls[controls["kind"].isin([*_markers(named=False), *_markers(named=True)])]
 
 
 def shown_bases(trials: pd.DataFrame) -> list[str]:
@@ -181,13 +179,13 @@ def _scatter_trials(axes: Axes, trials: pd.DataFrame, colours: dict[str, str]) -
 
 
 def _scatter_controls(axes: Axes, controls: pd.DataFrame) -> None:
-    for kind, (marker, _) in _CONTROLS.items():
+    for kind, marker in _markers(named=False).items():
         group = controls[controls["kind"] == kind]
-        axes.scatter(group[FORGETTING], group[UTILITY], marker=marker, s=38, color=FAINT, linewidths=1.2, zorder=1.5)
-    for kind, (marker, size, _) in _REFERENCES.items():
+        axes.scatter(group[FORGETTING], group[UTILITY], marker=marker.shape, s=38, color=FAINT, linewidths=1.2, zorder=1.5)
+    for kind, marker in _markers(named=True).items():
         group = controls[controls["kind"] == kind]
         edge: dict[str, Any] = {"edgecolors": INK, "linewidths": 1.3, "zorder": 6}
-        axes.scatter(group[FORGETTING], group[UTILITY], marker=marker, s=size, color="white", **edge)
+        axes.scatter(group[FORGETTING], group[UTILITY], marker=marker.shape, s=marker.size, color="white", **edge)
 
 
 def _step_line(axes: Axes, front: pd.DataFrame) -> None:
@@ -197,7 +195,7 @@ def _step_line(axes: Axes, front: pd.DataFrame) -> None:
 
 def _label(axes: Axes, front: pd.DataFrame, controls: pd.DataFrame, numbered: bool) -> None:
     """Names the references and, where there is room, numbers the front points."""
-    references = controls[controls["kind"].isin(_REFERENCES)].dropna(subset=[FORGETTING, UTILITY])
+    references = controls[controls["kind"].isin(_markers(named=True))].dropna(subset=[FORGETTING, UTILITY])
     line = front.sort_values([FORGETTING, UTILITY], ascending=[True, False])[[FORGETTING, UTILITY]].to_numpy(dtype=float)
     corners = np.column_stack([line[:-1, 0], line[1:, 1]])
     drawn = [line, references[[FORGETTING, UTILITY]].to_numpy(dtype=float)]
@@ -206,7 +204,7 @@ def _label(axes: Axes, front: pd.DataFrame, controls: pd.DataFrame, numbered: bo
     obstacles = axes.transData.transform(np.concatenate(drawn))
     taken: list[Any] = []
     for _, row in references.iterrows():
-        text = _text(axes, _REFERENCES[row["kind"]][2], row, "bold")
+        text = _text(axes, _markers(named=True)[row["kind"]].label, row, "bold")
         if not _placed(axes, text, obstacles, taken):
             text.xyann = _PLACES[0]
     for _, row in front.sort_values(UTILITY, ascending=False).iterrows() if numbered else ():
@@ -244,13 +242,13 @@ def _front_legend(view: ReportData, colours: dict[str, str], lined: bool) -> lis
         for method, colour in colours.items()
     ]
     walks = set(trials["walk"])
-    for walk, (marker, _, label) in WALKS.items():
+    for walk, (shape, _, label) in WALKS.items():
         if walk in walks:
-            handles.append(Line2D([], [], marker=marker, linestyle="", color=MUTED, markersize=7, label=label))
+            handles.append(Line2D([], [], marker=shape, linestyle="", color=MUTED, markersize=7, label=label))
     kinds = set(controls["kind"])
-    for kind, (marker, label) in _CONTROLS.items():
+    for kind, marker in _markers(named=False).items():
         if kind in kinds:
-            handles.append(Line2D([], [], marker=marker, linestyle="", color=FAINT, markersize=7, label=label))
+            handles.append(Line2D([], [], marker=marker.shape, linestyle="", color=FAINT, markersize=7, label=marker.label))
     if trials["on_front"].any():
         drawn = {"linewidth": 1.3} if lined else {"marker": "o", "linestyle": "", "fillstyle": "none"}
         handles.append(Line2D([], [], color=INK, label="Pareto front (edged points)", **drawn))
@@ -275,10 +273,10 @@ def _alpha_legend(shades: dict[int, Any], view: ReportData) -> list[Any]:
     kinds = set(view.controls["kind"])
     if "random_direction" in kinds:
         handles.append(Line2D([], [], marker="x", linestyle="", color=FAINT, label="random direction"))
-    for kind, dashes in _LEVELS.items():
+    for kind, marker in _markers(named=True).items():
         if kind in kinds:
-            label = f"utility of the {_REFERENCES[kind][2]}"
-            handles.append(Line2D([], [], linewidth=1.1, linestyle=dashes, color=MUTED, label=label))
+            label = f"utility of the {marker.label}"
+            handles.append(Line2D([], [], linewidth=1.1, linestyle=marker.dashes, color=MUTED, label=label))
     return [*handles, *_noise_legend(view)]
 
 
@@ -289,9 +287,9 @@ def _alpha_guides(axes: Axes, controls: pd.DataFrame, metric: str, ceiling: floa
         if math.isfinite(ceiling):
             axes.axhspan(ceiling, 10.0, color=BAND, zorder=0)
         return
-    for kind, dashes in _LEVELS.items():
+    for kind, marker in _markers(named=True).items():
         for level in controls.loc[controls["kind"] == kind, metric].dropna():
-            axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=dashes, zorder=1)
+            axes.axhline(level, color=MUTED, linewidth=0.9, linestyle=marker.dashes, zorder=1)
 
 
 def _alpha_line(axes: Axes, line: pd.DataFrame, start: pd.DataFrame, metric: str, colour: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jinja2
 
+from search.evaluation.controls import CONTROLS
 from search.report.conclusions import conclude
 from search.report.data import TRIAL_COLUMNS, Column, ReportData, report_data
 from search.report.style import alpha, decimal, number, probability, seconds, table_text, whole
@@ -24,38 +25,11 @@ STAGES = {
     "baselines": "baselines: score alpha = 0 and the controls",
     "trials": "trials: re-apply cached updates and score",
 }
-CONTROLS = {
-    "initial": ("Initial model", "Still knows everything: where every walk starts, and the utility worth keeping."),
-    "retain": ("Retain model", "Never saw the forget set: what perfect forgetting looks like, by definition."),
-    "other_retain": (
-        "Retain models of other seeds",
-        "Perfect forgetting again, from other seeds: how far forget quality varies where there is nothing to choose.",
-    ),
-    "never_finetuned": (
-        "Never fine-tuned",
-        "The model before it learned any of this: forget quality alone would choose it, and its utility says why not.",
-    ),
-    "next_epoch": (
-        "Next epoch",
-        "One more epoch of plain training: a longer walk must beat what training on would have given.",
-    ),
-    "random_direction": (
-        "Random direction",
-        "Same norm in every tensor, same alpha, drawn at random: what the size of a step does without its direction.",
-    ),
-    "temperature": (
-        "Logit temperature",
-        "The initial model with scaled logits: how much utility sharper probabilities give with nothing learned.",
-    ),
-}
 NONE_YET: dict[str, Any] = {
     **{key: [] for key in ("selections", "notes", "failures", "failure_reasons", "pruned")},
     **dict.fromkeys(("usage", "saved")),
 }
 """What a summary may lack."""
-
-AFTERWARDS = ("held_out", "matched_scale", "confirm")
-"""Kinds of controls that belong to single front points and are shown beside them."""
 
 
 def write_report(result: StudyResult) -> Path:
@@ -92,7 +66,7 @@ def render_report(view: ReportData, folder: Path) -> Path:
     missing = [column for column in needed if column not in view.trials.columns]
     if missing:
         raise ValueError(f"trials lack the columns {missing}")
-    strange = set(view.trials["walk"]) - set(plots.WALKS) | set(view.controls.get("kind", ())) - set(CONTROLS) - set(AFTERWARDS)
+    strange = set(view.trials["walk"]) - set(plots.WALKS) | set(view.controls.get("kind", ())) - set(CONTROLS)
     if strange:
         raise ValueError(f"walks or kinds of control that the report does not know: {sorted(map(str, strange))}")
     columns = [*CONTROL_COLUMNS, *(column.key for column in view.columns), *view.controls.columns]
@@ -145,10 +119,14 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         infinity=math.inf,
         by_trial=by_trial,
         controls=[
-            {"name": name, "purpose": purpose, "rows": view.controls[view.controls["kind"] == kind].to_dict("records")}
-            for kind, (name, purpose) in CONTROLS.items()
+            {
+                "name": control.title,
+                "purpose": control.purpose,
+                "rows": view.controls[view.controls["kind"] == kind].to_dict("records"),
+            }
+            for kind, control in CONTROLS.items()
             # Most kinds mean something for forget quality only.
-            if view.objectives[0].quality_of is not None or kind in set(view.controls["kind"])
+            if control.title and (view.objectives[0].quality_of is not None or kind in set(view.controls["kind"]))
         ],
         cost=_cost(view),
         bases=bases,

@@ -10,9 +10,11 @@ from typing import Any
 
 from search.evaluation.evaluator import load_for_scoring
 from search.evaluation.inputs import checkpoint_folder
+from search.evaluation.models import PretrainedModels
 from search.evaluation.prepared import PreparedStudy, prepare
-from search.evaluation.task import Report, measure, scorer_of
-from search.results.recipe import RECIPE_FILE, Recipe, checked_numbers, read_recipe
+from search.evaluation.task import TASKS, Report, task_of
+from search.problem.trial import INITIAL, RETAIN
+from search.results.recipe import RECIPE_FILE, Recipe, read_recipe
 from search.spec.sections import PretrainedModel
 from search.spec.study import BaseRunSpec, StudySpec
 from uipe_core.corpora.split import take_items
@@ -23,14 +25,12 @@ from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector, adapter_scale, wrap_adapter
 from uipe_core.errors import ExportMismatchError, UserError
 from uipe_core.logs.tofu import read_log
-from uipe_core.metrics.multiple_choice import ChoiceMetrics
-from uipe_core.metrics.tofu import Metrics
 from uipe_core.models.loading import LoadedModel, ModelSource
 from uipe_core.models.skeleton import open_initial
-from uipe_core.models.tiny import tiny_model
 from uipe_core.unlearning.training import train_base_run
 
-Numbers = Metrics | ChoiceMetrics
+Numbers = Any
+"""Metrics of a model, of the class its task computes."""
 
 FORMS = ("recipe", "adapter", "model")
 
@@ -98,7 +98,7 @@ def _is_low_rank(recipe: Recipe) -> bool:
 
 
 def _write_weights(recipe: Recipe, preparation: PreparedStudy, folder: Path, form: str) -> None:
-    source = _source(preparation, "initial")
+    source = preparation.models.ready_source(INITIAL)
     update = _base_run(preparation, recipe.base, source).load(recipe.epoch)
     loaded, walker = load_for_scoring(source)
     if update.kind == DENSE:
@@ -124,18 +124,12 @@ def _load_scaled(model: Any, update: UpdateVector, alpha: float) -> None:
         raise ValueError("the adapter's scale is not that of the update vector")
 
 
-def _source(preparation: PreparedStudy, which: str) -> ModelSource:
-    """A model of the study, built again if it is a tiny one that the cache has lost."""
-    if preparation.tiny is None:
-        return preparation.source(which)
-    stage = {"initial": "full", "retain": "retain"}[which]
-    return preparation.source(which, str(tiny_model(preparation.tiny, preparation.corpus, stage, preparation.model_store)))
-
-
 def _base_run(preparation: PreparedStudy, label: str, source: ModelSource) -> BaseRun:
     """A base run of the study, trained or imported again if the delta store has lost it."""
     if label in preparation.spec.checkpoints:
-        initial = open_initial(preparation.initial_folder, preparation.trust_remote_code)
+        models = preparation.models
+        assert isinstance(models, PretrainedModels)
+        initial = open_initial(models.initial_folder(), models.trust_remote_code)
         return import_checkpoints(initial, preparation.checkpoints_of(label), DeltaStore(preparation.delta_root))
     runs: dict[str, BaseRunSpec] = {run.label: run for run in preparation.spec.variants()}
     run = runs[label]
@@ -150,24 +144,24 @@ def _base_run(preparation: PreparedStudy, label: str, source: ModelSource) -> Ba
 
 def _score_afresh(preparation: PreparedStudy, folder: Path, reference: Report | None) -> tuple[Numbers, Numbers | None]:
     """Scores the written folder as a stranger would load it: on the items trials are scored on, and on those for reporting."""
-    if reference is None and "retain" in preparation.models:
-        log = preparation.retain_log
+    if reference is None and RETAIN in preparation.models.identities:
+        log = preparation.models.retain_log
         if log is not None:
             reference = read_log(log)
         else:
-            reference = _score(preparation.corpus, preparation, _source(preparation, "retain").load())
-    loaded = replace(_source(preparation, "initial"), location=str(folder), revision=None).load()
+            reference = _score(preparation.corpus, preparation, preparation.models.ready_source(RETAIN).load())
+    loaded = replace(preparation.models.ready_source(INITIAL), location=str(folder), revision=None).load()
     split, numbers = preparation.split, []
     for rows in (split.select,) if preparation.spec.split is None else (split.select, split.report):
         # The trial's own batches: in other company the last bits of an answer's loss may differ.
         corpus = take_items(preparation.corpus, rows)
         against = None if reference is None else reference.take(rows, corpus.set_hashes)
-        numbers.append(measure(_score(corpus, preparation, loaded), against, preparation.spec.definition))
+        numbers.append(task_of(corpus).evaluate(_score(corpus, preparation, loaded), against, preparation.spec.definition))
     return numbers[0], numbers[1] if len(numbers) > 1 else None
 
 
 def _score(corpus: Corpus, preparation: PreparedStudy, loaded: LoadedModel) -> Report:
-    return scorer_of(corpus, loaded.prompts, preparation.scoring).score(loaded)
+    return task_of(corpus).scorer(corpus, loaded.prompts, preparation.scoring).score(loaded)
 
 
 def _tolerances(spec: StudySpec, preparation: PreparedStudy, low_rank: bool) -> dict[str, float]:
@@ -175,21 +169,19 @@ def _tolerances(spec: StudySpec, preparation: PreparedStudy, low_rank: bool) -> 
 
     KS statistic and accuracies move in steps of one item, so a merged adapter may differ by a step or two.
     """
+    checked = TASKS[spec.corpus.task].checked
     if not low_rank:
-        return dict.fromkeys(checked_numbers(spec), SAME)
+        return dict.fromkeys(checked, SAME)
     steps = {name: 2 / len(rows) for name, rows in preparation.split.select.items()}
-    if spec.corpus.kind == "multiple_choice":
-        return {"forget_accuracy": steps["forget"], "utility_accuracy": steps["utility"]}
-    return {"ks_statistic": steps["forget"], "model_utility": MERGED}
+    allowed = {"ks_statistic": steps["forget"], "model_utility": MERGED}
+    allowed |= {f"{name}_accuracy": step for name, step in steps.items()}
+    return {name: allowed[name] for name in checked}
 
 
 def _require_same(recipe: Recipe, metrics: Numbers, allowed: Mapping[str, float]) -> None:
-    if isinstance(metrics, ChoiceMetrics):
-        got = {"forget_accuracy": metrics.forget.accuracy, "utility_accuracy": metrics.utility.accuracy}
-    else:
-        quality = metrics.forget_quality
-        assert quality is not None
-        got = {"ks_statistic": quality.ks_statistic, "model_utility": metrics.model_utility}
+    task = TASKS[recipe.spec.corpus.task]
+    numbers = task.numbers(metrics)
+    got = {name: float(numbers[name]) for name in task.checked}
     wrong = [
         f"{name}: trial {recipe.expected[name]:.6g}, export {value:.6g}, apart by {abs(value - recipe.expected[name]):.2g}"
         for name, value in got.items()
@@ -222,8 +214,9 @@ def _origin(recipe: Recipe) -> str:
 
 
 def _card(recipe: Recipe, metrics: Numbers, held_out: Numbers | None, form: str) -> str:
-    rows = _card_rows(metrics)
-    other = {} if held_out is None else _card_rows(held_out)
+    card_rows = TASKS[recipe.spec.corpus.task].card_rows
+    rows = card_rows(metrics)
+    other = {} if held_out is None else card_rows(held_out)
     heads = (
         "| metric | value |\n|---|---|"
         if held_out is None
@@ -254,23 +247,3 @@ Numbers by the metric definition `{metrics.definition}`, scored after this expor
 
 Rebuild it from `{RECIPE_FILE}`: `uipe rebuild {RECIPE_FILE} --to DIR --as {form}`.
 """
-
-
-def _card_rows(metrics: Numbers) -> dict[str, str]:
-    if isinstance(metrics, ChoiceMetrics):
-        sets = {"forget": metrics.forget, "utility": metrics.utility}
-        rows = {
-            f"{name} accuracy (chance {each.chance:.4f})": f"{each.accuracy:.4f} ± {each.standard_error:.4f}"
-            for name, each in sets.items()
-        }
-        rows["mean probability of the right forget answer"] = f"{metrics.forget.answer_probability:.4f}"
-        return {**rows, "forget accuracy below chance": "yes: answers known and avoided" if metrics.below_chance else "no"}
-    quality = metrics.forget_quality
-    assert quality is not None
-    return {
-        "model utility": f"{metrics.model_utility:.4f}",
-        "forget quality (p)": f"{quality.p_value:.3g}",
-        "log10 forget quality": f"{quality.log10_p:.3f}",
-        "KS statistic": f"{quality.ks_statistic:.4f}",
-        **{name: f"{value:.4f}" for name, value in {**metrics.components, **metrics.forget}.items()},
-    }

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from search.evaluation.task import TASKS
 from search.spec.study import RUNNING_KEYS, StudySpec
 from uipe_core.errors import UserError, first_line
 
@@ -93,7 +94,7 @@ def _require_whole(recipe: Recipe) -> None:
         raise ValueError(f"point.base is {recipe.base!r}, its study has {', '.join(epochs)}")
     if not 1 <= recipe.epoch <= epochs[recipe.base]:
         raise ValueError(f"point.epoch is {recipe.epoch}, its study has 1 to {epochs[recipe.base]}")
-    numbers = [recipe.alpha, *(float(recipe.expected[name]) for name in checked_numbers(recipe.spec))]
+    numbers = [recipe.alpha, *(float(recipe.expected[name]) for name in TASKS[recipe.spec.corpus.task].checked)]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("alpha or an expected number is not finite")
 
@@ -108,7 +109,9 @@ def recipe_of(record: Mapping[str, Any], spec: StudySpec, row: Mapping[Any, Any]
     """
     objectives = spec.objectives
     p_values = [objective.p_value for objective in objectives if objective.p_value is not None]
-    names = dict.fromkeys(["definition", *(objective.name for objective in objectives), *p_values, *checked_numbers(spec)])
+    names = dict.fromkeys(
+        ["definition", *(objective.name for objective in objectives), *p_values, *TASKS[spec.corpus.task].checked]
+    )
     expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}
     delta = record["base_runs"][row["base"]]["delta"]
     provenance = {name: record[name] for name in ("models", "versions")} | {"corpus": record["corpus"]["name"], "delta": delta}
@@ -122,9 +125,3 @@ def recipe_of(record: Mapping[str, Any], spec: StudySpec, row: Mapping[Any, Any]
         expected=expected,
         provenance=provenance,
     )
-
-
-def checked_numbers(spec: StudySpec) -> tuple[str, str]:
-    """The numbers by which an export is known to be its trial: one of forgetting, one of utility."""
-    choices = spec.corpus.kind == "multiple_choice"
-    return ("forget_accuracy", "utility_accuracy") if choices else ("ks_statistic", "model_utility")

@@ -15,6 +15,7 @@ import pandas as pd
 from search.evaluation.pruning import pruned_table, savings
 from search.problem.objectives import Objective, quality_floor
 from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
+from search.problem.trial import INITIAL, RETAIN
 from search.results import finalists
 from search.results.recipe import recipe_of
 from search.results.uncertainty import certainty
@@ -133,7 +134,7 @@ class StudyResult:
     @cached_property
     def certainty(self) -> pd.DataFrame:
         """How sure every trial's objectives are (`search.results.uncertainty.certainty`)."""
-        retain = self.control("retain")
+        retain = self.control(RETAIN)
         return certainty(self.store, self.trials, None if retain is None else int(retain["trial"]))
 
     @cached_property
@@ -208,7 +209,7 @@ class StudyResult:
             return front.iloc[knee(points)]
         if not 0 < floor <= 1:
             raise UserError(f"--floor: {floor:g} is not a share of the initial model's utility; give a number above 0, up to 1")
-        initial = self.control("initial")
+        initial = self.control(INITIAL)
         if initial is None:
             raise UserError(f"{self.out}: the initial model has not been scored yet; finish the study with `uipe run`")
         return front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
@@ -233,7 +234,7 @@ class StudyResult:
         alpha = 0) and of that together with all trials, trials of alpha >= 0, or random directions."""
         given = self.trials[self.trials["alpha"] == 0]
         longer = self.trials[self.trials["alpha"] >= 0]
-        initial = self.controls[self.controls["kind"] == "initial"]
+        initial = self.controls[self.controls["kind"] == INITIAL]
         random = self.controls[self.controls["kind"] == "random_direction"]
         return {
             "front": self._volume(self.trials, initial),

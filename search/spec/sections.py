@@ -155,6 +155,12 @@ class PretrainedModel(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    def places(self) -> dict[str, str]:
+        """Return the models and logs that are named, by key."""
+        others = {f"other_retain[{number}]": place for number, place in enumerate(self.other_retain)}
+        given = {"initial": self.initial, "retain": self.retain, **others, "never_finetuned": self.never_finetuned}
+        return {key: place for key, place in given.items() if place}
+
     @field_validator("prompt_format")
     @classmethod
     def _format_exists(cls, value: str | None) -> str | None:

@@ -196,6 +196,10 @@ class StudySpec(Section):
         trained = {} if self.unlearning is None else {run.label: self.unlearning.epochs for run in self.variants()}
         return {**trained, **{label: len(folders) for label, folders in self.checkpoints.items()}}
 
+    def methods(self) -> dict[str, str]:
+        """Method by base run; a given checkpoint goes by its label."""
+        return {**{run.label: run.method for run in self.variants()}, **{label: label for label in self.checkpoints}}
+
     def fingerprint_payload(self) -> dict[str, Any]:
         """What makes this study this study, ready for JSON.
 

@@ -25,7 +25,7 @@ from sqlalchemy import make_url
 
 from search.problem.objectives import Objective, forget_quality_cap, reference_point
 from search.problem.space import own_epoch, sampled_epoch
-from search.problem.trial import POINT_KINDS, TrialSpec
+from search.problem.trial import TrialSpec
 from search.spec.redaction import without_password
 from search.spec.study import StudySpec
 from search.store.ask_tell import InMemoryStudy
@@ -249,8 +249,8 @@ class StudyStore:
             self.fail(job, number, reason)
             return reason
         if items is not None:
-            self._items.write(number, items, _is_control(job))
-        self._end(_is_control(job), number, TrialState.COMPLETE, evidence, list(values.values()))
+            self._items.write(number, items, job.is_control)
+        self._end(job.is_control, number, TrialState.COMPLETE, evidence, list(values.values()))
         return None
 
     def prune(self, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
@@ -268,7 +268,7 @@ class StudyStore:
 
     def fail(self, job: TrialSpec, number: int, reason: str) -> None:
         """Ends a trial as FAIL with its reason."""
-        self._end(_is_control(job), number, TrialState.FAIL, {"reason": reason})
+        self._end(job.is_control, number, TrialState.FAIL, {"reason": reason})
 
     def items(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
         """Per-item arrays of a complete trial by ``set/measurement``; None where it has none (a study of an older version).
@@ -373,10 +373,6 @@ class StudyStore:
                 raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
             opened.append(TrialTable(self._database, study, self.record["storage"]))
         self._points, self._controls = opened
-
-
-def _is_control(job: TrialSpec) -> bool:
-    return job.kind not in POINT_KINDS
 
 
 def evidence_table(trials: Iterable[FrozenTrial], objectives: Sequence[str]) -> pd.DataFrame:

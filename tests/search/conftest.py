@@ -270,14 +270,15 @@ def study_context(finished, preparation):
     from uipe_core.logs.tofu import read_log
     from uipe_core.models.tiny import tiny_model
 
-    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
+    folder = tiny_model(preparation.models.config, preparation.corpus, "full", preparation.models.store)
     return StudyContext(
         corpus=preparation.corpus,
         split=preparation.split,
-        source=preparation.source("initial", str(folder)),
+        source=preparation.models.source("initial", str(folder)),
         deltas=preparation.delta_root,
-        methods={run.label: run.method for run in preparation.spec.variants()},
-        references={model.name: read_log(finished.out / "logs" / f"{model.name}.json") for model in preparation.references},
+        references={
+            model.name: read_log(finished.out / "logs" / f"{model.name}.json") for model in preparation.models.references()
+        },
         scoring=preparation.scoring,
         definition="tofu",
         seed=0,

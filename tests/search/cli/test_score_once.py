@@ -30,7 +30,8 @@ def models(preparation):
     """Folders of the study's initial and retain model."""
     stages = {"initial": "full", "retain": "retain"}
     return {
-        name: tiny_model(preparation.tiny, preparation.corpus, stage, preparation.model_store) for name, stage in stages.items()
+        name: tiny_model(preparation.models.config, preparation.corpus, stage, preparation.models.store)
+        for name, stage in stages.items()
     }
 
 
@@ -97,8 +98,8 @@ def test_a_log_of_open_unlearning_serves_as_the_retain_model_of_a_study(models, 
     study = load_study(write_study(tmp_path / "study.yaml", model=model))
     assert check_inputs(study) == []
     preparation = prepare(study)
-    assert preparation.models["retain"].startswith("log:")
-    reference = read_log(preparation.retain_log)
+    assert preparation.models.identities["retain"].startswith("log:")
+    reference = read_log(preparation.models.retain_log)
     own = {name: read_log(finished.out / "logs" / f"{name}.json") for name in ("initial", "retain")}
     found, expected = (evaluate(own["initial"], other) for other in (reference, own["retain"]))
     assert found.forget_quality == expected.forget_quality

@@ -264,13 +264,12 @@ def evaluator(choice_result, spec, corpus=None):
     from search.evaluation.evaluator import Evaluator, StudyContext
 
     preparation = prepare(spec)
-    source = preparation.source("initial", str(preparation.model_store.find(preparation.models["initial"])))
+    source = preparation.models.source("initial", str(preparation.models.store.find(preparation.models.identities["initial"])))
     context = StudyContext(
         corpus=corpus or preparation.corpus,
         split=preparation.split,
         source=source,
         deltas=preparation.delta_root,
-        methods={run.label: run.method for run in spec.variants()},
         references={"initial": read_choice_log(choice_result.out / "logs" / "initial.json")},
         scoring=preparation.scoring,
         definition=spec.definition,
@@ -296,14 +295,15 @@ def test_halves_are_scored_apart(choice_result, world):
     halves = evaluator(choice_result, spec)
     point = ("grad_diff", int(whole["epoch"]), float(whole["alpha"]))
     kinds = {"search": TrialSpec("search", *point), "held_out": TrialSpec("held_out", *point, of_trial=1)}
-    (selected, shorter), (reported, longer) = (halves.evaluate(with_delta(spec, job)) for job in kinds.values())
+    found = [halves.evaluate(with_delta(spec, job)) for job in kinds.values()]
+    (selected, shorter), (reported, longer) = ((metrics.as_dict(), report) for metrics, report in found)
     sizes = {name: (len(shorter.sets[name]), len(longer.sets[name])) for name in ("forget", "utility")}
     assert sizes == {"forget": (8, 12), "utility": (11, 17)}
     for name, (few, many) in sizes.items():
         accuracy = (few * selected[f"{name}_accuracy"] + many * reported[f"{name}_accuracy"]) / (few + many)
         assert accuracy == pytest.approx(whole[f"{name}_accuracy"])
     initial, _ = halves.evaluate(TrialSpec("held_out", model="initial"))
-    assert initial["forget_accuracy"] > 0.9
+    assert initial.numbers["forget_accuracy"] > 0.9
 
 
 def test_how_sure_the_front_is(choice_result):
@@ -324,7 +324,8 @@ def test_an_evaluator_flags_below_chance(choice_result):
     turned = tuple(replace(item, answer=(item.answer + 1) % 4) for item in preparation.corpus.choices["forget"])
     corpus = replace(preparation.corpus, choices={**preparation.corpus.choices, "forget": turned})
     job = with_delta(spec, TrialSpec("search", "grad_diff", 1, -1.0))
-    evidence, report = evaluator(choice_result, spec, corpus).evaluate(job)
+    metrics, report = evaluator(choice_result, spec, corpus).evaluate(job)
+    evidence = metrics.as_dict()
     assert evidence["forget_accuracy"] < 0.1
     assert evidence["forgetting_to_chance"] == 0.0
     assert evidence["below_chance"] is True

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from search.evaluation.controls import control_jobs
+from search.evaluation.controls import given_controls
 from search.evaluation.inputs import check_inputs
 from search.evaluation.prepared import prepare
 from search.problem.space import Point, own_epoch, sampled_epoch
@@ -38,10 +38,10 @@ SHIPPED = Path(__file__).parents[3] / "studies" / "my_checkpoints.yaml"
 def world(preparation, finished, tmp_path_factory):
     """Models on disk as a user has them: an initial model, a retain model's log, a trainer's folder, an adapter."""
     root = tmp_path_factory.mktemp("theirs")
-    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
+    folder = tiny_model(preparation.models.config, preparation.corpus, "full", preparation.models.store)
     shutil.copytree(folder, root / "initial")
     shutil.copy(finished.out / "logs" / "retain.json", root / "retain.json")
-    source = preparation.source("initial", str(folder))
+    source = preparation.models.source("initial", str(folder))
     config = UnlearningConfig("grad_diff", {"retain_weight": 2.0}, epochs=2, learning_rate=2e-3, weight_decay=0.0)
     loaded = source.load()
     steps = ("checkpoint-2", "checkpoint-10")
@@ -113,9 +113,9 @@ def test_theta_zero_scores_as_the_checkpoint_itself(ran, world, preparation):
     # The weights are the same bits (next test); how they lie in memory can move a sum in its last digits.
     reference = read_log(world / "retain.json")
     scoring = prepare(ran.spec).scoring
-    source = preparation.source("initial", str(world / "initial"))
+    source = preparation.models.source("initial", str(world / "initial"))
     for epoch, name in ((1, "checkpoint-2"), (2, "checkpoint-10")):
-        loaded = preparation.source("initial", str(world / "trainer" / name)).load()
+        loaded = preparation.models.source("initial", str(world / "trainer" / name)).load()
         metrics = evaluate(Scorer(preparation.corpus, loaded.prompts, scoring).score(loaded), reference)
         row = row_at(ran, "mine", epoch)
         assert row["model_utility"] == pytest.approx(metrics.model_utility, abs=1e-7)
@@ -196,7 +196,7 @@ def test_only_trained_base_runs_have_a_next_epoch(world):
     unlearning = {"methods": {"npo": {"beta": 1}}, "epochs": 3, "learning_rate": 0.002}
     preparation = prepare(load_study(study_of(world, unlearning=unlearning)))
     assert preparation.spec.base_epochs() == {"npo": 3, "lora": 1, "mine": 2}
-    jobs = control_jobs(preparation)
+    jobs = given_controls(preparation)
     assert [(job.base, job.epoch) for job in jobs if job.kind == "next_epoch"] == [("npo", 4)]
 
 

@@ -71,7 +71,9 @@ class TrapForCausalLM(LlamaForCausalLM):
 def trapped(preparation, finished, tmp_path_factory):
     """An initial model with its code, a checkpoint for each kind, and the log of a retain model."""
     root = tmp_path_factory.mktemp("trapped")
-    shutil.copytree(tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store), root / "initial")
+    shutil.copytree(
+        tiny_model(preparation.models.config, preparation.corpus, "full", preparation.models.store), root / "initial"
+    )
     shutil.copy(finished.out / "logs" / "retain.json", root / "retain.json")
     (root / "initial" / "modeling_trap.py").write_text(CODE.format(kinds=KINDS))
     config = root / "initial" / "config.json"

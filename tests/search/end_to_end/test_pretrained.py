@@ -157,7 +157,7 @@ def test_the_same_study_with_an_adapter_gives_low_rank_updates(study, model_fold
     adapter = {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}
     preparation = prepare(load_study(study({"adapter": adapter, "epochs": 1, "learning_rate": 0.02})))
     run = preparation.spec.variants()[0]
-    source = preparation.source("initial")
+    source = preparation.models.source("initial")
     (epoch,) = train_base_run(source.load(dtype="auto"), preparation.corpus, preparation.unlearning(run))
     loaded = source.load()
     scorer = Scorer(preparation.corpus, loaded.prompts, preparation.scoring)
@@ -172,7 +172,7 @@ def test_the_prompt_format_is_part_of_what_identifies_study_and_base_runs(study)
     run = own.spec.variants()[0]
     assert own.fingerprint != other.fingerprint
     assert own.base_run_inputs(own.unlearning(run)) != other.base_run_inputs(other.unlearning(run))
-    assert (own.source("initial").prompt_format, other.source("initial").prompt_format) == ("llama3", None)
+    assert (own.models.source("initial").prompt_format, other.models.source("initial").prompt_format) == ("llama3", None)
 
 
 @pytest.mark.parametrize("name", ["llama3", None])

@@ -108,12 +108,12 @@ def test_flags_are_for_utility_above_both_references(result):
 
 
 def test_points_at_alpha_zero_are_the_unlearned_models_themselves(result, preparation):
-    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
+    folder = tiny_model(preparation.models.config, preparation.corpus, "full", preparation.models.store)
     rows = preparation.split.select
     corpus = take_items(preparation.corpus, rows)
     reference = read_log(result.out / "logs" / "retain.json").take(rows, corpus.set_hashes)
     for run in preparation.spec.variants():
-        loaded = preparation.source("initial", str(folder)).load()
+        loaded = preparation.models.source("initial", str(folder)).load()
         scorer = Scorer(corpus, loaded.prompts, preparation.scoring)
         for epoch in train_base_run(loaded, preparation.corpus, preparation.unlearning(run)):
             if epoch.epoch > preparation.spec.unlearning.epochs:

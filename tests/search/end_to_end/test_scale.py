@@ -246,7 +246,7 @@ def test_tune_keeps_nothing_of_what_trials_returned(finished):
     states = [json.loads(path.read_text()) for path in (finished.out / "ray").glob("tune-*/experiment_state-*.json")]
     trials = [trial for state in states for trial in state["trial_data"]]
     assert len(trials) > 10
-    assert all("items" not in metadata and "evidence" not in metadata for _, metadata in trials)
+    assert all("items" not in metadata and "metrics" not in metadata for _, metadata in trials)
 
 
 @pytest.mark.slow

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from search.evaluation.controls import CONTROLS
 from search.evaluation.evaluator import Evaluator
-from search.problem.trial import CONTROL_KINDS, POINT_KINDS, TrialSpec
+from search.problem.trial import POINT_KINDS, TrialSpec, identity
 
 
 @pytest.fixture(scope="module")
@@ -20,10 +21,16 @@ def evaluator(study_context):
     torch.set_num_threads(threads)
 
 
+def evidence_of(evaluator, job):
+    """What a trial carries: what the driver knows of it, and what its worker returns."""
+    metrics, _ = evaluator.evaluate(job)
+    return {**identity(job, {"grad_diff": "grad_diff", "npo": "npo"}), **metrics.as_dict()}
+
+
 @pytest.fixture(scope="module")
 def evaluate(evaluator, with_delta):
     """The evidence of a job."""
-    return lambda job: evaluator.evaluate(with_delta(job))[0]
+    return lambda job: evidence_of(evaluator, with_delta(job))
 
 
 def numbers(evidence):
@@ -90,7 +97,7 @@ def test_evidence_is_json_of_finite_numbers(evaluate):
     jobs += [TrialSpec("temperature", temperature=0.5), TrialSpec("held_out", "npo", 1, 0.5, of_trial=1)]
     jobs += [TrialSpec("matched_scale", "npo", 1, 0.5, temperature=1.1, of_trial=1), TrialSpec("held_out", model="retain")]
     jobs += [TrialSpec("never_finetuned", model="never_finetuned"), TrialSpec("other_retain", model="other_retain-1")]
-    assert {job.kind for job in jobs} == {*POINT_KINDS, *CONTROL_KINDS} - {"confirm", "dial"}
+    assert {job.kind for job in jobs} == {*POINT_KINDS, *CONTROLS} - {"confirm", "dial"}
     for job in jobs:
         evidence = json.loads(json.dumps(evaluate(job), allow_nan=False))
         assert len(evidence["components"]) == 9
@@ -142,7 +149,7 @@ def test_item_scores_travel_as_text(evaluator, with_delta):
 
 def test_smaller_batches_give_the_same_numbers_and_say_so(evaluator, with_delta):
     job = with_delta(TrialSpec("search", "npo", 1, 0.5))
-    whole, _ = evaluator.evaluate(job)
+    whole = evidence_of(evaluator, job)
     assert "batch_size" not in whole
     narrow = Evaluator(evaluator.context)
 
@@ -151,7 +158,7 @@ def test_smaller_batches_give_the_same_numbers_and_say_so(evaluator, with_delta)
             raise MemoryError
 
     narrow.loaded.model.register_forward_pre_hook(no_room_for_more_than_four, with_kwargs=True)
-    half, _ = narrow.evaluate(job)
+    half = evidence_of(narrow, job)
     assert half.pop("batch_size") < evaluator.context.scoring.batch_size
     assert half["model_utility"] == pytest.approx(whole["model_utility"], abs=1e-6)
     assert half["log10_forget_quality"] == pytest.approx(whole["log10_forget_quality"], abs=1e-9)

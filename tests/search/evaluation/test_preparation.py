@@ -22,7 +22,7 @@ def prepared(write_study, tmp_path):
 
 @pytest.fixture(scope="session")
 def model_folder(preparation, finished, tmp_path_factory):
-    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
+    folder = tiny_model(preparation.models.config, preparation.corpus, "full", preparation.models.store)
     copy = tmp_path_factory.mktemp("models") / "initial"
     return shutil.copytree(folder, copy)
 
@@ -78,7 +78,7 @@ def test_a_constant_schedule_trains_the_epoch_that_serves_as_control(prepared):
 def test_caches_follow_the_study_then_the_environment(prepared, place, tmp_path):
     assert prepared().delta_root == place["cache"] / "deltas"
     assert prepared(cache={"deltas": "mine"}).delta_root == tmp_path / "mine"
-    assert prepared(cache={"models": "mine"}).model_store.root == tmp_path / "mine"
+    assert prepared(cache={"models": "mine"}).models.store.root == tmp_path / "mine"
 
 
 def test_the_corpus_follows_the_seed(prepared):
@@ -91,7 +91,7 @@ def test_a_model_folder_is_known_by_its_content_wherever_it_lies(prepared, model
     here = prepared(**pretrained(model_folder, log))
     moved = prepared(**pretrained(shutil.copytree(model_folder, tmp_path / "moved"), log))
     assert here.fingerprint == moved.fingerprint
-    assert here.retain_log == log
+    assert here.models.retain_log == log
     config = tmp_path / "moved" / "config.json"
     config.write_text(config.read_text().replace("\n", "\n\n", 1))
     assert prepared(**pretrained(tmp_path / "moved", log)).fingerprint != here.fingerprint
@@ -131,8 +131,8 @@ def test_a_damaged_model_folder_is_refused_before_anything_is_spent(
 def test_small_models_can_spell_refusals_where_a_method_writes_them_and_are_what_they_were_elsewhere(prepared):
     with_it = prepared(unlearning={"methods": {"npo": {}, "idk_dpo": {}}})
     without = prepared(unlearning={"methods": {"npo": {}, "simnpo": {}}})
-    assert with_it.tiny.extra_texts == REFUSALS
-    assert without.tiny == prepared().tiny
+    assert with_it.models.config.extra_texts == REFUSALS
+    assert without.models.config == prepared().models.config
     assert without.models == prepared().models
     assert with_it.models != without.models
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from optuna.trial import TrialState
 
 from search.evaluation.evaluator import Evaluator
-from search.evaluation.pruning import MOST, Rivals, bounds, certificate
+from search.evaluation.metrics import TrialMetrics
+from search.evaluation.pruning import MOST, Rivals, bounds, dominating_rival
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
@@ -21,7 +22,7 @@ from search.execution.workers import pack_arrays
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
 from search.problem.pareto import hypervolume, non_dominated
 from search.problem.space import Point
-from search.problem.trial import TrialSpec
+from search.problem.trial import TrialSpec, identity
 from search.report.html import write_report
 from search.results.status import status_of
 from search.results.study_result import StudyResult
@@ -126,7 +127,7 @@ def searched(seed, trials, at_once, definition, names):
         if len(handed_out) == at_once or number == trials - 1:
             for row, report, known in handed_out:
                 for stage, part in in_part(report):
-                    if certificate(stage, bounds(part, reference, definition, names), known) is not None:
+                    if dominating_rival(stage, bounds(part, reference, definition, names), known) is not None:
                         break
                 else:
                     complete.append(row)
@@ -213,8 +214,8 @@ def test_equal_numbers_dominate_nothing():
     rivals.add(*evidence_of(2, -1.0, 0.5))
     known = rivals.of(-0.5)
     assert len(known) == 2
-    assert certificate("retain", dict(zip(TWO, (-1.0, 0.5), strict=True)), known) is None
-    found = certificate("retain", dict(zip(TWO, (-1.0, 0.4), strict=True)), known)
+    assert dominating_rival("retain", dict(zip(TWO, (-1.0, 0.5), strict=True)), known) is None
+    found = dominating_rival("retain", dict(zip(TWO, (-1.0, 0.4), strict=True)), known)
     assert found == {
         "stage": "retain",
         "bound": {TWO[0]: -1.0, TWO[1]: 0.4},
@@ -235,15 +236,21 @@ def rival(quality, utility):
     return {"trial": 7, "values": {TWO[0]: quality, TWO[1]: utility}}
 
 
+def evaluated(evaluator, job):
+    """What a trial carries, and the scores behind it."""
+    metrics, report = evaluator.evaluate(job)
+    return {**identity(job, {"grad_diff": "grad_diff", "npo": "npo"}), **metrics.as_dict()}, report
+
+
 def numbers(evidence):
     return {key: value for key, value in evidence.items() if not key.startswith("seconds")}
 
 
 def test_a_worker_stops_where_a_rival_dominates_what_may_come(evaluator, with_delta):
     job = with_delta(TrialSpec("search", "grad_diff", 2, 1.0))
-    whole, report = evaluator.evaluate(job)
+    whole, report = evaluated(evaluator, job)
     # Nobody has a utility above 1, so only a perfect model ends a trial after its forget set.
-    first, part = evaluator.evaluate(replace(job, rivals=(rival(-100.0, 1.0), rival(0.0, 1.0))))
+    first, part = evaluated(evaluator, replace(job, rivals=(rival(-100.0, 1.0), rival(0.0, 1.0))))
     assert (first["pruned"]["stage"], list(part.sets)) == ("forget", ["forget"])
     assert first["pruned"]["bound"] == {TWO[0]: whole[TWO[0]], TWO[1]: 1.0}
     assert first["pruned"]["values"] == rival(0.0, 1.0)["values"]
@@ -251,12 +258,12 @@ def test_a_worker_stops_where_a_rival_dominates_what_may_come(evaluator, with_de
     for key in ("kind", "base", "method", "epoch", "alpha", "walk", "definition", "update_norm", "dtype"):
         assert first[key] == whole[key]
     json.dumps(first, allow_nan=False)
-    later, part = evaluator.evaluate(replace(job, rivals=(rival(0.0, utility_bound(without_rouge(report)) + 1e-6),)))
+    later, part = evaluated(evaluator, replace(job, rivals=(rival(0.0, utility_bound(without_rouge(report)) + 1e-6),)))
     assert later["pruned"]["stage"] == "retain"
     assert whole[TWO[1]] <= later["pruned"]["bound"][TWO[1]] < 1.0
     assert all(np.array_equal(values, report.arrays()[key]) for key, values in part.arrays().items())
     # A rival that is no better changes nothing.
-    same, _ = evaluator.evaluate(replace(job, rivals=(rival(whole[TWO[0]], whole[TWO[1]]),)))
+    same, _ = evaluated(evaluator, replace(job, rivals=(rival(whole[TWO[0]], whole[TWO[1]]),)))
     assert numbers(same) == numbers(whole)
 
 
@@ -299,7 +306,9 @@ class Driver:
     def work(self, evaluate):
         while isinstance(found := self.searcher.suggest(str(self.asked)), dict):
             evidence, items = evaluate(TrialSpec.from_text(found["job"]))
-            result = {"evidence": json.dumps(evidence)} | ({} if items is None else {"items": pack_arrays(items)})
+            numbers = {name: value for name, value in evidence.items() if name not in ("definition", "pruned")}
+            metrics = TrialMetrics("tofu", numbers, pruned=evidence.get("pruned"))
+            result = {"metrics": metrics.as_text()} | ({} if items is None else {"items": pack_arrays(items)})
             self.searcher.on_trial_complete(str(self.asked), result)
             assert self.searcher.error is None
             self.asked += 1
@@ -449,7 +458,7 @@ def test_a_grid_ends_with_the_same_front(new_store, evaluator, with_delta, tmp_p
         jobs = [*GIVEN, *(TrialSpec("search", **point.params) for point in store.spec.grid_points())]
 
         def evaluate_for(job):
-            evidence, report = evaluator.evaluate(with_delta(job))
+            evidence, report = evaluated(evaluator, with_delta(job))
             return evidence, report.arrays()
 
         Driver(store, jobs).work(evaluate_for)

@@ -1,6 +1,7 @@
 """How base runs and trials share a cluster, and how much a cluster holds."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -56,7 +57,7 @@ def test_base_runs_start_one_fewer_beside_trials():
     assert runs.startable(beside_trials=False) == ["a", "b", "c"]
     for name in "abc":
         runs.start(name)
-    runs.publish("a", ("k",))
+    runs.publish("a", SimpleNamespace(keys=("k",)))
     assert (runs.missing, runs.trials_at_once()) == (4, 1)
     assert runs.startable(beside_trials=True) == []
     runs.fail("b", "no memory")

@@ -37,12 +37,12 @@ def test_a_study_trained_by_two_processes_has_the_base_runs_of_one(adapter, writ
     assert json.loads(driver.stdout)["trials"] == {"complete": 4 + 2, "pruned": 0, "failed": 0, "running": 0}
     assert "unlearning: kl_min" in driver.stderr
     single = prepare(load_study(write_study(tmp_path / "1.yaml", **changes)))
-    folder = tiny_model(single.tiny, single.corpus, "full", single.model_store)
+    folder = tiny_model(single.models.config, single.corpus, "full", single.models.store)
     for run in single.spec.variants():
         config = single.unlearning(run)
         # The same address: the number of processes is no input of a base run.
         found = DeltaStore(single.delta_root).find(single.base_run_inputs(config))
-        epochs = list(train_base_run(single.source("initial", str(folder)).load(), single.corpus, config))
+        epochs = list(train_base_run(single.models.source("initial", str(folder)).load(), single.corpus, config))
         assert [record["epoch"] for record in found.epochs] == [result.epoch for result in epochs]
         for result, record in zip(epochs, found.epochs, strict=True):
             shared = found.load(result.epoch)

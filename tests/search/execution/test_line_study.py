@@ -10,7 +10,6 @@ from optuna.trial import TrialState
 from benchmarks.recorded.record import gram_of_study
 from search.evaluation.evaluator import StudyContext
 from search.evaluation.prepared import prepare
-from search.evaluation.task import read_report
 from search.execution.base_runs import BaseRuns
 from search.execution.capacity import ClusterCapacity
 from search.execution.line_inputs import InnerProducts, line_sampler
@@ -22,6 +21,7 @@ from search.spec.study import load_study
 from search.store.study_store import StudyStore
 from uipe_core.deltas.gram import gram_matrix
 from uipe_core.deltas.store import DeltaStore
+from uipe_core.logs.tofu import read_log
 from uipe_core.models.loading import ModelSource
 
 
@@ -94,13 +94,13 @@ def test_while_a_study_runs_workers_are_asked_for_what_has_come_only(result, pre
 
     with connected(result.spec, tmp_path, Bars(quiet=True)):
         products = begun(preparation.delta_root)
-        runs.publish("npo", tuple(published["npo"][0]))
+        runs.publish("npo", SimpleNamespace(keys=tuple(published["npo"][0])))
         first = products.lines()
         assert first.vectors == {("npo", 1): 0, ("npo", 2): 1}
         # What is known is not read again: it comes back as it went, whatever it was.
         keep_gram(tmp_path / FILE, StudyGram({"npo": published["npo"]}, 7 * np.eye(2)))
         products = begun(preparation.delta_root)
-        runs.publish("grad_diff", tuple(published["grad_diff"][0]))
+        runs.publish("grad_diff", SimpleNamespace(keys=tuple(published["grad_diff"][0])))
         assert products.lines().gram.shape == (2, 2)
         for _ in range(600):
             products.poll(0.1)
@@ -157,8 +157,7 @@ def resumed(copied, finished):
         split=preparation.split,
         source=ModelSource("nowhere", "nothing"),
         deltas=preparation.delta_root,
-        methods={},
-        references={name: read_report(copied / "logs" / f"{name}.json", choices=False) for name in names},
+        references={name: read_log(copied / "logs" / f"{name}.json") for name in names},
         scoring=preparation.scoring,
         definition="tofu",
         seed=0,

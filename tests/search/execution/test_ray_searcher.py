@@ -1,12 +1,14 @@
 """The searcher between Ray Tune and the study: which job comes when, and how each ends."""
 
-import json
+import math
 import pickle
+from types import SimpleNamespace
 
 import pytest
 from optuna.trial import TrialState
 from sqlalchemy import event
 
+from search.evaluation.metrics import TrialMetrics
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
@@ -52,7 +54,7 @@ class Harness:
         return TrialSpec.from_text(found["job"]) if isinstance(found, dict) else found
 
     def finish(self, name, evidence):
-        self.searcher.on_trial_complete(str(name), {"evidence": json.dumps(evidence)})
+        self.searcher.on_trial_complete(str(name), {"metrics": TrialMetrics("tofu", evidence).as_text()})
 
     def kill(self, name):
         self.searcher.on_trial_complete(str(name), None, True)
@@ -111,8 +113,12 @@ def test_nothing_to_do_is_finished_at_once(harness):
         (None, True, "died or was killed"),
         (None, False, "died or was killed"),
         ({"reason": "RuntimeError: no memory"}, False, "RuntimeError: no memory"),
-        ({"evidence": json.dumps({"model_utility": 0.5})}, False, "not finite"),
-        ({"evidence": '{"log10_forget_quality": NaN, "model_utility": 0.5}'}, False, "not finite"),
+        ({"metrics": TrialMetrics("tofu", {"model_utility": 0.5}).as_text()}, False, "not finite"),
+        (
+            {"metrics": TrialMetrics("tofu", {"log10_forget_quality": math.nan, "model_utility": 0.5}).as_text()},
+            False,
+            "not finite",
+        ),
     ],
 )
 def test_a_job_without_full_evidence_ends_failed_with_a_reason(harness, result, error, said):
@@ -185,7 +191,7 @@ def test_jobs_wait_for_their_base_run_and_for_nothing_else(harness):
     study = harness(jobs=[late, *GIVEN], there={"npo": ("bb",)}, coming=["grad_diff"])
     assert [study.next(), study.next()] == GIVEN
     assert study.next() is None
-    study.runs.publish("grad_diff", ("cc",))
+    study.runs.publish("grad_diff", SimpleNamespace(keys=("cc",)))
     assert (study.next(), study.polls) == (late, 4)
 
 
@@ -197,7 +203,7 @@ def test_while_base_runs_are_missing_only_those_that_are_there_are_proposed_up_t
     # Five trials on two base runs: two for the first before the other is there.
     assert study.next() is None
     assert study.searcher.has_work() is False
-    study.runs.publish("grad_diff", ("cc",))
+    study.runs.publish("grad_diff", SimpleNamespace(keys=("cc",)))
     rest = [study.next() for _ in range(3)]
     assert all(job.kind == "search" for job in rest)
     assert study.next() is None
@@ -261,10 +267,10 @@ def test_no_more_trials_at_once_than_base_runs_leave_room_for(harness, made_up_e
     study = harness(jobs=[*CONTROLS, *GIVEN], slots=3, coming=["x", "y", "z"])
     job = study.next()
     assert study.next() is None
-    study.runs.publish("x", ("x",))
-    study.runs.publish("y", ("y",))
+    study.runs.publish("x", SimpleNamespace(keys=("x",)))
+    study.runs.publish("y", SimpleNamespace(keys=("y",)))
     assert study.next() is not None and study.next() is None
-    study.runs.publish("z", ("z",))
+    study.runs.publish("z", SimpleNamespace(keys=("z",)))
     assert study.next() is not None and study.next() is None
     study.finish(1, made_up_evidence(job))
     assert study.next() is not None
@@ -284,7 +290,7 @@ def test_idle_workers_give_their_room_back(harness, monkeypatch):
     study.runs.waiting.append("grad_diff")
     assert study.next() == StudySearcher.FINISHED
     study.runs.waiting.clear()
-    study.runs.publish("npo", ("bb",))
+    study.runs.publish("npo", SimpleNamespace(keys=("bb",)))
     assert study.searcher.has_work()
     assert study.next() == GIVEN[0]
 
@@ -320,7 +326,7 @@ def test_a_grid_is_handed_out_once_each_and_less_of_it_without_a_base_run(new_st
 def test_a_trial_may_end_before_its_worker_is_let_go(harness, made_up_evidence):
     study = harness(proposals=2, slots=1)
     job = study.next()
-    study.searcher.on_trial_result("1", {"evidence": json.dumps(made_up_evidence(job))})
+    study.searcher.on_trial_result("1", {"metrics": TrialMetrics("tofu", made_up_evidence(job)).as_text()})
     assert study.store.counts()["complete"] == 1
     study.searcher.on_trial_result("1", {})
     # Its room is taken as long as its worker is held.
@@ -364,7 +370,7 @@ def test_no_plateau_before_all_base_runs_are_there(harness, made_up_evidence):
     for number in range(1, 9):
         study.finish(number, made_up_evidence(study.next()))
     assert study.said == []
-    study.runs.publish("grad_diff", ("aa",))
+    study.runs.publish("grad_diff", SimpleNamespace(keys=("aa",)))
     # Points of the grid are given up, the control is not.
     assert study.next() == CONTROLS[0]
     assert "budget.plateau" in study.said[0]

@@ -69,7 +69,8 @@ def trapped(undisturbed, grid_study, write_study, run_command, tmp_path_factory)
     root = tmp_path_factory.mktemp("trapped")
     preparation = prepare(load_study(grid_study(root)))
     models = {
-        role: tiny_model(preparation.tiny, preparation.corpus, role, preparation.model_store) for role in ("full", "retain")
+        role: tiny_model(preparation.models.config, preparation.corpus, role, preparation.models.store)
+        for role in ("full", "retain")
     }
     full, retain = (load_file(folder / "model.safetensors") for folder in models.values())
     shares = {"initial": 0.0, "near": 0.4, "nearer": 0.7, "nearest": 1.0}

@@ -57,7 +57,7 @@ def test_a_model_export_is_a_complete_model_folder(exported, row):
 
 
 def test_exported_weights_are_the_walk_itself(exported, row, preparation):
-    folder = tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store)
+    folder = tiny_model(preparation.models.config, preparation.corpus, "full", preparation.models.store)
     initial = weights(folder)
     run = next(run for run in preparation.spec.variants() if run.label == row["base"])
     update = (
@@ -72,7 +72,7 @@ def test_exported_weights_are_the_walk_itself(exported, row, preparation):
 def test_at_alpha_zero_the_export_is_the_unlearned_epoch(result, preparation, tmp_path):
     row = result.trials[result.trials["alpha"] == 0].iloc[1]
     folder = result.export(row, tmp_path / "zero", "model")
-    initial = weights(tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store))
+    initial = weights(tiny_model(preparation.models.config, preparation.corpus, "full", preparation.models.store))
     run = next(run for run in preparation.spec.variants() if run.label == row["base"])
     update = (
         DeltaStore(preparation.delta_root)
@@ -120,8 +120,8 @@ def test_an_adapter_is_loaded_by_peft_and_already_scaled(finished, write_study, 
 
     unlearning = {"adapter": {"rank": 4, "alpha": 8}, "methods": {"npo": {"beta": 1}}, "epochs": 1, "learning_rate": 0.02}
     preparation = prepare(load_study(write_study(tmp_path / "lora.yaml", unlearning=unlearning, split=None)))
-    source = preparation.source(
-        "initial", str(tiny_model(preparation.tiny, preparation.corpus, "full", preparation.model_store))
+    source = preparation.models.source(
+        "initial", str(tiny_model(preparation.models.config, preparation.corpus, "full", preparation.models.store))
     )
     run = preparation.spec.variants()[0]
     training = train_base_run(source.load(), preparation.corpus, preparation.unlearning(run))

@@ -14,7 +14,7 @@ from benchmarks.recorded.table import read_table
 from search.problem.pareto import hypervolume
 from uipe_core.errors import UserError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TABLES = sorted((ROOT / "benchmarks" / "tables").glob("*.npz"))
 
 

@@ -1,0 +1,52 @@
+"""Hold the numbers of a scored trial, as a worker returns them and the study stores them."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class TrialMetrics:
+    """Numbers of one scored trial. What the trial is (`search.problem.trial.TrialSpec`) stays with the driver.
+
+    Attributes:
+        definition: Metric definition of every number.
+        numbers: Objectives and metrics by name, ready for JSON; empty for a pruned trial.
+        logit_scale: Spread of the logits relative to the initial model's; None where it was not measured.
+        collapsed: Why the model counts as collapsed (`uipe_core.metrics.collapse`); None where it does not.
+        flagged: The point is suspicious for the reason `search.problem.objectives.flag_of` gives.
+        pruned: The bound a rival dominates (`search.evaluation.pruning.dominating_rival`); None for a trial scored to its end.
+        update_norm: Norm of (1 + alpha) * delta; None where no update vector is involved.
+        dtype, device: What the model was scored in and on.
+        seconds: Wall-clock seconds of the trial.
+        seconds_by_stage: The same by stage.
+        batch_size: Answers per batch, where it is not what the study asked for.
+    """
+
+    definition: str
+    numbers: Mapping[str, Any] = field(default_factory=dict)
+    logit_scale: float | None = None
+    collapsed: str | None = None
+    flagged: bool | None = None
+    pruned: Mapping[str, Any] | None = None
+    update_norm: float | None = None
+    dtype: str | None = None
+    device: str | None = None
+    seconds: float | None = None
+    seconds_by_stage: Mapping[str, float] = field(default_factory=dict)
+    batch_size: int | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything flat, as the columns of a study's tables; unknown values are left out."""
+        known = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "numbers"}
+        return {**self.numbers, **{name: value for name, value in known.items() if value is not None}}
+
+    def as_text(self) -> str:
+        """Return JSON, in which it travels: Tune flattens nested results before its searcher sees them."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_text(text: str) -> "TrialMetrics":
+        """Read what `as_text` wrote."""
+        return TrialMetrics(**json.loads(text))
