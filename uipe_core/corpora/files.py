@@ -1,6 +1,5 @@
 """Data files of corpora: where a data set lies, on the hub or here, and its rows, each with the place an error can name."""
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -8,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, closest, did_you_mean, first_line
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 """Kinds of data files; JSON has one object a line."""
@@ -24,8 +23,8 @@ class Row:
     def get(self, name: str) -> Any:
         """The value of a field; a `UserError` where it is missing."""
         if name not in self.fields:
-            close = difflib.get_close_matches(name, self.fields, n=1)
-            hint = f" Did you mean {name!r} by {close[0]!r}?" if close else ""
+            close = closest(name, self.fields)
+            hint = f" Did you mean {name!r} by {close!r}?" if close else ""
             raise UserError(f"{self.where}: field {name!r} is missing; found: {', '.join(self.fields) or 'none'}.{hint}")
         return self.fields[name]
 
@@ -94,8 +93,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(fields, f"{path}, row {number}")
     except pyarrow.ArrowException as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: not a parquet file that can be read ({reason}); fetch it again") from error
+        raise UserError(f"{path}: not a parquet file that can be read ({first_line(error)}); fetch it again") from error
 
 
 def is_hub_name(source: str) -> bool:
@@ -171,14 +169,11 @@ class DataSet:
             return Path(snapshot_download(self.source, repo_type="dataset", allow_patterns=wanted))
         # The hub client raises errors of its own, of its HTTP library and of the system, without a common base.
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"cannot get the data set {self.source} from the hub ({reason}); check name, network and, where the data set "
-                "wants it, your access; or give a folder or file that holds it"
+                f"cannot get the data set {self.source} from the hub ({first_line(error)}); check name, network and, where the "
+                "data set wants it, your access; or give a folder or file that holds it"
             ) from error
 
 
 def _choice(name: str, present: list[str]) -> str:
-    close = difflib.get_close_matches(name, present, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{', '.join(present) or 'none'}.{hint}"
+    return f"{', '.join(present) or 'none'}.{did_you_mean(name, present)}"

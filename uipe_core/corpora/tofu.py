@@ -3,14 +3,13 @@
 Read from the hub (``locuslab/TOFU``) or from a folder with files of the same names, one JSON object a line.
 """
 
-import difflib
 from dataclasses import replace
 from pathlib import Path
 
 from uipe_core.corpora.files import Row, is_hub_name, read_rows
 from uipe_core.corpora.neighbours import nearest_rows
 from uipe_core.corpora.types import Corpus, Item, ItemSet
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, did_you_mean, first_line
 
 ITEMS_PER_AUTHOR = 20
 """TOFU asks twenty questions about each author, one author after the other."""
@@ -52,9 +51,8 @@ def load_tofu(
             retain items that are also to be forgotten.
     """
     if split not in RETAIN_OF_SPLIT:
-        close = difflib.get_close_matches(split, RETAIN_OF_SPLIT, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"unknown TOFU split {split!r}; known: {', '.join(RETAIN_OF_SPLIT)}.{hint}")
+        known = ", ".join(RETAIN_OF_SPLIT)
+        raise UserError(f"unknown TOFU split {split!r}; known: {known}.{did_you_mean(split, RETAIN_OF_SPLIT)}")
     keep = RETAIN_OF_SPLIT[split] if retain_train is None else retain_train
     folder = _folder(source)
     forget_path = _path(source, folder, f"{split}_perturbed")
@@ -114,9 +112,8 @@ def _path(source: str, folder: Path | None, name: str) -> Path:
         path = folder / f"{name}.json"
         if not path.is_file():
             present = sorted(entry.stem for entry in folder.glob("*.json"))
-            close = difflib.get_close_matches(name, present, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"{path}: no such file; {folder} has {', '.join(present) or 'no .json files'}.{hint}")
+            found = ", ".join(present) or "no .json files"
+            raise UserError(f"{path}: no such file; {folder} has {found}.{did_you_mean(name, present)}")
         return path
     from huggingface_hub import hf_hub_download
 
@@ -124,9 +121,8 @@ def _path(source: str, folder: Path | None, name: str) -> Path:
         return Path(hf_hub_download(source, f"{name}.json", repo_type="dataset"))
     # The hub client raises errors of its own, of its HTTP library and of the system, without a common base.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"cannot get {name}.json of the data set {source} from the hub ({reason}); check name and network, "
+            f"cannot get {name}.json of the data set {source} from the hub ({first_line(error)}); check name and network, "
             "or give a folder that holds the files"
         ) from error
 

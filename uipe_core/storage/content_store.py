@@ -17,10 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from uipe_core.errors import UserError
-from uipe_core.storage.files import file_hash, fsync_path, is_free, write_atomic
+from uipe_core.storage.files import file_hash, fsync_path, is_free, try_lock, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -145,21 +145,16 @@ class ContentStore:
         return None
 
     def unfinished(self) -> list[str]:
-        """Keys of entries that somebody began to write, and that are written no more: their maker holds no lock."""
-        return [path.name for path in sorted((self.root / "tmp").glob("*")) if self._lock_is_free(path.name)]
+        """Return keys of entries left unfinished: started, and no maker holds their lock any more."""
+        keys = [path.name for path in sorted((self.root / "tmp").glob("*"))]
+        return [key for key in keys if not self._lock(key).exists() or is_free(self._lock(key))]
 
     def clear_unfinished(self, key: str) -> bool:
-        """Removes what a maker that was killed left of an entry; False where one is at work on it again."""
-        lock = FileLock(self.root / "locks" / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        try:
-            shutil.rmtree(self.root / "tmp" / key)
-        finally:
-            lock.release()
-        return True
+        """Remove the unfinished files of a maker that was killed; return False if one is at work on the key again."""
+        with try_lock(self._lock(key)) as held:
+            if held:
+                shutil.rmtree(self.root / "tmp" / key)
+        return held
 
     def get_or_make(self, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
         """Folder of the entry for `inputs`; calls `make(empty_folder)` when there is none yet.
@@ -191,10 +186,10 @@ class ContentStore:
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
-        """Holds the lock of an entry, or one of another name; what the system refuses meanwhile becomes a UserError."""
+        """Hold the lock of an entry, or one of another name; an unwritable store raises UserError."""
         with self.as_user_errors():
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / "locks" / f"{key}.lock"):
+            with FileLock(self._lock(key)):
                 yield
 
     @contextmanager
@@ -211,9 +206,8 @@ class ContentStore:
                 "(cache.models and cache.deltas in the study file, or the environment variable UIPE_CACHE)"
             ) from error
 
-    def _lock_is_free(self, key: str) -> bool:
-        path = self.root / "locks" / f"{key}.lock"
-        return not path.exists() or is_free(path)
+    def _lock(self, key: str) -> Path:
+        return self.root / "locks" / f"{key}.lock"
 
     def _intact(self, key: str) -> Path | None:
         folder = self.root / key

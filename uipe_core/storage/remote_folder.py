@@ -9,7 +9,6 @@ import hashlib
 import logging
 import re
 import time
-import uuid
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from functools import partial
@@ -18,6 +17,7 @@ from typing import Any, TypeVar
 
 from uipe_core.errors import UserError, first_line
 from uipe_core.storage.content_store import UNWRITABLE
+from uipe_core.storage.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -71,23 +71,16 @@ class RemoteFolder:
         return with_retry(self.url, read)
 
     def write(self, path: str, content: bytes) -> None:
-        """Writes a small file so that readers see it whole or not at all."""
+        """Write a small file atomically: readers see it whole or not at all."""
 
         def write() -> None:
-            # An object appears when it is complete; a file of a file system needs a rename for that.
             target = self._at(path)
-            temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self._is_local else target
-            self._make_parent(target)
-            try:
-                with self._fs.open_output_stream(temporary) as stream:
-                    stream.write(content)
-                if self._is_local:
-                    self._fs.move(temporary, target)
-            except BaseException:
-                if self._is_local:
-                    with suppress(OSError):
-                        self._fs.delete_file(temporary)
-                raise
+            if self._is_local:
+                write_atomic(Path(target), content)
+                return
+            # An object appears when it is complete.
+            with self._fs.open_output_stream(target) as stream:
+                stream.write(content)
 
         with_retry(self.url, write)
 
