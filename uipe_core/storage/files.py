@@ -27,10 +27,7 @@ def fsync_path(path: Path) -> None:
 
 @contextmanager
 def try_lock(lock: Path) -> Iterator[bool]:
-    """Yield True while holding a file lock, False if another process holds it.
-
-    The lock is the operating system's: that of a dead process is free.
-    """
+    """Yield True while holding a file lock, False if another process holds it; a dead process holds none."""
     held = FileLock(lock)
     try:
         held.acquire(timeout=0)
