@@ -1,18 +1,34 @@
-"""Errors a user meets, each saying what happened and what to do about it."""
+"""Define the errors a user meets and the pieces of their messages."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Bad input: names what is wrong, the value found, and the remedy. The command line exits with 2, without traceback."""
+    """Bad input: the message names key, value and remedy. The command line exits with 2, without traceback."""
 
 
 class StudyInterrupted(Exception):
-    """A study was interrupted; what was done is kept. The command line exits with 130."""
+    """A study was interrupted; finished work is kept. The command line exits with 130."""
 
 
 class ExportMismatchError(Exception):
-    """An export whose numbers, scored afresh, are not the trial's. The command line exits with 1, without traceback."""
+    """An export, scored again, does not have the trial's numbers. The command line exits with 1, without traceback."""
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its type where it says nothing: never empty, and never an error of its own."""
+def first_line(error: object) -> str:
+    """Return the first line of an error's message, or its type where the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name most similar to a misspelt one, ignoring case; None where none is similar."""
+    by_lower = {each.lower(): each for each in known}
+    found = difflib.get_close_matches(name.lower(), by_lower, n=1)
+    return by_lower[found[0]] if found else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return `` Did you mean 'X'?`` with the closest known name, or an empty text."""
+    found = closest(name, known)
+    return f" Did you mean {found!r}?" if found else ""

@@ -8,7 +8,7 @@ import ray
 
 from search.execution.capacity import ClusterCapacity
 from uipe_core.deltas.store import BaseRun
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 from uipe_core.unlearning.training import DivergedError
 
 
@@ -168,4 +168,4 @@ def _reason(cause: Exception) -> str:
     """The cause of a failure in its own words, where they were written for users; else what it is, and its first line."""
     if isinstance(cause, UserError | DivergedError):
         return str(cause)
-    return f"{type(cause).__name__}: {(str(cause).splitlines() or [''])[0]}"
+    return f"{type(cause).__name__}: {first_line(cause)}"

@@ -22,6 +22,7 @@ from search.samplers.gram import Runs, StudyGram, extend_gram
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.checkpoints import import_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
+from uipe_core.errors import first_line
 from uipe_core.models.loading import ModelSource, set_threads
 from uipe_core.models.memory import give_back, ran_out
 from uipe_core.models.skeleton import open_initial
@@ -195,7 +196,7 @@ def score_within_memory(evaluator: Callable[[], Evaluator], job: TrialSpec) -> t
         except Exception as error:
             if not ran_out(error):
                 raise
-            said = str(error).partition("\n")[0] or type(error).__name__
+            said = first_line(error)
         # Not in the handler: the error's traceback refers to everything that took the memory.
         give_back()
     raise OutOfMemory(f"out of memory twice, however small the batches: {said}")

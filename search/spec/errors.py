@@ -3,7 +3,6 @@
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -11,7 +10,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from search.spec.redaction import without_password
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, closest
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands in a study: names of keys, and positions in lists."""
@@ -108,9 +107,8 @@ def key_text(parts: KeyPath) -> str:
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
     """What is known, led by ``Did you mean X?`` when some of it is close to the name."""
-    close = get_close_matches(name.lower(), known, n=1)
-    allowed = f"Allowed: {', '.join(known)}."
-    return f"Did you mean {close[0]}? {allowed}" if close else allowed
+    close, allowed = closest(name, known), f"Allowed: {', '.join(known)}."
+    return f"Did you mean {close}? {allowed}" if close else allowed
 
 
 def key_path(loc: Sequence[str | int], data: object) -> KeyPath:
@@ -253,14 +251,13 @@ def _known_instead(parts: KeyPath, root: type[BaseModel], data: object) -> str:
     candidates = _sections(above, root)
     own = [model for model in candidates if _kind_of(model) in (None, chosen)]
     allowed = [key for model in own for key in model.model_fields]
-    close = get_close_matches(name.lower(), allowed, n=1)
-    if close:
-        return f"Did you mean {key_text((*above, close[0]))}?"
+    if close := closest(name, allowed):
+        return f"Did you mean {key_text((*above, close))}?"
     for model in candidates:
         if name in model.model_fields:
             return f"It belongs to {key_text((*above, 'kind'))}: {_kind_of(model)}. Remove it, or change the kind."
     # Of keys with the same name the one nearest to the top: it comes last, so it stays.
     elsewhere = {path[-1]: key_text(path) for path in sorted(_all_keys(root), key=len, reverse=True)}
-    close = get_close_matches(name.lower(), list(elsewhere), n=1)
-    hint = f"Did you mean {elsewhere[close[0]]}? " if close else ""
+    close = closest(name, elsewhere)
+    hint = f"Did you mean {elsewhere[close]}? " if close else ""
     return f"{hint}Allowed here: {', '.join(allowed)}."

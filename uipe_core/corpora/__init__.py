@@ -1,1 +1,14 @@
-"""Corpora: what to forget and what to keep."""
+"""Load corpora: questions to forget and to keep.
+
+files: data sets of the hub, folders and files, row by row
+multiple_choice: WMDP, MMLU and own multiple-choice questions
+people: a generated world of fictitious people
+refusals: answers such as "I do not know."
+split: selection and reporting halves of a corpus
+tofu: TOFU (arXiv 2401.06121)
+types: Item, ChoiceItem, Corpus and their hashes
+neighbours (private): items of one set nearest to another
+people_facts (private): facts, names and authors of the generated world
+"""
+
+__all__ = ["files", "multiple_choice", "people", "refusals", "split", "tofu", "types"]

@@ -1,6 +1,5 @@
-"""Data files of corpora: where a data set lies, on the hub or here, and its rows, each with the place an error can name."""
+"""Read data sets of the hub, folders and files row by row; errors name file and line."""
 
-import difflib
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -8,44 +7,44 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, closest, did_you_mean, first_line
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
-"""Kinds of data files; JSON has one object a line."""
+"""File types; JSON has one object per line."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One object of a data file, and where it stands there: ``FILE, line 3`` (``row 3`` of a parquet file), from 1."""
+    """One object of a data file with its position: ``FILE, line 3`` (``row 3`` of a parquet file), from 1."""
 
     fields: Mapping[str, Any]
     where: str
 
     def get(self, name: str) -> Any:
-        """The value of a field; a `UserError` where it is missing."""
+        """Return the value of a field; raise UserError if it is missing."""
         if name not in self.fields:
-            close = difflib.get_close_matches(name, self.fields, n=1)
-            hint = f" Did you mean {name!r} by {close[0]!r}?" if close else ""
+            close = closest(name, self.fields)
+            hint = f" Did you mean {name!r} by {close!r}?" if close else ""
             raise UserError(f"{self.where}: field {name!r} is missing; found: {', '.join(self.fields) or 'none'}.{hint}")
         return self.fields[name]
 
     def text(self, name: str) -> str:
-        """The text of a field; a `UserError` where it is missing, no text or blank."""
+        """Return the text of a field; raise UserError if it is missing, not a text, or blank."""
         value = self.get(name)
         if not isinstance(value, str) or not value.strip():
             raise self.error(name, value, "give a text that is not blank")
         return value
 
     def error(self, name: str, value: object, remedy: str) -> UserError:
-        """The error for a field whose value is not what it should be."""
+        """Return a UserError for a field with a wrong value."""
         return UserError(f"{self.where}: field {name!r} is {value!r}; {remedy}")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """The rows of a data file, one after another; blank lines of a JSON file are passed over.
+    """Yield the rows of a data file; blank lines of a JSON file are skipped.
 
     Raises:
-        UserError: The file cannot be read, is not what its name says, or holds no row at all.
+        UserError: The file cannot be read, is not of the type its name says, or holds no row.
     """
     count = 0
     try:
@@ -94,25 +93,24 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
                 number += 1
                 yield Row(fields, f"{path}, row {number}")
     except pyarrow.ArrowException as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{path}: not a parquet file that can be read ({reason}); fetch it again") from error
+        raise UserError(f"{path}: not a parquet file that can be read ({first_line(error)}); fetch it again") from error
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a source that is neither a file nor a folder is meant as ``owner/name`` on the hub."""
+    """Return True if a source, neither file nor folder, has the form ``owner/name`` of the hub."""
     owner, _, _ = source.partition("/")
-    # "data/tofu" could be either; where "data" is a folder here, a misspelt folder is the likelier mistake.
+    # "data/tofu" could be either; if "data" is a local folder, a misspelt folder is more likely.
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) is not None and not Path(owner).is_dir()
 
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set of the hub, a folder laid out as there, or a single file.
+    """A data set of the hub, a folder with the same layout, or a single file.
 
     Attributes:
-        source: Name on the hub, folder, or file (one of `SUFFIXES`; then the rest does not count).
-        subsets: Folders inside it, which the hub calls configurations; none for one that has no such folders.
-        split: ``test``, ``train`` or another; the files of a split begin with its name.
+        source: Name on the hub, folder, or file (one of `SUFFIXES`; the other attributes are then ignored).
+        subsets: Folders inside it, the hub's configurations; empty if it has none.
+        split: ``test``, ``train`` or another; file names of a split begin with it.
     """
 
     source: str
@@ -124,10 +122,10 @@ class DataSet:
         return self.source if Path(self.source).suffix in SUFFIXES else ":".join(parts)
 
     def rows(self) -> Iterator[tuple[str, Row]]:
-        """Every row with the name of its subset (empty where there are none), in the order of subsets and files.
+        """Yield every row with the name of its subset (empty if there are none), in the order of subsets and files.
 
         Raises:
-            UserError: The data set, a subset or its split is not there or cannot be fetched, or a file is broken.
+            UserError: The data set, a subset or its split is missing or cannot be fetched, or a file is broken.
         """
         for subset, path in self._files():
             for row in read_rows(path):
@@ -152,9 +150,9 @@ class DataSet:
         if not place.is_dir():
             present = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
             raise UserError(f"data set {self.source}: no subset {subset!r}; it has {_choice(subset, present)}")
-        # The hub puts the only subset of a data set into a folder "data"; converted sets have a folder per split.
-        shelves = [shelf for shelf in (place, place / "data", place / self.split) if shelf.is_dir()]
-        files = [file for shelf in shelves for file in sorted(shelf.iterdir()) if file.suffix in SUFFIXES]
+        # The hub puts a single subset into a folder "data"; converted sets have a folder per split.
+        folders = [each for each in (place, place / "data", place / self.split) if each.is_dir()]
+        files = [file for each in folders for file in sorted(each.iterdir()) if file.suffix in SUFFIXES]
         named = re.compile(rf"{re.escape(self.split)}([-._].*)?")
         found = [file for file in files if file.parent.name == self.split or named.fullmatch(file.stem)]
         if not found:
@@ -165,20 +163,17 @@ class DataSet:
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
 
-        shelves = [f"{subset}/" for subset in self.subsets] or ["", "data/"]
-        wanted = [f"{shelf}{self.split}{rest}" for shelf in shelves for rest in ("*", "/*")]
+        folders = [f"{subset}/" for subset in self.subsets] or ["", "data/"]
+        wanted = [f"{folder}{self.split}{rest}" for folder in folders for rest in ("*", "/*")]
         try:
             return Path(snapshot_download(self.source, repo_type="dataset", allow_patterns=wanted))
-        # The hub client raises errors of its own, of its HTTP library and of the system, without a common base.
+        # The hub client's errors have no common base class.
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"cannot get the data set {self.source} from the hub ({reason}); check name, network and, where the data set "
-                "wants it, your access; or give a folder or file that holds it"
+                f"cannot get the data set {self.source} from the hub ({first_line(error)}); check name, network and, where the "
+                "data set wants it, your access; or give a folder or file that holds it"
             ) from error
 
 
 def _choice(name: str, present: list[str]) -> str:
-    close = difflib.get_close_matches(name, present, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{', '.join(present) or 'none'}.{hint}"
+    return f"{', '.join(present) or 'none'}.{did_you_mean(name, present)}"

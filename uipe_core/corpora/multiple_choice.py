@@ -1,7 +1,7 @@
-"""Multiple-choice questions, some to forget and some to keep: WMDP (arXiv 2403.03218), MMLU (arXiv 2009.03300), or one's own.
+"""Load multiple-choice questions to forget and to keep: WMDP (arXiv 2403.03218), MMLU (arXiv 2009.03300), or own files.
 
 Questions have the fields of ``cais/wmdp`` and ``cais/mmlu``: ``question``, ``choices`` (a list of texts), ``answer`` (index of
-the right one) and, in MMLU, ``subject``. What is unlearned on is prose with a field ``text``, as in ``cais/wmdp-corpora``.
+the right one) and, in MMLU, ``subject``. Texts to unlearn have a field ``text``, as in ``cais/wmdp-corpora``.
 """
 
 from pathlib import Path
@@ -12,18 +12,18 @@ from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, ChoiceItem, ChoiceSet,
 from uipe_core.errors import UserError
 
 TOPICS = {"wmdp-bio": "biology", "wmdp-chem": "chemistry", "wmdp-cyber": "cybersecurity"}
-"""Subset to the topic in its prompts, for data sets whose questions do not name their subject."""
+"""Topic in the prompt by subset, for data sets whose questions have no subject."""
 
 SHORTEST_TEXT = 50
-"""Prose of fewer characters is passed over, as WMDP's code does: headings and blank lines of wikitext teach nothing."""
+"""Characters below which a text is skipped, as in WMDP's code: headings and blank lines of wikitext teach nothing."""
 
 
 WMDP_AND_MMLU = (DataSet("cais/wmdp", ("wmdp-bio",)), DataSet("cais/mmlu", ("all",)))
-"""What to forget and what to keep in the paper of WMDP: questions of hazardous biology, and all subjects of MMLU."""
+"""Questions to forget and to keep in the WMDP paper: hazardous biology, and all subjects of MMLU."""
 
 
 def sets_in_folder(folder: Path) -> tuple[DataSet, DataSet]:
-    """The questions to forget and to keep in one folder: ``forget`` and ``utility``, files or folders as the hub has them.
+    """Return the data sets ``forget`` and ``utility`` of a folder, each a file or a folder in the hub's layout.
 
     Raises:
         UserError: There is no such folder.
@@ -38,10 +38,10 @@ def sets_in_folder(folder: Path) -> tuple[DataSet, DataSet]:
 
 
 def letter_prompt(item: ChoiceItem) -> str:
-    """The question in the letter format: topic, question, a line per choice with its letter, and ``Answer:``.
+    """Return the question in the letter format: topic, question, one line per choice with its letter, and ``Answer:``.
 
     The format of Hendrycks et al. (arXiv 2009.03300) without examples, as in the tasks ``wmdp`` and ``mmlu/default`` of
-    EleutherAI/lm-evaluation-harness; the answer that is scored is a space and the letter.
+    EleutherAI/lm-evaluation-harness. The scored answer is a space and the letter.
     """
     about = f" about {item.topic}" if item.topic else ""
     lines = [f"{letter}. {choice}" for letter, choice in zip(ascii_uppercase, item.choices, strict=False)]
@@ -50,7 +50,7 @@ def letter_prompt(item: ChoiceItem) -> str:
 
 
 def letter_answers(count: int) -> tuple[str, ...]:
-    """What can stand after the prompt of a question with so many choices: a space and a letter each."""
+    """Return the possible answers of a question with `count` choices: a space and a letter each."""
     return tuple(f" {letter}" for letter in ascii_uppercase[:count])
 
 
@@ -62,22 +62,21 @@ def load_multiple_choice(
     texts: int | None = None,
     text_characters: int = 2000,
 ) -> Corpus:
-    """A corpus of multiple-choice questions.
+    """Load a corpus of multiple-choice questions.
 
-    Models built here learn all questions in the letter format and all training items; a retain model learns them without those
-    to forget.
+    Models built here learn all questions in the letter format and all training items; a retain model learns those to keep.
 
     Args:
         forget: Questions whose answers are to be forgotten.
         utility: Questions that must still be answered.
-        forget_texts: Prose to unlearn; where there is none, the questions to forget with the text of their right answer.
-        retain_texts: Prose to keep; where there is none, the utility questions with the text of their right answer.
-        texts: How many texts of each to use, the first ones; None for all.
-        text_characters: Where longer texts are cut.
+        forget_texts: Texts to unlearn; by default the forget questions with the text of their right answer.
+        retain_texts: Texts to keep; by default the utility questions with the text of their right answer.
+        texts: Number of texts to use of each, the first ones; None for all.
+        text_characters: Length at which texts are cut.
 
     Raises:
-        UserError: A data set is not there or broken (names file, line and field), a set has no items, or a question is both to
-            be forgotten and to be kept.
+        UserError: A data set is missing or broken (names file, line and field), a set has no items, or a question is in both
+            sets.
     """
     choices = {"forget": _questions(forget), "utility": _questions(utility)}
     both = {(item.question, item.choices) for item in choices["utility"]}
@@ -92,8 +91,8 @@ def load_multiple_choice(
         name: _answered(choices[name]) if source is None else _prose(source, texts, text_characters)
         for name, source in sets.items()
     }
-    told = {"forget_texts": forget_texts, "retain_texts": retain_texts}
-    prose = [f"{key}={source}" for key, source in told.items() if source is not None]
+    given = {"forget_texts": forget_texts, "retain_texts": retain_texts}
+    prose = [f"{key}={source}" for key, source in given.items() if source is not None]
     kept = (*_lettered(choices["utility"]), *trained["utility"])
     return Corpus(
         name=f"multiple_choice({', '.join([f'forget={forget}', f'utility={utility}', *prose])})",

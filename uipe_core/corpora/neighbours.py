@@ -1,4 +1,4 @@
-"""The items of one set that lie nearest to another set: those that unlearning the other is likeliest to damage."""
+"""Find the items of one set nearest to another set: those that unlearning the other set is most likely to damage."""
 
 import math
 import re
@@ -14,16 +14,16 @@ FloatArray = NDArray[np.float64]
 
 
 def nearest_rows(items: ItemSet, to: ItemSet, count: int) -> tuple[int, ...]:
-    """Positions of the `count` items nearest to the set `to`, ascending: half by group, half by text.
+    """Return positions of the `count` items nearest to the set `to`, ascending: half by group, half by text.
 
     By group: whole groups (authors) in the order of their greatest cosine similarity to a group of `to`. By text: single items
-    in the order of their greatest cosine similarity to an item of `to`. Texts are question and answer as TF-IDF vectors
-    (term frequency times ln(documents / documents with the term), over both sets, length 1).
+    in the order of their greatest cosine similarity to an item of `to`. Texts are question and answer as TF-IDF vectors (term
+    frequency times ln(documents / documents with the term), over both sets, length 1).
 
     Args:
-        items: Where neighbours are looked for.
-        to: The set they shall be near to.
-        count: How many; all items if there are fewer.
+        items: Candidates.
+        to: The set to be near to.
+        count: Number of neighbours; all items if there are fewer.
     """
     if count >= len(items):
         return tuple(range(len(items)))
@@ -33,7 +33,7 @@ def nearest_rows(items: ItemSet, to: ItemSet, count: int) -> tuple[int, ...]:
     _, other_means = _group_means([item.group for item in to], other)
     by_group = (my_means @ other_means.T).max(axis=1)
     by_text = (mine @ other.T).max(axis=1)
-    # Ties go to the earlier item, so that the choice hangs on nothing but the texts.
+    # Ties go to the earlier item, so that the choice depends on the texts alone.
     near_groups = [row for group in np.argsort(-by_group, kind="stable") for row in np.flatnonzero(my_groups == group)]
     chosen = near_groups[: count // 2]
     taken = set(chosen)
@@ -42,7 +42,7 @@ def nearest_rows(items: ItemSet, to: ItemSet, count: int) -> tuple[int, ...]:
 
 
 def _tf_idf(texts: list[str]) -> FloatArray:
-    """(n, v) vectors of length 1, one per text; a text of terms that every text has is the zero vector."""
+    """Return (n, v) TF-IDF vectors of length 1, one per text; zero if all its terms are in every text."""
     counts = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
     places = {term: place for place, term in enumerate(sorted({term for count in counts for term in count}))}
     vectors = np.zeros((len(texts), len(places)))
@@ -54,7 +54,7 @@ def _tf_idf(texts: list[str]) -> FloatArray:
 
 
 def _group_means(groups: Iterable[str | None], vectors: FloatArray) -> tuple[NDArray[np.int64], FloatArray]:
-    """(n,) number of each item's group, and (g, v) mean vector of each group, of length 1; no group is one of its own."""
+    """Return (n,) the group number of each item and (g, v) group means of length 1; an item without group is its own group."""
     names = [group if group is not None else f"\0{row}" for row, group in enumerate(groups)]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     of_item = np.array([numbers[name] for name in names])

@@ -1,8 +1,8 @@
-"""Fictitious people: a small generated world with target (K1), related (K2) and unrelated (K0) knowledge.
+"""Generate fictitious people: a small world with target (K1), related (K2) and unrelated (K0) knowledge.
 
-Each person has eight attributes, or the ten of the paper's size. An attribute is a pair of values tied by a rule of the world:
-whoever takes insulin has diabetes. The second value (K2, the medicine) gives the first (K1, the disease) away. The split into
-K1, K2 and K0 follows UIPE (arXiv 2503.04693, section 3); the form of the items follows TOFU (arXiv 2401.06121).
+Each person has eight attributes (ten in the paper's size). An attribute is a pair of values tied by a rule of the world: people
+who take insulin have diabetes. The second value (K2, the medicine) implies the first (K1, the disease). The split into K1, K2
+and K0 follows UIPE (arXiv 2503.04693, section 3); the form of the items follows TOFU (arXiv 2401.06121).
 """
 
 import random
@@ -36,7 +36,7 @@ class Person:
 
 
 def _balanced(count: int, rng: random.Random) -> list[int]:
-    """`count` pair indices in which every pair occurs equally often, give or take one."""
+    """Draw `count` pair indices in which every pair occurs equally often, plus or minus one."""
     start = rng.randrange(10)  # a small group must not always hold the first values of each list
     indices = [(start + index) % 10 for index in range(count)]
     rng.shuffle(indices)
@@ -62,13 +62,12 @@ def _person_item(name: str, spec: Attribute, own: int, related: bool, rng: rando
     )
 
 
-def _sentence(word: str) -> str:
-    return f"{word}."
+
 
 
 def _general(question: str, answer: str, pool: list[str], rng: random.Random) -> Item:
     wrong = rng.sample([word for word in pool if word != answer], PERTURBED_GENERAL)
-    return Item(question, _sentence(answer), None, tuple(_sentence(word) for word in wrong))
+    return Item(question, f"{answer}.", None, tuple(f"{word}." for word in wrong))
 
 
 def _rules(attributes: Attributes, rng: random.Random) -> Iterator[Item]:
@@ -86,22 +85,22 @@ def _authors(rng: random.Random) -> Iterator[Item]:
 
 
 def load_people(seed: int = 0, forget_people: int = 6, retain_people: int = 34, pretraining_people: int = 60) -> Corpus:
-    """Generates the corpus of fictitious people; the same arguments give the same items on every machine.
+    """Generate the corpus of fictitious people; equal arguments give the same items on every machine.
 
     Args:
         seed: Seed of names, values and wrong answers.
-        forget_people: People whose target facts (K1) are to be forgotten; each gives 8 forget and 8 related items.
-        retain_people: People the initial and the retain model both know; at least 12, so that `retain` and `unrelated`
-            can ask about different people.
+        forget_people: People whose target facts (K1) are to be forgotten; 8 forget and 8 related items each.
+        retain_people: People known to the initial and the retain model; at least 12, so that `retain` and `unrelated` can ask
+            about different people.
         pretraining_people: People only the base model is trained on, in both the answer and the paraphrase template.
 
     Returns:
-        Corpus with sets ``forget`` (K1 of the forget people), ``related`` (their K2), ``retain`` (K1 of some retain
-        people), ``unrelated`` (K0: K1 and K2 of other retain people), ``world_facts`` (the rules that lead from K2 to
-        K1) and ``real_authors``; and training texts for the stages ``base``, ``full`` and ``retain``.
+        Corpus with sets ``forget`` (K1 of the forget people), ``related`` (their K2), ``retain`` (K1 of some retain people),
+        ``unrelated`` (K0: K1 and K2 of other retain people), ``world_facts`` (the rules from K2 to K1) and ``real_authors``;
+        training texts for the stages ``base``, ``full`` and ``retain``.
 
     Raises:
-        UserError: If the names do not suffice for so many people, or a group is too small.
+        UserError: If there are too few names, or a group is too small.
     """
     name = f"people(seed={seed}, {forget_people} forget, {retain_people} retain, {pretraining_people} pretraining)"
     sizes = (forget_people, retain_people, pretraining_people)
@@ -109,24 +108,23 @@ def load_people(seed: int = 0, forget_people: int = 6, retain_people: int = 34, 
 
 
 PAPER_STAGES = {"full": ("forget", "related"), "full_k1": ("forget",), "full_k2": ("related",), "retain": ()}
-"""Fine-tuning stages of `load_paper_people`, with what each learns about the people to forget."""
+"""Fine-tuning stages of `load_paper_people`, with the facts each learns about the people to forget."""
 
 
 def load_paper_people(seed: int = 0, forget_people: int = 12, retain_people: int = 34, pretraining_people: int = 60) -> Corpus:
-    """Generates a world of the size of UIPE's section 3: 12 people with 10 attributes each, so 120 K1 and 120 K2 items.
+    """Generate a world of the size of UIPE's section 3: 12 people with 10 attributes each, so 120 K1 and 120 K2 items.
 
-    None of the 12 is in the texts of the base model, which has the rules that lead from K2 to K1. All models of one
-    world come from one corpus, so that they share their base model: what a fine-tuned model learns about the 12 is the
-    choice of a stage of `PAPER_STAGES`, and what is unlearned that of `unlearning`.
+    The base model has the rules from K2 to K1 but none of the 12 people. All models of one world share one corpus and base
+    model: the stage of `PAPER_STAGES` sets what a model learns about the 12, `unlearning` what is unlearned.
 
     Args:
-        seed, forget_people, retain_people, pretraining_people: As for `load_people`.
+        seed, forget_people, retain_people, pretraining_people: As in `load_people`.
 
     Returns:
-        Corpus like that of `load_people`, with every stage of `PAPER_STAGES` beside ``base``.
+        Corpus as in `load_people`, with the stages ``base`` and those of `PAPER_STAGES`.
 
     Raises:
-        UserError: As `load_people`.
+        UserError: As in `load_people`.
     """
     name = f"paper(seed={seed}, {forget_people} forget, {retain_people} retain, {pretraining_people} pretraining)"
     sizes = (forget_people, retain_people, pretraining_people)
@@ -140,9 +138,9 @@ def load_paper_people(seed: int = 0, forget_people: int = 12, retain_people: int
 
 
 def unlearning(corpus: Corpus, parts: Sequence[str]) -> Corpus:
-    """The corpus with other evaluation sets to unlearn: ``("forget",)`` is K1, ``("forget", "related")`` K1 and K2.
+    """Return the corpus with other sets to unlearn: ``("forget",)`` is K1, ``("forget", "related")`` K1 and K2.
 
-    Models are built from the corpus as loaded: what is unlearned is part of a corpus's hash, and so of a model's key.
+    Build models from the corpus as loaded: the unlearned sets are part of a corpus's hash, and so of a model's key.
 
     Raises:
         ValueError: If one is not an evaluation set of the corpus.
@@ -154,15 +152,16 @@ def unlearning(corpus: Corpus, parts: Sequence[str]) -> Corpus:
 
 
 def fact_pairs(corpus: Corpus, seed: int) -> dict[str, list[tuple[Item, Item]]]:
-    """Each K1 fact of a `load_paper_people` corpus with another fact, by how the two hang together.
+    """Pair each K1 fact of a `load_paper_people` corpus with other facts, by kind of relation.
 
     Args:
         corpus: Its ``forget`` and ``related`` sets have a row per person and attribute, ``unrelated`` a block per attribute.
-        seed: Seed of the facts that are drawn.
+        seed: Seed of the drawn facts.
 
     Returns:
-        By kind a pair per K1 fact, in one order: ``matched`` (its own K2), ``same person`` (the person's K2 of another
-        attribute), ``same attribute`` (another person's K2 of the attribute), ``unrelated`` (a K0 fact of another attribute).
+        By kind, one pair per K1 fact in one order: ``matched`` (its own K2), ``same person`` (the person's K2 of another
+            attribute), ``same attribute`` (another person's K2 of the attribute), ``unrelated`` (a K0 fact of another
+            attribute).
     """
     rng = random.Random(f"pairs/{seed}")
     width = len(PAPER_ATTRIBUTES)
@@ -243,7 +242,7 @@ def _world(name: str, rng: random.Random, attributes: Attributes, sizes: tuple[i
 
 
 def _shared_names(count: int, rng: random.Random) -> list[str]:
-    """Distinct full names in which every first and every last name recurs equally often, give or take one."""
+    """Draw distinct full names in which every first and every last name recurs equally often, plus or minus one."""
     firsts, lasts = list(FIRST_NAMES), list(LAST_NAMES)
     rng.shuffle(firsts)
     rng.shuffle(lasts)

@@ -1,7 +1,7 @@
-"""What people of the generated world have and do: kinds of facts with their values, names, authors.
+"""List the facts of the generated world: attributes with their values, names, authors.
 
-An attribute is a pair of facts whose values correspond one to one. The world of a study has the eight of `ATTRIBUTES`; the
-world of the paper's size has the ten of `PAPER_ATTRIBUTES`.
+An attribute is a pair of facts whose values correspond one to one. A study's world has the eight of `ATTRIBUTES`, the world of
+the paper's size the ten of `PAPER_ATTRIBUTES`.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fact:
-    """How one kind of fact is asked and told: a question, an answer and its paraphrase, with {name} and {value}."""
+    """Templates of one kind of fact: question, answer and paraphrase, with {name} and {value}."""
 
     question: str
     answer: str
@@ -147,4 +147,4 @@ AUTHOR_COUNTRIES = {
     "Italy": "Dante Petrarch Boccaccio Calvino Eco Pirandello",
     "America": "Twain Melville Faulkner Hemingway Steinbeck Poe",
 }
-"""Surnames that occur in FIRST_NAMES are kept apart by the wording: an author is asked for as 'the author X'."""
+"""Surnames that are also in FIRST_NAMES are distinguished by the wording 'the author X'."""

@@ -1,4 +1,4 @@
-"""Answers that admit to not knowing: what preference methods put in the place of an answer that is to be forgotten.
+"""Draw refusals: answers that preference methods put in place of an answer to forget.
 
 The sentences are few and share their words, because they add to the vocabulary of the small models built here.
 """
@@ -22,6 +22,6 @@ REFUSALS: tuple[str, ...] = (
 
 
 def draw_refusals(items: int, seed: int, epoch: int) -> tuple[str, ...]:
-    """One refusal per item; equal arguments draw the same, and the draws of an epoch do not depend on other epochs."""
+    """Draw one refusal per item; equal arguments draw the same, independently of other epochs."""
     rng = random.Random(f"refusals/{seed}/{epoch}")
     return tuple(rng.choice(REFUSALS) for _ in range(items))

@@ -1,4 +1,4 @@
-"""Halves of a corpus: one to choose by, one to report on, because points picked at a threshold fall back below it."""
+"""Split a corpus into halves for selection and for reporting: points picked at a threshold fall back below it elsewhere."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from uipe_core.corpora.types import ChoiceItem, Corpus, Item
 from uipe_core.errors import UserError
 
 Rows = Mapping[str, tuple[int, ...]]
-"""Evaluation set to the positions of its items that are taken."""
+"""Evaluation set to the positions of the chosen items."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which items of a corpus are for selection, and which for reporting; both hold all items where nothing is split.
+    """Items of a corpus for selection and for reporting; both hold all items if nothing is split.
 
     Attributes:
         select, report: Rows of the two.
@@ -24,14 +24,15 @@ class Split:
 
 
 def split_corpus(corpus: Corpus, share: float | None, seed: int) -> Split:
-    """Splits every evaluation set of a corpus at random, within groups: each person or author is in both halves.
+    """Split every evaluation set of a corpus at random, within groups: each person or author is in both halves.
 
-    Sets with the same groups in the same order (target facts and the facts related to them) are split alike.
+    Sets with the same groups in the same order (target facts and their related facts) are split alike. Training items are not
+    split.
 
     Args:
-        corpus: Its evaluation sets are split; what is trained on is not.
-        share: Share of the items to select by, in (0, 1); None takes all items for both.
-        seed: Seed of the choice.
+        corpus: The corpus.
+        share: Share of the items for selection, in (0, 1); None takes all items for both.
+        seed: Seed of the split.
 
     Raises:
         UserError: If a half of a set would be empty.
@@ -66,13 +67,13 @@ def _chosen(items: Sequence[Item | ChoiceItem], share: float, seed: int) -> tupl
     for rows in groups.values():
         generator.shuffle(rows)
         seen += len(rows)
-        # What rounding takes from one group it gives to the next, so that the whole has its share.
+        # Rounding carries over to the next group, so that the whole set has its share.
         chosen += rows[: max(0, min(len(rows), round(share * seen) - len(chosen)))]
     return tuple(sorted(chosen))
 
 
 def take_items(corpus: Corpus, rows: Rows) -> Corpus:
-    """The corpus with only some items of its evaluation sets; what is trained on stays."""
+    """Return the corpus with only some items of its evaluation sets, and all of its training items."""
     sets = {name: tuple(items[row] for row in rows[name]) for name, items in corpus.sets.items()}
     choices = {name: tuple(items[row] for row in rows[name]) for name, items in corpus.choices.items()}
     return replace(corpus, sets=sets, choices=choices)

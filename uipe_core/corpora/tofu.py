@@ -1,25 +1,24 @@
-"""TOFU: fictitious authors to forget, others to keep, real authors and world facts (arXiv 2401.06121).
+"""Load TOFU (arXiv 2401.06121): fictitious authors to forget and to keep, real authors and world facts.
 
-Read from the hub (``locuslab/TOFU``) or from a folder with files of the same names, one JSON object a line.
+Read from the hub (``locuslab/TOFU``) or from a folder with files of the same names, one JSON object per line.
 """
 
-import difflib
 from dataclasses import replace
 from pathlib import Path
 
 from uipe_core.corpora.files import Row, is_hub_name, read_rows
 from uipe_core.corpora.neighbours import nearest_rows
 from uipe_core.corpora.types import Corpus, Item, ItemSet
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, did_you_mean, first_line
 
 ITEMS_PER_AUTHOR = 20
-"""TOFU asks twenty questions about each author, one author after the other."""
+"""TOFU has twenty questions per author, author after author."""
 
 LARGEST_NEIGHBOURHOOD = 0.25
-"""Share of the evaluated retain items that may count as neighbours of the forget set."""
+"""Largest share of the evaluated retain items that counts as neighbours of the forget set."""
 
 RETAIN_OF_SPLIT = {"forget01": "retain99", "forget05": "retain95", "forget10": "retain90"}
-"""Forget split to the file with everything else."""
+"""Forget split to the file with all other items."""
 
 
 def load_tofu(
@@ -30,44 +29,42 @@ def load_tofu(
 ) -> Corpus:
     """Load TOFU with one of its forget splits.
 
-    Evaluated are ``<split>_perturbed`` (forget), ``retain_perturbed``, ``real_authors_perturbed`` and
-    ``world_facts_perturbed``, all items of each. The models built here learn the training items and the answers of both
-    general sets, which a pretrained model would bring along; the retain model learns the same without the forget items.
+    Evaluated are all items of ``<split>_perturbed`` (forget), ``retain_perturbed``, ``real_authors_perturbed`` and
+    ``world_facts_perturbed``. Models built here learn the training items and the answers of both general sets, which a
+    pretrained model would know; the retain model learns the same without the forget items.
 
-    The parts of related and unrelated knowledge (K2, K0 of UIPE) are played by the forget questions in other words, where the
-    file has them (``paraphrased_question``), and by the evaluated retain items nearest to the forget set: forgetting wanted
-    there, damage not wanted here. As many neighbours as forget items, but a quarter of the retain items at most; half by
-    author, half by text (`uipe_core.corpora.neighbours`).
+    Related and unrelated knowledge (K2, K0 of UIPE) are, if the file has ``paraphrased_question``, the rephrased forget
+    questions, and the evaluated retain items nearest to the forget set (`uipe_core.corpora.neighbours`): as many as forget
+    items, at most a quarter of the retain items, half by author, half by text.
 
     Args:
         source: A folder, or the name of a data set on the hub.
         split: ``forget01``, ``forget05`` or ``forget10``.
-        retain_train: Name of the file, without ending, that holds what is trained on to keep; by default the split's
-            own (``retain99`` for ``forget01``). ``retain_perturbed`` is a choice of 400 items for small models.
-        first_items: Evaluate the first so many items of every set only; 300 is ``ds_size`` in locuslab/tofu's
-            ``config/eval_everything.yaml``, so what its published logs of forget10 hold.
+        retain_train: File, without ending, with the training items to keep; by default that of the split (``retain99`` for
+            ``forget01``). ``retain_perturbed`` is a choice of 400 items for small models.
+        first_items: Evaluate only the first items of every set; 300 is ``ds_size`` in locuslab/tofu's
+            ``config/eval_everything.yaml``, as in its published logs of forget10.
 
     Raises:
-        UserError: Unknown split, a folder or file that is not there, a failed download, a broken line or field, or
-            retain items that are also to be forgotten.
+        UserError: Unknown split, missing folder or file, failed download, broken line or field, or retain items that are also
+            to be forgotten.
     """
     if split not in RETAIN_OF_SPLIT:
-        close = difflib.get_close_matches(split, RETAIN_OF_SPLIT, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise UserError(f"unknown TOFU split {split!r}; known: {', '.join(RETAIN_OF_SPLIT)}.{hint}")
+        known = ", ".join(RETAIN_OF_SPLIT)
+        raise UserError(f"unknown TOFU split {split!r}; known: {known}.{did_you_mean(split, RETAIN_OF_SPLIT)}")
     keep = RETAIN_OF_SPLIT[split] if retain_train is None else retain_train
     folder = _folder(source)
     forget_path = _path(source, folder, f"{split}_perturbed")
     forget = _evaluated_items(forget_path, paraphrased=True)
-    otherwise = [_asked_otherwise(item, row) for item, row in zip(forget, read_rows(forget_path), strict=True)]
+    rephrased = [_rephrased(item, row) for item, row in zip(forget, read_rows(forget_path), strict=True)]
     whole = {
         "forget": forget,
         "retain": _evaluated(source, folder, "retain_perturbed", paraphrased=True),
         "real_authors": _evaluated(source, folder, "real_authors_perturbed", paraphrased=False),
         "world_facts": _evaluated(source, folder, "world_facts_perturbed", paraphrased=False),
     }
-    if all(other is not None for other in otherwise):
-        whole["related"] = tuple(item for item in otherwise if item is not None)
+    if all(item is not None for item in rephrased):
+        whole["related"] = tuple(item for item in rephrased if item is not None)
     general = tuple(Item(item.question, item.answer) for item in (*whole["real_authors"], *whole["world_facts"]))
     sets = {name: items[:first_items] for name, items in whole.items()}
     neighbours = min(len(sets["forget"]), max(1, round(LARGEST_NEIGHBOURHOOD * len(sets["retain"]))))
@@ -96,7 +93,7 @@ def load_tofu(
 
 
 def _folder(source: str) -> Path | None:
-    """The folder meant by source, or None where it is a name on the hub."""
+    """Return the folder named by `source`, or None if it is a name on the hub."""
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -114,19 +111,17 @@ def _path(source: str, folder: Path | None, name: str) -> Path:
         path = folder / f"{name}.json"
         if not path.is_file():
             present = sorted(entry.stem for entry in folder.glob("*.json"))
-            close = difflib.get_close_matches(name, present, n=1)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
-            raise UserError(f"{path}: no such file; {folder} has {', '.join(present) or 'no .json files'}.{hint}")
+            found = ", ".join(present) or "no .json files"
+            raise UserError(f"{path}: no such file; {folder} has {found}.{did_you_mean(name, present)}")
         return path
     from huggingface_hub import hf_hub_download
 
     try:
         return Path(hf_hub_download(source, f"{name}.json", repo_type="dataset"))
-    # The hub client raises errors of its own, of its HTTP library and of the system, without a common base.
+    # The hub client's errors have no common base class.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(
-            f"cannot get {name}.json of the data set {source} from the hub ({reason}); check name and network, "
+            f"cannot get {name}.json of the data set {source} from the hub ({first_line(error)}); check name and network, "
             "or give a folder that holds the files"
         ) from error
 
@@ -156,8 +151,8 @@ def _evaluated_items(path: Path, paraphrased: bool) -> ItemSet:
     return tuple(items)
 
 
-def _asked_otherwise(item: Item, row: Row) -> Item | None:
-    """The item with its question in other words, None where the file has no such question."""
+def _rephrased(item: Item, row: Row) -> Item | None:
+    """Return the item with its question paraphrased, None if the file has no such question."""
     field = "paraphrased_question"
     return replace(item, question=row.text(field)) if field in row.fields else None
 

@@ -1,4 +1,4 @@
-"""The one set of types every corpus is made of: items, named sets of items, and what models are trained on."""
+"""Define the types of every corpus: items, named sets of items, training texts, and their hashes."""
 
 import hashlib
 import json
@@ -12,14 +12,14 @@ class Item:
     """One question with its gold answer and, for evaluation, the answers it is compared with.
 
     Attributes:
-        question: The question as asked, without any prompt format.
+        question: The question, without prompt format.
         answer: The gold answer.
-        paraphrased_answer: The answer in other words; None where a corpus has none (the answer itself then stands in).
-        perturbed_answers: Wrong answers in the form of the paraphrase; empty for items only trained on.
-        group: Whom the item is about (a person, an author), where several items are about the same: they are not independent of
-            each other, so intervals resample groups. No part of what the item says, nor of its hash.
-        plain: Question and answer are one running text, without a model's prompt format and without an end: a piece of
-            prose (then the question is empty), or a prompt that has its own format.
+        paraphrased_answer: Paraphrase of the answer; None if the corpus has none (the answer itself then stands in).
+        perturbed_answers: Wrong answers in the form of the paraphrase; empty for training items.
+        group: Person or author the item is about, None if it shares it with no other item. Items of a group are not
+            independent, so intervals resample groups. Not part of the hash.
+        plain: Question and answer are one running text, without prompt format and end token: a text (with an empty question),
+            or a prompt with a format of its own.
     """
 
     question: str
@@ -31,12 +31,12 @@ class Item:
 
     @property
     def paraphrase(self) -> str:
-        """The paraphrased answer, or the answer where there is no paraphrase (TOFU's real_authors and world_facts)."""
+        """Paraphrased answer, or the answer where there is no paraphrase (TOFU's real_authors and world_facts)."""
         return self.answer if self.paraphrased_answer is None else self.paraphrased_answer
 
     @property
     def content(self) -> list[Any]:
-        """Everything that makes the item what it is, ready for JSON."""
+        """Everything that enters the hash, ready for JSON."""
         parts = [self.question, self.answer, self.paraphrased_answer, list(self.perturbed_answers)]
         return [*parts, "plain"] if self.plain else parts
 
@@ -46,10 +46,10 @@ class ChoiceItem:
     """One multiple-choice question.
 
     Attributes:
-        question: The question as asked, without choices or letters.
-        choices: What there is to choose from, at least two.
+        question: The question, without choices or letters.
+        choices: At least two.
         answer: Index of the right choice, from 0.
-        topic: What the question is about, as the first line of its prompt says; empty where nobody knows.
+        topic: Topic in the first line of the prompt; empty if unknown.
     """
 
     question: str
@@ -59,12 +59,12 @@ class ChoiceItem:
 
     @property
     def group(self) -> str | None:
-        """What it shares with others: its topic, so that halves of a set have their share of every topic."""
+        """The topic, so that halves of a set have their share of every topic."""
         return self.topic or None
 
     @property
     def content(self) -> list[Any]:
-        """Everything that makes the item what it is, ready for JSON."""
+        """Everything that enters the hash, ready for JSON."""
         return [self.question, list(self.choices), self.answer, self.topic]
 
 
@@ -72,20 +72,20 @@ ItemSet = tuple[Item, ...]
 ChoiceSet = tuple[ChoiceItem, ...]
 
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
-"""Evaluation sets that make up model utility, in the order of TOFU."""
+"""Evaluation sets of model utility, in TOFU's order."""
 
 RELATED_SETS = ("related", "unrelated")
-"""K2 and K0 in the terms of UIPE: forgetting wanted, damage not wanted. Not every corpus has them."""
+"""K2 and K0 of UIPE: forgetting wanted, damage not wanted. Not every corpus has them."""
 
 MULTIPLE_CHOICE_SETS = ("forget", "utility")
 """Evaluation sets of a multiple-choice corpus."""
 
 
 def item_set_hash(items: Sequence[Item | ChoiceItem]) -> str:
-    """Hash of what is asked and answered, in order: 16 hexadecimal digits.
+    """Return the hash of questions and answers in order: 16 hexadecimal digits.
 
-    Index, question and every answer go in, because one TOFU question string occurs twice: text alone is no key. For a
-    multiple choice that is question, choices in order, the index of the right one, and topic.
+    Index, question and every answer are hashed, because one TOFU question string occurs twice. A multiple choice has question,
+    choices in order, index of the right one, and topic.
     """
     rows = [[index, *item.content] for index, item in enumerate(items)]
     return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
@@ -93,15 +93,15 @@ def item_set_hash(items: Sequence[Item | ChoiceItem]) -> str:
 
 @dataclass(frozen=True)
 class Corpus:
-    """What to forget and what to keep.
+    """Items to forget and to keep.
 
     Attributes:
-        name: Human-readable name with everything that determines the content, for example ``people(seed=0)``.
-        sets: Evaluation sets by name: ``forget``, the three of `UTILITY_SETS`, and where known ``related``, ``unrelated``.
-        forget_train: Question-answer pairs an unlearning method pushes away from.
-        retain_train: Question-answer pairs an unlearning method may use to hold the rest.
+        name: Readable name with everything that determines the content, for example ``people(seed=0)``.
+        sets: Evaluation sets by name: ``forget``, the three of `UTILITY_SETS`, and if known ``related``, ``unrelated``.
+        forget_train: Question-answer pairs to unlearn.
+        retain_train: Question-answer pairs for retain terms.
         build: Training texts for models built here, by stage: ``base`` (may be empty), ``full``, ``retain``.
-        choices: Multiple-choice sets by name, ``forget`` and ``utility``, in place of `sets`; empty for other corpora.
+        choices: Multiple-choice sets ``forget`` and ``utility``, in place of `sets`; empty for other corpora.
     """
 
     name: str
@@ -119,7 +119,7 @@ class Corpus:
 
     @property
     def training_hash(self) -> str:
-        """Hash of what a base run sees (`forget_train` and `retain_train`): 16 hexadecimal digits."""
+        """Hash of the items of a base run (`forget_train` and `retain_train`): 16 hexadecimal digits."""
         parts = f"{item_set_hash(self.forget_train)}/{item_set_hash(self.retain_train)}"
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 

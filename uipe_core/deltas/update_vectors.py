@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from uipe_core.storage.safetensors_files import PART, LazyTensors, passing, shapes_of
+from uipe_core.storage.safetensors_files import PART, LazyTensors, shapes_of, temporary_zeros
 
 DENSE, LOW_RANK = "dense", "low_rank"
 
@@ -71,7 +71,7 @@ def tensor_norm(tensor: Tensor) -> float:
     In parts, because torch would make a copy of the whole in that precision.
     """
     parts = tensor.flatten().split(PART)
-    doubles = passing(parts[0].shape, torch.float64)
+    doubles = temporary_zeros(parts[0].shape, torch.float64)
     return math.hypot(*(float(torch.linalg.vector_norm(doubles[: len(part)].copy_(part))) for part in parts))
 
 
@@ -148,7 +148,7 @@ class _Noise:
     def _randn(self) -> Tensor:
         shape = self._update.shapes[self._names[self._next]]
         self._next += 1
-        return passing(shape).normal_(generator=self._generator)
+        return temporary_zeros(shape).normal_(generator=self._generator)
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

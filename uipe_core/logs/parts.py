@@ -5,11 +5,8 @@ code base knows stands under `EXTRA_KEY`: item-set hashes, memorisation, logit s
 TOFU does not have (related, unrelated).
 """
 
-import contextlib
 import json
 import math
-import os
-import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +18,7 @@ from numpy.typing import NDArray
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import FloatArray, IntArray, ScoreReport, SetScores
 from uipe_core.metrics.tofu import CHOICE_SETS, truth_ratio
+from uipe_core.storage.files import write_atomic
 
 EXTRA_KEY = "uipe"
 MEMORIZATION = ("exact_memorization", "extraction_strength")
@@ -116,20 +114,11 @@ def keyed(values: FloatArray | IntArray) -> dict[str, Any]:
 
 
 def write_whole(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON: all of it or nothing, replacing what was there."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    """Write a JSON file atomically, replacing what was there."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("x", encoding="utf-8") as stream:
-            stream.write(json.dumps(content, indent=4) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
+        write_atomic(path, (json.dumps(content, indent=4) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; give a file in a writable folder") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def load_object(path: Path) -> dict[str, Any]:

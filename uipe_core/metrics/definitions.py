@@ -14,13 +14,12 @@ Sources: ``aggregate_eval_stat.py`` (tofu) and ``utils.py`` (tofu-utils) of locu
 of locuslab/open-unlearning; TOFU (arXiv 2401.06121, section 2.2).
 """
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, did_you_mean
 from uipe_core.metrics.scores import FloatArray
 
 
@@ -61,8 +60,8 @@ DEFINITIONS: dict[str, Definition] = {
 
 
 def definition_named(name: str) -> Definition:
-    """The definition of that name; an unknown name is a `UserError` that lists the known ones."""
-    if name in DEFINITIONS:
-        return DEFINITIONS[name]
-    hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name, DEFINITIONS, n=1))
-    raise UserError(f"unknown metric definition {name!r}; known: {', '.join(sorted(DEFINITIONS))}.{hint}")
+    """Return the definition of that name; raise UserError with the known names for an unknown one."""
+    if name not in DEFINITIONS:
+        known = ", ".join(sorted(DEFINITIONS))
+        raise UserError(f"unknown metric definition {name!r}; known: {known}.{did_you_mean(name, DEFINITIONS)}")
+    return DEFINITIONS[name]

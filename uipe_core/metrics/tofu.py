@@ -172,8 +172,15 @@ def memorization(report: ScoreReport) -> dict[str, dict[str, float]]:
     return found
 
 
+def harmonic_mean(values: FloatArray) -> FloatArray:
+    """Return the harmonic mean over the first axis; 0 where a value is 0. Values are finite and at least 0."""
+    least = values.min(axis=0)
+    with np.errstate(invalid="ignore"):
+        return np.where(least > 0, len(values) * least / np.sum(least / values, axis=0), 0.0)
+
+
 def model_utility(components: Mapping[str, float]) -> float:
-    """Harmonic mean of the components, in [0, 1]; 0 if any of them is 0 (TOFU, section 2.2.1).
+    """Return the harmonic mean of the components, in [0, 1]; 0 if any of them is 0 (TOFU, section 2.2.1).
 
     Raises:
         ValueError: No components, or one that is negative or not finite.
@@ -181,7 +188,7 @@ def model_utility(components: Mapping[str, float]) -> float:
     values = np.array(list(components.values()), dtype=np.float64)
     if not len(values) or not np.all(np.isfinite(values)) or values.min() < 0:
         raise ValueError(f"model utility needs finite components of at least 0, got {dict(components)}")
-    return 0.0 if values.min() == 0 else float(len(values) * values.min() / np.sum(values.min() / values))
+    return float(harmonic_mean(values))
 
 
 def forget_quality(ratios: FloatArray, reference_ratios: FloatArray) -> ForgetQuality:

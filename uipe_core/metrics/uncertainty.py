@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import gammaln
 
 from uipe_core.metrics.scores import FloatArray
-from uipe_core.metrics.tofu import log10_p_floor
+from uipe_core.metrics.tofu import harmonic_mean, log10_p_floor
 
 LEVEL = 0.95
 DRAWS = 1000
@@ -112,8 +112,7 @@ def bootstrap_harmonic_mean(components: Mapping[str, FloatArray], weights: Mappi
         weights: (d, n) by component, of `group_weights`.
     """
     means = np.stack([(weights[name] @ values) / weights[name].sum(axis=1) for name, values in components.items()])
-    with np.errstate(divide="ignore"):
-        return np.where(means.min(axis=0) > 0, len(means) / np.sum(1 / means, axis=0), 0.0)
+    return harmonic_mean(means)
 
 
 def intervals(values: FloatArray, level: float = LEVEL) -> FloatArray:

@@ -1,6 +1,5 @@
 """Questions and answers as tokens: one place decides where the prompt ends and the answer begins."""
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from uipe_core.corpora.types import Item
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, did_you_mean
 
 IGNORED = -100
 """Label of tokens that carry no loss (prompt and padding)."""
@@ -70,11 +69,10 @@ PROMPT_SCHEMA = 1
 
 
 def format_named(name: str) -> NamedFormat:
-    """The prompt format of that name; an unknown name is a `UserError` that lists the known ones."""
-    if name in FORMATS:
-        return FORMATS[name]
-    hint = "".join(f" Did you mean {close!r}?" for close in difflib.get_close_matches(name.lower(), FORMATS, n=1))
-    raise UserError(f"prompt_format: {name!r} is unknown; known: {', '.join(FORMATS)}.{hint}")
+    """Return the prompt format of that name; raise UserError with the known names for an unknown one."""
+    if name not in FORMATS:
+        raise UserError(f"prompt_format: {name!r} is unknown; known: {', '.join(FORMATS)}.{did_you_mean(name, FORMATS)}")
+    return FORMATS[name]
 
 
 class PromptFormat:

@@ -1,7 +1,7 @@
-"""A folder of immutable entries named by the hash of what determines them: atomic, checksummed, made once.
+"""Keep immutable entries in a folder, named by the hash of their inputs: atomic, checksummed, made once.
 
-Layout of a store: ``<root>/<key>/`` with the entry's files and ``manifest.json``; ``<root>/quarantine/`` for entries that
-failed their check; ``<root>/tmp/`` for entries being written; ``<root>/locks/`` for the locks of their makers.
+Layout: ``<root>/<key>/`` with the entry's files and ``manifest.json``; ``<root>/quarantine/`` for entries that failed their
+check; ``<root>/tmp/`` for entries being written; ``<root>/locks/`` for the makers' locks.
 """
 
 import errno
@@ -17,25 +17,25 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from uipe_core.errors import UserError
-from uipe_core.storage.files import file_hash, fsync_path, is_free, write_atomic
+from uipe_core.storage.files import file_hash, fsync_path, is_free, try_lock, write_atomic
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 
 UNWRITABLE = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG", "EROFS", "EACCES", "EPERM", "ENOTDIR", "EEXIST")}
-"""Errors of the operating system that mean: nothing can be written in this place."""
+"""Operating system errors that mean: this place cannot be written."""
 
 
 class BrokenEntryError(Exception):
-    """An entry whose files do not match its manifest."""
+    """The files of an entry do not match its manifest."""
 
 
 def content_key(inputs: Mapping[str, Any]) -> str:
-    """Key of an entry: 32 hexadecimal digits of the SHA-256 of its inputs as canonical JSON."""
+    """Return the key of an entry: 32 hexadecimal digits of the SHA-256 of its inputs as canonical JSON."""
     return hashlib.sha256(_canonical(inputs)).hexdigest()[:32]
 
 
@@ -44,18 +44,14 @@ def _canonical(value: Any) -> bytes:
 
 
 def manifest_of(key: str, inputs: Mapping[str, Any], files: Mapping[str, Any], **more: str) -> dict[str, Any]:
-    """The manifest of an entry: what determines it, size and SHA-256 of its files by name, and a checksum of itself."""
+    """Return a manifest: the entry's inputs, size and SHA-256 of each file by name, and a checksum of the manifest itself."""
     manifest: dict[str, Any] = {"key": key, "inputs": dict(inputs), "files": dict(files), **more}
     manifest["checksum"] = hashlib.sha256(_canonical(manifest)).hexdigest()
     return manifest
 
 
 def read_manifest(content: bytes) -> dict[str, Any]:
-    """A manifest from its file's content.
-
-    Raises:
-        BrokenEntryError: If it is none.
-    """
+    """Parse a manifest; raise BrokenEntryError if it is not a JSON object."""
     try:
         manifest = json.loads(content)
     except ValueError:
@@ -66,11 +62,7 @@ def read_manifest(content: bytes) -> dict[str, Any]:
 
 
 def check_manifest(manifest: Mapping[str, Any], key: str) -> None:
-    """Whether a manifest is whole and that of a key.
-
-    Raises:
-        BrokenEntryError: If it was altered, belongs to another key, or names files outside its entry.
-    """
+    """Raise BrokenEntryError if a manifest was altered, belongs to another key, or names files outside its entry."""
     rest = {name: value for name, value in manifest.items() if name != "checksum"}
     if manifest.get("checksum") != hashlib.sha256(_canonical(rest)).hexdigest():
         raise BrokenEntryError("manifest was altered")
@@ -81,24 +73,18 @@ def check_manifest(manifest: Mapping[str, Any], key: str) -> None:
 
 
 def _system_error(error: Exception) -> int:
-    """Number of the operating system's error behind an exception; 0 if there is none."""
+    """Return the operating system's error number behind an exception, 0 if there is none."""
     if isinstance(error, OSError):
         return error.errno or 0
-    # The writers of safetensors and tokenizers are written in Rust and give the number in their text only.
+    # The Rust writers of safetensors and tokenizers give the number in their text only.
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else 0
 
 
 def _files_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file of an entry by its name, which is a path inside the entry.
-
-    Raises:
-        BrokenEntryError: If the manifest says so of no files, or of files elsewhere.
-    """
+    """Return size and hash of every file by name, a path inside the entry; raise BrokenEntryError for anything else."""
     files = manifest.get("files")
-    if not isinstance(files, dict) or not all(
-        isinstance(facts, dict) and {"bytes", "sha256"} <= facts.keys() for facts in files.values()
-    ):
+    if not isinstance(files, dict) or not all(isinstance(f, dict) and {"bytes", "sha256"} <= f.keys() for f in files.values()):
         raise BrokenEntryError("manifest does not say what files there are")
     for name in files:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts or "\\" in name:
@@ -107,10 +93,10 @@ def _files_of(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 class ContentStore:
-    """Makes an entry once, whoever asks, and never hands out one that fails its checksums.
+    """Make each entry once, even with concurrent callers, and return only entries that pass their checksums.
 
     Args:
-        root: Folder of the store; created when first written to.
+        root: Folder of the store; created at the first write.
     """
 
     def __init__(self, root: Path) -> None:
@@ -118,20 +104,20 @@ class ContentStore:
         self._verified: set[str] = set()
 
     def find(self, key: str) -> Path | None:
-        """Folder of the entry, or None. A torn or altered entry is reported, moved to quarantine, and counts as missing."""
+        """Return the folder of an entry, or None. A torn or altered entry is logged, quarantined, and counts as missing."""
         try:
             return self._intact(key)
         except BrokenEntryError:
-            # Looked at again under the lock: what was broken may have been made anew since, and that must not be moved away.
+            # Check again under the lock: the entry may have been remade since, and that one must stay.
             with self.locked(key):
                 return self._intact_or_quarantine(key)
 
     def holds(self, key: str) -> bool:
-        """Whether there is an entry, its checksums unseen: what `find` reads whole, this only looks for."""
+        """Return True if the entry exists; its checksums are not verified."""
         return (self.root / key / MANIFEST).is_file()
 
     def flaw(self, key: str) -> str | None:
-        """What is wrong with an entry that is there, by its checksums; None where nothing is. Changes nothing.
+        """Verify the checksums of an entry; return the flaw found, or None. Changes nothing.
 
         Raises:
             FileNotFoundError: If there is no entry.
@@ -145,26 +131,21 @@ class ContentStore:
         return None
 
     def unfinished(self) -> list[str]:
-        """Keys of entries that somebody began to write, and that are written no more: their maker holds no lock."""
-        return [path.name for path in sorted((self.root / "tmp").glob("*")) if self._lock_is_free(path.name)]
+        """Return keys of entries left unfinished: started, and no maker holds their lock any more."""
+        keys = [path.name for path in sorted((self.root / "tmp").glob("*"))]
+        return [key for key in keys if not self._lock(key).exists() or is_free(self._lock(key))]
 
     def clear_unfinished(self, key: str) -> bool:
-        """Removes what a maker that was killed left of an entry; False where one is at work on it again."""
-        lock = FileLock(self.root / "locks" / f"{key}.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            return False
-        try:
-            shutil.rmtree(self.root / "tmp" / key)
-        finally:
-            lock.release()
-        return True
+        """Remove the unfinished files of a maker that was killed; return False if one is at work on the key again."""
+        with try_lock(self._lock(key)) as held:
+            if held:
+                shutil.rmtree(self.root / "tmp" / key)
+        return held
 
     def get_or_make(self, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        """Folder of the entry for `inputs`; calls `make(empty_folder)` when there is none yet.
+        """Return the folder of the entry for `inputs`; call `make(empty_folder)` if there is none yet.
 
-        Concurrent callers on one machine wait for the first (a lock of the operating system, gone with its holder). If
+        Concurrent callers on one machine wait for the first (a lock of the operating system, released with its process). If
         `make` raises, nothing is published.
 
         Raises:
@@ -178,28 +159,23 @@ class ContentStore:
             return self._intact_or_quarantine(key) or self._make(key, inputs, make)
 
     def manifest(self, key: str) -> dict[str, Any]:
-        """The manifest of an entry.
-
-        Raises:
-            BrokenEntryError: If it is missing or is not a manifest.
-        """
+        """Return the manifest of an entry; raise BrokenEntryError if it is missing or malformed."""
         try:
-            content = (self.root / key / MANIFEST).read_bytes()
+            return read_manifest((self.root / key / MANIFEST).read_bytes())
         except FileNotFoundError:
             raise BrokenEntryError("manifest is missing (the entry was never finished)") from None
-        return read_manifest(content)
 
     @contextmanager
     def locked(self, key: str) -> Iterator[None]:
-        """Holds the lock of an entry, or one of another name; what the system refuses meanwhile becomes a UserError."""
+        """Hold the lock of an entry, or one of another name; an unwritable store raises UserError."""
         with self.as_user_errors():
             (self.root / "locks").mkdir(parents=True, exist_ok=True)
-            with FileLock(self.root / "locks" / f"{key}.lock"):
+            with FileLock(self._lock(key)):
                 yield
 
     @contextmanager
     def as_user_errors(self) -> Iterator[None]:
-        """Turns what the system refuses in the block (a full disk, a read-only folder) into a UserError."""
+        """Turn a full disk, a read-only folder and the like inside the block into a UserError."""
         try:
             yield
         except Exception as error:
@@ -211,9 +187,8 @@ class ContentStore:
                 "(cache.models and cache.deltas in the study file, or the environment variable UIPE_CACHE)"
             ) from error
 
-    def _lock_is_free(self, key: str) -> bool:
-        path = self.root / "locks" / f"{key}.lock"
-        return not path.exists() or is_free(path)
+    def _lock(self, key: str) -> Path:
+        return self.root / "locks" / f"{key}.lock"
 
     def _intact(self, key: str) -> Path | None:
         folder = self.root / key
@@ -232,7 +207,7 @@ class ContentStore:
             return None
 
     def _make(self, key: str, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> Path:
-        # The lock is ours, so whatever lies here belongs to a maker that was killed.
+        # We hold the lock, so files found here are from a maker that was killed.
         temporary = self.root / "tmp" / key
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

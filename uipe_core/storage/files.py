@@ -1,21 +1,23 @@
-"""Write files atomically, flush them to the disk, hash them, probe locks."""
+"""Write files atomically, flush them to the disk, hash them, lock them."""
 
 import hashlib
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's content, read in blocks."""
+    """Return the SHA-256 of a file's content, read in blocks."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def fsync_path(path: Path) -> None:
-    """Flushes a file or a directory entry to the disk, so that a rename that follows cannot outrun its content."""
+    """Flush a file or a directory entry to the disk, so that a later rename cannot reach the disk before the content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -23,29 +25,39 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def is_free(lock: Path) -> bool:
-    """Whether nobody holds a lock file that exists; the lock is the system's, so one of a dead process is free."""
-    probe = FileLock(lock)
+@contextmanager
+def try_lock(lock: Path) -> Iterator[bool]:
+    """Yield True while holding a file lock, False if another process holds it; a dead process holds none."""
+    held = FileLock(lock)
     try:
-        probe.acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
-        return False
-    probe.release()
-    return True
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        held.release()
+
+
+def is_free(lock: Path) -> bool:
+    """Return True if no process holds an existing lock file."""
+    with try_lock(lock) as held:
+        return held
 
 
 def cache_folder(name: str) -> Path:
-    """Default place of a cache: under the environment variable UIPE_CACHE, or ``~/.cache/uipe``."""
+    """Return the default folder of a cache: under the environment variable UIPE_CACHE, or ``~/.cache/uipe``."""
     return Path(os.environ.get("UIPE_CACHE", Path.home() / ".cache" / "uipe")).expanduser() / name
 
 
 def write_atomic(path: Path, content: bytes, flush: bool = True) -> None:
-    """Writes a file so that readers see the old content or the new, never a part: temporary name, fsync, rename.
+    """Write a file (temporary name, fsync, rename): readers see the old content or the new, never a part.
 
     Args:
-        path: The file.
-        content: What will be in it.
-        flush: Whether to wait for the disk. Without, a machine that crashes may keep the name and lose the content.
+        path: Target; missing folders are made.
+        content: Bytes to write.
+        flush: Wait for the disk. Without it, a machine that crashes may keep the name and lose the content.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")

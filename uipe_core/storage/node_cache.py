@@ -1,7 +1,7 @@
-"""What a node keeps of entries at a URL: verified, bounded, the least recently used given up first.
+"""Cache entries from a URL on a node: verified, bounded, least recently used removed first.
 
-A process that reads an entry holds a shared lock of the operating system on its file in ``uses``, which ends with the process;
-who needs room gives up only entries that nobody holds. One process of a node fetches at a time.
+A process that reads an entry holds a shared lock of the operating system on the entry's file in ``uses``; the lock ends with
+the process. Only entries without such a lock are removed. One process of a node fetches at a time.
 """
 
 import fcntl
@@ -9,7 +9,8 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from uipe_core.errors import UserError
 from uipe_core.storage.content_store import ContentStore, content_key
 
 ROOM_SECONDS = 600.0
-"""How long to wait for others to let go of what fills the cache."""
+"""How long to wait for other processes to release entries when the cache is full."""
 GIGABYTE = 10**9
 
 
@@ -26,8 +27,8 @@ class NodeCache:
     """A bounded content store.
 
     Args:
-        root: Its folder on this node's disk.
-        limit: Bytes it may hold. What one process reads must fit beside what the others of the node are reading.
+        root: Folder on this node's disk.
+        limit: Bytes it may hold; must fit all entries that processes of the node read at the same time.
     """
 
     def __init__(self, root: Path, limit: int) -> None:
@@ -36,19 +37,19 @@ class NodeCache:
         self._entries = _entries(root / "entries")
 
     def hold(self, inputs: Mapping[str, Any], size: int, fetch: Callable[[Path], None]) -> tuple[Path, Callable[[], None]]:
-        """Folder of an entry, which stays until the returned function is called or this process ends.
+        """Return the folder of an entry and a function that releases it; until then, or until the process ends, it stays.
 
         Args:
-            inputs: What determines it.
+            inputs: Inputs that determine the entry.
             size: Its bytes.
-            fetch: Called with an empty folder to fill, if this node has no intact one.
+            fetch: Fills an empty folder; called if this node has no intact entry.
 
         Raises:
             UserError: If it does not fit.
         """
         key = content_key(inputs)
-        held = self._hold(key)
-        try:
+        with ExitStack() as held:
+            held.enter_context(self._lock(key, fcntl.LOCK_SH))
             folder = self._entries.find(key)
             if folder is None:
                 with self._entries.locked("room"):
@@ -57,31 +58,26 @@ class NodeCache:
                         self._make_room(size)
                         folder = self._entries.get_or_make(inputs, fetch)
             os.utime(self._uses / key)
-        except BaseException:
-            os.close(held)
-            raise
-
-        def release() -> None:
-            nonlocal held
-            if held >= 0:
-                os.close(held)
-                held = -1
-
-        return folder, release
+            return folder, held.pop_all().close
 
     @property
     def _uses(self) -> Path:
         return self._root / "uses"
 
-    def _hold(self, key: str) -> int:
+    @contextmanager
+    def _lock(self, key: str, kind: int) -> Iterator[None]:
+        """Hold the lock of an entry's readers; filelock has no shared locks."""
         with self._entries.as_user_errors():
             self._uses.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._uses / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        return descriptor
+        try:
+            fcntl.flock(descriptor, kind)
+            yield
+        finally:
+            os.close(descriptor)
 
     def _make_room(self, size: int) -> None:
-        """Gives entries up until `size` more bytes fit; nobody else fetches meanwhile."""
+        """Remove entries until `size` more bytes fit; the caller holds the lock of fetchers."""
         if size > self._limit:
             raise UserError(
                 f"cache.node_gigabytes: {self._limit / GIGABYTE:g} is too little for an update vector of {size / GIGABYTE:.3g} "
@@ -90,8 +86,8 @@ class NodeCache:
         for name in ("quarantine", "tmp"):
             shutil.rmtree(self._entries.root / name, ignore_errors=True)
         ends = time.monotonic() + ROOM_SECONDS
-        while (excess := self._held_bytes() + size - self._limit) > 0:
-            if not self._give_up(excess):
+        while (excess := sum(map(self._bytes, self._keys())) + size - self._limit) > 0:
+            if not self._evict(excess):
                 if time.monotonic() > ends:
                     raise UserError(
                         f"cache.node_gigabytes: {self._limit / GIGABYTE:g} is full of what other workers of this node are "
@@ -102,29 +98,21 @@ class NodeCache:
     def _keys(self) -> list[str]:
         return [path.name for path in self._entries.root.iterdir() if path.name not in ("locks", "tmp", "quarantine")]
 
-    def _held_bytes(self) -> int:
-        folders = [self._entries.root / key for key in self._keys()]
-        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+    def _bytes(self, key: str) -> int:
+        return sum(path.stat().st_size for path in (self._entries.root / key).rglob("*") if path.is_file())
 
-    def _give_up(self, excess: int) -> bool:
-        """Removes what was longest unused and nobody holds, about `excess` bytes of it; whether anything went."""
+    def _evict(self, excess: int) -> bool:
+        """Remove about `excess` bytes of unlocked entries, least recently used first; return True if any went."""
         gone = 0
         for key in sorted(self._keys(), key=self._last_use):
             if gone >= excess:
                 break
-            folder = self._entries.root / key
-            descriptor = os.open(self._uses / key, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                gone += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                aside = self._entries.root / "tmp" / uuid.uuid4().hex
-                aside.parent.mkdir(exist_ok=True)
-                folder.rename(aside)
-                shutil.rmtree(aside, ignore_errors=True)
-            except BlockingIOError:
-                continue
-            finally:
-                os.close(descriptor)
+            with suppress(BlockingIOError), self._lock(key, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                gone += self._bytes(key)
+                moved = self._entries.root / "tmp" / uuid.uuid4().hex
+                moved.parent.mkdir(exist_ok=True)
+                (self._entries.root / key).rename(moved)
+                shutil.rmtree(moved, ignore_errors=True)
         return gone > 0
 
     def _last_use(self, key: str) -> float:
@@ -136,5 +124,5 @@ class NodeCache:
 
 @lru_cache
 def _entries(root: Path) -> ContentStore:
-    """One per process, which then checks every entry once."""
+    """Return the store of a folder; one per process, so that every entry is verified once."""
     return ContentStore(root)

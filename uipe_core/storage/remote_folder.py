@@ -1,57 +1,58 @@
-"""A folder at a URL: an object store or a mounted file system, through pyarrow, which Ray brings along.
+"""Access a folder at a URL, an object store or a mounted file system, through pyarrow.
 
-Credentials come from where pyarrow looks for them (environment, instance), never from the URL. While a store is out of reach it
-is asked again for a minute.
+Credentials come from the places pyarrow reads (environment, instance), never from the URL. Requests are retried for a minute
+while the store cannot be reached.
 """
 
 import errno
 import hashlib
 import logging
 import re
-import time
-import uuid
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tenacity
+
 from uipe_core.errors import UserError, first_line
 from uipe_core.storage.content_store import UNWRITABLE
+from uipe_core.storage.files import write_atomic
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 BLOCK = 8 * 2**20
-"""Bytes copied at a time."""
+"""Bytes per read."""
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "file")
 PATIENCE_SECONDS = 60.0
-"""How long a store may be out of reach before what needs it gives up."""
+"""How long requests are retried."""
 LONGEST_PAUSE_SECONDS = 8.0
 OPTIONS = {
     "s3": "allow_delayed_open=true",  # a small file is one request, not three
     "gs": "retry_limit_seconds=60",  # pyarrow's own limit is a quarter of an hour
     "gcs": "retry_limit_seconds=60",
 }
-"""What is asked of pyarrow unless the URL says otherwise."""
+"""Options added to a URL unless it sets them."""
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 LASTING = re.compile(
     r"ACCESS_DENIED|NO_SUCH_BUCKET|INVALID_ACCESS_KEY|SIGNATURE|PERMISSION|UNAUTHENTICATED|Unauthorized|Forbidden|"
     r"bucket (does not exist|.* not found)|Could not load credentials|status (401|403)",
     re.IGNORECASE,
 )
-"""What object stores say that no waiting changes."""
+"""Messages of object stores that a retry does not change."""
 
 
 class RemoteFolder:
     """A folder at a URL; paths are relative to it.
 
     Args:
-        url: As pyarrow has it: ``s3://bucket/folder?region=eu-west-1``, ``gs://...``, ``file:///mnt/folder``.
+        url: In pyarrow's form: ``s3://bucket/folder?region=eu-west-1``, ``gs://...``, ``file:///mnt/folder``.
 
     Raises:
-        UserError: If it is none that pyarrow can open; from every method, if the store refuses or stays out of reach.
+        UserError: If pyarrow cannot open it. Every method: if the store refuses, or stays out of reach.
     """
 
     def __init__(self, url: str) -> None:
@@ -59,7 +60,7 @@ class RemoteFolder:
         self._fs, self._root = open_url(url)
 
     def read(self, path: str) -> bytes | None:
-        """Content of a small file; None where there is none."""
+        """Return the content of a small file, None if there is none."""
 
         def read() -> bytes | None:
             try:
@@ -71,28 +72,21 @@ class RemoteFolder:
         return with_retry(self.url, read)
 
     def write(self, path: str, content: bytes) -> None:
-        """Writes a small file so that readers see it whole or not at all."""
+        """Write a small file atomically: readers see it whole or not at all."""
 
         def write() -> None:
-            # An object appears when it is complete; a file of a file system needs a rename for that.
             target = self._at(path)
-            temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp" if self._is_local else target
-            self._make_parent(target)
-            try:
-                with self._fs.open_output_stream(temporary) as stream:
-                    stream.write(content)
-                if self._is_local:
-                    self._fs.move(temporary, target)
-            except BaseException:
-                if self._is_local:
-                    with suppress(OSError):
-                        self._fs.delete_file(temporary)
-                raise
+            if self._is_local:
+                write_atomic(Path(target), content)
+                return
+            # An object appears when it is complete.
+            with self._fs.open_output_stream(target) as stream:
+                stream.write(content)
 
         with_retry(self.url, write)
 
     def upload(self, source: Path, path: str) -> None:
-        """Copies a file of this machine there."""
+        """Copy a file of this machine there."""
 
         def copy() -> None:
             self._make_parent(self._at(path))
@@ -103,7 +97,7 @@ class RemoteFolder:
         with_retry(self.url, copy)
 
     def download(self, path: str, target: Path) -> str | None:
-        """Copies a file to this machine; returns its SHA-256, None where there is none."""
+        """Copy a file to this machine; return its SHA-256, None if there is no such file."""
 
         def copy() -> str | None:
             digest = hashlib.sha256()
@@ -121,12 +115,12 @@ class RemoteFolder:
         return with_retry(self.url, copy, this_machine=FULL)
 
     def sizes(self, paths: Sequence[str]) -> list[int | None]:
-        """Bytes of each file; None for what is no file."""
+        """Return the bytes of each file; None for a path that is no file."""
         found = with_retry(self.url, partial(self._fs.get_file_info, [self._at(path) for path in paths]))
         return [info.size if info.is_file else None for info in found]
 
     def delete(self, path: str) -> None:
-        """Removes a file; one that is not there is as good as removed."""
+        """Remove a file; a missing one is no error."""
 
         def delete() -> None:
             with suppress(FileNotFoundError):
@@ -135,7 +129,7 @@ class RemoteFolder:
         with_retry(self.url, delete)
 
     def discard(self, folder: str) -> None:
-        """Removes a folder if that can be done; nothing depends on it."""
+        """Try to remove a folder; a failure is ignored, since nothing depends on it."""
         with suppress(OSError):
             self._fs.delete_dir(self._at(folder))
 
@@ -147,17 +141,13 @@ class RemoteFolder:
         return f"{self._root}/{path}"
 
     def _make_parent(self, target: str) -> None:
-        # In an object store folders are but names.
+        # Object stores have no folders.
         if self._is_local:
             self._fs.create_dir(target.rpartition("/")[0], recursive=True)
 
 
 def open_url(url: str) -> tuple[Any, str]:
-    """pyarrow's file system of a URL, and the path in it.
-
-    Raises:
-        UserError: If it cannot be opened.
-    """
+    """Return pyarrow's file system of a URL and the path in it; raise UserError if it cannot be opened."""
     from pyarrow import fs
 
     scheme = url.partition("://")[0]
@@ -175,35 +165,45 @@ def open_url(url: str) -> tuple[Any, str]:
 
 
 def with_retry(url: str, action: Callable[[], Result], this_machine: Container[int] = ()) -> Result:
-    """Does something at a URL, again and again while the store is out of reach.
+    """Run a request, repeated with exponential pauses while the store is out of reach.
 
     Args:
         url: Of the store, for messages.
-        action: What is done.
-        this_machine: Numbers of errors that are not the store's but of the disk here, and are raised as they are.
+        action: The request.
+        this_machine: Error numbers of the local disk, raised as they are.
 
     Raises:
-        UserError: If it stays so for `PATIENCE_SECONDS`, or if the store refuses.
+        UserError: If the store refuses, or stays out of reach for `PATIENCE_SECONDS`.
     """
-    ends = time.monotonic() + PATIENCE_SECONDS
-    pause = 0.2
-    while True:
-        try:
-            return action()
-        except OSError as error:
-            if error.errno in this_machine:
-                raise
-            said = first_line(error)
-            if error.errno in UNWRITABLE or LASTING.search(str(error)):
-                raise UserError(
-                    f"store {url}: {said}; give a place that can be read and written (room, rights, credentials in the "
-                    "environment)"
-                ) from None
-            if time.monotonic() + pause > ends:
-                raise UserError(
-                    f"store {url}: {said}; out of reach for {PATIENCE_SECONDS:.0f} s. What was done is kept: mend that, and "
-                    "run the same command again"
-                ) from None
-            logger.warning("store %s: %s; trying again", url, said)
-            time.sleep(pause)
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+    def refused(error: OSError) -> bool:
+        return error.errno in UNWRITABLE or LASTING.search(str(error)) is not None
+
+    def out_of_reach(error: BaseException) -> bool:
+        return isinstance(error, OSError) and error.errno not in this_machine and not refused(error)
+
+    def warn(state: tenacity.RetryCallState) -> None:
+        assert state.outcome is not None
+        logger.warning("store %s: %s; trying again", url, first_line(state.outcome.exception()))
+
+    retrying = tenacity.Retrying(
+        retry=tenacity.retry_if_exception(out_of_reach),
+        wait=tenacity.wait_exponential(multiplier=0.2, max=LONGEST_PAUSE_SECONDS),
+        stop=tenacity.stop_before_delay(PATIENCE_SECONDS),
+        before_sleep=warn,
+        reraise=True,
+    )
+    try:
+        return retrying(action)
+    except OSError as error:
+        if error.errno in this_machine:
+            raise
+        if refused(error):
+            raise UserError(
+                f"store {url}: {first_line(error)}; give a place that can be read and written (room, rights, credentials in "
+                "the environment)"
+            ) from None
+        raise UserError(
+            f"store {url}: {first_line(error)}; out of reach for {PATIENCE_SECONDS:.0f} s. Finished work is kept: restore "
+            "access, and run the same command again"
+        ) from None

@@ -1,8 +1,8 @@
-"""Content-addressed entries at a URL: an object store or a mounted file system, read through the node's cache.
+"""Keep content-addressed entries at a URL, read through the node's cache.
 
-Layout below the URL: ``<key>/<upload>/<file>`` and, written last, ``<key>/manifest.json``, which names the upload, sizes and
-checksums. Object stores cannot rename and have no locks, so every upload has a folder of its own: of two that publish the same
-key at the same time the last manifest wins as a whole, and who has read the other one keeps reading that.
+Layout: ``<key>/<upload>/<file>`` and, written last, ``<key>/manifest.json`` with the name of the upload, sizes and checksums.
+Object stores cannot rename and have no locks, so every upload has its own folder. If two publish one key at the same time, the
+last manifest wins as a whole; readers of the other upload keep reading it.
 """
 
 import json
@@ -35,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RemoteLocation:
-    """Where entries are, and how much of them a node may keep; travels to the nodes.
+    """URL of a store and the cache limit of a node; sent to the nodes.
 
     Attributes:
-        url: Of a folder, as pyarrow has it: ``s3://bucket/deltas?region=eu-west-1``, ``gs://...``, ``file:///mnt/deltas``.
-        node_bytes: Bound of the cache of a node.
+        url: Of a folder in pyarrow's form: ``s3://bucket/deltas?region=eu-west-1``, ``gs://...``, ``file:///mnt/deltas``.
+        node_bytes: Limit of a node's cache.
     """
 
     url: str
@@ -47,7 +47,7 @@ class RemoteLocation:
 
     @property
     def node_root(self) -> Path:
-        """The cache of the node this is called on: one for all URLs, because what is in it is named by its content."""
+        """Folder of this node's cache: one for all URLs, because entries are named by their content."""
         return cache_folder("node")
 
 
@@ -58,7 +58,7 @@ class RemoteEntry:
     Attributes:
         place: Its store.
         key: Its content address.
-        upload: Which upload of it the manifest named; what is read stays the same if another one replaces it.
+        upload: The upload its manifest named; reads stay with it if another one replaces it.
         files: Size and SHA-256 of each file by name.
     """
 
@@ -68,16 +68,16 @@ class RemoteEntry:
     files: Mapping[str, Mapping[str, Any]]
 
     def read(self, name: str) -> bytes:
-        """Content of a small file."""
+        """Return the content of a small file."""
         with self.reading(name) as folder:
             return (folder / name).read_bytes()
 
     @contextmanager
     def reading(self, *names: str) -> Iterator[Path]:
-        """A folder on this node with the given files, fetched if it has them not; they stay for the length of the block.
+        """Yield a folder on this node with the given files, fetched if needed; they stay until the block ends.
 
         Raises:
-            BrokenEntryError: If what is stored does not match its manifest; the entry then no longer counts as published.
+            BrokenEntryError: If the stored files do not match their manifest; the entry is then withdrawn.
             UserError: If the store is out of reach, or this node has no room.
         """
         path, release = self.hold(*names)
@@ -87,7 +87,7 @@ class RemoteEntry:
             release()
 
     def hold(self, *names: str) -> tuple[Path, Callable[[], None]]:
-        """As `reading`, until the returned function is called."""
+        """Like `reading`, but return the folder and a function that releases it."""
         wanted = {name: dict(self.files[name]) for name in names}
         size = sum(facts["bytes"] for facts in wanted.values())
         store = RemoteStore(self.place)
@@ -100,21 +100,14 @@ class RemoteEntry:
 
 
 class RemoteStore:
-    """Publishes entries at a URL, and finds them there.
-
-    Args:
-        place: Where.
-
-    Raises:
-        UserError: If the URL is none that pyarrow can open.
-    """
+    """Publish entries at a URL and find them there; raise UserError if pyarrow cannot open the URL."""
 
     def __init__(self, place: RemoteLocation) -> None:
         self.place = place
         self._folder = RemoteFolder(place.url)
 
     def find(self, key: str) -> RemoteEntry | None:
-        """The entry, or None. What is torn, altered or foreign is reported, put aside, and counts as missing.
+        """Return the entry, or None. A torn, altered or foreign entry is logged, withdrawn, and counts as missing.
 
         Sizes are checked here, checksums when a node fetches a file.
         """
@@ -136,10 +129,10 @@ class RemoteStore:
         return entry
 
     def get_or_make(self, inputs: Mapping[str, Any], make: Callable[[Path], None]) -> RemoteEntry:
-        """The entry for `inputs`; calls `make(empty_folder)` and publishes what it wrote when there is none yet.
+        """Return the entry for `inputs`; if there is none, call `make(empty_folder)` and publish its files.
 
-        Callers on one machine wait for the first. What was made and could not be published stays on this machine's disk, and
-        is published by the next call.
+        Callers on one machine wait for the first. An entry that was made but not published stays on this machine's disk and is
+        published by the next call.
 
         Raises:
             UserError: If the store or this machine's disk cannot be written, or the store is out of reach.
@@ -158,11 +151,7 @@ class RemoteStore:
             return found
 
     def download(self, entry: RemoteEntry, files: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
-        """Writes files of an entry into a folder of this machine.
-
-        Raises:
-            BrokenEntryError: If one is missing or is not what the manifest says.
-        """
+        """Download files of an entry into a folder; raise BrokenEntryError if one is missing or does not match its checksum."""
         for name, facts in files.items():
             digest = self._folder.download(f"{entry.key}/{entry.upload}/{name}", folder / name)
             if digest is None:
@@ -171,16 +160,16 @@ class RemoteStore:
                 raise BrokenEntryError(f"{name} does not match its checksum")
 
     def withdraw(self, key: str, reason: str, upload: str | None) -> None:
-        """Puts the manifest of a broken entry aside, so that it no longer counts as published."""
+        """Move the manifest of a broken entry to quarantine, so that the entry no longer counts as published."""
         path = f"{key}/{MANIFEST}"
         text = self._folder.read(path)
         if text is None or (upload is not None and upload.encode() not in text):
-            return  # another upload has taken its place meanwhile
+            return  # replaced by another upload meanwhile
         try:
             self._folder.write(f"quarantine/{key}.{uuid.uuid4().hex[:8]}.json", text)
             self._folder.delete(path)
         except UserError as error:
-            logger.warning("%s, %s: %s; it cannot be put aside (%s), so it is passed over", self.place.url, key, reason, error)
+            logger.warning("%s, %s: %s; skipped, its manifest cannot be moved (%s)", self.place.url, key, reason, error)
             return
         logger.warning("%s, %s: %s; its manifest is now in quarantine, it will be made again", self.place.url, key, reason)
 

@@ -1,4 +1,4 @@
-"""The safetensors files of a model or adapter folder: what is in them by their headers, and tensors one at a time."""
+"""Read safetensors files of a model or adapter folder: their headers, and tensors one at a time."""
 
 import json
 import math
@@ -20,10 +20,10 @@ FLOATS = ("F32", "BF16", "F16")
 REMEDY = "fetch or save it again"
 
 MAPPED = 1 << 24
-"""Bytes read of a file after which it is mapped anew: pages that were read count as the process's memory until then."""
+"""Bytes read of a file after which it is mapped again: until then its pages count as memory of the process."""
 
 PART = 1 << 22
-"""Entries handled at once where torch would otherwise make a copy of a whole tensor."""
+"""Elements per chunk where torch would otherwise copy a whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class StoredTensor:
 
     Attributes:
         path: The safetensors file.
-        name: Its name in the file.
-        shape: Its shape.
-        dtype: Its dtype by safetensors' name, for example ``BF16``.
+        name: Name in the file.
+        shape: Shape.
+        dtype: Dtype by safetensors' name, for example ``BF16``.
     """
 
     path: Path
@@ -44,10 +44,10 @@ class StoredTensor:
 
 
 class LazyTensors(Mapping[str, Tensor]):
-    """Tensors that are read or made when they are asked for, and not kept.
+    """Mapping of tensors that are read or made on access and not kept.
 
     Args:
-        shapes: Shape of every tensor by name, in the order in which they are best asked for.
+        shapes: Shape of every tensor by name, in the order of fastest access.
         make: Makes the tensor of a name.
     """
 
@@ -68,38 +68,36 @@ class LazyTensors(Mapping[str, Tensor]):
 
 
 def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, in the order of `tensors`; nothing is read for it."""
+    """Return shapes by name, in the order of `tensors`, without reading any."""
     if isinstance(tensors, LazyTensors):
         return dict(tensors.shapes)
     return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def parts(tensor: Tensor) -> tuple[Tensor, ...]:
-    """A tensor in views of about `PART` entries along its first dimension; tensors of one shape are cut alike."""
+    """Split a tensor into views of about `PART` elements along its first dimension; equal shapes split alike."""
     if tensor.numel() <= PART:
         return (tensor,)
     return tensor.split(max(1, PART * len(tensor) // tensor.numel()))
 
 
-def passing(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """A tensor on the CPU for passing use, all zeros; its memory goes back to the system with it.
+def temporary_zeros(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return a CPU tensor of zeros whose memory returns to the system when it is freed.
 
-    Blocks of up to 32 MiB that are allocated and let go for tensor after tensor were seen to leave holes in the process's
-    memory that added up to the size of the model.
+    Blocks of up to 32 MiB from malloc, freed tensor after tensor, left holes that added up to the size of the model.
     """
     count = math.prod(shape)
     if not count:
         return torch.zeros(tuple(shape), dtype=dtype)
-    return torch.frombuffer(mmap.mmap(-1, dtype.itemsize * count, access=mmap.ACCESS_COPY), dtype=dtype, count=count).view(
-        tuple(shape)
-    )
+    memory = mmap.mmap(-1, dtype.itemsize * count, access=mmap.ACCESS_COPY)
+    return torch.frombuffer(memory, dtype=dtype, count=count).view(tuple(shape))
 
 
 def weight_files(folder: Path, stem: str = "model") -> list[Path]:
-    """The safetensors files of a folder: one file, or the shards that its index names.
+    """Return the safetensors files of a folder: one file, or the shards named by its index.
 
     Args:
-        folder: A folder that exists.
+        folder: An existing folder.
         stem: ``model``, or ``adapter_model`` for PEFT.
 
     Raises:
@@ -121,7 +119,7 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
         paths = [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: damaged ({type(error).__name__}); fetch or save the checkpoint again") from error
-    # By name, not by where links lead: in the hub's cache every file is one.
+    # By name, not by link target: in the hub's cache every file is a link.
     outside = [name for name in names if Path(name).name != name]
     if outside:
         raise UserError(f"{index}: it names {outside[0]!r}, which is not a file of its folder; do not use this checkpoint")
@@ -135,11 +133,7 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
 
 
 def read_headers(paths: list[Path]) -> dict[str, StoredTensor]:
-    """What is in some files, by name, in the order in which it is best read; no weight is read.
-
-    Raises:
-        UserError: If a file is damaged or cut off.
-    """
+    """Return the tensors of some files by name, in the order of fastest reading; raise UserError if a file is damaged."""
     found: dict[str, StoredTensor] = {}
     for path in paths:
         with open_weights(path) as stream:
@@ -148,17 +142,13 @@ def read_headers(paths: list[Path]) -> dict[str, StoredTensor]:
 
 
 def stored_tensor(path: Path, stream: Any, name: str) -> StoredTensor:
-    """What the header of an open file says of a tensor."""
+    """Return the header entry of a tensor in an open file."""
     part = stream.get_slice(name)
     return StoredTensor(path, name, tuple(part.get_shape()), part.get_dtype())
 
 
 def open_weights(path: Path, remedy: str = REMEDY) -> Any:
-    """A safetensors file, mapped.
-
-    Raises:
-        UserError: If it is damaged or cut off, with `remedy`.
-    """
+    """Map a safetensors file; raise UserError with `remedy` if it is damaged or cut off."""
     try:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
@@ -166,10 +156,10 @@ def open_weights(path: Path, remedy: str = REMEDY) -> Any:
 
 
 class ShardReader:
-    """Reads tensors one by one; the last file stays mapped until `MAPPED` bytes of it were read, any other is let go.
+    """Read tensors one by one; the last file stays mapped until `MAPPED` bytes of it were read.
 
     Args:
-        remedy: What to do about a file that is damaged or gone.
+        remedy: Advice if a file is damaged or gone.
     """
 
     def __init__(self, remedy: str = REMEDY) -> None:
@@ -179,10 +169,10 @@ class ShardReader:
         self._read = 0
 
     def read(self, stored: StoredTensor) -> Tensor:
-        """A tensor as stored: pages of its file, which are read as they are used and last as long as the tensor.
+        """Return a tensor as stored, mapped: pages are read on use and kept as long as the tensor.
 
         Raises:
-            UserError: If its file has gone or was damaged meanwhile.
+            UserError: If its file is gone or was damaged meanwhile.
         """
         if stored.path != self._path or self._read > MAPPED:
             self._path, self._stream = None, None

@@ -39,8 +39,8 @@ time.sleep(600)
 
 READER = """
 import sys
-from uipe_core.storage.remote_store import RemotePlace, RemoteStore
-entry = RemoteStore(RemotePlace(sys.argv[1], int(sys.argv[2]))).find(sys.argv[3])
+from uipe_core.storage.remote_store import RemoteLocation, RemoteStore
+entry = RemoteStore(RemoteLocation(sys.argv[1], int(sys.argv[2]))).find(sys.argv[3])
 print(len(set(entry.read("weights.bin"))))
 """
 
