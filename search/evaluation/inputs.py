@@ -8,14 +8,9 @@ from search.problem.space import Point
 from search.spec.corpora import fetched_sources
 from search.spec.sections import PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
-from search.store.study_store import StudyStore
 from uipe_core.corpora.split import split_corpus
-from uipe_core.deltas.checkpoints import check_checkpoint
 from uipe_core.errors import UserError
 from uipe_core.logs.tofu import read_log
-from uipe_core.models.loading import check_model_folder, model_folder
-from uipe_core.models.skeleton import open_initial
-from uipe_core.unlearning.steering import check_layer, model_depth
 
 
 def check_inputs(spec: StudySpec) -> list[str]:
@@ -39,6 +34,8 @@ def check_inputs(spec: StudySpec) -> list[str]:
             elif value.endswith(".json"):
                 read_log(value)
             else:
+                from uipe_core.models.loading import check_model_folder
+
                 check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format, spec.model.trust_remote_code)
         remote = [place for places in spec.checkpoints.values() for place in places if not is_local(place)]
         notes += [f"checkpoints: {place} is on the hub and is fetched when the study runs" for place in remote]
@@ -57,6 +54,8 @@ def check_steered_layers(spec: StudySpec, revision: str | None) -> None:
     model = spec.model
     if not layers:
         return
+    from uipe_core.unlearning.steering import check_layer, model_depth
+
     depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, model.trust_remote_code)
     if depth is not None:
         for layer in layers:
@@ -65,7 +64,11 @@ def check_steered_layers(spec: StudySpec, revision: str | None) -> None:
 
 def checkpoint_folder(place: str) -> Path:
     """The folder of a given checkpoint: its own, or the hub's copy on this machine, fetched where it is missing."""
-    return Path(place) if is_local(place) else model_folder(place)
+    if is_local(place):
+        return Path(place)
+    from uipe_core.models.loading import model_folder
+
+    return model_folder(place)
 
 
 def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
@@ -74,6 +77,9 @@ def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
     Raises:
         UserError: With everything that does not fit.
     """
+    from uipe_core.deltas.checkpoints import check_checkpoint
+    from uipe_core.models.skeleton import open_initial
+
     trusted = isinstance(spec.model, PretrainedModel) and spec.model.trust_remote_code
     initial = open_initial(initial_folder, trusted)
     problems = []
@@ -124,6 +130,8 @@ def earlier_fronts(spec: StudySpec) -> EarlierFronts:
 
 def _front_of(spec: StudySpec, where: str, folder: Path) -> tuple[str, list[Point]]:
     """Name of the study in a folder, and its front."""
+    from search.store.study_store import StudyStore  # Optuna and pandas come with it, and most studies need none of it
+
     try:
         store = StudyStore.open(folder)
     except UserError as error:
