@@ -70,7 +70,7 @@ class BaseRunTasks:
         room: The cluster.
         known: Base runs that are there already, by name.
         starters: Makes the task of each missing base run, by name.
-        news: Called with each base run that has come, or the reason why it never will.
+        news: Called with each base run that has come; or with the reason why it never will, and the traceback.
         watch: Called now and then: shows how far tasks are.
     """
 
@@ -79,7 +79,7 @@ class BaseRunTasks:
         room: ClusterCapacity,
         known: Mapping[str, BaseRun],
         starters: Mapping[str, Callable[[], Any]],
-        news: Callable[[str, BaseRun | str], None],
+        news: Callable[[str, BaseRun | str, str], None],
         watch: Callable[[], None],
     ) -> None:
         self.runs = BaseRuns(room, {name: run.keys for name, run in known.items()}, waiting=list(starters))
@@ -152,10 +152,10 @@ class BaseRunTasks:
             self._error = self._error or problem
             reason = str(problem).removeprefix(f"{name}: ")
             self.runs.fail(name, reason)
-            self._news(name, reason)
+            self._news(name, reason, str(error))
         else:
             self.runs.publish(name, run.keys)
-            self._news(name, run)
+            self._news(name, run, "")
 
 
 LOST = (

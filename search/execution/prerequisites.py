@@ -21,6 +21,7 @@ from search.problem.trial import retrained
 from search.report.progress import Bars
 from search.spec.runtime import BaseRunResources, TrialResources
 from search.store.study_store import StudyStore
+from search.store.tracebacks import keep_traceback
 from uipe_core.deltas.checkpoints import find_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
@@ -163,14 +164,14 @@ class Prerequisites:
         arguments = (preparation.initial_folder, given, preparation.delta_root, preparation.trust_remote_code, needs.threads)
         return _task(needs, import_and_publish, *arguments, self.board, label)
 
-    def _came(self, name: str, run: BaseRun | str) -> None:
+    def _came(self, name: str, run: BaseRun | str, traceback: str) -> None:
         """Counts what a base run has used that came in this run of the study."""
         if isinstance(run, BaseRun):
             seconds = sum(float(epoch.get("seconds", 0.0)) for epoch in run.epochs)
             self.guard.held(seconds, self.preparation.spec.resources.base_run)
-        self._news(name, run)
+        self._news(name, run, traceback)
 
-    def _news(self, name: str, run: BaseRun | str) -> None:
+    def _news(self, name: str, run: BaseRun | str, traceback: str = "") -> None:
         """Writes into the study's record which base run has come, or why it has not."""
         record = self.store.record
         failed = {label: reason for label, reason in record.get("failed_base_runs", {}).items() if label != name}
@@ -178,6 +179,7 @@ class Prerequisites:
             record["base_runs"] = {**record.get("base_runs", {}), name: {"delta": run.key, "epochs": list(run.epochs)}}
         else:
             failed[name] = run
+            keep_traceback(self.store.out, f"base-run-{name}", traceback)
             self.bars.say(f"failed: base run {name}: {run}")
         record["failed_base_runs"] = failed
         self.store.save_record()

@@ -4,7 +4,9 @@ import base64
 import faulthandler
 import io
 import json
+import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +24,7 @@ from search.samplers.gram import Runs, StudyGram, extend_gram
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.checkpoints import import_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
+from uipe_core.errors import first_line
 from uipe_core.models.loading import ModelSource, set_threads
 from uipe_core.models.memory import give_back, ran_out
 from uipe_core.models.skeleton import open_initial
@@ -31,6 +34,8 @@ from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.unlearning.distributed import current_processes
 from uipe_core.unlearning.training import UnlearningConfig, train_base_run
+
+logger = logging.getLogger(__name__)
 
 HOLD_SECONDS = 0.2
 """How long a worker with nothing to do waits before it asks again (see `search.execution.tune`)."""
@@ -67,10 +72,10 @@ class ScoringTrial(tune.Trainable):
                 evidence, report = score_within_memory(self._evaluator, job)
                 # As text, because Tune flattens nested results before its searcher sees them, and writes them as JSON.
                 return {"evidence": json.dumps(evidence), "items": pack_arrays(report.arrays())}
-        except OutOfMemory as error:
-            return {"reason": str(error)}
         except Exception as error:
-            return {"reason": f"{type(error).__name__}: {error}"}
+            logger.exception("trial failed: %s", job)
+            reason = str(error) if isinstance(error, OutOfMemory) else f"{type(error).__name__}: {error}"
+            return {"reason": reason, "traceback": traceback.format_exc()}
 
     def _evaluator(self) -> Evaluator:
         if self._loaded is None:
@@ -189,14 +194,16 @@ def score_within_memory(evaluator: Callable[[], Evaluator], job: TrialSpec) -> t
         OutOfMemory: If it was too little again.
         Exception: What else went wrong.
     """
-    said = ""
+    said = details = ""
     for _ in range(2):
         try:
             return evaluator().evaluate(job)
         except Exception as error:
             if not ran_out(error):
                 raise
-            said = str(error).partition("\n")[0] or type(error).__name__
+            said, details = first_line(error), traceback.format_exc()
         # Not in the handler: the error's traceback refers to everything that took the memory.
         give_back()
-    raise OutOfMemory(f"out of memory twice, however small the batches: {said}")
+    problem = OutOfMemory(f"out of memory twice, however small the batches: {said}")
+    problem.add_note(details)
+    raise problem
