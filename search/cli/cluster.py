@@ -72,15 +72,41 @@ def status(
     print_json(known) if as_json else print_status(known)
 
 
-def logs(job: TrialSpec, address: Server = None, follow: Follow = False) -> None:
-    """Print the log of a study's driver."""
+def logs(
+    what: Annotated[
+        str, typer.Argument(metavar="OUT|ID", help="Folder or URL of a study, for its errors; or id of its job, for its log.")
+    ],
+    address: Server = None,
+    follow: Follow = False,
+    trial: Annotated[int | None, typer.Option(help="Of a folder: only the error of the trial with this number.")] = None,
+) -> None:
+    """Print the tracebacks of a study's failed trials and base runs, or the log of its driver on a cluster."""
+    from search.store.mirror import is_url
+
+    if is_url(what) or Path(what).is_dir():
+        _print_tracebacks(what, trial)
+        return
     from search.results.status import without_status
 
     jobs = _jobs(address)
     if follow:
-        _follow(jobs, job)
+        _follow(jobs, what)
     else:
-        typer.echo(without_status(jobs.log(job)), nl=False)
+        typer.echo(without_status(jobs.log(what)), nl=False)
+
+
+def _print_tracebacks(out: str, trial: int | None) -> None:
+    from search.store.mirror import readable_folder
+    from search.store.record import read_record
+    from search.store.tracebacks import read_tracebacks
+
+    folder = readable_folder(out)
+    read_record(folder)
+    found = read_tracebacks(folder, trial)
+    if not found:
+        typer.echo(f"{out}: no traceback is kept: nothing raised in a trial or base run", err=True)
+    for name, text in found.items():
+        typer.echo(f"{name}\n{text}")
 
 
 def stop(job: TrialSpec, address: Server = None) -> None:
@@ -104,12 +130,22 @@ def studies(address: Server = None, as_json: Json = False) -> None:
 @cluster.command("validate", epilog="Example: uipe cluster validate deploy/kuberay.yaml")
 def validate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Cluster file of `ray up`, or manifest of a KubeRay RayJob.")],
+    schema: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|kubectl",
+            help="Check every field of a RayJob by KubeRay's CRD (or its openAPIV3Schema): a file, or read by kubectl.",
+        ),
+    ] = None,
 ) -> None:
-    """Check a file that describes a cluster, offline: Ray's own schema and checks, and what studies need beyond it."""
+    """Check a file that describes a cluster: by Ray's own schema and checks, and for what studies need beyond them."""
     from search.cluster.config_checks import check_cluster_file
 
     _quiet_ray()
-    typer.echo(f"{file}: valid; {check_cluster_file(file)}")
+    described, notes = check_cluster_file(file, schema)
+    typer.echo(f"{file}: valid; {described}")
+    for note in notes:
+        typer.echo(f"note: {note}")
 
 
 def register(app: typer.Typer) -> None:
@@ -117,7 +153,7 @@ def register(app: typer.Typer) -> None:
     example = "http://127.0.0.1:8265"
     app.command(epilog=f"Example: uipe submit studies/quickstart.yaml --address {example} --follow")(submit)
     app.command(epilog="Example: uipe status runs/quickstart")(status)
-    app.command(epilog="Example: uipe logs quickstart-1a2b3c4d --follow")(logs)
+    app.command(epilog="Example: uipe logs runs/quickstart --trial 7, or uipe logs quickstart-1a2b3c4d --follow")(logs)
     app.command(epilog="Example: uipe stop quickstart-1a2b3c4d")(stop)
     app.command(epilog=f"Example: uipe studies --address {example}")(studies)
     app.add_typer(cluster)

@@ -1,9 +1,10 @@
 """The command line: a thin layer over `search` and `uipe_core`. Parse, call, print."""
 
+import logging
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -24,6 +25,32 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+
+class _ToStandardError(logging.Handler):
+    """Print log records wherever standard error goes at the moment: progress bars redirect it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        typer.echo(self.format(record), err=True)
+
+
+_HANDLER = _ToStandardError()
+
+
+@app.callback()
+def _settings(
+    log_level: Annotated[
+        LogLevel, typer.Option("--log-level", help="Log records of uipe that are printed; info has every traceback.")
+    ] = "warning",
+) -> None:
+    for name in ("search", "uipe_core"):
+        logger = logging.getLogger(name)
+        logger.setLevel(log_level.upper())
+        if _HANDLER not in logger.handlers:
+            logger.addHandler(_HANDLER)
+
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")]
 Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]

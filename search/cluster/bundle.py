@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from search.evaluation.inputs import check_inputs
 from search.spec.corpora import path_sites
 from search.spec.redaction import without_password
 from search.spec.sections import is_local
 from search.spec.study import StudySpec, load_study
-from search.spec.study_file import absolute_paths, read_study_file
+from search.spec.study_file import absolute_paths, read_study_file, write_study_file
 from uipe_core.errors import UserError
 
 LIMIT_BYTES = 20 * 2**20
@@ -74,7 +72,7 @@ def build_bundle(study: Path, folder: Path) -> JobBundle:
         holder[key] = moved[value]
     notes += [f"{key}: {value} does not travel; every node must see it there" for key, value in _staying(content)]
     notes += _hide_storage(content)
-    (folder / STUDY_FILE).write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    write_study_file(folder / STUDY_FILE, content)
     # Caches and earlier studies may change from run to run.
     stays = sorted(entry for entry in _staying(content) if entry[0].startswith(("model.", "checkpoints.")))
     parts = {"study": spec.fingerprint_payload(), "inputs": _hashes(folder / "inputs"), "stays": stays}

@@ -1,4 +1,4 @@
-"""Files that describe a cluster, checked offline: Ray's own schema and checks, and what a study needs beyond them."""
+"""Check files that describe a cluster, offline: by Ray's own schema and checks, and for what a study needs beyond them."""
 
 import contextlib
 import io
@@ -12,7 +12,7 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from search.cluster.kuberay import rayjob_problems
+from search.cluster.kuberay import rayjob_problems, read_schema
 from search.spec.errors import Problem, StudyFileError, did_you_mean, key_text, show
 from uipe_core.errors import UserError
 
@@ -22,28 +22,39 @@ START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-def check_cluster_file(path: Path) -> str:
-    """Checks a cluster file of ``ray up``, or a manifest with a KubeRay RayJob; returns what it describes in a few words.
+def check_cluster_file(path: Path, schema: str | None = None) -> tuple[str, list[str]]:
+    """Check a cluster file of ``ray up``, or a manifest with a KubeRay RayJob.
+
+    Args:
+        path: The file.
+        schema: Source of KubeRay's schema (`search.cluster.kuberay.read_schema`), to check every field of a RayJob by.
+
+    Returns:
+        What the file describes in a few words, and notes on what was not checked.
 
     Raises:
-        UserError: If it cannot be read.
-        StudyFileError: With everything that is wrong, as far as Ray tells it at once.
+        UserError: The file or the schema cannot be read.
+        StudyFileError: With everything that is wrong, as far as Ray says it at once.
     """
     documents = _read(path)
+    notes: list[str] = []
     manifests = [document for document in documents if "apiVersion" in document or "kind" in document]
     if not manifests:
         if len(documents) != 1:
             raise UserError(f"{path}: holds {len(documents)} YAML documents; a cluster file of `ray up` is a single one")
-        problems, told = _ray_up_problems(documents[0])
+        if schema is not None:
+            raise UserError("--schema: it is for RayJobs of KubeRay, and this is a cluster file of `ray up`; leave it out")
+        problems, described = _ray_up_problems(documents[0])
     else:
         jobs = [document for document in manifests if document.get("kind") == "RayJob"]
         if len(jobs) != 1:
             kinds = ", ".join(str(document.get("kind")) for document in manifests)
             raise UserError(f"{path}: holds {len(jobs)} documents of kind RayJob ({kinds}); give it one")
-        problems, told = rayjob_problems(jobs[0], ray.__version__)
+        fields = None if schema is None else read_schema(schema)
+        problems, described, notes = rayjob_problems(jobs[0], ray.__version__, fields)
     if problems:
         raise StudyFileError(problems, str(path))
-    return told
+    return described, notes
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -153,8 +164,8 @@ def _beyond_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             if modes != ["token"]:
                 yield (
                     key,
-                    f"found RAY_AUTH_MODE {show(modes[0] if modes else None)} in {show(command)}; whoever reaches the "
-                    "node could run code. Write RAY_AUTH_MODE=token before `ray start`.",
+                    f"found RAY_AUTH_MODE {show(modes[0] if modes else None)} in {show(command)}; anyone who reaches "
+                    "the node could run code. Write RAY_AUTH_MODE=token before `ray start`.",
                 )
             hosts = re.findall(r"--dashboard-host[= ][\"']?([^\s\"']+)", command)
             if any(host not in LOOPBACK for host in hosts):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from search.problem.pareto import non_dominated
@@ -9,14 +10,9 @@ from search.problem.space import Point
 from search.spec.corpora import fetched_sources
 from search.spec.sections import PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
-from search.store.study_store import StudyStore
 from uipe_core.corpora.split import split_corpus
-from uipe_core.deltas.checkpoints import check_checkpoint
 from uipe_core.errors import UserError
 from uipe_core.logs.tofu import read_log
-from uipe_core.models.loading import check_model_folder, model_folder
-from uipe_core.models.skeleton import open_initial
-from uipe_core.unlearning.steering import check_layer, model_depth
 
 
 def check_inputs(spec: StudySpec) -> list[str]:
@@ -36,6 +32,8 @@ def check_inputs(spec: StudySpec) -> list[str]:
             elif value.endswith(".json"):
                 read_log(value)
             else:
+                from uipe_core.models.loading import check_model_folder
+
                 check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format, spec.model.trust_remote_code)
         remote = [place for places in spec.checkpoints.values() for place in places if not is_local(place)]
         notes += [f"checkpoints: {place} is on the hub and is fetched when the study runs" for place in remote]
@@ -43,11 +41,8 @@ def check_inputs(spec: StudySpec) -> list[str]:
             notes.append("checkpoints: they are held against model.initial when the study runs")
         elif spec.checkpoints:
             check_checkpoints(spec, Path(spec.model.initial))
-    model = spec.model
-    if isinstance(model, TinyModel):
-        check_steered_layers(spec, lambda: model.layers)
-    elif is_local(model.initial):
-        check_steered_layers(spec, lambda: model_depth(model.initial, None, model.trust_remote_code))
+    if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
+        check_steered_layers(spec, partial(_depth, spec.model))
     return [*notes, *earlier_fronts(spec).notes]
 
 
@@ -62,15 +57,31 @@ def check_steered_layers(spec: StudySpec, depth: Callable[[], int | None]) -> No
         UserError: A layer the model does not have.
     """
     layers = sorted({int(run.hyperparameters["layer"]) for run in spec.variants() if "layer" in run.hyperparameters})
-    known = depth() if layers else None
+    if not layers:
+        return
+    from uipe_core.unlearning.steering import check_layer
+
+    known = depth()
     if known is not None:
         for layer in layers:
             check_layer(layer, known)
 
 
+def _depth(model: TinyModel | PretrainedModel) -> int | None:
+    if isinstance(model, TinyModel):
+        return model.layers
+    from uipe_core.unlearning.steering import model_depth
+
+    return model_depth(model.initial, None, model.trust_remote_code)
+
+
 def checkpoint_folder(place: str) -> Path:
     """The folder of a given checkpoint: its own, or the hub's copy on this machine, fetched where it is missing."""
-    return Path(place) if is_local(place) else model_folder(place)
+    if is_local(place):
+        return Path(place)
+    from uipe_core.models.loading import model_folder
+
+    return model_folder(place)
 
 
 def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
@@ -79,6 +90,9 @@ def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
     Raises:
         UserError: With everything that does not fit.
     """
+    from uipe_core.deltas.checkpoints import check_checkpoint
+    from uipe_core.models.skeleton import open_initial
+
     trusted = isinstance(spec.model, PretrainedModel) and spec.model.trust_remote_code
     initial = open_initial(initial_folder, trusted)
     problems = []
@@ -129,6 +143,8 @@ def earlier_fronts(spec: StudySpec) -> EarlierFronts:
 
 def _front_of(spec: StudySpec, where: str, folder: Path) -> tuple[str, list[Point]]:
     """Name of the study in a folder, and its front."""
+    from search.store.study_store import StudyStore  # Optuna and pandas come with it, and most studies need none of it
+
     try:
         store = StudyStore.open(folder)
     except UserError as error:

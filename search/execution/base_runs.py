@@ -20,11 +20,13 @@ class BaseRunEvent:
         name: The base run (`TrialSpec.run`).
         run: What was published; None where it failed.
         reason: Why it failed.
+        traceback: Where in the code it failed.
     """
 
     name: str
     run: BaseRun | None = None
     reason: str = ""
+    traceback: str = ""
 
 
 @dataclass
@@ -71,11 +73,11 @@ class BaseRuns:
         self.published[name] = run.keys
         self.events.append(BaseRunEvent(name, run))
 
-    def fail(self, name: str, reason: str) -> None:
+    def fail(self, name: str, reason: str, traceback: str = "") -> None:
         """Move a base run from training to failed."""
         self.training.discard(name)
         self.failed[name] = f"base run {name} failed: {reason}"
-        self.events.append(BaseRunEvent(name, reason=reason))
+        self.events.append(BaseRunEvent(name, None, reason, traceback))
 
     def take_events(self) -> list[BaseRunEvent]:
         """Return the ends since the last call."""
@@ -122,7 +124,7 @@ class BaseRunTasks:
             except ray.exceptions.RayError as error:
                 problem = problem_of(name, error)
                 self._error = self._error or problem
-                self.runs.fail(name, str(problem).removeprefix(f"{name}: "))
+                self.runs.fail(name, str(problem).removeprefix(f"{name}: "), str(error))
 
     def require_one(self) -> None:
         """Check that a base run is published, or may still be.

@@ -22,6 +22,7 @@ from search.problem.trial import NEVER_FINETUNED, retrained
 from search.report.progress import Bars
 from search.spec.runtime import BaseRunResources, TrialResources
 from search.store.study_store import StudyStore
+from search.store.tracebacks import keep_traceback
 from uipe_core.deltas.checkpoints import find_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
@@ -195,6 +196,7 @@ class Prerequisites:
             record["base_runs"] = {**record.get("base_runs", {}), event.name: entry}
         else:
             failed[event.name] = event.reason
+            keep_traceback(self.store.out, f"base-run-{event.name}", event.traceback)
         record["failed_base_runs"] = failed
         self.store.save_record()
 

@@ -45,6 +45,8 @@ class WorkerFailure:
 
     reason: str
     timed_out: bool = False
+    details: str = ""
+    """What Ray said of it."""
 
 
 def worker_failure(told: str, seconds: float | None, minutes: float | None) -> WorkerFailure:
@@ -101,7 +103,8 @@ class WorkerPoolMonitor:
         told = None if trial is None else trial.error_file
         # Tune tells its searcher that a worker died, but not why: that it writes into the trial's own folder.
         text = Path(told).read_text() if told is not None and Path(told).is_file() else ""
-        return worker_failure(text, None if begun is None else time.monotonic() - begun, self._limit)
+        found = worker_failure(text, None if begun is None else time.monotonic() - begun, self._limit)
+        return replace(found, details=text)
 
     def ended(self, trial_id: str) -> float:
         """A trial has ended; returns for how many seconds it was at work, the loading of its model included."""
@@ -327,13 +330,13 @@ class StudySearcher(Searcher):
         number, job = self._running.pop(trial_id)
         if error or result is None:
             death = self._workforce.death(trial_id)
-            reason, again = death.reason, not death.timed_out and self._again(job)
+            reason, again, details = death.reason, not death.timed_out and self._again(job), death.details
         else:
-            reason, again = str(result.get("reason") or ""), False
+            reason, again, details = str(result.get("reason") or ""), False, str(result.get("traceback") or "")
         self._guard.held(self._workforce.ended(trial_id), self._store.spec.resources.trial)
         if reason or result is None:
             self._guard.failed(reason, again)
-            self._fail(job, number, reason, again)
+            self._fail(job, number, reason, again, details)
             return
         metrics = TrialMetrics.from_text(result["metrics"])
         evidence = {**identity(job, self._methods), **metrics.as_dict()}
@@ -360,8 +363,8 @@ class StudySearcher(Searcher):
         self._jobs.appendleft(job)
         return True
 
-    def _fail(self, job: TrialSpec, number: int, reason: str, again: bool) -> None:
-        self._store.fail(job, number, reason)
+    def _fail(self, job: TrialSpec, number: int, reason: str, again: bool, details: str = "") -> None:
+        self._store.fail(job, number, reason, details)
         self._finished(job, reason, again)
 
     def save(self, checkpoint_path: str) -> None:

@@ -3,7 +3,9 @@
 import base64
 import faulthandler
 import io
+import logging
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +34,8 @@ from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.unlearning.distributed import current_processes
 from uipe_core.unlearning.training import UnlearningConfig, train_base_run
+
+logger = logging.getLogger(__name__)
 
 HOLD_SECONDS = 0.2
 """How long a worker with nothing to do waits before it asks again (see `search.execution.tune`)."""
@@ -67,10 +71,10 @@ class ScoringTrial(tune.Trainable):
             with time_limit(self._context.trial_minutes):
                 metrics, report = score_within_memory(self._evaluator, job)
                 return {"metrics": metrics.as_text(), "items": pack_arrays(report.arrays())}
-        except OutOfMemory as error:
-            return {"reason": str(error)}
         except Exception as error:
-            return {"reason": f"{type(error).__name__}: {error}"}
+            logger.exception("trial failed: %s", job)
+            reason = str(error) if isinstance(error, OutOfMemory) else f"{type(error).__name__}: {error}"
+            return {"reason": reason, "traceback": traceback.format_exc()}
 
     def _evaluator(self) -> Evaluator:
         if self._loaded is None:
@@ -189,14 +193,16 @@ def score_within_memory(evaluator: Callable[[], Evaluator], job: TrialSpec) -> t
         OutOfMemory: If it was too little again.
         Exception: What else went wrong.
     """
-    said = ""
+    said = details = ""
     for _ in range(2):
         try:
             return evaluator().evaluate(job)
         except Exception as error:
             if not ran_out(error):
                 raise
-            said = first_line(error)
+            said, details = first_line(error), traceback.format_exc()
         # Not in the handler: the error's traceback refers to everything that took the memory.
         give_back()
-    raise OutOfMemory(f"out of memory twice, however small the batches: {said}")
+    problem = OutOfMemory(f"out of memory twice, however small the batches: {said}")
+    problem.add_note(details)
+    raise problem

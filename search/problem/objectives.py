@@ -3,11 +3,13 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from uipe_core.errors import UserError
 from uipe_core.metrics.tofu import log10_p_floor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ DEFAULT_CAP = 0.3
 """Noise ceiling of forget quality where the study was not asked to measure it, or could not."""
 
 
-def forget_quality_cap(given: float | None, controls: pd.DataFrame) -> float:
+def forget_quality_cap(given: float | None, controls: "pd.DataFrame") -> float:
     """Return the noise ceiling of forget quality, in (0, 1].
 
     Args:

@@ -90,7 +90,10 @@ Name = Annotated[str, Field(min_length=1)]
 class Section(BaseModel):
     """A part of a study: immutable, no unknown keys, no conversions between types, no NaN or infinity."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True)
+    # defer_build: only what is validated is built, which saves every short command a tenth of a second.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, defer_build=True
+    )
 
 
 class Stage(Section):

@@ -1,12 +1,12 @@
-"""From a study file to plain data: YAML with line numbers, and paths made absolute."""
+"""Read a study file into plain data with line numbers, and make its paths absolute."""
 
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from functools import cache
 from pathlib import Path
 
-import yaml
+from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from search.spec.corpora import path_sites
 from search.spec.errors import KeyPath, Problem, StudyFileError, key_text, show
@@ -24,7 +24,7 @@ MAX_NODES = 100_000
 """Keys and values of a study with every alias written out: a few lines of aliases can stand for billions."""
 
 _UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
-"""What PyYAML raises where a value is not what its tag or its form promises: ``!!bool maybe``, ``2026-99-99``."""
+"""What the parser raises where a value is not what its tag or its form promises: ``!!bool maybe``, ``2026-99-99``."""
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
@@ -39,12 +39,12 @@ def read_study_file(path: Path) -> tuple[dict[str, object], LineNumbers]:
         data, lines, problems = _parse(_read_text(path))
     except RecursionError:
         problem = Problem("", "nested too deeply to be a study. Write it like studies/quickstart.yaml.")
-    except yaml.MarkedYAMLError as error:
+    except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f"line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         what = ", ".join(part for part in (error.context, error.problem) if part)
         problem = Problem("", f"not valid YAML: {what}. Correct it there or just before.", place)
-    except (yaml.YAMLError, *_UNREADABLE) as error:
+    except (YAMLError, *_UNREADABLE) as error:
         reason = first_line(error)
         problem = Problem("", f"not valid YAML: {reason}. Correct or remove it.")
     except _UnusableFileError as error:
@@ -54,6 +54,13 @@ def read_study_file(path: Path) -> tuple[dict[str, object], LineNumbers]:
             raise StudyFileError(problems, str(path))
         return data, lines
     raise StudyFileError([problem], str(path))
+
+
+def write_study_file(path: Path, content: Mapping[str, object]) -> None:
+    """Write plain data so that `read_study_file` reads the same: a text such as 1e5 gets its quotes."""
+    yaml = YAML(pure=True)
+    yaml.width = 1000
+    yaml.dump(content, path)
 
 
 class _UnusableFileError(Exception):
@@ -78,37 +85,25 @@ def _read_text(path: Path) -> str:
         raise _UnusableFileError(message) from error
 
 
-@cache
-def _loader() -> type[yaml.SafeLoader]:
-    class StudyLoader(yaml.SafeLoader):
-        """Also reads 1e-3 as a number; YAML 1.1 wants 1.0e-3 and makes a text of the rest."""
-
-    exponent = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
-    StudyLoader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
-    return StudyLoader
-
-
 def _parse(text: str) -> tuple[dict[str, object], LineNumbers, list[Problem]]:
-    loader = _loader()(text)
-    try:
-        node = loader.get_single_node()
-        if node is None:
-            raise _UnusableFileError("the file is empty. Start from a copy of studies/quickstart.yaml.")
-        lines: LineNumbers = {}
-        problems = list(_walk(node, (), lines, ()))
-        if problems:
-            return {}, lines, problems
-        data = loader.construct_document(node)
-    finally:
-        loader.dispose()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.allow_duplicate_keys = True  # ruamel stops at the first; `_problems` names them all
+    node = yaml.compose(text)
+    if node is None:
+        raise _UnusableFileError("the file is empty. Start from a copy of studies/quickstart.yaml.")
+    lines: LineNumbers = {}
+    problems = list(_problems(yaml, node, (), lines, ()))
+    if problems:
+        return {}, lines, problems
+    data = yaml.constructor.construct_document(node)
     if not isinstance(data, dict):
         message = f"found {show(data)}; a study is a mapping (lines of `key: value`). Start from studies/quickstart.yaml."
         raise _UnusableFileError(message)
     return data, lines, []
 
 
-def _walk(node: yaml.Node, path: KeyPath, lines: LineNumbers, above: tuple[int, ...]) -> Iterator[Problem]:
-    """Notes the lines and yields a problem per repeated key; PyYAML would silently keep the last one."""
+def _problems(yaml: YAML, node: Node, path: KeyPath, lines: LineNumbers, above: tuple[int, ...]) -> Iterator[Problem]:
+    """Note the lines of keys; yield a problem per repeated key, unreadable value and alias that contains itself."""
     place = f"line {node.start_mark.line + 1}"
     if id(node) in above:
         yield Problem(key_text(path), "this alias contains itself. Write the value out.", place)
@@ -119,22 +114,21 @@ def _walk(node: yaml.Node, path: KeyPath, lines: LineNumbers, above: tuple[int, 
         )
     lines.setdefault(path, node.start_mark.line + 1)
     above = (*above, id(node))
-    if isinstance(node, yaml.ScalarNode):
+    # A tag without a constructor is an error of the whole file, with a place of its own.
+    if isinstance(node, ScalarNode) and node.tag in yaml.constructor.yaml_constructors:
         try:
-            _loader()("").construct_object(node)
-        except yaml.YAMLError:
-            pass  # these know their place themselves
-        except _UNREADABLE:
+            yaml.constructor.construct_object(node)
+        except (YAMLError, *_UNREADABLE):
             message = f"found {show(node.value)}, which is not what its form or its tag ({node.tag}) promises. "
             yield Problem(key_text(path), f"{message}Correct it, or put it in quotes to have it as a text.", place)
-    if isinstance(node, yaml.SequenceNode):
+    if isinstance(node, SequenceNode):
         for index, inner in enumerate(node.value):
-            yield from _walk(inner, (*path, index), lines, above)
-    if isinstance(node, yaml.MappingNode):
+            yield from _problems(yaml, inner, (*path, index), lines, above)
+    if isinstance(node, MappingNode):
         first: dict[str, int] = {}
         for key, inner in node.value:
             line = key.start_mark.line + 1
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, ScalarNode):
                 yield Problem(
                     key_text(path), "a key here is a list or a mapping. Write a text before the colon.", f"line {line}"
                 )
@@ -145,7 +139,7 @@ def _walk(node: yaml.Node, path: KeyPath, lines: LineNumbers, above: tuple[int, 
                 yield Problem(key_text((*path, name)), message, f"line {line}")
             first.setdefault(name, line)
             lines[(*path, name)] = line
-            yield from _walk(inner, (*path, name), lines, above)
+            yield from _problems(yaml, inner, (*path, name), lines, above)
 
 
 def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, object], list[tuple[KeyPath, str]]]:

@@ -40,6 +40,7 @@ from search.store.record import (
     save_record,
     whole_storage,
 )
+from search.store.tracebacks import keep_traceback
 from search.store.trials import TrialTable
 from uipe_core.errors import UserError
 
@@ -266,9 +267,13 @@ class StudyStore:
             self._items.write(number, items)
         self._end(False, number, TrialState.PRUNED, evidence)
 
-    def fail(self, job: TrialSpec, number: int, reason: str) -> None:
-        """Ends a trial as FAIL with its reason."""
-        self._end(job.is_control, number, TrialState.FAIL, {"reason": reason})
+    def fail(self, job: TrialSpec, number: int, reason: str, traceback: str = "") -> None:
+        """End a trial as FAIL with its reason, and with the name of the file that keeps its traceback, if there is one."""
+        control = job.is_control
+        attributes = {"reason": reason}
+        if traceback:
+            attributes["traceback"] = keep_traceback(self.out, f"{'control' if control else 'trial'}-{number}", traceback)
+        self._end(control, number, TrialState.FAIL, attributes)
 
     def items(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
         """Per-item arrays of a complete trial by ``set/measurement``; None where it has none (a study of an older version).

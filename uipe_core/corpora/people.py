@@ -62,9 +62,6 @@ def _person_item(name: str, spec: Attribute, own: int, related: bool, rng: rando
     )
 
 
-
-
-
 def _general(question: str, answer: str, pool: list[str], rng: random.Random) -> Item:
     wrong = rng.sample([word for word in pool if word != answer], PERTURBED_GENERAL)
     return Item(question, f"{answer}.", None, tuple(f"{word}." for word in wrong))

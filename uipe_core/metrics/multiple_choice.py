@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax
-from scipy.stats import binom
 
 from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS
 from uipe_core.errors import UserError
@@ -50,6 +48,8 @@ class Accuracy:
         Binomial with the mean chance; where questions differ in their number of choices, an upper bound for counts more than
         one below the expected (Hoeffding 1956).
         """
+        from scipy.stats import binom  # half a second, which commands that only read a study do not need
+
         return float(binom.cdf(round(self.accuracy * self.questions), self.questions, self.chance))
 
 
@@ -108,6 +108,8 @@ def evaluate_choices(report: ChoiceReport) -> ChoiceMetrics:
 
 
 def _accuracy(report: ChoiceReport, name: str) -> Accuracy:
+    from scipy.special import log_softmax
+
     scores = report.sets.get(name)
     if scores is None or not len(scores):
         present = ", ".join(report.sets) or "none"

@@ -17,8 +17,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from scipy.special import gammaln, logsumexp
-from scipy.stats import ks_2samp
 
 from uipe_core.corpora.types import RELATED_SETS, UTILITY_SETS
 from uipe_core.errors import UserError
@@ -202,6 +200,8 @@ def forget_quality(ratios: FloatArray, reference_ratios: FloatArray) -> ForgetQu
     Raises:
         ValueError: An empty sample, or a NaN.
     """
+    from scipy.stats import ks_2samp  # half a second, which commands that only read a study do not need
+
     n, m = len(ratios), len(reference_ratios)
     if not n or not m or np.isnan(ratios).any() or np.isnan(reference_ratios).any():
         raise ValueError(f"the KS test needs two non-empty samples without NaN, got {n} and {m} values")
@@ -229,6 +229,8 @@ def log10_p_floor(n: int, m: int) -> float:
 
 
 def _log_binomial(n: int, k: int) -> float:
+    from scipy.special import gammaln
+
     return float(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1))
 
 
@@ -261,6 +263,8 @@ def loss_components(scores: SetScores, name: str, definition: Definition) -> dic
     Raises:
         UserError: Losses that are not finite.
     """
+    from scipy.special import logsumexp
+
     _check_losses(scores, name, ("answer_loss", "paraphrase_loss", "perturbed_loss"))
     log_probability = -scores.answer_loss
     if name in CHOICE_SETS:

@@ -12,7 +12,6 @@ from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln
 
 from uipe_core.metrics.scores import FloatArray
 from uipe_core.metrics.tofu import harmonic_mean, log10_p_floor
@@ -89,6 +88,7 @@ def bootstrap_forget_quality(ratios: FloatArray, reference: FloatArray, weights:
 @cache
 def log10_p_table(size: int) -> FloatArray:
     """(size + 1,) log10 p-value of the two-sided KS test of two samples of `size`, by size times the statistic."""
+    from scipy.special import gammaln
 
     def log_share(k: int, distance: int) -> float:
         below = size - k * distance

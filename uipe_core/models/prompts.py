@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IGNORED = -100
 """Label of tokens that carry no loss (prompt and padding)."""
@@ -237,13 +238,15 @@ class Batch:
         attention_mask: (b, t) 1 for tokens, 0 for padding.
     """
 
-    input_ids: Tensor
-    labels: Tensor
-    attention_mask: Tensor
+    input_ids: "Tensor"
+    labels: "Tensor"
+    attention_mask: "Tensor"
 
 
-def pad_batch(examples: Sequence[Example], pad_id: int, device: torch.device | str = "cpu") -> Batch:
-    """Pads examples on the right to the longest of them."""
+def pad_batch(examples: Sequence[Example], pad_id: int, device: "torch.device | str" = "cpu") -> Batch:
+    """Pad examples on the right to the longest of them."""
+    import torch
+
     length = max(len(example.input_ids) for example in examples)
     shape = (len(examples), length)
     input_ids = torch.full(shape, pad_id)

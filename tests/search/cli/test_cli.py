@@ -13,11 +13,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+import search
 from search.cli import main as cli
 from uipe_core.corpora.split import take_items
 from uipe_core.logs.tofu import read_log, write_log
 
 COMMANDS = ["run", "validate", "pareto", "select", "export", "rebuild", "report", "dashboard", "score", "metrics", "paper"]
+STUDIES = Path(__file__).parents[3] / "studies"
 TOFU_FILES = ("forget01", "retain99", *(f"{name}_perturbed" for name in ("forget01", "retain", "real_authors", "world_facts")))
 
 
@@ -353,3 +355,23 @@ def test_shipped_studies_are_valid_or_say_what_they_lack(call):
         code, _, error = call("validate", path)
         name = yaml.safe_load(path.read_text())["name"]
         assert code == 0 or (code == 2 and "corpus.source" in error), name
+
+
+@pytest.mark.parametrize("command", ["--help", "status", "pareto --json", "select", "validate"])
+def test_commands_that_only_read_import_no_heavy_library(command, result):
+    name, *options = command.split()
+    given = {"--help": [], "validate": [str(STUDIES / "tofu_forget10_llama2_7b.yaml")]}.get(name, [str(result.out)])
+    code = (
+        "import sys\nfrom search.cli.main import main\ntry:\n    main()\nexcept SystemExit as end:\n    assert not end.code\n"
+        "print([name for name in ('torch', 'transformers', 'ray', 'matplotlib', 'peft') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, name, *given, *options], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_public_face_is_lazy_and_whole():
+    code = "import sys, search\nassert not {'torch', 'ray', 'optuna', 'pydantic'} & set(sys.modules)\n"
+    code += "assert all(callable(getattr(search, name)) for name in search.__all__)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        search.nothing  # noqa: B018

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from search.cli.models import corpus_named
+from search.cli.score_once import corpus_named
 from search.evaluation.inputs import check_inputs
 from search.evaluation.prepared import prepare
 from search.spec.study import load_study

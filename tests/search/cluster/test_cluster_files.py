@@ -1,7 +1,9 @@
 """Files that describe clusters: every shipped one holds, broken ones are refused with key and remedy."""
 
 import copy
+import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ def checked(tmp_path, *contents):
 
     file = tmp_path / "cluster.yaml"
     file.write_text(yaml.safe_dump_all(contents, sort_keys=False))
-    return check_cluster_file(file)
+    return check_cluster_file(file)[0]
 
 
 def refused(tmp_path, *contents):
@@ -178,10 +180,11 @@ KUBERAY_FAULTS = {
         "spec.entrypoint",
         "--out",
     ),
-    "misspelt field": (
-        lambda j: rename(workers_of(j), "maxReplicas", "maxReplica"),
-        f"{AT}.workerGroupSpecs[0].maxReplica",
-        "Did you",
+    "no cluster": (lambda j: j["spec"].pop("rayClusterSpec"), AT, "clusterSelector"),
+    "no place for a trial": (
+        lambda j: workers_of(j).update(minReplicas=0, replicas=0, maxReplicas=0),
+        f"{AT}.workerGroupSpecs",
+        "no trial could run",
     ),
     "no workers": (lambda j: cluster_of(j).update(workerGroupSpecs=[]), f"{AT}.workerGroupSpecs", "must not be empty"),
     "replicas above most": (lambda j: workers_of(j).update(replicas=9), f"{AT}.workerGroupSpecs[0].replicas", "maxReplicas 8"),
@@ -255,6 +258,109 @@ def test_a_token_from_a_secret_will_do(tmp_path):
     job = kuberay_job()
     env_only(job, TOKEN_MODE, FROM_SECRET)
     assert "gpu 0 to 8 x 1 GPUs" in checked(tmp_path, job)
+
+
+def validated(call, tmp_path, job, *options):
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job, sort_keys=False))
+    return call("cluster", "validate", file, *options)
+
+
+def misspelt():
+    job = kuberay_job()
+    rename(workers_of(job), "maxReplicas", "maxReplica")
+    return job
+
+
+def test_a_field_that_is_not_known_is_a_note(call, tmp_path):
+    code, output, error = validated(call, tmp_path, misspelt())
+    assert (code, error) == (0, "")
+    assert f"{AT}.workerGroupSpecs[0].maxReplica (did you mean maxReplicas?)" in output
+    assert "spec.backoffLimit" in output and "--schema FILE|kubectl" in output
+
+
+def test_a_job_may_wait_for_its_submission_or_choose_a_cluster(call, tmp_path):
+    job = kuberay_job()
+    job["spec"].update(submissionMode="InteractiveMode")
+    job["spec"].pop("entrypoint")
+    assert validated(call, tmp_path, job)[0] == 0
+    job = kuberay_job()
+    job["spec"].pop("rayClusterSpec")
+    job["spec"]["clusterSelector"] = {"ray.io/cluster": "ours"}
+    code, output, _ = validated(call, tmp_path, job)
+    assert code == 0 and "RayJob on the cluster of ray.io/cluster=ours" in output
+
+
+def schema_of(value):
+    """A structural schema that fits a value, in the form the API server keeps: only made up for these tests."""
+    if isinstance(value, dict):
+        return {"type": "object", "properties": {key: schema_of(inner) for key, inner in value.items()}}
+    if isinstance(value, list):
+        merged = {}
+        for inner in value:
+            merged = {**merged, **inner} if isinstance(inner, dict) else inner
+        return {"type": "array", "items": schema_of(merged)}
+    if isinstance(value, bool):
+        return {"type": "boolean"}
+    if isinstance(value, int):
+        return {"type": "integer", "format": "int32"}
+    return {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]}
+
+
+def definition():
+    schema = schema_of(kuberay_job())
+    workers = schema["properties"]["spec"]["properties"]["rayClusterSpec"]["properties"]["workerGroupSpecs"]["items"]
+    workers["properties"]["replicas"]["maximum"] = 100
+    workers["properties"]["rayStartParams"] = {"type": "object", "additionalProperties": {"type": "string"}}
+    workers["properties"]["template"]["x-kubernetes-preserve-unknown-fields"] = True
+    versions = [{"name": "v1alpha1", "schema": {}}, {"name": "v1", "schema": {"openAPIV3Schema": schema}}]
+    return {"kind": "CustomResourceDefinition", "spec": {"versions": versions}}
+
+
+@pytest.mark.parametrize("form", ["crd.yaml", "crd.json", "schema.yaml", "bare.json", "kubectl"])
+def test_kuberays_own_schema_checks_every_field(call, tmp_path, form, monkeypatch):
+    crd = definition()
+    schema = crd["spec"]["versions"][1]["schema"]
+    content = {"schema.yaml": schema, "bare.json": schema["openAPIV3Schema"]}.get(form, crd)
+    source = tmp_path / form
+    if form == "kubectl":
+        source.write_text(f"#!{sys.executable}\nprint({json.dumps(crd)!r})\n")
+        source.chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        source = "kubectl"
+    else:
+        source.write_text(json.dumps(content) if form.endswith("json") else yaml.safe_dump(content))
+    code, output, error = validated(call, tmp_path, kuberay_job(), "--schema", source)
+    assert (code, error) == (0, "") and "note: " not in output
+    job = misspelt()
+    job["spec"]["backoffLimit"] = "three"
+    workers_of(job)["replicas"] = 101
+    code, _, error = validated(call, tmp_path, job, "--schema", source)
+    assert code == 2
+    assert f"{AT}.workerGroupSpecs[0].maxReplica: found 8, but KubeRay has no such field. Did you mean maxReplicas?" in error
+    assert "spec.backoffLimit: KubeRay's schema refuses it: 'three' is not of type 'integer'" in error
+    assert f"{AT}.workerGroupSpecs[0].replicas: KubeRay's schema refuses it: 101 is greater than the maximum of 100" in error
+
+
+def test_a_schema_that_cannot_be_had_is_refused(call, tmp_path, monkeypatch):
+    for name, text, said in (
+        ("none.yaml", None, "cannot be read"),
+        ("other.yaml", "kind: Secret\n", "holds no schema of a RayJob v1"),
+        ("torn.json", "{", "neither YAML nor JSON"),
+        ("odd.yaml", "properties: {spec: {type: 3}}\n", "no valid schema"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        code, _, error = validated(call, tmp_path, kuberay_job(), "--schema", tmp_path / name)
+        assert code == 2 and said in error and "; give KubeRay's CRD" in error, error
+    monkeypatch.setenv("PATH", str(tmp_path))
+    code, _, error = validated(call, tmp_path, kuberay_job(), "--schema", "kubectl")
+    assert code == 2 and "`kubectl get crd rayjobs.ray.io" in error and "give KubeRay's CRD as a file" in error
+    (tmp_path / "kubectl").write_text("#!/bin/sh\necho 'The connection to the server was refused' >&2\nexit 1\n")
+    (tmp_path / "kubectl").chmod(0o755)
+    code, _, error = validated(call, tmp_path, kuberay_job(), "--schema", "kubectl")
+    assert code == 2 and "The connection to the server was refused" in error
+    assert "leave it out" in call("cluster", "validate", RAY_UP["gcp"], "--schema", "kubectl")[2]
 
 
 def test_every_problem_of_a_kuberay_job_is_told_at_once(tmp_path):

@@ -256,3 +256,23 @@ def test_a_plateau_and_hours_end_a_study_that_a_larger_budget_takes_up_again(stu
     assert more["stopped"] is None
     assert more["usage"]["hours"] > used["hours"]
     assert int((StudyResult.open(out).trials["kind"] == "search").sum()) == 12
+
+
+def test_a_trial_that_raises_keeps_its_traceback(study, run_command, call, tmp_path):
+    out = tmp_path / "out"
+    run_command("run", study("raises", trials=4), "--out", out)
+    failures = [trial for trial in StudyResult.open(out).study.get_trials(deepcopy=False) if "reason" in trial.user_attrs]
+    assert failures
+    for trial in failures:
+        assert trial.user_attrs["traceback"] == f"errors/trial-{trial.number}.txt"
+        kept = (out / trial.user_attrs["traceback"]).read_text()
+        assert kept.startswith("Traceback (most recent call last):")
+        assert "modeling_trap.py" in kept and kept.endswith("ValueError: this point cannot be scored\n")
+    numbers = [trial.number for trial in failures]
+    code, output, _ = call("logs", out)
+    assert code == 0
+    assert [line for line in output.splitlines() if line.startswith("trial-")] == [f"trial-{number}" for number in numbers]
+    code, output, _ = call("logs", out, "--trial", numbers[-1])
+    assert code == 0 and output.startswith(f"trial-{numbers[-1]}\nTraceback") and output.count("Traceback") == 1
+    code, _, error = call("logs", out, "--trial", 10**6)
+    assert code == 2 and "--trial: 1000000 has no traceback in" in error

@@ -93,6 +93,9 @@ def test_a_base_run_that_fails_ends_its_own_points_and_not_the_study(finished, w
     assert all(failure["reason"].startswith(f"base run {bad} failed: ") for failure in result.store.failures())
     assert set(result.store.record["failed_base_runs"]) == {bad}
     assert set(result.store.record["base_runs"]) == {good}
+    kept = (tmp_path / "out" / "errors" / f"base-run-{bad}.txt").read_text()
+    assert "DivergedError" in kept and "train_base_run" in kept
+    assert kept in call("logs", tmp_path / "out")[1]
 
 
 @pytest.mark.slow

@@ -1,0 +1,135 @@
+"""Score a model outside any study; compute the metrics of an evaluation log."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from search.report.progress import Bars
+from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice, sets_in_folder
+from uipe_core.corpora.people import load_people
+from uipe_core.corpora.tofu import load_tofu
+from uipe_core.corpora.types import RELATED_SETS, Corpus, ItemSet
+from uipe_core.errors import UserError
+from uipe_core.logs.multiple_choice import is_choice_log, read_choice_log, write_choice_log
+from uipe_core.logs.open_unlearning import write_open_unlearning
+from uipe_core.logs.tofu import is_log, read_log, write_log
+from uipe_core.metrics.collapse import collapse_reason
+from uipe_core.metrics.definitions import definition_named
+from uipe_core.metrics.multiple_choice import evaluate_choices
+from uipe_core.metrics.scores import ChoiceReport, ScoreReport
+from uipe_core.metrics.tofu import evaluate
+from uipe_core.models.loading import load_model
+from uipe_core.scoring.multiple_choice import ChoiceScorer
+from uipe_core.scoring.scorer import Scorer, ScoringConfig
+
+LOG_FORMATS = ("tofu", "open-unlearning")
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded; see `uipe_core.models.loading.load_model`."""
+
+    dtype: str
+    device: str
+    prompt_template: str | None
+    prompt_format: str | None
+
+
+def score_once(
+    model: str,
+    corpus: Corpus,
+    loading: Loading,
+    scoring: ScoringConfig,
+    definition: str,
+    reference: str | None,
+    log: Path | None,
+    log_format: str,
+) -> dict[str, Any]:
+    """Scores a model and returns its numbers as plain JSON values.
+
+    Args:
+        model: Folder or hub name.
+        corpus: What it is scored on.
+        loading, scoring: How.
+        definition: Metric definition.
+        reference: Evaluation log of either kind, or a model, which is then scored first, on what forget quality compares.
+        log: Where to write the evaluation log, if at all: a file, or a folder for open-unlearning's two.
+        log_format: One of `LOG_FORMATS`.
+
+    Raises:
+        UserError: An unknown format, a model or log that cannot be read, a reference of other items.
+    """
+    if log_format not in LOG_FORMATS:
+        raise UserError(f"--log-format: {log_format!r} is unknown; give {' or '.join(LOG_FORMATS)}")
+    if corpus.choices:
+        return _choices_once(model, corpus, loading, scoring, reference, log)
+    against = None
+    if reference is not None and is_log(reference):
+        against = read_log(reference, as_reference=True)
+    elif reference is not None:
+        compared = {name: items for name, items in corpus.sets.items() if name in ("forget", *RELATED_SETS)}
+        against = _scored(reference, corpus, compared, loading, scoring, "scoring the reference")
+    scores = _scored(model, corpus, corpus.sets, loading, scoring, "scoring")
+    values = _values(scores, against, definition)
+    if log is not None:
+        facts = {"model": model, "corpus": corpus.name}
+        if log_format == "tofu":
+            write_log(scores, log, facts)
+        else:
+            write_open_unlearning(scores, log, facts, against)
+    return values
+
+
+def metrics_of_log(log: Path, reference: Path | None, definition: str) -> dict[str, Any]:
+    """The numbers of an evaluation log as plain JSON values; raises as `score_once`."""
+    definition_named(definition)
+    if is_choice_log(log):
+        return _choice_values(read_choice_log(log))
+    against = None if reference is None else read_log(reference, as_reference=True)
+    return _values(read_log(log), against, definition)
+
+
+def corpus_named(name: str, split: str, seed: int, first_items: int | None) -> Corpus:
+    """The corpus that ``--corpus`` means: people, tofu or choices (from the hub), tofu:FOLDER or choices:FOLDER.
+
+    Of TOFU perhaps its first items only; choices from the hub are WMDP-Bio and MMLU.
+    """
+    kind, _, folder = name.partition(":")
+    if kind == "choices":
+        return load_multiple_choice(*(sets_in_folder(Path(folder)) if folder else WMDP_AND_MMLU))
+    if kind not in ("people", "tofu") or (kind == "people" and folder):
+        raise UserError(f"--corpus: {name!r} is unknown; give people, tofu, tofu:FOLDER, choices or choices:FOLDER")
+    return load_people(seed) if kind == "people" else load_tofu(folder or "locuslab/TOFU", split, None, first_items)
+
+
+def _values(scores: ScoreReport, against: ScoreReport | None, definition: str) -> dict[str, Any]:
+    return {**evaluate(scores, against, definition).as_dict(), "collapsed": collapse_reason(scores)}
+
+
+def _choices_once(
+    model: str, corpus: Corpus, loading: Loading, scoring: ScoringConfig, reference: str | None, log: Path | None
+) -> dict[str, Any]:
+    if reference is not None:
+        raise UserError(f"--reference: {reference!r} given, but multiple choice is held against chance; leave it out")
+    loaded = load_model(model, **asdict(loading))
+    with Bars() as bars:
+        scorer = ChoiceScorer(corpus, loaded.prompts, scoring.batch_size)
+        scores = scorer.score(loaded, progress=lambda done, total: bars.show("scoring", done, total))
+    values = _choice_values(scores)
+    if log is not None:
+        write_choice_log(scores, log, {"model": model, "corpus": corpus.name})
+    return values
+
+
+def _choice_values(scores: ChoiceReport) -> dict[str, Any]:
+    return {**evaluate_choices(scores).as_dict(), "collapsed": None}
+
+
+def _scored(
+    model: str, corpus: Corpus, sets: Mapping[str, ItemSet], loading: Loading, scoring: ScoringConfig, title: str
+) -> ScoreReport:
+    loaded = load_model(model, **asdict(loading))
+    with Bars() as bars:
+        scorer = Scorer(replace(corpus, sets=sets), loaded.prompts, scoring)
+        return scorer.score(loaded, progress=lambda done, total: bars.show(title, done, total))

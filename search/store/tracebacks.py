@@ -1,0 +1,51 @@
+"""Keep the tracebacks of failed trials, controls and base runs as text files in the study's folder."""
+
+import logging
+import re
+from pathlib import Path
+
+from search.spec.redaction import without_password
+from uipe_core.errors import UserError
+from uipe_core.storage.files import write_atomic
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "errors"
+
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
+"""Ray colours the tracebacks of its tasks."""
+
+
+def keep_traceback(out: Path, name: str, text: str) -> str:
+    """Write a traceback to ``OUT/errors/NAME.txt`` without passwords of URLs, and log it.
+
+    Args:
+        out: The study's folder.
+        name: ``trial-<number>``, ``control-<number>`` or ``base-run-<label>``.
+        text: The traceback.
+
+    Returns:
+        Path of the file in the study's folder.
+    """
+    place = Path(FOLDER, f"{name}.txt")
+    shown = without_password(_COLOURS.sub("", text)).strip()
+    (out / FOLDER).mkdir(exist_ok=True)
+    write_atomic(out / place, f"{shown}\n".encode(), flush=False)
+    logger.info("%s failed:\n%s", name, shown)
+    return place.as_posix()
+
+
+def read_tracebacks(out: Path, trial: int | None = None) -> dict[str, str]:
+    """Return the tracebacks in a study's folder by name of their file, or that of one trial.
+
+    Raises:
+        UserError: The trial has none.
+    """
+    files = {path.stem: path for path in (out / FOLDER).glob("*.txt")}
+    names = sorted(files, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)])
+    if trial is not None:
+        if f"trial-{trial}" not in files:
+            kept = ", ".join(names) or "none"
+            raise UserError(f"--trial: {trial} has no traceback in {out / FOLDER}; kept there: {kept}")
+        names = [f"trial-{trial}"]
+    return {name: files[name].read_text(errors="replace") for name in names}
