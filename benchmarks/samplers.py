@@ -1,7 +1,6 @@
 """How many scores a search needs: samplers replayed on recorded tables, without any model. Prints one JSON object.
 
 A table (`benchmarks.recorded.record`) has the scores of every item on a dense grid. A replay answers a proposed (base,
-proposed (base,
 epoch, alpha) with the items of that place, between recorded alphas by interpolation, and computes the objectives from them by
 the study's own metrics. ``left_out`` says how inexact that is: every other alpha is left out and predicted from the rest, so
 that gaps twice as wide as a replay's are bridged. ``recomputed`` is what the table's single precision costs.
