@@ -1,9 +1,18 @@
 """Hold the numbers of a scored trial, as a worker returns them and the study stores them."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
+
+Metric = Callable[[Any, Mapping[str, Any]], float]
+"""Compute a number from the scores of a trial and those of the reference models on the same items, by name."""
+
+METRICS: dict[str, Metric] = {}
+"""Further numbers of every trial by name: columns of the tables, and objectives where `THIRD_OBJECTIVES` has the name.
+
+What a metric definition defines is computed by the task (`search.evaluation.task`).
+"""
 
 
 @dataclass(frozen=True)

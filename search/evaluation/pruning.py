@@ -8,6 +8,7 @@ Results are read from three fronts: of all trials; of those that have not collap
 alpha >= 0, the paper's setting. A rival must be on each of them that the trial could be on, or the trial would be missed there.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,8 +26,6 @@ from uipe_core.metrics.tofu import quality_of_set, utility_bound
 
 MOST = 100
 """Rivals that travel with a job, at most: with any of them a certificate is true, and fronts are smaller than that."""
-
-_QUALITIES = {each.name: str(each.quality_of) for each in (FORGET_QUALITY, *THIRD_OBJECTIVES.values())}
 
 
 def bounds(report: ScoreReport, reference: ScoreReport, definition: str, names: Iterable[str]) -> dict[str, float]:
@@ -46,7 +45,10 @@ def bounds(report: ScoreReport, reference: ScoreReport, definition: str, names: 
     def bound(name: str) -> float:
         if name == MODEL_UTILITY.name:
             return utility_bound(report, definition)
-        item_set = _QUALITIES[name]
+        objective = {FORGET_QUALITY.name: FORGET_QUALITY, **THIRD_OBJECTIVES}[name]
+        if objective.quality_of is None:
+            return math.inf
+        item_set = objective.quality_of
         return quality_of_set(report, reference, item_set, chosen).log10_p if item_set in report.sets else 0.0
 
     return {name: bound(name) for name in names}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from search.evaluation.metrics import TrialMetrics
+from search.evaluation.metrics import METRICS, TrialMetrics
 from search.evaluation.pruning import bounds, dominating_rival
 from search.problem.objectives import Objective
 from search.problem.trial import INITIAL, REFERENCE_KINDS, RETAIN, Rival
@@ -337,7 +337,11 @@ def trial_metrics(
     collapsed = extra.pop("collapsed")
     return TrialMetrics(
         definition=definition,
-        numbers={**task.numbers(metrics), **extra},
+        numbers={
+            **task.numbers(metrics),
+            **extra,
+            **{name: float(metric(report, references)) for name, metric in METRICS.items()},
+        },
         logit_scale=report.logit_scale / initial.logit_scale
         if report.logit_scale is not None and initial.logit_scale
         else None,

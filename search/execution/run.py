@@ -341,8 +341,10 @@ class _Run:
 
     def _inner_products(self, context: StudyContext, base_runs: BaseRunTasks) -> InnerProducts | None:
         """What the sampler that knows the line needs; None, and a word about it, where there are no losses to follow."""
-        if not task_of(context.corpus).has_item_curves:
-            self.bars.say("sampler line: multiple choice has no losses to follow; tpe proposes in its place")
+        modelled = all(objective.from_items for objective in self.store.objectives)
+        if not (task_of(context.corpus).has_item_curves and modelled):
+            what = "an objective is not made of item scores" if not modelled else "multiple choice has no losses to follow"
+            self.bars.say(f"sampler line: {what}; tpe proposes in its place")
             return None
         epochs = self.preparation.spec.base_epochs()
         return InnerProducts(base_runs.runs, epochs, context.deltas, self.store.out, self.bars.say)

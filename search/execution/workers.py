@@ -21,6 +21,7 @@ from search.evaluation.metrics import TrialMetrics
 from search.evaluation.task import Report, task_of
 from search.problem.trial import TrialSpec
 from search.samplers.gram import Runs, StudyGram, extend_gram
+from search.spec.plugins import load_plugins
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.checkpoints import import_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
@@ -52,6 +53,7 @@ class ScoringTrial(tune.Trainable):
         self._job: TrialSpec | None = TrialSpec.from_text(config["job"])
         self._context = context
         self._loaded: Evaluator | None = None
+        load_plugins()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Takes the next job."""
@@ -104,6 +106,7 @@ def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
 
 def build_tiny(title: str, stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any) -> Path:
     """Builds a tiny model unless the cache has it; returns its folder."""
+    load_plugins()
     set_threads(threads)
     return tiny_model(config, corpus, stage, ContentStore(root), _reporter(board, f"training: {title} model"))
 
@@ -122,6 +125,7 @@ def train_and_publish(
 
     In a process group the first process publishes what all train together, and returns it; the others return None.
     """
+    load_plugins()
     set_threads(threads)
     processes = current_processes()
     if processes.count > 1 and config.adapter is None:
@@ -141,6 +145,7 @@ def import_and_publish(
     label: str,
 ) -> BaseRun:
     """Makes a base run of given checkpoints, importing those that the store lacks."""
+    load_plugins()
     set_threads(threads)
     note = _reporter(board, f"importing: {label}")
     return import_checkpoints(open_initial(initial, trust_remote_code), checkpoints, DeltaStore(root), note)
@@ -154,6 +159,7 @@ def grow_gram(known: StudyGram, runs: Runs, root: Path | RemoteLocation) -> Stud
 
 def score_model(source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str) -> Report:
     """Scores a model as it is."""
+    load_plugins()
     set_threads(threads)
     loaded, _ = load_for_scoring(source)
     return task_of(corpus).scorer(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))

@@ -24,7 +24,10 @@ class Objective:
         quality_of: The evaluation set whose log10 forget quality it is: then it is never below what so many items can give,
             and differences above the noise ceiling mean nothing. None for every other number.
         p_value: Key of the p-value behind it, shown beside it in the report's tables.
-        beside: Further numbers shown beside it: key and head of each. The first is what sentences say in its place.
+        beside: Further numbers shown with it: key and head of each. Sentences say the first in its place.
+        worst: Its coordinate in the reference point of hypervolume, where the study file gives none.
+        from_items: Computed from item scores as forget quality or model utility are: the sampler ``line`` models it, and
+            intervals resample it.
     """
 
     name: str
@@ -34,18 +37,22 @@ class Objective:
     quality_of: str | None = None
     p_value: str | None = None
     beside: tuple[tuple[str, str], ...] = ()
+    worst: float | None = None
+    from_items: bool = False
 
     def ceiling(self, forget_quality_cap: float) -> float:
         """The value above which differences are noise, in this objective's unit; infinity where there is none."""
         return math.inf if self.quality_of is None else math.log10(forget_quality_cap)
 
 
-FORGET_QUALITY = Objective("log10_forget_quality", "log10 forget quality", "log10\nFQ", 2, "forget", "forget_quality")
+FORGET_QUALITY = Objective(
+    "log10_forget_quality", "log10 forget quality", "log10\nFQ", 2, "forget", "forget_quality", from_items=True
+)
 
-MODEL_UTILITY = Objective("model_utility", "model utility", "MU", 4)
+MODEL_UTILITY = Objective("model_utility", "model utility", "MU", 4, from_items=True)
 
 RELATED_FORGET_QUALITY = Objective(
-    "related_log10_forget_quality", "log10 forget quality of related facts (K2)", "log10\nFQ K2", 2, "related"
+    "related_log10_forget_quality", "log10 forget quality of related facts (K2)", "log10\nFQ K2", 2, "related", from_items=True
 )
 
 CHOICE_FORGETTING = Objective(
@@ -54,13 +61,14 @@ CHOICE_FORGETTING = Objective(
     "− above\nchance",
     4,
     beside=(("forget_accuracy", "forget accuracy"), ("forget_accuracy_se", "± s.e.")),
+    from_items=True,
 )
 
 CHOICE_UTILITY = Objective(
-    "utility_accuracy", "utility accuracy", "utility\nacc.", 4, beside=(("utility_accuracy_se", "± s.e."),)
+    "utility_accuracy", "utility accuracy", "utility\nacc.", 4, beside=(("utility_accuracy_se", "± s.e."),), from_items=True
 )
 
-THIRD_OBJECTIVES = {objective.name: objective for objective in (RELATED_FORGET_QUALITY,)}
+THIRD_OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (RELATED_FORGET_QUALITY,)}
 """Objectives a study may add, by the name its file gives (``search.third_objective``)."""
 
 
@@ -110,7 +118,7 @@ def reference_point(
     Raises:
         UserError: A coordinate follows from a set that the corpus lacks.
     """
-    values = {objective.name: given[objective.name] for objective in objectives}
+    values = {objective.name: given.get(objective.name, objective.worst) for objective in objectives}
     floors = {
         objective.name: quality_floor(item_counts, str(objective.quality_of))
         for objective in objectives

@@ -3,8 +3,8 @@
 import math
 import shutil
 import uuid
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from uipe_core.corpora.split import take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.adapters import is_adapter
 from uipe_core.deltas.checkpoints import import_checkpoints
+from uipe_core.deltas.extrapolation import Extrapolator
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector, adapter_scale, wrap_adapter
 from uipe_core.errors import ExportMismatchError, UserError
@@ -32,7 +33,6 @@ from uipe_core.unlearning.training import train_base_run
 Numbers = Any
 """Metrics of a model, of the class its task computes."""
 
-FORMS = ("recipe", "adapter", "model")
 
 SAME = 1e-6
 """Allowed difference in model utility and KS statistic of a full model: its weights are the trial's to the bit."""
@@ -56,8 +56,9 @@ def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None)
         UserError: If `to` is in use, the form is unknown, or a full fine-tuning is asked for as an adapter.
         ExportMismatchError: If the numbers of the written model are not the trial's. Nothing is left behind.
     """
-    if form not in FORMS:
-        raise UserError(f"--as: {form!r} is unknown; choose one of {', '.join(FORMS)}")
+    if form not in EXPORTERS:
+        raise UserError(f"--as: {form!r} is unknown; choose one of {', '.join(EXPORTERS)}")
+    exporter = EXPORTERS[form]
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to {to}: it exists and is not an empty folder; choose another")
     preparation = prepare(recipe.spec)
@@ -67,19 +68,17 @@ def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None)
             "restore them, or run the study again"
         )
     low_rank = _is_low_rank(recipe)
-    if form == "adapter" and not low_rank:
-        raise UserError(f"--as adapter: {recipe.base} changed all weights, so there is no adapter; use --as model or recipe")
+    if exporter.low_rank_only and not low_rank:
+        raise UserError(f"--as {form}: {recipe.base} changed all weights, so there is no adapter; use --as model or recipe")
     temporary = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         temporary.mkdir(parents=True)
         (temporary / RECIPE_FILE).write_text(recipe.as_yaml())
-        if form == "recipe":
-            read_recipe(temporary / RECIPE_FILE)
-        else:
-            _write_weights(recipe, preparation, temporary, form)
+        exporter.write(recipe, preparation, temporary)
+        if exporter.checked:
             metrics, held_out = _score_afresh(preparation, temporary, reference)
             _require_same(recipe, metrics, _tolerances(recipe.spec, preparation, low_rank))
-            (temporary / "README.md").write_text(_card(recipe, metrics, held_out, form))
+            (temporary / "README.md").write_text(_card(recipe, metrics, held_out, form, exporter))
         if to.exists():
             to.rmdir()
         temporary.rename(to)
@@ -97,17 +96,28 @@ def _is_low_rank(recipe: Recipe) -> bool:
     return recipe.spec.unlearning is not None and recipe.spec.unlearning.adapter is not None
 
 
-def _write_weights(recipe: Recipe, preparation: PreparedStudy, folder: Path, form: str) -> None:
+def _start(recipe: Recipe, preparation: PreparedStudy) -> tuple[LoadedModel, Extrapolator, UpdateVector]:
+    """Load the initial model, what moves it, and the update vector of the trial."""
     source = preparation.models.ready_source(INITIAL)
     update = _base_run(preparation, recipe.base, source).load(recipe.epoch)
-    loaded, walker = load_for_scoring(source)
-    if update.kind == DENSE:
-        model = walker.apply(update, recipe.alpha)
-    elif form == "model":
-        model = walker.apply(update, recipe.alpha).merge_and_unload()
-    else:
-        model = wrap_adapter(loaded.model, update.adapter or {})
-        _load_scaled(model, update, recipe.alpha)
+    return *load_for_scoring(source), update
+
+
+def _write_recipe(recipe: Recipe, preparation: PreparedStudy, folder: Path) -> None:
+    read_recipe(folder / RECIPE_FILE)
+
+
+def _write_model(recipe: Recipe, preparation: PreparedStudy, folder: Path) -> None:
+    loaded, extrapolator, update = _start(recipe, preparation)
+    model = extrapolator.apply(update, recipe.alpha)
+    (model if update.kind == DENSE else model.merge_and_unload()).save_pretrained(folder)
+    loaded.tokenizer.save_pretrained(folder)
+
+
+def _write_adapter(recipe: Recipe, preparation: PreparedStudy, folder: Path) -> None:
+    loaded, _, update = _start(recipe, preparation)
+    model = wrap_adapter(loaded.model, update.adapter or {})
+    _load_scaled(model, update, recipe.alpha)
     model.save_pretrained(folder)
     loaded.tokenizer.save_pretrained(folder)
 
@@ -213,7 +223,7 @@ def _origin(recipe: Recipe) -> str:
     return f"unlearned with {recipe.base} ({hyperparameters}), epoch {recipe.epoch}"
 
 
-def _card(recipe: Recipe, metrics: Numbers, held_out: Numbers | None, form: str) -> str:
+def _card(recipe: Recipe, metrics: Numbers, held_out: Numbers | None, form: str, exporter: "Exporter") -> str:
     card_rows = TASKS[recipe.spec.corpus.task].card_rows
     rows = card_rows(metrics)
     other = {} if held_out is None else card_rows(held_out)
@@ -225,14 +235,13 @@ def _card(recipe: Recipe, metrics: Numbers, held_out: Numbers | None, form: str)
     table = "\n".join(f"| {name} | {value} |" + (f" {other[name]} |" if other else "") for name, value in rows.items())
     retain = recipe.provenance["models"].get("retain")
     reference = "chance" if retain is None else f"retain model `{retain}`"
-    what = "LoRA adapter, already scaled by 1 + alpha" if form == "adapter" else "Full model"
     return f"""---
 tags: [unlearning, uipe]
-library_name: {"peft" if form == "adapter" else "transformers"}
+library_name: {exporter.library}
 ---
 # {recipe.spec.name}: trial {recipe.trial}
 
-{what}, {_origin(recipe)}, and parameter extrapolation with
+{exporter.title}, {_origin(recipe)}, and parameter extrapolation with
 alpha = {recipe.alpha:.6g}: theta = theta_init + (1 + alpha) * delta (UIPE, arXiv 2503.04693).
 
 - initial model: `{recipe.provenance["models"]["initial"]}`
@@ -247,3 +256,29 @@ Numbers by the metric definition `{metrics.definition}`, scored after this expor
 
 Rebuild it from `{RECIPE_FILE}`: `uipe rebuild {RECIPE_FILE} --to DIR --as {form}`.
 """
+
+
+@dataclass(frozen=True)
+class Exporter:
+    """A form of export.
+
+    Attributes:
+        write: Write a trial's model into a folder, which has the recipe already.
+        title, library: What the model card calls it, and the library that loads it.
+        checked: Load the folder afresh with transformers, score it, and compare it with the trial.
+        low_rank_only: Only a low-rank update has this form.
+    """
+
+    write: Callable[[Recipe, PreparedStudy, Path], None]
+    title: str = "Full model"
+    library: str = "transformers"
+    checked: bool = True
+    low_rank_only: bool = False
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "recipe": Exporter(_write_recipe, checked=False),
+    "adapter": Exporter(_write_adapter, "LoRA adapter, already scaled by 1 + alpha", "peft", low_rank_only=True),
+    "model": Exporter(_write_model),
+}
+"""Forms of export by the name ``uipe export --as`` takes."""

@@ -34,7 +34,8 @@ def certainty(store: StudyStore, trials: pd.DataFrame, retain: int | None) -> pd
     reference = None if retain is None else store.items(retain, control=True)
     kept = {int(number): store.items(int(number)) for number in trials["trial"]}
     scores = {number: arrays for number, arrays in kept.items() if arrays is not None}
-    if not scores or (reference is None and task.compares_items):
+    resampled = all(objective.from_items for objective in store.objectives)
+    if not scores or not resampled or (reference is None and task.compares_items):
         return pd.DataFrame(columns=["trial", "front_probability", "alike"])
     weights = {name: group_weights(of_set, store.spec.seed) for name, of_set in store.record["corpus"]["groups"].items()}
     draws = [task.draws(arrays, weights, reference, store.objectives, store.spec.definition) for arrays in scores.values()]

@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticKnownError, core_schema
 
+from search.problem.objectives import THIRD_OBJECTIVES
 from search.spec.errors import did_you_mean, rule
 
 
@@ -331,8 +332,16 @@ class Search(Section):
     alpha: AlphaRange = Field(default_factory=AlphaRange)
     trials: Annotated[int, Field(ge=0)] = 25
     sampler: str = "line"
-    third_objective: Literal["related_log10_forget_quality"] | None = None
+    third_objective: str | None = None
     prune: bool | None = None
+
+    @field_validator("third_objective")
+    @classmethod
+    def _objective_exists(cls, value: str | None) -> str | None:
+        if value is not None and value not in THIRD_OBJECTIVES:
+            names = " or ".join(repr(name) for name in THIRD_OBJECTIVES)
+            raise rule(f"must be one of {names}", "Choose one of them, or leave it out.")
+        return value
 
     @field_validator("sampler")
     @classmethod

@@ -19,6 +19,7 @@ from search.problem.space import Point, distributions, given_points, grid_points
 from search.samplers.registry import SAMPLERS
 from search.spec.corpora import CORPORA, MULTIPLE_CHOICE, CorpusSection, path_sites
 from search.spec.errors import KeyPath, Problem, StudyFileError, explain, key_text, rule
+from search.spec.plugins import load_plugins
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
 from search.spec.sections import (
     ByKind,
@@ -92,6 +93,12 @@ class StudySpec(Section):
     warm_start: FoldersOrNone = ()
     storage: str | None = None
     cache: Cache = Field(default_factory=Cache)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _extensions_are_loaded(cls, data: object) -> object:
+        load_plugins()
+        return data
 
     @field_validator("name")
     @classmethod

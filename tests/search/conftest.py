@@ -172,6 +172,12 @@ def environment(place):
     return {**kept, **{key: str(value) for key, value in own.items()}}
 
 
+@pytest.fixture(scope="session")
+def driver_class():
+    """`Driver`, for a command in another environment."""
+    return Driver
+
+
 @pytest.fixture
 def launch(environment, tmp_path):
     """Starts the `uipe` command, with more variables in its environment; all it started is killed after the test."""

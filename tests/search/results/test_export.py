@@ -158,10 +158,10 @@ print(json.dumps({"apart": max(float((a - b).abs().max()) for a, b in pairs), "m
 
 
 def test_one_altered_weight_withdraws_the_export_and_says_by_how_much(recipe, tmp_path, monkeypatch):
-    write = exporting._write_weights
+    model = exporting.EXPORTERS["model"]
 
     def sabotaged(*arguments):
-        write(*arguments)
+        model.write(*arguments)
         path = next(path for path in arguments if hasattr(path, "is_dir")) / "model.safetensors"
         tensors = load_file(path)
         tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"] * 1.5
@@ -169,7 +169,7 @@ def test_one_altered_weight_withdraws_the_export_and_says_by_how_much(recipe, tm
 
         save_file(tensors, path, metadata={"format": "pt"})
 
-    monkeypatch.setattr(exporting, "_write_weights", sabotaged)
+    monkeypatch.setitem(exporting.EXPORTERS, "model", replace(model, write=sabotaged))
     with pytest.raises(ExportMismatchError, match=r"model_utility: trial 0\.\d+, export 0\.\d+, apart by \d"):
         export(recipe, tmp_path / "out", "model")
     assert list(tmp_path.iterdir()) == []
