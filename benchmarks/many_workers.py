@@ -38,7 +38,8 @@ from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
 from search.execution.ray_cluster import ENVIRONMENT
-from search.execution.tune import StudySearcher, WorkerPoolMonitor, run_trials
+from search.execution.tune import StudySearcher, run_trials
+from search.execution.worker_pool import WorkerPoolMonitor
 from search.problem.trial import TrialSpec
 from search.samplers.registry import SAMPLERS
 from search.spec.study import parse_study

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from search.cli.tables import Json, print_json, print_status, print_studies
-from search.execution.ray_environment import settle_authentication
+from search.execution.ray_compat import require_token
 from uipe_core.errors import StudyInterrupted, UserError
 
 Server = Annotated[
@@ -160,7 +160,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _jobs(address: str | None) -> Any:
-    settle_authentication()
+    require_token()
     from search.cluster.jobs import Jobs
 
     _quiet_ray()

@@ -13,7 +13,7 @@ from search.cli.models import register as register_models
 from search.cli.tables import Address, Json, print_claims, print_confirmations, print_front, print_json, print_stop, quieten
 from search.cli.upkeep import register as register_curves
 from search.cli.upkeep import register as register_upkeep
-from search.execution.ray_environment import meet_ray
+from search.execution.ray_compat import configure_ray
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 
 app = typer.Typer(
@@ -70,7 +70,7 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run a study; the same command resumes an interrupted one and extends a finished one."""
-    meet_ray(address)
+    configure_ray(address)
     from search.execution.run import run_study
     from search.report.conclusions import conclusions
     from search.spec.study import load_study, quickstart_path
@@ -204,7 +204,7 @@ def confirm(
     as_json: Json = False,
 ) -> None:
     """Train the finalists' base runs from other seeds and score the finalists again, on the items kept for reporting."""
-    meet_ray(address)
+    configure_ray(address)
     from search.execution.run import confirm_study
 
     quieten()

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from search.cli.tables import Address, Json, dial_facts, print_dial, print_findings, print_json, print_plan, quieten
-from search.execution.ray_environment import meet_ray
+from search.execution.ray_compat import configure_ray
 
 
 def dial(
@@ -21,7 +21,7 @@ def dial(
     The three base epochs of most promise are looked at, with at most six scores each: alpha is closed in on between the last
     point that keeps the floor and the first that does not. The points become trials of the study; the same command resumes.
     """
-    meet_ray(address)
+    configure_ray(address)
     from search.execution.run import dial_study
 
     quieten()

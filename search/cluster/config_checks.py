@@ -10,9 +10,9 @@ from typing import Any
 import click
 import ray
 import yaml
-from ray.autoscaler._private.util import prepare_config, validate_config
 
 from search.cluster.kuberay import rayjob_problems, read_schema
+from search.execution.ray_compat import check_cluster_config
 from search.spec.errors import Problem, StudyFileError, did_you_mean, key_text, show
 from uipe_core.errors import UserError
 
@@ -129,7 +129,7 @@ def _by_ray(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            validate_config(prepare_config(content))
+            check_cluster_config(content)
     except (click.ClickException, SystemExit) as error:
         yield "", f"Ray refuses it: {said.getvalue().strip() or error}. Change it so."
     except Exception as error:

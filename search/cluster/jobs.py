@@ -19,7 +19,7 @@ from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from search.cluster.bundle import STUDY_FILE, build_bundle, submission_id
 from search.execution.ray_cluster import code_environment
-from search.execution.ray_environment import ADVICE, cluster_token
+from search.execution.ray_compat import ADVICE, cluster_token
 from search.results.status import is_noise, last_status
 from search.spec.redaction import without_password
 from uipe_core.errors import StudyInterrupted, UserError

@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
-from search.problem.pareto import dominates
+from search.problem.pareto import IncrementalFront, dominates
 from search.problem.trial import Rival
 from search.samplers.registry import SAMPLERS
 from search.spec.study import StudySpec
@@ -75,46 +75,31 @@ class Rivals:
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = list(names)
-        self._any = _Front(len(self._names))
-        self._extrapolated = _Front(len(self._names))
+        self._any = IncrementalFront(len(self._names))
+        self._extrapolated = IncrementalFront(len(self._names))
 
     def add(self, number: int, evidence: Mapping[str, Any]) -> None:
         """Notes a complete trial of the search space, unless it has collapsed."""
         # As a table has it, where NaN is no reason either.
         if isinstance(evidence.get("collapsed"), str):
             return
-        rival = {"trial": number, "values": {name: float(evidence[name]) for name in self._names}}
-        self._any.add(rival)
+        values = {name: float(evidence[name]) for name in self._names}
+        rival = {"trial": number, "values": values}
+        self._any.add(list(values.values()), rival)
         if evidence["alpha"] >= 0:
-            self._extrapolated.add(rival)
+            self._extrapolated.add(list(values.values()), rival)
 
     def of(self, alpha: float) -> tuple[Rival, ...]:
         """The front that a trial at this alpha is held against; of a large one `MOST`, spread over it."""
-        return (self._extrapolated if alpha >= 0 else self._any).some(MOST)
+        return _spread(self._extrapolated if alpha >= 0 else self._any, MOST)
 
 
-class _Front:
-    """Complete trials none of which dominates another, and their objectives as one array: a thousand are compared at once."""
-
-    def __init__(self, objectives: int) -> None:
-        self.rivals: list[Rival] = []
-        self._points = np.empty((0, objectives))
-
-    def add(self, rival: Rival) -> None:
-        """Takes a trial in, unless one dominates it, and lets go of those it dominates."""
-        point = np.array(list(rival["values"].values()))
-        if (np.all(self._points >= point, axis=1) & np.any(self._points > point, axis=1)).any():
-            return
-        stays = ~(np.all(point >= self._points, axis=1) & np.any(point > self._points, axis=1))
-        self.rivals = [*(other for other, kept in zip(self.rivals, stays, strict=True) if kept), rival]
-        self._points = np.vstack([self._points[stays], point])
-
-    def some(self, most: int) -> tuple[Rival, ...]:
-        """All of them, or so many evenly along the first objective."""
-        if len(self.rivals) <= most:
-            return tuple(self.rivals)
-        along = np.argsort(self._points[:, 0], kind="stable")
-        return tuple(self.rivals[row] for row in along[np.linspace(0, len(along) - 1, most).round().astype(int)])
+def _spread(front: IncrementalFront, most: int) -> tuple[Rival, ...]:
+    """Return all rivals of a front, or so many evenly along the first objective."""
+    if len(front.labels) <= most:
+        return tuple(front.labels)
+    order = np.argsort(front.points[:, 0], kind="stable")
+    return tuple(front.labels[row] for row in order[np.linspace(0, len(order) - 1, most).round().astype(int)])
 
 
 def pruned_table(trials: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:

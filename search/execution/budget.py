@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from optuna.trial import TrialState
 
-from search.problem.pareto import hypervolume
+from search.problem.pareto import IncrementalFront, hypervolume
 from search.problem.trial import INITIAL, OTHER_RETAIN, TrialSpec
 from search.report.style import counted
 from search.spec.runtime import BaseRunResources, Budget, TrialResources
@@ -228,24 +228,21 @@ def too_many_failures(reasons: Sequence[str | None], allowed: float) -> str | No
 
 
 class FrontGrowth:
-    """The hypervolume of a growing set of points, computed anew only when a point joins the front.
+    """Track the hypervolume of a growing set of points; it is computed only when a point joins the front.
 
     Args:
-        reference: (m,) the corner hypervolume is measured from.
+        reference: (m,) the reference point.
         ceilings: (m,) values above which more counts for nothing; infinity where there is none.
     """
 
     def __init__(self, reference: ArrayLike, ceilings: ArrayLike) -> None:
         self._reference = np.asarray(reference, dtype=np.float64)
         self._ceilings = np.asarray(ceilings, dtype=np.float64)
-        self._front = np.empty((0, len(self._reference)))
+        self._front = IncrementalFront(len(self._reference))
         self.volume = 0.0
 
     def add(self, point: ArrayLike) -> float:
-        """Adds a point of shape (m,), finite, and returns the hypervolume of all so far, which never falls."""
-        new = np.minimum(np.asarray(point, dtype=np.float64), self._ceilings)
-        if np.all(self._front >= new, axis=1).any():
-            return self.volume
-        self._front = np.vstack([self._front[~np.all(new >= self._front, axis=1)], new])
-        self.volume = max(self.volume, hypervolume(self._front, self._reference))
+        """Add a point of shape (m,), finite; return the hypervolume of all so far, which never falls."""
+        if self._front.add(np.minimum(np.asarray(point, dtype=np.float64), self._ceilings), equal=False):
+            self.volume = max(self.volume, hypervolume(self._front.points, self._reference))
         return self.volume

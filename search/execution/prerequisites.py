@@ -13,10 +13,9 @@ from search.evaluation.evaluator import StudyContext
 from search.evaluation.models import PretrainedModels, TinyModels
 from search.evaluation.prepared import PreparedStudy
 from search.evaluation.task import Report, task_of
-from search.execution.base_runs import POLL_SECONDS, BaseRunEvent, BaseRunTasks, problem_of
+from search.execution.base_runs import POLL_SECONDS, BaseRunEvent, BaseRunTasks, problem_of, train_in_processes
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
-from search.execution.distributed import train_in_processes
 from search.execution.workers import build_tiny, import_and_publish, score_model, train_and_publish
 from search.problem.trial import NEVER_FINETUNED, retrained
 from search.report.progress import Bars

@@ -18,7 +18,7 @@ import ray
 import search
 import uipe_core
 from search.execution.capacity import ClusterCapacity, autoscaler_fleet, room_for
-from search.execution.ray_environment import ADVICE, MODE, settle_authentication
+from search.execution.ray_compat import ADVICE, ENVIRONMENT, IN_A_JOB, MODE, require_token, start_local
 from search.report.progress import Bars
 from search.spec.sections import PretrainedModel
 from search.spec.study import StudySpec
@@ -28,15 +28,6 @@ OBJECT_STORE_BYTES = 256 * 2**20
 LONGEST_SCRATCH = 24
 """Length of a folder for temporary files that still leaves room for the names of Ray's sockets."""
 CONNECT_SECONDS = 5
-IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Variable by which Ray's job server hands a job its runtime environment."""
-ENVIRONMENT = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the study is the record; Tune's own loggers double the time of a trial
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is the runner's: it leaves a study that can be resumed
-    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # its snapshots of all trials are never read: the study is what resumes
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-}
 
 
 @contextmanager
@@ -69,7 +60,7 @@ def connected(spec: StudySpec, out: Path, bars: Bars, address: str | None = None
 def _joined(address: str, bars: Bars) -> Iterator[None]:
     """A cluster that runs already. Its workers get this very code, whatever is installed there."""
     _check_address(address)
-    settle_authentication()
+    require_token()
     # A submitted job's own environment holds already for its workers, and Ray takes no second one.
     environment = None if IN_A_JOB in os.environ else code_environment()
     bars.say(f"connecting to Ray at {address} ...")
@@ -118,16 +109,7 @@ def _own(out: Path, bars: Bars) -> Iterator[None]:
 
 def _start(folder: Path) -> None:
     try:
-        ray.init(
-            address="local",
-            num_cpus=len(os.sched_getaffinity(0)),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            log_to_driver=False,
-            logging_level="ERROR",
-            _temp_dir=str(folder),
-            _node_ip_address="127.0.0.1",
-        )
+        start_local(folder, OBJECT_STORE_BYTES)
     except Exception as error:  # Ray has no type of its own for it
         raise UserError(
             f"Ray could not be started on this machine ({first_line(error)}); give it room (processor, memory, disk), then "

@@ -1,24 +1,24 @@
 """Run trials with Ray Tune: the searcher, worker replacement, the cause of a worker's death."""
 
 import base64
-import re
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from optuna.distributions import BaseDistribution
 from ray import tune
 from ray.tune.experiment import Trial
-from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from search.evaluation.metrics import TrialMetrics
 from search.evaluation.pruning import Rivals, prunes
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
+from search.execution.ray_compat import release_trial
+from search.execution.worker_pool import WorkerPoolMonitor
 from search.problem.trial import TrialSpec, identity
 from search.store.study_store import StudyStore, searched
 
@@ -30,100 +30,6 @@ IDLE_SECONDS = 120.0
 
 TRIALS_A_PART = 2500
 """After so many trials Tune is ended and begun anew: it keeps about 10 kB of every trial, and its workers for that long."""
-
-DIED = "the worker died or was killed"
-
-
-@dataclass(frozen=True)
-class WorkerFailure:
-    """Why a trial's worker died.
-
-    Attributes:
-        reason: In words for people.
-        timed_out: Whether the trial itself was too long at work; it would be again, so it is not to be run again by itself.
-    """
-
-    reason: str
-    timed_out: bool = False
-    details: str = ""
-    """What Ray said of it."""
-
-
-def worker_failure(told: str, seconds: float | None, minutes: float | None) -> WorkerFailure:
-    """What ended a worker in the middle of a trial.
-
-    A worker at its time limit ends itself where nothing but the clock can speak for it: a trial that hangs in C code, perhaps
-    with Python's lock held, sends no word. So a death without another cause after that time is one of the limit.
-
-    Args:
-        told: What Ray says of the death; empty where it says nothing.
-        seconds: How long the trial was at work; None if its worker had not started yet.
-        minutes: The limit; None without one.
-    """
-    if "running low on memory" in told:
-        used = re.search(r"was ([\d.]+ ?\w+) used / ([\d.]+ ?\w+) limit", told)
-        amount = "" if used is None else f" ({used[1]} of {used[2]} in use)"
-        return WorkerFailure(f"{DIED}: its machine ran out of memory{amount}, so Ray ended it")
-    if "node has died" in told or "node was terminated" in told:
-        return WorkerFailure(f"{DIED}: its machine died or left the cluster")
-    if "error raised in its creation task" in told:
-        return WorkerFailure(f"the worker could not start: {told.strip().splitlines()[-1]}")
-    if minutes is not None and seconds is not None and seconds >= 60 * minutes:
-        return WorkerFailure(f"ran past its time limit of {minutes:g} minutes (budget.trial_minutes)", timed_out=True)
-    code = re.search(r"exit code (\d+)", told)
-    return WorkerFailure(DIED if code is None else f"{DIED}: exit code {code[1]}")
-
-
-class WorkerPoolMonitor:
-    """Keeps count of workers between Tune's searcher, scheduler and callbacks.
-
-    Args:
-        trial_minutes: Longest a trial may take; None without a limit.
-    """
-
-    def __init__(self, trial_minutes: float | None) -> None:
-        self._limit = trial_minutes
-        self._waiting: dict[str, Trial] = {}
-        self._working: dict[str, tuple[Trial, float]] = {}
-        self._patient_until = 0.0
-
-    def waits(self, trial: Trial) -> None:
-        """A trial waits for a worker from now on."""
-        self._waiting[trial.trial_id] = trial
-
-    def begins(self, trial: Trial) -> None:
-        """A worker has started on a trial."""
-        self._waiting.pop(trial.trial_id, None)
-        self._working[trial.trial_id] = (trial, time.monotonic())
-
-    def death(self, trial_id: str) -> WorkerFailure:
-        """Why the worker of a trial died; to be asked before the trial has `ended`."""
-        self._patient_until = time.monotonic() + PATIENCE_SECONDS
-        trial, begun = self._working.get(trial_id, (self._waiting.get(trial_id), None))
-        told = None if trial is None else trial.error_file
-        # Tune tells its searcher that a worker died, but not why: that it writes into the trial's own folder.
-        text = Path(told).read_text() if told is not None and Path(told).is_file() else ""
-        found = worker_failure(text, None if begun is None else time.monotonic() - begun, self._limit)
-        return replace(found, details=text)
-
-    def ended(self, trial_id: str) -> float:
-        """A trial has ended; returns for how many seconds it was at work, the loading of its model included."""
-        self._waiting.pop(trial_id, None)
-        _, begun = self._working.pop(trial_id, (None, None))
-        return 0.0 if begun is None else time.monotonic() - begun
-
-    def holds(self) -> bool:
-        """Whether a worker that is done must wait for others to start."""
-        return bool(self._waiting) and time.monotonic() < self._patient_until
-
-    def callback(self) -> tune.Callback:
-        """Tune's way to tell of workers that start."""
-        return _Watch(self)
-
-    def scheduler(self) -> TrialScheduler:
-        """Tune's way to ask what becomes of a worker that is done; workers start from now on."""
-        self._patient_until = time.monotonic() + PATIENCE_SECONDS
-        return _Patience(self)
 
 
 class StudySearcher(Searcher):
@@ -385,15 +291,12 @@ def _proposed(store: StudyStore) -> Counter[str]:
     return Counter(base for frame in (store.trials_frame(names), store.pruned_frame(names)) for base in searched(frame)["base"])
 
 
-class _Forgetting(tune.Callback):
-    """Lets go of what Tune keeps of a trial that has ended: its result, item scores included, statistics of it, and its job."""
+class _ReleaseEnded(tune.Callback):
+    """Keep the memory of a long study flat."""
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         """Called when the searcher has had the result."""
-        for kept in (trial.last_result, trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params):
-            kept.clear()
-        trial.config.pop("job", None)
-        trial.experiment_tag = ""  # all of the configuration again, as the name of the folder it has had
+        release_trial(trial)
 
 
 def run_trials(
@@ -422,35 +325,7 @@ def run_trials(
             name=name,
             storage_path=str(folder.resolve()),
             verbose=0,
-            callbacks=[workforce.callback(), _Forgetting()],
+            callbacks=[workforce.callback(), _ReleaseEnded()],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     ).fit()
-
-
-PATIENCE_SECONDS = 30.0
-"""How long after a death, or after the start, workers that are done wait for others: a node that is gone may not come back."""
-
-
-class _Watch(tune.Callback):
-    def __init__(self, workforce: WorkerPoolMonitor) -> None:
-        self._workforce = workforce
-
-    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._workforce.begins(trial)
-
-
-class _Patience(FIFOScheduler):
-    def __init__(self, workforce: WorkerPoolMonitor) -> None:
-        super().__init__()
-        self._workforce = workforce
-
-    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        self._workforce.waits(trial)
-
-    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        return str(TrialScheduler.CONTINUE if self._workforce.holds() else TrialScheduler.STOP)
-
-    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
-        """None: Tune starts what waits in the order it came. Its own schedulers look through all trials there ever were."""
-        return None

@@ -3,6 +3,8 @@
 Every objective is maximised. `points` is a float array of shape (n, m): n points, m objectives.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
@@ -40,6 +42,42 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     for row, point in enumerate(values):
         mask[row] = not np.any(np.all(values >= point, axis=1) & np.any(values > point, axis=1))
     return mask
+
+
+class IncrementalFront:
+    """A Pareto front that is kept up to date as points are added; a thousand points are compared at once.
+
+    Args:
+        objectives: Number of objectives.
+
+    Attributes:
+        points: (n, m) the front, in the order its points came.
+        labels: What was added with each point.
+    """
+
+    def __init__(self, objectives: int) -> None:
+        self.points = np.empty((0, objectives))
+        self.labels: list[Any] = []
+
+    def add(self, point: ArrayLike, label: Any = None, *, equal: bool = True) -> bool:
+        """Add a point of shape (m,), and drop the points it dominates.
+
+        Args:
+            point: Finite values.
+            label: Kept with it.
+            equal: Keep points that are equal; otherwise only the first, or the one that replaces it, stays.
+
+        Returns:
+            True if the point joined the front.
+        """
+        new = np.asarray(point, dtype=np.float64)
+        better = np.all(self.points >= new, axis=1)
+        if (better & np.any(self.points > new, axis=1)).any() or (not equal and better.any()):
+            return False
+        stays = ~(np.all(new >= self.points, axis=1) & np.any(new > self.points, axis=1))
+        self.labels = [*(each for each, kept in zip(self.labels, stays, strict=True) if kept), label]
+        self.points = np.vstack([self.points[stays], new])
+        return True
 
 
 def front_order(points: ArrayLike) -> NDArray[np.intp]:

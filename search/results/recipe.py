@@ -71,9 +71,7 @@ def read_recipe(path: Path) -> Recipe:
         point = content["point"]
         recipe = Recipe(
             # A recipe comes from elsewhere: where its maker kept caches and trials is no place to write to here.
-            spec=StudySpec.model_validate(
-                {key: value for key, value in content["study"].items() if key not in RUNNING_KEYS}, strict=False
-            ),
+            spec=StudySpec.recorded({key: value for key, value in content["study"].items() if key not in RUNNING_KEYS}),
             fingerprint=content["fingerprint"],
             trial=int(point["trial"]),
             base=str(point["base"]),

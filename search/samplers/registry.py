@@ -1,8 +1,7 @@
 """List the samplers a study may name. The names are readable without importing Optuna."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,14 +53,12 @@ class SamplerEntry:
     needs_inner_products: bool = False
 
 
-SAMPLERS: Mapping[str, SamplerEntry] = MappingProxyType(
-    {
-        "line": SamplerEntry(_tpe, needs_inner_products=True),
-        "tpe": SamplerEntry(_tpe),
-        "nsga2": SamplerEntry(_nsga2, sees_pruned=False),
-        "gp": SamplerEntry(_gp, sees_pruned=False),
-        "random": SamplerEntry(_random),
-        "grid": SamplerEntry(_random, fixed_points=True),
-    }
-)
+SAMPLERS: dict[str, SamplerEntry] = {
+    "line": SamplerEntry(_tpe, needs_inner_products=True),
+    "tpe": SamplerEntry(_tpe),
+    "nsga2": SamplerEntry(_nsga2, sees_pruned=False),
+    "gp": SamplerEntry(_gp, sees_pruned=False),
+    "random": SamplerEntry(_random),
+    "grid": SamplerEntry(_random, fixed_points=True),
+}
 """Samplers by the name a study file gives (``search.sampler``)."""

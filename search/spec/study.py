@@ -94,12 +94,6 @@ class StudySpec(Section):
     storage: str | None = None
     cache: Cache = Field(default_factory=Cache)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _extensions_are_loaded(cls, data: object) -> object:
-        load_plugins()
-        return data
-
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, value: str) -> str:
@@ -160,6 +154,16 @@ class StudySpec(Section):
                 detail: InitErrorDetails = {"type": error, "loc": ("search", "trials"), "input": self.search.trials}
                 raise ValidationError.from_exception_data("study", [detail])
         return self
+
+    @classmethod
+    def recorded(cls, data: object) -> "StudySpec":
+        """Validate a study as a record or recipe keeps it (JSON or YAML, where tuples are lists).
+
+        Raises:
+            ValidationError: It is no study of this version.
+        """
+        load_plugins()
+        return cls.model_validate(data, strict=False)
 
     @property
     def definition(self) -> str:
@@ -263,6 +267,7 @@ def load_study(path: Path | str, overrides: Mapping[str, object] | None = None) 
 def _build(
     data: Mapping[str, object], folder: Path, source: str, lines: LineNumbers, overrides: Mapping[str, object]
 ) -> StudySpec:
+    load_plugins()
     if not isinstance(data, Mapping):
         raise StudyFileError([Problem("", "a study is a mapping of keys to values. Give a dict.")], source)
     given = {_OVERRIDES[name]: value for name, value in overrides.items() if value is not None}

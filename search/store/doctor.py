@@ -91,7 +91,7 @@ def _repaired(result: Repairable, running: bool) -> Finding:
 
 
 def _checks(out: Path, record: Mapping[str, Any], running: bool) -> Iterator[Finding | Repairable]:
-    spec = StudySpec.model_validate(record["spec"], strict=False)
+    spec = StudySpec.recorded(record["spec"])
     try:
         store = StudyStore.open(out)
     except UserError as error:

@@ -79,7 +79,7 @@ def read_record(out: Path) -> dict[str, Any]:
     if missing:
         raise UserError(f"{path}: not a record of a study (no {', '.join(missing)}); run the study into another folder")
     try:
-        StudySpec.model_validate(record["spec"], strict=False)
+        StudySpec.recorded(record["spec"])
     except ValueError as error:
         problem = first_line(error)
         raise UserError(
@@ -89,7 +89,7 @@ def read_record(out: Path) -> dict[str, Any]:
 
 
 def other_study(out: Path, record: Mapping[str, Any], spec: StudySpec) -> str:
-    old = StudySpec.model_validate(record["spec"], strict=False).model_dump(mode="json")
+    old = StudySpec.recorded(record["spec"]).model_dump(mode="json")
     new = spec.model_dump(mode="json")
     old["search"]["trials"] = new["search"]["trials"]
     differing = [key for key in new if key not in RUNNING_KEYS and old[key] != new[key]]

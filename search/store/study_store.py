@@ -68,7 +68,7 @@ class StudyStore:
         self._points: TrialTable | None = None
         self._controls: TrialTable | None = None
         self._proposer: InMemoryStudy | None = None
-        self.spec = StudySpec.model_validate(record["spec"], strict=False)
+        self.spec = StudySpec.recorded(record["spec"])
 
     @property
     def objectives(self) -> tuple[Objective, ...]:

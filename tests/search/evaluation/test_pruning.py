@@ -16,8 +16,9 @@ from search.evaluation.pruning import MOST, Rivals, bounds, dominating_rival
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
-from search.execution.run import _done_jobs
-from search.execution.tune import StudySearcher, WorkerPoolMonitor
+from search.execution.study_run import _done_jobs
+from search.execution.tune import StudySearcher
+from search.execution.worker_pool import WorkerPoolMonitor
 from search.execution.workers import pack_arrays
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
 from search.problem.pareto import hypervolume, non_dominated

@@ -2,7 +2,7 @@
 
 import pytest
 
-from search.execution.ray_environment import cluster_token, settle_authentication
+from search.execution.ray_compat import cluster_token, require_token
 from uipe_core.errors import UserError
 
 
@@ -56,5 +56,5 @@ def test_ray_is_told_the_mode(monkeypatch):
 
     monkeypatch.setenv("RAY_AUTH_TOKEN", "abc")
     monkeypatch.setenv("RAY_AUTH_MODE", "Token")
-    settle_authentication()
+    require_token()
     assert os.environ["RAY_AUTH_MODE"] == "token"

@@ -171,11 +171,11 @@ def resumed(copied, finished):
 def test_multiple_choice_has_no_losses_to_follow_and_that_is_said(resumed):
     from types import SimpleNamespace
 
-    from search.execution.run import _Run
+    from search.execution.study_run import StudyRun
 
     store, context = resumed
     said = []
-    run = _Run(SimpleNamespace(spec=store.spec), store, SimpleNamespace(say=said.append))
+    run = StudyRun(SimpleNamespace(spec=store.spec), store, SimpleNamespace(say=said.append))
     choices = replace(context, corpus=replace(context.corpus, choices={"forget": (), "utility": ()}))
     assert run._inner_products(choices, None) is None
     assert len(said) == 1

@@ -12,7 +12,8 @@ from search.evaluation.metrics import TrialMetrics
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
-from search.execution.tune import DIED, IDLE_SECONDS, TIMES_AGAIN, StudySearcher, WorkerPoolMonitor, worker_failure
+from search.execution.tune import IDLE_SECONDS, TIMES_AGAIN, StudySearcher
+from search.execution.worker_pool import DIED, WorkerPoolMonitor, worker_failure
 from search.problem.trial import TrialSpec
 from search.samplers.registry import SAMPLERS
 from search.spec.runtime import Budget, Plateau

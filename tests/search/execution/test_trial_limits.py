@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from search.execution.tune import DIED, worker_failure
+from search.execution.worker_pool import DIED, worker_failure
 from search.execution.workers import OutOfMemory, score_within_memory
 from search.problem.trial import TrialSpec
 from uipe_core.models.memory import ran_out

@@ -1,0 +1,149 @@
+"""Everything that leans on Ray's internals: variables it reads on import, private arguments, texts, what Tune keeps of a trial.
+
+tests/search/execution/test_ray_compat.py pins each assumption. Nothing here imports Ray when it is imported itself: the
+variables must be set before that.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uipe_core.errors import UserError
+
+if TYPE_CHECKING:
+    from ray.tune.experiment import Trial
+
+MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
+
+DEFAULT_PATH = "~/.ray/auth_token"
+
+ADVICE = (
+    f"put the cluster's token into {DEFAULT_PATH} (or name its file in {TOKEN_PATH}) and set {MODE}=token; a cluster that was "
+    f"started without authentication needs {MODE}=disabled"
+)
+
+
+def cluster_token() -> str | None:
+    """Return the token to show a cluster; None where RAY_AUTH_MODE says that it asks for none.
+
+    It is looked for where Ray does: RAY_AUTH_TOKEN, the file named by RAY_AUTH_TOKEN_PATH, ``~/.ray/auth_token``. Without
+    RAY_AUTH_MODE a token is asked for, and used.
+
+    Raises:
+        UserError: If there is none, it cannot be read, or the mode is unknown.
+    """
+    mode = os.environ.get(MODE, "token").lower()
+    if mode == "disabled":
+        return None
+    if mode != "token":
+        raise UserError(f"{MODE}: {mode!r} is unknown; set token or disabled")
+    value = os.environ.get(TOKEN, "").strip()
+    if value:
+        return value
+    named = os.environ.get(TOKEN_PATH)
+    path = Path(named or DEFAULT_PATH).expanduser()
+    try:
+        value = path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        if named or not isinstance(error, FileNotFoundError):
+            raise UserError(f"{path}: the cluster's token cannot be read ({type(error).__name__}); {ADVICE}") from error
+    if not value:
+        raise UserError(f"no token for the Ray cluster was found; {ADVICE}")
+    return value
+
+
+def require_token() -> None:
+    """Set token authentication for joining a cluster. Call it before Ray is imported, which reads the mode only once.
+
+    Raises:
+        UserError: As `cluster_token`.
+    """
+    if cluster_token() is not None:
+        os.environ[MODE] = "token"
+
+
+IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Variable by which Ray's job server hands a job its runtime environment."""
+
+CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray's switch for clusters of several nodes, named after the systems on which it is off by default."""
+
+ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # the study is the record; Tune's own loggers double the time of a trial
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is handled by the run, which leaves a study that can be resumed
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # its snapshots of all trials are never read: the study is what resumes
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+"""Variables of every run."""
+
+
+def configure_ray(address: str | None) -> None:
+    """Set the variables that Ray reads on import: a token to join a cluster with, or loopback addresses for a local one.
+
+    Ray takes 127.0.0.1 for "the address others reach me by" and then listens on every interface, token or not. With clusters
+    switched off it does not. That is right only where no cluster is to be joined.
+
+    Raises:
+        UserError: As `cluster_token`.
+    """
+    if address is None:
+        os.environ.setdefault(CLUSTERS, "0")
+    else:
+        require_token()
+
+
+def start_local(folder: Path, object_store_bytes: int) -> None:
+    """Start Ray on this machine's cores, on loopback, with its files in `folder` (its sockets' paths must stay short)."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=len(os.sched_getaffinity(0)),
+        include_dashboard=False,
+        object_store_memory=object_store_bytes,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _temp_dir=str(folder),
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def check_cluster_config(config: Mapping[str, Any]) -> None:
+    """Check a cluster file as ``ray up`` does, offline; raises what Ray raises."""
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    validate_config(prepare_config(dict(config)))
+
+
+def failure_text(trial: "Trial | None") -> str:
+    """Return what Tune wrote about a trial whose worker died; it tells its searcher that, but not why."""
+    file = None if trial is None else trial.error_file
+    return Path(file).read_text() if file is not None and Path(file).is_file() else ""
+
+
+def failure_cause(text: str) -> tuple[str, str]:
+    """Find the cause in what Ray says of a worker's death.
+
+    Returns:
+        ``memory``, ``node``, ``start``, ``exit`` or ``unknown``; and the amount in use, the last line or the exit code.
+    """
+    if "running low on memory" in text:
+        used = re.search(r"was ([\d.]+ ?\w+) used / ([\d.]+ ?\w+) limit", text)
+        return "memory", "" if used is None else f"{used[1]} of {used[2]} in use"
+    if "node has died" in text or "node was terminated" in text:
+        return "node", ""
+    if "error raised in its creation task" in text:
+        return "start", text.strip().splitlines()[-1]
+    code = re.search(r"exit code (\d+)", text)
+    return ("unknown", "") if code is None else ("exit", code[1])
+
+
+def release_trial(trial: "Trial") -> None:
+    """Drop what Tune keeps of a trial that has ended: its result with the item scores, statistics, its configuration."""
+    for kept in (trial.last_result, trial.metric_analysis, trial.metric_n_steps, trial.evaluated_params):
+        kept.clear()
+    trial.config.pop("job", None)
+    trial.experiment_tag = ""  # the whole configuration again, as the name of the trial's folder

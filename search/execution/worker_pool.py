@@ -1,0 +1,130 @@
+"""Watch the workers of a search: which started, which died and why; hold finished workers until a replacement has started."""
+
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from search.execution.ray_compat import failure_cause, failure_text
+
+DIED = "the worker died or was killed"
+
+
+@dataclass(frozen=True)
+class WorkerFailure:
+    """Why a trial's worker died.
+
+    Attributes:
+        reason: In words for people.
+        timed_out: Whether the trial itself was too long at work; it would be again, so it is not to be run again by itself.
+    """
+
+    reason: str
+    timed_out: bool = False
+    details: str = ""
+    """What Ray said of it."""
+
+
+def worker_failure(told: str, seconds: float | None, minutes: float | None) -> WorkerFailure:
+    """What ended a worker in the middle of a trial.
+
+    A worker at its time limit ends itself where nothing but the clock can speak for it: a trial that hangs in C code, perhaps
+    with Python's lock held, sends no word. So a death without another cause after that time is one of the limit.
+
+    Args:
+        told: What Ray says of the death; empty where it says nothing.
+        seconds: How long the trial was at work; None if its worker had not started yet.
+        minutes: The limit; None without one.
+    """
+    cause, more = failure_cause(told)
+    if cause == "memory":
+        amount = f" ({more})" if more else ""
+        return WorkerFailure(f"{DIED}: its machine ran out of memory{amount}, so Ray ended it")
+    if cause == "node":
+        return WorkerFailure(f"{DIED}: its machine died or left the cluster")
+    if cause == "start":
+        return WorkerFailure(f"the worker could not start: {more}")
+    if minutes is not None and seconds is not None and seconds >= 60 * minutes:
+        return WorkerFailure(f"ran past its time limit of {minutes:g} minutes (budget.trial_minutes)", timed_out=True)
+    return WorkerFailure(f"{DIED}: exit code {more}" if cause == "exit" else DIED)
+
+
+class WorkerPoolMonitor:
+    """Keeps count of workers between Tune's searcher, scheduler and callbacks.
+
+    Args:
+        trial_minutes: Longest a trial may take; None without a limit.
+    """
+
+    def __init__(self, trial_minutes: float | None) -> None:
+        self._limit = trial_minutes
+        self._waiting: dict[str, Trial] = {}
+        self._working: dict[str, tuple[Trial, float]] = {}
+        self._patient_until = 0.0
+
+    def waits(self, trial: Trial) -> None:
+        """A trial waits for a worker from now on."""
+        self._waiting[trial.trial_id] = trial
+
+    def begins(self, trial: Trial) -> None:
+        """A worker has started on a trial."""
+        self._waiting.pop(trial.trial_id, None)
+        self._working[trial.trial_id] = (trial, time.monotonic())
+
+    def death(self, trial_id: str) -> WorkerFailure:
+        """Why the worker of a trial died; to be asked before the trial has `ended`."""
+        self._patient_until = time.monotonic() + PATIENCE_SECONDS
+        trial, begun = self._working.get(trial_id, (self._waiting.get(trial_id), None))
+        text = failure_text(trial)
+        found = worker_failure(text, None if begun is None else time.monotonic() - begun, self._limit)
+        return replace(found, details=text)
+
+    def ended(self, trial_id: str) -> float:
+        """A trial has ended; returns for how many seconds it was at work, the loading of its model included."""
+        self._waiting.pop(trial_id, None)
+        _, begun = self._working.pop(trial_id, (None, None))
+        return 0.0 if begun is None else time.monotonic() - begun
+
+    def holds(self) -> bool:
+        """Whether a worker that is done must wait for others to start."""
+        return bool(self._waiting) and time.monotonic() < self._patient_until
+
+    def callback(self) -> tune.Callback:
+        """Tune's way to tell of workers that start."""
+        return _Watch(self)
+
+    def scheduler(self) -> TrialScheduler:
+        """Tune's way to ask what becomes of a worker that is done; workers start from now on."""
+        self._patient_until = time.monotonic() + PATIENCE_SECONDS
+        return _Patience(self)
+
+
+PATIENCE_SECONDS = 30.0
+"""How long after a death, or after the start, workers that are done wait for others: a node that is gone may not come back."""
+
+
+class _Watch(tune.Callback):
+    def __init__(self, workforce: WorkerPoolMonitor) -> None:
+        self._workforce = workforce
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._workforce.begins(trial)
+
+
+class _Patience(FIFOScheduler):
+    def __init__(self, workforce: WorkerPoolMonitor) -> None:
+        super().__init__()
+        self._workforce = workforce
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        self._workforce.waits(trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        return str(TrialScheduler.CONTINUE if self._workforce.holds() else TrialScheduler.STOP)
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
+        """None: Tune starts what waits in the order it came. Its own schedulers look through all trials there ever were."""
+        return None

@@ -1,0 +1,124 @@
+"""What `ray_compat` assumes of Ray's internals, so that another version of Ray shows where it is no longer so."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import search
+from search.execution.ray_compat import CLUSTERS, configure_ray, failure_cause, release_trial
+
+LISTENERS = """
+import json, os, sys
+from pathlib import Path
+from search.execution.ray_compat import configure_ray, start_local
+if sys.argv[2] == "configured":
+    configure_ray(None)
+os.environ["RAY_AUTH_TOKEN"] = "0" * 64
+import ray
+start_local(Path(sys.argv[1]), 2**27)
+inodes = {}
+for table in ("tcp", "tcp6"):
+    for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A":  # LISTEN
+            inodes[fields[9]] = fields[1].rpartition(":")[0]
+own = set()
+for entry in Path("/proc").iterdir():
+    if not entry.name.isdigit():
+        continue
+    try:
+        if sys.argv[1].encode() not in (entry / "cmdline").read_bytes():
+            continue
+        for descriptor in (entry / "fd").iterdir():
+            target = os.readlink(descriptor)
+            if target.startswith("socket:["):
+                own.add(target[8:-1])
+    except OSError:
+        continue
+print(json.dumps(sorted(inodes[number] for number in own & set(inodes))))
+ray.shutdown()
+"""
+
+
+def listeners(tmp_path, how):
+    import json
+    import tempfile
+
+    link = Path(tempfile.mkdtemp(prefix="uc-", dir="/tmp"))
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("RAY_")}
+    environment["PYTHONPATH"] = str(Path(search.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(LISTENERS), str(link), how],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_local_ray_listens_on_loopback_only(tmp_path):
+    found = listeners(tmp_path, "configured")
+    assert found, "the processes of Ray were not found"
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+    assert set(found) <= loopback
+
+
+def test_the_switch_is_what_ray_reads():
+    # Without it the text of Ray's own module would no longer name the variable, and the call would do nothing.
+    import ray._private.ray_constants as constants
+    import ray._private.services as services
+
+    source = "".join(Path(module.__file__).read_text() for module in (services, constants))
+    assert CLUSTERS in source
+
+
+def test_a_study_of_its_own_does_not_touch_what_the_user_has_set(monkeypatch):
+    monkeypatch.setenv(CLUSTERS, "1")
+    configure_ray(None)
+    assert os.environ[CLUSTERS] == "1"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        (
+            "Memory was 7.5GB used / 8.0GB limit, running low on memory",
+            ("memory", "7.5GB of 8.0GB in use"),
+        ),
+        ("The actor is dead because its node has died.", ("node", "")),
+        ("... error raised in its creation task, a\nValueError: no", ("start", "ValueError: no")),
+        ("worker died, exit code 137", ("exit", "137")),
+        ("", ("unknown", "")),
+    ],
+)
+def test_causes_of_a_death(text, cause):
+    assert failure_cause(text) == cause
+
+
+def test_what_tune_keeps_of_a_trial_can_be_dropped():
+    from ray.tune.experiment import Trial
+    from ray.tune.registry import register_trainable
+
+    register_trainable("nothing", lambda config: None)
+    trial = Trial("nothing", config={"job": "x"}, stub=True)
+    trial.run_metadata.last_result = {"evidence": "x" * 1000}
+    release_trial(trial)
+    assert "evidence" not in trial.last_result and "job" not in trial.config and trial.experiment_tag == ""
+    assert trial.error_file is None
+
+
+def test_cluster_files_are_checked_offline():
+    import yaml
+
+    from search.execution.ray_compat import check_cluster_config
+
+    file = Path(search.__file__).parents[1] / "ray_cluster.yaml"
+    check_cluster_config(yaml.safe_load(file.read_text()))
+    with pytest.raises(Exception, match="max_workers"):
+        check_cluster_config({**yaml.safe_load(file.read_text()), "max_workers": "many"})
