@@ -151,7 +151,7 @@ def _at_work(spec: StudySpec, folder: Path, quiet: bool, address: str | None, wo
             # Not from the error: what a database says may hold what its URL must not show.
             said = explain_storage_error(error, spec.storage or "")
             raise UserError(
-                f"output folder {folder} or storage {store.record['storage']}: {said}; "
+                f"output folder {folder} or storage {store.record.storage}: {said}; "
                 "mend that (a full disk? lost rights? a database that is locked or gone?), then the same command resumes the "
                 "study: what was done is kept, and what could not be written is done again"
             ) from None
@@ -243,8 +243,7 @@ class _Run:
     def _note_stop(self) -> None:
         """Writes why the study ended before it had everything, or that it did not."""
         reason = None if self.stopped is None else self.stopped.reason
-        if self.store.record.get("stopped") != reason:
-            self.store.record["stopped"] = reason
+        if self.store.record.set_stopped(reason):
             self.store.save_record()
 
     def _groundwork(self, room: ClusterCapacity, guard: BudgetMonitor) -> Prerequisites:
