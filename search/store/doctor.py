@@ -162,7 +162,9 @@ def unfinished(deltas: ContentStore) -> Iterator[Finding | Repairable]:
         return f"{sum(deltas.clear_unfinished(key) for key in keys)} removed"
 
     what = f"{len(keys)} unfinished entries in {deltas.root / 'tmp'}"
-    finding = Finding("cache", PROBLEM, what, "the processes that wrote them were killed; they only take space", "--fix removes them")
+    finding = Finding(
+        "cache", PROBLEM, what, "their makers were killed; they only take space", "--fix removes them"
+    )
     yield Repairable(finding, clear, needs_study=False)
 
 

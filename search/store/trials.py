@@ -18,10 +18,8 @@ from uipe_core.errors import UserError
 EVIDENCE = "evidence"
 """The attribute that holds everything else that is known of a trial."""
 
-READABLE = frozenset(
-    ("kind", "base", "method", "epoch", "alpha", "walk", "forget_quality", "collapsed", "flagged", "reason"),
-)
-"""Attributes of their own, for those who read the study in the dashboard: it cuts long values."""
+READABLE = frozenset(("kind", "base", "method", "epoch", "alpha", "walk", "collapsed", "reason"))
+"""Attributes of their own, as are flags that are set, for those who read the dashboard: it cuts long values."""
 
 WRITTEN_TWICE = "written twice: the database did not confirm the first time"
 
@@ -91,7 +89,7 @@ class TrialTable:
         if identifier is None:
             identifier = storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
         known = {name: value for name, value in attributes.items() if value is not None}
-        own = {name: known.pop(name) for name in [*known] if name in READABLE}
+        own = {name: known.pop(name) for name in [*known] if name in READABLE or known[name] is True}
         evidence = {name: value for name, value in known.items() if written.get(name) != value}
         try:
             for name, value in own.items():

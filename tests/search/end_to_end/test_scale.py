@@ -62,7 +62,7 @@ def test_evidence_is_there_under_its_names_and_none_twice(store, made_up_evidenc
     with store.storage.engine.connect() as connection:
         rows = dict(connection.execute(text("SELECT key, value_json FROM trial_user_attributes")).tuples().all())
     assert sorted([*rows, *json.loads(rows.pop("evidence"))]) == sorted([*attributes(store, number), "evidence"])
-    assert rows.keys() == {"kind", "base", "method", "epoch", "alpha", "walk", "forget_quality", "flagged"}
+    assert rows.keys() == {"kind", "base", "method", "epoch", "alpha", "walk", "flagged"}
 
 
 def test_evidence_is_written_whole_or_not_at_all(store, made_up_evidence):
