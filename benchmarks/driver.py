@@ -1,9 +1,9 @@
 """What a trial costs its driver as a study grows: storage and sampler, and Ray with many workers. Prints one JSON object.
 
-Storage: the real `StudyStore` with the evidence of a real trial (28 attributes) and item scores of 21 kB. Trials 1 to N are
-asked for and completed while so many others run; milliseconds are medians over the 100 trials before each mark, `cpu` of this
-thread alone: what other programs take away shows in the difference. Its baseline is plain Optuna on the same database as it
-is at the end: ask, one `set_user_attr` per attribute, tell; with SQLite's own settings, and as many others running. Sampler:
+Storage: the real `StudyStore` with the evidence of a real trial (28 facts) and item scores of 21 kB. Trials 1 to N are asked
+for and completed while so many others run; milliseconds are medians over the 100 trials before each mark, `cpu` of this
+thread alone: the difference is what other programs take. Its baseline is plain Optuna on the same database as it is at the
+end: ask, one `set_user_attr` per fact, tell; with SQLite's own settings, and as many others running. Sampler:
 what an ask takes longer with it than with random, at the same marks. Ray: `benchmarks/many_workers.py`.
 
     python benchmarks/driver.py                       # 10,000 trials, about 4 minutes on two idle cores

@@ -7,6 +7,7 @@ second times seconds per trial over workers, from when each has had another unti
 run, is a bare pool of as many actors without a study: what Ray itself takes.
 
     python benchmarks/many_workers.py                         # 64 workers, 1 s a trial: 3 minutes on two idle cores, 8 GB
+    python benchmarks/many_workers.py --seconds 4 --trials 640  # trials as long as those of a 1B model on a GPU
     python benchmarks/many_workers.py --workers 8 --trials 80 # a small one
     python benchmarks/many_workers.py --workers 2 --trials 10000 --seconds 0 --no-pool   # memory of a long study
 """
@@ -46,7 +47,7 @@ from search.spec.study import parse_study
 from search.store.study_store import StudyStore
 
 MARKS = (500, 1000, 2000, 2500, 3500, 5000, 6000, 7500, 8500, 10000)
-"""Ended trials at which the driver's memory is told."""
+"""Ended trials at which the driver's memory is reported."""
 
 
 @dataclass(frozen=True)

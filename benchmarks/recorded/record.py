@@ -63,7 +63,7 @@ def record_table(
     # In a database of its own: there may be a study of this name in the other.
     grid = spec.model_copy(update={"search": search, "warm_start": (), "storage": None})
     result = run_study(grid, out.with_suffix(""), quiet=quiet, address=address)
-    stopped = result.store.record.get("stopped")
+    stopped = result.store.record.stopped
     if stopped:
         raise UserError(f"{result.out}: its grid is not whole: {stopped}; give it more and the same command goes on")
     table = collect_table(result, gram_of_study(prepare(grid), result.out))
@@ -116,7 +116,7 @@ def collect_table(result: StudyResult, gram: NDArray[np.float64]) -> ScoreTable:
     ceilings = [objective.ceiling(cap) for objective in result.objectives]
     methods = dict(zip(trials["base"], trials["method"], strict=True))
     meta = {
-        "study": result.store.record["name"],
+        "study": result.store.record.name,
         "seed": spec.seed,
         "definition": spec.definition,
         "objectives": [objective.name for objective in result.objectives],
@@ -126,8 +126,8 @@ def collect_table(result: StudyResult, gram: NDArray[np.float64]) -> ScoreTable:
         "corner": [result.reference_point()[objective.name] for objective in result.objectives],
         "ceilings": [None if math.isinf(ceiling) else ceiling for ceiling in ceilings],
         "constant": constant,
-        "fingerprint": result.store.record["fingerprint"],
-        "versions": result.store.record["versions"],
+        "fingerprint": result.store.record.fingerprint,
+        "versions": result.store.record.versions,
     }
     return ScoreTable(
         meta=meta,

@@ -211,7 +211,7 @@ def confirm(
     result = confirm_study(out, top, seeds, address=address)
     rows = result.rows_of(result.confirmations)
     if as_json:
-        print_json({"study": result.store.record["name"], "definition": result.spec.definition, "confirmed": rows})
+        print_json({"study": result.store.record.name, "definition": result.spec.definition, "confirmed": rows})
         return
     print_confirmations(result, rows)
     typer.echo(f"metrics: {result.spec.definition}; report: {result.report_path}")

@@ -61,7 +61,7 @@ def print_front(result: Any) -> None:
     from search.results.study_result import collapsed
 
     definition = result.spec.definition
-    title = f"Pareto front of {result.store.record['name']} (metrics: {definition})"
+    title = f"Pareto front of {result.store.record.name} (metrics: {definition})"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     columns = {
         "trial": ("trial", "{}"),
@@ -97,7 +97,7 @@ def print_stop(result: Any) -> None:
     """Why a study ended before it had all its trials, what pruning saved, and which trials failed."""
     from search.report.style import counted
 
-    stopped = result.store.record.get("stopped")
+    stopped = result.store.record.stopped
     if stopped:
         typer.echo(f"\nstopped: {stopped}; a larger budget and the same command go on")
     saved = result.saved
@@ -274,7 +274,7 @@ def dial_facts(result: "StudyResult", answer: "Answer") -> dict[str, Any]:
         if answer.best is None
         else f"uipe export {result.out} --trial {answer.best} --to {result.out}/export/dial --as model"
     )
-    facts = {"study": result.store.record["name"], "definition": result.spec.definition, "objectives": names}
+    facts = {"study": result.store.record.name, "definition": result.spec.definition, "objectives": names}
     asked = {"floor": answer.floor, "least_utility": answer.question.floor}
     return {**facts, **asked, "best": best, "lines": lines, "export": export}
 

@@ -160,7 +160,7 @@ def _front_of(spec: StudySpec, where: str, folder: Path) -> tuple[str, list[Poin
     store.close()
     if trials.empty:
         raise UserError(f"{where}{folder}: no trial of this study is complete yet; finish it, or remove it")
-    name = str(store.record["name"])
+    name = store.record.name
     front = trials[non_dominated(trials[ours].to_numpy())]
     return name, [
         Point(str(row["base"]), int(row["epoch"]), float(row["alpha"]), warm_start=name) for row in front.to_dict("records")

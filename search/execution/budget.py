@@ -51,7 +51,7 @@ class BudgetMonitor:
     """Counts hours and judges budgets, at a cost per trial that does not grow with the study.
 
     Args:
-        store: The open study; what was used over all its runs is kept in ``record["usage"]``.
+        store: The open study; what was used over all its runs is kept in ``record.usage``.
         budget: When to stop.
         say: Told once when the study stops.
     """
@@ -59,7 +59,7 @@ class BudgetMonitor:
     def __init__(self, store: StudyStore, budget: Budget, say: Callable[[str], None]) -> None:
         self.stopped: Stop | None = None
         self._store, self._budget, self._say = store, budget, say
-        self._used = {**dict.fromkeys(USAGE, 0.0), **store.record.get("usage", {})}
+        self._used = {**dict.fromkeys(USAGE, 0.0), **(store.record.usage or {})}
         self._booked = self._saved = time.monotonic()
         # Of this run only: after the cause is mended, the same command must not give up for what failed before.
         self._ends: deque[str | None] = deque(maxlen=FAILURE_WINDOW)
@@ -126,7 +126,7 @@ class BudgetMonitor:
         now = time.monotonic()
         self._used["hours"] += (now - self._booked) / 3600
         self._booked = now
-        self._store.record["usage"] = {name: round(value, 6) for name, value in self._used.items()}
+        self._store.record.set_usage(self._used)
         if save or now - self._saved >= SAVE_SECONDS:
             self._saved = now
             self._store.save_record()

@@ -188,15 +188,11 @@ class Prerequisites:
 
     def _note(self, event: BaseRunEvent) -> None:
         """Write into the study's record that a base run is published, or why it failed."""
-        record = self.store.record
-        failed = {label: reason for label, reason in record.get("failed_base_runs", {}).items() if label != event.name}
         if event.run is not None:
-            entry = {"delta": event.run.key, "epochs": list(event.run.epochs)}
-            record["base_runs"] = {**record.get("base_runs", {}), event.name: entry}
+            self.store.record.note_base_run(event.name, event.run.key, event.run.epochs)
         else:
-            failed[event.name] = event.reason
+            self.store.record.note_failed_base_run(event.name, event.reason)
             keep_traceback(self.store.out, f"base-run-{event.name}", event.traceback)
-        record["failed_base_runs"] = failed
         self.store.save_record()
 
     def _reports(self, sources: Mapping[str, ModelSource], base_runs: BaseRunTasks) -> dict[str, Report]:

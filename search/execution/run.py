@@ -132,7 +132,7 @@ def _at_work(
             # Not from the error: what a database says may hold what its URL must not show.
             said = explain_storage_error(error, spec.storage or "")
             raise UserError(
-                f"output folder {folder} or storage {store.record['storage']}: {said}; "
+                f"output folder {folder} or storage {store.record.storage}: {said}; "
                 "mend that (a full disk? lost rights? a database that is locked or gone?), then the same command resumes the "
                 "study: what was done is kept, and what could not be written is done again"
             ) from None

@@ -163,8 +163,7 @@ class StudyRun:
     def _note_stop(self) -> None:
         """Writes why the study ended before it had everything, or that it did not."""
         reason = None if self.stopped is None else self.stopped.reason
-        if self.store.record.get("stopped") != reason:
-            self.store.record["stopped"] = reason
+        if self.store.record.set_stopped(reason):
             self.store.save_record()
 
     def _groundwork(self, room: ClusterCapacity, guard: BudgetMonitor) -> Prerequisites:

@@ -170,7 +170,7 @@ class StudySearcher(Searcher):
 
     def _ask_for(self, job: TrialSpec) -> tuple[int, TrialSpec]:
         if job.is_control:
-            return self._store.ask_control(), job
+            return self._store.ask_control(job), job
         params = {"base": job.base, "epoch": job.epoch, "alpha": job.alpha}
         number, asked = self._store.ask_point(self._space, params, job.kind)
         return number, replace(asked, warm_start=job.warm_start, floor=job.floor)

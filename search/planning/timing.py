@@ -197,11 +197,11 @@ def past_rates(folder: Path, preparation: PreparedStudy, trains: Iterable[str], 
     record, trials = store.record, store.trials_frame()
     store.close()
     # What is not on this machine is known by its name only, and the corpus by its section of the study file.
-    model, ours = record["models"].get(INITIAL, ""), preparation.models.identities[INITIAL]
+    model, ours = record.models.get(INITIAL, ""), preparation.models.identities[INITIAL]
     corpus_known = bool(preparation.corpus.sets or preparation.corpus.forget_train)
     same = {
         "model": model == ours or model.startswith(f"{ours}@"),
-        "corpus": record["corpus"]["hash"] == preparation.corpus.hash
+        "corpus": record.corpus.hash == preparation.corpus.hash
         if corpus_known
         else store.spec.corpus == preparation.spec.corpus,
     }
@@ -213,9 +213,9 @@ def past_rates(folder: Path, preparation: PreparedStudy, trains: Iterable[str], 
     if trials.empty:
         raise UserError(f"--like {folder}: no trial of it is complete; give a finished study, or leave it out to time it here")
     past = {
-        label: statistics.median(epoch["seconds"] for epoch in run["epochs"])
-        for label, run in record.get("base_runs", {}).items()
-        if run["epochs"] and all("seconds" in epoch for epoch in run["epochs"])
+        label: statistics.median(epoch["seconds"] for epoch in run.epochs)
+        for label, run in record.base_runs.items()
+        if run.epochs and all("seconds" in epoch for epoch in run.epochs)
     }
     trains = list(trains)
     if trains and not past:
@@ -223,9 +223,9 @@ def past_rates(folder: Path, preparation: PreparedStudy, trains: Iterable[str], 
     # A base run that was not in the other study is taken to be as slow as the slowest that was.
     epochs = {label: past.get(label, max(past.values())) for label in trains}
     trial = float(trials["seconds"].median())
-    scored = sum(record["corpus"]["items"]["select"].values())
-    halves = record["corpus"]["items"]
+    scored = sum(record.corpus.items["select"].values())
+    halves = record.corpus.items
     everything = scored + (sum(halves["report"].values()) if store.spec.split is not None else 0)
     sizes = [path.stat().st_size for path in (folder / "items" / "trials").glob("*.npz")]
     size = statistics.median(sizes) if sizes else 0.0
-    return Rates(PAST, epochs, record["seconds"]["models"] if builds else 0.0, trial, trial * everything / scored, size)
+    return Rates(PAST, epochs, record.seconds["models"] if builds else 0.0, trial, trial * everything / scored, size)

@@ -21,17 +21,17 @@ def write_notes(result: StudyResult) -> None:
     ]
     table = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *rows]
     lines = [
-        f"# {record['name']}",
+        f"# {record.name}",
         *conclusions(result),
-        f"Corpus: {record['corpus']['name']}. Metric definition: {result.spec.definition}.",
+        f"Corpus: {record.corpus.name}. Metric definition: {result.spec.definition}.",
         f"Report: {result.report_path}",
         "\n".join(table),
-        f"Controls are in the study **{record['name']}.controls**.",
+        f"Controls are in the study **{record.name}.controls**.",
     ]
     save_note(result.study, "\n\n".join(lines))
     save_note(
         result.store.controls,
-        f"# Controls of {record['name']}\n\nWhat its trials are compared with: the initial and the retain model, the next "
+        f"# Controls of {record.name}\n\nWhat its trials are compared with: the initial and the retain model, the next "
         "epoch of plain training, random directions of the same size, and the initial model at other logit temperatures. "
         "None of them can be chosen, so they are kept out of the study and its Pareto front.",
     )

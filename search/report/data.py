@@ -12,6 +12,7 @@ from search.report.style import counted
 from search.results.study_result import StudyResult
 from search.results.uncertainty import smallest_groups
 from search.spec.study import StudySpec
+from search.store.record import StudyRecord
 from uipe_core.errors import UserError
 
 FORGETTING, UTILITY = "forgetting", "utility"
@@ -120,25 +121,25 @@ class ReportData:
 def report_data(result: StudyResult) -> ReportData:
     """Tables and summary of the report."""
     record, spec = result.store.record, result.spec
-    trained = [run["epochs"] for label, run in record["base_runs"].items() if label not in spec.checkpoints]
+    trained = [run.epochs for label, run in record.base_runs.items() if label not in spec.checkpoints]
     summary = {
         **result.summary(),
-        "corpus": record["corpus"]["name"],
+        "corpus": record.corpus.name,
         "model": _model_title(spec, record),
         "seed": spec.seed,
         "dtype": str(result.trials["dtype"].iloc[0]),
         "forget_items": result.item_counts["forget"],
         "log10_floor": None if result.objectives[0].quality_of is None else result.floor_of("forget"),
         "alpha": spec.search.alpha.model_dump(),
-        "created": record["created"],
-        "versions": record["versions"],
+        "created": record.created,
+        "versions": record.versions,
         "base_run_seconds": [sum(epoch["seconds"] for epoch in epochs) for epochs in trained],
         "selections": _selections(result),
         "failures": result.store.failures(),
         "pruned": result.pruned.to_dict("records"),
         "failure_reasons": counted(failure["reason"] for failure in result.store.failures()),
         "notes": _notes(result),
-        "item_counts": record["corpus"]["items"],
+        "item_counts": record.corpus.items,
         "smallest_groups": smallest_groups(result.store),
     }
     tables = (result.certainty, result.held_out, result.matched_scale, result.confirmations)
@@ -163,7 +164,7 @@ def _notes(result: StudyResult) -> list[str]:
         for label, folders in result.spec.checkpoints.items()
     ]
     searched = int((result.trials["kind"] == "search").sum()) + len(result.pruned)
-    wanted, stopped = result.spec.search.trials, result.store.record.get("stopped")
+    wanted, stopped = result.spec.search.trials, result.store.record.stopped
     if stopped:
         notes.append(
             f"Stopped after {searched} of {wanted} search trials: {stopped}. A larger budget and the same command go on."
@@ -173,9 +174,9 @@ def _notes(result: StudyResult) -> list[str]:
     return notes
 
 
-def _model_title(spec: StudySpec, record: dict[str, Any]) -> str:
+def _model_title(spec: StudySpec, record: StudyRecord) -> str:
     model = spec.model
     if model.kind == "pretrained":
-        return f"{model.initial} ({record['models']['initial']})"
+        return f"{model.initial} ({record.models['initial']})"
     shape = f"hidden {model.hidden_size}, {model.layers} layers, {model.heads} heads"
-    return f"small Llama built here ({shape}, {model.tokenizer} tokenizer; {record['models']['initial'][:12]})"
+    return f"small Llama built here ({shape}, {model.tokenizer} tokenizer; {record.models['initial'][:12]})"

@@ -10,6 +10,7 @@ import yaml
 
 from search.evaluation.task import TASKS
 from search.spec.study import RUNNING_KEYS, StudySpec
+from search.store.record import StudyRecord
 from uipe_core.errors import UserError, first_line
 
 RECIPE_FILE = "recipe.yaml"
@@ -97,11 +98,11 @@ def _require_whole(recipe: Recipe) -> None:
         raise ValueError("alpha or an expected number is not finite")
 
 
-def recipe_of(record: Mapping[str, Any], spec: StudySpec, row: Mapping[Any, Any]) -> Recipe:
+def recipe_of(record: StudyRecord, spec: StudySpec, row: Mapping[Any, Any]) -> Recipe:
     """The recipe of a trial.
 
     Args:
-        record: The study's record (`search.store.study_store.read_record`).
+        record: The study's record.
         spec: The study's spec.
         row: The trial as a row of `search.results.study_result.StudyResult.trials`.
     """
@@ -111,11 +112,11 @@ def recipe_of(record: Mapping[str, Any], spec: StudySpec, row: Mapping[Any, Any]
         ["definition", *(objective.name for objective in objectives), *p_values, *TASKS[spec.corpus.task].checked]
     )
     expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}
-    delta = record["base_runs"][row["base"]]["delta"]
-    provenance = {name: record[name] for name in ("models", "versions")} | {"corpus": record["corpus"]["name"], "delta": delta}
+    delta = record.base_runs[row["base"]].delta
+    provenance = {"models": record.models, "versions": record.versions, "corpus": record.corpus.name, "delta": delta}
     return Recipe(
         spec=spec,
-        fingerprint=record["fingerprint"],
+        fingerprint=record.fingerprint,
         trial=int(row["trial"]),
         base=row["base"],
         epoch=int(row["epoch"]),

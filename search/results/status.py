@@ -11,13 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from filelock import FileLock, Timeout
 from optuna.trial import FrozenTrial, TrialState
 
 from search.results.study_result import StudyResult
 from search.samplers.registry import SAMPLERS
 from search.store.mirror import is_url, is_worked_on, readable_folder
-from search.store.study_store import INTERRUPTED, StudyStore
+from search.store.study_store import INTERRUPTED, StudyStore, is_running
 from uipe_core.errors import UserError
 
 PREFIX = "uipe-status: "
@@ -37,22 +36,6 @@ def read_status(out: Path | str) -> dict[str, Any]:
     folder = readable_folder(out)
     at_work = is_worked_on(str(out)) if is_url(out) else is_running(folder)
     return {**status_of(StudyStore.open(folder), "running" if at_work else None), "out": str(out)}
-
-
-def is_running(out: Path) -> bool:
-    """Whether a driver is at work in a study's folder: it holds the folder's lock."""
-    path = out / ".lock"
-    if not path.is_file():
-        return False
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return True
-    except OSError:
-        return False  # a folder that may only be read
-    lock.release()
-    return False
 
 
 def status_of(
@@ -84,9 +67,9 @@ def status_of(
     interrupted = sum(trial.user_attrs.get("reason") == INTERRUPTED for trial in trials if trial.state == TrialState.FAIL)
     now = datetime.now()
     left = _seconds_left(done, missing, running) if state == "running" else None
-    usage = store.record.get("usage", {})
+    usage = store.record.usage or {}
     return {
-        "study": store.record["name"],
+        "study": store.record.name,
         "out": str(store.out),
         "state": state or ("unfinished" if missing else "finished"),
         "trials": {
@@ -99,7 +82,7 @@ def status_of(
         },
         **_front(store),
         "gpu_hours": round(float(usage.get("gpu_hours", 0.0)), 4),
-        "hours": round(float(usage.get("hours", sum(store.record["seconds"].values()) / 3600)), 4),
+        "hours": round(float(usage.get("hours", sum(store.record.seconds.values()) / 3600)), 4),
         "expected_end": None if left is None else (now + timedelta(seconds=left)).astimezone().isoformat(timespec="seconds"),
         "progress": {} if progress is None else {name: list(level) for name, level in progress.items()},
         "updated": now.astimezone().isoformat(timespec="seconds"),

@@ -225,8 +225,7 @@ class StudyResult:
     @cached_property
     def item_counts(self) -> dict[str, int]:
         """Number of items by evaluation set that trials are scored on."""
-        counts: dict[str, int] = self.store.record["corpus"]["items"]["select"]
-        return counts
+        return self.store.record.corpus.items["select"]
 
     @cached_property
     def hypervolume(self) -> dict[str, float]:
@@ -261,7 +260,7 @@ class StudyResult:
         """What ``uipe run --json`` prints."""
         record = self.store.record
         return {
-            "study": record["name"],
+            "study": record.name,
             "out": str(self.out),
             "definition": self.spec.definition,
             "trials": self.store.counts(),
@@ -271,11 +270,11 @@ class StudyResult:
             "gain": self.gain,
             "reference_point": self.reference_point(),
             "forget_quality_cap": self.forget_quality_cap,
-            "seconds": record["seconds"],
-            "usage": record.get("usage"),
-            "stopped": record.get("stopped"),
+            "seconds": record.seconds,
+            "usage": record.usage,
+            "stopped": record.stopped,
             "report": str(self.report_path),
-            "storage": record["storage"],
+            "storage": record.storage,
         }
 
     def rows(self, table: pd.DataFrame) -> list[dict[str, Any]]:

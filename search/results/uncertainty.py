@@ -37,7 +37,7 @@ def certainty(store: StudyStore, trials: pd.DataFrame, retain: int | None) -> pd
     resampled = all(objective.from_items for objective in store.objectives)
     if not scores or not resampled or (reference is None and task.compares_items):
         return pd.DataFrame(columns=["trial", "front_probability", "alike"])
-    weights = {name: group_weights(of_set, store.spec.seed) for name, of_set in store.record["corpus"]["groups"].items()}
+    weights = {name: group_weights(of_set, store.spec.seed) for name, of_set in store.record.corpus.groups.items()}
     draws = [task.draws(arrays, weights, reference, store.objectives, store.spec.definition) for arrays in scores.values()]
     values = np.stack(draws, axis=1)
     low, high = intervals(values)
@@ -53,5 +53,5 @@ def certainty(store: StudyStore, trials: pd.DataFrame, retain: int | None) -> pd
 
 def smallest_groups(store: StudyStore) -> int:
     """Fewest groups that any evaluation set has: what intervals rest on."""
-    groups: dict[str, list[str | None]] = store.record["corpus"]["groups"]
+    groups = store.record.corpus.groups
     return min(len({name for name in of_set if name is not None} or of_set) for of_set in groups.values())

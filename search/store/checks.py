@@ -1,17 +1,17 @@
-"""What can be found about a study: one small check each, on what was read of it. Checks change nothing; some offer a repair."""
+"""Check a study, one function per check. Checks change nothing; some offer a repair."""
 
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from search.problem.pareto import non_dominated
+from search.store.record import StudyRecord
 from search.store.study_store import StudyStore
 
 OK, ADVICE, FIXED, PROBLEM = "ok", "advice", "fixed", "problem"
@@ -25,17 +25,17 @@ REPEATED_SHARE = 0.1
 REASONS_SHOWN = 5
 
 Repair = Callable[[], str]
-"""Does something about a finding, and says what it did."""
+"""Repairs a finding; returns what it did."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found.
+    """Result of a check.
 
     Attributes:
         check: Name of the check.
         state: `OK`, `ADVICE` (nothing is wrong), `FIXED` or `PROBLEM`.
-        found, meaning, remedy: What it is, what it means, what to do or what was done.
+        found, meaning, remedy: The observation, its consequence, what to do or what was done.
     """
 
     check: str
@@ -50,9 +50,9 @@ class Repairable:
     """A finding that can be repaired.
 
     Attributes:
-        finding: It, unrepaired.
-        repair: Does it.
-        needs_study: Whether nobody may run the study meanwhile.
+        finding: The finding before the repair.
+        repair: The repair.
+        needs_study: The study must not run meanwhile.
     """
 
     finding: Finding
@@ -61,7 +61,7 @@ class Repairable:
 
 
 def orphans(store: StudyStore, running: bool) -> Iterator[Finding | Repairable]:
-    """Trials that are RUNNING though nobody runs the study."""
+    """Find trials that are RUNNING while no run is under way."""
     open_trials = _trials(store, TrialState.RUNNING, TrialState.WAITING)
     if not open_trials:
         yield Finding("trials", OK, "no trial is left open")
@@ -71,7 +71,7 @@ def orphans(store: StudyStore, running: bool) -> Iterator[Finding | Repairable]:
         found = Finding(
             "trials",
             PROBLEM,
-            f"{len(open_trials)} trials are RUNNING, and nobody runs the study",
+            f"{len(open_trials)} trials are RUNNING, and no run is under way",
             "the run that started them was killed; samplers keep away from such points",
             "--fix ends them as FAIL with their reason, and so does the next `uipe run`",
         )
@@ -79,7 +79,7 @@ def orphans(store: StudyStore, running: bool) -> Iterator[Finding | Repairable]:
 
 
 def item_scores(store: StudyStore) -> Iterator[Finding | Repairable]:
-    """Files of item scores that are damaged, missing, or of no trial."""
+    """Find files of item scores that are damaged, missing, or of no trial."""
     missing = []
     damaged: list[tuple[Path, str]] = []
     strays: list[Path] = []
@@ -90,7 +90,7 @@ def item_scores(store: StudyStore) -> Iterator[Finding | Repairable]:
         for number, state in states.items():
             path = files.pop(f"{number:05d}.npz", None)
             if state not in (TrialState.COMPLETE, TrialState.PRUNED):
-                # One that is being told has its file already.
+                # A trial that ends right now has its file already.
                 if path is not None and state == TrialState.FAIL:
                     strays.append(path)
                 continue
@@ -154,12 +154,12 @@ def _remove(paths: list[Path]) -> str:
 
 
 def agreement(store: StudyStore) -> Iterator[Finding]:
-    """Whether record and database speak of the same study."""
+    """Check that record and database describe the same study."""
     record, spec = store.record, store.spec
     wrong = []
     for study in (store.study, store.controls):
-        identity = study.user_attrs.get("fingerprint", record["fingerprint"])
-        if identity != record["fingerprint"]:
+        identity = study.user_attrs.get("fingerprint", record.fingerprint)
+        if identity != record.fingerprint:
             wrong.append(f"the database holds {study.study_name!r} with the fingerprint {identity}")
     names = [objective.name for objective in store.objectives]
     if store.study.metric_names not in (None, names):
@@ -181,7 +181,7 @@ def agreement(store: StudyStore) -> Iterator[Finding]:
 
 
 def bounds(store: StudyStore) -> Iterator[Finding]:
-    """Parameters of the front that are stuck at an end of their range."""
+    """Find parameters of the front that are stuck at an end of their range."""
     trials = store.trials_frame(("base", "epoch", "alpha"))
     if trials.empty:
         return
@@ -195,13 +195,13 @@ def bounds(store: StudyStore) -> Iterator[Finding]:
     found = False
     for count, end, value, wider in (
         (high, "high", alpha.high, f"raise search.alpha.high {again}"),
-        # -1 is the initial model: beyond it lies learning.
+        # -1 is the initial model: below it the model learns.
         (low if alpha.low > -1 else 0, "low", alpha.low, f"lower search.alpha.low {again}"),
     ):
         if count:
             found = True
             what = f"{count} of {len(front)} front points have alpha at search.alpha.{end} ({value:g})"
-            yield Finding("bounds", ADVICE, what, "better points may lie beyond", wider)
+            yield Finding("bounds", ADVICE, what, "better points may exist beyond it", wider)
     last = front[[int(row["epoch"]) == epochs.get(row["base"]) for row in front.to_dict("records")]]
     walked_on = last[last["alpha"] >= 0]
     if len(walked_on) > len(front) / 2:
@@ -213,7 +213,7 @@ def bounds(store: StudyStore) -> Iterator[Finding]:
 
 
 def repeats(store: StudyStore) -> Iterator[Finding]:
-    """Points that were scored more than once."""
+    """Find points that were scored more than once."""
     trials = store.trials_frame(("base", "epoch", "alpha"))
     if trials.empty:
         return
@@ -226,35 +226,35 @@ def repeats(store: StudyStore) -> Iterator[Finding]:
             "repeats",
             ADVICE,
             f"{again} of {len(places)} trials repeated a point",
-            "they told nothing new",
+            "they added nothing",
             f"choose another search.sampler than {store.spec.search.sampler}, or fewer search.trials",
         )
 
 
 def failures(store: StudyStore) -> Iterator[Finding]:
-    """Failed trials by their reason; numbers in reasons do not make them differ."""
+    """Count failed trials by their reason; numbers in reasons do not make them differ."""
     failed = _trials(store, TrialState.FAIL)
     reasons = Counter(re.sub(r"\d+(\.\d+)?", "N", str(trial.user_attrs.get("reason", "unknown"))) for trial in failed)
     if not reasons:
         yield Finding("failures", OK, "no trial failed")
     for reason, count in reasons.most_common(REASONS_SHOWN):
         yield Finding(
-            "failures", ADVICE, f"{count} failed: {reason}", "", "the same `uipe run` tries as many again; mend the cause first"
+            "failures", ADVICE, f"{count} failed: {reason}", "", "the same `uipe run` tries as many again; fix the cause first"
         )
     if len(reasons) > REASONS_SHOWN:
         rest = sum(reasons.values()) - sum(count for _, count in reasons.most_common(REASONS_SHOWN))
         yield Finding("failures", ADVICE, f"{rest} failed for {len(reasons) - REASONS_SHOWN} other reasons")
 
 
-def last_stop(record: Mapping[str, Any]) -> Iterator[Finding]:
-    """Why the last run ended, where it said so."""
-    reason = record.get("stopped")
+def last_stop(record: StudyRecord) -> Iterator[Finding]:
+    """Report why the last run stopped early."""
+    reason = record.stopped
     if reason:
         yield Finding("last run", ADVICE, f"it stopped: {reason}", "", "the same `uipe run` goes on, once its budget allows it")
 
 
 def ray_folders(out: Path, running: bool) -> Iterator[Finding | Repairable]:
-    """What Ray and Tune left behind."""
+    """Find files that Ray and Tune left behind."""
     folder = out / "ray"
     if running or not folder.is_dir():
         return

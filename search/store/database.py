@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage, RDBStorage
 from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from search.spec.redaction import without_password, without_secrets_of
 from uipe_core.errors import UserError, first_line
@@ -26,21 +28,21 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 STORAGE_ERRORS = (StorageInternalError, DBAPIError)
-"""What Optuna and SQLAlchemy raise when the database does not do what it is asked."""
+"""Errors that Optuna and SQLAlchemy raise when a database fails."""
 
 PATIENCE_SECONDS = 60.0
 """How long a database may be locked or gone before a run gives up."""
 
-LONGEST_PAUSE_SECONDS = 5.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 
 CHECK_SECONDS = 10.0
-"""How often a driver looks whether its claim on a shared database still stands."""
+"""How often a driver checks that it still holds the writer lock of a shared database."""
 
 BUSY_SECONDS = 5
-"""How long SQLite itself waits for a lock: Ctrl-C is not heard meanwhile."""
+"""How long SQLite itself waits for a lock; Ctrl-C is deferred meanwhile."""
 
 POSTGRESQL = {
-    # A server that vanishes without a word (a machine without power) is noticed within about half a minute.
+    # A server that vanishes silently (a machine without power) is noticed within about half a minute.
     "connect_timeout": 10,
     "keepalives_idle": 15,
     "keepalives_interval": 5,
@@ -48,24 +50,24 @@ POSTGRESQL = {
     "tcp_user_timeout": 30000,
 }
 
-PASSING_IN_SQLITE = ("locked", "busy")
+TRANSIENT_IN_SQLITE = ("locked", "busy")
 
-PASSING_ONCE_OPEN = (*PASSING_IN_SQLITE, "unable to open", "disk I/O")
-"""Words of SQLite's errors that mean: later it may go. The last two are what a network file system that is away looks like."""
+TRANSIENT_ONCE_OPEN = (*TRANSIENT_IN_SQLITE, "unable to open", "disk I/O")
+"""Words of SQLite's errors after which a retry may succeed. The last two come from a network file system that is away."""
 
 
 def sqlite_file(url: URL) -> Path | None:
-    """File of an SQLite database; None for one in memory, or another database. SQLAlchemy leaves ``file:`` in front of URIs."""
+    """Return the file of an SQLite database; None for one in memory or another database."""
     if url.get_backend_name() != "sqlite" or not url.database or url.database == ":memory:":
         return None
-    return Path(url.database.removeprefix("file:"))
+    return Path(url.database.removeprefix("file:"))  # SQLAlchemy leaves it in front of URIs
 
 
 class WriterLock:
-    """The right of one driver to write a study's trials into a database that other drivers can reach; ends with its process.
+    """Lock for one driver that writes a study's trials into a database which other drivers can reach; ends with its process.
 
     PostgreSQL: an advisory lock of the server, held by a connection of its own. SQLite: a lock of the operating system on
-    a file beside the database. Other databases have none: there two drivers exclude each other by their output folder only.
+    a file next to the database. Other databases have none: there two drivers exclude each other by their output folder only.
 
     Args:
         url: The storage.
@@ -73,7 +75,7 @@ class WriterLock:
     """
 
     def __init__(self, url: URL, name: str) -> None:
-        self._said = f"storage {without_password(url.render_as_string(hide_password=False))}"
+        self._title = f"storage {without_password(url.render_as_string(hide_password=False))}"
         self._name = name
         self._key = int.from_bytes(hashlib.sha256(f"uipe {name}".encode()).digest()[:8], signed=True)
         self._engine: Engine | None = None
@@ -88,10 +90,10 @@ class WriterLock:
             self._file = FileLock(f"{file}.{name}.lock")
 
     def take(self) -> None:
-        """Takes the claim.
+        """Take the lock.
 
         Raises:
-            UserError: If another driver has it.
+            UserError: If another driver holds it.
         """
         if self._file is not None:
             try:
@@ -101,11 +103,11 @@ class WriterLock:
         self.check()
 
     def check(self) -> None:
-        """Makes sure of the claim, and takes it again if the server has forgotten it since.
+        """Check that the lock is held, and take it again if the server has forgotten it.
 
         Raises:
-            UserError: If another driver has it now.
-            DBAPIError: If the server cannot be asked.
+            UserError: If another driver holds it now.
+            DBAPIError: If the server does not answer.
         """
         if self._engine is None:
             return
@@ -127,22 +129,22 @@ class WriterLock:
         self._connection = connection
 
     def release(self) -> None:
-        """Gives the claim back."""
+        """Release the lock."""
         self._drop()
         if self._file is not None:
             self._file.release()
 
     def _drop(self) -> None:
         if self._connection is not None:
-            # Ends the session, and the lock with it, also where the server does not answer any more.
+            # Ends the session, and the lock with it, even where the server no longer answers.
             self._connection.invalidate()
             self._connection.close()
             self._connection = None
 
     def _refusal(self) -> UserError:
         return UserError(
-            f"{self._said}: another run writes to its study {self._name!r}, from another output folder or machine; wait for it "
-            "or stop it, or give this study another name"
+            f"{self._title}: another run writes to its study {self._name!r}, from another output folder or machine; wait for "
+            "it or stop it, or give this study another name"
         )
 
 
@@ -156,13 +158,14 @@ class Database:
         backend: The database.
 
     Attributes:
-        optuna: As an Optuna storage. It keeps nothing in memory.
+        backend: It, without retries.
+        optuna: It as an Optuna storage whose every call is retried. It keeps nothing in memory.
     """
 
     def __init__(self, backend: RDBStorage) -> None:
-        self._backend = backend
+        self.backend = backend
         self.optuna = cast(BaseStorage, RetryingStorage(self, backend))
-        self._claim: WriterLock | None = None
+        self._lock: WriterLock | None = None
         self._patience = PATIENCE_SECONDS
         self._failing_since: float | None = None
         self._checked = time.monotonic()
@@ -170,73 +173,72 @@ class Database:
     @property
     def engine(self) -> Engine:
         """SQLAlchemy's engine."""
-        return self._backend.engine
+        return self.backend.engine
 
     def acquire_writer_lock(self, url: str, name: str) -> None:
-        """Makes this process the only writer of a study's trials.
+        """Make this process the only writer of a study's trials.
 
         Raises:
             UserError: If another driver is.
         """
-        acquire_writer_lock = WriterLock(make_url(url), name)
-        self.with_retry(acquire_writer_lock.take)
-        self._claim = acquire_writer_lock
-        # A new connection may be to a server that was started again, and has forgotten the claim.
+        lock = WriterLock(make_url(url), name)
+        self.with_retry(lambda _: lock.take())
+        self._lock = lock
+        # A new connection may be to a server that was started again, and has forgotten the lock.
         event.listen(self.engine, "connect", self._forget_check)
 
     def hurry(self) -> None:
-        """From now on everything is tried only once."""
+        """Try everything only once from now on."""
         self._patience = 0.0
 
     def close(self) -> None:
-        """Closes the connections and gives the claim back."""
-        self._backend.remove_session()
+        """Close the connections and release the writer lock."""
+        self.backend.remove_session()
         self.engine.dispose()
-        if self._claim is not None:
-            self._claim.release()
+        if self._lock is not None:
+            self._lock.release()
 
-    def with_retry(self, action: Callable[[], Result]) -> Result:
-        """Does something that may be done twice, again and again while the database is locked or gone."""
-        return self.insist(lambda _: action())
-
-    def insist(self, action: Callable[[bool], Result], proves: bool = True) -> Result:
-        """As `with_retry`; the action hears whether it is asked again.
+    def with_retry(self, action: Callable[[bool], Result], proves: bool = True) -> Result:
+        """Run something that may be done twice, again and again while the database is locked or gone.
 
         Args:
-            action: What is done.
-            proves: Whether its success shows that the database can be written.
+            action: Takes whether it is a retry.
+            proves: Its success shows that the database can be written.
         """
-        pause = 0.1
-        again = False
-        while True:
-            try:
-                # An interrupt in the middle of a transaction can leave its connection, and its lock, with nobody to close it:
-                # what ends the open trials afterwards would find the database locked.
-                with defer_signals():
-                    self._check_claim(again)
-                    result = action(again)
-            except STORAGE_ERRORS as error:
-                now = time.monotonic()
-                if not _may_pass(error, PASSING_ONCE_OPEN):
-                    raise
-                if self._failing_since is None:
-                    self._failing_since = now
-                    shown = explain_storage_error(error, str(self._backend.url))
-                    logger.warning("storage: %s; trying again for up to %.0f s", shown, self._patience)
-                if now + pause > self._failing_since + self._patience:
-                    raise
-                time.sleep(pause)
-                pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-                again = True
-            else:
-                if proves and self._failing_since is not None:
-                    logger.warning("storage: there again after %.0f s", time.monotonic() - self._failing_since)
-                    self._failing_since = None
-                return result
+        attempts = count()
 
-    def _check_claim(self, again: bool) -> None:
-        if self._claim is not None and (again or time.monotonic() - self._checked > CHECK_SECONDS):
-            self._claim.check()
+        def attempt() -> Result:
+            again = next(attempts) > 0
+            # An interrupt in the middle of a transaction can leave its connection, and its lock, with nothing to close it:
+            # what ends the open trials afterwards would find the database locked.
+            with defer_signals():
+                self._check_lock(again)
+                return action(again)
+
+        result = Retrying(
+            retry=retry_if_exception(lambda error: _is_transient(error, TRANSIENT_ONCE_OPEN)),
+            wait=wait_exponential(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS),
+            stop=self._gives_up,
+            reraise=True,
+        )(attempt)
+        if proves and self._failing_since is not None:
+            logger.warning("storage: there again after %.0f s", time.monotonic() - self._failing_since)
+            self._failing_since = None
+        return result
+
+    def _gives_up(self, attempt: RetryCallState) -> bool:
+        now = time.monotonic()
+        if self._failing_since is None:
+            self._failing_since = now
+            error = None if attempt.outcome is None else attempt.outcome.exception()
+            assert error is not None
+            shown = explain_storage_error(error, str(self.backend.url))
+            logger.warning("storage: %s; trying again for up to %.0f s", shown, self._patience)
+        return now + attempt.upcoming_sleep > self._failing_since + self._patience
+
+    def _check_lock(self, again: bool) -> None:
+        if self._lock is not None and (again or time.monotonic() - self._checked > CHECK_SECONDS):
+            self._lock.check()
             self._checked = time.monotonic()
 
     def _forget_check(self, *_: Any) -> None:
@@ -244,11 +246,11 @@ class Database:
 
 
 class RetryingStorage:
-    """A stand-in for one of Optuna's storages that passes everything on, patiently.
+    """An Optuna storage whose every call is retried.
 
     Args:
-        database: Whose patience it has.
-        storage: What it stands in for.
+        database: Retries them.
+        storage: Answers them.
     """
 
     def __init__(self, database: Database, storage: BaseStorage) -> None:
@@ -256,7 +258,7 @@ class RetryingStorage:
         self._storage = storage
 
     def __getattr__(self, name: str) -> Any:
-        """What the storage has under this name; what it does, it does patiently."""
+        """Return the storage's attribute; a method of it with retries."""
         if name in ("_storage", "__setstate__"):
             raise AttributeError(name)  # a copy in the making has none yet
         found = getattr(self._storage, name)
@@ -264,40 +266,43 @@ class RetryingStorage:
             return found
         # What was read may come from memory, or from a database that is locked for writing only.
         proves = not name.startswith("get_")
-        return lambda *given, **named: self._database.insist(lambda _: found(*given, **named), proves)
+        return lambda *given, **named: self._database.with_retry(lambda _: found(*given, **named), proves)
 
 
-# What asks for the type gets it; nothing of Optuna's own is inherited.
+# Code that asks for the type gets it; nothing of Optuna's own is inherited.
 BaseStorage.register(RetryingStorage)
 
 
 def open_storage(url: str) -> Database:
-    """Opens the storage of a URL.
+    """Open the storage of a URL; wait for an SQLite file that is locked.
 
     Raises:
         UserError: If it cannot be opened.
     """
-    ends = time.monotonic() + PATIENCE_SECONDS
-    while True:
-        try:
-            backend = _backend(url)
-            break
-        except Exception as error:
-            # A server that is not there when a run starts is more likely a wrong name than one that will come.
-            passes = url.startswith("sqlite") and _may_pass(error, PASSING_IN_SQLITE)
-            if (passes or _made_meanwhile(error)) and time.monotonic() < ends:
-                time.sleep(1 if passes else 0.1)
-                continue
-            why = type(error).__name__
-            if isinstance(error, DBAPIError):
-                why = f"{why}: {without_secrets_of(_said(error), url)}"
-            raise UserError(f"storage {without_password(url)}: cannot be opened: {why}") from None
-    return Database(backend)
+
+    def locked(error: BaseException | None) -> bool:
+        # A server that is not there when a run starts is more likely a wrong name than one that will come.
+        return url.startswith("sqlite") and _is_transient(error, TRANSIENT_IN_SQLITE)
+
+    opening = Retrying(
+        retry=retry_if_exception(lambda error: locked(error) or _created_meanwhile(error)),
+        wait=lambda attempt: 1.0 if attempt.outcome is not None and locked(attempt.outcome.exception()) else 0.1,
+        stop=stop_after_delay(PATIENCE_SECONDS),
+        reraise=True,
+    )
+    try:
+        return Database(opening(_backend, url))
+    except Exception as error:
+        why = type(error).__name__
+        if isinstance(error, DBAPIError):
+            why = f"{why}: {explain_storage_error(error, url)}"
+        raise UserError(f"storage {without_password(url)}: cannot be opened: {why}") from None
 
 
-def explain_storage_error(error: Exception, url: str) -> str:
-    """What a database said, in a line without the secrets of its URL."""
-    return without_secrets_of(_said(error), url)
+def explain_storage_error(error: BaseException, url: str) -> str:
+    """Return the first line of a database's error, without the secrets of its URL."""
+    cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
+    return without_secrets_of(first_line(cause), url)
 
 
 def _backend(url: str) -> RDBStorage:
@@ -320,13 +325,13 @@ def _backend(url: str) -> RDBStorage:
 
 
 def _connect_arguments(url: URL) -> dict[str, Any]:
-    """Connection settings of PostgreSQL for drivers built on its own library, those of the URL aside."""
+    """Return connection settings of PostgreSQL for drivers built on its own library, except those the URL sets."""
     known = url.get_driver_name() in ("psycopg", "psycopg2")
     return {key: value for key, value in POSTGRESQL.items() if key not in url.query} if known else {}
 
 
-def _may_pass(error: Exception, words: Sequence[str]) -> bool:
-    """Whether what failed may succeed later; `words` decide for SQLite."""
+def _is_transient(error: BaseException | None, words: Sequence[str]) -> bool:
+    """Return whether a later try may succeed; `words` decide for SQLite."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     if not isinstance(cause, DBAPIError):
         return False
@@ -335,15 +340,10 @@ def _may_pass(error: Exception, words: Sequence[str]) -> bool:
     return cause.connection_invalidated or isinstance(cause, OperationalError | InterfaceError)
 
 
-def _made_meanwhile(error: Exception) -> bool:
-    """Whether another program made the tables of a new database at the same moment: they are there at the next look."""
+def _created_meanwhile(error: BaseException) -> bool:
+    """Return whether another program created a new database's tables at the same moment: the next try finds them."""
     words = ("already exists", "duplicate key", "unique constraint")
     return isinstance(error, DBAPIError) and any(word in str(error.orig).lower() for word in words)
-
-
-def _said(error: Exception) -> str:
-    cause = error.__cause__ if isinstance(error, StorageInternalError) and error.__cause__ is not None else error
-    return first_line(cause)
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -351,9 +351,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def defer_signals() -> Iterator[None]:
-    """Holds back signals while its body runs; the last one that came is sent again afterwards.
+    """Defer signals while the body runs; the last one that came is sent again afterwards.
 
-    Signals are only heard by the main thread: in any other nothing is done, and nothing needs to be.
+    Only the main thread receives signals, so in any other this does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

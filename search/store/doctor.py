@@ -1,48 +1,49 @@
-"""The care of a study's folder: what is wrong with it and with what it has in the caches, and the repair of what can be."""
+"""Run all checks of a study's folder and its caches, and repair what can be repaired."""
 
+import contextlib
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
-from filelock import FileLock, Timeout
 from optuna.trial import TrialState
 
 from search.spec.redaction import without_password
-from search.spec.study import StudySpec
 from search.store import checks as findings
 from search.store.checks import ADVICE, FIXED, OK, PROBLEM, Finding, Repairable
-from search.store.record import read_record
-from search.store.study_store import StudyStore
+from search.store.record import StudyRecord, read_record
+from search.store.study_store import LOCK, StudyStore, is_running
 from uipe_core.deltas.checkpoints import checkpoint_inputs
 from uipe_core.errors import UserError
 from uipe_core.storage.content_store import ContentStore, content_key
-from uipe_core.storage.files import cache_folder
+from uipe_core.storage.files import cache_folder, try_lock
 
 MB = 10**6
 
 
 def examine(out: Path, fix: bool) -> list[Finding]:
-    """Examines a study, and repairs what can be repaired.
+    """Check a study, and repair what can be repaired.
 
     Args:
-        out: Its folder. It may be at work: then it is only read, whatever `fix` says.
-        fix: Whether to repair.
+        out: Its folder. While a run is under way it is only read.
+        fix: Repair it.
 
     Returns:
-        What was found, in the order of the checks.
+        The findings, in the order of the checks.
 
     Raises:
         UserError: If the folder holds no study.
     """
     record = read_record(out)
     found: list[Finding] = []
-    with _hold(out, fix) as running:
+    with contextlib.ExitStack() as stack:
+        try:
+            running = not stack.enter_context(try_lock(out / LOCK)) if fix else is_running(out)
+        except OSError as error:
+            raise UserError(f"{out / LOCK}: {error.strerror}; give a folder that can be written") from error
         found.append(
             Finding("lock", OK, "a run of this study is under way", "it is only read; repairs wait until it has ended")
             if running
-            else Finding("lock", OK, "nobody runs this study", "a lock file of a dead process holds nobody up")
+            else Finding("lock", OK, "no run of this study is under way", "the lock file of a dead process locks nothing")
         )
         # One after the other, so that each check sees what the repairs before it have done.
         found.extend(
@@ -50,29 +51,6 @@ def examine(out: Path, fix: bool) -> list[Finding]:
             for result in _checks(out, record, running)
         )
     return found
-
-
-@contextmanager
-def _hold(out: Path, keep: bool) -> Iterator[bool]:
-    """Whether somebody runs the study; otherwise nobody can while the block lasts, if `keep`."""
-    path = out / ".lock"
-    lock = FileLock(path)
-    if not keep and not path.exists():
-        yield False
-        return
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        yield True
-        return
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a folder that can be written") from error
-    if not keep:
-        lock.release()
-    try:
-        yield False
-    finally:
-        lock.release()
 
 
 def _plain(result: Finding | Repairable) -> Finding:
@@ -90,8 +68,8 @@ def _repaired(result: Repairable, running: bool) -> Finding:
     return Finding(finding.check, FIXED, finding.found, finding.meaning, f"fixed: {done}")
 
 
-def _checks(out: Path, record: Mapping[str, Any], running: bool) -> Iterator[Finding | Repairable]:
-    spec = StudySpec.recorded(record["spec"])
+def _checks(out: Path, record: StudyRecord, running: bool) -> Iterator[Finding | Repairable]:
+    spec = record.study_spec()
     try:
         store = StudyStore.open(out)
     except UserError as error:
@@ -106,7 +84,7 @@ def _checks(out: Path, record: Mapping[str, Any], running: bool) -> Iterator[Fin
     elsewhere = "://" in place
     deltas = ContentStore(cache_folder("node") if elsewhere else Path(place))
     if elsewhere:
-        meaning = "every node holds what it fetches against its checksums"
+        meaning = "every node checks the checksums of what it fetches"
         yield Finding("base runs", ADVICE, f"at {without_password(place)}, not looked at", meaning, "nothing to do")
     else:
         yield from base_runs(deltas, record)
@@ -122,8 +100,8 @@ def _checks(out: Path, record: Mapping[str, Any], running: bool) -> Iterator[Fin
     yield from findings.ray_folders(out, running)
 
 
-def base_runs(deltas: ContentStore, record: Mapping[str, Any]) -> Iterator[Finding | Repairable]:
-    """Update vectors of the study that are torn, altered or gone."""
+def base_runs(deltas: ContentStore, record: StudyRecord) -> Iterator[Finding | Repairable]:
+    """Find update vectors of the study that are torn, altered or gone."""
     gone, whole = [], 0
     for label, key in entries(record):
         try:
@@ -140,7 +118,7 @@ def base_runs(deltas: ContentStore, record: Mapping[str, Any]) -> Iterator[Findi
                 PROBLEM,
                 f"{label}: {flaw} ({deltas.root / key})",
                 "its update vectors are not those that were trained",
-                "--fix moves the entry to quarantine; whoever needs it trains it again",
+                "--fix moves the entry to quarantine; the next run that needs it trains it again",
             ),
             lambda key=key: _quarantine(deltas, key),  # type: ignore[misc]
             needs_study=False,
@@ -162,11 +140,11 @@ def _quarantine(deltas: ContentStore, key: str) -> str:
     return f"{key} is in {deltas.root / 'quarantine'}"
 
 
-def entries(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Label and key of every entry of the delta store that belongs to a study."""
-    given = record.get("checkpoints", {})
-    initial = record["models"]["initial"]
-    found = [(label, str(run["delta"])) for label, run in record.get("base_runs", {}).items() if label not in given]
+def entries(record: StudyRecord) -> list[tuple[str, str]]:
+    """Return label and key of every entry of the delta store that belongs to a study."""
+    given = record.checkpoints
+    initial = record.models["initial"]
+    found = [(label, run.delta) for label, run in record.base_runs.items() if label not in given]
     for label, identities in given.items():
         keys = (content_key(checkpoint_inputs(initial, identity)) for identity in identities)
         found += [(f"{label}, checkpoint {number}", key) for number, key in enumerate(keys, 1)]
@@ -174,7 +152,7 @@ def entries(record: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def unfinished(deltas: ContentStore) -> Iterator[Finding | Repairable]:
-    """What makers that were killed left in the cache."""
+    """Find unfinished entries that killed processes left in the cache."""
     keys = deltas.unfinished()
     if not keys:
         yield Finding("cache", OK, f"no unfinished entries in {deltas.root}")
@@ -184,12 +162,12 @@ def unfinished(deltas: ContentStore) -> Iterator[Finding | Repairable]:
         return f"{sum(deltas.clear_unfinished(key) for key in keys)} removed"
 
     what = f"{len(keys)} unfinished entries in {deltas.root / 'tmp'}"
-    finding = Finding("cache", PROBLEM, what, "whoever wrote them was killed; they only take space", "--fix removes them")
+    finding = Finding("cache", PROBLEM, what, "their makers were killed; they only take space", "--fix removes them")
     yield Repairable(finding, clear, needs_study=False)
 
 
 def disk(store: StudyStore, deltas: ContentStore) -> Iterator[Finding]:
-    """Space that is left, against what the rest of the study needs."""
+    """Compare the free space with what the rest of the study needs."""
     needs = {store.out: _rest_of_trials(store), deltas.root: _rest_of_base_runs(store, deltas)}
     for folder, needed in needs.items():
         if not folder.is_dir():
@@ -204,15 +182,15 @@ def disk(store: StudyStore, deltas: ContentStore) -> Iterator[Finding]:
 
 
 def _rest_of_trials(store: StudyStore) -> int:
-    """Bytes of the trials that are still to come, by those that are there."""
+    """Return the bytes of the missing trials, by the average of those that exist."""
     kinds = [trial.user_attrs.get("kind") for trial in store.trials((TrialState.COMPLETE,), ("kind",))]
     missing = max(store.spec.search.trials - kinds.count("search"), 0)
     return missing * (_size(store.out / "items") + _size(store.out / "study.db")) // max(len(kinds), 1)
 
 
 def _rest_of_base_runs(store: StudyStore, deltas: ContentStore) -> int:
-    """Bytes of the base runs that are still to be trained, as large as the largest that is there."""
-    known = store.record.get("base_runs", {})
+    """Return the bytes of the missing base runs, each as large as the largest that exists."""
+    known = store.record.base_runs
     missing = [label for label in store.spec.base_epochs() if label not in known]
     sizes = [_size(deltas.root / key) for _, key in entries(store.record)]
     return len(missing) * max(sizes, default=0)

@@ -1,8 +1,8 @@
-"""The scores of every item of a study's trials, as files: readable at once, on the disk a moment later.
+"""Store the scores of every item, a file per trial: readable at once, flushed to the disk by a thread.
 
-A driver that waits for the disk after each trial does little else: with 64 workers it was two fifths of its time. The process
-that wrote a file may be killed without harm to it; only a machine that loses its power in that moment can lose one, as it can
-lose the latest trials of the database.
+With 64 workers a driver that waits for the disk after each trial spends two fifths of its time on it. A file survives the
+death of the process that wrote it. Only a machine that loses power at that moment can lose one, as it can lose the latest
+trials of the database.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ class ItemFiles:
     def __init__(self, out: Path) -> None:
         self._folder = out / "items"
         self._disk = ThreadPoolExecutor(1, "uipe-items")
-        self._on_their_way: deque[Future[None]] = deque()
+        self._pending: deque[Future[None]] = deque()
 
     def write(self, number: int, content: bytes, control: bool = False) -> None:
-        """Writes a trial's scores.
+        """Write a trial's scores.
 
         Raises:
             OSError: If they cannot be written, or earlier ones did not reach the disk.
@@ -42,10 +42,10 @@ class ItemFiles:
         self._raise_failures(wait=False)
         path = self._path(number, control)
         write_atomic(path, content, flush=False)
-        self._on_their_way.append(self._disk.submit(_flush, path))
+        self._pending.append(self._disk.submit(_flush, path))
 
     def read(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
-        """A trial's arrays by ``set/measurement``; None where it has none.
+        """Read a trial's arrays by ``set/measurement``; None where it has none.
 
         Raises:
             UserError: If the file is damaged.
@@ -62,27 +62,27 @@ class ItemFiles:
             ) from error
 
     def flush(self) -> None:
-        """Waits until all is on the disk.
+        """Wait until all files are on the disk.
 
         Raises:
-            OSError: If something did not reach it.
+            OSError: If one could not be written.
         """
         self._raise_failures(wait=True)
 
     def close(self) -> None:
-        """As `flush`, at an end that has its own reason: what did not reach the disk is logged."""
+        """Flush, and log instead of raising what did not reach the disk: the run ends for a reason of its own."""
         self._disk.shutdown()
-        for failure in filter(None, (flush.exception() for flush in self._on_their_way)):
+        for failure in filter(None, (flush.exception() for flush in self._pending)):
             logger.warning("item scores in %s did not reach the disk: %s", self._folder, failure)
 
     def _raise_failures(self, wait: bool) -> None:
-        while self._on_their_way and (wait or self._on_their_way[0].done()):
-            self._on_their_way.popleft().result()
+        while self._pending and (wait or self._pending[0].done()):
+            self._pending.popleft().result()
 
     def _path(self, number: int, control: bool) -> Path:
         return self._folder / ("controls" if control else "trials") / f"{number:05d}.npz"
 
 
 def _flush(path: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile, by somebody who no longer needs it
+    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
         fsync_path(path)

@@ -1,8 +1,8 @@
-"""A study's output folder at a URL: worked on in a folder of this machine, and mirrored there as it grows.
+"""Mirror a study's output folder to a URL: a run works in a folder of this machine and uploads it as it grows.
 
 Layout below the URL: ``files/<start of SHA-256>/<path>``, and ``index.json``, written last, which says what belongs to the
-folder. A file that changes is uploaded beside its old self, so that readers always find one state as a whole. ``lease.json``
-says whose run it is.
+folder. A changed file is uploaded next to its old version, so that readers always find one state as a whole. ``lease.json``
+names the run that holds the folder.
 """
 
 import contextlib
@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from filelock import FileLock, Timeout
+from tenacity import RetryError, Retrying, retry_if_result, stop_after_attempt, wait_incrementing
 
 from search.spec.redaction import without_password
 from uipe_core.errors import UserError
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 INDEX, LEASE, NOTE = "index.json", "lease.json", ".mirror.json"
 DATABASE = "study.db"
 LEFT_OUT = ("ray", "study.db-wal", "study.db-shm", "study.db-journal")
-"""Ray's own files, and what SQLite keeps beside a database."""
+"""Ray's own files, and what SQLite keeps next to a database."""
 PUSH_SECONDS = 30.0
 BEAT_SECONDS = 15.0
 STALE_SECONDS = 150.0
@@ -40,13 +41,13 @@ ATTEMPTS = 5
 
 
 def is_url(out: Path | str) -> bool:
-    """Whether an output folder is at a URL."""
+    """Return True if an output folder is at a URL."""
     return "://" in str(out)
 
 
 @contextlib.contextmanager
 def working_folder(out: Path | str) -> Iterator[Path]:
-    """The folder a study is run in: itself, or for a URL the folder of this machine that is mirrored there meanwhile.
+    """Yield the folder a study is run in: itself, or for a URL the folder of this machine that is mirrored there meanwhile.
 
     Raises:
         UserError: If another run works on the URL, or at the end it cannot be brought up to date.
@@ -59,7 +60,7 @@ def working_folder(out: Path | str) -> Iterator[Path]:
 
 
 def readable_folder(out: Path | str) -> Path:
-    """The folder a study is read from: itself, or for a URL a copy on this machine, brought up to date."""
+    """Return the folder a study is read from: itself, or for a URL a copy on this machine, brought up to date."""
     if not is_url(out):
         return Path(out)
     mirror = _Mirror(str(out))
@@ -71,7 +72,7 @@ def readable_folder(out: Path | str) -> Path:
 
 
 def is_worked_on(url: str) -> bool:
-    """Whether a run has lately been seen to work on a URL."""
+    """Return True if the lease of a run on a URL is fresh."""
     lease = _Mirror(url).lease()
     return lease is not None and time.time() - lease["seen"] < STALE_SECONDS
 
@@ -124,18 +125,22 @@ class _Mirror:
             lock.release()
 
     def pull(self, folder: Path) -> None:
-        """Makes a folder what the index says; only what differs is fetched."""
-        for attempt in range(ATTEMPTS):
-            index = self._remote_index()
-            if index is None:
-                raise UserError(f"{self._url}: no study there (no {INDEX}); give what `uipe run --out` was given")
-            if self._pulled(index, folder):
-                return
-            # The run went on meanwhile and has removed what the index named.
-            time.sleep(attempt)
-        raise UserError(f"{self._url}: files that its {INDEX} names are missing or damaged; run the study again to mend it")
+        """Make a folder what the index says; only what differs is fetched."""
+        # A run that goes on meanwhile may have removed what the index named: then there is a newer index.
+        attempts = Retrying(
+            retry=retry_if_result(lambda done: not done), wait=wait_incrementing(0, 1), stop=stop_after_attempt(ATTEMPTS)
+        )
+        try:
+            attempts(self._pull_once, folder)
+        except RetryError:
+            what = f"files that its {INDEX} names are missing or damaged"
+            raise UserError(f"{self._url}: {what}; run the study again to upload them") from None
 
-    def _pulled(self, index: dict[str, Any], folder: Path) -> bool:
+    def _pull_once(self, folder: Path) -> bool:
+        """Fetch what the index names; returns False if something of it is missing or damaged."""
+        index = self._remote_index()
+        if index is None:
+            raise UserError(f"{self._url}: no study there (no {INDEX}); give what `uipe run --out` was given")
         here = _note(folder)["files"]
         for name, facts in index["files"].items():
             if here.get(name) == facts and (folder / name).is_file():
@@ -146,8 +151,8 @@ class _Mirror:
                     return False
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 temporary.replace(folder / name)
-                for beside in ("-wal", "-shm") if name == DATABASE else ():
-                    (folder / f"{name}{beside}").unlink(missing_ok=True)
+                for suffix in ("-wal", "-shm") if name == DATABASE else ():
+                    (folder / f"{name}{suffix}").unlink(missing_ok=True)
             finally:
                 temporary.unlink(missing_ok=True)
         for name in here.keys() - index["files"].keys():
@@ -156,7 +161,7 @@ class _Mirror:
         return True
 
     def _catch_up(self) -> None:
-        """Before a run: takes over what another machine did since; what only this one has is put aside, never lost."""
+        """Fetch what another machine did since, before a run; what only this one has is put aside, never lost."""
         index = self._remote_index()
         if index is not None and index["id"] != _note(self.folder).get("id"):
             if self.folder.is_dir() and any(self.folder.iterdir()):
@@ -168,7 +173,7 @@ class _Mirror:
         self._index = _note(self.folder)
 
     def push(self) -> None:
-        """Brings the URL up to date with the folder."""
+        """Upload what has changed in the folder."""
         with tempfile.TemporaryDirectory(prefix="uipe-") as scratch:
             files = {}
             for path in _files(self.folder):
@@ -254,7 +259,7 @@ class _Mirror:
         self._remote.write(LEASE, json.dumps({"owner": self._owner, "seen": time.time()}).encode())
 
     def lease(self) -> dict[str, Any] | None:
-        """Whose run it is: ``owner``, and when that was last ``seen``."""
+        """Return the lease: its ``owner``, and when that was last ``seen``; None if there is none."""
         found = _parsed(self._remote.read(LEASE))
         good = found is not None and isinstance(found.get("owner"), str) and isinstance(found.get("seen"), int | float)
         return found if good else None
@@ -284,7 +289,7 @@ def _parsed(content: bytes | None) -> dict[str, Any] | None:
 
 
 def _files_are_named(files: object) -> bool:
-    """Whether what an index names stays in the folder."""
+    """Return True if every file that an index names stays in the folder."""
     return isinstance(files, dict) and all(
         isinstance(facts, dict)
         and isinstance(facts.get("sha256"), str)
@@ -296,7 +301,7 @@ def _files_are_named(files: object) -> bool:
 
 
 def _note(folder: Path) -> dict[str, Any]:
-    """The index a folder was last equal to."""
+    """Return the index a folder was last equal to."""
     try:
         return json.loads((folder / NOTE).read_text())
     except (OSError, ValueError):
@@ -318,13 +323,13 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _snapshot(database: Path, scratch: Path) -> Path:
-    """A copy of a database as of one moment, while it is written to."""
+    """Copy a database as of one moment, while it is written to."""
     target = scratch / DATABASE
     with (
         contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True, timeout=60)) as source,
         contextlib.closing(sqlite3.connect(target)) as copy,
     ):
         source.backup(copy)
-        # The copy is made in rollback mode: it needs no file beside it.
+        # The copy is made in rollback mode: it needs no file next to it.
         copy.execute("PRAGMA journal_mode=DELETE")
     return target

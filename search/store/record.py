@@ -1,12 +1,13 @@
-"""The record of a study beside its trials: what it is, where it is kept, and what makes it another study."""
+"""The record of a study next to its trials (``study.json``): what it is, where it is kept, and what its runs used."""
 
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from sqlalchemy import URL
 
 from search.spec.redaction import HIDDEN, without_password
@@ -17,21 +18,130 @@ from uipe_core.storage.files import write_atomic
 RECORD = "study.json"
 RECORD_SCHEMA = 1
 
-
 RECORD_KEYS = ("name", "fingerprint", "created", "seconds", "spec", "storage", "corpus", "models", "versions")
+"""Keys that every record has."""
+
+
+class _Part(BaseModel):
+    """Part of a record. Keys that it does not know are kept, so that newer versions' records survive."""
+
+    model_config = ConfigDict(extra="allow", populate_by_name=True)
+
+
+class CorpusRecord(_Part):
+    """What is recorded of the corpus.
+
+    Attributes:
+        name, hash: Of the corpus.
+        sets: Item-set hash by evaluation set.
+        items: Number of items by half (``select``, ``report``) and evaluation set.
+        groups: Per evaluation set, the person or author of each item; None where it has none.
+    """
+
+    name: str = ""
+    hash: str = ""
+    sets: dict[str, str] = Field(default_factory=dict)
+    items: dict[str, dict[str, int]] = Field(default_factory=dict)
+    groups: dict[str, list[str | None]] = Field(default_factory=dict)
+
+
+class BaseRunRecord(_Part):
+    """What is recorded of a base run: its key in the delta store, and the numbers of each epoch."""
+
+    delta: str
+    epochs: list[dict[str, Any]]
+
+
+class StudyRecord(_Part):
+    """The record of a study.
+
+    Attributes:
+        name, fingerprint, created: Its name, its identity, when it began (ISO 8601).
+        seconds: Time that each stage has taken over all runs.
+        spec: The study file as it was checked (`study_spec`).
+        storage: URL of its database, without password.
+        corpus: The corpus.
+        models: Identity of each model by name.
+        checkpoints: Identities of given checkpoints by label.
+        versions: Of Python and packages.
+        base_runs: Finished base runs by label.
+        failed_base_runs: Reasons by label.
+        usage: What all runs together used; None before the first has ended.
+        stopped: Why the last run ended early; None if it did not.
+    """
+
+    schema_version: int = Field(RECORD_SCHEMA, alias="schema")
+    name: str
+    fingerprint: str
+    created: str
+    seconds: dict[str, float]
+    spec: dict[str, Any]
+    storage: str
+    corpus: CorpusRecord = Field(default_factory=CorpusRecord)
+    models: dict[str, str] = Field(default_factory=dict)
+    checkpoints: dict[str, list[str]] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    base_runs: dict[str, BaseRunRecord] = Field(default_factory=dict)
+    failed_base_runs: dict[str, str] = Field(default_factory=dict)
+    usage: dict[str, float] | None = None
+    stopped: str | None = None
+
+    def study_spec(self) -> StudySpec:
+        """Return the study's spec."""
+        return StudySpec.recorded(self.spec)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as JSON values: what was read or set, and no more."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    def save(self, out: Path) -> None:
+        """Write the record into a study's folder, atomically.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
+        try:
+            write_atomic(out / RECORD, json.dumps(self.as_dict(), indent=1).encode())
+        except OSError as error:
+            raise UserError(f"output folder {out}: {error.strerror}; free some space or choose another") from error
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to the time that a stage has taken over all runs."""
+        self.seconds[stage] = round(self.seconds[stage] + seconds, 3)
+
+    def note_base_run(self, label: str, delta: str, epochs: Sequence[Mapping[str, Any]]) -> None:
+        """Record a finished base run."""
+        run = BaseRunRecord(delta=delta, epochs=[dict(epoch) for epoch in epochs])
+        self.base_runs = {**self.base_runs, label: run}
+        self.failed_base_runs = {name: reason for name, reason in self.failed_base_runs.items() if name != label}
+
+    def note_failed_base_run(self, label: str, reason: str) -> None:
+        """Record why a base run failed."""
+        self.failed_base_runs = {**self.failed_base_runs, label: reason}
+
+    def set_usage(self, usage: Mapping[str, float]) -> None:
+        """Record what all runs together used."""
+        self.usage = {name: round(value, 6) for name, value in usage.items()}
+
+    def set_stopped(self, reason: str | None) -> bool:
+        """Record why the study ended early, None if it did not; returns whether that is news."""
+        changed = reason != self.stopped
+        if changed:
+            self.stopped = reason
+        return changed
 
 
 def fingerprint(spec: StudySpec, corpus_hash: str, models: Mapping[str, str]) -> str:
-    """Identity of a study: what it searches, on which items and which weights; 32 hexadecimal digits."""
+    """Return the identity of a study: what it searches, on which items and weights; 32 hexadecimal digits."""
     parts = {"schema": RECORD_SCHEMA, "spec": spec.fingerprint_payload(), "corpus": corpus_hash, "models": dict(models)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def whole_storage(url: str) -> str:
-    """A storage URL that can be opened: where its password is hidden, UIPE_STORAGE has the whole.
+    """Return a storage URL that can be opened: the one in UIPE_STORAGE where its password is hidden.
 
     Raises:
-        UserError: If it has not.
+        UserError: If UIPE_STORAGE is not set or names another storage.
     """
     if HIDDEN not in url:
         return url
@@ -49,19 +159,12 @@ def whole_storage(url: str) -> str:
 
 
 def own_database(out: Path) -> str:
-    """URL of the database in a study's folder; SQLAlchemy quotes the path, which may hold what means something in a URL."""
+    """Return the URL of the database in a study's folder, with its path quoted."""
     return URL.create("sqlite", database=str((out / "study.db").resolve())).render_as_string()
 
 
-def save_record(out: Path, record: Mapping[str, Any]) -> None:
-    try:
-        write_atomic(out / RECORD, json.dumps(record, indent=1).encode())
-    except OSError as error:
-        raise UserError(f"output folder {out}: {error.strerror}; free some space or choose another") from error
-
-
-def read_record(out: Path) -> dict[str, Any]:
-    """The record of a study folder.
+def read_record(out: Path) -> StudyRecord:
+    """Read the record of a study folder.
 
     Raises:
         UserError: If there is none, or it cannot be read.
@@ -70,31 +173,38 @@ def read_record(out: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{out}: not a study folder (no {RECORD}); give the folder that `uipe run` wrote")
     try:
-        record = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a folder that can be read") from error
     except ValueError:
         raise UserError(f"{path}: not JSON; the record is damaged, so run the study into another folder") from None
-    missing = [key for key in RECORD_KEYS if key not in record] if isinstance(record, dict) else list(RECORD_KEYS)
+    missing = [key for key in RECORD_KEYS if key not in content] if isinstance(content, dict) else list(RECORD_KEYS)
     if missing:
         raise UserError(f"{path}: not a record of a study (no {', '.join(missing)}); run the study into another folder")
     try:
-        StudySpec.recorded(record["spec"])
-    except ValueError as error:
-        problem = first_line(error)
+        record = StudyRecord.model_validate(content)
+    except ValidationError as error:
+        wrong = ".".join(str(part) for part in error.errors()[0]["loc"])
         raise UserError(
-            f"{path}: its study is damaged or of another version ({problem}); run the study into another folder"
+            f"{path}: {wrong}: {error.errors()[0]['msg']}; the record is damaged, so run the study into another folder"
+        ) from None
+    try:
+        record.study_spec()
+    except ValueError as error:
+        raise UserError(
+            f"{path}: its study is damaged or of another version ({first_line(error)}); run the study into another folder"
         ) from None
     return record
 
 
-def other_study(out: Path, record: Mapping[str, Any], spec: StudySpec) -> str:
-    old = StudySpec.recorded(record["spec"]).model_dump(mode="json")
+def other_study(out: Path, record: StudyRecord, spec: StudySpec) -> str:
+    """Return the refusal of a folder that holds another study, with the sections that differ."""
+    old = record.study_spec().model_dump(mode="json")
     new = spec.model_dump(mode="json")
     old["search"]["trials"] = new["search"]["trials"]
     differing = [key for key in new if key not in RUNNING_KEYS and old[key] != new[key]]
     what = f"they differ in {', '.join(differing)}" if differing else "its corpus, model or code differ"
     return (
-        f"output folder {out}: it holds another study ({record['name']!r}): {what}; choose another folder with --out, or give "
+        f"output folder {out}: it holds another study ({record.name!r}): {what}; choose another folder with --out, or give "
         "the study file it was started with"
     )

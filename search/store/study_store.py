@@ -1,8 +1,8 @@
-"""The study on disk: its folder, its record, and its trials in Optuna. The driver is the only writer.
+"""Open a study on disk: its folder, its record, and its trials in Optuna. The driver is the only writer.
 
-Points of the search space are trials of the study ``NAME``. What they are compared with (initial and retain model, next
-epoch, random directions, temperatures) are trials of a second study, ``NAME.controls``: samplers and the Pareto front of
-Optuna then see what can be chosen, and nothing else.
+Points of the search space are trials of the study ``NAME``. Controls (initial and retain model, next epoch, random
+directions, temperatures) are trials of a second study, ``NAME.controls``: samplers and the Pareto front of Optuna then see
+only what can be chosen.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from sqlalchemy import make_url
 
 from search.problem.objectives import Objective, forget_quality_cap, reference_point
 from search.problem.space import own_epoch, sampled_epoch
-from search.problem.trial import TrialSpec
+from search.problem.trial import TrialSpec, identity
 from search.spec.redaction import without_password
 from search.spec.study import StudySpec
 from search.store.ask_tell import InMemoryStudy
@@ -34,20 +34,23 @@ from search.store.item_scores import ItemFiles
 from search.store.record import (
     RECORD,
     RECORD_SCHEMA,
+    StudyRecord,
     other_study,
     own_database,
     read_record,
-    save_record,
     whole_storage,
 )
 from search.store.tracebacks import keep_traceback
 from search.store.trials import TrialTable
 from uipe_core.errors import UserError
+from uipe_core.storage.files import is_free
 
 STAGES = ("models", "base_runs", "baselines", "trials")
 
+LOCK = ".lock"
+
 LOCK_SECONDS = 1
-"""How long a run waits for its folder: longer than a look at its status holds it."""
+"""How long a run waits for its folder: longer than a status command holds the lock."""
 
 INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
 
@@ -58,7 +61,7 @@ class StudyStore:
     Use `create` to run a study (it takes the folder's lock) and `open` to read one.
     """
 
-    def __init__(self, out: Path, record: dict[str, Any], database: Database, lock: FileLock | None = None) -> None:
+    def __init__(self, out: Path, record: StudyRecord, database: Database, lock: FileLock | None = None) -> None:
         self.out = out
         self.record = record
         self.storage = database.optuna
@@ -68,36 +71,36 @@ class StudyStore:
         self._points: TrialTable | None = None
         self._controls: TrialTable | None = None
         self._proposer: InMemoryStudy | None = None
-        self.spec = StudySpec.recorded(record["spec"])
+        self.spec = record.study_spec()
+        self._methods = self.spec.methods()
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        """What the study maximises."""
+        """Objectives of the study, all maximised."""
         return self.spec.objectives
 
     @property
     def item_counts(self) -> dict[str, int]:
-        """Number of items by evaluation set that trials are scored on."""
-        counts: dict[str, int] = self.record["corpus"]["items"]["select"]
-        return counts
+        """Number of items that trials are scored on, by evaluation set."""
+        return self.record.corpus.items["select"]
 
     def reference_point(self) -> dict[str, float]:
-        """The reference point of hypervolume, by objective."""
+        """Return the reference point of the hypervolume, by objective."""
         return reference_point(self.objectives, self.spec.hypervolume.reference_point.model_dump(), self.item_counts)
 
     def noise_ceiling(self, controls: pd.DataFrame) -> float:
-        """Forget quality above which differences are noise (`search.problem.objectives.forget_quality_cap`)."""
+        """Return the forget quality above which differences are noise (`search.problem.objectives.forget_quality_cap`)."""
         return forget_quality_cap(self.spec.hypervolume.forget_quality_cap, controls)
 
     @classmethod
     def create(cls, out: Path, spec: StudySpec, identity: str, facts: Mapping[str, Any]) -> "StudyStore":
-        """Opens the study in `out` for running, or starts it there.
+        """Open the study in `out` to run it, or start it there.
 
         Args:
             out: Output folder; made if missing.
             spec: The study.
             identity: Its `fingerprint`.
-            facts: Recorded beside the spec (corpus, models, versions).
+            facts: Recorded next to the spec (corpus, models, versions).
 
         Raises:
             UserError: If the folder holds another study, is used by another driver, or cannot be written.
@@ -109,14 +112,14 @@ class StudyStore:
             probe.unlink()
         except OSError as error:
             raise UserError(f"output folder {out}: {error.strerror}; choose another with --out") from error
-        lock = FileLock(out / ".lock")
+        lock = FileLock(out / LOCK)
         try:
             lock.acquire(timeout=LOCK_SECONDS)
         except Timeout:
             raise UserError(f"output folder {out}: another run of this study is under way; wait for it or stop it") from None
         try:
             record = read_record(out) if (out / RECORD).exists() else None
-            if record is not None and record["fingerprint"] != identity:
+            if record is not None and record.fingerprint != identity:
                 raise UserError(other_study(out, record, spec))
             if record is None and any(not path.name.startswith(".") for path in out.iterdir()):
                 raise UserError(
@@ -130,13 +133,14 @@ class StudyStore:
                 "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
                 "seconds": dict.fromkeys(STAGES, 0.0),
             }
-            kept = record or fresh
+            kept = fresh if record is None else record.as_dict()
             changing = {"spec": spec.model_dump(mode="json"), "storage": without_password(url), **facts}
             changing["spec"]["storage"] = None if spec.storage is None else without_password(spec.storage)
-            # Before the database: a folder with a database and no record would be taken for somebody else's.
-            save_record(out, {**kept, **changing})
+            current = StudyRecord.model_validate({**kept, **changing})
+            # Before the database: a folder with a database and no record would be taken for another program's.
+            current.save(out)
             try:
-                store = cls(out, {**kept, **changing}, open_storage(url), lock)
+                store = cls(out, current, open_storage(url), lock)
                 store._attach(create=True)
                 if spec.storage is not None:
                     store._database.acquire_writer_lock(url, spec.name)
@@ -151,7 +155,7 @@ class StudyStore:
 
     @classmethod
     def open(cls, out: Path) -> "StudyStore":
-        """Opens a study to read it.
+        """Open a study to read it.
 
         The password of a storage URL is not recorded; give the whole URL in the environment variable UIPE_STORAGE.
 
@@ -159,10 +163,10 @@ class StudyStore:
             UserError: If the folder holds no study or its storage cannot be opened.
         """
         record = read_record(out)
-        if record["spec"].get("storage") is None:
+        if record.spec.get("storage") is None:
             url = own_database(out)  # not the recorded place: the folder may have been moved or copied
         else:
-            url = os.environ.get("UIPE_STORAGE") or record["storage"]
+            url = os.environ.get("UIPE_STORAGE") or record.storage
         database = sqlite_file(make_url(url)) if url.startswith("sqlite") else None
         if database is not None and not database.is_file():
             raise UserError(f"{out}: its trials ({database}) are missing; restore the file or run the study again")
@@ -171,15 +175,15 @@ class StudyStore:
         return store
 
     def flush(self) -> None:
-        """Waits until all item scores are on the disk.
+        """Wait until all item scores are on the disk.
 
         Raises:
-            OSError: If some did not reach it.
+            OSError: If some could not be written.
         """
         self._items.flush()
 
     def close(self) -> None:
-        """Gives the folder and the storage back."""
+        """Close the storage and release the folder."""
         self._items.close()
         self._database.close()
         if self._lock is not None:
@@ -187,24 +191,24 @@ class StudyStore:
 
     @property
     def study(self) -> optuna.Study:
-        """The Optuna study of the points that can be chosen."""
-        return self._book().study
+        """Optuna study of the points that can be chosen."""
+        return self._table().study
 
     @property
     def controls(self) -> optuna.Study:
-        """The Optuna study of what they are compared with."""
-        return self._book(controls=True).study
+        """Optuna study of the controls."""
+        return self._table(controls=True).study
 
     def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
-        """Sets the sampler that `ask_point` proposes with."""
+        """Set the sampler that `ask_point` proposes with."""
         self._proposer = InMemoryStudy(self.study.directions, sampler, self.trials(names=()))
 
     def fail_orphaned_trials(self) -> int:
-        """Ends what an interrupted run left RUNNING or WAITING as FAIL with its reason; returns how many there were."""
+        """Fail the RUNNING and WAITING trials of an interrupted run; returns how many there were."""
         orphans = 0
-        for book in (self._book(), self._book(controls=True)):
-            for trial in book.read((TrialState.RUNNING, TrialState.WAITING), ()):
-                book.end(trial.number, TrialState.FAIL, {"reason": INTERRUPTED})
+        for table in (self._table(), self._table(controls=True)):
+            for trial in table.read((TrialState.RUNNING, TrialState.WAITING), ()):
+                table.end(trial.number, TrialState.FAIL, {"reason": INTERRUPTED})
                 orphans += 1
         return orphans
 
@@ -217,9 +221,9 @@ class StudyStore:
     def ask_point(
         self, space: dict[str, BaseDistribution], params: Mapping[str, Any] | None = None, kind: str = "search"
     ) -> tuple[int, TrialSpec]:
-        """Starts a trial of a kind: with what the sampler proposes, or with the given parameters and its proposal for the rest.
+        """Start a trial of a kind with given parameters; the sampler proposes the rest. Returns its number and what to score.
 
-        Given parameters and jobs have the base run's own epoch; Optuna's has the one of the flat space (`space.own_epoch`).
+        Given parameters and jobs have the base run's own epoch; Optuna has the one of the flat space (`space.own_epoch`).
         """
         if self._proposer is None:
             self.use_sampler(self.study.sampler)
@@ -229,19 +233,26 @@ class StudyStore:
         given = None if params is None else dict(params)
         if given is not None and "epoch" in given:
             given["epoch"] = sampled_epoch(given["epoch"], longest, counts[given["base"]])
-        number, trial = self._proposer.ask(space, given, kind)
-        self._book().begin(number, trial)
+        asked, trial = self._proposer.ask(space, given)
         base = trial.params["base"]
-        return number, TrialSpec(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
+        job = TrialSpec(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
+        trial.user_attrs = self._identity(job)
+        number = self._table().begin(asked, trial)
+        if number != asked:
+            self.use_sampler(self._proposer.sampler)
+        return number, job
 
-    def ask_control(self) -> int:
-        """Starts a trial of the controls study."""
-        return self._book(controls=True).begin_next()
+    def ask_control(self, job: TrialSpec) -> int:
+        """Start a trial of the controls study; returns its number."""
+        return self._table(controls=True).begin_next(self._identity(job))
+
+    def _identity(self, job: TrialSpec) -> dict[str, Any]:
+        return {name: value for name, value in identity(job, self._methods).items() if value is not None}
 
     def complete(self, job: TrialSpec, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
-        """Writes all evidence and the scores of every item, then ends the trial with its values: none is complete without them.
+        """Write item scores and evidence, then end the trial as COMPLETE with its values: none is complete without them.
 
-        An objective that is missing or not finite makes the trial FAIL instead; returns the reason then, else None.
+        If an objective is missing or not finite, fail the trial instead and return the reason.
         """
         given = {objective.name: evidence.get(objective.name) for objective in self.objectives}
         values = {name: math.nan if value is None else float(value) for name, value in given.items()}
@@ -255,12 +266,11 @@ class StudyStore:
         return None
 
     def prune(self, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
-        """Ends a search trial as PRUNED, with its certificate (`search.evaluation.pruning`) and without values, which nobody
-        knows.
+        """End a search trial as PRUNED, with the bound that pruned it (`search.evaluation.pruning`) and without values.
 
         Args:
             number: The trial.
-            evidence: All that is known of it, the certificate under ``pruned``.
+            evidence: All that is known of it, the bound under ``pruned``.
             items: Its item scores of the stages that were scored.
         """
         if items is not None:
@@ -276,20 +286,20 @@ class StudyStore:
         self._end(control, number, TrialState.FAIL, attributes)
 
     def items(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
-        """Per-item arrays of a complete trial by ``set/measurement``; None where it has none (a study of an older version).
+        """Return the per-item arrays of a complete trial by ``set/measurement``; None where it has none (older versions).
 
         A pruned trial has those of the stages that were scored.
         """
         return self._items.read(number, control)
 
     def add_seconds(self, stage: str, seconds: float) -> None:
-        """Adds to the time a stage has taken over all runs of the study."""
-        self.record["seconds"][stage] = round(self.record["seconds"][stage] + seconds, 3)
+        """Add to the time that a stage has taken over all runs, and save the record."""
+        self.record.add_seconds(stage, seconds)
         self.save_record()
 
     def save_record(self) -> None:
-        """Writes the record atomically."""
-        save_record(self.out, self.record)
+        """Write the record atomically."""
+        self.record.save(self.out)
 
     def trials(
         self,
@@ -297,49 +307,51 @@ class StudyStore:
         names: Collection[str] | None = None,
         controls: bool = False,
     ) -> Iterator[FrozenTrial]:
-        """Trials by number, as the database has them; some hundred are in memory at a time.
+        """Yield trials by number, evidence among their user attributes; some hundred are in memory at a time.
 
         Args:
             states: Only those in these states.
             names: Only their user attributes of these names.
             controls: Those of the controls study.
         """
-        return self._book(controls).read(states, names)
+        return self._table(controls).read(states, names)
 
     def counts(self) -> dict[str, int]:
-        """Trials of the study by state."""
+        """Return the number of trials by state."""
         states = [trial.state for trial in self.trials(names=())]
         names = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
         return {**{name: states.count(state) for name, state in names.items()}, "running": states.count(TrialState.RUNNING)}
 
     def failures(self) -> list[dict[str, Any]]:
-        """Number and reason of every failed trial."""
+        """Return number and reason of every failed trial."""
         return [
             {"trial": trial.number, "reason": trial.user_attrs.get("reason", "unknown")}
             for trial in self.trials((TrialState.FAIL,), ("reason",))
         ]
 
     def trials_frame(self, names: Collection[str] | None = None) -> pd.DataFrame:
-        """A row per complete trial of the study, with its objectives and its evidence, all of it or that of some names."""
+        """Return a row per complete trial with its objectives and its evidence; `names` limits the evidence."""
         return self._evidence_table(names)
 
     def pruned_frame(self, names: Collection[str] | None = None) -> pd.DataFrame:
-        """A row per pruned trial with what is known of it, or that of some names: ``pruned`` is its certificate."""
+        """Return a row per pruned trial with its evidence; ``pruned`` is the bound that pruned it."""
         names = None if names is None else {*names, "pruned"}
-        return certificate_table(self.trials((TrialState.PRUNED,), names))
+        pruned = self.trials((TrialState.PRUNED,), names)
+        # Trials that another program pruned in a shared database have no bound.
+        return pd.DataFrame([{"trial": trial.number, **trial.user_attrs} for trial in pruned if "pruned" in trial.user_attrs])
 
     def controls_frame(self) -> pd.DataFrame:
-        """A row per complete trial of the controls study."""
+        """Return a row per complete trial of the controls study."""
         return self._evidence_table(controls=True)
 
     def _evidence_table(self, names: Collection[str] | None = None, controls: bool = False) -> pd.DataFrame:
         objectives = [objective.name for objective in self.objectives]
         return evidence_table(self.trials((TrialState.COMPLETE,), names, controls), objectives)
 
-    def _book(self, controls: bool = False) -> TrialTable:
-        book = self._controls if controls else self._points
-        assert book is not None
-        return book
+    def _table(self, controls: bool = False) -> TrialTable:
+        table = self._controls if controls else self._points
+        assert table is not None
+        return table
 
     def _end(
         self,
@@ -349,12 +361,12 @@ class StudyStore:
         attributes: Mapping[str, Any],
         values: list[float] | None = None,
     ) -> None:
-        self._book(control).end(number, state, attributes, values)
+        self._table(control).end(number, state, attributes, values)
         if not control and self._proposer is not None:
             self._proposer.end(number, state, values)
 
     def _attach(self, create: bool) -> None:
-        name, identity = self.record["name"], self.record["fingerprint"]
+        name, identity = self.record.name, self.record.fingerprint
         names = [objective.name for objective in self.objectives]
         opened = []
         for title in (name, f"{name}.controls"):
@@ -367,7 +379,7 @@ class StudyStore:
                         load_if_exists=True,
                     )
                     if study.user_attrs.get("fingerprint", identity) != identity:
-                        raise UserError(f"storage {self.record['storage']}: it holds another study named {title!r}; rename one")
+                        raise UserError(f"storage {self.record.storage}: it holds another study named {title!r}; rename one")
                     study.set_user_attr("fingerprint", identity)
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore", ExperimentalWarning)
@@ -375,13 +387,22 @@ class StudyStore:
                 else:
                     study = optuna.load_study(study_name=title, storage=self.storage)
             except KeyError:
-                raise UserError(f"{self.out}: its storage {self.record['storage']} holds no study {title!r}") from None
-            opened.append(TrialTable(self._database, study, self.record["storage"]))
+                raise UserError(f"{self.out}: its storage {self.record.storage} holds no study {title!r}") from None
+            opened.append(TrialTable(self._database, study, self.record.storage))
         self._points, self._controls = opened
 
 
+def is_running(out: Path) -> bool:
+    """Return True if a driver is at work in a study's folder: it holds the folder's lock."""
+    lock = out / LOCK
+    try:
+        return lock.exists() and not is_free(lock)
+    except OSError:
+        return False  # a folder that may only be read
+
+
 def evidence_table(trials: Iterable[FrozenTrial], objectives: Sequence[str]) -> pd.DataFrame:
-    """A row per complete trial: ``trial``, its evidence with components as columns of their own, and its objectives by name."""
+    """Return a row per complete trial: ``trial``, its evidence with components as columns of their own, its objectives."""
     rows = []
     for trial in trials:
         facts = dict(trial.user_attrs)
@@ -392,12 +413,6 @@ def evidence_table(trials: Iterable[FrozenTrial], objectives: Sequence[str]) -> 
     return pd.DataFrame(rows)
 
 
-def certificate_table(trials: Iterable[FrozenTrial]) -> pd.DataFrame:
-    """A row per pruned trial with what is known of it: ``pruned`` is its certificate (`search.evaluation.pruning`)."""
-    # Another program may prune trials of a study in a database; those have no certificate, and are none of ours.
-    return pd.DataFrame([{"trial": trial.number, **trial.user_attrs} for trial in trials if "pruned" in trial.user_attrs])
-
-
 def searched(table: pd.DataFrame) -> pd.DataFrame:
-    """The rows of a table of trials that are the search's own, not given."""
+    """Return the rows of a table of trials that the sampler proposed."""
     return table[table["kind"] == "search"] if len(table) else pd.DataFrame(columns=["kind", "base"])

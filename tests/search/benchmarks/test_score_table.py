@@ -198,8 +198,8 @@ def test_the_table_of_a_study_has_its_points_and_its_yardstick(collected, result
 
 
 def test_the_gram_matrix_of_a_study_has_the_norms_of_its_record(collected, result):
-    runs, epochs = result.store.record["base_runs"], result.spec.base_epochs()
-    norms = [runs[label]["epochs"][epoch]["norm"] for label, count in epochs.items() for epoch in range(count)]
+    runs, epochs = result.store.record.base_runs, result.spec.base_epochs()
+    norms = [runs[label].epochs[epoch]["norm"] for label, count in epochs.items() for epoch in range(count)]
     np.testing.assert_allclose(np.sqrt(np.diag(collected.gram)), norms, rtol=1e-6)
 
 

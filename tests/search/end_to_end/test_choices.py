@@ -206,7 +206,7 @@ def test_the_initial_models_answers_are_kept_question_by_question(ran, choice_re
     report = read_choice_log(ran[0] / "logs" / "initial.json")
     assert report.sets["forget"].log_likelihood.shape == (20, 4)
     assert np.mean(report.sets["utility"].correct) == choice_result.control("initial")["utility_accuracy"]
-    assert report.sets["forget"].item_hash == choice_result.store.record["corpus"]["sets"]["forget"]
+    assert report.sets["forget"].item_hash == choice_result.store.record.corpus.sets["forget"]
     assert not (ran[0] / "logs" / "retain.json").exists()
     best = choice_result.front.iloc[0]
     assert np.mean(choice_result.store.items(int(best["trial"]))["forget/correct"]) == best["forget_accuracy"]

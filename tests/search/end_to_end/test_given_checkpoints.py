@@ -353,4 +353,4 @@ def test_the_shipped_study_shows_each_kind_of_checkpoint(tmp_path):
 def test_a_result_is_read_back_from_its_folder_alone(ran):
     reopened = StudyResult.open(ran.out)
     assert reopened.summary() == ran.summary()
-    assert reopened.store.record["checkpoints"].keys() == {"lora", "mine"}
+    assert reopened.store.record.checkpoints.keys() == {"lora", "mine"}

@@ -224,7 +224,7 @@ def test_too_many_failures_end_the_study_with_their_reasons(study, launch, tmp_p
         result = StudyResult.open(out)
         assert result.store.counts()["running"] == 0
         assert 8 * so_far <= result.store.counts()["failed"] < 60
-        assert result.store.record["stopped"].endswith("x ValueError: this point cannot be scored")
+        assert result.store.record.stopped.endswith("x ValueError: this point cannot be scored")
     assert result.report_path.is_file()
 
 
@@ -244,7 +244,7 @@ def test_a_plateau_and_hours_end_a_study_that_a_larger_budget_takes_up_again(stu
 
     # The same again: nothing is left to do but to say so, without Ray.
     assert "stopped: its hypervolume grew by" in run_command("run", study("sound", trials=40, budget=flat), "--out", out)
-    used = StudyResult.open(out).store.record["usage"]
+    used = StudyResult.open(out).store.record.usage
     assert used["hours"] > 0 and used["cpu_hours"] > 0 and used["gpu_hours"] == 0
     over = json.loads(
         run_command("run", study("sound", trials=40, budget={"hours": used["hours"] / 2}), "--out", out, "--json")

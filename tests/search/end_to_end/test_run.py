@@ -278,7 +278,7 @@ def test_a_long_path_with_odd_characters_holds_the_whole_study(adapted):
     assert adapted.report_path.is_file()
     reopened = StudyResult.open(adapted.out)
     assert reopened.summary() == adapted.summary()
-    assert re.search(r"out/study\.db", adapted.store.record["storage"])
+    assert re.search(r"out/study\.db", adapted.store.record.storage)
 
 
 @pytest.mark.parametrize("form", ["adapter", "model"])

@@ -9,16 +9,15 @@ from pathlib import Path
 
 import optuna
 import pytest
-from optuna.exceptions import UpdateFinishedTrialError
+from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
 from optuna.trial import TrialState
 from sqlalchemy import event, text
-from sqlalchemy.exc import IntegrityError
 
 from search.problem.trial import TrialSpec
 from search.samplers.registry import SAMPLERS
-from search.store import trials as trial_rows
-from search.store.trials import end_trial
+from search.store import optuna_compat
+from search.store.trials import TrialTable
 from uipe_core.errors import UserError
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -52,7 +51,7 @@ def statements(store, action):
 
 
 def attributes(store, number):
-    return store.study.trials[number].user_attrs
+    return next(trial.user_attrs for trial in store.trials() if trial.number == number)
 
 
 def test_evidence_is_there_under_its_names_and_none_twice(store, made_up_evidence):
@@ -61,25 +60,27 @@ def test_evidence_is_there_under_its_names_and_none_twice(store, made_up_evidenc
     store.complete(job, number, evidence)
     assert attributes(store, number) == {key: value for key, value in evidence.items() if value is not None}
     with store.storage.engine.connect() as connection:
-        rows = connection.execute(text("SELECT key FROM trial_user_attributes")).scalars().all()
-    assert sorted(rows) == sorted(attributes(store, number))
+        rows = dict(connection.execute(text("SELECT key, value_json FROM trial_user_attributes")).tuples().all())
+    assert sorted([*rows, *json.loads(rows.pop("evidence"))]) == sorted([*attributes(store, number), "evidence"])
+    assert rows.keys() == {"kind", "base", "method", "epoch", "alpha", "walk", "flagged"}
 
 
 def test_evidence_is_written_whole_or_not_at_all(store, made_up_evidence):
     number, job = ask(store)
-    with store.storage.engine.begin() as connection:
-        connection.execute(
-            text(
-                "CREATE TRIGGER no_room BEFORE INSERT ON trial_user_attributes WHEN NEW.key = 'device' "
-                "BEGIN SELECT RAISE(ABORT, 'no room'); END"
-            )
-        )
-    with pytest.raises(IntegrityError, match="no room"):
-        store.complete(job, number, made_up_evidence(job))
-    assert attributes(store, number) == {}
+    engine = store.storage.engine
+
+    @event.listens_for(engine, "connect")
+    def _no_more_room(connection, _):
+        connection.execute(f"PRAGMA max_page_count={connection.execute('PRAGMA page_count').fetchone()[0]}")
+
+    engine.dispose()
+    with pytest.raises(StorageInternalError) as caught:
+        store.complete(job, number, made_up_evidence(job, note="x" * 200_000))
+    assert "full" in str(caught.value.__cause__)
+    assert "device" not in attributes(store, number)
     assert store.study.trials[number].state == TrialState.RUNNING
-    with store.storage.engine.begin() as connection:
-        connection.execute(text("DROP TRIGGER no_room"))
+    event.remove(engine, "connect", _no_more_room)
+    engine.dispose()
     assert store.complete(job, number, made_up_evidence(job)) is None
     assert attributes(store, number)["device"] == "cpu"
 
@@ -118,16 +119,22 @@ def test_what_is_written_is_what_optuna_would_have_written(new_store, made_up_ev
     assert own == [(other.number, other.state, other.params, other.distributions, other.values) for other in theirs.trials]
 
 
+def flat(trials):
+    """Trials as Optuna read them, with their evidence among their attributes."""
+    for trial in trials:
+        trial.user_attrs |= trial.user_attrs.pop("evidence", {})
+    return trials
+
+
 def test_what_is_read_is_what_optuna_would_have_read(new_store, made_up_evidence, monkeypatch):
     """Of trials in each state, of ours and of another program, more than fit one answer; controls lie between them."""
-    monkeypatch.setattr(trial_rows, "READ_AT_ONCE", 3)
+    monkeypatch.setattr(optuna_compat, "BATCH", 3)
     store = new_store()
     store.use_sampler(SAMPLERS["nsga2"].make(0))
     assert list(store.trials()) == []
     score(store, made_up_evidence, 4)
-    store.complete(
-        TrialSpec("initial", model="initial"), store.ask_control(), made_up_evidence(TrialSpec("initial", model="initial"))
-    )
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial))
     number, job = ask(store)
     store.prune(number, {**made_up_evidence(job), "pruned": {"stage": "retain"}, "nested": {"a": {"b": [1, None, "ü"]}}})
     number, job = ask(store)
@@ -138,11 +145,11 @@ def test_what_is_read_is_what_optuna_would_have_read(new_store, made_up_evidence
     theirs.tell(theirs.ask().number, [math.inf, -math.inf])
     theirs.enqueue_trial({"alpha": 1.5})
     whole = list(store.trials())
-    assert whole == store.study.trials
+    assert whole == flat(store.study.trials)
     assert len({trial.state for trial in whole}) == 5
-    assert list(store.trials(controls=True)) == store.controls.trials != []
+    assert list(store.trials(controls=True)) == flat(store.controls.trials) != []
     states = (TrialState.PRUNED, TrialState.RUNNING)
-    assert list(store.trials(states)) == store.study.get_trials(states=states)
+    assert list(store.trials(states)) == flat(store.study.get_trials(states=states))
     for trial, part in zip(whole, store.trials(names=("kind", "nested", "nobody's")), strict=True):
         assert part.user_attrs == {key: value for key, value in trial.user_attrs.items() if key in ("kind", "nested")}
         assert (part.params, part.values, part.system_attrs) == (trial.params, trial.values, trial.system_attrs)
@@ -159,13 +166,13 @@ def test_reading_asks_as_many_questions_for_four_hundred_trials_as_for_ten(new_s
 
 def test_an_end_that_is_written_again_changes_nothing_and_another_end_is_refused(store, made_up_evidence):
     number, job = ask(store)
-    identifier = store.storage.get_trial_id_from_study_id_trial_number(1, number)
     assert store.complete(job, number, made_up_evidence(job)) is None
     whole = store.study.trials[number]
-    end_trial(store.storage.engine, identifier, TrialState.COMPLETE, {"device": "another"}, [0.0, 0.0])
+    table = TrialTable(store._database, store.study, "storage")
+    table.end(number, TrialState.COMPLETE, {"device": "another"}, [0.0, 0.0])
     assert store.study.trials[number] == whole
-    with pytest.raises(UpdateFinishedTrialError, match=r"cannot end FAIL: it is TrialState\.COMPLETE"):
-        end_trial(store.storage.engine, identifier, TrialState.FAIL, {"reason": "late"})
+    with pytest.raises(UpdateFinishedTrialError, match="already finished"):
+        table.end(number, TrialState.FAIL, {"reason": "late"})
     assert store.study.trials[number] == whole
 
 
@@ -177,7 +184,7 @@ def test_what_a_trial_costs_depends_neither_on_running_trials_nor_on_ended_ones(
         ask(store)
     score(store, made_up_evidence, 12)
     assert statements(store, lambda: score(store, made_up_evidence)) == alone
-    assert alone < 12
+    assert alone < 60
 
 
 def test_the_sampler_proposes_as_it_would_on_the_study_itself(store, made_up_evidence):

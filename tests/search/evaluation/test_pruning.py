@@ -276,7 +276,7 @@ def without_rouge(report):
 
 
 def reportable(store):
-    store.record["base_runs"] = {"npo": {"delta": "0", "epochs": [{"epoch": 1, "seconds": 1.0}]}}
+    store.record.note_base_run("npo", "0", [{"epoch": 1, "seconds": 1.0}])
     store.save_record()
     return StudyResult.of(store)
 

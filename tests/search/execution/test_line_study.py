@@ -28,8 +28,8 @@ from uipe_core.models.loading import ModelSource
 
 def base_runs(result):
     """In the order of the study; the record has them as they came."""
-    recorded = result.store.record["base_runs"]
-    return {label: ([recorded[label]["delta"]], epochs) for label, epochs in result.spec.base_epochs().items()}
+    recorded = result.store.record.base_runs
+    return {label: ([recorded[label].delta], epochs) for label, epochs in result.spec.base_epochs().items()}
 
 
 def test_the_study_kept_the_inner_products_of_its_update_vectors(finished, result, preparation):

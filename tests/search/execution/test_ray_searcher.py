@@ -37,7 +37,7 @@ class Harness:
         self.runs = BaseRuns(ClusterCapacity(slots, 1, slots), dict(there), training=set(coming))
         self.polls = 0
         store.use_sampler(SAMPLERS["random"].make(0))
-        self.space = parse_study(store.record["spec"]).search_space()
+        self.space = parse_study(store.record.spec).search_space()
         ended = lambda *end: self.ends.append(end)  # noqa: E731
         guard = BudgetMonitor(store, budget or store.spec.budget, self.said.append)
         rounds = (mirrors() for _ in range(1))

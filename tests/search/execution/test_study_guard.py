@@ -16,7 +16,7 @@ def add(store, made_up_evidence, kind, **numbers):
     number, job = (
         store.ask_point(SPACE(store), {"base": "npo", "epoch": 1, "alpha": 0.0}, kind)
         if kind in ("alpha_zero", "search")
-        else (store.ask_control(), TrialSpec(kind))
+        else (store.ask_control(TrialSpec(kind)), TrialSpec(kind))
     )
     evidence = made_up_evidence(job, **numbers)
     assert store.complete(job, number, evidence) is None
@@ -64,7 +64,7 @@ def test_the_record_is_not_written_with_every_trial(new_store, monkeypatch):
         guard.stop()
     assert len(writes) <= 2
     guard.close()
-    assert writes and store.record["usage"]["cpu_hours"] > 0
+    assert writes and store.record.usage["cpu_hours"] > 0
 
 
 def test_failures_of_an_earlier_run_are_forgiven(new_store):

@@ -152,7 +152,7 @@ def test_what_is_missing_is_begun_and_timed(finished, tmp_path, monkeypatch, cal
     assert "timing a few steps of npo" in error
     # What it begins it does not leave in the caches, and the vectors it foretells are as large as those the study stored.
     assert not empty.exists()
-    entry = place["cache"] / "deltas" / result.store.record["base_runs"]["npo"]["delta"]
+    entry = place["cache"] / "deltas" / result.store.record.base_runs["npo"].delta
     stored = (entry / "epoch-001.safetensors").stat().st_size
     assert found["update vector of one epoch"]["value"] == pytest.approx(stored, rel=0.05)
 

@@ -57,8 +57,9 @@ def test_shows_both_studies_with_names_notes_and_evidence(dashboard, result):
     assert note.startswith("# tiny")
     assert all(f"| {trial} |" in note for trial in result.front["trial"])
     assert len(detail["trials"]) == len(result.trials)
-    attributes = {pair["key"] for pair in detail["trials"][-1]["user_attrs"]}
-    assert {"walk", "definition", "ks_statistic", "components", "logit_scale", "flagged"} <= attributes
+    attributes = {pair["key"]: pair["value"] for pair in detail["trials"][-1]["user_attrs"]}
+    assert {"kind", "base", "method", "epoch", "alpha", "walk"} <= attributes.keys()
+    assert all(f'"{name}"' in attributes["evidence"] for name in ("definition", "ks_statistic", "components", "logit_scale"))
     controls = json.loads(fetch(port, f"/api/studies/{studies['tiny.controls']['study_id']}?after=0"))
     assert "Controls of tiny" in controls["note"]["body"]
     assert f"http://127.0.0.1:{port}/" in driver.stderr

@@ -30,7 +30,7 @@ def score(store, job, evidence, forgetting, utility, **more):
             store.spec.search_space(), {"base": job.base, "epoch": job.epoch, "alpha": job.alpha}, job.kind
         )
     else:
-        number = store.ask_control()
+        number = store.ask_control(job)
     floor = {} if job.floor is None else {"floor": job.floor}
     store.complete(job, number, evidence(job, forgetting, utility, **floor, **more))
     return number

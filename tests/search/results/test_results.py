@@ -38,9 +38,9 @@ def study(new_store, made_up_evidence):
 
     def make(points, controls=(), initial=(-6.0, 0.8), evidence=made_up_evidence, **changes):
         store = new_store(**changes)
-        space = parse_study(store.record["spec"]).search_space()
+        space = parse_study(store.record.spec).search_space()
         write_log(flat_report(), store.out / "logs" / "retain.json")
-        store.record["base_runs"] = {"npo": {"delta": "0", "epochs": [{"epoch": 1, "seconds": 1.0}]}}
+        store.record.note_base_run("npo", "0", [{"epoch": 1, "seconds": 1.0}])
         store.save_record()
         for alpha, strength, utility in points:
             if alpha == 0:
@@ -50,7 +50,7 @@ def study(new_store, made_up_evidence):
             store.complete(job, number, evidence(job, strength, utility))
         known = [] if initial is None else [(TrialSpec("initial"), *initial)]
         for job, strength, utility in (*known, *controls):
-            store.complete(job, store.ask_control(), evidence(job, strength, utility))
+            store.complete(job, store.ask_control(job), evidence(job, strength, utility))
         return StudyResult.open(store.out)
 
     return make
@@ -194,7 +194,7 @@ def test_no_complete_trial_is_an_error_that_gives_the_first_reason(new_store):
     store = new_store()
     with pytest.raises(UserError, match="no trial of this study is complete"):
         StudyResult.of(store)
-    number, job = store.ask_point(parse_study(store.record["spec"]).search_space())
+    number, job = store.ask_point(parse_study(store.record.spec).search_space())
     store.fail(job, number, "the worker had no memory")
     with pytest.raises(UserError, match="1 failed, the first because: the worker had no memory"):
         StudyResult.of(store)
@@ -235,11 +235,13 @@ def with_collapse(new_store, made_up_evidence):
 
     def make(points):
         store = new_store()
-        space = parse_study(store.record["spec"]).search_space()
+        space = parse_study(store.record.spec).search_space()
         for index, (strength, utility, reason) in enumerate(points):
             number, job = store.ask_point(space, {"base": "npo", "epoch": 1, "alpha": 0.1 + index / 10}, "search")
             store.complete(job, number, made_up_evidence(job, strength, utility, collapsed=reason))
-        store.complete(TrialSpec("initial"), store.ask_control(), made_up_evidence(TrialSpec("initial"), -6.0, 0.8))
+        store.complete(
+            TrialSpec("initial"), store.ask_control(TrialSpec("initial")), made_up_evidence(TrialSpec("initial"), -6.0, 0.8)
+        )
         return StudyResult.of(store)
 
     return make

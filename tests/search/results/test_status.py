@@ -35,7 +35,7 @@ def begun(new_store, made_up_evidence):
 
     store = new_store()
     initial = TrialSpec("initial", model="initial")
-    store.complete(initial, store.ask_control(), made_up_evidence(initial, log10_forget_quality=-9.0, model_utility=0.6))
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, log10_forget_quality=-9.0, model_utility=0.6))
     score(store, made_up_evidence, 0.0, kind="alpha_zero", log10_forget_quality=-5.0, model_utility=0.5)
     score(store, made_up_evidence, 0.5, log10_forget_quality=-2.0, model_utility=0.4)
     score(store, made_up_evidence, 1.0, log10_forget_quality=-1.0, model_utility=0.1)
@@ -59,7 +59,7 @@ def test_an_unfinished_study_tells_counts_front_and_hypervolume(begun):
 def test_usage_comes_from_the_record_and_is_nothing_where_nobody_kept_it(begun):
     begun.add_seconds("trials", 1800)
     assert (status_of(begun)["gpu_hours"], status_of(begun)["hours"]) == (0.0, 0.5)
-    begun.record["usage"] = {"gpu_hours": 3.25, "hours": 1.5}
+    begun.record.set_usage({"gpu_hours": 3.25, "hours": 1.5})
     assert (status_of(begun)["gpu_hours"], status_of(begun)["hours"]) == (3.25, 1.5)
 
 

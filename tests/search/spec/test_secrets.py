@@ -135,6 +135,6 @@ def test_an_opened_study_shows_no_secret(secret_study, monkeypatch, new_store, t
     url = f"sqlite:///file:{folder / 'own.db'}?password={SECRET}&uri=true"
     store = new_store(storage=url)
     store.close()
-    assert SECRET not in json.dumps(store.record) and SECRET not in repr(store.spec)
+    assert SECRET not in json.dumps(store.record.as_dict()) and SECRET not in repr(store.spec)
     monkeypatch.setenv("UIPE_STORAGE", url)
-    assert SECRET not in json.dumps(StudyStore.open(store.out).record)
+    assert SECRET not in json.dumps(StudyStore.open(store.out).record.as_dict())

@@ -11,6 +11,7 @@ from filelock import FileLock
 from optuna.trial import TrialState
 
 from search.problem.space import Point
+from search.problem.trial import TrialSpec
 from search.store.checks import ADVICE, FIXED, OK, PROBLEM
 from search.store.doctor import examine
 from search.store.study_store import StudyStore
@@ -59,7 +60,7 @@ def test_a_sound_study_has_no_problem_and_is_left_as_it_was(ill, call):
 def test_everything_broken_at_once_is_found_and_then_repaired(ill, call):
     store = StudyStore.open(ill)
     orphan, _ = store.ask_point(store.spec.search_space())
-    control = store.ask_control()
+    control = store.ask_control(TrialSpec("initial"))
     items = ill / "items" / "trials"
     damaged = items / "00001.npz"
     damaged.write_bytes(damaged.read_bytes()[:-40])

@@ -68,7 +68,7 @@ def test_a_disk_that_does_not_take_them_is_an_error_of_the_next(tmp_path, monkey
     monkeypatch.setattr(item_files, "fsync_path", broken_disk)
     files = ItemFiles(tmp_path)
     files.write(0, content(0.0))
-    files._on_their_way[0].exception(timeout=30)
+    files._pending[0].exception(timeout=30)
     with pytest.raises(OSError, match="Input/output error"):
         files.write(1, content(1.0))
     files.close()

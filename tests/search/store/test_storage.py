@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from optuna.samplers import RandomSampler
+from optuna.storages import RDBStorage
 from optuna.trial import TrialState
 from postgres_server import QUOTED, SECRET
 from sqlalchemy import create_engine, text
@@ -23,7 +24,6 @@ from search.problem.space import Point
 from search.results.study_result import StudyResult
 from search.spec.redaction import without_password, without_secrets_of
 from search.store import database as storage
-from search.store import trials as trial_book
 from search.store.database import STORAGE_ERRORS, open_storage
 from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
@@ -32,7 +32,7 @@ HOLDER = """
 import sys, time
 from search.store.database import open_storage
 storage = open_storage(sys.argv[1])
-storage.claim(sys.argv[1], sys.argv[2])
+storage.acquire_writer_lock(sys.argv[1], sys.argv[2])
 print("claimed", flush=True)
 time.sleep(600)
 """
@@ -157,20 +157,41 @@ def test_an_answer_that_was_lost_makes_no_second_trial(new_store, made_up_eviden
             result = call(*arguments, **named)
             if call not in lost:
                 lost.append(call)
-                # As when a server dies right after the commit: the write is done, and nobody hears of it.
+                # As when a server dies right after the commit: the write is done, and its answer is lost.
                 raise OperationalError("COMMIT", {}, sqlite3.OperationalError("database is locked"))
             return result
 
         return then_fail
 
-    for name in ("begin_trial", "end_trial"):
-        monkeypatch.setattr(trial_book, name, losing(getattr(trial_book, name)))
+    for name in ("create_new_trial", "set_trial_user_attr", "set_trial_state_values"):
+        monkeypatch.setattr(RDBStorage, name, losing(getattr(RDBStorage, name)))
     number, job = store.ask_point(store.spec.search_space(), given)
     assert (number, job.kind) == (2, "search")
     assert store.complete(job, number, made_up_evidence(job)) is None
-    assert len(lost) == 2
+    assert len(lost) == 3
     assert score(store, made_up_evidence, 1) == [3]
     assert states(store) == [TrialState.COMPLETE] * 4
+
+
+def test_what_optuna_itself_wrote_twice_after_a_lost_answer_is_one_trial(new_store, made_up_evidence):
+    store = new_store()
+    score(store, made_up_evidence, 2)
+    dialect = store.storage.engine.dialect
+    commit, lost = dialect.do_commit, []
+
+    def losing(connection):
+        commit(connection)
+        if not lost:
+            lost.append(connection)
+            raise sqlite3.OperationalError("database is locked")
+
+    dialect.do_commit = losing
+    number, job = store.ask_point(store.spec.search_space())
+    assert store.complete(job, number, made_up_evidence(job)) is None
+    assert lost and number == 3
+    assert score(store, made_up_evidence, 1) == [4]
+    assert states(store) == [*[TrialState.COMPLETE] * 2, TrialState.FAIL, *[TrialState.COMPLETE] * 2]
+    assert "did not confirm" in store.failures()[0]["reason"]
 
 
 @pytest.mark.parametrize("seconds", [0.5, 3.0])
@@ -218,7 +239,7 @@ def test_an_interrupt_waits_for_the_end_of_a_transaction(new_store):
     store = new_store()
     done = []
 
-    def interrupted_in_the_middle():
+    def interrupted_in_the_middle(again):
         with store.storage.engine.begin() as connection:
             connection.execute(text("INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (1, 'half', '1')"))
             os.kill(os.getpid(), signal.SIGINT)

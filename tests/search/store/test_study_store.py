@@ -23,7 +23,7 @@ SECRET = "hunter2"
 
 
 def space(store):
-    return parse_study(store.record["spec"]).search_space()
+    return parse_study(store.record.spec).search_space()
 
 
 def ask(store, params=None):
@@ -53,7 +53,7 @@ def test_complete_writes_all_evidence_and_the_values(store, made_up_evidence):
     trial = store.study.trials[number]
     assert trial.state == TrialState.COMPLETE
     assert trial.values == [-3.0, 0.7]
-    assert trial.user_attrs["components"] == {"Retain Prob": 0.5}
+    assert trial.user_attrs["evidence"]["components"] == {"Retain Prob": 0.5}
     row = store.trials_frame().iloc[0]
     assert (row["trial"], row["base"], row["alpha"], row["Retain Prob"], row["model_utility"]) == (
         number,
@@ -90,8 +90,8 @@ def test_an_objective_that_is_no_number_fails_the_trial_with_its_reason(store, m
 
 
 def test_controls_are_kept_apart_from_points(store, made_up_evidence):
-    number = store.ask_control()
     job = TrialSpec("temperature", temperature=1.5)
+    number = store.ask_control(job)
     store.complete(job, number, made_up_evidence(job, temperature=1.5))
     assert store.study.trials == []
     assert store.counts() == {"complete": 0, "pruned": 0, "failed": 0, "running": 0}
@@ -103,7 +103,7 @@ def test_reconcile_ends_running_and_waiting_trials_with_a_reason(store, made_up_
     kept, job = ask(store)
     store.complete(job, kept, made_up_evidence(job))
     running, _ = ask(store)
-    control = store.ask_control()
+    control = store.ask_control(TrialSpec("initial"))
     store.study.enqueue_trial(ZERO.params, user_attrs={"kind": "alpha_zero"})
     assert store.fail_orphaned_trials() == 3
     assert [trial.state for trial in store.study.trials] == [TrialState.COMPLETE, TrialState.FAIL, TrialState.FAIL]
@@ -142,9 +142,9 @@ def test_a_reopened_study_has_its_trials_and_record(new_store, made_up_evidence,
     store.add_seconds("trials", 1.5)
     store.close()
     again = new_store()
-    assert again.record["created"] == store.record["created"]
+    assert again.record.created == store.record.created
     again.add_seconds("trials", 1.0)
-    assert StudyStore.open(tmp_path / "out").record["seconds"]["trials"] == 2.5
+    assert StudyStore.open(tmp_path / "out").record.seconds["trials"] == 2.5
     assert len(StudyStore.open(tmp_path / "out").trials_frame()) == 1
 
 
@@ -202,6 +202,58 @@ def test_a_record_that_lacks_a_key_is_refused(new_store, tmp_path, key):
     path.write_text(json.dumps(record))
     with pytest.raises(UserError, match=f"no {key}"):
         read_record(tmp_path / "out")
+
+
+def test_a_record_keeps_what_it_does_not_know_and_writes_no_more_than_was_there(new_store, tmp_path):
+    new_store().close()
+    path = tmp_path / "out" / "study.json"
+    record = json.loads(path.read_text())
+    record |= {"of_a_newer_version": {"a": [1, None]}, "stopped": None}
+    record["corpus"]["licence"] = "CC0"
+    path.write_text(json.dumps(record, indent=1))
+    read_record(tmp_path / "out").save(tmp_path / "out")
+    assert json.loads(path.read_text()) == record
+    again = read_record(tmp_path / "out")
+    again.note_failed_base_run("npo", "no memory")
+    again.note_base_run("npo", "0123", [{"epoch": 1, "seconds": 2.0}])
+    again.set_usage({"hours": 1 / 3})
+    assert again.set_stopped("budget.hours") and not again.set_stopped("budget.hours")
+    again.save(tmp_path / "out")
+    written = json.loads(path.read_text())
+    del record["stopped"]
+    assert {key: written.pop(key) for key in record} == record
+    assert written == {
+        "base_runs": {"npo": {"delta": "0123", "epochs": [{"epoch": 1, "seconds": 2.0}]}},
+        "failed_base_runs": {},
+        "usage": {"hours": 0.333333},
+        "stopped": "budget.hours",
+    }
+
+
+@pytest.mark.parametrize(("key", "value"), [("seconds", "long"), ("corpus", []), ("base_runs", {"npo": {"delta": 3}})])
+def test_a_record_with_a_value_of_another_type_is_refused(new_store, tmp_path, key, value):
+    new_store().close()
+    path = tmp_path / "out" / "study.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(UserError, match=f"{key}.*damaged"):
+        read_record(tmp_path / "out")
+
+
+def test_trials_whose_attributes_stand_one_by_one_are_read_as_before(store, made_up_evidence):
+    """As versions before 0.2 wrote them, and other programs may."""
+    number, job = ask(store)
+    evidence = {key: value for key, value in made_up_evidence(job, -3.0, 0.7).items() if value is not None}
+    identifier = store.storage.get_trial_id_from_study_id_trial_number(1, number)
+    for name, value in evidence.items():
+        store.storage.set_trial_user_attr(identifier, name, value)
+    store.storage.set_trial_state_values(identifier, TrialState.COMPLETE, [-3.0, 0.7])
+    (old,) = store.trials()
+    assert old.user_attrs == evidence
+    number, job = ask(store)
+    store.complete(job, number, made_up_evidence(job, -3.0, 0.7))
+    frame = store.trials_frame()
+    assert not frame.isna().any().any() and len(frame) == 2
+    assert set(store.trials_frame(("device", "kind")).columns) == {"trial", "kind", "device", *OBJECTIVES}
 
 
 def test_a_record_with_a_broken_spec_is_refused(new_store, tmp_path):
@@ -303,7 +355,7 @@ def test_another_storage_holds_the_trials(new_store, made_up_evidence, tmp_path)
     store.complete(job, number, made_up_evidence(job))
     store.close()
     assert not (tmp_path / "out" / "study.db").exists()
-    assert store.record["storage"] == url
+    assert store.record.storage == url
     assert len(StudyStore.open(tmp_path / "out").trials_frame()) == 1
 
 
