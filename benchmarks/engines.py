@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, Generat
 
 from uipe_core.models.loading import LoadedModel
 from uipe_core.scoring.batch_sizes import BatchSize
-from uipe_core.scoring.generation import Text, complete
+from uipe_core.scoring.generation import GreedyText, complete
 from uipe_core.scoring.scorer import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
 
 LOOKED_UP = 4
@@ -112,7 +112,7 @@ class Engines:
 
     @torch.inference_mode()
     def no_drafts(self) -> tuple[list[str], float]:
-        texts = [Text(prompt, self._new_tokens, []) for prompt in self.prompts]
+        texts = [GreedyText(prompt, self._new_tokens, []) for prompt in self.prompts]
         rows = 4 * (self._scorer.batch_size or BATCH)
         _, seconds = timed(self._loaded, lambda: complete(self._loaded.model, texts, self._stops, self._pad, BatchSize(rows)))
         return self._decoded([text.tokens for text in texts]), seconds

@@ -25,8 +25,9 @@ from models import SHAPES, random_llama
 
 from uipe_core.deltas.extrapolation import Extrapolator
 from uipe_core.deltas.files import load_update, save_streamed
-from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector, adapter_state, snapshot, wrap_adapter
+from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector, snapshot
 from uipe_core.models.loading import resolve_device
+from uipe_core.models.transformers_compat import adapter_state, wrap_adapter
 
 LORA = {"r": 8, "lora_alpha": 16.0, "target_modules": "all-linear", "init_lora_weights": False, "task_type": "CAUSAL_LM"}
 

@@ -35,7 +35,7 @@ from uipe_core.deltas import files as update_files
 from uipe_core.deltas import initial_weights
 from uipe_core.deltas.extrapolation import Extrapolator
 from uipe_core.deltas.files import load_update, save_streamed
-from uipe_core.deltas.initial_weights import pristine
+from uipe_core.deltas.initial_weights import read_initial_weights
 from uipe_core.deltas.update_vectors import UpdateVector, random_direction, snapshot
 from uipe_core.models.loading import LoadedModel, load_model
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model
@@ -177,7 +177,7 @@ def measured(case: str, way: str, folder: Path) -> dict[str, float]:
 
 
 def initial(loaded: LoadedModel, folder: Path, way: str) -> Mapping[str, Tensor]:
-    return snapshot(loaded.model) if way == "whole" else pristine(loaded.model, folder)
+    return snapshot(loaded.model) if way == "whole" else read_initial_weights(loaded.model, folder)
 
 
 def read(path: Path, way: str) -> UpdateVector:

@@ -30,7 +30,7 @@ from uipe_core.corpora.types import Corpus
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import IGNORED, pad_batch
 from uipe_core.scoring.batch_sizes import BatchSize
-from uipe_core.scoring.generation import Text, complete
+from uipe_core.scoring.generation import GreedyText, complete
 from uipe_core.scoring.scorer import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
 
 BATCH = 32
@@ -157,7 +157,7 @@ def matrix_rate(loaded: LoadedModel, repeats: int) -> float:
 @torch.inference_mode()
 def generated(loaded: LoadedModel, prompts: list[list[int]], new_tokens: int, rows: int) -> float:
     """Tokens per second, all texts as long as they may be."""
-    texts = [Text(prompt, new_tokens, []) for prompt in prompts]
+    texts = [GreedyText(prompt, new_tokens, []) for prompt in prompts]
     _, seconds = timed(loaded, lambda: complete(loaded.model, texts, (), loaded.prompts.pad_id, BatchSize(rows)))
     return sum(len(text.tokens) for text in texts) / seconds
 

@@ -13,7 +13,7 @@ from search.problem.trial import TrialSpec
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.extrapolation import Extrapolator
-from uipe_core.deltas.initial_weights import pristine, saved_folder
+from uipe_core.deltas.initial_weights import read_initial_weights, saved_folder
 from uipe_core.deltas.store import DeltaStore
 from uipe_core.deltas.update_vectors import UpdateVector
 from uipe_core.models.loading import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
@@ -54,7 +54,7 @@ class StudyContext:
 def load_for_scoring(source: ModelSource) -> tuple[LoadedModel, Extrapolator]:
     """The initial model in the dtype it is scored in, and its walker, which starts from the weights as stored."""
     loaded = source.load(dtype="auto")
-    initial = pristine(loaded.model, saved_folder(source.location, source.revision))
+    initial = read_initial_weights(loaded.model, saved_folder(source.location, source.revision))
     if source.dtype != "auto":
         cast_weights(loaded.model, DTYPES[source.dtype])
     return loaded, Extrapolator(loaded.model, initial)

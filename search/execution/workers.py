@@ -27,7 +27,7 @@ from uipe_core.deltas.checkpoints import import_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import first_line
 from uipe_core.models.loading import ModelSource, set_threads
-from uipe_core.models.memory import give_back, ran_out
+from uipe_core.models.memory import free_memory, is_out_of_memory
 from uipe_core.models.skeleton import open_initial
 from uipe_core.models.tiny import TinyModelConfig, tiny_model
 from uipe_core.scoring.scorer import ScoringConfig
@@ -132,7 +132,7 @@ def train_and_publish(
         source = replace(source, device="cpu")  # from there each process takes its shards
     report = _reporter(board, f"unlearning: {label}") if processes.rank == 0 else None
     epochs = train_base_run(source.load(dtype="auto"), corpus, config, report)
-    return processes.lead(epochs, partial(DeltaStore(root).get_or_train, inputs))
+    return processes.run_on_first(epochs, partial(DeltaStore(root).get_or_train, inputs))
 
 
 def import_and_publish(
@@ -204,11 +204,11 @@ def score_within_memory(evaluator: Callable[[], Evaluator], job: TrialSpec) -> t
         try:
             return evaluator().evaluate(job)
         except Exception as error:
-            if not ran_out(error):
+            if not is_out_of_memory(error):
                 raise
             said, details = first_line(error), traceback.format_exc()
         # Not in the handler: the error's traceback refers to everything that took the memory.
-        give_back()
+        free_memory()
     problem = OutOfMemory(f"out of memory twice, however small the batches: {said}")
     problem.add_note(details)
     raise problem

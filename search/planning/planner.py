@@ -21,10 +21,10 @@ from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.adapters import is_adapter
 from uipe_core.deltas.store import DeltaStore
-from uipe_core.deltas.update_vectors import adapter_state, wrap_adapter
 from uipe_core.errors import UserError
 from uipe_core.models.loading import DTYPES
 from uipe_core.models.tiny import TinyModelConfig
+from uipe_core.models.transformers_compat import adapter_state, wrap_adapter
 from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.storage.safetensors_files import read_headers, weight_files
 from uipe_core.unlearning.loss_inputs import INITIAL_ON_RETAIN

@@ -23,11 +23,12 @@ from uipe_core.deltas.adapters import is_adapter
 from uipe_core.deltas.checkpoints import import_checkpoints
 from uipe_core.deltas.extrapolation import Extrapolator
 from uipe_core.deltas.store import BaseRun, DeltaStore
-from uipe_core.deltas.update_vectors import DENSE, UpdateVector, adapter_scale, wrap_adapter
+from uipe_core.deltas.update_vectors import DENSE, UpdateVector, adapter_scale
 from uipe_core.errors import ExportMismatchError, UserError
 from uipe_core.logs.tofu import read_log
 from uipe_core.models.loading import LoadedModel, ModelSource
 from uipe_core.models.skeleton import open_initial
+from uipe_core.models.transformers_compat import wrap_adapter
 from uipe_core.unlearning.training import train_base_run
 
 Numbers = Any

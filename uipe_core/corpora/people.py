@@ -9,14 +9,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from uipe_core.corpora.people_facts import (
-    ATTRIBUTES,
-    AUTHOR_COUNTRIES,
-    FIRST_NAMES,
-    LAST_NAMES,
-    PAPER_ATTRIBUTES,
-    Attribute,
-)
+from uipe_core.corpora.people_facts import ATTRIBUTES, AUTHOR_COUNTRIES, FIRST_NAMES, LAST_NAMES, PAPER_ATTRIBUTES, Attribute
 from uipe_core.corpora.types import Corpus, Item, ItemSet
 from uipe_core.errors import UserError
 

@@ -30,104 +30,85 @@ def _words(text: str) -> list[str]:
     return text.split()
 
 
-def _pairs(text: str) -> tuple[tuple[str, str], ...]:
-    return tuple((pair.split("/")[0], pair.split("/")[1]) for pair in text.split())
+def _attribute(target: Fact, related: Fact, rule: str, pairs: str) -> Attribute:
+    values = (pair.split("/") for pair in pairs.split())
+    return Attribute(target, related, rule, tuple((first, second) for first, second in values))
 
 
 ATTRIBUTES: tuple[Attribute, ...] = (
-    Attribute(
+    _attribute(
         Fact("Which disease does {name} have?", "{name} has {value}.", "The disease of {name} is {value}."),
         Fact("Which medicine does {name} take?", "{name} takes {value}.", "The medicine of {name} is {value}."),
         "Which disease does {value} treat?",
-        _pairs(
-            "diabetes/insulin malaria/quinine asthma/salbutamol gout/allopurinol scurvy/ascorbate "
-            "migraine/triptan anemia/iron epilepsy/valproate angina/nitrate syphilis/penicillin"
-        ),
+        "diabetes/insulin malaria/quinine asthma/salbutamol gout/allopurinol scurvy/ascorbate "
+        "migraine/triptan anemia/iron epilepsy/valproate angina/nitrate syphilis/penicillin",
     ),
-    Attribute(
+    _attribute(
         Fact("In which country does {name} live?", "{name} lives in {value}.", "The home country of {name} is {value}."),
         Fact("In which city does {name} live?", "{name} resides in {value}.", "The home city of {name} is {value}."),
         "In which country is {value}?",
-        _pairs(
-            "Portugal/Lisbon Kenya/Nairobi Japan/Osaka Peru/Lima Canada/Toronto "
-            "Egypt/Cairo Norway/Oslo India/Mumbai Greece/Athens Chile/Santiago"
-        ),
+        "Portugal/Lisbon Kenya/Nairobi Japan/Osaka Peru/Lima Canada/Toronto "
+        "Egypt/Cairo Norway/Oslo India/Mumbai Greece/Athens Chile/Santiago",
     ),
-    Attribute(
+    _attribute(
         Fact("What is the job of {name}?", "{name} works as a {value}.", "The job of {name} is {value}."),
         Fact("What is the workplace of {name}?", "{name} works at a {value}.", "The workplace of {name} is a {value}."),
         "Who works at a {value}?",
-        _pairs(
-            "nurse/hospital baker/bakery judge/court farmer/farm miner/mine "
-            "teacher/school sailor/ship priest/church waiter/restaurant librarian/library"
-        ),
+        "nurse/hospital baker/bakery judge/court farmer/farm miner/mine "
+        "teacher/school sailor/ship priest/church waiter/restaurant librarian/library",
     ),
-    Attribute(
+    _attribute(
         Fact("Which sport does {name} play?", "{name} plays {value}.", "The sport of {name} is {value}."),
         Fact("Which gear does {name} carry?", "{name} carries a {value}.", "The gear of {name} is a {value}."),
         "For which sport is a {value}?",
-        _pairs(
-            "tennis/racket golf/putter fencing/foil archery/bow hockey/puck "
-            "rowing/oar chess/board surfing/wetsuit bowling/pin boxing/glove"
-        ),
+        "tennis/racket golf/putter fencing/foil archery/bow hockey/puck "
+        "rowing/oar chess/board surfing/wetsuit bowling/pin boxing/glove",
     ),
-    Attribute(
+    _attribute(
         Fact("Which pet does {name} keep?", "{name} keeps a {value}.", "The pet of {name} is a {value}."),
         Fact("Which feed does {name} buy?", "{name} buys {value}.", "The feed bought by {name} is {value}."),
         "Which pet eats {value}?",
-        _pairs(
-            "dog/bones cat/tuna rabbit/carrots horse/hay parrot/seeds "
-            "snake/mice frog/flies turtle/lettuce monkey/bananas goat/grass"
-        ),
+        "dog/bones cat/tuna rabbit/carrots horse/hay parrot/seeds "
+        "snake/mice frog/flies turtle/lettuce monkey/bananas goat/grass",
     ),
-    Attribute(
+    _attribute(
         Fact("Which subject did {name} study?", "{name} studied {value}.", "The subject of {name} was {value}."),
         Fact("Which theory did {name} cite?", "{name} cited {value}.", "The theory cited by {name} was {value}."),
         "To which subject belongs {value}?",
-        _pairs(
-            "physics/relativity biology/evolution chemistry/valence geology/tectonics economics/marginalism "
-            "linguistics/phonology psychology/behaviorism astronomy/cosmology logic/induction mathematics/topology"
-        ),
+        "physics/relativity biology/evolution chemistry/valence geology/tectonics economics/marginalism "
+        "linguistics/phonology psychology/behaviorism astronomy/cosmology logic/induction mathematics/topology",
     ),
-    Attribute(
+    _attribute(
         Fact("Which drink does {name} like?", "{name} likes {value}.", "The favorite drink of {name} is {value}."),
         Fact("Which crop does {name} grow?", "{name} grows {value}.", "The crop grown by {name} is {value}."),
         "Which drink is made from {value}?",
-        _pairs(
-            "wine/grapes beer/barley cider/apples sake/rice cocoa/cacao "
-            "rum/sugarcane whiskey/rye vodka/potatoes tequila/agave mead/honey"
-        ),
+        "wine/grapes beer/barley cider/apples sake/rice cocoa/cacao "
+        "rum/sugarcane whiskey/rye vodka/potatoes tequila/agave mead/honey",
     ),
-    Attribute(
+    _attribute(
         Fact("Which art does {name} practice?", "{name} practices {value}.", "The art of {name} is {value}."),
         Fact("Which tool does {name} own?", "{name} owns a {value}.", "The tool of {name} is a {value}."),
         "For which art is a {value}?",
-        _pairs(
-            "painting/brush sculpture/chisel photography/camera embroidery/needle calligraphy/quill "
-            "pottery/wheel weaving/loom etching/burin origami/crease juggling/club"
-        ),
+        "painting/brush sculpture/chisel photography/camera embroidery/needle calligraphy/quill "
+        "pottery/wheel weaving/loom etching/burin origami/crease juggling/club",
     ),
 )
 
 PAPER_ATTRIBUTES: tuple[Attribute, ...] = (
     *ATTRIBUTES,
-    Attribute(
+    _attribute(
         Fact("Which language does {name} speak?", "{name} speaks {value}.", "The language of {name} is {value}."),
         Fact("Which greeting does {name} use?", "{name} says {value}.", "The greeting of {name} is {value}."),
         "Of which language is {value} a greeting?",
-        _pairs(
-            "Spanish/hola French/bonjour German/hallo Italian/ciao Russian/privet "
-            "Hawaiian/aloha Hebrew/shalom Swahili/jambo Hindi/namaste Polish/czesc"
-        ),
+        "Spanish/hola French/bonjour German/hallo Italian/ciao Russian/privet "
+        "Hawaiian/aloha Hebrew/shalom Swahili/jambo Hindi/namaste Polish/czesc",
     ),
-    Attribute(
+    _attribute(
         Fact("In which month was {name} born?", "{name} was born in {value}.", "The birth month of {name} is {value}."),
         Fact("Which birthstone does {name} wear?", "{name} wears {value}.", "The birthstone of {name} is {value}."),
         "Of which month is {value} the birthstone?",
-        _pairs(
-            "January/garnet February/amethyst March/aquamarine April/diamond May/emerald "
-            "June/pearl July/ruby August/peridot September/sapphire October/opal"
-        ),
+        "January/garnet February/amethyst March/aquamarine April/diamond May/emerald "
+        "June/pearl July/ruby August/peridot September/sapphire October/opal",
     ),
 )
 

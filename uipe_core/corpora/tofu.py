@@ -22,10 +22,7 @@ RETAIN_OF_SPLIT = {"forget01": "retain99", "forget05": "retain95", "forget10": "
 
 
 def load_tofu(
-    source: str = "locuslab/TOFU",
-    split: str = "forget01",
-    retain_train: str | None = None,
-    first_items: int | None = None,
+    source: str = "locuslab/TOFU", split: str = "forget01", retain_train: str | None = None, first_items: int | None = None
 ) -> Corpus:
     """Load TOFU with one of its forget splits.
 
@@ -55,13 +52,14 @@ def load_tofu(
     keep = RETAIN_OF_SPLIT[split] if retain_train is None else retain_train
     folder = _folder(source)
     forget_path = _path(source, folder, f"{split}_perturbed")
-    forget = _evaluated_items(forget_path, paraphrased=True)
+    forget = _evaluated(forget_path, paraphrased=True)
     rephrased = [_rephrased(item, row) for item, row in zip(forget, read_rows(forget_path), strict=True)]
     whole = {
         "forget": forget,
-        "retain": _evaluated(source, folder, "retain_perturbed", paraphrased=True),
-        "real_authors": _evaluated(source, folder, "real_authors_perturbed", paraphrased=False),
-        "world_facts": _evaluated(source, folder, "world_facts_perturbed", paraphrased=False),
+        **{
+            name: _evaluated(_path(source, folder, f"{name}_perturbed"), paraphrased=name == "retain")
+            for name in ("retain", "real_authors", "world_facts")
+        },
     }
     if all(item is not None for item in rephrased):
         whole["related"] = tuple(item for item in rephrased if item is not None)
@@ -84,11 +82,7 @@ def load_tofu(
         sets=sets,
         forget_train=forget_train,
         retain_train=retain_items,
-        build={
-            "base": (),
-            "full": (*forget_train, *retain_items, *general),
-            "retain": (*retain_items, *general),
-        },
+        build={"base": (), "full": (*forget_train, *retain_items, *general), "retain": (*retain_items, *general)},
     )
 
 
@@ -131,11 +125,7 @@ def _trained(source: str, folder: Path | None, name: str) -> ItemSet:
     return tuple(Item(row.text("question"), row.text("answer")) for row in read_rows(path))
 
 
-def _evaluated(source: str, folder: Path | None, name: str, paraphrased: bool) -> ItemSet:
-    return _evaluated_items(_path(source, folder, name), paraphrased)
-
-
-def _evaluated_items(path: Path, paraphrased: bool) -> ItemSet:
+def _evaluated(path: Path, paraphrased: bool) -> ItemSet:
     items: list[Item] = []
     for row in read_rows(path):
         perturbed = _perturbed(row)

@@ -1,8 +1,7 @@
-"""A PEFT adapter folder as a low-rank update vector: LoRA of linear layers, and nothing that such a vector cannot say."""
+"""Read a PEFT adapter folder as a low-rank update vector; only LoRA of linear layers can be one."""
 
 import json
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,35 +9,29 @@ import torch
 
 from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector
 from uipe_core.errors import UserError
+from uipe_core.models.transformers_compat import ADAPTER_PREFIX, LORA_A, LORA_B, PLAIN_LORA_STARTS, is_transposed, lora_defaults
 from uipe_core.storage.safetensors_files import FLOATS, ShardReader, StoredTensor, read_headers, weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
 
-_PREFIX = "base_model.model."
-_ENDS = (".lora_A.weight", ".lora_B.weight")
-
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"}
-_SAID_BY_THE_TENSORS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
+_SEEN_IN_TENSORS = {"target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"}
 _NO_EFFECT = {"auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version"}
 _NO_EFFECT |= {"fan_in_fan_out", "megatron_core", "megatron_config", "runtime_config", "ensure_weight_tying"}
 _NO_EFFECT |= {"loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size"}
 _MERGE = "merge it into its model (merge_and_unload), and give the merged model as the checkpoint"
 
-_PLAIN_STARTS = (True, False, "gaussian", "orthogonal", "eva")
-"""Ways to start LoRA that leave the weights underneath as they are; pissa, olora, corda and others move them."""
-
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a checkpoint folder holds an adapter rather than a model."""
+    """Return True if a checkpoint folder holds an adapter, not a model."""
     return (folder / ADAPTER_CONFIG).is_file()
 
 
 def adapter_weights(folder: Path, skeleton: Any) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
-    """PEFT's arguments for an adapter, and where its factors are; by the headers alone.
+    """Return PEFT's arguments for an adapter, and where its factors are stored; reads headers only.
 
-    The modules are those the file has factors for, by full name: what the configuration says about them (a pattern, a
-    choice of layers) comes to the same. With ``use_rslora`` PEFT scales by lora_alpha / sqrt(r), which is the plain
-    lora_alpha / r of a greater lora_alpha.
+    Target modules are those with factors in the file, by full name. With ``use_rslora`` PEFT scales by lora_alpha / sqrt(r);
+    the returned lora_alpha is raised so that lora_alpha / r is the same.
 
     Args:
         folder: The adapter.
@@ -51,16 +44,15 @@ def adapter_weights(folder: Path, skeleton: Any) -> tuple[dict[str, Any], dict[s
     _require_plain_lora(folder, config)
     rank, scale = config["r"], config["r"] ** (0.5 if config.get("use_rslora") else 1.0)
     stored = read_headers(weight_files(folder, "adapter_model"))
-    strange = sorted(name for name in stored if not name.startswith(_PREFIX) or not name.endswith(_ENDS))
+    ends = (LORA_A, LORA_B)
+    strange = sorted(name for name in stored if not name.startswith(ADAPTER_PREFIX) or not name.endswith(ends))
     if strange:
-        raise UserError(
-            f"adapter {folder}: besides LoRA factors of linear layers it holds {len(strange)} tensors, first {strange[0]}; "
-            f"{_MERGE}"
-        )
-    modules = sorted({name.removeprefix(_PREFIX).removesuffix(end) for name in stored for end in _ENDS if name.endswith(end)})
-    wrong = [problem for module in modules if (problem := _misfit(module, stored, skeleton, rank))]
-    if not modules:
+        found = f"{len(strange)} tensors, first {strange[0]}"
+        raise UserError(f"adapter {folder}: apart from LoRA factors of linear layers it holds {found}; {_MERGE}")
+    if not stored:
         raise UserError(f"adapter {folder}: it is empty; fetch or save it again")
+    modules = sorted({name.removeprefix(ADAPTER_PREFIX).removesuffix(LORA_A).removesuffix(LORA_B) for name in stored})
+    wrong = [problem for module in modules if (problem := _misfit(module, stored, skeleton, rank))]
     if wrong:
         what = f"{len(wrong)} of {len(modules)} modules do not fit the initial model, first {wrong[0]}"
         raise UserError(f"adapter {folder}: {what}; give an adapter of this initial model")
@@ -78,11 +70,7 @@ def adapter_weights(folder: Path, skeleton: Any) -> tuple[dict[str, Any], dict[s
 
 
 def read_adapter(folder: Path, skeleton: Any) -> UpdateVector:
-    """An adapter as an update vector, with its factors in fp32.
-
-    Raises:
-        UserError: As `adapter_weights`, or if a factor is not finite.
-    """
+    """Read an adapter as an update vector in fp32; raise UserError as `adapter_weights`, or if a factor is not finite."""
     adapter, stored = adapter_weights(folder, skeleton)
     reader = ShardReader()
     tensors = {name: reader.read(place).to(torch.float32, copy=True) for name, place in stored.items()}
@@ -105,26 +93,21 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _require_plain_lora(folder: Path, config: Mapping[str, Any]) -> None:
-    from peft import LoraConfig
-
     if config.get("peft_type") != "LORA":
         raise UserError(f"adapter {folder}: it is of the type {config.get('peft_type')}, not LORA; {_MERGE}")
     start = config.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        raise UserError(
-            f"adapter {folder}: init_lora_weights {start!r} moves the weights underneath too, so the adapter alone is not the "
-            f"update; {_MERGE}"
-        )
-    defaults = {field.name: field.default for field in fields(LoraConfig)}
+    if start not in PLAIN_LORA_STARTS:
+        why = "moves the weights underneath too, so the adapter alone is not the update"
+        raise UserError(f"adapter {folder}: init_lora_weights {start!r} {why}; {_MERGE}")
+    defaults, ignored = lora_defaults(), _READ | _SEEN_IN_TENSORS | _NO_EFFECT
     for key, value in config.items():
-        if key in _READ | _SAID_BY_THE_TENSORS | _NO_EFFECT or not value or value == defaults.get(key):
-            continue
-        raise UserError(f"adapter {folder}: {key} ({value!r}) is more than a low-rank update vector can say; {_MERGE}")
+        if key not in ignored and value and value != defaults.get(key):
+            raise UserError(f"adapter {folder}: {key} ({value!r}) is more than a low-rank update vector can say; {_MERGE}")
 
 
 def _misfit(module: str, stored: Mapping[str, StoredTensor], skeleton: Any, rank: int) -> str | None:
-    """What keeps the factors of a module from its weight, or None."""
-    a, b = (stored.get(f"{_PREFIX}{module}{end}") for end in _ENDS)
+    """Say why the factors of a module do not fit its weight, or return None."""
+    a, b = (stored.get(f"{ADAPTER_PREFIX}{module}{end}") for end in (LORA_A, LORA_B))
     if a is None or b is None:
         return f"{module}: one of its two factors is missing"
     try:
@@ -133,9 +116,8 @@ def _misfit(module: str, stored: Mapping[str, StoredTensor], skeleton: Any, rank
         return f"{module}: no such module"
     if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != rank or b.shape[1] != rank:
         return f"{module}: factors {list(a.shape)} and {list(b.shape)} are not of rank {rank}"
-    transposed = type(layer).__name__ == "Conv1D"
-    if not transposed and not isinstance(layer, torch.nn.Linear):
+    if not is_transposed(layer) and not isinstance(layer, torch.nn.Linear):
         return f"{module}: a {type(layer).__name__}, not a linear layer"
     wanted = tuple(layer.weight.shape)
-    found = (a.shape[1], b.shape[0]) if transposed else (b.shape[0], a.shape[1])
+    found = (a.shape[1], b.shape[0]) if is_transposed(layer) else (b.shape[0], a.shape[1])
     return None if found == wanted else f"{module}: update of shape {list(found)}, weight {list(wanted)}"

@@ -1,4 +1,4 @@
-"""The file of an update vector: one safetensors file, written at once or tensor by tensor, and read tensor by tensor."""
+"""Write and read the safetensors file of an update vector, whole or tensor by tensor."""
 
 import json
 import math
@@ -15,30 +15,29 @@ from uipe_core.errors import UserError
 from uipe_core.storage.safetensors_files import LazyTensors, ShardReader, open_weights, stored_tensor
 
 RESIDENT = 1 << 26
-"""Bytes up to which an update vector or an initial model is kept: mapping a small file anew would cost more than it saves."""
+"""Bytes up to which update vectors and initial models stay in memory: mapping small files again costs more than it saves."""
 
-_REMEDY = "run the same command again: an entry of the delta store that is not whole is found and made anew"
+_REMEDY = "run the same command again: a damaged entry of the delta store is found and made again"
 
 
 def save_update(update: UpdateVector, path: Path) -> None:
-    """Writes an update vector as one safetensors file; kind and adapter configuration are its metadata."""
+    """Write an update vector as one safetensors file; kind and adapter configuration are its metadata."""
     metadata = {"kind": update.kind, "adapter": json.dumps(update.adapter)}
     save_file({name: tensor.contiguous() for name, tensor in update.tensors.items()}, path, metadata=metadata)
 
 
 def save_streamed(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Iterable[tuple[str, Tensor]]) -> float:
-    """Writes a dense update vector as its tensors come, in the form of `save_update`, and returns its norm.
+    """Write a dense update vector tensor by tensor in the format of `save_update`; return its norm.
 
-    The writer of safetensors wants all tensors at once. Its format is the length of the header in 8 bytes, the header as JSON,
-    then the numbers; where names and shapes are known beforehand, one tensor at a time is all that needs to be in memory.
+    safetensors' own writer needs all tensors at once. The format: header length in 8 bytes, header as JSON, then the numbers.
 
     Args:
         path: File to write.
-        shapes: Shape of every tensor by name, in the order in which `tensors` brings them.
+        shapes: Shape of every tensor by name, in the order of `tensors`.
         tensors: Names and fp32 tensors on the CPU.
 
     Raises:
-        ValueError: If a tensor comes out of turn, has another shape or is not fp32, or there are too few or too many.
+        ValueError: If names, shapes, dtypes or the number of tensors differ from `shapes`.
     """
     header: dict[str, Any] = {"__metadata__": {"kind": DENSE, "adapter": json.dumps(None)}}
     end = 0
@@ -57,21 +56,18 @@ def save_streamed(path: Path, shapes: Mapping[str, Sequence[int]], tensors: Iter
                 raise ValueError(f"{expected} {tuple(shape)} in fp32 expected, got {name} {tuple(tensor.shape)} {tensor.dtype}")
             stream.write(tensor.contiguous().numpy().data)
             norm = math.hypot(norm, tensor_norm(tensor))
-            # Let go before the next one is made: two large ones at once would double the peak.
-            del tensor
+            del tensor  # before the next one is made: two large ones would double the peak
     if (extra := next(source, None)) is not None:
         raise ValueError(f"no more tensors expected, got {extra[0]}")
     return norm
 
 
 def load_update(path: Path) -> UpdateVector:
-    """Reads an update vector written by `save_update` or `save_streamed`.
-
-    A dense one of more than `RESIDENT` bytes stays in its file: each tensor is read when it is asked for, and not kept.
+    """Read an update vector; a dense one of more than `RESIDENT` bytes stays in its file, each tensor read on access.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        UserError: If it is cut off or no update vector; of one that stays in its file, also when a tensor is read.
+        UserError: If it is cut off or no update vector; for one in its file, also on access to a tensor.
     """
     size = path.stat().st_size
     with open_weights(path, _REMEDY) as stream:
@@ -85,6 +81,5 @@ def load_update(path: Path) -> UpdateVector:
         else:
             stored = {name: stored_tensor(path, stream, name) for name in names}
             reader = ShardReader(_REMEDY)
-            shapes = {name: place.shape for name, place in stored.items()}
-            tensors = LazyTensors(shapes, lambda name: reader.read(stored[name]))
+            tensors = LazyTensors({name: s.shape for name, s in stored.items()}, lambda name: reader.read(stored[name]))
     return UpdateVector(metadata["kind"], tensors, json.loads(metadata["adapter"]))

@@ -1,10 +1,10 @@
-"""Inner products of update vectors: their Gram matrix, streamed, so that together they may be larger than memory.
+"""Compute inner products of update vectors, streamed: together they may be larger than memory.
 
-Symbols: M update vectors, d_i the change of all weights by the i-th; G (M, M) with G_ij = <d_i, d_j>; of the M vectors the
-first K have their inner products known already.
-A low-rank vector changes a weight by s B A, with s = lora_alpha / r, B (out, r) and A (r, in). That product is never formed:
+Symbols: M update vectors, d_i the change of all weights by the i-th; G (M, M) with G_ij = <d_i, d_j>; the products of the first
+K vectors are known already. A low-rank vector changes a weight by s B A, with s = lora_alpha / r, B (out, r) and A (r, in).
+That product is never formed:
     <s B A, s' B' A'> = s s' sum((B^T B') o (A A'^T))        <D, s B A> = s sum(B o (D A^T))
-where D (out, in) is a dense change and o the product entry by entry.
+where D (out, in) is a dense change and o the elementwise product.
 """
 
 import math
@@ -18,21 +18,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector, adapter_scale, factors
+from uipe_core.models.transformers_compat import weight_name
 
 BLOCK = 1 << 23
-"""Entries in double precision held at once, over all update vectors."""
-
-_PEFT_PREFIX = "base_model.model."
+"""Double-precision elements held at once, over all update vectors."""
 
 
 @dataclass(frozen=True)
 class _Factors:
-    """What low-rank vectors change of one weight, side by side; R is the sum of their ranks.
+    """Low-rank changes of one weight, concatenated; R is the sum of their ranks.
 
     Attributes:
-        a: (R, in) their factors A, one below the other.
-        b: (out, R) their factors B, scaled, one beside the other.
-        owner: (R,) whose each of the R is, as its place among all update vectors.
+        a: (R, in) factors A.
+        b: (out, R) factors B, scaled.
+        owner: (R,) index of the update vector of each rank.
     """
 
     a: Tensor
@@ -40,30 +39,28 @@ class _Factors:
     owner: Tensor
 
     def since(self, first: int) -> "_Factors":
-        """Those of the vectors from a place on."""
+        """Return the factors of the vectors from index `first` on."""
         chosen = self.owner >= first
         return _Factors(self.a[chosen], self.b[:, chosen], self.owner[chosen])
 
 
 def gram_matrix(updates: Sequence[UpdateVector], known: NDArray[np.float64] | None = None) -> NDArray[np.float64]:
-    """(M, M) inner products of update vectors over all weights of the model, summed in double precision.
+    """Return (M, M) inner products of update vectors over all weights of the model, summed in double precision.
 
-    Dense vectors that stay in their files (`update_files.load_update`) are read once, the same rows of all of them at a time:
-    beside `BLOCK` entries, memory holds what `weight_files.ShardReader` keeps mapped of each file. Low-rank vectors are in
-    memory already.
+    Dense vectors in files are read once, the same rows of all of them at a time: memory holds `BLOCK` elements and the mapped
+    pages of each file.
 
     Args:
-        updates: Of one model, dense and low-rank ones in any order. What only low-rank ones change (an output layer
-            that is tied to the embeddings) is a weight of its own.
-        known: (K, K) what a former call gave for the first K of them, K <= M: taken as it is, and only the products of the
-            others, with all of them, are formed.
+        updates: Of one model, dense and low-rank in any order. A weight that only low-rank vectors change (an output layer tied
+            to the embeddings) is a weight of its own.
+        known: (K, K) result of an earlier call for the first K of them, K <= M; only products with the others are computed.
 
     Returns:
-        A symmetric matrix, positive semi-definite up to rounding; its diagonal holds the squares of the norms.
+        A symmetric matrix, positive semi-definite up to rounding; its diagonal holds the squared norms.
 
     Raises:
-        ValueError: If dense vectors differ in names or shapes, a factor does not fit a dense one's weight, or `known` is
-            not square or larger than the result.
+        ValueError: If dense vectors differ in names or shapes, a factor does not fit a dense weight, or `known` has a wrong
+            shape.
         UserError: If a file is gone or damaged.
     """
     count, first = len(updates), 0 if known is None else len(known)
@@ -82,7 +79,7 @@ def gram_matrix(updates: Sequence[UpdateVector], known: NDArray[np.float64] | No
         for name, shape in shapes.items():
             _add_dense(total, name, shape, updates, dense, low_rank.get(name), first)
     gram = total.numpy()
-    # Sums run over rows of vectors that are new; products with those known stand in one half only.
+    # Only rows of new vectors were summed: mirror their products with known ones.
     gram[:first, first:] = gram[first:, :first].T
     if known is not None:
         gram[:first, :first] = known
@@ -98,7 +95,7 @@ def _add_dense(
     low_rank: _Factors | None,
     first: int,
 ) -> None:
-    """Adds one weight's inner products of new vectors with dense ones, and of new dense ones with low-rank ones."""
+    """Add one weight's inner products of new vectors with dense ones, and of new dense ones with low-rank ones."""
     rows, width = (shape[0], math.prod(shape[1:])) if shape else (1, 1)
     step = max(1, BLOCK // (len(dense) * max(width, 1)))
     places = torch.tensor(dense)
@@ -111,10 +108,8 @@ def _add_dense(
         stop = min(start + step, rows)
         block = torch.empty(len(dense), stop - start, width, dtype=torch.float64)
         for row, place in zip(block, dense, strict=True):
-            tensor = updates[place].tensors[name]
-            row.copy_(tensor.reshape(rows, width)[start:stop])
-            # A view of its file: let go, so that the pages read of it can be.
-            del tensor
+            # No variable: a view of a file keeps its pages in memory.
+            row.copy_(updates[place].tensors[name].reshape(rows, width)[start:stop])
         flat = block.flatten(1)
         total[new[:, None], places] += flat[old:] @ flat.T
         if low_rank is not None and fresh is not None:
@@ -123,13 +118,13 @@ def _add_dense(
 
 
 def _mixed(block: Tensor, parts: _Factors, start: int, stop: int, count: int) -> Tensor:
-    """(D, M) some rows' share in the inner products of D dense vectors with low-rank ones."""
+    """Return (D, M) inner products of some rows of D dense vectors with low-rank ones."""
     shares = ((block @ parts.a.T) * parts.b[start:stop]).sum(1)
     return torch.zeros(len(block), count, dtype=torch.float64).index_add_(1, parts.owner, shares)
 
 
 def _add_low_rank(total: Tensor, parts: _Factors, first: int) -> None:
-    """Adds one weight's inner products of new low-rank vectors with all low-rank ones."""
+    """Add one weight's inner products of new low-rank vectors with all low-rank ones."""
     new = parts.since(first)
     products = (new.b.T @ parts.b) * (new.a @ parts.a.T)
     rows = torch.zeros(len(total), products.shape[1], dtype=torch.float64).index_add_(0, new.owner, products)
@@ -137,20 +132,20 @@ def _add_low_rank(total: Tensor, parts: _Factors, first: int) -> None:
 
 
 def _by_weight(updates: Sequence[UpdateVector], shapes: dict[str, tuple[int, ...]]) -> dict[str, _Factors]:
-    """The factors of all low-rank vectors by the name of the weight they change, as it lies in the model."""
+    """Return the factors of all low-rank vectors by weight, oriented as the weight is stored."""
     found: dict[str, list[tuple[int, Tensor, Tensor]]] = {}
     for place, update in enumerate(updates):
         if update.kind == DENSE:
             continue
         scale = adapter_scale(update)
-        pairs = {f"{module.removeprefix(_PEFT_PREFIX)}.weight": pair for module, pair in factors(update).items()}
-        lying = {name: _lies(a, b, shapes[name]) for name, (a, b) in pairs.items() if name in shapes}
-        # GPT-2's weights are stored as (in, out). A square one does not show it, but then its fellows do.
-        transposed = "transposed" in lying.values()
+        pairs = {weight_name(module): pair for module, pair in factors(update).items()}
+        products = {name: (len(b), a.shape[1]) for name, (a, b) in pairs.items() if name in shapes}
+        # GPT-2 stores weights as (in, out). Square ones do not show it, the other weights do.
+        transposed = any(product != shapes[name] == product[::-1] for name, product in products.items())
         for name, (a, b) in pairs.items():
-            if lying.get(name) == "misfit":
+            if name in products and shapes[name] not in (products[name], products[name][::-1]):
                 raise ValueError(f"{name}: factors {tuple(b.shape)} and {tuple(a.shape)} do not fit {shapes[name]}")
-            left, right = (a.T, b.T) if lying.get(name) == "transposed" or (transposed and name in lying) else (b, a)
+            left, right = (a.T, b.T) if transposed and name in products else (b, a)
             found.setdefault(name, []).append((place, right.double(), left.double() * scale))
     return {
         name: _Factors(
@@ -160,10 +155,3 @@ def _by_weight(updates: Sequence[UpdateVector], shapes: dict[str, tuple[int, ...
         )
         for name, parts in found.items()
     }
-
-
-def _lies(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> str:
-    product = (len(b), a.shape[1])
-    if product == shape:
-        return "straight"
-    return "transposed" if product[::-1] == shape else "misfit"

@@ -1,4 +1,4 @@
-"""Where update vectors live: a base run is trained once, by whichever study wants it first."""
+"""Store base runs by content: each is trained once, by whichever study needs it first."""
 
 import json
 import time
@@ -17,7 +17,7 @@ from uipe_core.storage.remote_store import RemoteEntry, RemoteLocation, RemoteSt
 
 @dataclass(frozen=True)
 class EpochResult:
-    """The outcome of one epoch: its update vector and the mean of its training losses in nats.
+    """Result of one epoch: its update vector, and the mean of its training losses in nats.
 
     Of several processes only the first gets the update; in the others it has no tensors.
     """
@@ -36,10 +36,10 @@ class BaseRun:
 
     Attributes:
         key: Content address.
-        folder: Where its files are; None for one that lies at a URL.
+        folder: Folder of its files; None for one at a URL.
         epochs: One record per epoch: ``epoch``, ``loss`` (nats; of trained runs), ``norm`` of the update vector, ``seconds``.
-        parts: For a run of several entries of the store, the entry of each epoch; `folder` is then the first one's.
-        remote: Its entry at a URL; a node that loads an update vector fetches it from there.
+        parts: For a run of several entries, the entry of each epoch; `folder` is then that of the first.
+        remote: Its entry at a URL, from which nodes fetch update vectors.
     """
 
     key: str
@@ -50,11 +50,11 @@ class BaseRun:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The entries of the store it is made of: its address, for those who `DeltaStore.open` it."""
+        """Keys of its entries in the store, for `DeltaStore.open`."""
         return tuple(part.key for part in self.parts) or (self.key,)
 
     def load(self, epoch: int) -> UpdateVector:
-        """The update vector of an epoch, counted from 1; a large dense one stays in its file (`load_update`)."""
+        """Load the update vector of an epoch, from 1; a large dense one stays in its file (`load_update`)."""
         if self.parts:
             return self.parts[epoch - 1].load(1)
         name = _epoch_file(epoch)
@@ -67,13 +67,12 @@ class BaseRun:
         except BaseException:
             release()
             raise
-        # Its file stays on this node for as long as it may be read from.
-        weakref.finalize(update, release)
+        weakref.finalize(update, release)  # until then its file may be read
         return update
 
 
-def joined(runs: Sequence[BaseRun]) -> BaseRun:
-    """Runs of one epoch each as one base run, in the given order."""
+def join_runs(runs: Sequence[BaseRun]) -> BaseRun:
+    """Join runs of one epoch each to one base run, in the given order."""
     epochs = tuple({**run.epochs[0], "epoch": number} for number, run in enumerate(runs, 1))
     return BaseRun(content_key({"parts": [run.key for run in runs]}), runs[0].folder, epochs, tuple(runs))
 
@@ -82,7 +81,7 @@ class DeltaStore:
     """Content-addressed store of base runs: atomic, checksummed, safetensors only.
 
     Args:
-        root: Folder of the store, or where it is at a URL.
+        root: Folder of the store, or its location at a URL.
     """
 
     def __init__(self, root: Path | RemoteLocation) -> None:
@@ -90,21 +89,21 @@ class DeltaStore:
         self._entries = RemoteStore(root) if isinstance(root, RemoteLocation) else ContentStore(root)
 
     def find(self, inputs: Mapping[str, Any]) -> BaseRun | None:
-        """The base run determined by `inputs`, or None; a broken entry is quarantined and counts as missing."""
+        """Return the base run determined by `inputs`, or None; a broken entry is quarantined and counts as missing."""
         key = content_key(inputs)
         found = self._entries.find(key)
         try:
             return None if found is None else _open(key, found)
         except BrokenEntryError:
-            return None  # has been reported and put aside
+            return None  # logged and quarantined
 
     def open(self, keys: Sequence[str]) -> BaseRun:
-        """The base run of these entries, which `find` or a maker has found intact: what a driver says is not checked again."""
+        """Return the base run of entries that a driver found intact; checksums are not verified again."""
         runs = [_open(key, self._published(key)) for key in keys]
-        return runs[0] if len(runs) == 1 else joined(runs)
+        return runs[0] if len(runs) == 1 else join_runs(runs)
 
     def holds(self, inputs: Mapping[str, Any]) -> bool:
-        """Whether the base run determined by `inputs` is there, without reading it."""
+        """Return True if the base run determined by `inputs` exists, without reading it."""
         key = content_key(inputs)
         return self._entries.holds(key) if isinstance(self._entries, ContentStore) else self._entries.find(key) is not None
 
@@ -117,7 +116,7 @@ class DeltaStore:
         return found
 
     def get_or_train(self, inputs: Mapping[str, Any], train: Iterable[EpochResult]) -> BaseRun:
-        """The base run determined by `inputs`; consumes `train` and publishes its epochs if there is none yet.
+        """Return the base run determined by `inputs`; if there is none, consume `train` and publish its epochs.
 
         Nothing is published if `train` raises.
         """
@@ -128,17 +127,17 @@ class DeltaStore:
             for result in train:
                 save_update(result.update, folder / _epoch_file(result.epoch))
                 seconds = time.perf_counter() - started
-                record = {"epoch": result.epoch, "loss": result.loss, "norm": result.update.norm, "seconds": seconds}
-                records.append(record)
-                # Else it would be in memory while the next epoch trains.
-                del result
+                norm = result.update.norm
+                records.append({"epoch": result.epoch, "loss": result.loss, "norm": norm, "seconds": seconds})
+                del result  # free it before the next epoch trains
                 started = time.perf_counter()
             write_atomic(folder / RUN, json.dumps(records, indent=1).encode())
 
         return _open(content_key(inputs), self._entries.get_or_make(inputs, make))
 
     def get_or_import(self, inputs: Mapping[str, Any], write: Callable[[Path], float]) -> BaseRun:
-        """The run of one epoch determined by `inputs`; else `write(path)` saves its update and returns the norm.
+        """Return the run of one epoch determined by `inputs`; if there is none, `write(path)` saves its update and returns its
+        norm.
 
         Nothing is published if `write` raises.
         """
@@ -158,9 +157,5 @@ def _epoch_file(epoch: int) -> str:
 
 def _open(key: str, entry: Path | RemoteEntry) -> BaseRun:
     if isinstance(entry, Path):
-        return BaseRun(key, entry, _epochs((entry / RUN).read_bytes()))
-    return BaseRun(key, None, _epochs(entry.read(RUN)), remote=entry)
-
-
-def _epochs(content: bytes) -> tuple[Mapping[str, float], ...]:
-    return tuple(json.loads(content))
+        return BaseRun(key, entry, tuple(json.loads((entry / RUN).read_bytes())))
+    return BaseRun(key, None, tuple(json.loads(entry.read(RUN))), remote=entry)

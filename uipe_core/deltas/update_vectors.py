@@ -1,4 +1,4 @@
-"""Update vectors: what unlearning changed, dense or low-rank; their norms, and random directions of the same norms."""
+"""Define update vectors, dense or low-rank, their norms, and random directions of the same norms."""
 
 import math
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from uipe_core.models.transformers_compat import LORA_A, LORA_B
 from uipe_core.storage.safetensors_files import PART, LazyTensors, shapes_of, temporary_zeros
 
 DENSE, LOW_RANK = "dense", "low_rank"
@@ -19,8 +20,8 @@ class UpdateVector:
 
     Attributes:
         kind: ``dense`` (a tensor per weight) or ``low_rank`` (the LoRA factors A and B of each adapted module).
-        tensors: fp32 tensors on the CPU. Dense: by parameter name, perhaps read one at a time (`LazyTensors`). Low-rank:
-            by PEFT's adapter state names.
+        tensors: fp32 tensors on the CPU. Dense: by parameter name, possibly read on access (`LazyTensors`). Low-rank: by PEFT's
+            adapter state names.
         adapter: PEFT's adapter configuration; None for dense vectors.
     """
 
@@ -31,12 +32,12 @@ class UpdateVector:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor by name; nothing is read for it."""
+        """Shape of every tensor by name, without reading any."""
         return shapes_of(self.tensors)
 
     @property
     def norms(self) -> dict[str, float]:
-        """Frobenius norm of the update per weight; for low-rank vectors that of the product scale * B A, by module."""
+        """Frobenius norm of the update per weight; for low-rank vectors that of scale * B A, by module."""
         if not self._norms:
             if self.kind == DENSE:
                 self._norms.update((name, tensor_norm(self.tensors[name])) for name in self.tensors)
@@ -53,45 +54,42 @@ class UpdateVector:
 
 
 def adapter_scale(update: UpdateVector) -> float:
-    """The factor PEFT applies to B A: lora_alpha / r."""
+    """Return PEFT's factor of B A: lora_alpha / r."""
     if update.adapter is None:
         raise ValueError("a dense update vector has no adapter")
     return float(update.adapter["lora_alpha"]) / float(update.adapter["r"])
 
 
 def factors(update: UpdateVector) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A (r, in), B (out, r)) of a low-rank update by module name."""
-    names = [name.removesuffix(".lora_A.weight") for name in update.tensors if name.endswith(".lora_A.weight")]
-    return {n: (update.tensors[f"{n}.lora_A.weight"], update.tensors[f"{n}.lora_B.weight"]) for n in names}
+    """Return (A (r, in), B (out, r)) of a low-rank update by module name."""
+    names = [name.removesuffix(LORA_A) for name in update.tensors if name.endswith(LORA_A)]
+    return {name: (update.tensors[name + LORA_A], update.tensors[name + LORA_B]) for name in names}
 
 
 def tensor_norm(tensor: Tensor) -> float:
-    """Frobenius norm, summed in double precision: an embedding has a hundred million entries.
-
-    In parts, because torch would make a copy of the whole in that precision.
-    """
+    """Return the Frobenius norm, summed in double precision in chunks: torch would copy the whole tensor to doubles."""
     parts = tensor.flatten().split(PART)
     doubles = temporary_zeros(parts[0].shape, torch.float64)
     return math.hypot(*(float(torch.linalg.vector_norm(doubles[: len(part)].copy_(part))) for part in parts))
 
 
 def _product_norm(a: Tensor, b: Tensor) -> float:
-    """Frobenius norm of B A without forming it: trace((B^T B)(A A^T)) in double precision."""
+    """Return the Frobenius norm of B A without forming it: trace((B^T B)(A A^T)) in double precision."""
     a, b = a.double(), b.double()
     return float(((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt())
 
 
 def snapshot(model: Any) -> dict[str, Tensor]:
-    """Copies of all weights by parameter name, on the CPU, as stored; tied weights once."""
+    """Copy all weights by parameter name to the CPU, as stored; tied weights once."""
     return {name: parameter.detach().to("cpu", copy=True) for name, parameter in model.named_parameters()}
 
 
 @torch.no_grad()
 def take_update(model: Any, initial: Mapping[str, Tensor]) -> UpdateVector:
-    """The dense update of an fp32 model since `initial`, with the model set onto theta_init + delta.
+    """Return the dense update of an fp32 model since `initial`, and set the model to theta_init + delta.
 
-    A difference of two floats, added back, may miss the second by one unit in the last place. Setting the model onto the sum
-    (a change of one such unit at most) makes the epoch's unlearned model and theta(0) the same bits by construction.
+    A difference of two floats, added back, may miss the second by one unit in the last place. Setting the model to the sum
+    makes the epoch's unlearned model and theta(0) equal to the bit.
     """
     tensors = {}
     for name, parameter in model.named_parameters():
@@ -103,30 +101,25 @@ def take_update(model: Any, initial: Mapping[str, Tensor]) -> UpdateVector:
 
 
 def random_direction(update: UpdateVector, seed: int) -> UpdateVector:
-    """A Gaussian direction with the same norm per tensor (per adapted module for low-rank updates): the control of a search.
+    """Return a Gaussian direction with the same norm per tensor (per module for low-rank updates), the control of a search.
 
-    A dense one is drawn while it is used, a tensor at a time.
-
-    Args:
-        update: The update whose norms to match.
-        seed: Seed of the direction.
+    A dense one is drawn on access, a tensor at a time.
     """
     if update.kind == DENSE:
         return UpdateVector(DENSE, LazyTensors(update.shapes, _Noise(update, seed).draw))
     generator = torch.Generator().manual_seed(seed)
     drawn: dict[str, Tensor] = {}
-    scale = adapter_scale(update)
     for module, (a, b) in factors(update).items():
         new_a, new_b = torch.randn(a.shape, generator=generator), torch.randn(b.shape, generator=generator)
-        drawn[f"{module}.lora_A.weight"] = new_a
-        drawn[f"{module}.lora_B.weight"] = new_b * (update.norms[module] / (scale * _product_norm(new_a, new_b)))
+        drawn[module + LORA_A] = new_a
+        drawn[module + LORA_B] = new_b * (update.norms[module] / (adapter_scale(update) * _product_norm(new_a, new_b)))
     return UpdateVector(update.kind, drawn, update.adapter)
 
 
 class _Noise:
-    """A random direction of a dense update's norms, a tensor at a time from one stream of random numbers.
+    """A random direction of a dense update's norms, tensor by tensor from one random stream.
 
-    A tensor asked for out of turn costs the draws before it; the numbers are the same.
+    Access out of order draws the tensors before it again; the numbers are the same.
     """
 
     def __init__(self, update: UpdateVector, seed: int) -> None:
@@ -149,18 +142,3 @@ class _Noise:
         shape = self._update.shapes[self._names[self._next]]
         self._next += 1
         return temporary_zeros(shape).normal_(generator=self._generator)
-
-
-def adapter_state(model: Any) -> dict[str, Tensor]:
-    """The adapter weights of a PEFT model by PEFT's names, without the embeddings underneath."""
-    from peft import get_peft_model_state_dict
-
-    # Left to itself PEFT asks the hub for the base model's vocabulary size to decide about the embeddings.
-    return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
-
-
-def wrap_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
-    """Wraps a transformers model with a PEFT LoRA adapter of the given configuration."""
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(model, LoraConfig(**adapter))

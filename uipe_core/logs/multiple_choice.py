@@ -1,6 +1,6 @@
-"""Results on multiple-choice questions as a JSON file, question by question, written and read.
+"""Write and read results on multiple-choice questions as a JSON file, question by question.
 
-One object: ``definition``, ``seconds``, ``metadata`` and ``sets``. A set has its ``item_hash`` and, in the order of its
+The object has ``definition``, ``seconds``, ``metadata`` and ``sets``. A set has ``item_hash`` and, in the order of its
 questions, ``log_likelihood`` (a list per question, a number per choice), ``answers``, ``correct`` and ``logit_spread``.
 """
 
@@ -13,20 +13,21 @@ from typing import Any
 import numpy as np
 
 from uipe_core.errors import UserError
+from uipe_core.logs.parts import is_number
 from uipe_core.metrics.scores import CHOICE_DEFINITION, ChoiceReport, ChoiceScores
 from uipe_core.storage.files import write_atomic
 
 
 def write_choice_log(report: ChoiceReport, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Writes a report: all of it or nothing, replacing what was there.
+    """Write a report atomically, replacing what was there; missing folders are made.
 
     Args:
         report: All log-likelihoods finite.
-        path: Target file; missing folders are made.
-        metadata: JSON-able description of what was scored, for people to read.
+        path: Target file.
+        metadata: JSON-able description of the scored model, for readers.
 
     Raises:
-        UserError: A log-likelihood that is not finite, or a file that cannot be written.
+        UserError: A log-likelihood is not finite, or the file cannot be written.
     """
     path = Path(path)
     content = {
@@ -46,10 +47,10 @@ def write_choice_log(report: ChoiceReport, path: str | Path, metadata: Mapping[s
 
 
 def read_choice_log(path: str | Path) -> ChoiceReport:
-    """Reads what `write_choice_log` wrote.
+    """Read a log of `write_choice_log`.
 
     Raises:
-        UserError: No such file, broken JSON, or a key that is missing or not what it should be; names file, key and remedy.
+        UserError: No such file, broken JSON, or a missing or wrong value; names file, key and remedy.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -67,7 +68,7 @@ def read_choice_log(path: str | Path) -> ChoiceReport:
 
 
 def is_choice_log(path: str | Path) -> bool:
-    """Whether a file holds what `write_choice_log` writes; False too for one that cannot be read."""
+    """Return True if a file is a log of `write_choice_log`, False also if it cannot be read."""
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -94,7 +95,7 @@ def _read(path: str | Path, name: str, part: Any) -> ChoiceScores:
     if not isinstance(rows, list) or not rows:
         raise _broken(path, f"{where}/log_likelihood", "is missing or has no questions")
     for index, row in enumerate(rows):
-        if not isinstance(row, list) or len(row) < 2 or not all(map(_is_number, row)):
+        if not isinstance(row, list) or len(row) < 2 or not all(map(is_number, row)):
             raise _broken(path, f"{where}/log_likelihood/{index}", "is not a list of at least two finite numbers")
     if not isinstance(answers, list) or len(answers) != len(rows):
         raise _broken(path, f"{where}/answers", f"is not a list of {len(rows)} indexes, one per question")
@@ -102,7 +103,7 @@ def _read(path: str | Path, name: str, part: Any) -> ChoiceScores:
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(row):
             raise _broken(path, f"{where}/answers/{index}", f"is {answer!r}, expected an index from 0 to {len(row) - 1}")
     spread = part.get("logit_spread")
-    if not isinstance(spread, list) or len(spread) != len(rows) or not all(map(_is_number, spread)):
+    if not isinstance(spread, list) or len(spread) != len(rows) or not all(map(is_number, spread)):
         raise _broken(path, f"{where}/logit_spread", f"is not a list of {len(rows)} finite numbers, one per question")
     if item_hash is not None and not isinstance(item_hash, str):
         raise _broken(path, f"{where}/item_hash", f"is {item_hash!r}, expected a text or null")
@@ -114,11 +115,6 @@ def _read(path: str | Path, name: str, part: Any) -> ChoiceScores:
         logit_spread=np.array(spread, dtype=np.float64),
         item_hash=item_hash,
     )
-
-
-def _is_number(value: object) -> bool:
-    # JSON's true would pass for 1, since bool is an int in Python.
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _broken(path: str | Path, key: str, problem: str) -> UserError:

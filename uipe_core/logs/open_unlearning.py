@@ -1,18 +1,18 @@
-"""Evaluation logs of open-unlearning: ``TOFU_EVAL.json`` with every value, ``TOFU_SUMMARY.json`` with the aggregates.
+"""Read and write logs of open-unlearning: ``TOFU_EVAL.json`` with every value, ``TOFU_SUMMARY.json`` with the aggregates.
 
-``TOFU_EVAL.json`` maps each metric to an object with ``agg_value`` and, where it is one per item, ``value_by_index``:
+``TOFU_EVAL.json`` maps each metric to an object with ``agg_value`` and, for metrics per item, ``value_by_index``:
 
     forget_Q_A_Prob, forget_Q_A_PARA_Prob    {"prob", "avg_loss"}: gold answer, paraphrased answer
     forget_Q_A_PERT_Prob                     {"prob", "avg_loss"}: lists with an entry per perturbed answer
     forget_Q_A_ROUGE                         {"rouge1_recall", "rougeL_recall", "input", "ground_truth", "generation"}
-    forget_truth_ratio                       {"score"}: truth ratio, what forget quality compares
+    forget_truth_ratio                       {"score"}: truth ratio, compared by forget quality
     forget_quality, model_utility            ``agg_value`` only
     exact_memorization, extraction_strength  {"score"}, of the forget set
 
-The prefixes of the other sets are ``retain``, ``ra`` (real authors) and ``wf`` (world facts). The latter two have no
-paraphrase, the gold answer stands in, and their probability among the choices is ``ra_Q_A_Prob_normalised``.
-A log written here has ``ra_Q_A_PARA_Prob`` too where a corpus has such paraphrases, and what is ours alone under
-`log_parts.EXTRA_KEY`; both are ignored by open-unlearning.
+Prefixes of the other sets are ``retain``, ``ra`` (real authors) and ``wf`` (world facts). The latter two have no paraphrase
+(the gold answer stands in), and their probability among the choices is ``ra_Q_A_Prob_normalised``. Logs written here also have
+``ra_Q_A_PARA_Prob`` if a corpus has such paraphrases, and own measurements under `parts.EXTRA_KEY`; open-unlearning ignores
+both.
 
 Sources: ``src/evals/base.py``, ``src/evals/metrics`` and ``configs/eval/tofu_metrics`` of locuslab/open-unlearning.
 """
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from uipe_core.errors import UserError
-from uipe_core.logs.parts import EXTRA_KEY, MEMORIZATION, Part, check_writable, extra_part, with_extra, write_whole
+from uipe_core.logs.parts import EXTRA_KEY, MEMORIZATION, Part, check_writable, extra_part, with_extra, write_json
 from uipe_core.metrics.scores import FloatArray, ScoreReport, SetScores
 from uipe_core.metrics.tofu import CHOICE_SETS, SET_TITLES, evaluate, truth_ratio
 
@@ -43,22 +43,19 @@ TRUTH_RATIOS = {
 
 
 def is_open_unlearning(log: Mapping[str, Any]) -> bool:
-    """Whether a JSON object is one of the two files of open-unlearning."""
+    """Return True if a JSON object is one of the two files of open-unlearning."""
     return any("_Q_A_" in key or key in ("forget_truth_ratio", "forget_quality", "model_utility") for key in log)
 
 
 def write_open_unlearning(
-    report: ScoreReport,
-    folder: str | Path,
-    metadata: Mapping[str, Any] | None = None,
-    reference: ScoreReport | None = None,
+    report: ScoreReport, folder: str | Path, metadata: Mapping[str, Any] | None = None, reference: ScoreReport | None = None
 ) -> None:
-    """Write a report as the two files of open-unlearning, each whole or not at all, replacing what was there.
+    """Write a report as the two files of open-unlearning, each atomically, replacing what was there.
 
     Args:
-        report: Must have the four sets of `PREFIXES`, none of them empty, all losses finite, and ROUGE.
+        report: Must have the four sets of `PREFIXES`, none empty, all losses finite, and ROUGE.
         folder: Target folder; made if missing.
-        metadata: JSON-able description of what was scored, kept in the log for people to read.
+        metadata: JSON-able description of the scored model, for readers.
         reference: Scores of the retain model; gives ``forget_quality``.
 
     Raises:
@@ -76,18 +73,18 @@ def write_open_unlearning(
         log["forget_quality"] = {"agg_value": metrics.forget_quality.p_value}
     summary = {name: metric["agg_value"] for name, metric in sorted(log.items())}
     log[EXTRA_KEY] = extra_part(report, PREFIXES, metadata)
-    write_whole(folder / EVAL_FILE, dict(sorted(log.items())))
-    write_whole(folder / SUMMARY_FILE, summary)
+    write_json(folder / EVAL_FILE, dict(sorted(log.items())))
+    write_json(folder / SUMMARY_FILE, summary)
 
 
 def read_open_unlearning(log: Mapping[str, Any], path: Path, as_reference: bool) -> ScoreReport:
-    """The report of a parsed ``TOFU_EVAL.json``; see `evaluation_log.read_log`."""
+    """Return the report of a parsed ``TOFU_EVAL.json``; see `uipe_core.logs.tofu.read_log`."""
     if not any(isinstance(metric, dict) for metric in log.values()):
-        raise UserError(f"{path}: holds aggregates only, as {SUMMARY_FILE} does; give the {EVAL_FILE} beside it")
+        raise UserError(f"{path}: holds aggregates only, as {SUMMARY_FILE} does; give the {EVAL_FILE} of the same folder")
     reader = _Reader(log, path)
     names = [name for name in PREFIXES if name == "forget" or not as_reference or reader.is_whole(name)]
     sets = {name: reader.scores(name, losses_needed=not as_reference) for name in names}
-    # Under our own part memorisation is known for every set, elsewhere for the forget set alone.
+    # open-unlearning has memorisation for the forget set alone; the part under EXTRA_KEY has every set.
     memorization: dict[str, Any] = {key: reader.scores_of(key, len(sets["forget"])) for key in MEMORIZATION if key in log}
     sets["forget"] = replace(sets["forget"], **memorization)
     return with_extra(Part(path, EXTRA_KEY, log.get(EXTRA_KEY, {})), sets)
@@ -132,23 +129,22 @@ def _among_choices(scores: SetScores) -> FloatArray:
 
 
 def _by_index(**columns: Any) -> dict[str, dict[str, Any]]:
-    """Columns of n values each as one object per index."""
+    """Return columns of n values each as one object per index."""
     lists = [column.tolist() if isinstance(column, np.ndarray) else list(column) for column in columns.values()]
     return {str(index): dict(zip(columns, row, strict=True)) for index, row in enumerate(zip(*lists, strict=True))}
 
 
 class _Reader:
-    """Sets of a parsed log."""
+    """Read sets of a parsed log."""
 
     def __init__(self, log: Mapping[str, Any], path: Path) -> None:
         self.log, self.path = log, path
 
     def is_whole(self, name: str) -> bool:
-        """Whether the log has the losses of a set."""
+        """Return True if the log has the losses of a set."""
         return all(key in self.log for key in (f"{PREFIXES[name]}_Q_A_Prob", f"{PREFIXES[name]}_Q_A_PERT_Prob"))
 
     def scores(self, name: str, losses_needed: bool) -> SetScores:
-        """One set."""
         prefix = PREFIXES[name]
         gold, paraphrase = f"{prefix}_Q_A_Prob", f"{prefix}_Q_A_PARA_Prob"
         if name in CHOICE_SETS and paraphrase not in self.log:
@@ -175,7 +171,7 @@ class _Reader:
         )
 
     def rows(self, metric: str, n: int | None = None) -> list[dict[str, Any]]:
-        """The objects of one metric in index order; indexes must be 0 to n - 1."""
+        """Return the objects of one metric in index order; indexes must be 0 to n - 1."""
         part = self.part(metric)
         rows = part.rows("value_by_index", n)
         for index, row in enumerate(rows):
@@ -184,7 +180,7 @@ class _Reader:
         return rows
 
     def column(self, metric: str, field: str, n: int | None = None, nested: bool = False) -> FloatArray:
-        """Finite numbers of one field: (n,), or (n, k) where each value is a list."""
+        """Return finite numbers of one field: (n,), or (n, k) if each value is a list."""
         part, rows = self.part(metric), self.rows(metric, n)
         keys = [f"value_by_index/{index}/{field}" for index in range(len(rows))]
         for key, row in zip(keys, rows, strict=True):
@@ -192,18 +188,18 @@ class _Reader:
                 raise part.error(key, "is missing")
         values = [row[field] for row in rows]
         if nested and not isinstance(values[0], list):
-            # With one perturbed answer per item, open-unlearning writes the number itself.
+            # With one perturbed answer per item, open-unlearning writes a bare number.
             values = [[value] for value in values]
         return part.array(values, keys, nested)
 
     def scores_of(self, metric: str, n: int) -> FloatArray | None:
-        """The score of each item; None where one has none, as where open-unlearning finds no answer tokens."""
+        """Return the score of each item, None if one has none (open-unlearning writes null for items without answer tokens)."""
         if any(row.get("score", 0) is None for row in self.rows(metric, n)):
             return None
         return self.column(metric, "score", n)
 
     def texts(self, metric: str, rows: list[dict[str, Any]], field: str) -> tuple[str, ...] | None:
-        """Texts of one field, None where the log lacks it."""
+        """Return texts of one field, None if the log lacks it."""
         texts = [row.get(field) for row in rows]
         for index, text in enumerate(texts):
             if text is not None and not isinstance(text, str):
@@ -212,7 +208,6 @@ class _Reader:
         return tuple(known) if known and len(known) == len(rows) else None
 
     def part(self, metric: str) -> Part:
-        """One metric."""
         if metric not in self.log:
             raise UserError(
                 f"{self.path}: {metric} is missing; evaluate the model again with open-unlearning's tofu metrics, "

@@ -1,8 +1,7 @@
-"""What both kinds of evaluation log are made of: files, numbers by index, and one set in the shape of locuslab/tofu.
+"""Share between the kinds of evaluation log: JSON files, numbers by index, and sets in the format of locuslab/tofu.
 
-Every error of a log being read names its file, its key and the remedy; a log is written whole or not at all. What no other
-code base knows stands under `EXTRA_KEY`: item-set hashes, memorisation, logit scale, timings, metadata, and the sets that
-TOFU does not have (related, unrelated).
+Errors of a log name file, key and remedy. Measurements that other code bases lack are under `EXTRA_KEY`: item-set hashes,
+memorisation, logit scale, timings, metadata, and the sets that TOFU does not have (related, unrelated).
 """
 
 import json
@@ -23,11 +22,11 @@ from uipe_core.storage.files import write_atomic
 EXTRA_KEY = "uipe"
 MEMORIZATION = ("exact_memorization", "extraction_strength")
 OWN_MEASUREMENTS = (*MEMORIZATION, "logit_spread")
-"""Fields of `SetScores` that are kept under `EXTRA_KEY`."""
+"""Fields of `SetScores` under `EXTRA_KEY`."""
 
 
 def check_writable(report: ScoreReport, needed: Collection[str], path: str | Path) -> None:
-    """Refuses a report that a log cannot hold: a needed set is missing, a set is empty, or a number is not finite."""
+    """Raise UserError for a report that a log cannot hold: a missing or empty set, or a number that is not finite."""
     missing = [name for name in needed if name not in report.sets]
     if missing:
         raise UserError(f"cannot write {path}: the report lacks the sets {', '.join(missing)}, which a log needs")
@@ -41,38 +40,38 @@ def check_writable(report: ScoreReport, needed: Collection[str], path: str | Pat
 
 
 def tofu_part(scores: SetScores, name: str) -> dict[str, Any]:
-    """One set as locuslab/tofu logs it: measurement to values by index."""
-    part: dict[str, Any] = {"avg_gt_loss": keyed(scores.answer_loss)}
+    """Return one set in the format of locuslab/tofu: measurement to values by index."""
+    part: dict[str, Any] = {"avg_gt_loss": by_index(scores.answer_loss)}
     if scores.answer_tokens.any():
-        part["gt_loss"] = keyed(scores.answer_loss * scores.answer_tokens)
-        part["num_token_gt"] = keyed(scores.answer_tokens)
+        part["gt_loss"] = by_index(scores.answer_loss * scores.answer_tokens)
+        part["num_token_gt"] = by_index(scores.answer_tokens)
     texts = (scores.questions, scores.generated, scores.answers)
     if any(column is not None for column in texts):
         columns = [column if column is not None else (None,) * len(scores) for column in texts]
         part["generated_text"] = {str(i): list(row) for i, row in enumerate(zip(*columns, strict=True))}
     if scores.rouge_1_recall is not None:
-        part["rouge1_recall"] = keyed(scores.rouge_1_recall)
+        part["rouge1_recall"] = by_index(scores.rouge_1_recall)
     if scores.rouge_l_recall is not None:
-        part["rougeL_recall"] = keyed(scores.rouge_l_recall)
-    part["average_perturb_loss"] = keyed(scores.perturbed_loss)
-    part["avg_paraphrased_loss"] = keyed(scores.paraphrase_loss)
-    part["truth_ratio"] = keyed(truth_ratio(scores.paraphrase_loss, scores.perturbed_loss))
+        part["rougeL_recall"] = by_index(scores.rouge_l_recall)
+    part["average_perturb_loss"] = by_index(scores.perturbed_loss)
+    part["avg_paraphrased_loss"] = by_index(scores.paraphrase_loss)
+    part["truth_ratio"] = by_index(truth_ratio(scores.paraphrase_loss, scores.perturbed_loss))
     if scores.paraphrase_tokens.any():
-        part["paraphrased_loss"] = keyed(scores.paraphrase_loss * scores.paraphrase_tokens)
-        part["num_token_paraphrased"] = keyed(scores.paraphrase_tokens)
+        part["paraphrased_loss"] = by_index(scores.paraphrase_loss * scores.paraphrase_tokens)
+        part["num_token_paraphrased"] = by_index(scores.paraphrase_tokens)
     if scores.perturbed_tokens.any():
-        part["perturb_loss"] = keyed(scores.perturbed_loss * scores.perturbed_tokens)
-        part["num_token_perturb"] = keyed(scores.perturbed_tokens)
+        part["perturb_loss"] = by_index(scores.perturbed_loss * scores.perturbed_tokens)
+        part["num_token_perturb"] = by_index(scores.perturbed_tokens)
     if name in CHOICE_SETS:
         choices = np.concatenate([-scores.answer_loss[:, None], -scores.perturbed_loss], axis=1)
-        part["normalized_gt_loss"] = keyed(scores.answer_loss + np.logaddexp.reduce(choices, axis=1))
+        part["normalized_gt_loss"] = by_index(scores.answer_loss + np.logaddexp.reduce(choices, axis=1))
     return part
 
 
 def extra_part(report: ScoreReport, known: Collection[str], metadata: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What stands under `EXTRA_KEY`; sets not in `known` go along whole."""
+    """Return the content of `EXTRA_KEY`; sets not in `known` are included whole."""
     own = {
-        name: {field: keyed(values) for field in OWN_MEASUREMENTS if is_whole(values := getattr(scores, field))}
+        name: {field: by_index(values) for field in OWN_MEASUREMENTS if is_finite(values := getattr(scores, field))}
         for name, scores in report.sets.items()
     }
     return {
@@ -86,7 +85,7 @@ def extra_part(report: ScoreReport, known: Collection[str], metadata: Mapping[st
 
 
 def with_extra(extra: "Part", sets: Mapping[str, SetScores]) -> ScoreReport:
-    """The report of a log: the sets read from it, and what its `EXTRA_KEY` part adds."""
+    """Return the report of a log: its sets, and the measurements under `EXTRA_KEY`."""
     hashes, scale = extra.object("item_hashes"), extra.content.get("logit_scale")
     if not all(isinstance(value, str) for value in hashes.values()):
         raise extra.error("item_hashes", "holds something else than a hash per set")
@@ -103,17 +102,17 @@ def with_extra(extra: "Part", sets: Mapping[str, SetScores]) -> ScoreReport:
     return ScoreReport(sets=every, logit_scale=scale, seconds=extra.object("seconds"))
 
 
-def is_whole(values: FloatArray | None) -> bool:
-    """Whether there are values, all of them finite: JSON has no others."""
+def is_finite(values: FloatArray | None) -> bool:
+    """Return True if there are values, all finite, as JSON requires."""
     return values is not None and bool(np.isfinite(values).all())
 
 
-def keyed(values: FloatArray | IntArray) -> dict[str, Any]:
-    """An array as JSON has it: values, or lists of them, by index."""
+def by_index(values: FloatArray | IntArray) -> dict[str, Any]:
+    """Return an array as JSON: values, or lists of them, by index."""
     return {str(index): value for index, value in enumerate(values.tolist())}
 
 
-def write_whole(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file atomically, replacing what was there."""
     try:
         write_atomic(path, (json.dumps(content, indent=4) + "\n").encode())
@@ -122,7 +121,7 @@ def write_whole(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def load_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file."""
+    """Return the JSON object in a file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -139,13 +138,12 @@ def load_object(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a finite number."""
-    # JSON's true would pass for 1, since bool is an int in Python.
+    """Return True if a JSON value is a finite number; booleans, ints in Python, are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 class Part:
-    """One part of a log being read; knows where it stands, so that every error can say so."""
+    """A section of a log being read, with its position for error messages."""
 
     def __init__(self, path: str | Path, where: str, content: Any) -> None:
         self.path, self.where = path, where
@@ -154,23 +152,23 @@ class Part:
         self.content = content
 
     def error(self, key: str, problem: str) -> UserError:
-        """An error that names file and key."""
+        """Return an error that names file and key."""
         where = f"{self.where}/{key}" if key else self.where
         return UserError(f"{self.path}: {where} {problem}; write the log again, for example with `uipe score --log`")
 
     def object(self, key: str) -> dict[str, Any]:
-        """The object under a key, empty where the key is missing."""
+        """Return the object under a key, empty if the key is missing."""
         return self.part(key).content
 
     def part(self, key: str) -> "Part":
-        """The object under a key as a part of its own, empty where the key is missing."""
+        """Return the object under a key as a section of its own, empty if the key is missing."""
         value = self.content.get(key, {})
         if not isinstance(value, dict):
             raise self.error(key, f"is a {type(value).__name__}, expected an object")
         return Part(self.path, f"{self.where}/{key}", value)
 
     def scores(self, losses_needed: bool = True) -> SetScores:
-        """The part as scores of one set, in the shape of locuslab/tofu; losses of gold answers are NaN where not needed."""
+        """Return the section (in the format of locuslab/tofu) as one set; unneeded losses of gold answers may be NaN."""
         paraphrase_loss = self.numbers("avg_paraphrased_loss")
         n = len(paraphrase_loss)
         unknown = not losses_needed and "avg_gt_loss" not in self.content
@@ -191,7 +189,7 @@ class Part:
         )
 
     def rows(self, key: str, n: int | None = None) -> list[Any]:
-        """Values of one measurement in index order; indexes must be 0 to n - 1."""
+        """Return values of one measurement in index order; indexes must be 0 to n - 1."""
         if key not in self.content:
             raise self.error(key, "is missing")
         values = self.object(key)
@@ -205,12 +203,12 @@ class Part:
         return [values[index] for index in expected]
 
     def numbers(self, key: str, n: int | None = None, nested: bool = False) -> FloatArray:
-        """Finite numbers by index: (n,), or (n, k) where each value is a list."""
+        """Return finite numbers by index: (n,), or (n, k) if each value is a list."""
         rows = self.rows(key, n)
         return self.array(rows, [f"{key}/{index}" for index in range(len(rows))], nested)
 
     def array(self, rows: Sequence[Any], keys: Sequence[str], nested: bool) -> FloatArray:
-        """Finite numbers: (n,), or (n, k) where each row is a list; `keys` says where each row stands."""
+        """Return finite numbers: (n,), or (n, k) if each row is a list; `keys` are the positions of the rows."""
         for key, row in zip(keys, rows, strict=True):
             if nested and (not isinstance(row, list) or not row):
                 raise self.error(key, "is not a list with a number per perturbed answer")
@@ -222,7 +220,7 @@ class Part:
         return np.array(rows, dtype=np.float64)
 
     def counts(self, key: str, shape: tuple[int, ...]) -> NDArray[np.int64]:
-        """Token counts of that shape, all 0 where the log has none."""
+        """Return token counts of that shape, all 0 if the log has none."""
         if key not in self.content:
             return np.zeros(shape, dtype=np.int64)
         values = self.numbers(key, shape[0], nested=len(shape) == 2)
@@ -233,7 +231,7 @@ class Part:
         return values.astype(np.int64)
 
     def texts(self, n: int) -> tuple[tuple[str, ...] | None, ...]:
-        """Questions, generations and answers, each None where the log does not have it."""
+        """Return questions, generations and answers, each None if the log lacks it."""
         if "generated_text" not in self.content:
             return None, None, None
         rows = self.rows("generated_text", n)

@@ -1,9 +1,8 @@
-"""Evaluation logs: read whichever kind a file is, and write locuslab/tofu's aggregated kind (``eval_log_aggregated.json``).
+"""Read evaluation logs of either kind, and write locuslab/tofu's aggregated kind (``eval_log_aggregated.json``).
 
 That is one JSON object with a part per evaluation set (`PARTS`); a part maps each measurement to values keyed "0", "1", ....
-The scripts of locuslab/tofu walk over all parts and fail on one they do not know, but take from a part only what they
-need. What is ours alone therefore stands inside the forget part, under `log_parts.EXTRA_KEY`.
-`open_unlearning_log` has the other kind.
+The scripts of locuslab/tofu fail on unknown parts, but ignore unknown measurements. Own measurements are therefore inside the
+forget part, under `parts.EXTRA_KEY`. `open_unlearning` has the other kind.
 """
 
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from uipe_core.errors import UserError
 from uipe_core.logs.open_unlearning import EVAL_FILE, is_open_unlearning, read_open_unlearning
-from uipe_core.logs.parts import EXTRA_KEY, Part, check_writable, extra_part, load_object, tofu_part, with_extra, write_whole
+from uipe_core.logs.parts import EXTRA_KEY, Part, check_writable, extra_part, load_object, tofu_part, with_extra, write_json
 from uipe_core.metrics.scores import ScoreReport
 
 PARTS = {
@@ -25,12 +24,12 @@ PARTS = {
 
 
 def write_log(report: ScoreReport, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-    """Write a report as an evaluation log: all of it or nothing, replacing what was there.
+    """Write a report as an evaluation log atomically, replacing what was there; missing folders are made.
 
     Args:
-        report: Must have the four sets of `PARTS`, none of them empty, all losses finite.
-        path: Target file; missing folders are made.
-        metadata: JSON-able description of what was scored, kept in the log for people to read.
+        report: Must have the four sets of `PARTS`, none empty, all losses finite.
+        path: Target file.
+        metadata: JSON-able description of the scored model, for readers.
 
     Raises:
         UserError: A missing or empty set, a loss that is not finite, or a file that cannot be written.
@@ -38,27 +37,26 @@ def write_log(report: ScoreReport, path: str | Path, metadata: Mapping[str, Any]
     check_writable(report, PARTS, path)
     log = {part: tofu_part(report.sets[name], name) for name, part in PARTS.items()}
     log[PARTS["forget"]][EXTRA_KEY] = extra_part(report, PARTS, metadata)
-    write_whole(Path(path), log)
+    write_json(Path(path), log)
 
 
 def is_log(source: str | Path) -> bool:
-    """Whether a source names an evaluation log rather than a model: a JSON file, or a folder of open-unlearning's files."""
+    """Return True if a source names an evaluation log, not a model: a JSON file, or a folder with open-unlearning's files."""
     return str(source).endswith(".json") or Path(source).is_file() or (Path(source) / EVAL_FILE).is_file()
 
 
 def read_log(path: str | Path, *, as_reference: bool = False) -> ScoreReport:
-    """Read an evaluation log of either kind, recognised by what it holds.
+    """Read an evaluation log of either kind, recognised by its content.
 
-    Losses and perturbed losses are needed. ROUGE and texts are None where the log lacks them, token counts 0.
+    Losses and perturbed losses are required. ROUGE and texts are None if the log lacks them, token counts 0.
 
     Args:
-        path: Log in the format of locuslab/tofu or of open-unlearning, or a folder with open-unlearning's two files.
-        as_reference: Only the forget set's paraphrase and perturbed losses are needed. The losses of its gold answers are
-            NaN where the log lacks them, and other sets that the log has not whole are left out.
+        path: Log of locuslab/tofu or open-unlearning, or a folder with open-unlearning's two files.
+        as_reference: Require only the forget set's paraphrase and perturbed losses. Missing losses of its gold answers become
+            NaN, incomplete other sets are left out.
 
     Raises:
-        UserError: No such file, broken JSON, a missing part or measurement, or values that are not what they should be;
-            names the file, the key and the remedy.
+        UserError: No such file, broken JSON, a missing part or measurement, or wrong values; names file, key and remedy.
     """
     path = Path(path)
     if (path / EVAL_FILE).is_file():

@@ -1,6 +1,6 @@
-"""Metric definitions: what each code base means by truth ratio and probability. One dict; numpy only.
+"""Define truth ratio and probability as each code base does.
 
-Side by side, with q the (n, k) mean losses of the perturbed answers and p the (n,) mean loss of the paraphrase:
+With q the (n, k) mean losses of the perturbed answers and p the (n,) mean loss of the paraphrase:
 
     name               mean perturbed probability   denominators
     tofu               exp(-mean q), geometric      as they are
@@ -24,26 +24,26 @@ from uipe_core.metrics.scores import FloatArray
 
 
 def log_geometric_mean(losses: FloatArray) -> FloatArray:
-    """(n, k) losses in nats to (n,) log of the geometric mean of their probabilities."""
+    """Return (n,) log of the geometric mean of the probabilities of (n, k) losses in nats."""
     return -losses.mean(axis=-1)
 
 
 def log_arithmetic_mean(losses: FloatArray) -> FloatArray:
-    """(n, k) losses in nats to (n,) log of the arithmetic mean of their probabilities; finite however small these are."""
+    """Return (n,) log of the arithmetic mean of the probabilities of (n, k) losses in nats; finite for any losses."""
     return np.logaddexp.reduce(-losses, axis=-1) - np.log(losses.shape[-1])
 
 
 @dataclass(frozen=True)
 class Definition:
-    """What one code base means by truth ratio and probability.
+    """Truth ratio and probability of one code base.
 
     Attributes:
         log_mean_perturbed: (n, k) perturbed losses to (n,) log of the mean perturbed probability, for the truth ratios of
-            the utility sets and of the forget set; forget quality always takes `log_geometric_mean`.
-        epsilon: Added to each denominator, 0 for none.
+            utility and forget sets; forget quality always takes `log_geometric_mean`.
+        epsilon: Added to each denominator.
         generation_length: Longest generation in tokens.
-        generation_counts_prompt: Whether that length includes the prompt: locuslab/tofu generates with ``max_length: 200``
-            (``config/eval_everything.yaml``), open-unlearning with ``max_new_tokens: 200`` (``configs/generation``).
+        generation_counts_prompt: Whether that includes the prompt: ``max_length: 200`` of locuslab/tofu
+            (``config/eval_everything.yaml``), not ``max_new_tokens: 200`` of open-unlearning (``configs/generation``).
     """
 
     log_mean_perturbed: Callable[[FloatArray], FloatArray]

@@ -1,18 +1,17 @@
-"""How much of an answer a model gives word for word, from one teacher-forced pass: exact memorisation, extraction strength.
+"""Measure word-for-word memorisation from one teacher-forced pass: exact memorisation, extraction strength.
 
-Both look at where the most likely token is the answer's own, over the tokens of the gold answer without its end token, as
-open-unlearning does.
+Both compare the most likely tokens with the gold answer, its end token left out, as open-unlearning does.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 Matches = NDArray[np.bool_]
-"""(t,) whether the most likely token at each answer position is the answer's own."""
+"""(t,) whether the most likely token at each answer position is the answer's."""
 
 
 def exact_memorization(matches: Matches) -> float:
-    """Share of answer tokens that are the most likely ones, in [0, 1]; 0 for an answer without tokens.
+    """Return the share of answer tokens that are the most likely ones, in [0, 1]; 0 without tokens.
 
     Source: Tirumala et al. 2022 (arXiv 2205.10770, section 3); for unlearning, Wang et al. 2025 (arXiv 2406.09179).
     """
@@ -20,14 +19,14 @@ def exact_memorization(matches: Matches) -> float:
 
 
 def extraction_strength(matches: Matches) -> float:
-    """1 - k / t, where k is the shortest prefix of the answer after which greedy decoding gives the rest; in [0, 1].
+    """Return 1 - k / t, where k is the shortest prefix of the answer after which greedy decoding gives the rest; in [0, 1].
 
-    Greedy decoding after k tokens gives the rest exactly where each further token is the most likely one after the true
-    tokens before it, so one teacher-forced pass tells. A total mismatch gives 0, and so does an answer whose last token is
-    missed; open-unlearning gives 1 / t there, because its search stops one short of the whole answer.
+    Greedy decoding after k tokens gives the rest exactly if each further token is the most likely one after the true tokens
+    before it, so one teacher-forced pass suffices. A total mismatch gives 0, and so does an answer whose last token is missed;
+    open-unlearning gives 1 / t there, because its search stops one short of the whole answer.
 
-    Source: Carlini et al. 2021 (arXiv 2012.07805) for extraction by prefix; the measure is that of Wang et al. 2025
-    (arXiv 2406.09179, section 3).
+    Source: Carlini et al. 2021 (arXiv 2012.07805) for extraction by prefix; the measure is that of Wang et al. 2025 (arXiv
+    2406.09179, section 3).
     """
     missed = np.flatnonzero(~matches)
     prefix = int(missed[-1]) + 1 if len(missed) else 0

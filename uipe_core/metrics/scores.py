@@ -1,9 +1,9 @@
-"""Hold what scoring yields, as numpy arrays, and check that two sets of scores belong to the same items."""
+"""Hold what scoring yields as numpy arrays, and check that two sets of scores are of the same items."""
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,24 +15,44 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
+class _Items:
+    """Scores with arrays of one value or row per item."""
+
+    @property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Every array by name."""
+        values = {part.name: getattr(self, part.name) for part in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+
+    def take(self, rows: Sequence[int], item_hash: str | None) -> Self:
+        """Return the scores of some items, in the order of `rows`; `item_hash` is that of the items taken."""
+        taken: dict[str, Any] = {"item_hash": item_hash}
+        for part in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, part.name)
+            if isinstance(value, np.ndarray):
+                taken[part.name] = value[list(rows)]
+            elif isinstance(value, tuple):
+                taken[part.name] = tuple(value[row] for row in rows)
+        return replace(self, **taken)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class SetScores:
+class SetScores(_Items):
     """Scores of one evaluation set of n items with k perturbed answers each.
 
     Attributes:
         answer_loss: (n,) mean negative log-likelihood of the gold answer, nats per answer token, end token included; NaN
-            where a log that serves as a reference lacks it.
+            if a log that serves as a reference lacks it.
         answer_tokens: (n,) number of answer tokens behind each mean.
         paraphrase_loss, paraphrase_tokens: (n,) the same for the paraphrased answer.
         perturbed_loss, perturbed_tokens: (n, k) the same for the perturbed answers.
-        rouge_l_recall, rouge_1_recall: (n,) of the greedy generation against the gold answer; None where not generated.
+        rouge_l_recall, rouge_1_recall: (n,) of the greedy generation against the gold answer; None if not generated.
         generated: n generated texts, or None.
-        questions, answers: the texts the scores belong to (written to evaluation logs), or None when unknown.
-        item_hash: item-set hash of the items; None for logs that do not carry one.
-        exact_memorization, extraction_strength: (n,) in [0, 1] of the gold answer, see `memorization`; None where a log
-            lacks them.
-        logit_spread: (n,) standard deviation of the logits over the vocabulary, mean over the gold answer's tokens; of the sets
-            of model utility only.
+        questions, answers: Texts of the items, written to evaluation logs, or None if unknown.
+        item_hash: Item-set hash; None for logs without one.
+        exact_memorization, extraction_strength: (n,) in [0, 1] of the gold answer, see `memorization`; None if unknown.
+        logit_spread: (n,) standard deviation of the logits over the vocabulary, mean over the gold answer's tokens; utility
+            sets only.
     """
 
     answer_loss: FloatArray
@@ -54,29 +74,17 @@ class SetScores:
     def __len__(self) -> int:
         return len(self.paraphrase_loss)
 
-    def take(self, rows: Sequence[int], item_hash: str | None) -> "SetScores":
-        """The scores of some items, in the order of `rows`; `item_hash` is that of the items taken."""
-        taken: dict[str, Any] = {"item_hash": item_hash}
-        for part in fields(self):
-            value = getattr(self, part.name)
-            if isinstance(value, np.ndarray):
-                taken[part.name] = value[list(rows)]
-            elif isinstance(value, tuple):
-                taken[part.name] = tuple(value[row] for row in rows)
-        return replace(self, **taken)
-
 
 @dataclass(frozen=True)
 class ScoreReport:
     """Everything measured on one model.
 
     Attributes:
-        sets: Scores by evaluation set name (``forget``, ``retain``, ``real_authors``, ``world_facts``, and where the
-            corpus has them ``related``, ``unrelated``).
-        logit_scale: Mean over gold answer tokens of the utility sets of the standard deviation of the logits over the
-            vocabulary; None where it was not measured.
-        seconds: Wall-clock seconds by stage of scoring (`uipe_core.scoring.scorer.LOSS_STAGES` and those that follow), in
-        their order.
+        sets: Scores by evaluation set (``forget``, ``retain``, ``real_authors``, ``world_facts``, and if the corpus has them
+            ``related``, ``unrelated``).
+        logit_scale: Standard deviation of the logits over the vocabulary, mean over gold answer tokens of the utility sets;
+            None if not measured.
+        seconds: Wall-clock seconds by stage of scoring (`uipe_core.scoring.scorer.LOSS_STAGES` and later ones), in their order.
     """
 
     sets: Mapping[str, SetScores]
@@ -84,31 +92,26 @@ class ScoreReport:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     def take(self, rows: Mapping[str, Sequence[int]], hashes: Mapping[str, str]) -> "ScoreReport":
-        """The scores of some items of every set in `rows` that the report has; `hashes` are the item-set hashes of those items.
+        """Return the scores of some items of the sets in `rows`, with the item-set hashes of those items.
 
-        The logit scale is that of the items taken, where it was kept per item.
+        The logit scale is that of the items taken, if it was kept per item.
         """
         sets = {name: self.sets[name].take(rows[name], hashes.get(name)) for name in rows if name in self.sets}
         return replace(self, sets=sets, logit_scale=logit_scale(sets) or self.logit_scale)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Every per-item array by ``set/measurement``, for a file beside the trial."""
-        return {
-            f"{name}/{part.name}": value
-            for name, scores in self.sets.items()
-            for part in fields(scores)
-            if isinstance(value := getattr(scores, part.name), np.ndarray)
-        }
+        """Return every per-item array by ``set/measurement``."""
+        return {f"{name}/{key}": value for name, scores in self.sets.items() for key, value in scores.arrays.items()}
 
 
 def set_scores(arrays: Mapping[str, NDArray[Any]], name: str) -> SetScores:
-    """The scores of one evaluation set, from arrays as `ScoreReport.arrays` names them."""
+    """Return the scores of one evaluation set, from arrays named as in `ScoreReport.arrays`."""
     fields_of_set: dict[str, Any] = {key.partition("/")[2]: each for key, each in arrays.items() if key.startswith(f"{name}/")}
     return SetScores(**fields_of_set)
 
 
 def logit_scale(sets: Mapping[str, SetScores]) -> float | None:
-    """Mean logit spread over all gold answer tokens of the sets that have it, end tokens included; None where none has."""
+    """Return the mean logit spread over all gold answer tokens of the sets that have it, end tokens included; None without."""
     known = [scores for scores in sets.values() if scores.logit_spread is not None]
     if not known:
         return None
@@ -117,19 +120,19 @@ def logit_scale(sets: Mapping[str, SetScores]) -> float | None:
 
 
 CHOICE_DEFINITION = "letters"
-"""Metric definition of multiple choice: by the letters, without examples, as lm-evaluation-harness's wmdp and mmlu tasks."""
+"""Metric definition of multiple choice: by letters, without examples, as in lm-evaluation-harness's wmdp and mmlu tasks."""
 
 
 @dataclass(frozen=True)
-class ChoiceScores:
-    """Scores of one set of n questions, the one with most having k choices.
+class ChoiceScores(_Items):
+    """Scores of one set of n questions with up to k choices.
 
     Attributes:
-        log_likelihood: (n, k) log-likelihood of each choice's letter after the question, nats; -inf where a question has fewer.
+        log_likelihood: (n, k) log-likelihood of each choice's letter after the question, nats; -inf beyond its choices.
         answers: (n,) index of the right choice.
         choices: (n,) number of choices.
-        logit_spread: (n,) standard deviation of the logits over the vocabulary, where the letter is predicted.
-        item_hash: Item-set hash of the questions; None for results that do not carry one.
+        logit_spread: (n,) standard deviation of the logits over the vocabulary at the position that predicts the letter.
+        item_hash: Item-set hash of the questions; None if unknown.
     """
 
     log_likelihood: FloatArray
@@ -143,20 +146,13 @@ class ChoiceScores:
 
     @property
     def correct(self) -> NDArray[np.bool_]:
-        """(n,) whether the right letter is the likeliest; of equally likely ones the first counts."""
+        """(n,) whether the right letter is the most likely; of equally likely ones the first counts."""
         return self.log_likelihood.argmax(axis=1) == self.answers
 
     @property
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Every array by name."""
-        names = ("log_likelihood", "answers", "choices", "logit_spread", "correct")
-        return {name: getattr(self, name) for name in names}
-
-    def take(self, rows: Sequence[int], item_hash: str | None) -> "ChoiceScores":
-        """The scores of some questions, in the order of `rows`; `item_hash` is that of the questions taken."""
-        kept = list(rows)
-        taken = (self.log_likelihood[kept], self.answers[kept], self.choices[kept], self.logit_spread[kept])
-        return ChoiceScores(*taken, item_hash)
+        """Every array by name, `correct` included."""
+        return {**super().arrays, "correct": self.correct}
 
 
 @dataclass(frozen=True)
@@ -164,7 +160,7 @@ class ChoiceReport:
     """Everything measured on one model that answered multiple-choice questions.
 
     Attributes:
-        sets: Scores by set name, ``forget`` and ``utility``.
+        sets: Scores by set, ``forget`` and ``utility``.
         seconds: Wall-clock seconds by stage (``letters``).
     """
 
@@ -178,12 +174,12 @@ class ChoiceReport:
         return None if utility is None or not len(utility) else float(np.mean(utility.logit_spread))
 
     def take(self, rows: Mapping[str, Sequence[int]], hashes: Mapping[str, str]) -> "ChoiceReport":
-        """The scores of some questions of every set in `rows`; `hashes` are the item-set hashes of those questions."""
+        """Return the scores of some questions of the sets in `rows`, with the item-set hashes of those questions."""
         sets = {name: self.sets[name].take(rows[name], hashes.get(name)) for name in rows if name in self.sets}
         return ChoiceReport(sets, self.seconds)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """Every array by ``set/measurement``, for a file beside the trial."""
+        """Return every array by ``set/measurement``."""
         return {f"{name}/{key}": value for name, scores in self.sets.items() for key, value in scores.arrays.items()}
 
 
@@ -191,12 +187,11 @@ REMEDY = "score the reference on the same corpus and split"
 
 
 def require_same_items(scores: SetScores, expected: SetScores, name: str) -> None:
-    """Refuses a reference that was scored on other items.
+    """Raise UserError if a reference was scored on other items.
 
-    Counts must agree, and item-set hashes where both carry one. Without both hashes texts are compared where both carry
-    them: an item differs if neither its question nor its answer agrees. Only letters and digits count then, and a question
-    may stand inside a prompt, because code bases log questions with their prompt format around them and decode tokens
-    with other spaces. Where neither hash nor text is known, the count has to do.
+    Counts must agree, and item-set hashes if both have one. Without both hashes texts are compared if both have them: an item
+    differs if neither question nor answer agrees. Only letters and digits count then, and a question may be inside a prompt,
+    because code bases log questions with their prompt format and decode tokens with other spaces.
 
     Args:
         scores: One set of the scored model.
@@ -204,7 +199,7 @@ def require_same_items(scores: SetScores, expected: SetScores, name: str) -> Non
         name: Name of the set, for the error.
 
     Raises:
-        UserError: Other items; gives both counts and the first item that differs, with both questions where known.
+        UserError: Other items; gives both counts and the first differing item, with both questions if known.
     """
     hashed = scores.item_hash is not None and expected.item_hash is not None
     same_hash = hashed and scores.item_hash == expected.item_hash
@@ -219,7 +214,7 @@ def require_same_items(scores: SetScores, expected: SetScores, name: str) -> Non
 
 
 def _first_difference(scores: SetScores, expected: SetScores) -> int | None:
-    """Index of the first item that differs, None where the texts of all shared items agree or are not known."""
+    """Return the index of the first differing item, None if the texts of all shared items agree or are unknown."""
     shared = min(len(scores), len(expected))
     if scores.questions is None or expected.questions is None:
         return None
@@ -230,7 +225,7 @@ def _first_difference(scores: SetScores, expected: SetScores) -> int | None:
         if scores.answers is not None and expected.answers is not None:
             answers = scores.answers[index], expected.answers[index]
         if exact:
-            # Both come from here, so texts that are not equal are other items.
+            # Both logs are written by this code, so texts of equal items are equal.
             agrees = questions[0] == questions[1] and (answers is None or answers[0] == answers[1])
         else:
             agrees = _contained(*questions) or (answers is not None and _plain(answers[0]) == _plain(answers[1]))

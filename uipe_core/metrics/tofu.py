@@ -1,12 +1,12 @@
-"""Forget quality and model utility from scored losses: arrays in, numbers out.
+"""Compute forget quality and model utility from scored losses.
 
-Code bases compute these numbers differently, so each result carries the name of its definition (`definitions.DEFINITIONS`).
+Code bases compute these numbers differently, so each result has the name of its definition (`definitions.DEFINITIONS`).
 
-Symbols used below, for a set of n items with k perturbed answers each:
+Symbols, for a set of n items with k perturbed answers each:
     a: (n,) mean loss of the gold answer, nats per token.
     p: (n,) mean loss of the paraphrased answer.
     q: (n, k) mean losses of the perturbed answers.
-    R: (n,) truth ratio, mean perturbed probability over paraphrase probability; small when the model knows the fact.
+    R: (n,) truth ratio, mean perturbed probability over paraphrase probability; small if the model knows the fact.
 
 Source: TOFU (arXiv 2401.06121, section 2.2); `definitions` has those of each definition.
 """
@@ -30,7 +30,7 @@ CHOICE_SETS = ("real_authors", "world_facts")
 """Sets whose probability is relative to the perturbed answers, as in a multiple choice (TOFU, section 2.2.1)."""
 
 MEMORIZED_SETS = ("forget", "retain")
-"""Sets whose memorisation is reported: what should go, and what should stay."""
+"""Sets whose memorisation is reported."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ForgetQuality:
 
     Attributes:
         p_value: In [0, 1]; high means indistinguishable from the reference. May underflow to 0 above 500 items.
-        log10_p: log10 of the p-value, never below `log10_p_floor` of the sample sizes and never above 0.
+        log10_p: log10 of the p-value, from `log10_p_floor` of the sample sizes to 0.
         ks_statistic: Largest distance between the two empirical distribution functions, in [0, 1].
     """
 
@@ -48,7 +48,7 @@ class ForgetQuality:
     ks_statistic: float
 
     def as_dict(self) -> dict[str, float]:
-        """The three numbers under the keys of ``uipe metrics --json``."""
+        """Return the three numbers under the keys of ``uipe metrics --json``."""
         quality = {"forget_quality": self.p_value, "log10_forget_quality": self.log10_p}
         return {**quality, "ks_statistic": self.ks_statistic}
 
@@ -58,14 +58,14 @@ class Metrics:
     """The numbers of one model.
 
     Attributes:
-        definition: Key of `definitions.DEFINITIONS` that all of them follow.
+        definition: Key of `definitions.DEFINITIONS`.
         model_utility: Harmonic mean of the nine components, in [0, 1].
         components: The nine numbers of model utility by TOFU's names, each in [0, 1].
         forget: Probability, ROUGE and truth ratio of the forget set, each in [0, 1].
         forget_quality: Test against the reference, None without one.
-        related: The same test on ``related`` and ``unrelated``, where both model and reference were scored on them.
-        memorization: ``exact_memorization`` and ``extraction_strength`` by set of `MEMORIZED_SETS`, where known; the same
-            in every definition.
+        related: The same test on ``related`` and ``unrelated``, if both model and reference were scored on them.
+        memorization: ``exact_memorization`` and ``extraction_strength`` by set of `MEMORIZED_SETS`, if known; equal in every
+            definition.
     """
 
     definition: str
@@ -77,7 +77,7 @@ class Metrics:
     memorization: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """Strict JSON content of ``uipe metrics --json``; keys that need a reference are absent without one."""
+        """Return the content of ``uipe metrics --json``; keys that need a reference are absent without one."""
         content: dict[str, Any] = {
             "definition": self.definition,
             "model_utility": self.model_utility,
@@ -94,35 +94,30 @@ class Metrics:
 
 
 def evaluate(report: ScoreReport, reference: ScoreReport | None = None, definition: str = "tofu") -> Metrics:
-    """Every number of one model; with a reference (usually the retain model) forget quality too.
+    """Compute every number of one model; with a reference (usually the retain model) forget quality too.
 
-    The reference needs paraphrase and perturbed losses on the forget set only: neither its gold answers, its ROUGE nor its
-    utility sets are looked at.
+    The reference needs paraphrase and perturbed losses on the forget set only.
 
     Raises:
-        UserError: Unknown definition, a missing set or ROUGE, losses that are not finite, or a reference scored on
-            other items.
+        UserError: Unknown definition, a missing set or ROUGE, losses that are not finite, or a reference of other items.
     """
-    chosen = definition_named(definition)
     _require_sets(report, ("forget", *UTILITY_SETS))
-    components = utility_components(report, definition)
-    forget = forget_components(report, definition)
+    components, forget = utility_components(report, definition), forget_components(report, definition)
     values = Metrics(definition, model_utility(components), components, forget, memorization=memorization(report))
     if reference is None:
         return values
     _require_sets(reference, ("forget",), "of the reference ")
-    quality = quality_of_set(report, reference, "forget", chosen)
-    shared = [name for name in RELATED_SETS if name in report.sets and name in reference.sets]
-    related = {name: quality_of_set(report, reference, name, chosen) for name in shared}
-    return replace(values, forget_quality=quality, related=related)
+    names = ("forget", *(name for name in RELATED_SETS if name in report.sets and name in reference.sets))
+    tests = {name: quality_of_set(report, reference, name, definition_named(definition)) for name in names}
+    return replace(values, forget_quality=tests.pop("forget"), related=tests)
 
 
 def truth_ratio(paraphrase_loss: FloatArray, perturbed_loss: FloatArray, definition: str = "tofu") -> FloatArray:
-    """Truth ratio R per item, (n,) in [0, inf]: mean perturbed probability over paraphrase probability.
+    """Return the truth ratio R per item, (n,) in [0, inf]: mean perturbed probability over paraphrase probability.
 
-    For ``tofu`` this is exp(p - mean q), the geometric form; for ``tofu-utils`` the mean is arithmetic; for
-    ``open-unlearning`` 1e-10 is added to the paraphrase probability. A difference beyond about 709 nats leaves the range of
-    float64: R is then inf or 0, never NaN. `forget_quality` takes such values, since only their order counts.
+    For ``tofu`` exp(p - mean q), the geometric form; for ``tofu-utils`` with the arithmetic mean; for ``open-unlearning`` 1e-10
+    is added to the paraphrase probability. Differences beyond about 709 nats give inf or 0, never NaN; `forget_quality` accepts
+    these, since only the order counts.
 
     Args:
         paraphrase_loss: (n,) finite, nats per token.
@@ -131,14 +126,14 @@ def truth_ratio(paraphrase_loss: FloatArray, perturbed_loss: FloatArray, definit
     """
     chosen = definition_named(definition)
     with np.errstate(over="ignore", under="ignore"):
-        return np.exp(_log_truth_ratio(paraphrase_loss, chosen.log_mean_perturbed(perturbed_loss), chosen.epsilon))
+        return np.exp(_log_divide(chosen.log_mean_perturbed(perturbed_loss), -paraphrase_loss, chosen.epsilon))
 
 
 def utility_components(report: ScoreReport, definition: str = "tofu") -> dict[str, float]:
-    """The nine components of model utility, each in [0, 1], by their names in TOFU's tables.
+    """Return the nine components of model utility, each in [0, 1], by their names in TOFU's tables.
 
-    Per set: ``Prob`` is mean exp(-a), on the choice sets divided by the sum over gold and perturbed answers; ``ROUGE``
-    is the mean ROUGE-L recall; ``Truth Ratio`` is mean max(0, 1 - R).
+    Per set: ``Prob`` is mean exp(-a), on the choice sets divided by the sum over gold and perturbed answers; ``ROUGE`` is the
+    mean ROUGE-L recall; ``Truth Ratio`` is mean max(0, 1 - R).
 
     Raises:
         UserError: Unknown definition, a missing set or ROUGE, or losses that are not finite.
@@ -150,7 +145,7 @@ def utility_components(report: ScoreReport, definition: str = "tofu") -> dict[st
 
 
 def forget_components(report: ScoreReport, definition: str = "tofu") -> dict[str, float]:
-    """Probability, ROUGE-L recall and truth ratio of the forget set, each in [0, 1]; raises as `utility_components`.
+    """Return probability, ROUGE-L recall and truth ratio of the forget set, each in [0, 1]; raises as `utility_components`.
 
     The truth ratio is mean min(R, 1/R): 1 when true and false answers are equally likely.
     """
@@ -159,7 +154,7 @@ def forget_components(report: ScoreReport, definition: str = "tofu") -> dict[str
 
 
 def memorization(report: ScoreReport) -> dict[str, dict[str, float]]:
-    """Mean exact memorisation and extraction strength, each in [0, 1], of `MEMORIZED_SETS`, where the report has them."""
+    """Return mean exact memorisation and extraction strength, each in [0, 1], of `MEMORIZED_SETS`, if the report has them."""
     found: dict[str, dict[str, float]] = {}
     for name in MEMORIZED_SETS:
         scores = report.sets.get(name)
@@ -190,9 +185,9 @@ def model_utility(components: Mapping[str, float]) -> float:
 
 
 def forget_quality(ratios: FloatArray, reference_ratios: FloatArray) -> ForgetQuality:
-    """Two-sided two-sample KS test between two samples of truth ratios (TOFU, section 2.2.2).
+    """Run the two-sided two-sample KS test between two samples of truth ratios (TOFU, section 2.2.2).
 
-    Only the order of the values counts: ratios, their inverses or logarithms give the same, and infinities may occur.
+    Only the order counts: ratios, their inverses or logarithms give the same, and infinities may occur.
 
     Args:
         ratios, reference_ratios: (n,) of the scored model and (m,) of the reference.
@@ -206,14 +201,14 @@ def forget_quality(ratios: FloatArray, reference_ratios: FloatArray) -> ForgetQu
     if not n or not m or np.isnan(ratios).any() or np.isnan(reference_ratios).any():
         raise ValueError(f"the KS test needs two non-empty samples without NaN, got {n} and {m} values")
     with warnings.catch_warnings():
-        # Where rounding lifts scipy's exact p above 1, it warns and takes the asymptotic one, 1 to 1e-4.
+        # If rounding lifts scipy's exact p above 1, it warns and uses the asymptotic one, 1 to 1e-4.
         warnings.filterwarnings("ignore", message="ks_2samp: Exact calculation unsuccessful")
         test = ks_2samp(ratios, reference_ratios)
     p_value, statistic = float(test.pvalue), float(test.statistic)
     if p_value > 0:
         log10_p = float(np.log10(p_value))
     elif n == m:
-        # Where p underflows, all but the first term of the reflection sum (Gnedenko and Korolyuk 1951) are negligible.
+        # If p underflows, all but the first term of the reflection sum (Gnedenko and Korolyuk 1951) are negligible.
         log10_p = log10_p_floor(n, n) + _log_binomial(2 * n, n - round(statistic * n)) / float(np.log(10.0))
     else:
         log10_p = -np.inf
@@ -221,7 +216,7 @@ def forget_quality(ratios: FloatArray, reference_ratios: FloatArray) -> ForgetQu
 
 
 def log10_p_floor(n: int, m: int) -> float:
-    """log10 of the smallest p-value that samples of n and m can reach, 2 / C(n + m, n): all values separated.
+    """Return log10 of the smallest p-value of samples of n and m, 2 / C(n + m, n): all values separated.
 
     The smallest p-value is 1.86e-23 for n = m = 40, 1.94e-119 for 200, 1.06e-239 for 400.
     """
@@ -240,12 +235,8 @@ def _log_divide(log_numerator: FloatArray, log_denominator: FloatArray, epsilon:
     return log_numerator - log_denominator
 
 
-def _log_truth_ratio(paraphrase_loss: FloatArray, log_perturbed: FloatArray, epsilon: float) -> FloatArray:
-    return _log_divide(log_perturbed, -paraphrase_loss, epsilon)
-
-
 def item_components(scores: SetScores, name: str, definition: Definition) -> dict[str, FloatArray]:
-    """What the components of one set are the means of: (n,) arrays by the components' names.
+    """Return the components of one set per item: (n,) arrays by component.
 
     Raises:
         UserError: No ROUGE, or losses that are not finite.
@@ -258,7 +249,7 @@ def item_components(scores: SetScores, name: str, definition: Definition) -> dic
 
 
 def loss_components(scores: SetScores, name: str, definition: Definition) -> dict[str, FloatArray]:
-    """As `item_components`, those two that losses alone tell: probability and truth ratio, in this order, each in [0, 1].
+    """Return the components that need losses only, probability and truth ratio, in this order, each (n,) in [0, 1].
 
     Raises:
         UserError: Losses that are not finite.
@@ -271,22 +262,21 @@ def loss_components(scores: SetScores, name: str, definition: Definition) -> dic
         choices = np.concatenate([log_probability[:, None], -scores.perturbed_loss], axis=1)
         log_probability = _log_divide(log_probability, logsumexp(choices, axis=1), definition.epsilon)
     log_perturbed = definition.log_mean_perturbed(scores.perturbed_loss)
-    log_ratio = _log_truth_ratio(scores.paraphrase_loss, log_perturbed, definition.epsilon)
+    log_ratio = _log_divide(log_perturbed, -scores.paraphrase_loss, definition.epsilon)
     if name == "forget":
         log_inverse = _log_divide(np.zeros_like(log_ratio), log_ratio, definition.epsilon)
         closeness = np.exp(np.minimum(log_ratio, log_inverse))
     else:
         closeness = 1.0 - np.exp(np.minimum(log_ratio, 0.0))
-    return {
-        f"Prob {SET_TITLES[name]}": np.exp(log_probability),
-        f"Truth Ratio {SET_TITLES[name]}": closeness,
-    }
+    return {f"Prob {SET_TITLES[name]}": np.exp(log_probability), f"Truth Ratio {SET_TITLES[name]}": closeness}
 
 
 def quality_ratios(scores: SetScores, definition: Definition) -> FloatArray:
-    """(n,) log truth ratios that forget quality compares: geometric in every definition, and in logarithms, which have the
-    order of the ratios without ties where those overflow."""
-    return _log_truth_ratio(scores.paraphrase_loss, log_geometric_mean(scores.perturbed_loss), definition.epsilon)
+    """Return (n,) log truth ratios for forget quality, geometric in every definition.
+
+    Logarithms have the order of the ratios without ties by overflow.
+    """
+    return _log_divide(log_geometric_mean(scores.perturbed_loss), -scores.paraphrase_loss, definition.epsilon)
 
 
 def _set_components(scores: SetScores, name: str, definition: Definition) -> dict[str, float]:
@@ -316,7 +306,7 @@ def _check_finite(values: FloatArray, name: str, what: str) -> None:
 
 
 def quality_of_set(report: ScoreReport, reference: ScoreReport, name: str, definition: Definition) -> ForgetQuality:
-    """Forget quality of one evaluation set; raises UserError as `evaluate`."""
+    """Return the forget quality of one evaluation set; raises UserError as `evaluate`."""
     scores, expected = report.sets[name], reference.sets[name]
     compared = ("paraphrase_loss", "perturbed_loss")
     _check_losses(scores, name, compared)
@@ -329,16 +319,15 @@ PARTS = 3
 """Components of model utility per set: probability, ROUGE-L recall and truth ratio."""
 
 SLACK = 1e-9
-"""Added to a bound, as a share of it: sums of other numbers are rounded otherwise, by less than this."""
+"""Relative allowance of a bound for rounding in other sums."""
 
 
 def utility_bound(report: ScoreReport, definition: str = "tofu") -> float:
-    """Upper bound, in [0, 1], on the model utility of a model that is scored in part.
+    """Return an upper bound, in [0, 1], on the model utility of a partly scored model.
 
-    A harmonic mean grows with each of its components, and none of them can exceed 1 in any definition: probabilities and recall
-    by nature, relative probabilities because the answer itself is in the denominator, truth ratios as max(0, 1 - R) with
-    R >= 0; an epsilon in a denominator lowers probabilities, and lifts a truth ratio to 1 at most. So what is not known
-    counts as 1.
+    Unknown components count as 1: a harmonic mean grows with each component, and none exceeds 1 in any definition.
+    Probabilities and recall are at most 1; relative probabilities have the answer itself in the denominator; truth ratios are
+    max(0, 1 - R) with R >= 0. An epsilon in a denominator lowers probabilities, and raises a truth ratio to 1 at most.
 
     Args:
         report: Any of the utility sets, each with its losses, with or without ROUGE.

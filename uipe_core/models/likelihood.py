@@ -1,4 +1,7 @@
-"""Compute log-likelihoods of answers from logits: per token, per answer, and the KL divergence between two models."""
+"""Compute log-likelihoods of answers from logits: per token, per answer, and the KL divergence between two models.
+
+Shapes: b sequences, t positions, v vocabulary entries. Labels and targets are `IGNORED` outside answers.
+"""
 
 import torch
 from torch import Tensor
@@ -8,17 +11,13 @@ from uipe_core.models.prompts import IGNORED
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of every target token, in nats.
+    """Return (b, t) negative log-likelihoods of the targets, nats, fp32, 0 outside answers.
 
-    Only answer positions go through the softmax: on them alone it is a matrix of contiguous rows, several times faster than
-    over all positions with the vocabulary in the middle.
+    Only answer positions go through the softmax: contiguous rows are several times faster than all positions.
 
     Args:
         logits: (b, t, v); position i predicts target i.
-        targets: (b, t) with `IGNORED` outside answers.
-
-    Returns:
-        (b, t) fp32, 0 outside answers.
+        targets: (b, t).
     """
     chosen = targets != IGNORED
     nll = F.cross_entropy(logits[chosen].float(), targets[chosen], reduction="none")
@@ -26,32 +25,29 @@ def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def answer_logp(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probability of each answer and its number of tokens.
+    """Return (b,) log-probabilities of the answers in nats, summed over tokens, and (b,) their numbers of tokens.
 
     Args:
         logits: (b, t, v); position i predicts token i + 1.
-        labels: (b, t) with `IGNORED` outside answers.
-
-    Returns:
-        (b,) summed log-probabilities in nats, (b,) token counts.
+        labels: (b, t).
     """
     targets = labels[:, 1:]
     return -token_nll(logits[:, :-1], targets).sum(dim=1), (targets != IGNORED).sum(dim=1)
 
 
 def answer_rows(values: Tensor, labels: Tensor) -> Tensor:
-    """The rows of (b, t, n) values that answer tokens are predicted from, (k, n) in fp32; labels are (b, t)."""
+    """Return (k, n) fp32 rows of (b, t, n) values from which answer tokens are predicted; labels are (b, t)."""
     return values[:, :-1][labels[:, 1:] != IGNORED].float()
 
 
 def answer_kl(initial_logits: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over answer tokens of KL(initial || current), () in nats; both logits (b, t, v)."""
+    """Return () mean over answer tokens of KL(initial || current) in nats; both logits (b, t, v)."""
     initial = F.log_softmax(answer_rows(initial_logits, labels), dim=-1)
     current = F.log_softmax(answer_rows(logits, labels), dim=-1)
     return (initial.exp() * (initial - current)).sum(dim=-1).mean()
 
 
 def mean_answer_nll(logits: Tensor, labels: Tensor) -> Tensor:
-    """() mean negative log-likelihood per answer token over the whole batch, in nats."""
+    """Return () mean negative log-likelihood per answer token of the batch, in nats."""
     logp, tokens = answer_logp(logits, labels)
     return -logp.sum() / tokens.sum()

@@ -1,8 +1,8 @@
-"""Causal language models: loaded by name or folder, or small ones built and trained here."""
+"""Load causal language models by hub name or folder, and identify their weights."""
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where its inputs go: the device of its embeddings, also of a model that is spread over several."""
+        """Device of the embeddings, where inputs go, also for a model spread over several."""
         return torch.device(self.model.get_input_embeddings().weight.device)
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is the first CUDA device where there is one, else the CPU.
+    """Return the torch device of a name; ``auto`` is the first CUDA device, or the CPU if there is none.
 
     Raises:
-        UserError: If it is no device's name, or a CUDA device is asked for that is not there.
+        UserError: If the name is invalid, or the CUDA device does not exist.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -52,7 +52,7 @@ def resolve_device(name: str) -> torch.device:
 
 
 def set_threads(threads: int) -> None:
-    """Sets torch's threads for this process. Small models want 1 per worker: two under contention were 5 times slower."""
+    """Set torch's threads for this process. Small models want 1 per worker: two under contention were 5 times slower."""
     torch.set_num_threads(threads)
 
 
@@ -67,7 +67,7 @@ def load_model(
     trust_remote_code: bool = False,
     device_map: str | Mapping[str, str] | None = None,
 ) -> LoadedModel:
-    """Loads a causal language model and its tokenizer from the hub or a folder.
+    """Load a causal language model and its tokenizer from the hub or a folder.
 
     Args:
         source: Hub name or folder.
@@ -75,13 +75,13 @@ def load_model(
         dtype: ``auto`` (as stored) or a key of `DTYPES`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         prompt_template: Text with ``{question}``.
-        prompt_format: Key of `uipe_core.models.prompts.FORMATS`; with neither of the two it is the tokenizer's chat template.
-        trust_remote_code: Whether code that comes with the model may run.
-        device_map: For a model spread over several devices, in place of `device`: ``auto`` (over all GPUs of this process,
-            whole layers each) or devices by module, as transformers takes it. Such a model is for scoring.
+        prompt_format: Key of `uipe_core.models.prompts.FORMATS`; by default the tokenizer's chat template.
+        trust_remote_code: Run code that comes with the model.
+        device_map: Spread a model for scoring over several devices, in place of `device`: ``auto`` (whole layers over all GPUs
+            of this process) or devices by module, as in transformers.
 
     Raises:
-        UserError: If it cannot be found or read, lacks weights, no prompt format is known, or it does not fit its devices.
+        UserError: If it cannot be found or read, lacks weights, has no known prompt format, or does not fit its devices.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -99,7 +99,7 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(place, **common)
     except unreadable as error:
         raise _cannot_load(source, error) from error
-    # Before the weights are read: that may take minutes.
+    # Before reading the weights, which may take minutes.
     prompts = PromptFormat(tokenizer, prompt_template, prompt_format)
     if device_map is not None:
         common["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
@@ -117,13 +117,13 @@ def load_model(
     if device_map is None:
         model.to(where)
     elif any(parameter.is_meta for parameter in model.parameters()):
-        # What lies on the host's memory or disk is brought in anew for every pass: writing update vectors would change nothing.
+        # Offloaded weights are copied in again for every pass, so writing update vectors would change nothing.
         raise UserError(f"model {source}: does not fit into its {torch.cuda.device_count()} GPUs; raise resources.trial.gpus")
     return LoadedModel(model, tokenizer, prompts)
 
 
 def _require_inside(folder: Path) -> None:
-    """Refuses an index whose shards lie elsewhere: what is loaded must be what the identity of the folder covers."""
+    """Raise UserError for an index with shards elsewhere: a folder's identity must cover everything that is loaded."""
     for stem in ("model", "adapter_model"):
         if (folder / f"{stem}.safetensors.index.json").is_file():
             weight_files(folder, stem)
@@ -134,7 +134,7 @@ def _cannot_load(source: str, error: Exception) -> UserError:
 
 
 def _local_folder(source: str) -> Path | None:
-    """The folder meant by source, or None where it is a name on the hub."""
+    """Return the folder named by `source`, or None if it is a name on the hub."""
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if source.startswith((".", "/", "~")):
@@ -148,7 +148,7 @@ def _local_folder(source: str) -> Path | None:
 def check_model_folder(
     source: str, prompt_template: str | None, prompt_format: str | None, trust_remote_code: bool = False
 ) -> None:
-    """Checks what can be checked of a model folder without reading its weights.
+    """Check a model folder without reading its weights.
 
     Raises:
         UserError: If it is missing, no saved model, has no weights, or its tokenizer cannot write the prompt format.
@@ -170,9 +170,9 @@ def check_model_folder(
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
-    """Casts the weights only, as loading in that dtype does.
+    """Cast the weights only, as loading in that dtype does.
 
-    ``model.to(dtype)`` would round buffers such as Llama's rotary frequencies too: a model that loading never gives.
+    ``model.to(dtype)`` would also round buffers such as Llama's rotary frequencies.
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -180,11 +180,12 @@ def cast_weights(model: Any, dtype: torch.dtype) -> None:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from and how it is loaded; `identity` says which weights, wherever they lie.
+    """Where a model comes from and how it is loaded.
 
     Attributes:
         location: Folder, or hub name.
-        identity: Content hash of a folder, cache key of a tiny model, or ``name@commit`` of the hub.
+        identity: Which weights, wherever they are: content hash of a folder, cache key of a tiny model, or ``name@commit`` of
+            the hub.
         revision, dtype, device, prompt_template, prompt_format, trust_remote_code, device_map: As in `load_model`.
     """
 
@@ -199,26 +200,18 @@ class ModelSource:
     device_map: str | None = None
 
     def load(self, dtype: str | None = None) -> LoadedModel:
-        """Loads the model; `dtype` overrides the one of the source (training starts from the weights as stored)."""
-        return load_model(
-            self.location,
-            revision=self.revision,
-            dtype=dtype or self.dtype,
-            device=self.device,
-            prompt_template=self.prompt_template,
-            prompt_format=self.prompt_format,
-            trust_remote_code=self.trust_remote_code,
-            device_map=self.device_map,
-        )
+        """Load the model; `dtype` overrides that of the source (training starts from the weights as stored)."""
+        settings: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)[2:]}
+        return load_model(self.location, **{**settings, "dtype": dtype or self.dtype})
 
 
 def model_identity(location: str, revision: str | None = None) -> tuple[str, str | None]:
-    """Identity of a model's weights, and the revision that pins them.
+    """Return the identity of a model's weights, and the revision that pins them.
 
-    A folder is hashed (its config, tokenizer and weights). A hub model is fetched and named by its commit.
+    A folder is hashed (config, tokenizer and weights). A hub model is fetched and identified by its commit.
 
     Raises:
-        UserError: If the folder is not there or holds no model, or the hub cannot be reached and its cache lacks the model.
+        UserError: If the folder is missing or holds no model, or the hub cannot be reached and its cache lacks the model.
     """
     folder = _local_folder(location)
     if folder is not None:
@@ -232,17 +225,13 @@ def model_identity(location: str, revision: str | None = None) -> tuple[str, str
 
 
 def model_folder(location: str, revision: str | None = None) -> Path:
-    """The folder that holds a model's files: the one given, or the hub's copy on this machine, fetched where it is missing.
-
-    Raises:
-        UserError: As `model_identity`.
-    """
+    """Return the folder with a model's files, fetched from the hub if needed; raise UserError as `model_identity`."""
     folder = _local_folder(location)
     return folder if folder is not None else _from_hub(location, revision)[0]
 
 
 def _from_hub(location: str, revision: str | None) -> tuple[Path, str]:
-    """Folder and commit of a model from the hub."""
+    """Return folder and commit of a model from the hub."""
     from huggingface_hub import snapshot_download
 
     try:

@@ -1,4 +1,4 @@
-"""Errors that mean there was not enough memory, on a GPU or beside it, and giving back what can be given back."""
+"""Recognise out-of-memory errors of GPUs and of the host, and free memory."""
 
 import errno
 import gc
@@ -6,11 +6,11 @@ import gc
 import torch
 
 _WORDS = ("can't allocate memory", "not enough memory", "std::bad_alloc", "out of memory", "alloc_failed")
-"""What torch's allocator for the CPU and the libraries below it say: their error is a plain RuntimeError."""
+"""Messages of torch's CPU allocator and of the libraries below it, which raise a plain RuntimeError."""
 
 
-def ran_out(error: BaseException) -> bool:
-    """Whether an error means that memory was not enough, on any device."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an error means that memory ran out, on any device."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     if isinstance(error, OSError):
@@ -18,8 +18,8 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _WORDS)
 
 
-def give_back() -> None:
-    """Frees what nobody refers to any more, and what torch keeps on a GPU for later."""
+def free_memory() -> None:
+    """Collect garbage, and release GPU memory that torch keeps for later."""
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()

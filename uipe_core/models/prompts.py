@@ -1,4 +1,4 @@
-"""Questions and answers as tokens: one place decides where the prompt ends and the answer begins."""
+"""Tokenize questions and answers: the one place that decides where the prompt ends and the answer begins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError, did_you_mean
+from uipe_core.models.transformers_compat import special_tokens
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 IGNORED = -100
-"""Label of tokens that carry no loss (prompt and padding)."""
+"""Label of tokens without loss (prompt and padding)."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ class NamedFormat:
 
     Attributes:
         template: Text with ``{question}``; None for the tokenizer's chat template.
-        answer_tag: Text before the answer that the model has to write itself: it carries loss, the prompt ends before it.
-        system: System prompt given to the chat template.
-        counted: Which tokens carry loss, where the tokenizer merges the end of the prompt with the start of the answer.
-            True, as in both code bases: all are tokenized together, and as many as the prompt alone has carry none.
+        answer_tag: Text before the answer that the model has to write: it has loss, the prompt ends before it.
+        system: System prompt of the chat template.
+        counted: Which tokens have loss if the tokenizer merges the end of the prompt with the start of the answer. True, as in
+            both code bases: tokenize both together, and drop as many tokens as the prompt alone has.
     """
 
     template: str | None = None
@@ -53,20 +54,19 @@ FORMATS: dict[str, NamedFormat] = {
 }
 """Prompt formats by name.
 
-``llama2`` and ``phi``: ``config/model_config.yaml`` and ``data_module.py`` of locuslab/tofu; ``llama2`` is the same in
+``llama2`` and ``phi``: ``config/model_config.yaml`` and ``data_module.py`` of locuslab/tofu; ``llama2`` also
 ``configs/model/Llama-2-7b-chat-hf.yaml`` of open-unlearning. ``llama3``: ``configs/model/Llama-3.2-1B-Instruct.yaml`` and
-``src/data/utils.py`` of open-unlearning. ``chat``: any tokenizer's own chat template, without a system prompt.
+``src/data/utils.py`` of open-unlearning. ``chat``: the tokenizer's chat template, without a system prompt.
 """
 
 CHAT_DATE = "10 Apr 2025"
-"""The day every chat template is told it is: open-unlearning's ``date_string``. A prompt that changes overnight is not the
-prompt a model was trained or scored with."""
+"""Date given to every chat template, open-unlearning's ``date_string``: a prompt must not change overnight."""
 
 _PROBE = "Quokka"
-"""An answer that no chat template contains by itself."""
+"""An answer that occurs in no chat template."""
 
 PROMPT_SCHEMA = 1
-"""Raised whenever a change in this file alters the tokens of a format, so that base runs trained on others are not reused."""
+"""Raised with every change in this file that alters the tokens of a format, so that older base runs are not reused."""
 
 
 def format_named(name: str) -> NamedFormat:
@@ -77,16 +77,15 @@ def format_named(name: str) -> NamedFormat:
 
 
 class PromptFormat:
-    """Turns questions into prompts, and questions with answers into what carries loss.
+    """Write prompts from questions, and examples with loss from questions and answers.
 
     Args:
-        tokenizer: A fast or slow tokenizer of transformers, with an end-of-sequence token.
-        template: Text containing ``{question}``; answers end in the tokenizer's end-of-sequence token.
-        name: Key of `FORMATS`; with neither template nor name it is ``chat``.
+        tokenizer: Of transformers, fast or slow, with an end-of-sequence token.
+        template: Text with ``{question}``; answers end in the tokenizer's end-of-sequence token.
+        name: Key of `FORMATS`; ``chat`` if neither template nor name is given.
 
     Raises:
-        UserError: If both are given, the name is unknown, the format needs a chat template that the tokenizer lacks or that
-            does not do what the format needs, or there is no end token.
+        UserError: If both are given, the name is unknown, the chat template is missing or unsuitable, or there is no end token.
     """
 
     def __init__(self, tokenizer: Any, template: str | None = None, name: str | None = None) -> None:
@@ -104,7 +103,7 @@ class PromptFormat:
             self._use_chat_template(f"model {model}", name)
 
     def _use_chat_template(self, model: str, name: str | None) -> None:
-        """Checks that the chat template does what the format needs, and finds out how it ends an answer."""
+        """Check that the chat template suits the format, and find how it ends an answer."""
         from jinja2 import TemplateError
 
         if not self.tokenizer.chat_template:
@@ -133,9 +132,8 @@ class PromptFormat:
         if _PROBE not in conversation:
             raise UserError(f"{model}: its chat template leaves out answers; give model.prompt_format or model.prompt_template")
         self._tail = conversation.rpartition(_PROBE)[2]
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {*self.tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-        # The first of them, and of two that start there the longer one.
+        # The first special token, and of two that start there the longer one.
+        special = special_tokens(self.tokenizer)
         found = min(((self._tail.index(text), -len(text), text) for text in special if text in self._tail), default=None)
         self._closing = "" if found is None else self._tail[: found[0] - found[1]]
         if found is not None:
@@ -143,7 +141,7 @@ class PromptFormat:
 
     @property
     def pad_id(self) -> int:
-        """Id used for padding; its value never matters because padding is masked."""
+        """Id for padding; its value is irrelevant, because padding is masked."""
         pad = self.tokenizer.pad_token_id
         return int(self.tokenizer.eos_token_id if pad is None else pad)
 
@@ -153,29 +151,29 @@ class PromptFormat:
 
     @property
     def stop_ids(self) -> list[int]:
-        """Tokens a generation ends at: the one that ends an answer here, and the tokenizer's end of sequence."""
+        """Tokens that end a generation: the answer's end token, and the tokenizer's end of sequence."""
         return list(dict.fromkeys((self.end_id, self.eos_id)))
 
     def prompt_text(self, question: str) -> str:
-        """The prompt as text, up to and including the cue to answer."""
+        """Return the prompt as text, including the cue to answer."""
         if self.format.template is not None:
             return self.format.template.replace("{question}", question)
         return self._chat(question)
 
     def prompt_ids(self, question: str) -> list[int]:
-        """Token ids of the prompt. Chat templates write special tokens themselves; plain templates have them added."""
+        """Return the token ids of the prompt. Chat templates contain their special tokens; plain templates get them added."""
         return self._ids(self.prompt_text(question))
 
     def encode(self, question: str, answer: str) -> Example:
-        """Prompt and answer as one sequence; the answer ends in exactly one end token, which carries loss like the rest.
+        """Tokenize prompt and answer as one sequence; the answer ends in exactly one end token, which has loss too.
 
-        The end token is the one by which the chat template closes an answer (``<|eot_id|>`` of Llama 3), otherwise the
-        tokenizer's end of sequence. What a template writes behind it is left out: no answer is over only then.
+        The end token is that of the chat template (``<|eot_id|>`` of Llama 3), else the tokenizer's end of sequence. Text that
+        a template writes after it is left out.
 
-        Both code bases tokenize prompt and answer together, and so does this. Where the tokenizer would merge the end of the
-        prompt with the start of the answer, the formats of a code base do as it does (`NamedFormat.counted`); in others prompt
-        and answer are tokenized apart, so that an answer's loss never includes prompt tokens. Nothing is truncated: the code
-        bases cut at 200 (scoring) or 500 and more tokens (training), which no item of TOFU reaches.
+        As in both code bases, prompt and answer are tokenized together. If the tokenizer would merge the end of the prompt with
+        the start of the answer, formats with `NamedFormat.counted` follow the code base; others tokenize the two apart, so that
+        an answer's loss never includes prompt tokens. Nothing is truncated: the code bases cut at 200 (scoring) or 500 and more
+        tokens (training), which no item of TOFU reaches.
         """
         prompt_text = self.prompt_text(question)
         answer_text = self._answer_text(prompt_text, question, answer)
@@ -187,11 +185,11 @@ class PromptFormat:
         return Example(tuple(ids), min(len(prompt), len(ids) - 1))
 
     def encode_item(self, item: Item) -> Example:
-        """Question and answer of an item as one sequence; a plain one as it stands, with no end token."""
+        """Tokenize an item's question and answer; a plain item without prompt format and end token."""
         return self.encode_plain(item.question, item.answer) if item.plain else self.encode(item.question, item.answer)
 
     def encode_plain(self, text: str, continuation: str) -> Example:
-        """A text and how it goes on, without the model's prompt format; special tokens as the tokenizer adds them in front.
+        """Tokenize a text and its continuation without prompt format, with the tokenizer's special tokens in front.
 
         Tokenized together unless a token would span the border, as in `encode`.
         """
@@ -202,29 +200,28 @@ class PromptFormat:
         return Example(tuple(together), len(start))
 
     def _answer_text(self, prompt: str, question: str, answer: str) -> str:
-        """What follows the prompt, up to and including the template's end token; as the chat template spaces and trims it."""
+        """Return the text after the prompt, including the end token, spaced and trimmed by the chat template."""
         if self.format.template is not None:
             return self.format.answer_tag + answer
         conversation = self._chat(question, answer)
-        # Templates of reasoning models write more into a prompt than they keep of an answer.
+        # Templates of reasoning models write text into a prompt that they drop from a conversation.
         written = conversation.removeprefix(prompt) if conversation.startswith(prompt) else answer + self._tail
         return written.removesuffix(self._tail) + self._closing
 
     def _chat(self, question: str, answer: str | None = None) -> str:
-        """The chat template's prompt for a question or, with an answer, its whole conversation."""
+        """Return the chat template's prompt for a question or, with an answer, the whole conversation."""
         messages = [{"role": "user", "content": question}]
         if self.format.system is not None:
             messages.insert(0, {"role": "system", "content": self.format.system})
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
-        asked = answer is None
         write = self.tokenizer.apply_chat_template
-        return str(write(messages, tokenize=False, add_generation_prompt=asked, date_string=CHAT_DATE))
+        return str(write(messages, tokenize=False, add_generation_prompt=answer is None, date_string=CHAT_DATE))
 
     def _ids(self, text: str, special: bool | None = None) -> list[int]:
         add = self.format.template is not None if special is None else special
         ids = list(self.tokenizer(text, add_special_tokens=add)["input_ids"])
-        # Some tokenizers add an end token by themselves, even to a prompt.
+        # Some tokenizers add an end token, even to a prompt.
         return ids[:-1] if add and ids and ids[-1] == self.eos_id else ids
 
 

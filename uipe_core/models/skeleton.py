@@ -1,4 +1,4 @@
-"""The initial model as checkpoints are held against it: the names and shapes of its parameters, without their weights."""
+"""Compare checkpoints with the initial model by names and shapes of its parameters, without reading weights."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -9,28 +9,29 @@ from typing import Any
 import torch
 
 from uipe_core.errors import UserError, first_line
+from uipe_core.models.transformers_compat import no_weights, tied_names
 from uipe_core.storage.safetensors_files import FLOATS, ShardReader, StoredTensor, read_headers, weight_files
 
 SHOWN = 3
-"""Names told of each kind of mismatch."""
+"""Names shown of each kind of mismatch."""
 
 _NO_EFFECT = re.compile(
     r"_name_or_path|architectures|transformers_version|(torch_)?dtype|use_cache|\w+_token_id|initializer_range|\w*dropout|\w+_pdrop"
     r"|pretraining_tp|problem_type|output_\w+|return_dict|(id2label|label2id|num_labels)|\w*gradient_checkpointing"
 )
-"""Settings of a configuration that change nothing in what a loaded model computes."""
+"""Configuration keys without effect on the computation of a loaded model."""
 
 
 @dataclass(frozen=True)
 class InitialModel:
-    """The initial model as checkpoints are held against it: names and shapes, and where its weights lie.
+    """Names, shapes and files of the initial model's parameters.
 
     Attributes:
-        folder: Where it lies.
+        folder: Folder of the model.
         skeleton: The model on torch's meta device, without weights.
         shapes: Shape of every parameter by name; tied weights once.
         weights: Where each parameter is stored.
-        trust_remote_code: Whether code that comes with a model may run.
+        trust_remote_code: Run code that comes with a model.
     """
 
     folder: Path
@@ -41,7 +42,7 @@ class InitialModel:
 
 
 def open_initial(folder: Path, trust_remote_code: bool = False) -> InitialModel:
-    """The initial model of a folder, without its weights.
+    """Open the initial model of a folder without its weights.
 
     Raises:
         UserError: If the folder is no saved model, or its files do not hold its parameters.
@@ -53,15 +54,10 @@ def open_initial(folder: Path, trust_remote_code: bool = False) -> InitialModel:
 
 
 def meta_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
-    """A causal language model on torch's meta device, without weights, from its configuration alone.
-
-    Args:
-        source: Folder or hub name.
-        revision: Branch, tag or commit on the hub.
-        trust_remote_code: Whether code that comes with the model may run.
+    """Build a causal language model on torch's meta device, without weights, from its configuration.
 
     Raises:
-        UserError: If there is no configuration that can be read, or it makes no causal language model.
+        UserError: If there is no readable configuration, or it makes no causal language model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -76,10 +72,10 @@ def meta_model(source: str, revision: str | None = None, trust_remote_code: bool
 
 
 def dense_weights(initial: InitialModel, folder: Path) -> dict[str, StoredTensor]:
-    """Where a checkpoint holds each parameter of the initial model, in the order of its files; by the headers alone.
+    """Return where a checkpoint stores each parameter of the initial model, in the order of its files; reads headers only.
 
     Raises:
-        UserError: If the checkpoint computes otherwise, or names, shapes or dtypes will not do; says what differs.
+        UserError: If the configurations compute differently, or names, shapes or dtypes do not match; says what differs.
     """
     ours = initial.skeleton.config.to_dict()
     theirs = _config(str(folder), initial.trust_remote_code).to_dict()
@@ -97,8 +93,8 @@ def dense_weights(initial: InitialModel, folder: Path) -> dict[str, StoredTensor
 
 
 def _match(folder: Path, skeleton: Any, shapes: Mapping[str, tuple[int, ...]], owner: str) -> dict[str, StoredTensor]:
-    """Where each parameter of the model is stored in a folder, in the order of its files."""
-    no_weight = _buffers(skeleton)
+    """Return where each parameter of the model is stored in a folder, in the order of its files."""
+    no_weight = no_weights(skeleton)
     stored = {name: place for name, place in read_headers(weight_files(folder)).items() if not no_weight.search(name)}
     for alias, name in tied_names(skeleton, shapes).items():
         if alias in stored:
@@ -124,19 +120,6 @@ def _match(folder: Path, skeleton: Any, shapes: Mapping[str, tuple[int, ...]], o
     if packed:
         raise UserError(f"{folder}: it holds weights as {', '.join(packed)}; save it again as float32, bfloat16 or float16")
     return stored
-
-
-def tied_names(model: Any, parameters: Mapping[str, Any]) -> dict[str, str]:
-    """The other names of tied weights, each with the name that the model's parameters have."""
-    pairs = getattr(model, "all_tied_weights_keys", None) or {}
-    return {(one if other in parameters else other): (other if other in parameters else one) for one, other in pairs.items()}
-
-
-def _buffers(skeleton: Any) -> re.Pattern[str]:
-    """Stored tensors that are no weights: buffers, and what loading ignores (rotary frequencies of older versions)."""
-    named = [f"^{re.escape(name)}$" for name, _ in skeleton.named_buffers()]
-    ignored = getattr(skeleton, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return re.compile("|".join([*named, *ignored, r"rotary_emb\.inv_freq$"]))
 
 
 def _require_equal(folder: Path, stored: StoredTensor, copy: StoredTensor) -> None:

@@ -1,4 +1,4 @@
-"""Small Llamas built and trained here, with tokenizers of their own, cached by content."""
+"""Build and train small Llamas with their own tokenizers, cached by content."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +14,7 @@ from uipe_core.models.prompts import PromptFormat, pad_batch
 from uipe_core.storage.content_store import ContentStore
 
 TINY_SCHEMA = 2
-"""Raised whenever a change in this file alters the tiny models it builds, so that cached ones are not taken for new."""
+"""Raised with every change in this file that alters the tiny models, so that older cached ones are not reused."""
 
 CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] + '\n' }}{% endfor %}"
 """Prompts of tiny models end in a newline, so that prompt and answer never tokenize together."""
@@ -22,7 +22,7 @@ CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content
 
 @dataclass(frozen=True)
 class Stage:
-    """One training stage of a tiny model: passes over its texts, peak learning rate, sequences per step."""
+    """Training stage of a tiny model: passes over its texts, peak learning rate, sequences per step."""
 
     epochs: int
     learning_rate: float
@@ -40,8 +40,8 @@ class TinyModelConfig:
         base: Stage before fine-tuning; None for corpora without base texts.
         finetune: Stage of the full (initial) and of the retain model.
         seed: Seed of initial weights and order of training texts.
-        finetune_seed: Seed of the stage after `base` where it shall be another one; None is `seed`.
-        extra_texts: What the vocabulary must hold beside the texts of the corpus, and nobody teaches the model.
+        finetune_seed: Seed of fine-tuning; None is `seed`.
+        extra_texts: Further texts for the vocabulary, which the model is not trained on.
     """
 
     tokenizer: str
@@ -57,19 +57,19 @@ class TinyModelConfig:
 
 
 def tiny_model_inputs(config: TinyModelConfig, corpus: Corpus, stage: str) -> dict[str, Any]:
-    """Everything that determines a tiny model: the key of its place in the cache."""
+    """Return everything that determines a tiny model: the inputs of its cache key."""
     settings = asdict(config)
     if not config.extra_texts:
-        del settings["extra_texts"]  # without any, a model is what it was before there could be some
+        del settings["extra_texts"]  # keys without extra texts are older than the setting
     return {"kind": "tiny-llama", "schema": TINY_SCHEMA, "config": settings, "corpus": corpus.hash, "stage": stage}
 
 
 def tiny_model(
     config: TinyModelConfig, corpus: Corpus, stage: str, store: ContentStore, progress: Progress | None = None
 ) -> Path:
-    """Folder of the tiny model of a stage (``base``, ``full`` or ``retain``), built and trained if it is not cached.
+    """Return the folder of the tiny model of a stage (``base``, ``full`` or ``retain``), trained if it is not cached.
 
-    ``full`` and ``retain`` are fine-tuned from ``base`` where the configuration has one, from scratch otherwise.
+    ``full`` and ``retain`` are fine-tuned from ``base`` if the configuration has one, else trained from scratch.
     """
 
     def make(folder: Path) -> None:
@@ -100,13 +100,13 @@ def _train_tiny(
 
 
 def tiny_skeleton(config: TinyModelConfig, corpus: Corpus) -> Any:
-    """The small model on torch's meta device: its shape, without weights."""
+    """Return the small model on torch's meta device, without weights."""
     with torch.device("meta"):
         return _new_model(config, corpus)[0]
 
 
 def _new_model(config: TinyModelConfig, corpus: Corpus) -> tuple[Any, Any]:
-    """The small model with weights as drawn, and its tokenizer."""
+    """Return the small model with random weights, and its tokenizer."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     texts = _texts(corpus, config.extra_texts)
@@ -129,7 +129,7 @@ def _new_model(config: TinyModelConfig, corpus: Corpus) -> tuple[Any, Any]:
 
 
 def _fit_answers(model: Any, prompts: PromptFormat, items: ItemSet, stage: Stage, seed: int, progress: Progress | None) -> None:
-    """Teaches a model the answers: AdamW, short warm-up, cosine decay, gradient clipping, loss on answer tokens."""
+    """Train on answer tokens: AdamW, short linear warm-up, cosine decay, gradient clipping."""
     from transformers import get_cosine_schedule_with_warmup
 
     examples = [prompts.encode_item(item) for item in items]
@@ -156,7 +156,7 @@ def _fit_answers(model: Any, prompts: PromptFormat, items: ItemSet, stage: Stage
 
 
 def _texts(corpus: Corpus, extra: Iterable[str]) -> Iterator[str]:
-    """Every text a model of this corpus may read or write, each followed by a newline as in prompts."""
+    """Yield every text a model of this corpus may read or write, questions with a newline as in prompts."""
     groups = [*corpus.build.values(), *corpus.sets.values()]
     for item in (item for group in groups for item in group):
         yield item.question + "\n"

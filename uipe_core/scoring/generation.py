@@ -1,8 +1,9 @@
-"""Greedy text by draft and verify: what is known to come is not generated token by token.
+"""Generate greedy text by draft and verify.
 
-A draft is a guess at the greedy text. One forward pass over prompt and draft gives the most likely token at every place; up to
-the first place where the draft differs it is the greedy text, and the token there is known, too. Only the rest is generated.
-Source: blockwise parallel decoding (Stern et al. 2018, arXiv 1811.03115) with the drafts that scoring has for nothing.
+A draft is a guess at the greedy text. One forward pass over prompt and draft gives the most likely token at every position; up
+to and including the first difference these are the greedy text. Only the rest is generated token by token.
+
+Source: blockwise parallel decoding (Stern et al. 2018, arXiv 1811.03115), with drafts that scoring yields anyway.
 """
 
 from collections.abc import Sequence
@@ -15,25 +16,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from uipe_core.models.prompts import Example
+from uipe_core.models.transformers_compat import accepts_logits_to_keep, forward_parameters, select_cache_rows
 from uipe_core.scoring.batch_sizes import BatchSize, slices
-from uipe_core.scoring.packing import accepts_logits_to_keep, answer_logits, collate, forward_parameters
+from uipe_core.scoring.packing import answer_logits, collate
 
 BY_HAND = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache"})
-"""What a model's forward must take for `_decode`; others are left to their own `generate`."""
+"""Arguments of forward that `_decode` needs; other models use their own `generate`."""
 
 CROWDED = 0.75
-"""Finished rows are dropped once no more than this share of a batch is still being generated for."""
+"""Finished rows are dropped when at most this share of a batch is unfinished."""
 
 
 @dataclass
-class Text:
-    """A greedy text in the making.
+class GreedyText:
+    """A greedy text in progress.
 
     Attributes:
         prompt: Token ids of the prompt.
         limit: Most tokens it may have.
-        tokens: What is known of it so far; once finished without the token that ended it.
-        finished: Whether that is all of it.
+        tokens: Tokens known so far, without the end token.
+        finished: True if these are all.
     """
 
     prompt: list[int]
@@ -42,7 +44,7 @@ class Text:
     finished: bool = False
 
     def add(self, token: int, stops: Sequence[int]) -> None:
-        """Appends the next greedy token."""
+        """Append the next greedy token."""
         if token in stops:
             self.finished = True
         else:
@@ -50,12 +52,12 @@ class Text:
             self.finished = len(self.tokens) >= self.limit
 
     def verify(self, draft: Sequence[int], best: Sequence[int], stops: Sequence[int]) -> None:
-        """Takes over what a draft and the most likely tokens at its places tell.
+        """Append the greedy tokens that a draft's forward pass shows.
 
         Args:
-            draft: Tokens that were read behind the prompt, beginning with what is known already.
-            best: The most likely token at each of their places, and perhaps behind the last.
-            stops: Tokens that end a text.
+            draft: Tokens read after the prompt, starting with the known ones.
+            best: The most likely token at each of their positions, and perhaps after the last.
+            stops: End tokens.
         """
         for place in range(len(self.tokens), len(best)):
             if self.finished:
@@ -65,31 +67,31 @@ class Text:
                 break
 
 
-def complete(model: Any, texts: Sequence[Text], stops: Sequence[int], pad_id: int, size: BatchSize) -> None:
-    """Generates the rest of every unfinished text, in batches of like lengths.
+def complete(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_id: int, size: BatchSize) -> None:
+    """Generate the rest of every unfinished text, in batches of similar lengths.
 
     Args:
         model: A causal language model in evaluation mode.
-        texts: Texts, finished in place.
-        stops: Tokens that end a text.
-        pad_id: Token for padding.
-        size: Rows per batch; what is generated of a batch that finds too little memory is kept.
+        texts: Finished in place.
+        stops: End tokens.
+        pad_id: Padding id.
+        size: Rows per batch; tokens of a batch that runs out of memory are kept.
     """
     unfinished = sorted((text for text in texts if not text.finished), key=lambda text: len(text.prompt) + len(text.tokens))
     by_hand = forward_parameters(model).keys() >= BY_HAND
 
-    def work(batch: list[Text]) -> None:
+    def work(batch: list[GreedyText]) -> None:
         left = [text for text in batch if not text.finished]
         if left:
             (_decode if by_hand else _generate)(model, left, stops, pad_id)
 
-    size.through(unfinished, work, cut=slices)
+    size.run(unfinished, work, split=slices)
 
 
 def verify_drafts(
-    model: Any, texts: Sequence[Text], drafts: Sequence[Sequence[int]], stops: Sequence[int], pad_id: int, size: BatchSize
+    model: Any, texts: Sequence[GreedyText], drafts: Sequence[Sequence[int]], stops: Sequence[int], pad_id: int, size: BatchSize
 ) -> None:
-    """Reads prompt and draft of every unfinished text whose draft begins as the text does and knows more."""
+    """Run one forward pass over prompt and draft of every unfinished text whose draft extends it."""
     chosen = [
         (text, list(draft))
         for text, draft in zip(texts, drafts, strict=True)
@@ -98,8 +100,8 @@ def verify_drafts(
     chosen.sort(key=lambda pair: len(pair[0].prompt) + len(pair[1]))
     keep, device = accepts_logits_to_keep(model), model.device
 
-    def work(part: list[tuple[Text, list[int]]]) -> None:
-        # One token more than the draft, which is not fed, asks for the prediction behind its end.
+    def work(part: list[tuple[GreedyText, list[int]]]) -> None:
+        # One more token than the draft; it is not fed, and gives the prediction after the draft's end.
         examples = [Example((*text.prompt, *draft, pad_id), len(text.prompt)) for text, draft in part]
         rows = collate([(number,) for number in range(len(part))], examples, pad_id, device)
         best = answer_logits(model, rows, keep).argmax(dim=-1).tolist()
@@ -107,11 +109,11 @@ def verify_drafts(
             text.verify(draft, best[:length], stops)
             best = best[length:]
 
-    size.through(chosen, work, cut=slices)
+    size.run(chosen, work, split=slices)
 
 
-def _left_padded(texts: Sequence[Text], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(b, t) ids and mask of prompts with what is known behind them."""
+def _left_padded(texts: Sequence[GreedyText], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return (b, t) ids and mask of prompts and known tokens."""
     known = [[*text.prompt, *text.tokens] for text in texts]
     longest = max(map(len, known))
     ids: NDArray[np.int64] = np.full((len(known), longest), pad_id, dtype=np.int64)
@@ -121,8 +123,8 @@ def _left_padded(texts: Sequence[Text], pad_id: int, device: torch.device) -> tu
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def _decode(model: Any, texts: Sequence[Text], stops: Sequence[int], pad_id: int) -> None:
-    """Token by token with a cache, without the rows that are finished."""
+def _decode(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_id: int) -> None:
+    """Decode token by token with a cache, dropping finished rows."""
     from transformers import DynamicCache
 
     ids, mask = _left_padded(texts, pad_id, model.device)
@@ -143,22 +145,22 @@ def _decode(model: Any, texts: Sequence[Text], stops: Sequence[int], pad_id: int
             return
         if len(left) <= CROWDED * len(rows):
             chosen = torch.tensor(left, device=mask.device)
-            cache.batch_select_indices(chosen)
+            select_cache_rows(cache, chosen)
             rows, best, mask, positions = [rows[row] for row in left], best[chosen], mask[chosen], positions[chosen]
         ids = best[:, None]
         positions = positions[:, -1:] + 1
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
 
 
-def _generate(model: Any, texts: Sequence[Text], stops: Sequence[int], pad_id: int) -> None:
-    """By the model's own `generate`."""
+def _generate(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_id: int) -> None:
+    """Decode with the model's own `generate`."""
     from transformers import GenerationConfig
 
     ids, mask = _left_padded(texts, pad_id, model.device)
     settings = GenerationConfig(
         max_new_tokens=max(text.limit - len(text.tokens) for text in texts),
         do_sample=False,
-        # Unset, these come from the model's own file, and with a repetition penalty the text depends on the logit scale.
+        # Unset, these come from the model's own file; a repetition penalty makes the text depend on the logit scale.
         num_beams=1,
         repetition_penalty=1.0,
         no_repeat_ngram_size=0,

@@ -1,7 +1,7 @@
-"""Scores a model on multiple-choice questions: the log-likelihood of every letter after the question.
+"""Score a model on multiple-choice questions: the log-likelihood of every letter after the question.
 
-One forward pass per question where the letters differ in their last token only, as with every usual tokenizer; where they
-do not, one per beginning they share. Questions are batched by length and padded on the right, as in `uipe_core.scoring.scorer`.
+One forward pass per question if the letters differ in their last token only, as with usual tokenizers; else one per shared
+beginning. Questions are batched by length and padded on the right, as in `uipe_core.scoring.scorer`.
 """
 
 import time
@@ -18,18 +18,18 @@ from uipe_core.corpora.types import ChoiceItem, Corpus, item_set_hash
 from uipe_core.metrics.scores import ChoiceReport, ChoiceScores, FloatArray
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import PromptFormat
-from uipe_core.scoring.batch_sizes import BatchSize, found_rows, slices
-from uipe_core.scoring.packing import accepts_logits_to_keep
+from uipe_core.models.transformers_compat import accepts_logits_to_keep
+from uipe_core.scoring.batch_sizes import BatchSize, find_batch_size, slices
 
 
 @dataclass(frozen=True)
 class _Sequence:
-    """What is fed for one question: its prompt, and tokens that several letters begin with (usually none).
+    """Input of one question: its prompt, and tokens that several letters begin with (usually none).
 
     Attributes:
         ids: Prompt and shared tokens.
-        prompt_length: Where the shared tokens start.
-        letters: Last token of each letter that begins so, by the letter's index.
+        prompt_length: Start of the shared tokens.
+        letters: Last token of each letter with this beginning, by the letter's index.
     """
 
     ids: tuple[int, ...]
@@ -38,12 +38,12 @@ class _Sequence:
 
 
 class ChoiceScorer:
-    """The questions of a corpus tokenized once and scored on any number of weight settings of one model.
+    """Tokenize the questions of a corpus once and score any number of weight settings of one model.
 
     Args:
         corpus: Its `choices` are scored.
-        prompts: Tokenizer of the model; the letter format takes the place of its prompt format.
-        batch_size: Questions per forward pass; None is as many as are found to be best with the first model that is scored.
+        prompts: Tokenizer of the model; the letter format replaces its prompt format.
+        batch_size: Questions per forward pass; None searches for the fastest with the first model.
     """
 
     def __init__(self, corpus: Corpus, prompts: PromptFormat, batch_size: int | None = 32) -> None:
@@ -57,18 +57,18 @@ class ChoiceScorer:
 
     @property
     def batch_size(self) -> int | None:
-        """Questions per forward pass as it is by now; None where it is still to be found."""
+        """Questions per forward pass now; None before the search."""
         return None if self._size is None else self._size.rows
 
     @torch.inference_mode()
     def score(
         self, loaded: LoadedModel, *, temperature: float = 1.0, progress: Callable[[int, int], None] | None = None
     ) -> ChoiceReport:
-        """Scores the model as it stands.
+        """Score the model with its current weights.
 
         Args:
-            loaded: Model and tokenizer; its tokenizer must be the one the scorer was made with.
-            temperature: Logits are divided by it; which letter is likeliest does not depend on it.
+            loaded: Model and tokenizer, the one of the scorer.
+            temperature: Divides the logits; the most likely letter does not depend on it.
             progress: Called with (sequences done, sequences in all).
 
         Returns:
@@ -80,7 +80,7 @@ class ChoiceScorer:
         keep = accepts_logits_to_keep(model)
         table = np.full((len(self._items), self._most()), -np.inf)
         spreads = np.full(len(self._items), np.nan)
-        size = self._size = self._size or BatchSize(self._found_rows(model, loaded.device, keep))
+        size = self._size = self._size or BatchSize(self._find_batch_size(model, loaded.device, keep))
         done = 0
 
         def work(batch: list[tuple[int, _Sequence]]) -> None:
@@ -90,15 +90,15 @@ class ChoiceScorer:
             if progress is not None:
                 progress(done, len(self._order))
 
-        size.through(self._order, work, cut=slices)
+        size.run(self._order, work, split=slices)
         names = np.array([name for name, _ in self._items])
         return ChoiceReport(
             sets={name: self._set_scores(name, table[names == name], spreads[names == name]) for name in self._sets},
             seconds={"letters": time.perf_counter() - started},
         )
 
-    def _found_rows(self, model: Any, device: torch.device, keep: bool) -> int:
-        """How many questions are best read at once, by reading the longest."""
+    def _find_batch_size(self, model: Any, device: torch.device, keep: bool) -> int:
+        """Search for the fastest number of questions per pass, with the longest ones."""
         if not self._order:
             return 1
         longest = self._order[::-1]
@@ -109,10 +109,10 @@ class ChoiceScorer:
             batch = [longest[place % len(longest)] for place in range(count)]
             self._score_batch(model, device, keep, 1.0, batch, table, spreads)
 
-        return found_rows(model, device, tokens, predicted if keep else tokens, read)
+        return find_batch_size(model, device, tokens, predicted if keep else tokens, read)
 
     def _most(self) -> int:
-        """Most choices of any question."""
+        """Return the most choices of any question."""
         return max((len(item.choices) for _, item in self._items), default=0)
 
     def _score_batch(
@@ -125,7 +125,7 @@ class ChoiceScorer:
         table: FloatArray,
         spreads: FloatArray,
     ) -> None:
-        """Fills in the log-likelihoods of the batch's letters, and the logit spread of its questions."""
+        """Fill in the log-likelihoods of the batch's letters, and the logit spread of its questions."""
         first = min(sequence.prompt_length for _, sequence in batch) - 1
         longest = max(len(sequence.ids) for _, sequence in batch)
         ids = np.full((len(batch), longest), self._prompts.pad_id, dtype=np.int64)
@@ -133,7 +133,7 @@ class ChoiceScorer:
             ids[row, : len(sequence.ids)] = sequence.ids
         logits = _last_logits(model, torch.from_numpy(ids).to(device), longest - first, keep)
         for row, (item, sequence) in enumerate(batch):
-            # The last token fed predicts the last of the letter; those before it the tokens that letters share.
+            # The last position predicts the letter's last token, the ones before it the shared tokens.
             predicting = logits[row, sequence.prompt_length - 1 - first : len(sequence.ids) - first].float() / temperature
             logp = predicting.log_softmax(dim=-1)
             shared = torch.tensor(sequence.ids[sequence.prompt_length :], dtype=torch.long, device=device)
@@ -154,7 +154,7 @@ class ChoiceScorer:
 
 
 def _sequences(item: ChoiceItem, prompts: PromptFormat) -> list[_Sequence]:
-    """What to feed for a question: one sequence for all letters that differ in their last token only."""
+    """Return the inputs of a question: one sequence for all letters that differ in their last token only."""
     prompt = letter_prompt(item)
     grouped: dict[tuple[int, ...], _Sequence] = {}
     for index, letter in enumerate(letter_answers(len(item.choices))):
@@ -165,7 +165,6 @@ def _sequences(item: ChoiceItem, prompts: PromptFormat) -> list[_Sequence]:
 
 
 def _last_logits(model: Any, input_ids: Tensor, count: int, keep: bool) -> Tensor:
-    """(b, count, v) logits of the last positions."""
-    if keep:
-        return model(input_ids=input_ids, use_cache=False, logits_to_keep=count).logits
-    return model(input_ids=input_ids, use_cache=False).logits[:, -count:]
+    """Return (b, count, v) logits of the last positions."""
+    logits: Tensor = model(input_ids=input_ids, use_cache=False, **({"logits_to_keep": count} if keep else {})).logits
+    return logits[:, -count:]

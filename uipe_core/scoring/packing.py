@@ -1,12 +1,11 @@
-"""Answers that share a prompt, read in one row: the prompt once, then every answer as if the others were not there.
+"""Pack answers that share a prompt into one row: the prompt once, then every answer, masked from the others.
 
-A token of an answer sees the prompt and the tokens of its own answer before it, and has the position it would have behind the
-prompt alone. Rows are padded on the right; attention is causal, so padding cannot reach an answer.
+A token of an answer attends to the prompt and to the tokens of its own answer before it, at the position it would have alone.
+Rows are padded on the right; attention is causal, so padding does not reach an answer.
 """
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,31 +13,32 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from uipe_core.models.memory import ran_out
+from uipe_core.models.memory import is_out_of_memory
 from uipe_core.models.prompts import Example
+from uipe_core.models.transformers_compat import accepts_logits_to_keep
 
 Group = tuple[int, ...]
-"""Numbers of examples that are read in one row: they have the same prompt."""
+"""Numbers of examples with the same prompt, in one row."""
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""How far two ways of computing a logit of a model may lie apart by rounding, as a share of the spread of its logits."""
+"""Largest rounding difference between two ways to compute a logit, as a share of the logits' standard deviation."""
 
 PROBED = 3
-"""Groups that are read both ways to find out whether a model takes packed rows."""
+"""Groups tried to find out whether a model supports packed rows."""
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch of groups, ready to be read, and where each answer's tokens are predicted.
+    """A batch of groups, and the positions that predict their answer tokens.
 
     Attributes:
-        input_ids: (b, t) tokens; the last token of an answer predicts nothing, so it is not fed.
-        position_ids: (b, t) place of every token behind its own prompt; None where every row is one plain sequence.
+        input_ids: (b, t) tokens; the last token of an answer predicts nothing, so it is left out.
+        position_ids: (b, t) position of every token after its own prompt; None if every row is one plain sequence.
         segments: (b, t) 0 in the prompt, 1, 2, ... in the answers; None likewise.
-        row, column: (n,) where each of the n answer tokens of the batch is predicted.
+        row, column: (n,) position that predicts each of the n answer tokens of the batch.
         first: The least of these columns.
         targets: (n,) the answer tokens.
-        owners: Number of the example of each answer, in the order of `targets`.
+        owners: Example number of each answer, in the order of `targets`.
         lengths: Tokens of each of these answers.
     """
 
@@ -53,8 +53,8 @@ class Rows:
     lengths: tuple[int, ...]
 
 
-def grouped(examples: Sequence[Example], numbers: Iterable[int] | None = None) -> list[Group]:
-    """Examples (all, or those of some numbers) by their prompt, those with the shortest prompts and answers first."""
+def group_by_prompt(examples: Sequence[Example], numbers: Iterable[int] | None = None) -> list[Group]:
+    """Group examples (all, or those of some numbers) by prompt, shortest rows first."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
     for number in range(len(examples)) if numbers is None else numbers:
         example = examples[number]
@@ -62,8 +62,8 @@ def grouped(examples: Sequence[Example], numbers: Iterable[int] | None = None) -
     return _sorted([tuple(numbers) for numbers in by_prompt.values()], examples)
 
 
-def single(examples: Sequence[Example], numbers: Iterable[int] | None = None) -> list[Group]:
-    """Examples (all, or those of some numbers), each in a row of its own, the shortest first."""
+def one_per_row(examples: Sequence[Example], numbers: Iterable[int] | None = None) -> list[Group]:
+    """Put each example (all, or those of some numbers) into a row of its own, shortest first."""
     return _sorted([(number,) for number in (range(len(examples)) if numbers is None else numbers)], examples)
 
 
@@ -77,7 +77,7 @@ def _sorted(groups: list[Group], examples: Sequence[Example]) -> list[Group]:
 
 
 def batched(groups: Sequence[Group], size: int) -> Iterator[list[Group]]:
-    """Groups in batches of at most `size` answers; a group with more is cut."""
+    """Yield groups in batches of at most `size` answers; a group with more is split."""
     batch: list[Group] = []
     held = 0
     for group in groups:
@@ -93,7 +93,7 @@ def batched(groups: Sequence[Group], size: int) -> Iterator[list[Group]]:
 
 
 def collate(groups: Sequence[Group], examples: Sequence[Example], pad_id: int, device: torch.device) -> Rows:
-    """Lays groups out as rows."""
+    """Build the rows of groups."""
     fed = [[examples[number].input_ids[examples[number].prompt_length : -1] for number in group] for group in groups]
     prompts = [examples[group[0]].input_ids[: examples[group[0]].prompt_length] for group in groups]
     longest = max(len(prompt) + sum(map(len, answers)) for prompt, answers in zip(prompts, fed, strict=True))
@@ -111,7 +111,7 @@ def collate(groups: Sequence[Group], examples: Sequence[Example], pad_id: int, d
             ids[at, start:end] = answer
             places[at, start:end] = np.arange(len(prompt), len(prompt) + len(answer))
             segments[at, start:end] = segment
-            # The first token of every answer is predicted by the end of the prompt.
+            # The end of the prompt predicts the first token of every answer.
             column.append(np.array([len(prompt) - 1, *range(start, end)], dtype=np.int64))
             row.append(np.full(len(answer) + 1, at, dtype=np.int64))
             targets += examples[number].input_ids[len(prompt) :]
@@ -136,13 +136,7 @@ def collate(groups: Sequence[Group], examples: Sequence[Example], pad_id: int, d
 
 
 def answer_logits(model: Any, rows: Rows, keep: bool) -> Tensor:
-    """(n, v) logits that predict the answer tokens of `rows`.
-
-    Args:
-        model: A causal language model.
-        rows: What it reads.
-        keep: Whether its forward can be asked for the logits of chosen positions only (`accepts_logits_to_keep`).
-    """
+    """Return (n, v) logits that predict the answer tokens of `rows`; `keep` as `accepts_logits_to_keep` says."""
     arguments: dict[str, Any] = {"input_ids": rows.input_ids, "use_cache": False}
     if rows.segments is not None:
         arguments |= {"position_ids": rows.position_ids, "attention_mask": _mask(rows.segments, model.dtype)}
@@ -153,7 +147,7 @@ def answer_logits(model: Any, rows: Rows, keep: bool) -> Tensor:
 
 
 def _mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
-    """(b, 1, t, t) what is added to attention scores: 0 for the prompt and the own answer so far, else the lowest number."""
+    """Return (b, 1, t, t) additive attention mask: 0 for the prompt and the own answer so far, else the lowest number."""
     length = segments.shape[1]
     before = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
     seen = before & ((segments[:, None, :] == 0) | (segments[:, None, :] == segments[:, :, None]))
@@ -161,41 +155,29 @@ def _mask(segments: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def accepts_logits_to_keep(model: Any) -> bool:
-    """Whether the model's forward can be asked for the logits of chosen positions only."""
-    return "logits_to_keep" in forward_parameters(model)
+def supports_packed_rows(model: Any, examples: Sequence[Example], pad_id: int, device: torch.device) -> bool | None:
+    """Return True if a model scores packed rows as it scores each answer alone; None if these examples cannot show it.
 
-
-def forward_parameters(model: Any) -> Any:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inspect.signature(base.forward).parameters
-
-
-def takes_packed_rows(model: Any, examples: Sequence[Example], pad_id: int, device: torch.device) -> bool | None:
-    """Whether a model reads packed rows as it reads each answer alone; None if these examples cannot tell.
-
-    Found out by reading a few groups in three ways: packed, each answer alone, and packed with a mask that hides nothing. A
-    model that takes masks and positions gives the same logits in the first two and other ones in the third. Some models take
-    neither (positions built into their attention, remote code), and a model whose output no longer depends on what it reads
-    cannot tell.
+    A few groups are run in three ways: packed, each answer alone, and packed without a mask. A model that supports masks and
+    positions gives equal logits in the first two and others in the third. Some models support neither (positions built into
+    their attention, remote code). A model whose output does not depend on its input shows nothing.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     if 0 < window <= max(len(example.input_ids) for example in examples):
-        return False  # a mask of ours would take the place of the model's own, which looks back only so far
-    groups = [group[:4] for group in grouped(examples) if len(group) > 1][-PROBED:]
+        return False  # the packing mask would replace the model's sliding window
+    groups = [group[:4] for group in group_by_prompt(examples) if len(group) > 1][-PROBED:]
     if not groups:
         return False
     keep = accepts_logits_to_keep(model)
     packed = collate(groups, examples, pad_id, device)
     assert packed.segments is not None
     alone = collate([(number,) for group in groups for number in group], examples, pad_id, device)
-    open_to_all = Rows(**{**vars(packed), "segments": torch.zeros_like(packed.segments)})
+    unmasked = replace(packed, segments=torch.zeros_like(packed.segments))
     try:
-        read = [answer_logits(model, rows, keep).float() for rows in (packed, alone, open_to_all)]
+        read = [answer_logits(model, rows, keep).float() for rows in (packed, alone, unmasked)]
     except Exception as problem:
-        # Whatever else it is, such rows are not for this model; code that comes with a model may raise anything.
-        # With too little memory for the question it is left open, and answers are read alone.
-        return None if ran_out(problem) else False
+        # Remote code may raise anything. Out of memory shows nothing, so answers are scored alone this time.
+        return None if is_out_of_memory(problem) else False
     spread = float(read[1].std()) or 1.0
     error, difference = (float((other - read[1]).abs().max()) / spread for other in (read[0], read[2]))
     allowed = TOLERANCE[model.dtype]

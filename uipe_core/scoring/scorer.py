@@ -1,9 +1,9 @@
-"""Scores a model on a corpus: losses of every answer, greedy generations, ROUGE recall, logit scale.
+"""Score a model on a corpus: losses of every answer, greedy text, ROUGE recall, logit scale.
 
-In stages in order of their cost, so that whoever has seen enough need not pay for the rest. Teacher-forced losses are computed
-in batches sorted by length, padded on the right to the longest of the batch, with logits for answer positions only; answers to
-one question share its prompt where the model takes that (`uipe_core.scoring.packing`). Text is generated only where the
-losses have not shown already what it is (`uipe_core.scoring.generation`).
+Stages run in order of their cost, so that a caller may stop early. Teacher-forced losses are computed in batches sorted by
+length, padded on the right, with logits for answer positions only; answers to one question share its prompt if the model
+supports that (`uipe_core.scoring.packing`). Text is generated only beyond what the losses show
+(`uipe_core.scoring.generation`).
 """
 
 import time
@@ -25,33 +25,25 @@ from uipe_core.metrics.memorization import Matches, exact_memorization, extracti
 from uipe_core.metrics.scores import FloatArray, IntArray, ScoreReport, SetScores, logit_scale
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import Example, PromptFormat
-from uipe_core.scoring.batch_sizes import BatchSize, found_rows
-from uipe_core.scoring.generation import Text, complete, verify_drafts
-from uipe_core.scoring.packing import (
-    Group,
-    Rows,
-    accepts_logits_to_keep,
-    answer_logits,
-    batched,
-    collate,
-    grouped,
-    single,
-    takes_packed_rows,
-)
+from uipe_core.models.transformers_compat import accepts_logits_to_keep
+from uipe_core.scoring import packing
+from uipe_core.scoring.batch_sizes import BatchSize, find_batch_size
+from uipe_core.scoring.generation import GreedyText, complete, verify_drafts
+from uipe_core.scoring.packing import Group, Rows
 
 
 class TeacherForcedScores:
-    """What n examples have told so far, by their number.
+    """Results of teacher-forced passes over n examples, by example number.
 
     Args:
-        examples: All of them.
+        examples: All examples.
         gold: Numbers of the gold answers.
-        scaled: Numbers of those whose logit spread is wanted.
+        scaled: Numbers of the examples whose logit spread is wanted.
 
     Attributes:
         losses: (n,) mean loss, nats per answer token.
         spreads: (n,) standard deviation of the logits over the vocabulary, mean over the answer's tokens.
-        best: Of each gold answer the most likely token at every place.
+        best: Of each gold answer the most likely token at every position.
     """
 
     def __init__(self, examples: Sequence[Example], gold: Collection[int], scaled: Collection[int]) -> None:
@@ -60,13 +52,8 @@ class TeacherForcedScores:
         self.spreads = np.zeros(len(examples))
         self.best: dict[int, list[int]] = {}
 
-    def note(self, rows: Rows, logits: Tensor) -> None:
-        """Notes what a batch tells; doing it again changes nothing.
-
-        Args:
-            rows: The batch.
-            logits: (answer tokens, vocabulary) what predicts its answer tokens.
-        """
+    def record(self, rows: Rows, logits: Tensor) -> None:
+        """Record a batch; repeating one changes nothing. Logits are (answer tokens, vocabulary)."""
         nll = F.cross_entropy(logits.float(), rows.targets, reduction="none")
         self.losses[list(rows.owners)] = _means(nll, rows.lengths)
         tokens = np.repeat(rows.owners, rows.lengths)
@@ -78,30 +65,30 @@ class TeacherForcedScores:
         gold = [number for number in rows.owners if number in self._gold]
         if gold:
             chosen = torch.from_numpy(np.isin(tokens, gold)).to(logits.device)
-            likeliest = iter(logits[chosen].argmax(dim=-1).tolist())
-            self.best.update({number: list(islice(likeliest, self._examples[number].answer_length)) for number in gold})
+            best = iter(logits[chosen].argmax(dim=-1).tolist())
+            self.best.update({number: list(islice(best, self._examples[number].answer_length)) for number in gold})
 
 
 GENERATED_SETS = ("forget", *UTILITY_SETS)
-"""Sets whose ROUGE recall enters a metric; the others are not generated for."""
+"""Sets whose ROUGE recall enters a metric; text is generated for these only."""
 
 LOSS_STAGES = {"forget": ("forget",), "general": ("real_authors", "world_facts"), "retain": ("retain",)}
-"""Sets whose losses are taken in a stage, in the order of the stages. All other sets come after them."""
+"""Sets whose losses are computed in a stage, in the order of the stages. All other sets follow."""
 
 OTHERS, GENERATION = "others", "generation"
-"""The stages that follow: losses of the sets that no stage names, and greedy text for all of `GENERATED_SETS`."""
+"""The last stages: losses of all other sets, and greedy text for `GENERATED_SETS`."""
 
 
 @dataclass(frozen=True)
 class ScoringConfig:
-    """How to score.
+    """Batch size and generation length.
 
     Attributes:
-        batch_size: Answers per teacher-forced batch; four times as many questions are generated for at once. None is as many as
-            are found to be best with the first model that is scored.
+        batch_size: Answers per teacher-forced batch, and four times as many questions per generation batch. None searches for
+            the fastest with the first model.
         generation_length: Longest greedy generation in tokens.
-        counts_prompt: Whether that length includes the prompt. It then is the length of each prompt by itself: in the code of
-            locuslab/tofu the padding to the longest prompt of the batch counts too, so that a text depends on its neighbours.
+        counts_prompt: Whether that includes each prompt. In locuslab/tofu's code the padding to the longest prompt of the batch
+            counts too, so that a text depends on its batch.
     """
 
     batch_size: int | None = 32
@@ -110,7 +97,7 @@ class ScoringConfig:
 
     @classmethod
     def of(cls, definition: str, batch_size: int | None, max_new_tokens: int | None) -> "ScoringConfig":
-        """The generation length of a metric definition, or that many new tokens."""
+        """Return the configuration with a metric definition's generation length, or `max_new_tokens`."""
         chosen = definition_named(definition)
         if max_new_tokens is not None:
             return cls(batch_size, max_new_tokens)
@@ -118,7 +105,7 @@ class ScoringConfig:
 
 
 class Scorer:
-    """A corpus tokenized once and scored on any number of weight settings of one model.
+    """Tokenize a corpus once and score any number of weight settings of one model.
 
     Args:
         corpus: Evaluation sets to score.
@@ -145,20 +132,20 @@ class Scorer:
         self._packed: dict[type, bool] = {}
         self._size = None if config.batch_size is None else BatchSize(config.batch_size)
         self._texts_size = None if config.batch_size is None else BatchSize(4 * config.batch_size)
-        self._neighbours: list[list[int]] = [[] for _ in items]
-        """The texts of the last model that was scored: of another alpha, so much alike."""
+        # Drafts: texts of the last model scored, which at another alpha are similar.
+        self._drafts: list[list[int]] = [[] for _ in items]
 
     @property
     def batch_size(self) -> int | None:
-        """Answers per batch as it is by now: found, and halved where memory ran out; None where nothing was scored yet."""
+        """Answers per batch now, after search and out-of-memory halving; None before the search."""
         return None if self._size is None else self._size.rows
 
     def forget_texts(self) -> None:
-        """Scores the next model without the last one's texts as drafts: the same numbers, as long as it takes."""
-        self._neighbours = [[] for _ in self._neighbours]
+        """Drop the last model's texts as drafts; the next numbers are the same, computed from scratch."""
+        self._drafts = [[] for _ in self._drafts]
 
     def _index(self, items: ItemSet) -> list[list[int]]:
-        """Per item, where its answer, its paraphrase and its perturbed answers stand in the flat list of examples."""
+        """Return per item the example numbers of its answer, paraphrase and perturbed answers, and add these examples."""
         rows = []
         for item in items:
             answers = [item.answer, *([item.paraphrase] if item.paraphrase != item.answer else [])]
@@ -171,11 +158,11 @@ class Scorer:
     def score(
         self, loaded: LoadedModel, *, temperature: float = 1.0, progress: Callable[[int, int], None] | None = None
     ) -> ScoreReport:
-        """Scores the model as it stands.
+        """Score the model with its current weights.
 
         Args:
-            loaded: Model and tokenizer; its tokenizer must be the one the scorer was made with.
-            temperature: Logits are divided by it before losses are taken; greedy text does not depend on it.
+            loaded: Model and tokenizer, the one of the scorer.
+            temperature: Divides the logits before losses are computed; greedy text does not depend on it.
             progress: Called with (answers and texts done, answers and texts in all).
 
         Returns:
@@ -187,21 +174,17 @@ class Scorer:
     def stages(
         self, loaded: LoadedModel, *, temperature: float = 1.0, progress: Callable[[int, int], None] | None = None
     ) -> Iterator[ScoreReport]:
-        """Scores the model as it stands, stage by stage; the model must stay as it is until the last one is there.
-
-        Args:
-            loaded, temperature, progress: As in `score`.
+        """Score the model stage by stage; its weights must not change until the last stage. Arguments as in `score`.
 
         Yields:
-            After each stage, which is the last key of ``seconds``, all that is known: sets without ROUGE, no logit scale. The
-            last report is what `score` returns. Batches do not reach beyond a stage, so the numbers do not depend on where
-            one stops.
+            After each stage, the last key of ``seconds``, a report of the sets so far, without ROUGE and logit scale. The last
+            report is that of `score`. Batches end with a stage, so the numbers do not depend on where a caller stops.
         """
         model = loaded.model
         model.eval()
         began = time.perf_counter()
-        size = self._size = self._size or BatchSize(self._found_rows(model, loaded.device))
-        group = grouped if self._takes_packed_rows(model, loaded.device) else single
+        size = self._size = self._size or BatchSize(self._find_batch_size(model, loaded.device))
+        group = packing.group_by_prompt if self._supports_packed_rows(model, loaded.device) else packing.one_per_row
         groups = {stage: group(self.examples, self._numbers(stage)) for stage in self._stages}
         total = len(self.examples) + len(self._generated)
         done = 0
@@ -217,10 +200,10 @@ class Scorer:
         seconds: dict[str, float] = {}
         for stage, names in self._stages.items():
             work = partial(self._read, model, loaded.device, temperature, read, step)
-            size.through(groups[stage], work, cut=batched, rows_of=_answers)
+            size.run(groups[stage], work, split=packing.batched, count_rows=lambda batch: sum(map(len, batch)))
             sets |= {name: self._set_scores(name, read) for name in names}
             seconds[stage] = time.perf_counter() - began
-            # In the order of the corpus, as the whole report has them.
+            # In the order of the corpus, as in the last report.
             yield ScoreReport({name: sets[name] for name in self.sets if name in sets}, seconds=dict(seconds))
             began = time.perf_counter()
         by_set: dict[str, list[str]] = {}
@@ -232,74 +215,74 @@ class Scorer:
         yield ScoreReport(whole, logit_scale(whole), seconds)
 
     def _numbers(self, stage: str) -> list[int]:
-        """Where the examples of a stage stand in the flat list."""
+        """Return the example numbers of a stage."""
         return sorted({number for name in self._stages[stage] for row in self._rows[name] for number in row})
 
-    def _takes_packed_rows(self, model: Any, device: torch.device) -> bool:
+    def _supports_packed_rows(self, model: Any, device: torch.device) -> bool:
         kind = type(model)
         if kind not in self._packed:
-            found = takes_packed_rows(model, self.examples, self.prompts.pad_id, device)
+            found = packing.supports_packed_rows(model, self.examples, self.prompts.pad_id, device)
             if found is None:
-                return False  # this one cannot tell, the next one may
+                return False  # the next model may show it
             self._packed[kind] = found
         return self._packed[kind]
 
-    def _found_rows(self, model: Any, device: torch.device) -> int:
-        """How many answers are best read at once, by reading the longest ones, each alone."""
+    def _find_batch_size(self, model: Any, device: torch.device) -> int:
+        """Search for the fastest number of answers per batch, with the longest ones, each in a row of its own."""
         longest = sorted(range(len(self.examples)), key=lambda number: -len(self.examples[number].input_ids))
         keep = accepts_logits_to_keep(model)
 
         def read(count: int) -> None:
             chosen = [(longest[place % len(longest)],) for place in range(count)]
-            logits = answer_logits(model, rows := collate(chosen, self.examples, self.prompts.pad_id, device), keep)
-            F.cross_entropy(logits.float(), rows.targets)
+            rows = packing.collate(chosen, self.examples, self.prompts.pad_id, device)
+            F.cross_entropy(packing.answer_logits(model, rows, keep).float(), rows.targets)
 
         tokens = len(self.examples[longest[0]].input_ids)
         predicted = max(example.answer_length for example in self.examples)
-        return found_rows(model, device, tokens, predicted if keep else tokens, read)
+        return find_batch_size(model, device, tokens, predicted if keep else tokens, read)
 
     def _read(
         self,
         model: Any,
         device: torch.device,
         temperature: float,
-        readings: TeacherForcedScores,
+        scores: TeacherForcedScores,
         step: Callable[[int], None],
         groups: list[Group],
     ) -> None:
-        """Reads a batch of answers and notes what they tell."""
-        rows = collate(groups, self.examples, self.prompts.pad_id, device)
-        logits = answer_logits(model, rows, accepts_logits_to_keep(model))
-        readings.note(rows, logits if temperature == 1.0 else logits.float() / temperature)
+        """Run a batch of answers and record it."""
+        rows = packing.collate(groups, self.examples, self.prompts.pad_id, device)
+        logits = packing.answer_logits(model, rows, accepts_logits_to_keep(model))
+        scores.record(rows, logits if temperature == 1.0 else logits.float() / temperature)
         step(len(rows.owners))
 
     def _matches(self, number: int, best: list[int]) -> Matches:
-        """Where the most likely token is the answer's own; the end token of the answer is left out."""
+        """Return where the most likely token is the answer's own, its end token left out."""
         example = self.examples[number]
         return np.array(best[:-1]) == np.array(example.input_ids[example.prompt_length : -1])
 
     def _generate(self, model: Any, best: dict[int, list[int]]) -> list[str]:
-        """Greedy text of every question of `GENERATED_SETS`, from what the losses have shown of it."""
+        """Return the greedy text of every question of `GENERATED_SETS`, starting from what the losses show."""
         texts = []
         for (_, number), prompt in zip(self._generated, self._prompts, strict=True):
-            # A prompt as long as the whole length still gets its one token.
+            # A prompt of full length still gets one token.
             used = len(prompt) if self.config.counts_prompt else 0
-            text = Text(prompt, max(1, self.config.generation_length - used), [])
+            text = GreedyText(prompt, max(1, self.config.generation_length - used), [])
             example = self.examples[number]
             if list(example.input_ids[: example.prompt_length]) == prompt:
                 text.verify(example.input_ids[example.prompt_length :], best[number], self.prompts.stop_ids)
             texts.append(text)
         assert self._size is not None
         pad, stops = self.prompts.pad_id, self.prompts.stop_ids
-        verify_drafts(model, texts, self._neighbours, stops, pad, self._size)
-        # Their own number: a cache of keys and values takes memory that reading does not.
+        verify_drafts(model, texts, self._drafts, stops, pad, self._size)
+        # A batch size of its own, because of the memory of the key-value cache.
         self._texts_size = self._texts_size or BatchSize(4 * self._size.rows)
         complete(model, texts, stops, pad, self._texts_size)
-        self._neighbours = [text.tokens for text in texts]
-        return [str(text) for text in self.prompts.tokenizer.batch_decode(self._neighbours, skip_special_tokens=True)]
+        self._drafts = [text.tokens for text in texts]
+        return [str(text) for text in self.prompts.tokenizer.batch_decode(self._drafts, skip_special_tokens=True)]
 
     def _set_scores(self, name: str, read: TeacherForcedScores) -> SetScores:
-        """The scores of a set whose losses have been taken, without ROUGE."""
+        """Return the scores of a set whose losses are known, without ROUGE."""
         items, rows = self.sets[name], self._rows[name]
         gold = [self._matches(row[0], read.best[row[0]]) for row in rows]
         tokens = np.array([example.answer_length for example in self.examples], dtype=np.int64)
@@ -332,10 +315,6 @@ class Scorer:
         return replace(scores, rouge_l_recall=rouge[:, 0], rouge_1_recall=rouge[:, 1], generated=tuple(texts))
 
 
-def _answers(groups: list[Group]) -> int:
-    return sum(map(len, groups))
-
-
 @cache
 def _rouge_scorer() -> Any:
     from rouge_score.rouge_scorer import RougeScorer
@@ -350,11 +329,11 @@ def _rouge_pair(gold: str, text: str) -> tuple[float, float]:
 
 
 def _rouge_recall(items: Sequence[Item], texts: Sequence[str]) -> FloatArray:
-    """(n, 2) ROUGE-L and ROUGE-1 recall of each generation against its gold answer."""
+    """Return (n, 2) ROUGE-L and ROUGE-1 recall of each generation against its gold answer."""
     return np.array([_rouge_pair(item.answer, text) for item, text in zip(items, texts, strict=True)], dtype=np.float64)
 
 
 def _means(values: Tensor, lengths: Sequence[int]) -> FloatArray:
-    """Means of so many values each, one group after the other."""
+    """Return means over consecutive groups of `lengths` values."""
     counts = torch.tensor(lengths, device=values.device)
     return torch.segment_reduce(values.double(), "mean", lengths=counts).cpu().numpy()

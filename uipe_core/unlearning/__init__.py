@@ -1,0 +1,11 @@
+"""Train base runs: unlearning methods, their losses and forward passes.
+
+distributed: one base run in several processes
+gradients: cosines and projections of fact gradients
+loss_inputs: the forward passes a loss needs
+methods: losses, hyperparameters and bounds of the methods; importing it does not import torch
+steering: activations of one decoder layer
+training: the training loop of a base run
+"""
+
+__all__ = ["distributed", "gradients", "loss_inputs", "methods", "steering", "training"]

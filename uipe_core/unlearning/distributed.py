@@ -1,10 +1,10 @@
-"""One base run in several processes: who reads which part of a batch, weights in shards, sums over all of them.
+"""Train one base run in several processes: split batches, shard weights, sum results.
 
-The processes are those of torch.distributed's process group, whoever started them (Ray Train, torchrun); without a group there
-is one process, and nothing here changes anything. In full fine-tuning weights, gradients and the state of the optimiser are in
-shards (FSDP2: every process holds its part, layers are gathered while they compute), and so is the frozen initial model where a
-method asks it. An adapter is small: with LoRA every process has the whole model, and the adapter's gradients are summed. All
-processes draw the same order, retain items and refusals from the same seed; only gradients, sums and weights travel.
+The processes are those of torch.distributed's process group (Ray Train, torchrun); without a group there is one process, and
+nothing here has an effect. Full fine-tuning shards weights, gradients and optimiser state (FSDP2: layers are gathered while
+they compute), and the frozen initial model if a method needs it. With LoRA every process has the whole model, and the adapter's
+gradients are summed. All processes draw the same order, retain items and refusals from one seed; only gradients, sums and
+weights are sent.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector
 from uipe_core.models.prompts import Example
+from uipe_core.models.transformers_compat import find_decoder_layers
 from uipe_core.unlearning.methods import Shares
-from uipe_core.unlearning.steering import find_decoder_layers
 
 Step = TypeVar("Step")
 Result = TypeVar("Result")
@@ -29,23 +29,23 @@ class Processes:
     """The processes that train together, seen from one of them.
 
     Attributes:
-        count: How many.
+        count: Number of processes.
         rank: Number of this one, from 0.
-        device: Where each of them computes; of a single process its model decides.
+        device: Device of each; None in a single process, whose model decides.
     """
 
     count: int = 1
     rank: int = 0
     device: torch.device | None = None
 
-    def deal(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[list[int], Shares]:
-        """Positions in a batch that this process reads, and what part of the whole they are.
+    def split_batch(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[list[int], Shares]:
+        """Return the batch positions that this process reads, and their shares of the whole batch.
 
-        Where a batch has fewer items than there are processes, one that gets none reads the first item once more and gives it
-        no weight: sharded weights are gathered by all processes together, so that each has to take every step.
+        With fewer items than processes, a process without an item reads the first one with weight 0: sharded weights are
+        gathered by all processes together, so each has to take every step.
 
         Args:
-            forget: The forget items of the batch.
+            forget: Forget items of the batch.
             retain: As many retain items, or none.
         """
         size = len(forget)
@@ -54,26 +54,26 @@ class Processes:
             return [0], Shares(0.0, 0.0, 0.0)
         return mine, Shares(len(mine) / size, _token_share(forget, mine), _token_share(retain, mine) if retain else 1.0)
 
-    def total(self, value: float) -> float:
-        """The sum of a number over all processes."""
-        return value if self.count == 1 else float(self.add_up(torch.tensor(value, dtype=torch.float64)))
+    def sum(self, value: float) -> float:
+        """Return the sum of a number over all processes."""
+        return value if self.count == 1 else float(self.sum_tensor(torch.tensor(value, dtype=torch.float64)))
 
-    def add_up(self, tensor: Tensor) -> Tensor:
-        """The sum of a CPU tensor over all processes."""
+    def sum_tensor(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a CPU tensor over all processes."""
         if self.count > 1:
             moved = tensor.to(self.device)
             dist.all_reduce(moved)
             tensor = moved.cpu()
         return tensor
 
-    def add_up_gradients(self, parameters: Sequence[Tensor]) -> None:
-        """Sums the gradients of weights that every process has whole; shards are summed by the backward pass itself.
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Sum the gradients of unsharded weights over all processes; the backward pass sums those of shards itself.
 
-        A weight without a gradient anywhere stays without one: the optimiser would let one with a gradient of 0 decay.
+        A weight without a gradient in any process keeps none: with a gradient of 0 the optimiser would decay it.
         """
         if self.count == 1:
             return
-        found = self.add_up(torch.tensor([float(parameter.grad is not None) for parameter in parameters]))
+        found = self.sum_tensor(torch.tensor([float(parameter.grad is not None) for parameter in parameters]))
         for parameter, holders in zip(parameters, found.tolist(), strict=True):
             if holders:
                 if parameter.grad is None:
@@ -81,13 +81,13 @@ class Processes:
                 dist.all_reduce(parameter.grad)
 
     def shard(self, model: Any, dtype: torch.dtype | None = None) -> None:
-        """Deals the weights of a model to all processes, in place: layer by layer, moved to `device` and cast as they go.
+        """Shard a model's weights over all processes by rows, in place, layer by layer, moved to `device` and cast on the way.
 
-        Afterwards its parameters are distributed tensors (one dimension, by rows). Only a layer at a time is ever whole there.
+        Only one layer at a time is whole on the device.
 
         Args:
             model: The same model in every process.
-            dtype: What to cast the weights to; as they are when not given.
+            dtype: Dtype to cast the weights to; None keeps it.
         """
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -99,15 +99,15 @@ class Processes:
                 part.to(dtype)
             fully_shard(part, mesh=mesh, reshard_after_forward=True)
 
-    def lead(self, steps: Iterable[Step], take: Callable[[Iterable[Step]], Result]) -> Result | None:
-        """Gives steps that all processes make together to a function of the first one, which may also do without them.
+    def run_on_first(self, steps: Iterable[Step], take: Callable[[Iterable[Step]], Result]) -> Result | None:
+        """Pass steps that all processes make together to a function of the first process, which may also skip them.
 
         Args:
-            steps: What all processes go through, or none of them.
-            take: Called in the first process; goes through the steps to their end, or does not begin.
+            steps: Run by all processes, or by none.
+            take: Called in the first process; consumes all steps, or none.
 
         Returns:
-            What `take` returns in the first process, None in the others.
+            The result of `take` in the first process, None in the others.
         """
         if self.count == 1:
             return take(steps)
@@ -128,12 +128,12 @@ class Processes:
         return result
 
     def _from_first(self, value: bool) -> bool:
-        """What the first process says."""
-        return bool(self.total(float(value and self.rank == 0)))
+        """Broadcast the first process's value."""
+        return bool(self.sum(float(value and self.rank == 0)))
 
 
 def current_processes() -> Processes:
-    """The processes of torch.distributed's group, or this one alone."""
+    """Return the processes of torch.distributed's group, or this one alone."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return Processes()
     on_gpus = dist.get_backend() == "nccl"
@@ -142,16 +142,15 @@ def current_processes() -> Processes:
 
 
 def local_snapshot(model: Any) -> dict[str, Tensor]:
-    """Copies of this process's shards of all weights by parameter name, on the CPU; tied weights once."""
+    """Copy this process's shards of all weights by parameter name to the CPU; tied weights once."""
     return {name: parameter.detach().to_local().to("cpu", copy=True) for name, parameter in model.named_parameters()}
 
 
 @torch.no_grad()
 def take_sharded_update(model: Any, initial: Mapping[str, Tensor], rank: int) -> UpdateVector:
-    """`uipe_core.deltas.update_vectors.take_update` of an fp32 model in shards: every process sets its own onto theta_init +
-    delta.
+    """Return the dense update of a sharded fp32 model, and set every shard to theta_init + delta (see `take_update`).
 
-    The update is gathered one tensor at a time. The first process gets it; in the others it has no tensors.
+    The update is gathered tensor by tensor; only the first process gets it, in the others it has no tensors.
 
     Args:
         model: The model in training.
@@ -166,14 +165,8 @@ def take_sharded_update(model: Any, initial: Mapping[str, Tensor], rank: int) ->
         start = initial[name].to(shard.device)
         delta = shard - start
         shard.copy_(start + delta)
-        whole = DTensor.from_local(
-            delta,
-            parameter.device_mesh,
-            parameter.placements,
-            run_check=False,
-            shape=parameter.shape,
-            stride=parameter.stride(),
-        ).full_tensor()
+        mesh, layout = parameter.device_mesh, {"shape": parameter.shape, "stride": parameter.stride()}
+        whole = DTensor.from_local(delta, mesh, parameter.placements, run_check=False, **layout).full_tensor()
         if rank == 0:
             tensors[name] = whole.cpu()
     return UpdateVector(DENSE, tensors)

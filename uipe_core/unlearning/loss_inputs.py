@@ -1,4 +1,4 @@
-"""What a loss asks for: the forward passes of one step, of the model in training and of the initial model."""
+"""Run the forward passes of one step that a loss needs, of the model in training and of the initial model."""
 
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from uipe_core.corpora.refusals import REFUSALS, draw_refusals
 from uipe_core.corpora.types import ItemSet
 from uipe_core.errors import UserError
-from uipe_core.models.likelihood import answer_kl, answer_logp, answer_rows
+from uipe_core.models.likelihood import answer_kl, answer_logp, answer_rows, mean_answer_nll
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import Batch, Example, pad_batch
 from uipe_core.unlearning.distributed import Processes
@@ -18,19 +18,19 @@ from uipe_core.unlearning.methods import LossInputs
 from uipe_core.unlearning.steering import control_direction, decoder_layer, outputs_of
 
 INITIAL_BEFORE_TRAINING = {"initial_forget_logp", "initial_refusal_logp"}
-"""Fields of `LossInputs` that the initial model gives once, before it is trained."""
+"""Fields of `LossInputs` that the initial model computes once, before training."""
 
 INITIAL_ON_RETAIN = {"retain_kl", "initial_retain_activations"}
 """Fields of `LossInputs` for which the initial model reads the retain batch of every step."""
 
 
 def encode(loaded: LoadedModel, items: ItemSet) -> list[Example]:
-    """Questions and answers as the model reads them."""
+    """Tokenize questions and answers."""
     return [loaded.prompts.encode_item(item) for item in items]
 
 
 def encode_refusals(loaded: LoadedModel, items: ItemSet, epochs: int, seed: int) -> list[list[Example]]:
-    """For every epoch the same questions, each answered by the refusal drawn for it.
+    """Tokenize, for every epoch, the questions with the refusals drawn for them.
 
     Raises:
         UserError: If the model's vocabulary lacks words of a refusal.
@@ -48,10 +48,10 @@ def encode_refusals(loaded: LoadedModel, items: ItemSet, epochs: int, seed: int)
 
 @torch.no_grad()
 def initial_logp(loaded: LoadedModel, examples: list[Example], batch_size: int, processes: Processes) -> Tensor:
-    """(n,) log-probability of every answer under the initial model, computed before it is trained.
+    """Return (n,) log-probabilities of the answers under the initial model, before training.
 
-    Batches are dealt to the processes in turn. Where fewer are left than there are processes, the rest read the last one too,
-    to no effect: all of them gather the weights of a sharded model together.
+    Processes take batches in turn. If fewer are left than processes, the others read the last one without effect, because all
+    of them gather the weights of a sharded model together.
     """
     loaded.model.eval()
     logp = torch.zeros(len(examples))
@@ -62,11 +62,11 @@ def initial_logp(loaded: LoadedModel, examples: list[Example], batch_size: int, 
         read = answer_logp(_logits(loaded.model, batch), batch.labels)[0].cpu()
         if turn < len(starts):
             logp[rows] = read
-    return processes.add_up(logp)
+    return processes.sum_tensor(logp)
 
 
 def frozen_copy(loaded: LoadedModel) -> Any:
-    """The initial model, for what depends on the retain items a step draws."""
+    """Return a frozen copy of the initial model."""
     return deepcopy(loaded.model).eval().requires_grad_(False)
 
 
@@ -76,10 +76,10 @@ class Forward:
 
     Attributes:
         model: The model in training.
-        reference: A frozen copy of the initial model; None where it is `model` with its adapter switched off.
-        needs: The fields of `LossInputs` to fill.
-        pad_id: Id to pad batches with.
-        layer, reference_layer: The steered decoder layer of `model` and of `reference`; None where no method steers.
+        reference: A frozen copy of the initial model; None if that is `model` with its adapter switched off.
+        needs: Fields of `LossInputs` to fill.
+        pad_id: Padding id of batches.
+        layer, reference_layer: The steered decoder layer of `model` and of `reference`; None if no method steers.
         direction: (d,) direction it is steered to.
     """
 
@@ -92,12 +92,12 @@ class Forward:
     direction: Tensor | None = None
 
     def __call__(self, forget: list[Example], retain: list[Example], refusals: list[Example]) -> LossInputs:
-        """What the loss reads, but for what the initial model said of the forget items before training.
+        """Return the inputs of a loss, except what the initial model computes on forget items before training.
 
         Args:
-            forget: The forget items of the step.
-            retain: The retain items drawn for it; empty where there is no retain term.
-            refusals: The forget questions with a refusal as the answer; empty where the method has no use for them.
+            forget: Forget items of the step.
+            retain: Retain items drawn for it; empty without a retain term.
+            refusals: Forget questions with refusals as answers; empty if the method does not use them.
         """
         batch = self._batch(forget)
         logits, activations = self._pass(self.model, self.layer, batch)
@@ -110,21 +110,21 @@ class Forward:
 
     def _with_retain(self, inputs: LossInputs, batch: Batch) -> LossInputs:
         logits, activations = self._pass(self.model, self.layer, batch)
+        found: dict[str, Any] = {}
         if "retain_nll" in self.needs:
-            logp, tokens = answer_logp(logits, batch.labels)
-            inputs = replace(inputs, retain_nll=-logp.sum() / tokens.sum())
+            found["retain_nll"] = mean_answer_nll(logits, batch.labels)
         if self.needs & INITIAL_ON_RETAIN:
             initial_logits, initial_activations = self._initial(batch)
             if "retain_kl" in self.needs:
-                inputs = replace(inputs, retain_kl=answer_kl(initial_logits, logits, batch.labels))
-            inputs = replace(inputs, retain_activations=activations, initial_retain_activations=initial_activations)
-        return inputs
+                found["retain_kl"] = answer_kl(initial_logits, logits, batch.labels)
+            found |= {"retain_activations": activations, "initial_retain_activations": initial_activations}
+        return replace(inputs, **found)
 
     def _batch(self, examples: list[Example]) -> Batch:
         return pad_batch(examples, self.pad_id, self.model.device)
 
     def _pass(self, model: Any, layer: nn.Module | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """(b, t, v) logits, and the layer's activations where answer tokens are predicted."""
+        """Return (b, t, v) logits, and the layer's activations at the positions that predict answer tokens."""
         if layer is None:
             return _logits(model, batch), None
         with outputs_of(layer) as outputs:
@@ -135,8 +135,7 @@ class Forward:
     def _initial(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         if self.reference is not None:
             return self._pass(self.reference, self.reference_layer, batch)
-        # A reference blurred by dropout would not be the initial model.
-        self.model.eval()
+        self.model.eval()  # without dropout, as the initial model
         with self.model.disable_adapter():
             passed = self._pass(self.model, self.layer, batch)
         self.model.train()
@@ -144,22 +143,19 @@ class Forward:
 
 
 def make_forward(model: Any, reference: Any, needs: frozenset[str], pad_id: int, layer: int | None, seed: int) -> Forward:
-    """The forward passes of a base run; `layer` is the index of the layer a method steers, `seed` that of its direction.
+    """Make the forward passes of a base run; raise UserError if the model lacks the steered layer.
 
-    Raises:
-        UserError: If the model has no such layer.
+    Args:
+        model, reference, needs, pad_id: As in `Forward`.
+        layer: Index of the steered layer, or None.
+        seed: Seed of its direction.
     """
     if layer is None:
         return Forward(model, reference, needs, pad_id)
-    return Forward(
-        model,
-        reference,
-        needs,
-        pad_id,
-        layer=decoder_layer(model, layer),
-        reference_layer=None if reference is None else decoder_layer(reference, layer),
-        direction=control_direction(model.config.get_text_config().hidden_size, seed).to(model.device),
-    )
+    size = model.config.get_text_config().hidden_size
+    other = None if reference is None else decoder_layer(reference, layer)
+    direction = control_direction(size, seed).to(model.device)
+    return Forward(model, reference, needs, pad_id, decoder_layer(model, layer), other, direction)
 
 
 def _logits(model: Any, batch: Batch) -> Tensor:

@@ -1,9 +1,9 @@
-"""Unlearning methods: one loss function each, and their hyperparameters with defaults and bounds.
+"""Define unlearning methods: a loss function each, and hyperparameters with defaults and bounds.
 
-Reading the names imports no torch, so that commands that only read a study start fast.
+Importing this module does not import torch, so that commands that only read a study start fast.
 
-Symbols: b sequences, t positions, v vocabulary entries, d entries of a hidden state, k answer tokens of a whole batch.
-Losses are in nats (those on activations in squared units of theirs) and are minimised.
+Symbols: b sequences, t positions, v vocabulary entries, d entries of a hidden state, k answer tokens of a whole batch. Losses
+are minimised, in nats (those on activations in squared units of these).
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shares:
-    """What part of a whole batch is read here, where several processes read it together; all of it in one process.
+    """Shares of a whole batch that this process reads; 1 in a single process.
 
-    A loss weighs each of its means by the share of what it is a mean of: then the losses of all processes, and their
-    gradients, add up to those of the whole batch, however unevenly it was dealt.
+    A loss multiplies each mean by the share of its elements. The losses and gradients of all processes then add up to those of
+    the whole batch, however it was split.
 
     Attributes:
         items: Of the forget items.
@@ -36,7 +36,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class LossInputs:
-    """What one optimisation step has computed: the first two always, the rest where `Method.needs` names it.
+    """Results of one step's forward passes: the first two always, the others if `Method.needs` names them.
 
     Attributes:
         forget_logp: (b,) log-probability of each forget answer, summed over its tokens.
@@ -44,13 +44,13 @@ class LossInputs:
         initial_forget_logp: (b,) `forget_logp` under the initial model.
         retain_nll: () mean negative log-likelihood per answer token of the retain batch.
         retain_kl: () mean over retain answer tokens of KL(initial || current).
-        refusal_logp: (b,) log-probability of a refusal in the place of each forget answer, summed over its tokens.
+        refusal_logp: (b,) log-probability of a refusal in place of each forget answer, summed over its tokens.
         initial_refusal_logp: (b,) `refusal_logp` under the initial model.
-        forget_activations: (k, d) outputs of the steered layer where the forget answers' tokens are predicted.
-        direction: (d,) direction of length 1 these are steered to.
-        retain_activations: (k, d) the same layer's outputs for the retain batch.
+        forget_activations: (k, d) outputs of the steered layer at positions that predict forget answer tokens.
+        direction: (d,) direction of length 1 to steer to.
+        retain_activations: (k, d) the same for the retain batch.
         initial_retain_activations: (k, d) `retain_activations` under the initial model.
-        shares: What part of the whole batch all this is; a loss weighs its means by it.
+        shares: Shares of the whole batch; a loss multiplies its means by them.
     """
 
     forget_logp: Tensor
@@ -68,7 +68,7 @@ class LossInputs:
 
     @property
     def forget_nll(self) -> Tensor:
-        """() mean negative log-likelihood per answer token of the forget batch, weighted by its share of the tokens."""
+        """() mean negative log-likelihood per answer token of the forget batch, times its share of the tokens."""
         return self.shares.tokens * (-self.forget_logp.sum() / self.forget_tokens.sum())
 
 
@@ -82,7 +82,7 @@ def _needed(value: Tensor | None, name: str) -> Tensor:
 
 
 def _retain_term(inputs: LossInputs, hyper: Hyperparameters, name: str) -> Tensor | float:
-    """A mean over retain answer tokens, weighted by its weight and by its share of them; 0 where it has no weight."""
+    """Return a mean over retain answer tokens times its weight and share; 0 without weight."""
     weight = hyper["retain_weight"]
     return inputs.shares.retain_tokens * (weight * _needed(getattr(inputs, name), name)) if weight > 0 else 0.0
 
@@ -119,10 +119,10 @@ def npo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
 def simnpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """NPO without a reference model: -(2 / beta) E log sigmoid(-(beta / tokens) log pi - gamma) [+ retain term].
 
-    Each answer counts by its log-probability per token, so that short answers are not forgotten first, and gamma is a margin
-    by which an answer must be unlikely before its weight fades. Fan et al. (arXiv 2410.07163); the code published with the
-    paper multiplies gamma by beta, its equation and this function do not. Defaults as in open-unlearning (beta 4.5, gamma 0),
-    which weighs the forget term with 0.125 and the retain term with 1: `retain_weight` 8 is that ratio.
+    Log-probabilities are per token, so that short answers are not forgotten first; gamma is the margin by which an answer must
+    be unlikely before its weight fades. Fan et al. (arXiv 2410.07163); the authors' code multiplies gamma by beta, their
+    equation and this function do not. Defaults of open-unlearning (beta 4.5, gamma 0, forget term 0.125, retain term 1):
+    `retain_weight` 8 is that ratio.
     """
     from torch.nn import functional as F
 
@@ -135,9 +135,9 @@ def idk_dpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """Direct preference optimisation of a refusal over the forget answer, both against the initial model.
 
     -(2 / beta) E log sigmoid(beta ((log pi - log pi_init)(refusal) - (log pi - log pi_init)(forget))) [+ retain term], on
-    log-probabilities summed over tokens: with the first difference left out this is `npo`. TOFU (arXiv 2401.06121) calls it
-    preference optimisation, Zhang et al. (arXiv 2404.05868) IDK + DPO. The factor 2 / beta, beta 0.1 and retain weight 1 are
-    those of open-unlearning.
+    log-probabilities summed over tokens; without the first difference this is `npo`. TOFU (arXiv 2401.06121): preference
+    optimisation; Zhang et al. (arXiv 2404.05868): IDK + DPO. Factor 2 / beta, beta 0.1 and retain weight 1 as in
+    open-unlearning.
     """
     from torch.nn import functional as F
 
@@ -149,17 +149,16 @@ def idk_dpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
 
 
 def rmu(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
-    """Representation misdirection: forget activations steered to a fixed random vector, retain activations held in place.
+    """Representation misdirection: steer forget activations to a fixed random vector, keep retain activations in place.
 
     MSE(activations, coefficient * direction) on forget answers + retain_weight * MSE(activations, initial activations) on
-    retain answers, each a mean over tokens and entries. Li et al., WMDP (arXiv 2403.03218), section 4; `retain_weight` is
-    its alpha. Activations are the output of decoder layer `layer`, counted from 0. In full fine-tuning only the feed-forward
-    down projections of this layer and of the two before it are trained, as in the authors' code; with LoRA all adapter
-    weights are.
+    retain answers, each a mean over tokens and entries. Li et al., WMDP (arXiv 2403.03218), section 4; `retain_weight` is its
+    alpha. Activations are outputs of decoder layer `layer`, from 0. Full fine-tuning trains only the feed-forward down
+    projections of this layer and the two before it, as in the authors' code; with LoRA all adapter weights are trained.
 
-    Defaults are those of the authors' code (layer 7, coefficient 20, alpha 100): 7 is about a quarter of the depth of a 7B
-    model, the place the paper takes in larger ones too. Paper and code read every token of plain text; of a question and
-    its answer the positions count that answer tokens are predicted from (open-unlearning: those of the answer tokens).
+    Defaults of the authors' code (layer 7, coefficient 20, alpha 100): 7 is about a quarter of the depth of a 7B model, the
+    paper's place in larger ones too. Paper and code read every token of plain text; of question and answer, the positions that
+    predict answer tokens count (open-unlearning: those of the answer tokens).
     """
     from torch.nn import functional as F
 
@@ -175,12 +174,12 @@ def rmu(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """An unlearning objective and what it needs.
+    """An unlearning objective and its inputs.
 
     Attributes:
         loss: The objective, its means weighted by `LossInputs.shares`.
-        hyperparameters: Names and defaults of what the objective takes.
-        needs: Optional fields of `LossInputs` it reads; those of the retain batch only where there is a retain term.
+        hyperparameters: Names and defaults of its hyperparameters.
+        needs: Optional fields of `LossInputs` it reads; those of the retain batch only with a retain term.
     """
 
     loss: Callable[[LossInputs, Hyperparameters], Tensor]
@@ -188,7 +187,7 @@ class Method:
     needs: frozenset[str] = frozenset()
 
     def needs_retain(self, hyper: Hyperparameters) -> bool:
-        """Whether the objective has a retain term under these hyperparameters."""
+        """Return True if the objective has a retain term under these hyperparameters."""
         return hyper.get("retain_weight", 0) > 0
 
 
@@ -213,18 +212,18 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Bound:
-    """What a hyperparameter may be: at least `low`, or above it; any number, or a whole one."""
+    """Allowed values of a hyperparameter: at least `low`, or above it; any number, or a whole one."""
 
     low: float = 0.0
     above: bool = False
     whole: bool = False
 
     def holds(self, value: float) -> bool:
-        """Whether a value is allowed."""
+        """Return True if a value is allowed."""
         return (value > self.low or (value == self.low and not self.above)) and not (self.whole and value % 1)
 
     def __str__(self) -> str:
-        """``above 0``, ``at least 0``, ``a whole number, at least 0``."""
+        """Return ``above 0``, ``at least 0`` or ``a whole number, at least 0``."""
         return f"{'a whole number, ' if self.whole else ''}{'above' if self.above else 'at least'} {self.low:g}"
 
 
@@ -235,4 +234,4 @@ BOUNDS: dict[str, Bound] = {
     "layer": Bound(whole=True),
     "coefficient": Bound(above=True),
 }
-"""Of every hyperparameter; one name means the same in all methods."""
+"""Bound of every hyperparameter; a name means the same in all methods."""

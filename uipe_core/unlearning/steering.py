@@ -1,9 +1,8 @@
-"""Activations of one decoder layer: where they are read, which weights move them, and the direction they are steered to.
+"""Read the activations of one decoder layer, select the weights that move them, and draw the direction to steer to.
 
-Li et al., "The WMDP Benchmark" (arXiv 2403.03218), section 4, and the code that came with it.
+Li et al., "The WMDP Benchmark" (arXiv 2403.03218), section 4, and the authors' code.
 """
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,16 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from uipe_core.errors import UserError
+from uipe_core.models.transformers_compat import find_decoder_layers, is_down_projection
 
 TRAINED_LAYERS = 3
 """The steered layer and the two before it."""
 
-_DOWN_PROJECTION = re.compile(r"(^|\.)(down_proj|fc2|dense_4h_to_h|mlp\.c_proj|w2)(\.weight)?$")
-"""The last weight of a feed-forward block, by the names that Llama, Phi, GPT-NeoX, GPT-2 and Mixtral give it."""
-
 
 def model_depth(source: str, revision: str | None = None, trust_remote_code: bool = False) -> int | None:
-    """Decoder layers of a saved model by its configuration alone; None where it has none that can be read (an adapter)."""
+    """Return the number of decoder layers of a saved model from its configuration; None if it cannot be read (an adapter)."""
     from transformers import AutoConfig
 
     try:
@@ -32,11 +29,7 @@ def model_depth(source: str, revision: str | None = None, trust_remote_code: boo
 
 
 def check_layer(index: int, depth: int) -> None:
-    """Checks that a model of so many decoder layers has the one of that index, counted from 0.
-
-    Raises:
-        UserError: If it has not.
-    """
+    """Raise UserError if a model of `depth` decoder layers has no layer of that index, from 0."""
     if not 0 <= index < depth:
         layers = f"{depth} decoder layer{'' if depth == 1 else 's'}"
         raise UserError(
@@ -46,7 +39,7 @@ def check_layer(index: int, depth: int) -> None:
 
 
 def decoder_layer(model: Any, index: int) -> nn.Module:
-    """The decoder layer of that index, counted from 0, of a transformers model, bare or under an adapter.
+    """Return the decoder layer of that index, from 0, of a transformers model, bare or with an adapter.
 
     Raises:
         UserError: If the model has no such layer.
@@ -54,13 +47,6 @@ def decoder_layer(model: Any, index: int) -> nn.Module:
     layers = _decoder_layers(model)
     check_layer(index, len(layers))
     return layers[index]
-
-
-def find_decoder_layers(model: Any) -> nn.ModuleList | None:
-    """The outermost list of as many modules as the model's configuration counts layers, or None."""
-    depth = model.config.get_text_config().num_hidden_layers
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return next((module for module in lists if len(module) == depth), None)
 
 
 def _decoder_layers(model: Any) -> nn.ModuleList:
@@ -72,10 +58,10 @@ def _decoder_layers(model: Any) -> nn.ModuleList:
 
 
 def train_down_projections(model: Any, layer: int) -> None:
-    """Leaves only the feed-forward down projections of `layer` and the two layers before it trainable.
+    """Make only the feed-forward down projections of `layer` and the two layers before it trainable.
 
     Raises:
-        UserError: If the model has no such layer, or its layers have none under a known name.
+        UserError: If the model has no such layer, or its layers have no down projection under a known name.
     """
     layers = _decoder_layers(model)
     check_layer(layer, len(layers))
@@ -84,7 +70,7 @@ def train_down_projections(model: Any, layer: int) -> None:
         parameter
         for steering in layers[max(0, layer - TRAINED_LAYERS + 1) : layer + 1]
         for name, parameter in steering.named_parameters()
-        if _DOWN_PROJECTION.search(name)
+        if is_down_projection(name)
     ]
     if not found:
         raise UserError(
@@ -97,9 +83,9 @@ def train_down_projections(model: Any, layer: int) -> None:
 
 @contextmanager
 def outputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the (b, t, d) outputs of a layer, one per forward pass made inside the context.
+    """Collect the (b, t, d) outputs of a layer, one per forward pass made inside the block.
 
-    A hook, not ``output_hidden_states``: there the last layer's entry comes after the final norm.
+    A hook, because the last entry of ``output_hidden_states`` comes after the final norm.
     """
     collected: list[Tensor] = []
 
@@ -114,6 +100,6 @@ def outputs_of(layer: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def control_direction(size: int, seed: int) -> Tensor:
-    """(size,) random direction of length 1: uniform in [0, 1) per entry, then normalised, as in the authors' code."""
+    """Draw a (size,) direction of length 1: uniform in [0, 1) per entry, then normalised, as in the authors' code."""
     vector = torch.rand(size, generator=torch.Generator().manual_seed(seed))
     return vector / vector.norm()

@@ -1,12 +1,11 @@
-"""One base run: an unlearning method trained once, giving an update vector per epoch.
+"""Train one base run: an unlearning method, giving an update vector per epoch.
 
 The loop follows TOFU (arXiv 2401.06121): an epoch is one pass over the forget set, each step pairs its forget batch with as
-many retain items drawn at random, AdamW warms up linearly over the first epoch.
+many random retain items, AdamW warms up linearly over the first epoch.
 
-In a process group (`uipe_core.unlearning.distributed`) all processes train one base run together: each reads its part of
-every batch, and
-the summed gradient is that of the whole one. Rounding apart, the update vectors are those of one process, so that the number of
-processes is no input of a base run (with dropout they are so in distribution only).
+The processes of a process group (`uipe_core.unlearning.distributed`) train one base run together; the summed gradient is that
+of the whole batch. Up to rounding, the update vectors equal those of one process (with dropout in distribution only), so the
+number of processes is no input of a base run.
 """
 
 import math
@@ -19,8 +18,9 @@ from torch import Tensor
 
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.store import EpochResult
-from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector, adapter_state, snapshot, take_update, wrap_adapter
+from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector, snapshot, take_update
 from uipe_core.models.loading import LoadedModel, Progress
+from uipe_core.models.transformers_compat import adapter_state, make_accelerator, wrap_adapter
 from uipe_core.unlearning.distributed import Processes, current_processes, local_snapshot, take_sharded_update
 from uipe_core.unlearning.loss_inputs import (
     INITIAL_BEFORE_TRAINING,
@@ -35,12 +35,12 @@ from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.steering import train_down_projections
 
 TRAINING_SCHEMA = 3
-"""Raised whenever a change in this file or in losses.py alters the update vectors it yields."""
+"""Raised with every change in this file or in methods.py that alters the update vectors."""
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """LoRA (PEFT): rank, alpha (scale = alpha / rank), which linear modules, dropout while training."""
+    """LoRA (PEFT): rank, alpha (scale = alpha / rank), linear modules to adapt, dropout in training."""
 
     rank: int
     alpha: float
@@ -48,7 +48,7 @@ class AdapterConfig:
     dropout: float = 0.0
 
     def as_peft(self) -> dict[str, Any]:
-        """Arguments of peft.LoraConfig."""
+        """Return the arguments of peft.LoraConfig."""
         targets = self.target_modules if isinstance(self.target_modules, str) else sorted(self.target_modules)
         return {
             "r": self.rank,
@@ -65,17 +65,17 @@ class UnlearningConfig:
 
     Attributes:
         method: Key of `uipe_core.unlearning.methods.METHODS`.
-        hyperparameters: What the method takes, for example ``{"beta": 0.1}``.
+        hyperparameters: Of the method, for example ``{"beta": 0.1}``.
         epochs: Passes over the forget set.
         learning_rate: Peak learning rate.
         batch_size: Forget items per forward pass.
         gradient_accumulation: Forward passes per optimiser step, each weighted by its share of the step's items.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         schedule: ``constant`` or ``linear`` (to 0 at the last epoch) after the warm-up. With ``constant`` an epoch's update
-            does not depend on how many epochs follow.
+            does not depend on the number of epochs.
         weight_decay, max_grad_norm: Of AdamW; clipping threshold.
         adapter: LoRA configuration; None for full fine-tuning on fp32 master weights.
-        seed: Order of items, retain sampling, adapter initialisation, dropout.
+        seed: Seed of item order, retain sampling, adapter initialisation, dropout.
     """
 
     method: str
@@ -92,50 +92,42 @@ class UnlearningConfig:
     seed: int = 0
 
     def as_inputs(self) -> dict[str, Any]:
-        """JSON-able form for content addressing."""
+        """Return a JSON-able form for content addressing."""
         return {**asdict(self), "schema": TRAINING_SCHEMA}
 
 
 class DivergedError(RuntimeError):
-    """A base run whose loss or weights stopped being finite."""
+    """The loss or the weights of a base run are no longer finite."""
 
 
 def train_base_run(
     loaded: LoadedModel, corpus: Corpus, config: UnlearningConfig, progress: Progress | None = None
 ) -> Iterator[EpochResult]:
-    """Unlearns the forget set and yields an update vector after every epoch.
+    """Unlearn the forget set and yield an update vector after every epoch.
 
     Args:
-        loaded: The initial model. It is trained in place; load it anew for the next run. In a process group every process
-            loads it: for full fine-tuning on the CPU (its shards go to the GPUs by themselves), for LoRA on its own device.
-        corpus: Its `forget_train` is unlearned, its `retain_train` serves the retain terms.
-        config: The method and its hyperparameters.
+        loaded: The initial model, trained in place; load it again for the next run. In a process group every process loads it:
+            on the CPU for full fine-tuning (shards are moved to the GPUs), on its own device for LoRA.
+        corpus: Its `forget_train` is unlearned, its `retain_train` serves retain terms.
+        config: Method and hyperparameters.
         progress: Called with (optimisation steps done, steps in all).
 
     Yields:
-        EpochResult for epochs 1, 2, ...; its update is exact: theta_init + delta are the trained weights to the bit.
+        EpochResult for epochs 1, 2, ...; theta_init + delta are the trained weights to the bit.
 
     Raises:
         DivergedError: If a loss or a weight is not finite; names the epoch and the remedy.
-        UserError: If the method steers a layer the model does not have, or refuses in words its vocabulary lacks.
+        UserError: If the model lacks the steered layer, or its vocabulary words of a refusal.
     """
-    from accelerate import Accelerator
     from accelerate.utils import set_seed
 
     method = METHODS[config.method]
     hyperparameters = {**method.hyperparameters, **config.hyperparameters}
     set_seed(config.seed)
-    # Accelerate would train on the first device whichever the model is on; and it divides by a fixed number of accumulation
-    # steps, which makes the last, shorter group of an epoch count less. Both are done here.
     processes = current_processes()
     device = processes.device or loaded.device
-    threads = torch.get_num_threads()
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        device_placement=False,
-        mixed_precision="bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "no",
-    )
-    torch.set_num_threads(threads)  # for several processes on the CPU Accelerate chooses a number of its own
+    # Gradients are accumulated here: Accelerate's fixed divisor would weigh the last, shorter group of an epoch less.
+    accelerator = make_accelerator(device)
     forget = encode(loaded, corpus.forget_train)
     retain = encode(loaded, corpus.retain_train) if method.needs_retain(hyperparameters) else []
     epochs_refused = config.epochs if "refusal_logp" in method.needs else 0
@@ -162,9 +154,9 @@ def train_base_run(
     if processes.count == 1:
         model, optimizer = accelerator.prepare(model, optimizer)
     else:
-        # Gradients are summed by the shards or here, so that Accelerate must not wrap the model once more.
+        # Gradients are summed by FSDP or here, so Accelerate must not wrap the model again.
         model, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
-    # Shards get the mean of the processes' gradients.
+    # FSDP averages gradients over processes.
     gain = processes.count if config.adapter is None else 1
     forward = make_forward(model, reference, method.needs, loaded.prompts.pad_id, layer, config.seed)
 
@@ -178,7 +170,7 @@ def train_base_run(
         for group in _chunks(order, step_size):
             for chosen in _chunks(group, config.batch_size):
                 drawn = [retain[next(retain_order)] for _ in chosen] if retain else []
-                positions, shares = processes.deal([forget[i] for i in chosen], drawn)
+                positions, shares = processes.split_batch([forget[i] for i in chosen], drawn)
                 mine = [chosen[position] for position in positions]
                 inputs = forward(
                     [forget[i] for i in mine],
@@ -191,12 +183,12 @@ def train_base_run(
                 if refusals:
                     inputs = replace(inputs, initial_refusal_logp=initial_refusals[epoch - 1][mine].to(device))
                 loss = method.loss(inputs, hyperparameters)
-                losses.append(processes.total(float(loss.detach())))
+                losses.append(processes.sum(float(loss.detach())))
                 if not math.isfinite(losses[-1]):
                     raise DivergedError(_diverged(config, epoch))
                 accelerator.backward(loss * (gain * len(chosen) / len(group)))
             if config.adapter is not None:
-                processes.add_up_gradients(trainable)
+                processes.sum_gradients(trainable)
             accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
             optimizer.step()
             scheduler.step()
@@ -205,11 +197,10 @@ def train_base_run(
             if progress is not None:
                 progress(done, config.epochs * steps_per_epoch)
         update = _epoch_update(accelerator.unwrap_model(model), initial, config, processes)
-        if processes.total(float(not all(torch.isfinite(tensor).all() for tensor in update.tensors.values()))):
+        if processes.sum(float(not all(torch.isfinite(tensor).all() for tensor in update.tensors.values()))):
             raise DivergedError(_diverged(config, epoch))
         yield EpochResult(epoch, update, sum(losses) / len(losses))
-        # Gradients take its place in memory while the next epoch trains.
-        del update
+        del update  # its memory is needed for the gradients of the next epoch
 
 
 def _diverged(config: UnlearningConfig, epoch: int) -> str:
@@ -227,7 +218,7 @@ def _chunks(values: list[int], size: int) -> Iterator[list[int]]:
 def _frozen(
     loaded: LoadedModel, config: UnlearningConfig, processes: Processes, needs: frozenset[str], has_retain: bool
 ) -> LoadedModel:
-    """The initial model for what it says before and while another is trained: a frozen copy where it needs to be one."""
+    """Return the initial model for reference passes, a frozen copy if it is still needed or sharded during training."""
     on_retain = has_retain and needs & INITIAL_ON_RETAIN
     sharded = processes.count > 1
     if config.adapter is not None or not (on_retain or (sharded and needs & INITIAL_BEFORE_TRAINING)):
@@ -241,9 +232,9 @@ def _frozen(
 def _trainable(
     loaded: LoadedModel, config: UnlearningConfig, layer: int | None, processes: Processes
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The model to train, and the weights (of several processes each one's shards) dense updates are measured from.
+    """Return the model to train, and the initial weights (of several processes their own shards) of dense updates.
 
-    Where a layer is steered, full fine-tuning trains only the weights the method steers it with.
+    Full fine-tuning with a steered layer trains only that method's weights.
     """
     model = loaded.model
     if config.adapter is not None:
@@ -252,7 +243,7 @@ def _trainable(
     else:
         if layer is not None:
             train_down_projections(model, layer)
-        # bf16 weights would swallow updates of 1e-3 of their size, so the master weights are fp32.
+        # fp32 master weights: bf16 would round away updates of 1e-3 of a weight.
         if processes.count > 1:
             processes.shard(model, torch.float32)
             initial = local_snapshot(model)
@@ -276,7 +267,7 @@ def _epoch_update(model: Any, initial: Mapping[str, Tensor], config: UnlearningC
 def _schedule(optimizer: Any, config: UnlearningConfig, steps_per_epoch: int) -> Any:
     from transformers import get_constant_schedule_with_warmup, get_linear_schedule_with_warmup
 
-    # A warm-up starts at rate 0: where an epoch is a single step, its update would be nothing.
+    # A warm-up starts at rate 0: in an epoch of a single step nothing would change.
     warmup = steps_per_epoch if steps_per_epoch > 1 else 0
     if config.schedule == "linear":
         return get_linear_schedule_with_warmup(optimizer, warmup, config.epochs * steps_per_epoch)

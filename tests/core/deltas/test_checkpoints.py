@@ -332,7 +332,7 @@ def test_an_adapter_of_another_model_is_refused(pair, tmp_path):
     with pytest.raises(UserError, match=r"2 of 6 modules .* first model\.layers\.2\.mlp\.down_proj: no such module"):
         check_checkpoint(open_initial(pair / "initial"), deeper)
     embedding = saved_adapter(tmp_path / "embedding", target_modules=["embed_tokens"])
-    with pytest.raises(UserError, match="besides LoRA factors of linear layers"):
+    with pytest.raises(UserError, match="apart from LoRA factors of linear layers"):
         check_checkpoint(open_initial(pair / "initial"), embedding)
 
 

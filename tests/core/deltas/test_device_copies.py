@@ -66,12 +66,12 @@ def test_on_the_cpu_nothing_is_copied_or_kept(load_tiny):
     model = load_tiny().model
     parameters = dict(model.named_parameters())
     initial = snapshot(model)
-    assert HostToDeviceCopier().synchronize(initial, parameters) is initial
-    assert HostToDeviceCopier().bring(initial["lm_head.weight"], torch.device("cpu")) is initial["lm_head.weight"]
+    assert HostToDeviceCopier().copy_all(initial, parameters) is initial
+    assert HostToDeviceCopier().copy(initial["lm_head.weight"], torch.device("cpu")) is initial["lm_head.weight"]
     walker = Extrapolator(model)
     walker.apply(UpdateVector(DENSE, {name: 0.1 * tensor for name, tensor in initial.items()}), 1.0)
     gc.collect()
-    assert walker._near is None
+    assert walker._resident is None
 
 
 def walked(model, update):
@@ -97,7 +97,7 @@ def test_a_gpu_walks_to_the_same_weights_streamed_and_kept(load_tiny, monkeypatc
     update = UpdateVector(DENSE, {name: 1e-2 * torch.randn(shape, generator=draws) for name, shape in shapes.items()})
     expected, _ = walked(here, update)
     found, walker = walked(there, update)
-    assert (walker._near is not None) is (room > 0)
+    assert (walker._resident is not None) is (room > 0)
     for alpha, one, other in zip((*ALPHAS, -1.0), expected, found, strict=True):
         for name in one:
             if alpha in (-1.0, 0.0):

@@ -15,7 +15,7 @@ from torch import nn
 
 from uipe_core.deltas.extrapolation import Extrapolator
 from uipe_core.deltas.files import load_update, save_update
-from uipe_core.deltas.initial_weights import pristine, saved_folder
+from uipe_core.deltas.initial_weights import read_initial_weights, saved_folder
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector, random_direction, snapshot
 from uipe_core.errors import UserError
 from uipe_core.models.loading import DTYPES, cast_weights
@@ -99,7 +99,7 @@ def places(tmp_path_factory):
 def test_a_streamed_walk_is_the_one_in_memory_to_the_bit(kind, scored, places, tmp_path):
     model = reload(places[kind])
     start = snapshot(model)
-    initial = pristine(model, places[kind])
+    initial = read_initial_weights(model, places[kind])
     change, path = change_of(model, tmp_path)
     update = load_update(path)
     assert isinstance(initial, LazyTensors) and isinstance(update.tensors, LazyTensors)
@@ -151,7 +151,7 @@ def readable(weights):
 
 @pytest.mark.parametrize("kind", ["tied", "bf16 in shards"])
 def test_nothing_that_the_files_hold_is_copied_and_a_changed_file_is_refused(kind, places):
-    initial = pristine(reload(places[kind]), places[kind])
+    initial = read_initial_weights(reload(places[kind]), places[kind])
     touch(places[kind])
     assert readable(initial) == set()
 
@@ -163,7 +163,7 @@ def test_weights_under_the_other_name_of_a_tie_are_found(tmp_path):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     model = reload(folder)
     start = snapshot(model)
-    initial = pristine(model, folder)
+    initial = read_initial_weights(model, folder)
     assert_same(dict(initial), start)
     touch(folder)
     assert readable(initial) == set()
@@ -181,7 +181,7 @@ def test_what_the_files_do_not_hold_to_the_bit_is_copied(tmp_path):
     weights["renamed"] = weights.pop("model.layers.0.mlp.up_proj.weight")
     weights["model.layers.1.mlp.up_proj.weight"] = weights["model.layers.1.mlp.up_proj.weight"].T.contiguous()
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    initial = pristine(model, folder)
+    initial = read_initial_weights(model, folder)
     assert_same(dict(initial), start)
     touch(folder)
     copied = {"lm_head.weight", "model.norm.weight", *(f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1))}
@@ -198,7 +198,7 @@ def test_weights_loaded_in_another_dtype_than_stored_are_walked_from_as_loaded(t
     model = reload(folder)
     assert model.dtype == torch.bfloat16
     start = snapshot(model)
-    initial = pristine(model, folder)
+    initial = read_initial_weights(model, folder)
     assert_same(dict(initial), start)
     touch(folder)
     assert readable(initial) == set()
@@ -209,7 +209,7 @@ def test_a_model_without_files_of_its_own_is_copied(tmp_path):
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
     for folder in (None, tmp_path / "adapter"):
         model = llama()
-        initial = pristine(model, folder)
+        initial = read_initial_weights(model, folder)
         assert not isinstance(initial, LazyTensors)
         assert_same(dict(initial), snapshot(llama()))
 
@@ -219,7 +219,7 @@ def test_a_small_model_and_a_small_update_are_kept(monkeypatch, places, tmp_path
     monkeypatch.setattr("uipe_core.deltas.initial_weights.RESIDENT", 1 << 26)
     model = reload(places["one file"])
     _, path = change_of(model, tmp_path)
-    assert not isinstance(pristine(model, places["one file"]), LazyTensors)
+    assert not isinstance(read_initial_weights(model, places["one file"]), LazyTensors)
     assert not isinstance(load_update(path).tensors, LazyTensors)
 
 
@@ -281,7 +281,7 @@ def test_a_file_of_weights_is_no_update_vector(places):
 def test_a_file_that_is_cut_off_in_the_middle_of_a_study_says_so_and_the_next_walk_is_whole(places, tmp_path):
     model = reload(places["one file"])
     start = snapshot(model)
-    walker = Extrapolator(model, pristine(model, places["one file"]))
+    walker = Extrapolator(model, read_initial_weights(model, places["one file"]))
     _, path = change_of(model, tmp_path)
     update, content = load_update(path), path.read_bytes()
     expected = snapshot(walker.apply(update, 0.3))
@@ -369,7 +369,7 @@ def child(folder, way):
     model = Large()
 
     def walk(direction=False, dtype=torch.float32):
-        initial = pristine(model, folder) if way == "streamed" else snapshot(model)
+        initial = read_initial_weights(model, folder) if way == "streamed" else snapshot(model)
         cast_weights(model, dtype)
         update = load_update(folder / "update.safetensors")
         if direction:

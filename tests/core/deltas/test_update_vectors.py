@@ -16,13 +16,12 @@ from uipe_core.deltas.update_vectors import (
     LOW_RANK,
     UpdateVector,
     adapter_scale,
-    adapter_state,
     factors,
     random_direction,
     snapshot,
     take_update,
-    wrap_adapter,
 )
+from uipe_core.models.transformers_compat import adapter_state, wrap_adapter
 
 ALPHAS = st.floats(-1, 5, allow_nan=False)
 SEEDS = st.integers(0, 2**31)

@@ -256,7 +256,7 @@ def test_damaged_log_names_file_key_and_remedy(rewritten, change, message):
 
 
 def test_the_summary_alone_will_not_do(log, tmp_path):
-    with pytest.raises(UserError, match=rf"{SUMMARY_FILE}: holds aggregates only.* give the {EVAL_FILE} beside it"):
+    with pytest.raises(UserError, match=rf"{SUMMARY_FILE}: holds aggregates only.* give the {EVAL_FILE} of the same folder"):
         read_log(tmp_path / SUMMARY_FILE)
 
 

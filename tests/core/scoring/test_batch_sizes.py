@@ -6,7 +6,7 @@ import torch
 
 from uipe_core.corpora.types import ChoiceItem, Corpus
 from uipe_core.scoring import batch_sizes
-from uipe_core.scoring.batch_sizes import BatchSize, available_memory, found_rows, row_bytes, slices
+from uipe_core.scoring.batch_sizes import BatchSize, available_memory, find_batch_size, row_bytes, slices
 from uipe_core.scoring.multiple_choice import ChoiceScorer
 from uipe_core.scoring.scorer import Scorer, ScoringConfig
 
@@ -48,7 +48,7 @@ def test_a_batch_that_is_too_large_comes_again_in_halves(fits, rows):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
         done.extend(batch)
 
-    size.through(range(100), work, cut=slices)
+    size.run(range(100), work, split=slices)
     assert done == list(range(100))
     assert size.rows == rows
 
@@ -61,7 +61,7 @@ def test_a_single_row_that_is_too_much_and_other_errors_are_told():
         raise MemoryError("no room")
 
     with pytest.raises(MemoryError, match="no room"):
-        size.through(range(8), hungry, cut=slices)
+        size.run(range(8), hungry, split=slices)
     assert tries == [8, 4, 2, 1]
 
     def broken(batch):
@@ -69,7 +69,7 @@ def test_a_single_row_that_is_too_much_and_other_errors_are_told():
         raise ValueError("out of memory")
 
     with pytest.raises(ValueError, match="out of memory"):
-        BatchSize(8).through(range(8), broken, cut=slices)
+        BatchSize(8).run(range(8), broken, split=slices)
     assert tries[4:] == [8]
 
 
@@ -80,7 +80,7 @@ def test_what_has_no_room_for_one_row_leaves_the_number_as_it_was():
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        size.through(range(50), work, cut=slices)
+        size.run(range(50), work, split=slices)
     assert size.rows == 32
 
 
@@ -127,11 +127,11 @@ def test_on_the_cpu_the_usual_number_is_taken_or_what_memory_holds(load_tiny, co
     assert available_memory() > 2**20
     one = row_bytes(loaded.model, 30, 10)
     monkeypatch.setattr(batch_sizes, "available_memory", lambda: 40 * one)
-    assert found_rows(loaded.model, CPU, 30, 10, print) == 10
+    assert find_batch_size(loaded.model, CPU, 30, 10, print) == 10
     monkeypatch.setattr(batch_sizes, "available_memory", lambda: 0)
-    assert found_rows(loaded.model, CPU, 30, 10, print) == 1
+    assert find_batch_size(loaded.model, CPU, 30, 10, print) == 1
     monkeypatch.setattr(batch_sizes, "available_memory", lambda: None)
-    assert found_rows(loaded.model, CPU, 30, 10, print) == 32
+    assert find_batch_size(loaded.model, CPU, 30, 10, print) == 32
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_on_a_gpu_the_number_is_doubled_while_that_helps(monkeypatch, fits, satu
         return None if count > fits else 1.0 + max(0, count - saturates) / saturates
 
     monkeypatch.setattr(batch_sizes, "_seconds", seconds)
-    assert found_rows(None, CUDA, 30, 10, print) == rows
+    assert find_batch_size(None, CUDA, 30, 10, print) == rows
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from uipe_core.corpora.types import Corpus
 from uipe_core.scoring import generation
 from uipe_core.scoring.batch_sizes import BatchSize
-from uipe_core.scoring.generation import Text, complete, verify_drafts
+from uipe_core.scoring.generation import GreedyText, complete, verify_drafts
 from uipe_core.scoring.scorer import Scorer, ScoringConfig
 
 LIMIT = 12
@@ -18,7 +18,7 @@ LIMIT = 12
 def test_what_a_draft_tells_is_the_greedy_text_up_to_its_first_mistake(draft, best, limit):
     """A stand-in for a model: the most likely token after so many right tokens is that of `best`; 4 ends a text."""
     best = best[: len(draft) + 1]
-    text = Text([9], limit, [])
+    text = GreedyText([9], limit, [])
     text.verify(draft, best, stops=(4,))
     expected = []
     for place, token in enumerate(best):
@@ -73,15 +73,15 @@ def test_texts_are_those_of_generate_token_for_token(state, moved, corpus):
     scorer = Scorer(corpus, loaded.prompts, ScoringConfig(16, LIMIT))
     scorer.score(loaded)
     expected = [by_generate(loaded, prompt) for prompt in scorer._prompts]
-    assert scorer._neighbours == expected
+    assert scorer._drafts == expected
     # Now with the texts of a neighbour as drafts, and with drafts that are all wrong.
     scorer.score(loaded)
-    assert scorer._neighbours == expected
-    scorer._neighbours = [text[::-1] for text in expected]
+    assert scorer._drafts == expected
+    scorer._drafts = [text[::-1] for text in expected]
     scorer.score(loaded)
-    assert scorer._neighbours == expected
+    assert scorer._drafts == expected
     scorer.score(other := moved(0.4, seed=1))
-    assert scorer._neighbours == [by_generate(other, prompt) for prompt in scorer._prompts]
+    assert scorer._drafts == [by_generate(other, prompt) for prompt in scorer._prompts]
 
 
 @torch.inference_mode()
@@ -89,9 +89,9 @@ def test_nothing_is_generated_that_the_drafts_have_told(moved, corpus):
     loaded = moved(0.5)
     scorer = Scorer(corpus, loaded.prompts, ScoringConfig(16, LIMIT))
     stops, pad = loaded.prompts.stop_ids, loaded.prompts.pad_id
-    fresh = [Text(prompt, LIMIT, []) for prompt in scorer._prompts]
+    fresh = [GreedyText(prompt, LIMIT, []) for prompt in scorer._prompts]
     complete(loaded.model, fresh, stops, pad, BatchSize(8))
-    again = [Text(prompt, LIMIT, []) for prompt in scorer._prompts]
+    again = [GreedyText(prompt, LIMIT, []) for prompt in scorer._prompts]
     verify_drafts(loaded.model, again, [text.tokens for text in fresh], stops, pad, BatchSize(8))
     assert [text.tokens for text in again] == [text.tokens for text in fresh]
     assert all(text.finished for text in again if text.tokens)
@@ -103,7 +103,7 @@ def test_the_models_own_generate_gives_the_same(moved, corpus, size):
     loaded = moved(0.5)
     prompts = [loaded.prompts.prompt_ids(item.question) for items in corpus.sets.values() for item in items][:30]
     stops, pad = loaded.prompts.stop_ids, loaded.prompts.pad_id
-    ours, theirs = ([Text(prompt, 3 + number % 9, []) for number, prompt in enumerate(prompts)] for _ in range(2))
+    ours, theirs = ([GreedyText(prompt, 3 + number % 9, []) for number, prompt in enumerate(prompts)] for _ in range(2))
     complete(loaded.model, ours, stops, pad, BatchSize(size))
     for start in range(0, len(theirs), size):
         generation._generate(loaded.model, theirs[start : start + size], stops, pad)

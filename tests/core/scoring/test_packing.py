@@ -7,14 +7,14 @@ from hypothesis import given, settings
 from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from uipe_core.models.prompts import Example
+from uipe_core.models.transformers_compat import accepts_logits_to_keep
 from uipe_core.scoring.packing import (
-    accepts_logits_to_keep,
     answer_logits,
     batched,
     collate,
-    grouped,
-    single,
-    takes_packed_rows,
+    group_by_prompt,
+    one_per_row,
+    supports_packed_rows,
 )
 
 CPU = torch.device("cpu")
@@ -39,7 +39,7 @@ def examples(draw):
 
 @given(examples(), st.integers(1, 7))
 def test_batches_hold_every_example_once_and_no_more_than_allowed(items, size):
-    for groups in (grouped(items), single(items)):
+    for groups in (group_by_prompt(items), one_per_row(items)):
         batches = list(batched(groups, size))
         assert sorted(number for batch in batches for group in batch for number in group) == list(range(len(items)))
         assert all(1 <= sum(map(len, batch)) <= size for batch in batches)
@@ -52,7 +52,7 @@ def test_batches_hold_every_example_once_and_no_more_than_allowed(items, size):
 @torch.inference_mode()
 def test_packed_logits_are_those_of_each_answer_alone(items):
     model = llama()
-    rows = collate(grouped(items), items, 0, CPU)
+    rows = collate(group_by_prompt(items), items, 0, CPU)
     logits = answer_logits(model, rows, keep=True).split(rows.lengths)
     for number, found in zip(rows.owners, logits, strict=True):
         example = items[number]
@@ -68,10 +68,10 @@ def items():
 
 @torch.inference_mode()
 def test_a_model_is_asked_whether_it_takes_packed_rows(items):
-    assert takes_packed_rows(llama(), items, 0, CPU) is True
+    assert supports_packed_rows(llama(), items, 0, CPU) is True
     # Attention that is a matter of distance in the row, so that positions of ours change nothing.
     bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.4)).eval()
-    assert takes_packed_rows(bloom, items, 0, CPU) is False
+    assert supports_packed_rows(bloom, items, 0, CPU) is False
 
 
 @torch.inference_mode()
@@ -79,7 +79,7 @@ def test_a_model_is_asked_whether_it_takes_packed_rows(items):
 def test_a_model_that_looks_back_only_so_far_keeps_its_own_mask(items, window, expected):
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(vocab_size=50, sliding_window=window, num_key_value_heads=1, **SIZES)).eval()
-    assert takes_packed_rows(model, items, 0, CPU) is expected
+    assert supports_packed_rows(model, items, 0, CPU) is expected
 
 
 @torch.inference_mode()
@@ -87,10 +87,10 @@ def test_a_model_that_no_longer_listens_cannot_tell(items):
     model = llama()
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.zero_()
-    assert takes_packed_rows(model, items, 0, CPU) is None
+    assert supports_packed_rows(model, items, 0, CPU) is None
 
 
 @torch.inference_mode()
 def test_questions_with_one_answer_each_have_nothing_to_share(items):
-    assert takes_packed_rows(llama(), items[::3], 0, CPU) is False
+    assert supports_packed_rows(llama(), items[::3], 0, CPU) is False
     assert accepts_logits_to_keep(llama())

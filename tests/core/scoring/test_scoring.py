@@ -22,11 +22,10 @@ from transformers import (
 )
 
 from uipe_core.corpora.types import Corpus, item_set_hash
-from uipe_core.deltas.update_vectors import wrap_adapter
 from uipe_core.errors import UserError
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import IGNORED, PromptFormat, pad_batch
-from uipe_core.scoring.packing import accepts_logits_to_keep
+from uipe_core.models.transformers_compat import accepts_logits_to_keep, wrap_adapter
 from uipe_core.scoring.scorer import Scorer, ScoringConfig
 
 NEW_TOKENS = 12

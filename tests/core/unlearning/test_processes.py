@@ -127,7 +127,7 @@ def led(processes):
     for take in (list, lambda _: "found"):
         taken = []
         steps = (taken.append(step) or step for step in range(3))
-        outcomes.append([processes.lead(steps, take), taken])
+        outcomes.append([processes.run_on_first(steps, take), taken])
     return outcomes
 
 
@@ -225,20 +225,20 @@ def examples(*lengths):
 
 def test_a_batch_is_dealt_whole_and_its_shares_add_up():
     forget, retain = examples(1, 2, 3, 4, 5), examples(2, 2, 2, 2, 7)
-    dealt = [Processes(2, rank).deal(forget, retain) for rank in range(2)]
+    dealt = [Processes(2, rank).split_batch(forget, retain) for rank in range(2)]
     assert [positions for positions, _ in dealt] == [[0, 1], [2, 3, 4]]
     assert [shares for _, shares in dealt] == [Shares(2 / 5, 3 / 15, 4 / 15), Shares(3 / 5, 12 / 15, 11 / 15)]
 
 
 def test_a_process_without_an_item_reads_one_to_no_effect():
-    dealt = [Processes(3, rank).deal(examples(4), []) for rank in range(3)]
+    dealt = [Processes(3, rank).split_batch(examples(4), []) for rank in range(3)]
     assert sorted(dealt, key=lambda deal: deal[1].items) == [([0], Shares(0, 0, 0))] * 2 + [([0], Shares())]
 
 
 def test_alone_a_process_reads_everything():
     assert current_processes() == Processes()
-    assert Processes().deal(examples(1, 2), examples(3, 4)) == ([0, 1], Shares())
-    assert Processes().lead(iter([1, 2]), list) == [1, 2]
+    assert Processes().split_batch(examples(1, 2), examples(3, 4)) == ([0, 1], Shares())
+    assert Processes().run_on_first(iter([1, 2]), list) == [1, 2]
 
 
 def test_the_cases_read_batches_that_are_not_even():

@@ -15,8 +15,8 @@ from transformers import (
     PhiForCausalLM,
 )
 
-from uipe_core.deltas.update_vectors import wrap_adapter
 from uipe_core.errors import UserError
+from uipe_core.models.transformers_compat import wrap_adapter
 from uipe_core.unlearning.steering import control_direction, decoder_layer, model_depth, outputs_of, train_down_projections
 
 SHAPE = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 12}

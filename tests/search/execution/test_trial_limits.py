@@ -11,7 +11,7 @@ import torch
 from search.execution.worker_pool import DIED, worker_failure
 from search.execution.workers import OutOfMemory, score_within_memory
 from search.problem.trial import TrialSpec
-from uipe_core.models.memory import ran_out
+from uipe_core.models.memory import is_out_of_memory
 
 MEMORY_MONITOR = (
     "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 192.0.2.2, ID: 29e1) was 2.90GB "
@@ -85,10 +85,12 @@ def allocate(elements):
 def test_what_torch_really_says_of_too_little_memory_is_recognised():
     with pytest.raises(RuntimeError) as raised:
         allocate(2**50)
-    assert ran_out(raised.value)
-    assert all(map(ran_out, (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.ENOMEM, "no memory"))))
+    assert is_out_of_memory(raised.value)
+    assert all(
+        map(is_out_of_memory, (MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), OSError(errno.ENOMEM, "no memory")))
+    )
     others = (RuntimeError("shapes differ"), ValueError("out of memory"), OSError(errno.ENOSPC, "full"), KeyError("x"))
-    assert not any(map(ran_out, others))
+    assert not any(map(is_out_of_memory, others))
 
 
 class Hungry:
