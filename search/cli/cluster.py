@@ -1,4 +1,4 @@
-"""The commands about clusters: submit a study, look after it, stop it; check a file that describes a cluster."""
+"""Submit a study to a cluster, follow and stop it; check a cluster file; show the status and errors of a study."""
 
 import logging
 from pathlib import Path
@@ -17,7 +17,7 @@ Server = Annotated[
 TrialSpec = Annotated[
     str, typer.Argument(metavar="ID", help="Id of a study's job, as `uipe submit` and `uipe studies` print it.")
 ]
-Follow = Annotated[bool, typer.Option("--follow", help="Go on with the driver's log until the study ends.")]
+Follow = Annotated[bool, typer.Option("--follow", help="Print the driver's log until the study ends.")]
 
 cluster = typer.Typer(name="cluster", help="Files that describe clusters.", no_args_is_help=True)
 
@@ -31,7 +31,7 @@ def submit(
     ] = None,
     follow: Follow = False,
 ) -> None:
-    """Hand a study to a Ray cluster. One that is under way there is not started twice; one that has ended is resumed."""
+    """Submit a study to a Ray cluster. A study that runs there is not started twice; one that has ended is resumed."""
     jobs = _jobs(address)
     submission = jobs.submit(study, out)
     for note in submission.notes:
@@ -57,7 +57,7 @@ def status(
     address: Server = None,
     as_json: Json = False,
 ) -> None:
-    """Show how far a study is: trials, hypervolume, GPU-hours, expected end; from its folder or from its cluster."""
+    """Show the progress of a study: trials, hypervolume, GPU-hours, expected end; from its folder or from its cluster."""
     from search.results.status import read_status
     from search.store.mirror import is_url
 
@@ -110,7 +110,7 @@ def _print_tracebacks(out: str, trial: int | None) -> None:
 
 
 def stop(job: TrialSpec, address: Server = None) -> None:
-    """End a study on a cluster in good order; the same submit resumes it."""
+    """Stop a study on a cluster; the same submit resumes it."""
     from search.cluster.jobs import summary_of
 
     jobs = _jobs(address)
@@ -149,7 +149,7 @@ def validate(
 
 
 def register(app: typer.Typer) -> None:
-    """Adds the commands to the command line."""
+    """Add the commands to the command line."""
     example = "http://127.0.0.1:8265"
     app.command(epilog=f"Example: uipe submit studies/quickstart.yaml --address {example} --follow")(submit)
     app.command(epilog="Example: uipe status runs/quickstart")(status)
@@ -168,13 +168,13 @@ def _jobs(address: str | None) -> Any:
 
 
 def _quiet_ray() -> None:
-    # It tells of every package it sends, and of every default.
+    # It logs every package it sends, and every default.
     for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _follow(jobs: Any, name: str) -> None:
-    """Prints a driver's log until it ends, and ends as the study did."""
+    """Print a driver's log until it ends, and exit as the study did."""
     for line in jobs.follow(name):
         typer.echo(line, nl=False)
     job = jobs.ended(name, seconds=30)

@@ -1,4 +1,4 @@
-"""The command line: a thin layer over `search` and `uipe_core`. Parse, call, print."""
+"""Define the `uipe` command, its exit codes, and the commands of a study."""
 
 import logging
 import signal
@@ -161,7 +161,7 @@ def export(
     floor: Floor = 0.95,
     allow_collapsed: AllowCollapsed = False,
 ) -> None:
-    """Write a trial as a recipe, an adapter or a full model; it is loaded afresh and its numbers are checked."""
+    """Write a trial as a recipe, an adapter or a full model; load it again and check its numbers."""
     from search.results.study_result import StudyResult
 
     if (trial is None) == (rule is None):
@@ -173,7 +173,7 @@ def export(
     else:
         row = result.select(str(rule), floor, allow_collapsed=allow_collapsed)
     path = result.export(row, to, form)
-    checked = "" if form == "recipe" else "; loaded afresh, its numbers are the trial's"
+    checked = "" if form == "recipe" else "; loaded again, its numbers are the trial's"
     typer.echo(
         f"trial {row['trial']} ({row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}) as {form}: {path}{checked}"
     )
@@ -273,7 +273,7 @@ def _writable(what: Path | str, action: Any) -> None:
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted and resumable, 1 anything else."""
+    """Run the command line. Exit codes: 0 done, 2 bad input, 130 interrupted and resumable, 1 anything else."""
     heard: list[int] = []
 
     def interrupt(number: int, _: Any) -> NoReturn:

@@ -28,7 +28,7 @@ LOG_FORMATS = ("tofu", "open-unlearning")
 
 @dataclass(frozen=True)
 class Loading:
-    """How a model is loaded; see `uipe_core.models.loading.load_model`."""
+    """Options of loading a model; see `uipe_core.models.loading.load_model`."""
 
     dtype: str
     device: str
@@ -46,7 +46,7 @@ def score_once(
     log: Path | None,
     log_format: str,
 ) -> dict[str, Any]:
-    """Scores a model and returns its numbers as plain JSON values.
+    """Score a model and return its numbers as plain JSON values.
 
     Args:
         model: Folder or hub name.
@@ -82,7 +82,7 @@ def score_once(
 
 
 def metrics_of_log(log: Path, reference: Path | None, definition: str) -> dict[str, Any]:
-    """The numbers of an evaluation log as plain JSON values; raises as `score_once`."""
+    """Return the numbers of an evaluation log as plain JSON values; raises as `score_once`."""
     definition_named(definition)
     if is_choice_log(log):
         return _choice_values(read_choice_log(log))
@@ -91,7 +91,7 @@ def metrics_of_log(log: Path, reference: Path | None, definition: str) -> dict[s
 
 
 def corpus_named(name: str, split: str, seed: int, first_items: int | None) -> Corpus:
-    """The corpus that ``--corpus`` means: people, tofu or choices (from the hub), tofu:FOLDER or choices:FOLDER.
+    """Load the corpus that ``--corpus`` names: people, tofu or choices (from the hub), tofu:FOLDER or choices:FOLDER.
 
     Of TOFU perhaps its first items only; choices from the hub are WMDP-Bio and MMLU.
     """

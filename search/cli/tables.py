@@ -20,12 +20,12 @@ SHOWN_REASONS = 8
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on standard output."""
+    """Print one JSON object on standard output."""
     typer.echo(json.dumps(value, default=str, allow_nan=False))
 
 
 def print_metrics(values: dict[str, Any], as_json: bool) -> None:
-    """The numbers of one model, a line each, or as JSON."""
+    """Print the numbers of one model, a line each, or as JSON."""
     if as_json:
         print_json(values)
         return
@@ -51,18 +51,14 @@ SHORT_WALKS = {
 
 
 def print_front(result: Any) -> None:
-    """The front as a table that fits a terminal."""
-    from rich import box
-    from rich.console import Console
+    """Print the front as a table that fits a terminal."""
     from rich.markup import escape
-    from rich.table import Table
 
     from search.problem.objectives import flag_of
     from search.results.study_result import collapsed
 
     definition = result.spec.definition
-    title = f"Pareto front of {result.store.record.name} (metrics: {definition})"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table, console = _table(f"Pareto front of {result.store.record.name} (metrics: {definition})")
     columns = {
         "trial": ("trial", "{}"),
         "base": ("base run", "{}"),
@@ -84,7 +80,6 @@ def print_front(result: Any) -> None:
         cells[utility] += " !" if row["flagged"] else ""
         cells["trial"] += " x" if isinstance(row["collapsed"], str) else ""
         table.add_row(*map(escape, cells.values()))
-    console = Console() if sys.stdout.isatty() else Console(width=140)
     console.print(table)
     if result.front["flagged"].any():
         flag = flag_of(result.objectives)
@@ -94,7 +89,7 @@ def print_front(result: Any) -> None:
 
 
 def print_stop(result: Any) -> None:
-    """Why a study ended before it had all its trials, what pruning saved, and which trials failed."""
+    """Print why a study stopped early, what pruning saved, and which trials failed."""
     from search.report.style import counted
 
     stopped = result.store.record.stopped
@@ -127,15 +122,11 @@ def _objective_columns(objectives: Any) -> dict[str, tuple[str, str]]:
 
 
 def print_claims(result: dict[str, Any]) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from search.paper.page import effect_text
     from search.paper.settings import TUNINGS
 
     title = f"What holds here (metrics: {result['definition']}; seeds: {len(result['seeds'])})"
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table, console = _table(title, width=160)
     table.add_column("about")
     table.add_column("claim", overflow="fold")
     table.add_column("unit")
@@ -145,12 +136,11 @@ def print_claims(result: dict[str, Any]) -> None:
     for claim in result["claims"]:
         cells = [cell for tuning in TUNINGS for cell in (effect_text(claim, tuning), claim[tuning]["verdict"])]
         table.add_row(claim["source"], claim["claim"], claim["unit"], *cells)
-    console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table)
 
 
 def print_confirmations(result: Any, rows: list[dict[str, Any]]) -> None:
-    """Each confirmed trial with its numbers over training seeds."""
+    """Print each confirmed trial with its numbers over training seeds."""
     for row in rows:
         point = f"{row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}"
         typer.echo(f"trial {row['trial']} ({point}), further seeds: {row['seeds']}")
@@ -161,7 +151,7 @@ def print_confirmations(result: Any, rows: list[dict[str, Any]]) -> None:
 
 
 def print_status(status: dict[str, Any]) -> None:
-    """How far one study is, a line each."""
+    """Print the status of one study, a line per number."""
     job = f", job {status['job']}" if status.get("job") else ""
     lines = {"study": f"{status['study']} ({status['out']}{job})", "state": status["state"]}
     if status.get("exit_code"):
@@ -193,28 +183,23 @@ def _progress_lines(status: dict[str, Any]) -> dict[str, str]:
 
 
 def print_studies(studies: list[dict[str, Any]]) -> None:
-    """Studies, a row each: of folders, or of a cluster's jobs."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    columns = [
-        key for key in ("job", "study", "state", "trials", "started", "ended", "out") if any(key in row for row in studies)
-    ]
+    """Print studies, a row each: of folders, or of a cluster's jobs."""
+    if not studies:
+        typer.echo("no studies")
+        return
+    table, console = _table(width=160)
+    names = ("job", "study", "state", "trials", "started", "ended", "out")
+    columns = [key for key in names if any(key in row for row in studies)]
     for key in columns:
         table.add_column(key, overflow="fold")
     for row in studies:
         cells = {**row, "trials": "{done} of {total}".format(**row["trials"]) if "trials" in row else ""}
         table.add_row(*(str(cells.get(key) or "") for key in columns))
-    if studies:
-        (Console() if sys.stdout.isatty() else Console(width=160)).print(table, markup=False)
-    else:
-        typer.echo("no studies")
+    console.print(table, markup=False)
 
 
 def quieten() -> None:
-    """Keeps the chatter of libraries off a terminal that shows progress bars and results."""
+    """Silence the log messages of libraries, which would break progress bars."""
     import optuna
     import transformers
 
@@ -228,7 +213,7 @@ if TYPE_CHECKING:
     from search.results.study_result import StudyResult
 
 MEANINGS = {
-    "crossed": "the floor lies between the two",
+    "crossed": "the floor is between the two",
     "peak": "forgetting grows no further before the floor",
     "ceiling": "forgetting is at its noise ceiling",
     "always": "the highest alpha keeps the floor",
@@ -238,7 +223,7 @@ MEANINGS = {
 
 
 def dial_facts(result: "StudyResult", answer: "Answer") -> dict[str, Any]:
-    """The answer ready for JSON; intervals are those of resampled people or authors (`search.results.uncertainty`)."""
+    """Return the answer of a constrained search for JSON; intervals as in `search.results.uncertainty`."""
     names = [objective.name for objective in result.objectives[:2]]
     scored_trials = {int(row["trial"]): row for row in result.trials.to_dict("records")}
     intervals = {int(row["trial"]): row for row in result.certainty.to_dict("records")}
@@ -268,24 +253,21 @@ def dial_facts(result: "StudyResult", answer: "Answer") -> dict[str, Any]:
         }
         for line in answer.lines
     ]
-    best = None if answer.best is None else result.rows(result.trials[result.trials["trial"] == answer.best])[0]
-    export = (
-        None
-        if answer.best is None
-        else f"uipe export {result.out} --trial {answer.best} --to {result.out}/export/dial --as model"
-    )
+    best = export = None
+    if answer.best is not None:
+        best = result.rows(result.trials[result.trials["trial"] == answer.best])[0]
+        export = f"uipe export {result.out} --trial {answer.best} --to {result.out}/export/dial --as model"
     facts = {"study": result.store.record.name, "definition": result.spec.definition, "objectives": names}
     asked = {"floor": answer.floor, "least_utility": answer.question.floor}
     return {**facts, **asked, "best": best, "lines": lines, "export": export}
 
 
-def print_dial(told: dict[str, Any]) -> None:
-    """The answer as text."""
-    forgetting, utility = told["objectives"]
-    typer.echo(
-        f"{utility} of at least {told['least_utility']:.4f}, {told['floor']:g} of the initial model's ({told['definition']})"
-    )
-    for line in told["lines"]:
+def print_dial(answer: dict[str, Any]) -> None:
+    """Print the answer of a constrained search."""
+    forgetting, utility = answer["objectives"]
+    share = f"{answer['floor']:g} of the initial model's ({answer['definition']})"
+    typer.echo(f"{utility} of at least {answer['least_utility']:.4f}, {share}")
+    for line in answer["lines"]:
         typer.echo(f"\n{line['base']}, epoch {line['epoch']}: {MEANINGS[line['state']]} ({line['scores']} scores)")
         for title in ("best", "last_feasible", "first_infeasible"):
             point = line[title]
@@ -296,13 +278,13 @@ def print_dial(told: dict[str, Any]) -> None:
                 f"{name} {point[name]:.4f}{_interval(point.get(f'{name}_interval'))}" for name in (forgetting, utility)
             )
             typer.echo(f"  {title.replace('_', ' '):17} alpha {point['alpha']:7.4f}  {numbers}  {named}")
-    if told["best"] is None:
+    if answer["best"] is None:
         typer.echo("\nno trial keeps so much utility; give a lower --floor")
         return
-    best = told["best"]
+    best = answer["best"]
     where = f"trial {best['trial']} ({best['base']}, epoch {best['epoch']}, alpha {best['alpha']:.4f})"
     typer.echo(f"\nstrongest forgetting: {where}, {forgetting} {best[forgetting]:.4f}, {utility} {best[utility]:.4f}")
-    typer.echo(f"export   {told['export']}")
+    typer.echo(f"export   {answer['export']}")
 
 
 def _interval(ends: list[float] | None) -> str:
@@ -310,7 +292,7 @@ def _interval(ends: list[float] | None) -> str:
 
 
 def print_plan(plan: Any) -> None:
-    """A plan as a table of numbers, then what cannot fit and what is not known."""
+    """Print a plan as a table, then what cannot fit and what is not known."""
     from rich.markup import escape
 
     table, console = _table(f"Plan of {plan.study}")
@@ -327,7 +309,7 @@ def print_plan(plan: Any) -> None:
     for note in plan.notes:
         console.print(f"note: {note}", markup=False)
     if not plan.misfits:
-        console.print("nothing that is known stands in the way", markup=False)
+        console.print("everything that is known fits", markup=False)
 
 
 def _duration(seconds: float) -> str:
@@ -349,7 +331,7 @@ _AMOUNTS = {"": "{:,.0f}".format, "s": _duration, "bytes": _bytes, "GPU-hours": 
 
 
 def print_findings(study: str, findings: Any) -> None:
-    """What the doctor found: a row per finding with what it means and what to do."""
+    """Print findings, a row each: what was found, what it means, the remedy."""
     from rich.markup import escape
 
     table, console = _table(f"Findings about {study}")
@@ -360,10 +342,11 @@ def print_findings(study: str, findings: Any) -> None:
     console.print(table)
 
 
-def _table(title: str) -> tuple[Any, Any]:
+def _table(title: str | None = None, width: int = 140) -> tuple[Any, Any]:
+    """Return an empty table, and a console that is `width` columns wide where standard output is no terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    return table, Console() if sys.stdout.isatty() else Console(width=140)
+    return table, Console() if sys.stdout.isatty() else Console(width=width)

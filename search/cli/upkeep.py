@@ -16,21 +16,18 @@ def dial(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """Find the strongest forgetting at a floor of utility, by scoring points for just that.
+    """Search for the strongest forgetting at a floor of utility.
 
-    The three base epochs of most promise are looked at, with at most six scores each: alpha is closed in on between the last
-    point that keeps the floor and the first that does not. The points become trials of the study; the same command resumes.
+    The three most promising base epochs get at most six scores each: alpha is bracketed between the last point that keeps
+    the floor and the first that does not. The points become trials of the study; the same command resumes.
     """
     configure_ray(address)
     from search.execution.run import dial_study
 
     quieten()
     result, answer = dial_study(out, floor, address=address)
-    told = dial_facts(result, answer)
-    if as_json:
-        print_json(told)
-    else:
-        print_dial(told)
+    facts = dial_facts(result, answer)
+    print_json(facts) if as_json else print_dial(facts)
 
 
 def plan(
@@ -42,7 +39,7 @@ def plan(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell what a study will train, score and store, and whether it fits; a few steps are really timed here.
+    """Estimate what a study will train, score and store, and whether it fits; a few steps are timed on this machine.
 
     Models of the hub are not fetched: where they are missing, memory and disk follow from their configuration alone.
     Exit code 1 when something cannot fit.
@@ -53,10 +50,7 @@ def plan(
     quieten()
     spec = load_study(study)
     made = plan_study(spec, out or Path("runs", spec.name), like, lambda text: typer.echo(f"{text} ...", err=True))
-    if as_json:
-        print_json(made.as_dict())
-    else:
-        print_plan(made)
+    print_json(made.as_dict()) if as_json else print_plan(made)
     if made.misfits:
         sys.exit(1)
 
@@ -66,7 +60,7 @@ def doctor(
     fix: Annotated[bool, typer.Option("--fix", help="Repair what can be repaired.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Examine a study's folder and what it has in the caches; without --fix nothing is changed.
+    """Check a study's folder and its entries in the caches; without --fix nothing is changed.
 
     Exit code 0 when nothing is wrong or all of it was repaired, 1 when something remains.
     """
@@ -80,7 +74,7 @@ def doctor(
     else:
         print_findings(str(out), findings)
         if remaining == 0:
-            typer.echo("nothing is wrong")
+            typer.echo("no problem found")
         elif not fix:
             typer.echo(f"uipe doctor {out} --fix repairs what can be repaired")
     if remaining:

@@ -1,4 +1,4 @@
-"""What travels to a cluster with a study: its file and the small local inputs it names. Never weights, never a password."""
+"""Bundle a study for a cluster: its file and the small local inputs it names. Never weights, never a password."""
 
 import hashlib
 import json
@@ -18,20 +18,20 @@ from search.spec.study_file import absolute_paths, read_study_file, write_study_
 from uipe_core.errors import UserError
 
 LIMIT_BYTES = 20 * 2**20
-"""Most that may travel. Ray keeps it in the head's memory, and refuses 100 MiB."""
+"""Upload limit. Ray keeps the upload in the head's memory, and refuses 100 MiB."""
 STUDY_FILE = "study.yaml"
 DIGITS = 8
 
 
 @dataclass(frozen=True)
 class JobBundle:
-    """A study on its way.
+    """A study ready to be sent to a cluster.
 
     Attributes:
-        spec: The study as it is here.
-        folder: What travels.
-        identity: Hash of what makes the study this study, its local inputs included.
-        notes: What the sender should know.
+        spec: The study, with local paths.
+        folder: The files to upload.
+        identity: Hash of what identifies the study, its local inputs included.
+        notes: Warnings for the user.
     """
 
     spec: StudySpec
@@ -41,7 +41,7 @@ class JobBundle:
 
 
 def build_bundle(study: Path, folder: Path) -> JobBundle:
-    """Checks a study and its local inputs, and puts what must travel into a folder.
+    """Check a study and its local inputs, and copy what must be uploaded into a folder.
 
     Logs of retain models (``*.json``), corpus files and corpus folders travel. Model folders, checkpoints, caches and earlier
     studies do not: they must be where they are on every node that needs them.
@@ -79,9 +79,9 @@ def build_bundle(study: Path, folder: Path) -> JobBundle:
     return JobBundle(spec, folder, hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest(), notes)
 
 
-def submission_id(parcel: JobBundle, out: str) -> str:
-    """Name of the study's first job: the same study for the same output folder always gets the same."""
-    return f"{parcel.spec.name}-{hashlib.sha256(f'{parcel.identity} {out}'.encode()).hexdigest()[:DIGITS]}"
+def submission_id(bundle: JobBundle, out: str) -> str:
+    """Return the id of the study's first job, which follows from the study and its output folder."""
+    return f"{bundle.spec.name}-{hashlib.sha256(f'{bundle.identity} {out}'.encode()).hexdigest()[:DIGITS]}"
 
 
 def _sources(content: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
@@ -98,13 +98,13 @@ def _sources(content: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 def _travels(value: Any) -> bool:
-    """Whether a local input is small by its kind: everything but a model."""
+    """Return True for local inputs that are small by their kind: all but models."""
     path = Path(str(value))
     return path.is_file() or not (path / "config.json").is_file()
 
 
 def _staying(content: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Keys and paths of what does not travel."""
+    """Return keys and paths of inputs that are not uploaded."""
     model, cache = content["model"], content.get("cache") or {}
     named = [(f"model.{key}", model.get(key)) for key in ("initial", "retain", "never_finetuned")]
     named += [(f"model.other_retain[{place}]", value) for place, value in enumerate(model.get("other_retain") or [])]
@@ -140,7 +140,7 @@ def _texts(value: Any, place: str) -> Iterator[tuple[str, str]]:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """The files of a folder, in order; or the file itself."""
+    """Yield the files of a folder, in order; or the file itself."""
     if not path.is_dir():
         yield path
         return
@@ -158,12 +158,12 @@ def _copy(source: Path, place: Path) -> None:
             shutil.copyfile(source, place)
     except OSError as error:
         raise UserError(
-            f"{source}: cannot be copied to travel ({type(error).__name__}: {error}); mend its permissions"
+            f"{source}: cannot be copied to travel ({type(error).__name__}: {error}); correct its permissions"
         ) from error
 
 
 def _check_size(places: set[str]) -> None:
-    """Refuses too much before anything is copied."""
+    """Refuse inputs that are too large, before anything is copied."""
     sizes = {}
     for place in sorted(places):
         total = 0

@@ -93,7 +93,7 @@ def _ray_up_problems(content: dict[str, Any]) -> tuple[list[Problem], str]:
 
 
 def _before_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What makes Ray's checks end the process, or fall over, instead of saying what is wrong."""
+    """Yield faults at which Ray's checks exit or crash instead of naming them."""
     provider = content.get("provider")
     if not isinstance(provider, dict) or not isinstance(provider.get("type"), str):
         yield (
@@ -105,7 +105,7 @@ def _before_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         found = show(provider["type"])
         yield (
             "provider.type",
-            f"found {found}; this is no provider that is checked here. {did_you_mean(provider['type'], PROVIDERS)}",
+            f"found {found}; this provider cannot be checked. {did_you_mean(provider['type'], PROVIDERS)}",
         )
     if provider["type"] == "local":
         if not isinstance(provider.get("head_ip"), str):
@@ -117,7 +117,7 @@ def _before_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             )
         for key in ("available_node_types", "head_node", "worker_nodes", "head_node_type"):
             if key in content:
-                yield key, "machines of one's own have no node types: Ray finds out what they have. Remove it."
+                yield key, "machines of your own have no node types: Ray detects what they have. Remove it."
     for key in START_COMMANDS:
         commands = content.get(key)
         if not isinstance(commands, list) or not all(isinstance(command, str) for command in commands):
@@ -125,7 +125,7 @@ def _before_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _by_ray(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Ray's own schema and checks."""
+    """Yield what Ray's own schema and checks refuse."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
@@ -140,7 +140,7 @@ def _by_ray(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _beyond_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What Ray lets pass."""
+    """Yield faults that Ray does not check."""
     types = content.get("available_node_types") or {}
     for name, node in _workers(content, types):
         key = f"available_node_types.{name}"
@@ -175,7 +175,7 @@ def _beyond_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                     "127.0.0.1 and reach it through `ray dashboard`.",
                 )
             if re.search(r"\bRAY_AUTH_TOKEN=", command):
-                yield key, "the token stands in the file for everybody to read. Mount its file at ~/.ray/auth_token instead."
+                yield key, "the token can be read by anyone who has the file. Mount its file at ~/.ray/auth_token instead."
     mounts = content.get("file_mounts") or {}
     elsewhere = any("RAY_AUTH_TOKEN_PATH=" in command for key in START_COMMANDS for command in content[key])
     if not elsewhere and not any(str(place).endswith(".ray/auth_token") for place in mounts):

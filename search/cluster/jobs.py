@@ -1,4 +1,4 @@
-"""Studies as jobs of a Ray cluster, over Ray's job submission."""
+"""Submit, list, follow and stop studies as jobs of a Ray cluster."""
 
 import asyncio
 import os
@@ -35,13 +35,13 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Submission:
-    """A study handed to a cluster.
+    """A submitted study.
 
     Attributes:
         job: Id of its job.
         attached: Whether the job was there already, pending or running, and nothing was sent.
         out: Its output folder, as the cluster sees it.
-        notes: What the sender should know.
+        notes: Warnings for the user.
     """
 
     job: str
@@ -57,7 +57,7 @@ class Jobs:
         address: Address of its job server (``http://127.0.0.1:8265``); None is what RAY_API_SERVER_ADDRESS says.
 
     Raises:
-        UserError: If nobody answers there, or the token is refused.
+        UserError: No job server answers, or it refuses the token.
     """
 
     def __init__(self, address: str | None) -> None:
@@ -75,7 +75,7 @@ class Jobs:
             self._client = self._ask(lambda: JobSubmissionClient(url, headers=headers))
 
     def submit(self, study: Path, out: str | None = None) -> Submission:
-        """Hands a study to the cluster, unless it is pending or running there.
+        """Submit a study to the cluster, unless it is pending or running there.
 
         The first job of a study has a name that follows from the study; when that has ended, the next is its resumption.
 
@@ -87,13 +87,13 @@ class Jobs:
             UserError: If the study is broken or cannot travel, or the cluster refuses it.
         """
         with tempfile.TemporaryDirectory(prefix="uipe-") as folder:
-            parcel = build_bundle(study, Path(folder))
-            place = _output_folder(out or f"~/runs/{parcel.spec.name}")
-            first = submission_id(parcel, place)
+            bundle = build_bundle(study, Path(folder))
+            place = _output_folder(out or f"~/runs/{bundle.spec.name}")
+            first = submission_id(bundle, place)
             known = {job.submission_id: job for job in self.all() if _is_of(job.submission_id, first)}
             for name, job in known.items():
                 if not job.status.is_terminal():
-                    return Submission(str(name), True, place, parcel.notes)
+                    return Submission(str(name), True, place, bundle.notes)
             name = first if not known else f"{first}-{max(_turn(str(name), first) for name in known) + 1}"
             environment = {
                 **code_environment(),
@@ -110,22 +110,22 @@ class Jobs:
                         entrypoint=command,
                         submission_id=name,
                         runtime_env=environment,
-                        metadata={STUDY: parcel.spec.name, OUT: place},
+                        metadata={STUDY: bundle.spec.name, OUT: place},
                     )
                 )
             except UserError as error:
                 if "already exists" not in str(error):
                     raise
-                return Submission(name, True, place, parcel.notes)  # somebody was faster by a moment
-        return Submission(name, False, place, parcel.notes)
+                return Submission(name, True, place, bundle.notes)  # another submit was faster
+        return Submission(name, False, place, bundle.notes)
 
     def all(self) -> list[JobDetails]:
-        """The jobs that are studies, latest first."""
+        """Return the jobs that are studies, latest first."""
         jobs = [job for job in self._ask(self._client.list_jobs) if STUDY in (job.metadata or {})]
         return sorted(jobs, key=lambda job: job.start_time or 0, reverse=True)
 
     def job(self, name: str) -> JobDetails:
-        """A job by its id.
+        """Return a job by its id.
 
         Raises:
             UserError: If the cluster has none.
@@ -135,24 +135,23 @@ class Jobs:
         return self._ask(lambda: self._client.get_job_info(name), missing=name)
 
     def status(self, name: str) -> dict[str, Any]:
-        """What is known of a study: the job's state, and the latest status its driver told
-        (`search.results.status.status_of`)."""
+        """Return a job's state with the latest status its driver logged (`search.results.status.status_of`)."""
         job = self.job(name)
         summary = summary_of(job)
-        told = last_status(self.log(name)) if job.status != JobStatus.PENDING else None
-        if told is None:
+        latest = last_status(self.log(name)) if job.status != JobStatus.PENDING else None
+        if latest is None:
             return {**summary, **({"message": job.message} if job.message else {})}
         # What the driver said last may be minutes old; that the job has ended is not.
         ended = {"expected_end": None} if job.status.is_terminal() else {}
-        state = told["state"] if job.status in (JobStatus.RUNNING, JobStatus.SUCCEEDED) else summary["state"]
-        return {**told, **ended, **summary, "state": state}
+        state = latest["state"] if job.status in (JobStatus.RUNNING, JobStatus.SUCCEEDED) else summary["state"]
+        return {**latest, **ended, **summary, "state": state}
 
     def log(self, name: str) -> str:
-        """The whole log of a study's driver, status lines and all."""
+        """Return the whole log of a study's driver, status lines included."""
         return self._ask(lambda: self._client.get_job_logs(name), missing=name)
 
     def follow(self, name: str) -> Iterator[str]:
-        """The lines of a study's driver as they come, without status lines, until it ends.
+        """Yield the lines of a driver's log as they come, without status lines, until it ends.
 
         Raises:
             StudyInterrupted: On Ctrl-C; the study goes on.
@@ -169,7 +168,7 @@ class Jobs:
             lines.close()
 
     def stop(self, name: str, say: Callable[[str], None]) -> JobDetails:
-        """Ends a study in good order, and waits until it has ended; a job that has ended already stays as it is."""
+        """Stop a study and wait until it has ended; a job that has ended already stays as it is."""
         job = self.job(name)
         if job.status.is_terminal():
             return job
@@ -178,7 +177,7 @@ class Jobs:
         return self.ended(name, STOP_SECONDS + 30)
 
     def ended(self, name: str, seconds: float) -> JobDetails:
-        """Waits for a job to end.
+        """Wait for a job to end.
 
         Raises:
             UserError: If it has not after so many seconds.
@@ -191,7 +190,7 @@ class Jobs:
         return job
 
     def _ask(self, question: Callable[[], T], missing: str | None = None) -> T:
-        """Asks the job server; what it or the way to it answers in errors becomes words for users."""
+        """Call the job server; turn its errors and those of the connection into errors for users."""
         try:
             return question()
         except ray.exceptions.AuthenticationError as error:
@@ -207,7 +206,7 @@ class Jobs:
 
 
 def summary_of(job: JobDetails) -> dict[str, Any]:
-    """What Ray itself knows of a study's job, ready for JSON."""
+    """Return what Ray knows of a study's job, ready for JSON."""
     metadata = job.metadata or {}
     return {
         "job": job.submission_id,
@@ -221,7 +220,7 @@ def summary_of(job: JobDetails) -> dict[str, Any]:
 
 
 class _LogLines:
-    """Whole lines out of the pieces that a job's log arrives in."""
+    """Join the chunks of a job's log to lines."""
 
     def __init__(self, pieces: Any) -> None:
         self._pieces, self._rest = pieces, ""
@@ -229,7 +228,7 @@ class _LogLines:
         self._runner = asyncio.Runner()
 
     def next(self) -> str | None:
-        """The next line, with its end; None when the job has ended."""
+        """Return the next line, with its end; None when the job has ended."""
         while not self._ready:
             try:
                 piece = self._runner.run(anext(self._pieces))
@@ -249,7 +248,7 @@ class _LogLines:
 
 @contextmanager
 def _only_address(url: str) -> Iterator[None]:
-    """Ray takes RAY_API_SERVER_ADDRESS and RAY_ADDRESS over the address it is given: here the given one counts."""
+    """Set RAY_API_SERVER_ADDRESS, which Ray prefers to the address it is given."""
     before = os.environ.get(ADDRESS)
     os.environ[ADDRESS] = url
     try:
@@ -266,11 +265,11 @@ def _output_folder(out: str) -> str:
         raise UserError(f"--out: {without_password(out)} holds a password; give it to the nodes by their environment")
     if "://" in out or Path(out).is_absolute() or re.match(r"~/[^/]", out):
         return out
-    raise UserError(f"--out: {out} would lie in the job's passing folder; give an absolute path or ~/... on the head node")
+    raise UserError(f"--out: {out} would be in the job's temporary folder; give an absolute path or ~/... on the head node")
 
 
 def _quoted(out: str) -> str:
-    """A path for the shell, which replaces a leading ``~`` only where it is not quoted."""
+    """Quote a path for the shell, which expands a leading ``~`` only where it is not quoted."""
     return f"~/{shlex.quote(out[2:])}" if out.startswith("~/") else shlex.quote(out)
 
 
@@ -289,6 +288,6 @@ def _moment(milliseconds: int | None) -> str | None:
 
 
 def _cause(text: str) -> str:
-    """The last line of what the server said: it answers with a whole traceback."""
+    """Return the last line of the server's answer, which is a whole traceback."""
     lines = [line for line in text.strip().rstrip(".").splitlines() if line.strip()]
     return lines[-1].strip() if lines else "the job server failed without a word"

@@ -192,7 +192,7 @@ def schema_problems(content: Mapping[str, Any], schema: Mapping[str, Any]) -> It
 
 
 def _strict(schema: Mapping[str, Any]) -> dict[str, Any]:
-    """Forbid fields that a schema does not name, as the API server does where it is not told to keep them."""
+    """Forbid fields that a schema does not name, as the API server does unless the schema preserves them."""
     result = dict(schema)
     if "properties" in schema:
         result["properties"] = {name: _strict(inner) for name, inner in schema["properties"].items()}
@@ -296,7 +296,7 @@ def _pod_needs(key: str, pod: _Pod, tokens_by_operator: bool) -> Iterator[tuple[
             if variable.name in ("RAY_AUTH_TOKEN", "UIPE_STORAGE") and variable.value:
                 yield (
                     f"{key}[{place}].env",
-                    f"{variable.name} stands in the file for everybody to read. Keep it in a Secret (valueFrom.secretKeyRef).",
+                    f"{variable.name} can be read by anyone who has the file. Keep it in a Secret (valueFrom.secretKeyRef).",
                 )
     # Ray runs in the first container; with authOptions the operator makes a token and hands it to every pod.
     given = {variable.name: variable.value or "from elsewhere" for variable in pod.spec.containers[0].env}

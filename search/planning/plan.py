@@ -1,6 +1,7 @@
 """Compute the time, memory and disk a study needs, and compare them with the machine."""
 
 import math
+from collections.abc import Iterator
 
 from search.execution.capacity import fits, need_of
 from search.planning.quantities import (
@@ -28,15 +29,15 @@ from search.spec.study import StudySpec
 def make_plan(
     spec: StudySpec, work: Work, sizes: Sizes | None, rates: Rates | None, machine: Machine, notes: tuple[str, ...] = ()
 ) -> Plan:
-    """The plan of a study.
+    """Return the plan of a study.
 
     Args:
         spec: The study.
-        work: What is to be done.
+        work: Models, base runs and trials to do.
         sizes: None where nothing is known of the model.
         rates: None where nothing could be timed.
-        machine: What this machine has.
-        notes: What could not be known so far.
+        machine: Resources of this machine.
+        notes: What is not known so far.
     """
     trials, runs, here = at_once(spec, machine)
     if not here:
@@ -47,8 +48,8 @@ def make_plan(
         )
     lines = [*_work_lines(work), *_size_lines(work, sizes, rates, machine)]
     hours, gpu_hours, time_lines = _time(spec, work, rates, trials, runs)
-    misfits = disk_misfits(work, sizes, rates, machine)
-    if here:
+    misfits = [*disk_misfits(work, sizes, rates, machine)]
+    if here and sizes is not None:
         misfits += memory_misfits(spec, work, sizes, machine, trials, min(runs, max(len(work.trains), 1)))
     misfits += budget_misfits(spec, work, rates, hours, gpu_hours)
     return Plan(spec.name, (*lines, *time_lines), tuple(misfits), notes)
@@ -103,7 +104,7 @@ def _size_lines(work: Work, sizes: Sizes | None, rates: Rates | None, machine: M
 def _time(
     spec: StudySpec, work: Work, rates: Rates | None, trials: int, runs: int
 ) -> tuple[float | None, float | None, list[PlanEntry]]:
-    """Hours from start to end, GPU-hours, and the lines that say so."""
+    """Return hours from start to end, GPU-hours, and their entries in the plan."""
     if rates is None:
         unknown = [PlanEntry("time", "from start to end", None, "s", UNKNOWN)]
         return None, None, [*unknown, PlanEntry("time", "GPUs held", None, "GPU-hours", UNKNOWN)]
@@ -143,9 +144,9 @@ def _time(
 
 
 def at_once(spec: StudySpec, machine: Machine) -> tuple[int, int, bool]:
-    """Trials and base runs at once, and whether this machine has what one of each asks for.
+    """Return trials and base runs at once, and whether one of each fits on this machine.
 
-    Where it has not, the study is for a cluster, and one at a time is assumed unless it says `max_concurrent`.
+    Where it does not, the study is for a cluster: one at a time is assumed unless `max_concurrent` is set.
     """
     resources = spec.resources
     node = {"CPU": float(machine.cpus), "GPU": float(len(machine.gpus))}
@@ -159,36 +160,27 @@ def at_once(spec: StudySpec, machine: Machine) -> tuple[int, int, bool]:
     return trials, max(runs, 1), here
 
 
-def disk_misfits(work: Work, sizes: Sizes | None, rates: Rates | None, machine: Machine) -> list[Misfit]:
+def disk_misfits(work: Work, sizes: Sizes | None, rates: Rates | None, machine: Machine) -> Iterator[Misfit]:
+    """Yield what does not fit on the disks."""
     deltas = 0 if sizes is None else delta_bytes(work, sizes)
     out = 0.0 if rates is None else out_bytes(work, rates)
-    fewer = "fewer unlearning.epochs or methods" + (
-        "" if sizes and sizes.adapter else ", or a LoRA adapter (unlearning.adapter)"
-    )
     if machine.same_disk:
         deltas, out = deltas + round(out), 0.0
-    found = []
     if deltas > machine.deltas_free:
-        found.append(
-            Misfit(
-                f"update vectors need {deltas / GB:.1f} GB, and {machine.deltas_free / GB:.1f} GB are free",
-                f"set cache.deltas to a larger disk, free some space, or take {fewer}",
-            )
+        adapter = "" if sizes and sizes.adapter else ", or a LoRA adapter (unlearning.adapter)"
+        yield Misfit(
+            f"update vectors need {deltas / GB:.1f} GB, and {machine.deltas_free / GB:.1f} GB are free",
+            f"set cache.deltas to a larger disk, free some space, or take fewer unlearning.epochs or methods{adapter}",
         )
     if out > machine.out_free:
-        found.append(
-            Misfit(
-                f"the output folder needs {out / GB:.1f} GB, and {machine.out_free / GB:.1f} GB are free",
-                "choose another folder with --out, free some space, or lower search.trials",
-            )
+        yield Misfit(
+            f"the output folder needs {out / GB:.1f} GB, and {machine.out_free / GB:.1f} GB are free",
+            "choose another folder with --out, free some space, or lower search.trials",
         )
-    return found
 
 
-def memory_misfits(spec: StudySpec, work: Work, sizes: Sizes | None, machine: Machine, trials: int, runs: int) -> list[Misfit]:
-    if sizes is None:
-        return []
-    found = []
+def memory_misfits(spec: StudySpec, work: Work, sizes: Sizes, machine: Machine, trials: int, runs: int) -> Iterator[Misfit]:
+    """Yield what does not fit in the memory of this machine and its GPUs."""
     trial, run = spec.resources.trial, spec.resources.base_run
     kinds = [("trial", sizes.scoring_bytes, trial.gpus, trials, "lower resources.max_concurrent or raise resources.trial.cpus")]
     if work.trains:
@@ -197,46 +189,35 @@ def memory_misfits(spec: StudySpec, work: Work, sizes: Sizes | None, machine: Ma
     for name, (host, device), gpus, count, remedy in kinds:
         needed = count * (machine.libraries + host + (0 if gpus else device))
         if needed > machine.memory:
-            found.append(
-                Misfit(
-                    f"{count} {name}s at once need {needed / GB:.1f} GB of memory, and this machine has "
-                    f"{machine.memory / GB:.1f} GB",
-                    remedy if count > 1 else "run it on a machine with more memory",
-                )
+            have = f"this machine has {machine.memory / GB:.1f} GB"
+            yield Misfit(
+                f"{count} {name}s at once need {needed / GB:.1f} GB of memory, and {have}",
+                remedy if count > 1 else "run it on a machine with more memory",
             )
         if gpus and machine.gpus:
             sharing = 1 if gpus >= 1 else int(1 // gpus)
-            per_gpu = sharing * device / max(gpus, 1)
-            if per_gpu > min(machine.gpus):
-                found.append(
-                    Misfit(
-                        f"a GPU would hold {per_gpu / GB:.1f} GB of weights for {sharing} {name}s, and has "
-                        f"{min(machine.gpus) / GB:.1f} GB",
-                        f"raise resources.{name.replace(' ', '_')}.gpus"
-                        + (", or use a LoRA adapter (unlearning.adapter)" if name == "base run" else ""),
-                    )
+            per_gpu, least = sharing * device / max(gpus, 1), min(machine.gpus)
+            adapter = ", or use a LoRA adapter (unlearning.adapter)" if name == "base run" else ""
+            if per_gpu > least:
+                yield Misfit(
+                    f"a GPU would hold {per_gpu / GB:.1f} GB of weights for {sharing} {name}s, and has {least / GB:.1f} GB",
+                    f"raise resources.{name.replace(' ', '_')}.gpus{adapter}",
                 )
-    return found
 
 
 def budget_misfits(
     spec: StudySpec, work: Work, rates: Rates | None, hours: float | None, gpu_hours: float | None
-) -> list[Misfit]:
-    found = []
+) -> Iterator[Misfit]:
+    """Yield the limits of the budget that the study is estimated to exceed."""
     for key, limit, needed in (("hours", spec.budget.hours, hours), ("gpu_hours", spec.budget.gpu_hours, gpu_hours)):
         if limit is not None and needed is not None and needed > limit:
-            found.append(
-                Misfit(
-                    f"budget.{key} is {limit:g}, and the study is estimated to take {needed:.2g}: it will stop early",
-                    f"raise budget.{key}, or lower search.trials ({work.search}) or unlearning.epochs",
-                )
+            yield Misfit(
+                f"budget.{key} is {limit:g}, and the study is estimated to take {needed:.2g}: it will stop early",
+                f"raise budget.{key}, or lower search.trials ({work.search}) or unlearning.epochs",
             )
     minutes = spec.budget.trial_minutes
     if minutes is not None and rates is not None and rates.trial > 60 * minutes:
-        found.append(
-            Misfit(
-                f"budget.trial_minutes is {minutes:g}; a trial takes {rates.trial / 60:.2g} minutes, so that each would fail",
-                "raise budget.trial_minutes",
-            )
+        yield Misfit(
+            f"budget.trial_minutes is {minutes:g}; a trial takes {rates.trial / 60:.2g} minutes, so that each would fail",
+            "raise budget.trial_minutes",
         )
-    return found

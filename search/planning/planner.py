@@ -1,4 +1,4 @@
-"""The plan of a study: what is in the caches already, how large its model is, how long its steps take here."""
+"""Gather what a plan needs: entries of the caches, size of the model, duration of steps on this machine."""
 
 import math
 import os
@@ -32,7 +32,7 @@ from uipe_core.unlearning.methods import METHODS
 
 
 def plan_study(spec: StudySpec, out: Path, like: Path | None, say: Callable[[str], None]) -> Plan:
-    """Plans a study without running it.
+    """Plan a study without running it.
 
     Models from the hub are not fetched: of those that are not on this machine only the configuration is read.
 
@@ -40,10 +40,10 @@ def plan_study(spec: StudySpec, out: Path, like: Path | None, say: Callable[[str
         spec: The study.
         out: Where it would be run.
         like: Folder of a finished study of the same model and corpus, to take times from in place of timing them here.
-        say: Called with what is being done.
+        say: Called with each step, for progress.
 
     Raises:
-        UserError: As `prepare`, for what lies on this machine; or `like` is of no use.
+        UserError: As `prepare`, for inputs on this machine; or `like` does not fit the study.
     """
     notes: list[str] = []
     preparation, whole = _prepared(spec, notes)
@@ -63,7 +63,7 @@ def plan_study(spec: StudySpec, out: Path, like: Path | None, say: Callable[[str
 
 
 def _prepared(spec: StudySpec, notes: list[str]) -> tuple[PreparedStudy, bool]:
-    """The study prepared, and whether model and corpus are all there; else with stand-ins for what is not on this machine."""
+    """Prepare the study, with stand-ins for what is not on this machine; return it and whether all is there."""
     model = spec.model
     absent = _absent_models(spec)
     try:
@@ -88,7 +88,7 @@ def _prepared(spec: StudySpec, notes: list[str]) -> tuple[PreparedStudy, bool]:
 
 
 def _absent_models(spec: StudySpec) -> list[str]:
-    """Models of the hub that are not on this machine."""
+    """Return the models of the hub that are not on this machine."""
     model = spec.model
     if isinstance(model, TinyModel):
         return []
@@ -99,7 +99,7 @@ def _absent_models(spec: StudySpec) -> list[str]:
 
 
 def _is_fetched(name: str, revision: str | None) -> bool:
-    """Whether the hub's copy of a model is on this machine with its weights."""
+    """Return True if the hub's copy of a model is on this machine with its weights."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -110,7 +110,7 @@ def _is_fetched(name: str, revision: str | None) -> bool:
 
 
 def _builds(preparation: PreparedStudy) -> tuple[list[tuple[str, TinyModelConfig]], int]:
-    """Stage and configuration of the small models to build, and how many the cache has."""
+    """Return stage and configuration of the small models to build, and how many the cache has."""
     models = preparation.models
     if not isinstance(models, TinyModels):
         return [], 0
@@ -120,7 +120,7 @@ def _builds(preparation: PreparedStudy) -> tuple[list[tuple[str, TinyModelConfig
 
 
 def _base_runs(preparation: PreparedStudy, whole: bool) -> tuple[tuple[str, ...], list[Path | None]]:
-    """Labels of the base runs to train, and the checkpoints to import; a checkpoint that is not here has no folder."""
+    """Return labels of the base runs to train, and checkpoints to import: None for one that is not on this machine."""
     spec = preparation.spec
     if not whole:
         places = [place for folders in spec.checkpoints.values() for place in folders]
@@ -161,7 +161,7 @@ def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str
 
 
 def _sizes(preparation: PreparedStudy, trains: tuple[str, ...], imports: list[Path | None], notes: list[str]) -> Sizes | None:
-    """How large the model is; None where not even its configuration is here."""
+    """Return the size of the model; None without its configuration."""
     spec = preparation.spec
     try:
         skeleton = _skeleton(preparation)
@@ -189,7 +189,7 @@ def _sizes(preparation: PreparedStudy, trains: tuple[str, ...], imports: list[Pa
 
 
 def _import_bytes(folder: Path | None, parameters: int) -> int:
-    """Bytes of a checkpoint's update vector: fp32 of every parameter, or of an adapter's factors."""
+    """Return bytes of a checkpoint's update vector: fp32 of every parameter, or of an adapter's factors."""
     if folder is None or not is_adapter(folder):
         return 4 * parameters
     stored = read_headers(weight_files(folder, "adapter_model"))
@@ -201,7 +201,7 @@ def _skeleton(preparation: PreparedStudy) -> Any:
 
 
 def _why_not_timed(spec: StudySpec, sizes: Sizes | None, machine: Machine) -> str | None:
-    """What speaks against timing a study's steps on this machine; None where nothing does."""
+    """Return why a study's steps cannot be timed on this machine; None if they can."""
     if not at_once(spec, machine)[2]:
         return "this machine has not what one base run or trial asks for; plan on one that has, or give --like"
     if sizes is None:
@@ -231,7 +231,7 @@ def _machine(deltas: Path | RemoteLocation, out: Path) -> Machine:
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest one above that exists."""
+    """Return the folder, or its nearest parent that exists."""
     found = folder.absolute()
     while not found.is_dir():
         found = found.parent
@@ -239,7 +239,7 @@ def _nearest(folder: Path) -> Path:
 
 
 def _memory() -> int:
-    """Bytes of memory this process may use: the machine's, or what a container leaves of it."""
+    """Return bytes of memory this process may use: the machine's, or the limit of its container."""
     physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())

@@ -1,4 +1,4 @@
-"""What plans are made of: work, sizes, rates and machine on one side; numbers with how they are known on the other."""
+"""Define the inputs of a plan (work, sizes, rates, machine) and its entries."""
 
 import math
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class Work:
-    """What is to be done, in numbers of things.
+    """Models, base runs and trials to do.
 
     Attributes:
         builds, built: Tiny models to build, and those the cache has.
@@ -70,14 +70,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the model is.
+    """Size of the model and its update vectors.
 
     Attributes:
-        parameters: How many, tied ones once.
-        adapter: LoRA's of them; None for full fine-tuning.
+        parameters: Number of parameters; tied ones count once.
+        adapter: Number of LoRA's parameters; None for full fine-tuning.
         stored, scored: Bytes of a weight as stored, and in the dtype it is scored in.
         imported: Bytes of the update vectors of given checkpoints that are still to be made.
-        second_model: Whether a base run holds a frozen copy of the initial model beside the one in training.
+        second_model: Whether a base run holds a frozen copy of the initial model, too.
     """
 
     parameters: int
@@ -108,7 +108,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Rates:
-    """How long things take.
+    """Durations of steps, in seconds.
 
     Attributes:
         how: `MEASURED` or `PAST`.
@@ -131,7 +131,7 @@ class Rates:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has.
+    """Resources of this machine.
 
     Attributes:
         cpus: Cores this process may use.
@@ -164,7 +164,7 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class Misfit:
-    """What cannot fit, and what to change."""
+    """Something that cannot fit, and what to change."""
 
     what: str
     remedy: str
@@ -172,12 +172,12 @@ class Misfit:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a study will take.
+    """Work, memory, disk and time a study takes.
 
     Attributes:
         study: Its name.
         lines: The numbers.
-        misfits: What cannot fit; empty where nothing is known to stand in the way.
+        misfits: What cannot fit.
         notes: What could not be known, and why.
     """
 
@@ -187,15 +187,15 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {**asdict(self), "fits": not self.misfits}
 
 
 def delta_bytes(work: Work, sizes: Sizes) -> int:
-    """Bytes of the update vectors that are still to be stored."""
+    """Return bytes of the update vectors that are still to be stored."""
     return len(work.trains) * work.epochs * sizes.delta_bytes + sizes.imported
 
 
 def out_bytes(work: Work, rates: Rates) -> float:
-    """Bytes of what is written to the output folder, Ray's own files aside."""
+    """Return bytes written to the output folder, without Ray's files."""
     return work.trials * (rates.item_bytes + TRIAL_ROW_BYTES)

@@ -1,4 +1,4 @@
-"""How long a study's steps take: timed here on a little of everything, or read from a finished study."""
+"""Time a few steps of a study on this machine, or take durations from a finished study."""
 
 import os
 import statistics
@@ -34,7 +34,7 @@ RETAIN_ITEMS = 256
 """Retain items that a timed base run draws from; tokenizing all of them would take longer than the steps."""
 
 WHOLE_SECONDS = 5.0
-"""Up to here a trial's scoring is timed whole; beyond, it is told from a share of the items."""
+"""Up to this duration a trial's scoring is timed whole; beyond, it is estimated from a share of the items."""
 
 FIRST_SHARE = 1 / 16
 
@@ -42,7 +42,7 @@ FIRST_SHARE = 1 / 16
 def measured_rates(
     preparation: PreparedStudy, trains: Iterable[str], builds: Iterable[tuple[str, TinyModelConfig]], say: Callable[[str], None]
 ) -> Rates:
-    """Really loads (or begins to build) the initial model, takes a few optimiser steps with every method, and scores items.
+    """Load (or begin to build) the initial model, time a few optimiser steps of every method, and time scoring.
 
     Args:
         preparation: The study.
@@ -68,7 +68,7 @@ def measured_rates(
 
 
 def _initial(preparation: PreparedStudy, store: ContentStore) -> ModelSource:
-    """The initial model; of a tiny one that is not built yet, one of its shape after a few steps."""
+    """Return the initial model; for a tiny one that is not built yet, one of its shape after a few steps."""
     models = preparation.models
     if not isinstance(models, TinyModels):
         return models.source(INITIAL)
@@ -77,7 +77,7 @@ def _initial(preparation: PreparedStudy, store: ContentStore) -> ModelSource:
 
 
 def _begun(config: TinyModelConfig, corpus: Corpus, stage: str, store: ContentStore, note: Any = None) -> Path:
-    """A tiny model after the first few steps of a stage; its vocabulary is the whole one."""
+    """Train a tiny model for the first few steps of a stage, with its whole vocabulary."""
     settings = config.base if stage == "base" and config.base is not None else config.finetune
     items = corpus.build[stage][: settings.batch_size * (TIMED_STEPS + 1)]
     texts = [text for group in corpus.build.values() for item in group for text in (item.question + "\n", item.answer)]
@@ -95,7 +95,7 @@ def _seconds_to_build(config: TinyModelConfig, corpus: Corpus, stage: str, store
 
 
 class _Clock:
-    """Notes when steps end."""
+    """Record when steps end."""
 
     def __init__(self) -> None:
         self._ends: list[float] = []
@@ -116,7 +116,7 @@ class _Clock:
 def _epochs(
     preparation: PreparedStudy, source: ModelSource, trains: set[str], say: Callable[[str], None]
 ) -> tuple[dict[str, float], UpdateVector | None]:
-    """Seconds of an epoch of each base run, its update vector included; and one such vector."""
+    """Return seconds of an epoch of each base run, its update vector included; and one such vector."""
     by_method: dict[str, float] = {}
     update = None
     corpus = preparation.corpus
@@ -141,7 +141,7 @@ def _epochs(
 
 
 def _scoring(preparation: PreparedStudy, source: ModelSource, update: UpdateVector | None) -> tuple[float, float, float, float]:
-    """Seconds of a trial, to score all items, and to load the model; and bytes of the scores a trial keeps."""
+    """Return seconds of a trial, of scoring all items and of loading the model; and bytes of a trial's item scores."""
     started = time.perf_counter()
     loaded, walker = load_for_scoring(source)
     load = time.perf_counter() - started
@@ -165,7 +165,7 @@ def _scoring(preparation: PreparedStudy, source: ModelSource, update: UpdateVect
 
 
 def _share(rows: Rows, share: float) -> Rows:
-    """Every so many-th item of each set, so that short and long ones are among them."""
+    """Take every n-th item of each set, short and long ones among them."""
     return {name: chosen[:: max(1, round(1 / share))] for name, chosen in rows.items()}
 
 
@@ -182,7 +182,7 @@ def _timed_scores(preparation: PreparedStudy, rows: Rows, loaded: Any) -> tuple[
 
 
 def past_rates(folder: Path, preparation: PreparedStudy, trains: Iterable[str], builds: int) -> Rates:
-    """Rates of a study that was run before: medians of its epochs and trials.
+    """Return the rates of a finished study: medians of its epochs and trials.
 
     Args:
         folder: Where it was run.
@@ -197,10 +197,10 @@ def past_rates(folder: Path, preparation: PreparedStudy, trains: Iterable[str], 
     record, trials = store.record, store.trials_frame()
     store.close()
     # What is not on this machine is known by its name only, and the corpus by its section of the study file.
-    model, ours = record.models.get(INITIAL, ""), preparation.models.identities[INITIAL]
+    model, own = record.models.get(INITIAL, ""), preparation.models.identities[INITIAL]
     corpus_known = bool(preparation.corpus.sets or preparation.corpus.forget_train)
     same = {
-        "model": model == ours or model.startswith(f"{ours}@"),
+        "model": model == own or model.startswith(f"{own}@"),
         "corpus": record.corpus.hash == preparation.corpus.hash
         if corpus_known
         else store.spec.corpus == preparation.spec.corpus,
@@ -219,7 +219,7 @@ def past_rates(folder: Path, preparation: PreparedStudy, trains: Iterable[str], 
     }
     trains = list(trains)
     if trains and not past:
-        raise UserError(f"--like {folder}: it has no base runs to tell from; leave it out to time them here")
+        raise UserError(f"--like {folder}: it has no base runs to take times from; leave it out to time them here")
     # A base run that was not in the other study is taken to be as slow as the slowest that was.
     epochs = {label: past.get(label, max(past.values())) for label in trains}
     trial = float(trials["seconds"].median())

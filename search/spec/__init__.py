@@ -1,0 +1,12 @@
+"""Read and validate study files; every error is reported at once, with its line.
+
+corpora: one class per kind of corpus section
+errors: `StudyFileError`, and messages with key, value and remedy
+redaction: URLs without their passwords
+runtime: sections that may change from run to run: resources, budget, cache
+sections: the other sections: model, unlearning, scoring, search
+study: `StudySpec`, `load_study`, `parse_study`
+study_file: YAML with line numbers, paths made absolute
+"""
+
+__all__ = ["corpora", "errors", "redaction", "runtime", "sections", "study", "study_file"]

@@ -1,4 +1,4 @@
-"""What is wrong with a study, said so that it can be mended: key, value found, what is allowed, remedy."""
+"""Explain what is wrong with a study: key, value found, what is allowed, remedy."""
 
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,12 +34,12 @@ _WANTED = {
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing wrong with a study.
+    """One error in a study.
 
     Attributes:
         key: Path of the key, for example ``search.alpha.low``; empty where the file as a whole is wrong.
         message: The value found, what is allowed and the remedy.
-        place: ``line 12``, ``command line``, or empty where nobody knows.
+        place: ``line 12``, ``command line``, or empty where it is not known.
     """
 
     key: str
@@ -47,13 +47,13 @@ class Problem:
     place: str = ""
 
     def __str__(self) -> str:
-        """One line: key, place and message, as far as there are any."""
+        """Return one line: key, place and message, as far as there are any."""
         where = f"{self.key} ({self.place})" if self.key and self.place else self.key or self.place
         return f"{where}: {self.message}" if where else self.message
 
 
 class StudyFileError(UserError):
-    """A study that cannot be run, with everything that is wrong with it at once.
+    """A study that cannot be run, with all its errors at once.
 
     Attributes:
         problems: All problems found, in the order of the file where lines are known.
@@ -67,25 +67,25 @@ class StudyFileError(UserError):
         self.source = source
 
     def __str__(self) -> str:
-        """The source, the number of problems, and one line for each."""
+        """Return the source, the number of problems, and one line for each."""
         count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
         return "\n".join([f"{self.source}: {count}", *(f"  {problem}" for problem in self.problems)])
 
 
 def rule(allowed: str, remedy: str) -> PydanticCustomError:
-    """A broken rule of ours, to be raised in a pydantic validator."""
+    """Make an error for a pydantic validator to raise."""
     return PydanticCustomError(RULE, "{allowed}", {"allowed": allowed, "remedy": remedy})
 
 
 class _WithoutSecrets(reprlib.Repr):
-    """Values as messages show them: short, and without the passwords of URLs, which must go before anything is cut off."""
+    """Shorten values for messages; passwords of URLs are hidden before anything is cut off."""
 
     def repr_str(self, x: str, level: int) -> str:
         return super().repr_str(without_password(x), level)
 
 
 def show(value: object) -> str:
-    """A value as a study file would have it, shortened to what fits in a message; passwords in URLs are hidden."""
+    """Format a value as in a study file, shortened, with passwords in URLs hidden."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     short = _WithoutSecrets()
@@ -94,7 +94,7 @@ def show(value: object) -> str:
 
 
 def key_text(parts: KeyPath) -> str:
-    """``("a", "b", 0)`` as ``a.b[0]``; keys that would not print are quoted."""
+    """Format ``("a", "b", 0)`` as ``a.b[0]``; keys that would not print are quoted."""
     text = ""
     for part in parts:
         if isinstance(part, int):
@@ -112,7 +112,7 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 
 
 def key_path(loc: Sequence[str | int], data: object) -> KeyPath:
-    """Pydantic's location as a path in the study.
+    """Return pydantic's location as a path in the study.
 
     Pydantic puts the tag of a union and marks such as ``[key]`` between the keys; a single value that was taken for a
     list of one has a position the writer of the study never saw.
@@ -139,7 +139,7 @@ def key_path(loc: Sequence[str | int], data: object) -> KeyPath:
 
 
 def explain(error: ErrorDetails, root: type[BaseModel], data: object) -> tuple[KeyPath, str]:
-    """Path and message for one error of pydantic; `root` is the model of the whole study, `data` what it was given."""
+    """Return path and message of one pydantic error; `root` is the model of the whole study, `data` its input."""
     parts = key_path(error["loc"], data)
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
@@ -160,7 +160,7 @@ def explain(error: ErrorDetails, root: type[BaseModel], data: object) -> tuple[K
 
 
 def _allowed(kind: str, value: object, context: Mapping[str, Any]) -> tuple[str, str]:
-    """What one kind of pydantic error allows, and the remedy."""
+    """Return what one kind of pydantic error allows, and the remedy."""
     bounds = {"greater_than": ("gt", "above"), "greater_than_equal": ("ge", "at least")}
     bounds |= {"less_than": ("lt", "below"), "less_than_equal": ("le", "at most")}
     if kind in bounds:
@@ -181,7 +181,7 @@ def _allowed(kind: str, value: object, context: Mapping[str, Any]) -> tuple[str,
 
 
 def _type_remedy(kind: str, value: object, wanted: str) -> str:
-    """The remedy for a value of the wrong type, with the value that was probably meant."""
+    """Return the remedy for a value of the wrong type, with the value that was probably meant."""
     if kind in ("int_type", "float_type"):
         if isinstance(value, bool):
             return f"Write {wanted}; true and false are for switches."
@@ -197,7 +197,7 @@ def _type_remedy(kind: str, value: object, wanted: str) -> str:
 
 
 def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Every pydantic model inside a type annotation."""
+    """Yield every pydantic model inside a type annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
         return
@@ -215,12 +215,12 @@ def _models_of(field: FieldInfo) -> Iterator[type[BaseModel]]:
 
 
 def _kind_of(model: type[BaseModel]) -> str | None:
-    """The value of ``kind`` that chooses this model, None for one that is not chosen."""
+    """Return the value of ``kind`` that chooses this model; None for one that is not chosen."""
     return get_args(model.model_fields["kind"].annotation)[0] if "kind" in model.model_fields else None
 
 
 def _sections(parts: Sequence[str | int], root: type[BaseModel]) -> list[type[BaseModel]]:
-    """The models that may stand at a path: several where ``kind`` chooses."""
+    """Return the models allowed at a path: several where ``kind`` chooses."""
     found = [root]
     for part in parts:
         fields = (model.model_fields.get(str(part)) for model in found)
@@ -233,7 +233,7 @@ def _kinds(parts: KeyPath, root: type[BaseModel]) -> str:
 
 
 def _all_keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """The path of every key a study can have."""
+    """Yield the path of every key a study can have."""
     for name, field in model.model_fields.items():
         yield (*prefix, name)
         for inner in _models_of(field):
@@ -241,7 +241,7 @@ def _all_keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[
 
 
 def _known_instead(parts: KeyPath, root: type[BaseModel], data: object) -> str:
-    """For an unknown key: the key that was probably meant, wherever it belongs, else the keys allowed in its place."""
+    """Suggest a key in place of an unknown one, from anywhere in a study; else list the keys allowed there."""
     *above, last = parts
     name = str(last)
     here: Any = data

@@ -1,4 +1,4 @@
-"""URLs of databases and object stores without the secrets in them: what is shown, logged and stored."""
+"""Hide the secrets in URLs of databases and object stores before they are shown, logged or stored."""
 
 import re
 from urllib.parse import unquote, unquote_plus
@@ -12,7 +12,7 @@ _QUERY_SECRET = re.compile(r"([?&][^=&#\s]*(?:password|secret|token|key|sig|cred
 
 
 def without_password(url: str) -> str:
-    """A URL of a database or an object store that can be shown and stored: passwords, keys and tokens are hidden.
+    """Hide passwords, keys and tokens in a URL of a database or an object store.
 
     Hides too much rather than too little where an ``@`` or a ``:`` stands unquoted.
     """
@@ -21,7 +21,7 @@ def without_password(url: str) -> str:
 
 
 def without_secrets_of(text: str, url: str) -> str:
-    """A text of somebody else's, such as an error, without the secrets of a URL, written as in the URL or plainly."""
+    """Hide the secrets of a URL in a text such as an error, encoded as in the URL or plain."""
     secrets = [found[2] for pattern in (_USER_SECRET, _QUERY_SECRET) for found in pattern.finditer(url)]
     for form in {change(secret) for secret in secrets if secret for change in (str, unquote, unquote_plus)}:
         text = text.replace(form, HIDDEN)

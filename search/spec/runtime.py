@@ -1,7 +1,4 @@
-"""How a study runs: what it may use, when it stops, where things are kept, what it begins from.
-
-None of this is part of a study's identity: it may change from run to run.
-"""
+"""Validate the sections on resources, budget and caches, which may change from run to run."""
 
 import math
 from typing import Annotated
@@ -41,7 +38,7 @@ FoldersOrNone = Annotated[tuple[Name, ...], BeforeValidator(_as_list), AfterVali
 
 
 class TrialResources(Section):
-    """What one trial holds while it is scored. `threads` are torch's."""
+    """Resources of one trial while it is scored. `threads` are torch's."""
 
     cpus: Positive = 1
     gpus: Gpus = 0
@@ -50,7 +47,7 @@ class TrialResources(Section):
 
 
 class BaseRunResources(Section):
-    """What each process of a base run holds while it trains; several processes share one training."""
+    """Resources of each process of a base run; several processes share one training."""
 
     cpus: Positive = 1
     gpus: Gpus = 0
@@ -68,7 +65,7 @@ class BaseRunResources(Section):
 
 
 class Resources(Section):
-    """What a study may use. None `max_concurrent`: as many trials at once as the cluster has room for."""
+    """Resources of a study. `max_concurrent` is None for as many trials at once as fit on the cluster."""
 
     max_concurrent: Count | None = None
     trial: TrialResources = Field(default_factory=TrialResources)
@@ -83,7 +80,7 @@ class Plateau(Section):
 
 
 class Budget(Section):
-    """When a study stops before it has all its trials; None never.
+    """Limits at which a study stops before it has all its trials; None is no limit.
 
     Attributes:
         hours: Wall-clock time of all its runs together.

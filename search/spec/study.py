@@ -1,4 +1,4 @@
-"""The study: what is forgotten, how, and what is searched. Checked as a whole before anything is spent."""
+"""Validate a study as a whole, before anything is spent."""
 
 import re
 import sysconfig
@@ -65,12 +65,12 @@ class BaseRunSpec:
 
     @property
     def learning_rate(self) -> float:
-        """The peak of the learning rate."""
+        """Peak learning rate."""
         return self.hyperparameters["learning_rate"]
 
     @property
     def loss_hyperparameters(self) -> dict[str, float]:
-        """What the method itself takes."""
+        """Hyperparameters of the loss."""
         return {key: value for key, value in self.hyperparameters.items() if key != "learning_rate"}
 
 
@@ -167,7 +167,7 @@ class StudySpec(Section):
 
     @property
     def definition(self) -> str:
-        """Name of the metric definition every number of the study follows."""
+        """Name of the metric definition of every number of the study."""
         return CHOICE_DEFINITION if self.corpus.task == MULTIPLE_CHOICE else self.scoring.definition
 
     @property
@@ -177,19 +177,19 @@ class StudySpec(Section):
         return self.corpus.objectives if third is None else (*self.corpus.objectives, THIRD_OBJECTIVES[third])
 
     def search_space(self) -> "dict[str, BaseDistribution]":
-        """The search space, in the form of ``study.ask(fixed_distributions=...)``."""
+        """Return the search space, in the form of ``study.ask(fixed_distributions=...)``."""
         return distributions(self.base_epochs(), self.search.alpha.low, self.search.alpha.high)
 
     def given_points(self) -> list[Point]:
-        """Every epoch of every base run at alpha = 0."""
+        """Return every epoch of every base run at alpha = 0."""
         return given_points(self.base_epochs(), self.search.alpha.low, self.search.alpha.high)
 
     def grid_points(self) -> list[Point]:
-        """The points of ``search.sampler: grid``."""
+        """Return the points of ``search.sampler: grid``."""
         return grid_points(self.base_epochs(), self.search.alpha.low, self.search.alpha.high, self.search.trials)
 
     def variants(self) -> list[BaseRunSpec]:
-        """The base runs to be trained, by method in the order of the registry, then by value in the order of the file."""
+        """Return the base runs to train: by method in the order of the registry, then by value in the order of the file."""
         runs: list[BaseRunSpec] = []
         if self.unlearning is None:
             return runs
@@ -198,12 +198,12 @@ class StudySpec(Section):
             varying = [key for key, values in grid.items() if len(values) > 1]
             for values in product(*grid.values()):
                 chosen = dict(zip(grid, values, strict=True))
-                told = ",".join(f"{key}={_short(chosen[key])}" for key in varying)
-                runs.append(BaseRunSpec(f"{method}[{told}]" if told else method, method, chosen))
+                shown = ",".join(f"{key}={_short(chosen[key])}" for key in varying)
+                runs.append(BaseRunSpec(f"{method}[{shown}]" if shown else method, method, chosen))
         return runs
 
     def base_epochs(self) -> dict[str, int]:
-        """Epochs that are searched of every base run by label: those to be trained, then those given as checkpoints."""
+        """Return the number of epochs by base run: those to be trained, then those given as checkpoints."""
         trained = {} if self.unlearning is None else {run.label: self.unlearning.epochs for run in self.variants()}
         return {**trained, **{label: len(folders) for label, folders in self.checkpoints.items()}}
 
@@ -212,7 +212,7 @@ class StudySpec(Section):
         return {**{run.label: run.method for run in self.variants()}, **{label: label for label in self.checkpoints}}
 
     def fingerprint_payload(self) -> dict[str, Any]:
-        """What makes this study this study, ready for JSON.
+        """Return what identifies the study, ready for JSON.
 
         Left out: the number of trials and whether some are pruned, the other retain models and the model never fine-tuned
         (controls that may come later), what `RUNNING_KEYS` names, which may change from run to run; local paths, because a
@@ -237,7 +237,7 @@ def _short(value: float) -> str:
 
 
 def parse_study(data: Mapping[str, object], folder: Path | None = None) -> StudySpec:
-    """A study from plain data.
+    """Validate a study given as plain data.
 
     Args:
         data: What a study file contains.
@@ -250,7 +250,7 @@ def parse_study(data: Mapping[str, object], folder: Path | None = None) -> Study
 
 
 def load_study(path: Path | str, overrides: Mapping[str, object] | None = None) -> StudySpec:
-    """A study from a file.
+    """Read and validate a study file.
 
     Args:
         path: The YAML file; relative paths in it are relative to its folder.
@@ -297,7 +297,7 @@ def _with(data: Mapping[str, object], given: Mapping[KeyPath, object]) -> dict[s
 
 
 def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tuple[KeyPath, str]]:
-    """The checks that span sections: pydantic leaves them out as soon as anything else is wrong."""
+    """Run the checks that span sections, which pydantic leaves out as soon as anything else is wrong."""
     corpus, model = study.get("corpus"), study.get("model")
     if not isinstance(corpus, Mapping) or not isinstance(model, Mapping):
         return []
@@ -313,7 +313,7 @@ def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tu
 
 
 def _line(parts: KeyPath, lines: LineNumbers) -> int:
-    """The line of a key, or of the nearest section around it that is in the file."""
+    """Return the line of a key, or of the nearest section around it that is in the file."""
     return lines[parts] if parts in lines else _line(parts[:-1], lines) if parts else 0
 
 
@@ -325,7 +325,7 @@ def _place(parts: KeyPath, lines: LineNumbers, given: Mapping[KeyPath, object]) 
 
 
 def quickstart_path() -> Path:
-    """The quickstart study: in the checkout, else where an installed wheel puts its data files.
+    """Return the quickstart study: in the checkout, else where an installed wheel puts its data files.
 
     Raises:
         UserError: It is in neither.

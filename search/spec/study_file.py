@@ -30,7 +30,7 @@ _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)
 
 
 def read_study_file(path: Path) -> tuple[dict[str, object], LineNumbers]:
-    """The content of a study file, and the line of each key.
+    """Return the content of a study file, and the line of each key.
 
     Raises:
         StudyFileError: The file is missing, unreadable, not text, not YAML, empty, not a mapping, or has a key twice.
@@ -64,7 +64,7 @@ def write_study_file(path: Path, content: Mapping[str, object]) -> None:
 
 
 class _UnusableFileError(Exception):
-    """There is no YAML to look at."""
+    """A file without any YAML in it."""
 
 
 def _read_text(path: Path) -> str:
@@ -143,11 +143,11 @@ def _problems(yaml: YAML, node: Node, path: KeyPath, lines: LineNumbers, above: 
 
 
 def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, object], list[tuple[KeyPath, str]]]:
-    """The study with its paths made absolute, and a message for each path that leads nowhere.
+    """Make the paths of a study absolute; return it with a message for each path that does not exist.
 
     A value of ``corpus.source``, of the ``source`` of a multiple-choice data set or of a key that names a model is a path when
-    it starts with ``./``, ``../``, ``/`` or ``~``, ends as a data file does, cannot be a hub name, or names a folder beside
-    the study file. Everything else is a hub name, which is not looked up. A cache is always a path, and need not exist.
+    it starts with ``./``, ``../``, ``/`` or ``~``, ends as a data file does, cannot be a hub name, or names a folder next
+    to the study file. Everything else is a hub name, which is not looked up. A cache is always a path, and need not exist.
     The studies of ``warm_start`` are always folders.
     Checkpoints are always folders; one that holds ``checkpoint-*`` folders of a trainer stands for these, in the order of
     their steps.
@@ -202,7 +202,7 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
 
 
 def _checkpoints(label: object, value: object, folder: Path, problems: list[tuple[KeyPath, str]]) -> object:
-    """The checkpoints of a base run: folders, absolute, or hub names; what is no text is left to the checks that follow."""
+    """Make the checkpoints of a base run absolute paths or hub names; what is no text is left to later checks."""
     from uipe_core.deltas.checkpoints import checkpoint_folders  # torch comes with it, and most studies need none of it
 
     key: KeyPath = ("checkpoints", str(label))
@@ -236,7 +236,7 @@ def _text_at(data: Mapping[str, object], section: str, key: str) -> str | None:
 
 
 def _located(section: str, value: str, folder: Path, file_endings: tuple[str, ...]) -> tuple[str, str]:
-    """The value with its path made absolute, where it is one; and what is wrong with it, or an empty text.
+    """Make a value an absolute path, where it is a path; return it with what is wrong, or an empty text.
 
     A path is a folder, or a file where it ends in one of `file_endings`.
     """

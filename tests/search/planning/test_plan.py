@@ -214,7 +214,7 @@ def test_a_configuration_alone_gives_memory_and_disk(hub_study, call, monkeypatc
 def test_the_table_names_numbers_and_how_they_are_known(finished, call):
     code, output, _ = call("plan", finished.file, "--like", finished.out)
     assert code == 0
-    assert "Plan of tiny" in output and "past study" in output and "nothing that is known stands in the way" in output
+    assert "Plan of tiny" in output and "past study" in output and "everything that is known fits" in output
 
 
 def test_disk_of_a_folder_that_does_not_exist_yet_is_that_above_it(finished, tmp_path):
