@@ -220,7 +220,9 @@ def summary(runs: Sequence[dict[float, float]], shares: Sequence[float]) -> dict
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Samplers replayed on recorded tables; one JSON object.")
-    parser.add_argument("tables", nargs="*", type=Path, help="files of `uipe record`; the shipped ones when left out")
+    parser.add_argument(
+        "tables", nargs="*", type=Path, help="recorded grids (benchmarks/README.md); the shipped ones when left out"
+    )
     parser.add_argument("--samplers", nargs="+", default=SAMPLERS, choices=SAMPLERS)
     parser.add_argument("--seeds", type=int, default=20, help="sampler seeds per table")
     parser.add_argument("--scores", type=int, default=150, help="longest search, given points aside")

@@ -1,5 +1,6 @@
 """Records a study's table: its dense grid is scored as a study of its own, and the scores are collected into one file."""
 
+import argparse
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ from numpy.typing import NDArray
 
 from benchmarks.recorded.table import ScoreTable, write_table
 from search.evaluation.prepared import PreparedStudy, prepare
+from search.execution.ray_compat import configure_ray
 from search.execution.run import run_study
 from search.problem.objectives import Objective
 from search.results.study_result import StudyResult
 from search.samplers.gram import FILE, extend_gram, keep_gram, kept_gram
-from search.spec.study import StudySpec
+from search.spec.study import StudySpec, load_study, quickstart_path
 from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.deltas.checkpoints import find_checkpoints
 from uipe_core.deltas.store import DeltaStore
@@ -187,3 +189,28 @@ def _notes(result: StudyResult, table: ScoreTable, wanted: int) -> list[str]:
         why = f", most often because: {reasons.index[0]}" if len(reasons) else ""
         notes.append(f"{lost} of {wanted} points are not in the table: they failed{why}")
     return notes
+
+
+def main() -> None:
+    """Record the grid of a study from the command line."""
+    parser = argparse.ArgumentParser(
+        description="Score a dense grid of a study and write the scores of every item into one file."
+    )
+    parser.add_argument("study", nargs="?", type=Path, help="study file; the quickstart when left out")
+    parser.add_argument("--out", type=Path, help="file to write, .npz; runs/<study name>-table.npz when left out")
+    parser.add_argument("--alphas", type=int, default=31, help="values of alpha, evenly spaced from the lowest to the highest")
+    parser.add_argument("--seed", type=int, help="seed, in place of the file's")
+    parser.add_argument("--address", help="Ray cluster to run on; this machine when left out")
+    options = parser.parse_args()
+    configure_ray(options.address)
+    spec = load_study(options.study or quickstart_path(), {"seed": options.seed})
+    path = options.out or Path("runs", f"{spec.name}-table.npz")
+    table, notes = record_table(spec, path, options.alphas, address=options.address)
+    for note in notes:
+        print(f"note: {note}")
+    epochs, size = sum(table.epochs.values()), path.stat().st_size / 1e6
+    print(f"{path}: {len(table)} points of {epochs} base epochs, {size:.2f} MB; metrics: {table.meta['definition']}")
+
+
+if __name__ == "__main__":
+    main()
