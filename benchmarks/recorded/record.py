@@ -193,7 +193,7 @@ def _notes(result: StudyResult, table: ScoreTable, wanted: int) -> list[str]:
 
 def main() -> None:
     """Record the grid of a study from the command line."""
-    parser = argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(description="Score a dense grid of a study and write the scores of all items into one file.")
         description="Score a dense grid of a study and write the scores of every item into one file."
     )
     parser.add_argument("study", nargs="?", type=Path, help="study file; the quickstart when left out")

@@ -97,10 +97,10 @@ def read_table(path: Path) -> ScoreTable:
         with np.load(path, allow_pickle=False) as archive:
             content = dict(archive)
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file; `uipe record STUDY --out {path}` writes one") from None
+        raise UserError(f"{path}: no such file; `python -m benchmarks.recorded.record STUDY --out {path}` writes one") from None
     except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise UserError(
-            f"{path}: cut off, damaged or no table ({type(error).__name__}); fetch it again, or record it with `uipe record`"
+            f"{path}: cut off, damaged or no table ({type(error).__name__}); fetch it again, or record it (benchmarks/README.md)"
         ) from error
     meta = _meta(path, content)
     _require(path, content, (*COLUMNS, "gram", *meta["constant"]))
@@ -121,19 +121,19 @@ def _meta(path: Path, content: dict[str, NDArray[Any]]) -> dict[str, Any]:
     except (KeyError, ValueError, TypeError):
         version = None
     if not isinstance(version, int):
-        raise UserError(f"{path}: a numpy archive, but no table of scores; give a file that `uipe record` wrote")
+        raise UserError(f"{path}: a numpy archive, but no table of scores; give a file that benchmarks/recorded wrote")
     if version > VERSION:
         raise UserError(f"{path}: format {version}, this program reads up to {VERSION}; upgrade uipe-search, or record it anew")
     missing = [key for key in META_KEYS if key not in meta]
     if missing:
-        raise UserError(f"{path}: its description lacks {', '.join(missing)}; record it anew with `uipe record`")
+        raise UserError(f"{path}: its description lacks {', '.join(missing)}; record it again (benchmarks/README.md)")
     return dict(meta)
 
 
 def _require(path: Path, content: Mapping[str, Any], names: tuple[str, ...]) -> None:
     missing = [name for name in names if name not in content]
     if missing:
-        raise UserError(f"{path}: it lacks {', '.join(missing)}; record it anew with `uipe record`")
+        raise UserError(f"{path}: it lacks {', '.join(missing)}; record it again (benchmarks/README.md)")
 
 
 def _check(path: Path, table: ScoreTable) -> None:
@@ -149,13 +149,15 @@ def _check(path: Path, table: ScoreTable) -> None:
     for name, values in table.arrays.items():
         own = table.initial.get(name)
         if own is None:
-            raise UserError(f"{path}: {name} is not there of the initial model; record it anew with `uipe record`")
+            raise UserError(f"{path}: {name} is not there of the initial model; record it again (benchmarks/README.md)")
         shapes[name] = (values, own.shape if name in constant else (points, *own.shape))
     for name, (values, shape) in shapes.items():
         if values.shape != shape:
-            raise UserError(f"{path}: {name} has shape {values.shape}, {shape} expected; record it anew with `uipe record`")
+            raise UserError(
+                f"{path}: {name} has shape {values.shape}, {shape} expected; record it again (benchmarks/README.md)"
+            )
         if values.dtype.kind not in "biuf" or np.isnan(values.astype(np.float64)).any():
-            raise UserError(f"{path}: {name} holds something else than numbers; record it anew with `uipe record`")
+            raise UserError(f"{path}: {name} holds something else than numbers; record it again (benchmarks/README.md)")
     counts = np.array([*table.epochs.values(), 0])
     known = (table.base >= 0) & (table.base < len(table.epochs)) & (table.epoch >= 1)
     known &= table.epoch <= counts[np.where(known, table.base, -1)]
@@ -163,5 +165,5 @@ def _check(path: Path, table: ScoreTable) -> None:
         row = int(np.argmin(known))
         raise UserError(
             f"{path}: point {row} is of base run {table.base[row]}, epoch {table.epoch[row]}, which the table does not have; "
-            "record it anew with `uipe record`"
+            "record it again (benchmarks/README.md)"
         )

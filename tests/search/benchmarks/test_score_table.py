@@ -100,7 +100,7 @@ def refusal(file):
 
 
 def test_a_table_that_is_missing_cut_off_or_altered_is_told(file, tmp_path):
-    assert "no such file; `uipe record STUDY --out" in refusal(tmp_path / "other.npz")
+    assert "no such file; `python -m benchmarks.recorded.record STUDY --out" in refusal(tmp_path / "other.npz")
     content = file.read_bytes()
     for part in (0, 1, 30, len(content) // 2, len(content) - 1):
         file.write_bytes(content[:part])
@@ -114,7 +114,7 @@ def test_what_is_no_table_is_told(file):
     file.write_text("study: quickstart")
     assert "cut off, damaged or no table" in refusal(file)
     np.savez(file, answers=np.ones(3))
-    assert "no table of scores; give a file that `uipe record` wrote" in refusal(file)
+    assert "no table of scores; give a file that benchmarks/recorded wrote" in refusal(file)
     np.savez(file, meta=np.array("not JSON"))
     assert "no table of scores" in refusal(file)
     np.savez(file, meta=np.array(json.dumps(["uipe-score-table", 1])))
