@@ -193,9 +193,7 @@ def _notes(result: StudyResult, table: ScoreTable, wanted: int) -> list[str]:
 
 def main() -> None:
     """Record the grid of a study from the command line."""
-    parser = argparse.ArgumentParser(description="Score a dense grid of a study and write the scores of all items into one file.")
-        description="Score a dense grid of a study and write the scores of every item into one file."
-    )
+    parser = argparse.ArgumentParser(description="Score a dense grid of a study; write the scores of all items into one file.")
     parser.add_argument("study", nargs="?", type=Path, help="study file; the quickstart when left out")
     parser.add_argument("--out", type=Path, help="file to write, .npz; runs/<study name>-table.npz when left out")
     parser.add_argument("--alphas", type=int, default=31, help="values of alpha, evenly spaced from the lowest to the highest")

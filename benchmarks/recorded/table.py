@@ -100,7 +100,7 @@ def read_table(path: Path) -> ScoreTable:
         raise UserError(f"{path}: no such file; `python -m benchmarks.recorded.record STUDY --out {path}` writes one") from None
     except (OSError, ValueError, TypeError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
         raise UserError(
-            f"{path}: cut off, damaged or no table ({type(error).__name__}); fetch it again, or record it (benchmarks/README.md)"
+            f"{path}: cut off, damaged or no table ({type(error).__name__}); record it again (benchmarks/README.md)"
         ) from error
     meta = _meta(path, content)
     _require(path, content, (*COLUMNS, "gram", *meta["constant"]))
