@@ -162,9 +162,7 @@ def unfinished(deltas: ContentStore) -> Iterator[Finding | Repairable]:
         return f"{sum(deltas.clear_unfinished(key) for key in keys)} removed"
 
     what = f"{len(keys)} unfinished entries in {deltas.root / 'tmp'}"
-    finding = Finding(
-        "cache", PROBLEM, what, "their makers were killed; they only take space", "--fix removes them"
-    )
+    finding = Finding("cache", PROBLEM, what, "their makers were killed; they only take space", "--fix removes them")
     yield Repairable(finding, clear, needs_study=False)
 
 
