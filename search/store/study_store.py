@@ -83,7 +83,8 @@ class StudyStore:
 
     def reference_point(self) -> dict[str, float]:
         """The reference point of hypervolume, by objective."""
-        return reference_point(self.objectives, self.spec.hypervolume.reference_point.model_dump(), self.item_counts)
+        given = self.spec.hypervolume.reference_point.model_dump()
+        return reference_point(self.objectives, given, self.item_counts, self.record["corpus"].get("quality_floors"))
 
     def noise_ceiling(self, controls: pd.DataFrame) -> float:
         """Forget quality above which differences are noise (`search.problem.objectives.forget_quality_cap`)."""
