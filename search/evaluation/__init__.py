@@ -1,0 +1,13 @@
+"""Prepare and score trials. Knows no Ray; everything here runs on the driver or on a worker.
+
+controls: what trials are compared with, one entry each
+evaluator: score one trial on a resident model
+inputs: check local inputs and load warm-start points
+metrics: the numbers of a trial, and metrics that are added
+models: tiny and pretrained models: references, sources, identities
+prepared: a study with everything that identifies it
+pruning: bounds on objectives, and the rivals that dominate them
+task: free text and multiple choice
+"""
+
+__all__ = ["controls", "evaluator", "inputs", "metrics", "models", "prepared", "pruning", "task"]

@@ -1,0 +1,9 @@
+"""Define the optimisation problem. Pure: no disk, clock, environment or global random state.
+
+objectives: what is maximised, reference point and noise ceiling
+pareto: dominance, hypervolume, selection rules
+space: the search space and the points known beforehand
+trial: one thing to score
+"""
+
+__all__ = ["objectives", "pareto", "space", "trial"]

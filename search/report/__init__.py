@@ -1,0 +1,12 @@
+"""Show a study: HTML report, figures, sentences, progress bars, dashboard.
+
+conclusions: what won, in plain sentences
+dashboard: serve optuna-dashboard on loopback
+data: what the report shows
+figures: the front, and the curves over alpha
+html: the report, with report.html.j2 and report.css
+progress: progress bars and log lines
+style: number formats, palette, figure style
+"""
+
+__all__ = ["conclusions", "dashboard", "html", "progress", "style"]

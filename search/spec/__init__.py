@@ -2,6 +2,7 @@
 
 corpora: one class per kind of corpus section
 errors: `StudyFileError`, and messages with key, value and remedy
+plugins: load extensions of other packages
 redaction: URLs without their passwords
 runtime: sections that may change from run to run: resources, budget, cache
 sections: the other sections: model, unlearning, scoring, search
@@ -9,4 +10,4 @@ study: `StudySpec`, `load_study`, `parse_study`
 study_file: YAML with line numbers, paths made absolute
 """
 
-__all__ = ["corpora", "errors", "redaction", "runtime", "sections", "study", "study_file"]
+__all__ = ["corpora", "errors", "plugins", "redaction", "runtime", "sections", "study", "study_file"]

@@ -312,7 +312,7 @@ class Scoring(Section):
 
 
 class AlphaRange(Section):
-    """Both ends of the extrapolation coefficient; -1 is the initial model, beyond it lies learning, not unlearning."""
+    """Both ends of the extrapolation coefficient; -1 is the initial model; below it is learning, not unlearning."""
 
     low: Annotated[float, Field(ge=-1)] = -1.0
     high: float = 2.0

@@ -9,7 +9,8 @@ mirror: an output folder at a URL
 optuna_compat: what is read from inside Optuna's databases
 record: ``study.json``
 study_store: a study's folder, record and trials
+tracebacks: files of the tracebacks of failed trials and base runs
 trials: write and read a study's trials
 """
 
-__all__ = ["database", "doctor", "mirror", "record", "study_store"]
+__all__ = ["database", "doctor", "mirror", "record", "study_store", "tracebacks"]

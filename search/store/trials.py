@@ -18,7 +18,7 @@ from uipe_core.errors import UserError
 EVIDENCE = "evidence"
 """The attribute that holds everything else that is known of a trial."""
 
-READABLE = frozenset(("kind", "base", "method", "epoch", "alpha", "walk", "collapsed", "reason"))
+READABLE = frozenset(("kind", "base", "method", "epoch", "alpha", "walk", "collapsed", "reason", "traceback"))
 """Attributes of their own, as are flags that are set, for those who read the dashboard: it cuts long values."""
 
 WRITTEN_TWICE = "written twice: the database did not confirm the first time"
