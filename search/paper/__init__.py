@@ -12,4 +12,4 @@ statistics: intervals over seeds
 weights: distances between update vectors
 """
 
-__all__ = ["runner"]
+__all__ = ["page", "runner", "settings"]
