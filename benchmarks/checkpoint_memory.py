@@ -117,7 +117,7 @@ def write_model(folder: Path, config: LlamaConfig, shapes: dict[str, torch.Size]
 
 
 def measured(kind: str, folder: Path) -> dict[str, float]:
-    """Runs one kind in this process: seconds, and bytes of peak memory over what imports took."""
+    """Run one kind in this process: seconds, and bytes of peak memory over what imports took."""
     torch.set_num_threads(1)
     before, started = peak(), time.perf_counter()
     if kind == "streamed":

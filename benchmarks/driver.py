@@ -1,4 +1,4 @@
-"""What a trial costs its driver as a study grows: storage and sampler, and Ray with many workers. Prints one JSON object.
+"""Measure what a trial costs its driver as a study grows: storage and sampler, and Ray with many workers. Prints one JSON object.
 
 Storage: the real `StudyStore` with the evidence of a real trial (28 facts) and item scores of 21 kB. Trials 1 to N are asked
 for and completed while so many others run; milliseconds are medians over the 100 trials before each mark, `cpu` of this
@@ -214,7 +214,7 @@ def plain_optuna(folder: Path, running: int) -> dict[str, float]:
 
 
 def timed(action: Callable[[], Any]) -> tuple[Any, Seconds]:
-    """What it returns, and its wall-clock and CPU seconds."""
+    """Return what it returns, and its wall-clock and CPU seconds."""
     started, cpu = time.perf_counter(), time.thread_time()
     result = action()
     return result, (time.perf_counter() - started, time.thread_time() - cpu)

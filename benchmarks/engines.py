@@ -1,4 +1,4 @@
-"""Who generates the texts of a scoring: this scorer's draft and verify against the engines transformers has for it.
+"""Time the texts of a scoring: this scorer's draft and verify against the engines transformers has for it.
 
 The same greedy texts, of every question that is generated for, on weights that are healthy, half unlearned and collapsed (as
 in scoring.py). By ``drafts``: the scorer's last stage, for which the losses have shown how the gold answers begin;
@@ -42,7 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_options(parser)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="beside the baseline")
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="compared with the baseline")
     options = parser.parse_args()
     loaded, corpus = prepared(options)
     scorer = Scorer(corpus, loaded.prompts, ScoringConfig(options.batch_size, options.new_tokens))
@@ -166,7 +166,7 @@ class Engines:
         return self._decoded([found[name].generated_tokens for name in names]), seconds
 
     def stop(self) -> None:
-        """Ends what continuous batching keeps."""
+        """End what continuous batching keeps."""
         self._loaded.model.destroy_cached_continuous_batching_manager()
 
     def _decoded(self, texts: Tokens) -> list[str]:

@@ -1,4 +1,4 @@
-"""What machine a benchmark ran on, as its JSON object has it."""
+"""Describe the machine a benchmark runs on, for its JSON object."""
 
 import os
 import platform

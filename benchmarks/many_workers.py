@@ -77,7 +77,7 @@ class Started:
 
 
 class Sleeper(tune.Trainable):
-    """Takes jobs as `ScoringTrial` does, and sleeps."""
+    """Take jobs as `ScoringTrial` does, and sleeps."""
 
     def setup(self, config: dict[str, Any], started: Started, seconds: float, evidence: dict[str, Any], items: str) -> None:
         self._job, self._seconds, self._evidence, self._items = TrialSpec.from_text(config["job"]), seconds, evidence, items

@@ -64,7 +64,7 @@ def main() -> None:
         small = tiny_model(QUICKSTART, load_people(seed=0), "full", ContentStore(folder / "small"))
         write_update(small, folder / "small.safetensors")
         result = {
-            "baseline": "whole: beside the model a copy of theta_init, and all tensors of the update at once (its file mapped)",
+            "baseline": "whole: with the model a copy of theta_init, and all tensors of the update at once (its file mapped)",
             "models": [against_size(options, layers, folder, small) for layers in options.layers],
             "small_model": seconds_of_a_walk(small, folder / "small.safetensors"),
             "machine": machine(),
@@ -150,7 +150,7 @@ def write_update(model: Path, path: Path) -> None:
 
 
 def measured(case: str, way: str, folder: Path) -> dict[str, float]:
-    """Runs one case in this process: bytes of peak memory over what imports took, and seconds."""
+    """Run one case in this process: bytes of peak memory over what imports took, and seconds."""
     torch.set_num_threads(1)
     with peaks() as found:
         started = time.perf_counter()
@@ -211,7 +211,7 @@ def seconds_of_a_walk(folder: Path, update: Path) -> dict[str, float]:
 
 @contextmanager
 def peaks() -> Iterator[dict[str, float]]:
-    """Fills in the peaks of anonymous and of resident memory of this process, in bytes over what it has on entry."""
+    """Fill in the peaks of anonymous and of resident memory of this process, in bytes over what it has on entry."""
     found: dict[str, float] = {}
     before, highest, over = memory("RssAnon"), 0, threading.Event()
 

@@ -62,7 +62,7 @@ def random_llama(shape: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """What is scored, by what, and how: what `prepared` goes by."""
+    """Return what is scored, by what, and how: what `prepared` goes by."""
     parser.add_argument("--tofu", help="folder or hub name of TOFU; the people corpus when left out")
     parser.add_argument(
         "--model", help=f"folder or hub name, or {', '.join(SHAPES)}: random weights; a small Llama trained here when left out"

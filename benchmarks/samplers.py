@@ -66,7 +66,7 @@ class Search:
             self._study.add_trial(create_trial(values=list(values), params=params, distributions=world.space))
 
     def step(self) -> tuple[NDArray[np.float64], float]:
-        """Proposes a point and scores it; objectives, and seconds that proposing took."""
+        """Propose a point and scores it; objectives, and seconds that proposing took."""
         if self._grid is not None:
             self._study.enqueue_trial(next(self._grid))
         started = time.perf_counter()
@@ -116,7 +116,7 @@ def _line_sampler(world: World, seed: int, items: Callable[[int], Items | None])
 
 
 def replay(world: World, name: str, seed: int, most: int) -> tuple[dict[float, float], float]:
-    """Scores until each share of the gain is reached, infinity if it is not; and the share reached in the end."""
+    """Score until each share of the gain is reached, infinity if it is not; and the share reached in the end."""
     search, points = Search(world, name, seed, most), world.given_points
     given, reached, share = world.volume(points), {}, 0.0
     for scores in range(1, most + 1):
@@ -130,7 +130,7 @@ def replay(world: World, name: str, seed: int, most: int) -> tuple[dict[float, f
 
 
 def oracle(world: World) -> dict[str, int]:
-    """Scores that somebody needs who knows the whole grid, and takes each time the point that adds most."""
+    """Score that somebody needs who knows the whole grid, and takes each time the point that adds most."""
     points, reached = world.given_points, dict[float, int]()
     given = world.volume(points)
     everything = np.concatenate([points, world.table.objectives])
@@ -203,19 +203,19 @@ def tofu_sized(table: ScoreTable) -> ScoreTable:
 
 def summary(runs: Sequence[dict[float, float]], shares: Sequence[float]) -> dict[str, Any]:
     """Quartiles of the scores needed for each share of the gain; null where a search in that place did not reach it."""
-    told: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     for wanted in SHARES:
         scores = np.array([run[wanted] for run in runs])
         # The next larger one, so that infinity is not averaged with a number.
         quartiles = [float(np.quantile(scores, q, method="inverted_cdf")) for q in (0.25, 0.5, 0.75)]
-        told[f"scores_to_{wanted:.0%}"] = {
+        figures[f"scores_to_{wanted:.0%}"] = {
             **{
                 name: value if np.isfinite(value) else None
                 for name, value in zip(("q25", "median", "q75"), quartiles, strict=True)
             },
             "reached": int(np.isfinite(scores).sum()),
         }
-    return {**told, "share_at_end": round(float(np.median(shares)), 4)}
+    return {**figures, "share_at_end": round(float(np.median(shares)), 4)}
 
 
 def main() -> None:
@@ -232,7 +232,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     files = options.tables or sorted(TABLES.glob("*.npz"))
     worlds = {path.stem: World(read_table(path)) for path in files}
-    told: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "benchmark": "samplers",
         "seeds": options.seeds,
         "longest": options.scores,
@@ -266,8 +266,8 @@ def main() -> None:
             for of in one["samplers"].values():
                 own = of[wanted]["median"]
                 of[wanted]["ratio_to_tpe"] = round(own / base, 3) if own and base else None
-        told["worlds"][title] = one
-    print(json.dumps(told))
+        figures["worlds"][title] = one
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def benchmark(loaded: LoadedModel, corpus: Corpus, options: argparse.Namespace) 
 
 
 def rates(loaded: LoadedModel, scorer: Scorer, initial: dict[str, torch.Tensor], options: argparse.Namespace) -> dict[str, Any]:
-    """How near reading comes to the device's matrix rate, and how fast text is generated that no draft has told."""
+    """Measure reading against the device's matrix rate, and generation without drafts."""
     move(loaded.model, initial, 0.0)
     counted = Counted(loaded, scorer.prompts.pad_id)
     last_of_losses(scorer, loaded)
@@ -123,7 +123,7 @@ def last_of_losses(scorer: Scorer, loaded: LoadedModel) -> Any:
 
 
 class Counted:
-    """Counts what a model reads while losses are taken, and the operations of its matrix products, padding included."""
+    """Count what a model reads while losses are taken, and the operations of its matrix products, padding included."""
 
     def __init__(self, loaded: LoadedModel, pad_id: int) -> None:
         model, config = loaded.model, loaded.model.config

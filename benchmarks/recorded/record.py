@@ -1,4 +1,4 @@
-"""Records a study's table: its dense grid is scored as a study of its own, and the scores are collected into one file."""
+"""Record a study's table: its dense grid is scored as a study of its own, and the scores are collected into one file."""
 
 import argparse
 import math
@@ -38,14 +38,14 @@ MEASUREMENTS = (
 def record_table(
     spec: StudySpec, out: Path, alphas: int, *, quiet: bool = False, address: str | None = None
 ) -> tuple[ScoreTable, list[str]]:
-    """Scores every base run x epoch at evenly spaced alphas and writes the table; the same call resumes.
+    """Score every base run x epoch at evenly spaced alphas and writes the table; the same call resumes.
 
     The grid is scored as a study in the folder named like the file without its ending, where its report is, too.
 
     Args:
         spec: The study; its alpha range, base runs, items and controls are taken, sampler and number of trials are not.
         out: File to write, ``.npz``.
-        alphas: How many values of alpha from the lowest to the highest, at least 2. Points at alpha = 0 come besides.
+        alphas: How many values of alpha from the lowest to the highest, at least 2. Points at alpha = 0 are added.
         quiet, address: As `search.execution.run.run_study`.
 
     Returns:
@@ -175,7 +175,7 @@ def _recorded(arrays: Mapping[str, NDArray[Any]], objectives: tuple[Objective, .
 
 
 def _zero_is_between(spec: StudySpec, alphas: int) -> bool:
-    """Whether alpha = 0 lies within the range and is none of the evenly spaced values."""
+    """Return True if alpha = 0 is within the range and is none of the evenly spaced values."""
     alpha = spec.search.alpha
     values = np.round(np.linspace(alpha.low, alpha.high, alphas), 9)
     return alpha.low <= 0 <= alpha.high and not (values == 0).any()

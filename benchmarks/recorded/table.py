@@ -40,7 +40,7 @@ class ScoreTable:
             (m) of the hypervolume, null where nothing is capped; ``constant`` (arrays without a points axis).
         base: (P,) index into ``meta["bases"]``.
         epoch: (P,) from 1, the base run's own.
-        alpha: (P,) never -1: that is the initial model, whoever walks.
+        alpha: (P,) never -1: that is the initial model, for every base run.
         objectives: (P, m) as the study scored them.
         arrays: (P, n, ...) of items by ``set/measurement``; those of ``meta["constant"]`` are (n, ...).
         initial, retain: (n, ...) of the reference models; no ``retain`` for multiple choice.
@@ -72,7 +72,7 @@ class ScoreTable:
 
 
 def write_table(table: ScoreTable, path: Path) -> None:
-    """Writes a table atomically; what of it is in single precision stays so."""
+    """Write a table atomically; what of it is in single precision stays so."""
     content: dict[str, Any] = {name: getattr(table, name) for name in (*COLUMNS, "gram")}
     content["meta"] = np.array(json.dumps({"format": FORMAT, "version": VERSION, **table.meta}))
     content |= table.arrays
@@ -88,7 +88,7 @@ def write_table(table: ScoreTable, path: Path) -> None:
 
 
 def read_table(path: Path) -> ScoreTable:
-    """Reads a table and checks that it is whole.
+    """Read a table and checks that it is whole.
 
     Raises:
         UserError: No such file; cut off or damaged; something else; written by a newer version; parts that do not fit together.
@@ -123,7 +123,7 @@ def _meta(path: Path, content: dict[str, NDArray[Any]]) -> dict[str, Any]:
     if not isinstance(version, int):
         raise UserError(f"{path}: a numpy archive, but no table of scores; give a file that benchmarks/recorded wrote")
     if version > VERSION:
-        raise UserError(f"{path}: format {version}, this program reads up to {VERSION}; upgrade uipe-search, or record it anew")
+        raise UserError(f"{path}: format {version}, at most {VERSION} can be read; upgrade uipe-search, or record it again")
     missing = [key for key in META_KEYS if key not in meta]
     if missing:
         raise UserError(f"{path}: its description lacks {', '.join(missing)}; record it again (benchmarks/README.md)")
@@ -137,7 +137,7 @@ def _require(path: Path, content: Mapping[str, Any], names: tuple[str, ...]) -> 
 
 
 def _check(path: Path, table: ScoreTable) -> None:
-    """Whether the parts fit together."""
+    """Return True if the parts fit together."""
     points, vectors, constant = len(table), sum(table.epochs.values()), set(table.meta["constant"])
     shapes: dict[str, tuple[Any, tuple[int, ...]]] = {
         "base": (table.base, (points,)),

@@ -116,7 +116,7 @@ def _objective_columns(objectives: Any) -> dict[str, tuple[str, str]]:
         columns[objective.name] = (objective.head, f"{{:.{objective.places}f}}")
         if objective.p_value is not None:
             columns[objective.p_value] = (objective.head.removeprefix("log10\n"), "{:.2g}")
-        for key, head in objective.beside:
+        for key, head in objective.companions:
             columns[key] = (head.replace(" ", "\n", 1), f"{{:.{objective.places}f}}")
     return columns
 

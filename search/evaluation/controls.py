@@ -1,4 +1,4 @@
-"""List the controls of a study: what trials are compared with, so that a gain is told from damage or an artefact of the metric.
+"""List the controls of a study: what trials are compared with, so that a gain can be distinguished from damage.
 
 One entry of `CONTROLS` says everything about a kind of control: when it is scored, on which items, with which update, and
 how tables and figures show it. Titles, purposes and markers of the report come from here.

@@ -1,4 +1,4 @@
-"""What a worker does with one job: move the model, score it, and return the evidence. Knows nothing of Ray or Optuna."""
+"""Score one trial on a worker: move the model, score it, return its metrics. Knows no Ray and no Optuna."""
 
 import time
 from collections.abc import Mapping

@@ -16,7 +16,7 @@ from uipe_core.logs.tofu import read_log
 
 
 def check_inputs(spec: StudySpec) -> list[str]:
-    """Reads what a study needs and lies on this machine; returns notes on what only the run itself can check.
+    """Check the inputs of a study that are on this machine; return notes on what only the run can check.
 
     Raises:
         UserError: If an input is missing or broken.
@@ -85,7 +85,7 @@ def checkpoint_folder(place: str) -> Path:
 
 
 def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
-    """Holds every given checkpoint against the initial model by configurations and headers; no weights are read.
+    """Hold every given checkpoint against the initial model by configurations and headers; no weights are read.
 
     Raises:
         UserError: With everything that does not fit.
@@ -108,7 +108,7 @@ def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
 
 @dataclass(frozen=True)
 class EarlierFronts:
-    """What earlier studies offer.
+    """Hold what earlier studies offer.
 
     Attributes:
         points: Front points that exist in this study too, in the order of `warm_start`, each once.

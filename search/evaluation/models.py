@@ -165,7 +165,7 @@ class PretrainedModels:
 
     @property
     def trust_remote_code(self) -> bool:
-        """Whether the study lets code of the model's folder run."""
+        """Return True if the study lets code of the model's folder run."""
         return self.section.trust_remote_code
 
     @property

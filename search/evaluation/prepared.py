@@ -120,7 +120,7 @@ class PreparedStudy:
         ]
 
     def facts(self) -> dict[str, Any]:
-        """What the study's record says beside its spec."""
+        """Return what the study's record has in addition to its spec."""
         halves = {"select": self.split.select, "report": self.split.report}
         items = {half: {name: len(chosen) for name, chosen in rows.items()} for half, rows in halves.items()}
         return {
@@ -139,7 +139,7 @@ class PreparedStudy:
 
 
 def prepare(spec: StudySpec) -> PreparedStudy:
-    """Loads the corpus and identifies the models of a study; nothing is trained yet.
+    """Load the corpus and identifies the models of a study; nothing is trained yet.
 
     Raises:
         UserError: If the corpus or a model cannot be had.

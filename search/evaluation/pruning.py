@@ -1,8 +1,8 @@
-"""What need not be scored to the end: what a trial's objectives can still become, and complete trials that dominate even that.
+"""Bound what a trial's objectives can still become, and find complete trials that dominate the bound.
 
-A trial that is dominated whatever the rest of its scores may be can be on no front. It ends as PRUNED, with its certificate:
+A trial that is dominated whatever the rest of its scores may be can be on no front. It ends as PRUNED, with its bound:
 the stage of scoring after which that was known, the bound on each objective, and a trial that dominates them. That one is
-complete, so the certificate stays true however the front moves on.
+complete, so the bound stays valid however the front moves on.
 
 Results are read from three fronts: of all trials; of those that have not collapsed, which selection goes by; and of those at
 alpha >= 0, the paper's setting. A rival must be on each of them that the trial could be on, or the trial would be missed there.
@@ -25,7 +25,7 @@ from uipe_core.metrics.scores import ScoreReport
 from uipe_core.metrics.tofu import quality_of_set, utility_bound
 
 MOST = 100
-"""Rivals that travel with a job, at most: with any of them a certificate is true, and fronts are smaller than that."""
+"""Rivals that travel with a job, at most: any subset gives valid bounds, and fronts are smaller than that."""
 
 
 def bounds(report: ScoreReport, reference: ScoreReport, definition: str, names: Iterable[str]) -> dict[str, float]:
@@ -79,7 +79,7 @@ class Rivals:
         self._extrapolated = IncrementalFront(len(self._names))
 
     def add(self, number: int, evidence: Mapping[str, Any]) -> None:
-        """Notes a complete trial of the search space, unless it has collapsed."""
+        """Record a complete trial of the search space, unless it has collapsed."""
         # As a table has it, where NaN is no reason either.
         if isinstance(evidence.get("collapsed"), str):
             return
@@ -121,7 +121,7 @@ def pruned_table(trials: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 
 
 def savings(pruned: pd.DataFrame, complete: pd.DataFrame) -> dict[str, Any] | None:
-    """What pruning saved; None where nothing was pruned.
+    """Return what pruning saved; None where nothing was pruned.
 
     Args:
         pruned: As `StudyStore.pruned_frame` gives them.

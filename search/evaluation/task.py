@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 
 
 class Task(Protocol):
-    """What a study needs to know of its task.
+    """Hold what a study needs to know of its task.
 
     Attributes:
         reference_kinds: Kinds of reference models that trials are compared with.

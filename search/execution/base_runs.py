@@ -189,7 +189,7 @@ PATIENCE_SECONDS = 12 * 3600
 """How long processes wait for one of them: for the first to write an epoch, or for another study that trains the same run."""
 
 ROOM_SECONDS = 600
-"""How long a run waits for room for all its processes at once before it asks anew, and how often it does: some 10 hours."""
+"""How long a run waits for room for all its processes at once before it asks again, and how often it does: some 10 hours."""
 
 ROOM_REQUESTS = 60
 
@@ -197,7 +197,7 @@ ROOM_REQUESTS = 60
 def train_in_processes(
     needs: BaseRunResources, on_gpus: bool, folder: Path, retries: int, train: Callable[[], BaseRun | None]
 ) -> Any:
-    """Starts a base run in several processes; the room for all of them is taken at once or not at all.
+    """Start a base run in several processes; the room for all of them is taken at once or not at all.
 
     A task of its own follows the run, so that many go side by side and none holds the driver up. It takes no room itself.
 
@@ -205,7 +205,7 @@ def train_in_processes(
         needs: What each process holds, and how many there are.
         on_gpus: Whether they compute on their GPUs (over nccl), or on the CPU (over gloo).
         folder: Where Ray Train keeps its notes. No weights are written there.
-        retries: How often the run is trained anew after a process or its node has died.
+        retries: How often the run is trained again after a process or its node has died.
         train: What every process does, in a process group with the others; the first one returns the base run.
 
     Returns:
@@ -244,7 +244,7 @@ def _follow(needs: BaseRunResources, on_gpus: bool, folder: Path, retries: int, 
 
 
 def _in_group(train: Callable[[], BaseRun | None], problems: Queue) -> BaseRun | None:
-    """What every process does; Ray Train hands on the text of an error only, so that the error itself goes another way."""
+    """Train in one process of a group; put an error into the queue, because Ray Train passes on its text only."""
     try:
         return train()
     except Exception as error:
@@ -253,7 +253,7 @@ def _in_group(train: Callable[[], BaseRun | None], problems: Queue) -> BaseRun |
 
 
 def _died(error: TrainingFailedError) -> bool:
-    """Whether a process was lost, rather than ended by an error of its own.
+    """Return True if a process was lost, rather than ended by an error of its own.
 
     The others may be the first to notice, when they read from one that is not there any more.
     """
@@ -262,7 +262,7 @@ def _died(error: TrainingFailedError) -> bool:
 
 
 def _cause(error: TrainingFailedError, problems: Queue) -> Exception:
-    """What a process raised, an error for users first: the others may have failed because that one did."""
-    told: list[Exception] = problems.get_nowait_batch(problems.qsize())
-    told.sort(key=lambda problem: not isinstance(problem, UserError | DivergedError))
-    return told[0] if told else error
+    """Return what a process raised, an error for users first: the others may have failed because that one did."""
+    found: list[Exception] = problems.get_nowait_batch(problems.qsize())
+    found.sort(key=lambda problem: not isinstance(problem, UserError | DivergedError))
+    return found[0] if found else error

@@ -38,22 +38,22 @@ class Stop:
 
     @property
     def mirrored(self) -> bool:
-        """Whether the front is still scored once more: there is time, the search has only stopped finding anything."""
+        """Return True if the front is still scored once more: there is time, the search has only stopped finding anything."""
         return self.budget == "plateau"
 
     @property
     def gave_up(self) -> bool:
-        """Whether this is a failure, and not what the user asked for."""
+        """Return True if this is a failure, and not what the user asked for."""
         return self.budget == "failure_rate"
 
 
 class BudgetMonitor:
-    """Counts hours and judges budgets, at a cost per trial that does not grow with the study.
+    """Count hours and judges budgets, at a cost per trial that does not grow with the study.
 
     Args:
         store: The open study; what was used over all its runs is kept in ``record.usage``.
         budget: When to stop.
-        say: Told once when the study stops.
+        say: Called with a message when the study stops.
     """
 
     def __init__(self, store: StudyStore, budget: Budget, say: Callable[[str], None]) -> None:
@@ -61,7 +61,7 @@ class BudgetMonitor:
         self._store, self._budget, self._say = store, budget, say
         self._used = {**dict.fromkeys(USAGE, 0.0), **(store.record.usage or {})}
         self._booked = self._saved = time.monotonic()
-        # Of this run only: after the cause is mended, the same command must not give up for what failed before.
+        # Of this run only: after the cause is corrected, the same command must not give up for what failed before.
         self._ends: deque[str | None] = deque(maxlen=FAILURE_WINDOW)
         self._growth: FrontGrowth | None = None
         self._volumes: deque[float] = deque()
@@ -119,7 +119,7 @@ class BudgetMonitor:
         self._book()
 
     def close(self) -> None:
-        """Writes what was used."""
+        """Write what was used."""
         self._book(save=True)
 
     def _book(self, save: bool = False) -> None:
@@ -141,7 +141,7 @@ class BudgetMonitor:
             self._volumes.append(volume)
 
     def _look_back(self) -> None:
-        """Takes the growth so far from the study, by the time at which trials ended."""
+        """Take the growth so far from the study, by the time at which trials ended."""
         store = self._store
         names = [objective.name for objective in store.objectives]
         controls = store.controls_frame()
@@ -168,7 +168,7 @@ FAILURE_LEAST = 10
 
 
 def over_time(hours: float, allowed: float | None) -> str | None:
-    """Whether all runs of a study together have taken their hours.
+    """Return True if all runs of a study together have taken their hours.
 
     Args:
         hours: Wall-clock time, at least 0.
@@ -180,7 +180,7 @@ def over_time(hours: float, allowed: float | None) -> str | None:
 
 
 def over_gpu_time(gpu_hours: float, allowed: float | None) -> str | None:
-    """Whether base runs and trials have held GPUs for as many hours as they may.
+    """Return True if base runs and trials have held GPUs for as many hours as they may.
 
     Args:
         gpu_hours: GPUs held, times hours; 0 on machines without GPUs, where the budget is never used up.
@@ -192,7 +192,7 @@ def over_gpu_time(gpu_hours: float, allowed: float | None) -> str | None:
 
 
 def on_plateau(volumes: Sequence[float], trials: int, gain: float) -> str | None:
-    """Whether the hypervolume has stopped growing.
+    """Return True if the hypervolume has stopped growing.
 
     Args:
         volumes: Hypervolume before the first search trial and after each complete one, in order; never decreasing. Only the
@@ -212,7 +212,7 @@ def on_plateau(volumes: Sequence[float], trials: int, gain: float) -> str | None
 
 
 def too_many_failures(reasons: Sequence[str | None], allowed: float) -> str | None:
-    """Whether so many of the last trials failed that going on makes no sense.
+    """Return True if so many of the last trials failed that going on makes no sense.
 
     Args:
         reasons: Of each trial that has ended in this run, in order: why it failed, or None for a complete one. Only the last

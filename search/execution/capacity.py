@@ -13,7 +13,7 @@ from uipe_core.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class ClusterCapacity:
-    """What a cluster holds, in slots: one slot is the room of one trial.
+    """Hold what a cluster holds, in slots: one slot is the room of one trial.
 
     Attributes:
         slots: Trials the cluster holds, at least 1.
@@ -26,19 +26,19 @@ class ClusterCapacity:
     most: int = 1
 
     def base_runs(self, beside_trials: bool) -> int:
-        """How many base runs train at once: all that fit; beside trials, so many that a slot is left. At least 1."""
+        """Return how many base runs train at once, at least 1: all that fit, or with trials running one slot less."""
         return max((self.slots - beside_trials) // self.per_run, 1)
 
     def trials(self, missing: int) -> int:
         """How many trials run at once while so many base runs are missing.
 
-        At least one, so that trials start with the first base run; none where a base run would not fit beside it: an idle
+        At least one, so that trials start with the first base run; none where a base run would not fit next to it: an idle
         worker keeps its resources, and the base run would wait for them for ever.
         """
         if not missing:
             return self.most
-        beside = (self.slots - 1) // self.per_run
-        return min(self.most, self.slots - self.per_run * min(missing, beside)) if beside else 0
+        spare = (self.slots - 1) // self.per_run
+        return min(self.most, self.slots - self.per_run * min(missing, spare)) if spare else 0
 
 
 CLUSTER_DESCRIPTION = Path("~/ray_bootstrap_config.yaml")
@@ -49,7 +49,7 @@ Need = Mapping[str, float]
 
 
 def need_of(resources: TrialResources | BaseRunResources) -> Need:
-    """What a trial, or a process of a base run, asks of Ray."""
+    """Return what a trial, or a process of a base run, asks of Ray."""
     needs = {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}
     return {name: amount for name, amount in needs.items() if amount > 0}
 
@@ -80,7 +80,7 @@ class Fleet:
 
 
 def autoscaler_fleet(path: Path = CLUSTER_DESCRIPTION) -> Fleet:
-    """What the autoscaler of a cluster that `ray up` started may add; nothing where no such description lies.
+    """Return what the autoscaler of a cluster that `ray up` started may add; nothing without such a description.
 
     Raises:
         UserError: The description cannot be read.
@@ -98,7 +98,7 @@ def autoscaler_fleet(path: Path = CLUSTER_DESCRIPTION) -> Fleet:
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         first = first_line(error)
         raise UserError(
-            f"{file}: should describe this cluster, but {first}; mend it, or set resources.max_concurrent"
+            f"{file}: should describe this cluster, but {first}; correct it, or set resources.max_concurrent"
         ) from error
 
 
@@ -118,7 +118,7 @@ def trials_held(need: Need, nodes: Iterable[Need], fleet: Fleet) -> int:
 
 
 def room_for(resources: Resources, nodes: Sequence[Need], fleet: Fleet | None) -> ClusterCapacity:
-    """What a cluster holds of a study's trials and base runs, now or once its autoscaler has brought what it may.
+    """Return what a cluster holds of a study's trials and base runs, now or once its autoscaler has brought what it may.
 
     Args:
         resources: What the study asks for.

@@ -25,14 +25,14 @@ _RETRIES = 2
 
 
 class InnerProducts:
-    """Gets the inner products of all update vectors that are there; those of further base runs when they have come.
+    """Get the inner products of all update vectors that are there; those of further base runs when they have come.
 
     Args:
         runs: The base runs as they come.
         epochs: Epochs that are searched, by base run.
         deltas: Root of the delta store.
         out: Folder of the study.
-        say: Told once of a failure.
+        say: Called with a message on the first failure.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class InnerProducts:
         self._take(self._known)
 
     def poll(self, timeout: float = 0.0) -> None:
-        """Starts what is missing, and takes what has come within `timeout` seconds."""
+        """Start what is missing, and takes what has come within `timeout` seconds."""
         there = self._there()
         wanted = frozenset(there)
         if self._task is None and wanted > set(self._known.runs) and wanted not in self._failed:
@@ -77,7 +77,7 @@ class InnerProducts:
         return self._lines
 
     def cancel(self) -> None:
-        """Ends a task that is still at work."""
+        """End a task that is still at work."""
         if self._task is not None:
             ray.cancel(self._task[1], force=True)
             self._task = None
@@ -109,7 +109,7 @@ def line_sampler(
         lines: Update vectors that are there, and their inner products.
         fallback: Proposes until there are any.
         seed: Of the draws.
-        say: Told of what the sampler must do without.
+        say: Called with a message when the sampler lacks an input.
     """
     spec, rows = store.spec, context.split.select
     hashes = take_items(context.corpus, rows).set_hashes

@@ -1,4 +1,4 @@
-"""What a study needs for its trials, as Ray tasks: models, the scores of the reference models, and base runs."""
+"""Get what trials need, as Ray tasks: models, the scores of the reference models, and base runs."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,7 +38,7 @@ BOARD_SECONDS = 5.0
 
 @dataclass
 class Prerequisites:
-    """Builds, trains and scores what the caches and the study's folder lack.
+    """Build, trains and scores what the caches and the study's folder lack.
 
     Attributes:
         preparation: The study.
@@ -46,7 +46,7 @@ class Prerequisites:
         bars: Progress.
         board: Actor the tasks note their progress with.
         room: The cluster.
-        guard: Told what base runs have used.
+        guard: Counts the time that base runs have used.
     """
 
     preparation: PreparedStudy
@@ -58,7 +58,7 @@ class Prerequisites:
     _shown: float = 0.0
 
     def begin(self, seeds: Iterable[int] = (), labels: Iterable[str] = ()) -> tuple[StudyContext, BaseRunTasks]:
-        """Builds models and scores references; base runs begin meanwhile and may go on afterwards.
+        """Build models and scores references; base runs begin meanwhile and may go on afterwards.
 
         Args:
             seeds: Further seeds to train base runs with.
@@ -101,7 +101,7 @@ class Prerequisites:
                 self._record(tasks, POLL_SECONDS)
 
     def poll(self, tasks: BaseRunTasks) -> None:
-        """Record the base runs that have ended, and start others beside the trials. Cheap while none is missing."""
+        """Record the base runs that have ended, and start others while trials run. Cheap while none is missing."""
         if tasks.runs.missing:
             self._record(tasks)
             tasks.start(beside_trials=True)
@@ -167,7 +167,7 @@ class Prerequisites:
         return BaseRunTasks(self.room, there, missing)
 
     def _train(self, name: str, initial: ModelSource, config: UnlearningConfig) -> Any:
-        """Starts the training of a base run: the one place where such a task is made."""
+        """Start the training of a base run: the one place where such a task is made."""
         preparation, needs = self.preparation, self.preparation.spec.resources.base_run
         inputs = preparation.base_run_inputs(config)
         arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, needs.threads, self.board, name)
@@ -178,7 +178,7 @@ class Prerequisites:
         return train_in_processes(needs, on_gpus, folder, TASK_RETRIES, partial(train_and_publish, *arguments))
 
     def _import(self, label: str) -> Any:
-        """Starts the import of given checkpoints as a base run."""
+        """Start the import of given checkpoints as a base run."""
         preparation, needs = self.preparation, self.preparation.spec.resources.base_run
         given = preparation.checkpoints_of(label)
         models = preparation.models
@@ -225,7 +225,7 @@ class Prerequisites:
         return reports
 
     def _check(self, reports: Mapping[str, Report]) -> None:
-        """Whether given logs will do, found out once here: in the workers they would fail every trial."""
+        """Return True if given logs will do, found out once here: in the workers they would fail every trial."""
         task = task_of(self.preparation.corpus)
         for model in self.preparation.models.references():
             if model.log is None:
@@ -265,7 +265,7 @@ class Prerequisites:
         tasks.start(beside_trials=bool(tasks.runs.published))
 
     def _show(self) -> None:
-        """Shows how far the tasks are; while the board's node has just died, nothing."""
+        """Show how far the tasks are; while the board's node has just died, nothing."""
         self._shown = time.monotonic()
         with suppress(ray.exceptions.RayError):
             self.bars.show_all(ray.get(self.board.read.remote(), timeout=BOARD_SECONDS))

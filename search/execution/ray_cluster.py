@@ -75,7 +75,7 @@ def _joined(address: str, bars: Bars) -> Iterator[None]:
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         if ray.is_initialized():
             raise  # not of the connection: the study's own
-        raise UserError(f"--address: no Ray cluster at {address} took us in ({first_line(error)}); {ADVICE}") from error
+        raise UserError(f"--address: cannot connect to Ray at {address}: {first_line(error)}; {ADVICE}") from error
     finally:
         ray.shutdown()
 
@@ -124,7 +124,7 @@ def code_environment() -> dict[str, Any]:
 
 
 def _check_address(address: str) -> None:
-    """Refuses what is no address of a node, and one where nobody listens: Ray itself would try for a minute and a half."""
+    """Refuse a malformed address, and one where no server listens: Ray itself would retry for 90 seconds."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -136,7 +136,10 @@ def _check_address(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
-        raise UserError(f"--address: nobody listens at {address} ({error}); is the cluster up and the port right?") from error
+        raise UserError(
+            f"--address: cannot connect to Ray at {address}: {error}. Is the head node running (`ray status`), and the port "
+            "right?"
+        ) from error
 
 
 def _restore(on_terminate: Any) -> None:
@@ -146,7 +149,7 @@ def _restore(on_terminate: Any) -> None:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Holds Ctrl-C back until the block has ended: what a handler raises while Ray forks its processes, Python swallows."""
+    """Hold Ctrl-C back until the block has ended: what a handler raises while Ray forks its processes, Python swallows."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -161,7 +164,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _room(spec: StudySpec, own: bool) -> ClusterCapacity:
-    """What the cluster holds of the study; see `room_for`."""
+    """Return what the cluster holds of the study; see `room_for`."""
     if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.trial.gpus == 0:
         raise UserError("model.device: 'cuda' needs GPUs for the trials; set resources.trial.gpus, for example to 1")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

@@ -1,4 +1,4 @@
-"""Runs a study on Ray: models and base runs as tasks, trials through Tune with warm, reused actors."""
+"""Run a study on Ray: models and base runs as tasks, trials through Tune with warm, reused actors."""
 
 import os
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from uipe_core.errors import StudyInterrupted, UserError
 def run_study(
     spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False, address: str | None = None
 ) -> StudyResult:
-    """Runs a study, or resumes or extends the one in its folder.
+    """Run a study, or resumes or extends the one in its folder.
 
     Args:
         spec: The study (see `search.spec.study.load_study`).
@@ -45,7 +45,7 @@ def run_study(
 
 
 def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False, address: str | None = None) -> StudyResult:
-    """Trains the base runs of a study's finalists from other seeds, and scores the finalists again on the items for reporting.
+    """Train the base runs of a study's finalists from other seeds, and scores the finalists again on the items for reporting.
 
     Args:
         out: Folder of a finished study.
@@ -78,7 +78,7 @@ def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False,
 
 
 def dial_study(out: Path | str, floor: float, *, quiet: bool = False, address: str | None = None) -> tuple[StudyResult, Answer]:
-    """Looks for the strongest forgetting that keeps a share of the initial model's utility, by scoring points for just that.
+    """Look for the strongest forgetting that keeps a share of the initial model's utility, by scoring points for just that.
 
     Args:
         out: Folder of a study.
@@ -103,7 +103,7 @@ def dial_study(out: Path | str, floor: float, *, quiet: bool = False, address: s
 def _at_work(
     spec: StudySpec, folder: Path, quiet: bool, address: str | None, work: Callable[["StudyRun"], None]
 ) -> StudyResult:
-    """Opens a study, does some work on it, and writes its report."""
+    """Open a study, does some work on it, and writes its report."""
     with Bars(quiet) as bars:
         preparation = prepare(spec)
         store = StudyStore.create(folder, spec, preparation.fingerprint, preparation.facts())
@@ -116,7 +116,7 @@ def _at_work(
                 try:
                     work(run)
                 except KeyboardInterrupt:
-                    store.end_running()  # before the last status is told
+                    store.end_running()  # before the last status line is written
                     raise
             if run.stopped is not None and (run.stopped.gave_up or not store.counts()["complete"]):
                 raise UserError(_without_result(folder, run.stopped, store))
@@ -133,8 +133,8 @@ def _at_work(
             said = explain_storage_error(error, spec.storage or "")
             raise UserError(
                 f"output folder {folder} or storage {store.record.storage}: {said}; "
-                "mend that (a full disk? lost rights? a database that is locked or gone?), then the same command resumes the "
-                "study: what was done is kept, and what could not be written is done again"
+                "correct that (a full disk? lost rights? a database that is locked or gone?), then the same command resumes "
+                "the study: what was done is kept, and what could not be written is done again"
             ) from None
         finally:
             store.close()
@@ -146,5 +146,5 @@ def _without_result(folder: Path, stop: Stop, store: StudyStore) -> str:
     if store.counts()["complete"]:
         write_report(StudyResult.of(store))
     if stop.gave_up:
-        return f"{folder}: the study gave up: {stop.reason}; mend the cause, then the same command goes on"
+        return f"{folder}: the study gave up: {stop.reason}; correct the cause, then the same command goes on"
     return f"{folder}: no trial was complete when the study stopped: {stop.reason}; give it more and the same command goes on"

@@ -36,7 +36,7 @@ from search.store.study_store import StudyStore, searched
 
 
 class StageProgress:
-    """Shows the progress of trials and books their time to the stage they belong to."""
+    """Show the progress of trials and books their time to the stage they belong to."""
 
     def __init__(self, bars: Bars, store: StudyStore, jobs: Iterable[TrialSpec], proposals: int) -> None:
         self._bars, self._store = bars, store
@@ -53,13 +53,13 @@ class StageProgress:
         self._since = time.perf_counter()
 
     def more(self, jobs: list[TrialSpec]) -> list[TrialSpec]:
-        """Announces what is scored besides, once everything else has ended."""
+        """Add trials to the total and return them."""
         self._totals["trials"] += len(jobs)
         self._show("trials")
         return jobs
 
     def ended(self, job: TrialSpec, reason: str | None, again: bool) -> None:
-        """Counts a job, unless it is run again; since trials overlap, the time since the last one ended goes to its stage."""
+        """Count a job, unless it is run again; since trials overlap, the time since the last one ended goes to its stage."""
         self._stage = _stage(job)
         self._done[self._stage] += not again
         if reason is not None:
@@ -69,7 +69,7 @@ class StageProgress:
         self._count()
 
     def close(self) -> None:
-        """Books the time, also of a run that was interrupted."""
+        """Book the time, also of a run that was interrupted."""
         self._count()
         for stage, seconds in self._seconds.items():
             self._store.add_seconds(stage, seconds)
@@ -101,7 +101,7 @@ class StudyRun:
     """Why it ended before everything was done, if it did."""
 
     def finish_all(self) -> None:
-        """Does what the study still lacks; starts Ray only if there is something."""
+        """Do what the study still lacks; starts Ray only if there is something."""
         spec = self.preparation.spec
         done = _done_jobs(self.store)
         jobs = [job for job in given_controls(self.preparation) if job not in done]
@@ -117,18 +117,18 @@ class StudyRun:
             earlier = self._earlier(done)[:proposals]
             jobs, proposals = jobs + earlier, proposals - len(earlier)
         searched_for = [job for job in jobs if job.kind == "search"]
-        besides = len(jobs) > len(searched_for) or bool(self._mirrors())
-        if besides or searched_for or proposals:
+        controls_missing = len(jobs) > len(searched_for) or bool(self._mirrors())
+        if controls_missing or searched_for or proposals:
             with self._guarded(spec.budget) as guard:
                 stop = guard.stop()
-                if stop is None or (stop.mirrored and besides):
+                if stop is None or (stop.mirrored and controls_missing):
                     with connected(spec, self.store.out, self.bars, self.address) as room:
                         ground = self._groundwork(room, guard)
                         self._score(ground, *ground.begin(), jobs, proposals)
         self._note_stop()
 
     def confirm(self, points: list[TrialSpec], seeds: Sequence[int]) -> None:
-        """Trains the base runs of some points from other seeds and scores the points again, on the items for reporting."""
+        """Train the base runs of some points from other seeds and scores the points again, on the items for reporting."""
         done = _done_jobs(self.store)
         jobs = [job for point in points for seed in seeds if (job := replace(point, seed=seed)) not in done]
         if jobs:
@@ -136,7 +136,7 @@ class StudyRun:
                 self._score(ground, *ground.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
 
     def dial(self, floor: float) -> None:
-        """Scores what `search.results.constrained` asks for, round by round."""
+        """Score what `search.results.constrained` asks for, round by round."""
         dial = Dial(self.store, floor)
         jobs = dial.jobs()
         if jobs:
@@ -145,7 +145,7 @@ class StudyRun:
 
     @contextmanager
     def _asked_for(self) -> Iterator[Prerequisites]:
-        """What is asked for by itself: only failures end it, and why the search stopped stays as it was."""
+        """Return what is asked for by itself: only failures end it, and why the search stopped stays as it was."""
         budget = Budget(failure_rate=self.preparation.spec.budget.failure_rate)
         place = connected(self.preparation.spec, self.store.out, self.bars, self.address)
         with self._guarded(budget) as guard, place as room:
@@ -161,7 +161,7 @@ class StudyRun:
             guard.close()
 
     def _note_stop(self) -> None:
-        """Writes why the study ended before it had everything, or that it did not."""
+        """Write why the study ended before it had everything, or that it did not."""
         reason = None if self.stopped is None else self.stopped.reason
         if self.store.record.set_stopped(reason):
             self.store.save_record()
@@ -188,7 +188,7 @@ class StudyRun:
         return sum(len(searched(frame)) for frame in (self.store.trials_frame(("kind",)), self.store.pruned_frame(("kind",))))
 
     def _rounds(self, tally: StageProgress, asked: Iterable[list[TrialSpec]]) -> Iterator[list[TrialSpec]]:
-        """What is scored once everything before it has ended: what was asked for, then what the front lacks."""
+        """Return what is scored once everything before it has ended: what was asked for, then what the front lacks."""
         for jobs in asked:
             yield tally.more(jobs)
         yield tally.more(self._mirrors())
@@ -202,7 +202,7 @@ class StudyRun:
         proposals: int,
         rounds: Iterable[list[TrialSpec]] = (),
     ) -> None:
-        """Scores jobs and proposals as their base runs come, then round after round of others, then what the front lacks."""
+        """Score jobs and proposals as their base runs come, then round after round of others, then what the front lacks."""
         spec = self.preparation.spec
         # A resumed study must not propose what it proposed before, so its length goes into the seed.
         scored = sum(self.store.counts().values())
@@ -259,7 +259,7 @@ class StudyRun:
             tally.close()
 
     def _inner_products(self, context: StudyContext, base_runs: BaseRunTasks) -> InnerProducts | None:
-        """What the sampler that knows the line needs; None, and a word about it, where there are no losses to follow."""
+        """Return what the sampler that knows the line needs; None, and a word about it, where there are no losses to follow."""
         modelled = all(objective.from_items for objective in self.store.objectives)
         if not (task_of(context.corpus).has_item_curves and modelled):
             what = "an objective is not made of item scores" if not modelled else "multiple choice has no losses to follow"

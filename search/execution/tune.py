@@ -29,11 +29,11 @@ IDLE_SECONDS = 120.0
 """How long warm workers are kept while there is nothing for them to do."""
 
 TRIALS_A_PART = 2500
-"""After so many trials Tune is ended and begun anew: it keeps about 10 kB of every trial, and its workers for that long."""
+"""After so many trials Tune is ended and started again: it keeps about 10 kB of every trial, and its workers for that long."""
 
 
 class StudySearcher(Searcher):
-    """Hands out, in this order: jobs as their base runs come, what the sampler proposes, and round by round what is left then.
+    """Hand out, in this order: jobs as their base runs come, what the sampler proposes, and round by round what is left then.
 
     Args:
         store: The open study; this object is its only writer while Tune runs.
@@ -49,7 +49,7 @@ class StudySearcher(Searcher):
         guard: Says when the study's budget is used up.
 
     Attributes:
-        done: Nothing is left to hand out. While base runs are missing, Tune may be told FINISHED without that, so that idle
+        done: Nothing is left to hand out. While base runs are missing, Tune may get FINISHED without that, so that idle
             workers give their resources back; then it is to be started again as soon as `has_work`.
         error: What the study's storage or folder raised; the search has then stopped, and its caller raises it.
     """
@@ -90,7 +90,7 @@ class StudySearcher(Searcher):
         self.error: Exception | None = None
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
-        """Says that this searcher limits itself, so that it is asked, and base runs are looked after, at every step of Tune."""
+        """Decline Tune's limiter, so that `suggest` is called at every step of Tune, and base runs are polled there."""
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
@@ -104,12 +104,12 @@ class StudySearcher(Searcher):
             return self.FINISHED
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """Ends the trial in the study already, where its worker is held a while longer (see `search.execution.tune`)."""
+        """End the trial in the study already, where its worker is held a while longer (see `search.execution.tune`)."""
         self.on_trial_complete(trial_id, result)
         self._held.add(trial_id)
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
-        """Ends the trial in the study: complete or pruned with its evidence, or failed with its reason."""
+        """End the trial in the study: complete or pruned with its evidence, or failed with its reason."""
         self._held.discard(trial_id)
         if trial_id not in self._running:
             return
@@ -119,7 +119,7 @@ class StudySearcher(Searcher):
             self.error = self.error or problem
 
     def has_work(self) -> bool:
-        """Whether there is something for Tune to do now: a job whose base run is there, or the end of it all."""
+        """Return True if there is something for Tune to do now: a job whose base run is there, or the end of it all."""
         self._heed_budget()
         if not self._runs.missing:
             return True
@@ -154,7 +154,7 @@ class StudySearcher(Searcher):
         return self.FINISHED
 
     def _ask(self) -> tuple[int, TrialSpec] | None:
-        """Starts the trial of the next job, if one can be run now."""
+        """Start the trial of the next job, if one can be run now."""
         job = self._ready_job()
         if job is not None:
             self._jobs.remove(job)
@@ -206,7 +206,7 @@ class StudySearcher(Searcher):
         return None
 
     def _end_jobs_without_base_run(self) -> None:
-        """Ends jobs whose base run failed, with that as their reason; of a grid nothing is asked that its alpha = 0 tells."""
+        """End jobs whose base run failed, with that as their reason; of a grid nothing is asked that its alpha = 0 tells."""
         if not self._runs.failed:
             return
         for job in [job for job in self._jobs if job.run in self._runs.failed]:
@@ -216,7 +216,7 @@ class StudySearcher(Searcher):
                 self._fail(job, number, self._runs.failed[str(job.run)], again=False)
 
     def _heed_budget(self) -> None:
-        """Hands out and trains nothing more when the budget is used up; what is at work ends by itself.
+        """Hand out and trains nothing more when the budget is used up; what is at work ends by itself.
 
         A front that stopped growing is still scored once more. Whether it has is not asked before all base runs are there.
         """
@@ -262,7 +262,7 @@ class StudySearcher(Searcher):
         self._finished(job, incomplete, False)
 
     def _again(self, job: TrialSpec) -> bool:
-        """Puts a job back whose worker died; False if it has been put back often enough."""
+        """Put a job back whose worker died; False if it has been put back often enough."""
         if self._deaths[job] >= TIMES_AGAIN:
             return False
         self._deaths[job] += 1
@@ -274,14 +274,14 @@ class StudySearcher(Searcher):
         self._finished(job, reason, again)
 
     def save(self, checkpoint_path: str) -> None:
-        """Writes a note in place of a state: the study itself is the state, and the same command resumes it."""
+        """Write a note in place of a state: the study itself is the state, and the same command resumes it."""
         Path(checkpoint_path).write_text("The state of the search is its Optuna study.\n")
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to restore: see `save`."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune pickles its searcher beside its results; an open database cannot and need not travel."""
+        """Tune pickles its searcher with its results; an open database cannot and need not travel."""
         return {}
 
 
@@ -302,7 +302,7 @@ class _ReleaseEnded(tune.Callback):
 def run_trials(
     trainable: Any, searcher: StudySearcher, workforce: WorkerPoolMonitor, at_once: int, folder: Path, name: str
 ) -> None:
-    """Lets Tune run what a searcher hands out until it has nothing more at the moment.
+    """Let Tune run what a searcher hands out until it has nothing more at the moment.
 
     Args:
         trainable: What a worker runs for each job, with its resources.

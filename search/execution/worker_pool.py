@@ -28,18 +28,18 @@ class WorkerFailure:
     """What Ray said of it."""
 
 
-def worker_failure(told: str, seconds: float | None, minutes: float | None) -> WorkerFailure:
-    """What ended a worker in the middle of a trial.
+def worker_failure(text: str, seconds: float | None, minutes: float | None) -> WorkerFailure:
+    """Return what ended a worker in the middle of a trial.
 
     A worker at its time limit ends itself where nothing but the clock can speak for it: a trial that hangs in C code, perhaps
     with Python's lock held, sends no word. So a death without another cause after that time is one of the limit.
 
     Args:
-        told: What Ray says of the death; empty where it says nothing.
+        text: Ray's message about the death; empty where it says nothing.
         seconds: How long the trial was at work; None if its worker had not started yet.
         minutes: The limit; None without one.
     """
-    cause, more = failure_cause(told)
+    cause, more = failure_cause(text)
     if cause == "memory":
         amount = f" ({more})" if more else ""
         return WorkerFailure(f"{DIED}: its machine ran out of memory{amount}, so Ray ended it")
@@ -53,7 +53,7 @@ def worker_failure(told: str, seconds: float | None, minutes: float | None) -> W
 
 
 class WorkerPoolMonitor:
-    """Keeps count of workers between Tune's searcher, scheduler and callbacks.
+    """Keep count of workers between Tune's searcher, scheduler and callbacks.
 
     Args:
         trial_minutes: Longest a trial may take; None without a limit.
@@ -89,7 +89,7 @@ class WorkerPoolMonitor:
         return 0.0 if begun is None else time.monotonic() - begun
 
     def holds(self) -> bool:
-        """Whether a worker that is done must wait for others to start."""
+        """Return True if a worker that is done must wait for others to start."""
         return bool(self._waiting) and time.monotonic() < self._patient_until
 
     def callback(self) -> tune.Callback:

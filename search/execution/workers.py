@@ -49,19 +49,19 @@ class ScoringTrial(tune.Trainable):
     """A warm worker: its model stays loaded while Tune gives it one job after another."""
 
     def setup(self, config: dict[str, Any], context: StudyContext) -> None:
-        """Notes the job; the model is loaded with the first step, because slow set-ups upset actor reuse."""
+        """Record the job; the model is loaded with the first step, because slow set-ups upset actor reuse."""
         self._job: TrialSpec | None = TrialSpec.from_text(config["job"])
         self._context = context
         self._loaded: Evaluator | None = None
         load_plugins()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Takes the next job."""
+        """Take the next job."""
         self._job = TrialSpec.from_text(new_config["job"])
         return True
 
     def step(self) -> dict[str, Any]:
-        """Scores the job. A failure is a result: an exception would cost the warm actor and, with it, concurrency.
+        """Score the job. A failure is a result: an exception would cost the warm actor and, with it, concurrency.
 
         The job's end is not the trial's: `search.execution.tune` may ask again and again until another worker has started.
         """
@@ -105,7 +105,7 @@ def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
 
 
 def build_tiny(title: str, stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any) -> Path:
-    """Builds a tiny model unless the cache has it; returns its folder."""
+    """Build a tiny model unless the cache has it; returns its folder."""
     load_plugins()
     set_threads(threads)
     return tiny_model(config, corpus, stage, ContentStore(root), _reporter(board, f"training: {title} model"))
@@ -121,7 +121,7 @@ def train_and_publish(
     board: Any,
     label: str,
 ) -> BaseRun | None:
-    """Trains a base run and publishes it, unless the store has it by now.
+    """Train a base run and publishes it, unless the store has it by now.
 
     In a process group the first process publishes what all train together, and returns it; the others return None.
     """
@@ -144,7 +144,7 @@ def import_and_publish(
     board: Any,
     label: str,
 ) -> BaseRun:
-    """Makes a base run of given checkpoints, importing those that the store lacks."""
+    """Make a base run of given checkpoints, importing those that the store lacks."""
     load_plugins()
     set_threads(threads)
     note = _reporter(board, f"importing: {label}")
@@ -152,13 +152,13 @@ def import_and_publish(
 
 
 def grow_gram(known: StudyGram, runs: Runs, root: Path | RemoteLocation) -> StudyGram:
-    """The inner products of base runs that have come, beside those that are known."""
+    """Add the inner products of base runs that were published to those that are known."""
     set_threads(1)
     return extend_gram(known, runs, DeltaStore(root))
 
 
 def score_model(source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str) -> Report:
-    """Scores a model as it is."""
+    """Score a model as it is."""
     load_plugins()
     set_threads(threads)
     loaded, _ = load_for_scoring(source)
@@ -171,7 +171,7 @@ class OutOfMemory(Exception):
 
 @contextmanager
 def time_limit(minutes: float | None) -> Iterator[None]:
-    """Ends this process if the block is still at work after so long, in Python or in C code; None never does.
+    """End this process if the block is still at work after so long, in Python or in C code; None never does.
 
     The watch is a thread that needs no lock of Python's, so code that never gives it back cannot escape. What every thread was
     doing is written to standard error, which Ray keeps.

@@ -173,7 +173,7 @@ def _place(run: Run, epoch: int, alpha: float) -> dict[str, Any]:
 
 
 def _numbers(report: ScoreReport, reference: ScoreReport, definition: str) -> dict[str, Any]:
-    """What a row says about a model: log10 forget quality on K1, K2, K0, utility, mean losses and truth ratios."""
+    """Return what a row says about a model: log10 forget quality on K1, K2, K0, utility, mean losses and truth ratios."""
     metrics = evaluate(report, reference, definition)
     quality = {"k1": metrics.forget_quality, "k2": metrics.related["related"], "k0": metrics.related["unrelated"]}
     row: dict[str, Any] = {name: found.log10_p for name, found in quality.items() if found is not None}

@@ -1,4 +1,4 @@
-"""What the claims ask of the results of one task: curves, walks, and numbers taken from them."""
+"""Measure the results of one task for the claims: curves, walks, and numbers taken from them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -107,7 +107,7 @@ def projected(world: World, column: str, extrapolated: bool = False, per_length:
 
 
 def doubled(world: World, name: str) -> float:
-    """What doubling the update adds, mean over walks: the value at alpha = 1 less that at alpha = 0."""
+    """Return what doubling the update adds, mean over walks: the value at alpha = 1 less that at alpha = 0."""
     return mean([_doubled(rows, name) for _, _, rows in world.walks()])
 
 

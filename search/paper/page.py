@@ -1,4 +1,4 @@
-"""The page of the experiments: one self-contained HTML file, its pictures beside it, and all numbers as JSON."""
+"""The page of the experiments: one self-contained HTML file, its pictures as files, and all numbers as JSON."""
 
 import base64
 import json
@@ -31,13 +31,13 @@ MODEL_ROWS = {
 }
 
 RULE = (
-    f"holds where Student's {CONFIDENCE:.0%} interval of the mean over seeds lies above the threshold, does not hold where it "
-    "lies below, is not decided otherwise"
+    f"holds where Student's {CONFIDENCE:.0%} interval of the mean over seeds is above the threshold, does not hold where it "
+    "is below, is not decided otherwise"
 )
 
 
 def write_page(settings: PaperSettings, results: Sequence[dict[str, Any]], out: Path) -> tuple[Path, dict[str, Any]]:
-    """Writes ``paper.html``, ``results.json`` and a PNG per picture into a folder.
+    """Write ``paper.html``, ``results.json`` and a PNG per picture into a folder.
 
     Args:
         settings: What was run.
@@ -170,7 +170,7 @@ def _matched(group: Sequence[World]) -> dict[str, Any]:
 
 
 def _by_method(settings: PaperSettings, worlds: Sequence[World]) -> list[dict[str, Any]]:
-    """What extrapolation gains over plain training, method by method: the claims on figure 6 and on K2 in detail."""
+    """Return what extrapolation gains over plain training, method by method: the claims on figure 6 and on K2 in detail."""
     rows = []
     for tuning, title in TUNINGS.items():
         group = [world for world in worlds if world.tuning == tuning]

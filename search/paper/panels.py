@@ -1,4 +1,4 @@
-"""What the pictures of the experiments are put together from: grids, lines with bands, axes, legends."""
+"""Draw the parts of the figures: grids, lines with bands, axes, legends."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any

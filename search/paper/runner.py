@@ -1,4 +1,4 @@
-"""Runs what the experiments lack on the cores of this machine and keeps every finished part, so that a run can be resumed."""
+"""Run what the experiments lack on the cores of this machine and keeps every finished part, so that a run can be resumed."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ PARTS = "parts"
 
 
 def run_paper(seeds: int, out: Path, settings: PaperSettings | None = None, workers: int | None = None) -> dict[str, Any]:
-    """Runs what the experiments lack and writes their page.
+    """Run what the experiments lack and writes their page.
 
     Args:
         seeds, out, settings, workers: As for `run_parts`; settings None are those of the paper's world.
@@ -91,7 +91,7 @@ def read_part(settings: PaperSettings, task: Task, folder: Path) -> dict[str, An
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: is damaged; delete it and run the same command again: only this part runs anew") from error
+        raise UserError(f"{path}: is damaged; delete it and run the same command again: only this part runs again") from error
     if checksum != _checksum(result):
         raise UserError(f"{path}: was altered (its checksum does not fit); delete it and run the same command again")
     if known != settings.key:
@@ -100,7 +100,7 @@ def read_part(settings: PaperSettings, task: Task, folder: Path) -> dict[str, An
 
 
 def keep_part(settings: PaperSettings, task: Task, folder: Path, result: dict[str, Any]) -> None:
-    """Writes the result of a task, whole or not at all."""
+    """Write the result of a task, whole or not at all."""
     content = {"settings": settings.key, "checksum": _checksum(result), "result": result}
     write_atomic(folder / task.file_name, json.dumps(content, allow_nan=False).encode())
 
@@ -148,7 +148,7 @@ def _run_missing(settings: PaperSettings, missing: list[Task], folder: Path, bar
 
 
 def _hear(message: Any, bars: Bars) -> None:
-    """What a worker says: how far a task is, or why it cannot go on."""
+    """Return what a worker says: how far a task is, or why it cannot go on."""
     if isinstance(message, UserError):
         raise message
     bars.show(*message)

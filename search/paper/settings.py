@@ -1,4 +1,4 @@
-"""What the experiments are run with, and the one pair of seed and fine-tuning that is run at a time."""
+"""Define the settings of the experiments, and the task of one seed and one kind of fine-tuning."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

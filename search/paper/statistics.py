@@ -61,7 +61,7 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def judge(effect: Estimate, least: float) -> str:
-    """The rule: a claim holds where the whole interval of its effect lies above `least`, does not where it lies below."""
+    """The rule: a claim holds where the whole interval of its effect is above `least`, does not where it is below."""
     if effect.low > least:
         return HOLDS
     return FAILS if effect.high < least else OPEN
@@ -92,7 +92,7 @@ def first_reached(values: ArrayLike, level: float) -> float:
 def best_above(values: ArrayLike, utility: ArrayLike, floor: float) -> float:
     """Highest value along a training curve where utility is at least `floor`; NaN if it nowhere is.
 
-    Both are straight between epochs, so the best lies at an epoch or where utility crosses the floor.
+    Both are straight between epochs, so the best is at an epoch or where utility crosses the floor.
     """
     known, kept = np.asarray(values, dtype=np.float64), np.asarray(utility, dtype=np.float64)
     found = list(known[kept >= floor])

@@ -41,7 +41,7 @@ def measure_cosines(loaded: LoadedModel, corpus: Corpus, weights: Sequence[str],
 
 @dataclass(frozen=True)
 class Projections:
-    """What the gradients at theta_init say about every update.
+    """Hold what the gradients at theta_init say about every update.
 
     Attributes:
         norms: |delta| by place.

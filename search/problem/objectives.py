@@ -23,8 +23,8 @@ class Objective:
         places: Decimal places in tables.
         quality_of: The evaluation set whose log10 forget quality it is: then it is never below what so many items can give,
             and differences above the noise ceiling mean nothing. None for every other number.
-        p_value: Key of the p-value behind it, shown beside it in the report's tables.
-        beside: Further numbers shown with it: key and head of each. Sentences say the first in its place.
+        p_value: Key of the p-value behind it, shown next to it in the report's tables.
+        companions: Further numbers shown with it: key and head of each. Sentences say the first in its place.
         worst: Its coordinate in the reference point of hypervolume, where the study file gives none.
         from_items: Computed from item scores as forget quality or model utility are: the sampler ``line`` models it, and
             intervals resample it.
@@ -36,7 +36,7 @@ class Objective:
     places: int
     quality_of: str | None = None
     p_value: str | None = None
-    beside: tuple[tuple[str, str], ...] = ()
+    companions: tuple[tuple[str, str], ...] = ()
     worst: float | None = None
     from_items: bool = False
 
@@ -60,12 +60,12 @@ CHOICE_FORGETTING = Objective(
     "minus forget accuracy above chance",
     "− above\nchance",
     4,
-    beside=(("forget_accuracy", "forget accuracy"), ("forget_accuracy_se", "± s.e.")),
+    companions=(("forget_accuracy", "forget accuracy"), ("forget_accuracy_se", "± s.e.")),
     from_items=True,
 )
 
 CHOICE_UTILITY = Objective(
-    "utility_accuracy", "utility accuracy", "utility\nacc.", 4, beside=(("utility_accuracy_se", "± s.e."),), from_items=True
+    "utility_accuracy", "utility accuracy", "utility\nacc.", 4, companions=(("utility_accuracy_se", "± s.e."),), from_items=True
 )
 
 THIRD_OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (RELATED_FORGET_QUALITY,)}
@@ -81,7 +81,7 @@ class Flag:
 
 
 def flag_of(objectives: tuple[Objective, ...]) -> Flag:
-    """What a flag says of the points of a study with these objectives."""
+    """Return what a flag says of the points of a study with these objectives."""
     if objectives[0] is CHOICE_FORGETTING:
         return Flag("forget accuracy below chance", "which takes knowing the answers and avoiding them: nothing was forgotten")
     return Flag("utility above both the initial and the retain model", "which sharper logits alone can bring about")

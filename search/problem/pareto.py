@@ -15,11 +15,11 @@ FloatArray = NDArray[np.float64]
 RULES = ("utility-floor", "knee")
 """Rules that pick one point of a front, by the name users give."""
 DEFAULT_FLOOR = 0.95
-"""Share of the initial model's utility that a selection keeps unless told otherwise."""
+"""Share of the initial model's utility that a selection keeps by default."""
 
 
 def dominates(a: ArrayLike, b: ArrayLike) -> bool:
-    """Whether `a` is at least as good as `b` everywhere and better somewhere; both have shape (m,)."""
+    """Return True if `a` is at least as good as `b` everywhere and better somewhere; both have shape (m,)."""
     first, second = _finite(a, "a"), _finite(b, "b")
     return bool(np.all(first >= second) and np.any(first > second))
 

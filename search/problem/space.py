@@ -28,7 +28,7 @@ class Point:
 
     @property
     def walk(self) -> str:
-        """What alpha means here: from the initial model (-1) over the unlearned epoch (0) to extrapolation."""
+        """Return what alpha means here: from the initial model (-1) over the unlearned epoch (0) to extrapolation."""
         if self.alpha == -1:
             return "initial model"
         if self.alpha < 0:

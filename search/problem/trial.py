@@ -66,7 +66,7 @@ class TrialSpec:
 
     @staticmethod
     def from_text(text: str) -> "TrialSpec":
-        """What `as_text` gave."""
+        """Return what `as_text` gave."""
         given = json.loads(text)
         return TrialSpec(**{**given, "delta": tuple(given["delta"]), "rivals": tuple(given["rivals"])})
 
@@ -77,7 +77,7 @@ def retrained(label: str, seed: int) -> str:
 
 
 def identity(job: TrialSpec, methods: Mapping[str, str]) -> dict[str, Any]:
-    """What a trial carries about the job it is."""
+    """Return what a trial carries about the job it is."""
     facts: dict[str, Any] = {
         "kind": job.kind,
         "base": job.base,

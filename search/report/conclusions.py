@@ -1,4 +1,4 @@
-"""What won, in plain sentences: the same in the report, on the terminal and in the dashboard."""
+"""Conclude what won, in plain sentences: the same in the report, on the terminal and in the dashboard."""
 
 import math
 
@@ -83,7 +83,7 @@ def _gain_sentences(view: ReportData) -> list[str]:
             sentences.append(f"Alpha of 0 and above alone won {decimal(longer)}, {longer / everything:.0%} of it.")
     mirrored = int((view.controls["kind"] == "random_direction").sum())
     if math.isnan(chance) or mirrored == 0:
-        return [*sentences, "No random direction was scored, so the gain is not yet told from chance."]
+        return [*sentences, "No random direction was scored, so the gain is not yet distinguished from chance."]
     drawn = f"{count(mirrored, 'random direction')} of the same size"
     if chance >= _AS_MUCH * everything:
         sentences.append(
@@ -107,10 +107,8 @@ def _next_epoch_sentences(view: ReportData) -> list[str]:
     beyond = sum(not any((point >= other).all() for point in front) for other in further)
     of_all = f"of {count(len(further), 'next epoch')} of plain training"
     if beyond == 0:
-        return [f"None {of_all} lies beyond the front."]
-    return [
-        f"{beyond} {of_all} {'lies' if beyond == 1 else 'lie'} beyond the front: there training on beats every alpha tried."
-    ]
+        return [f"None {of_all} is beyond the front."]
+    return [f"{beyond} {of_all} {'is' if beyond == 1 else 'are'} beyond the front: there training on beats every alpha tried."]
 
 
 def _floor_sentences(view: ReportData) -> list[str]:
@@ -177,8 +175,8 @@ def _noise_sentences(view: ReportData) -> list[str]:
 def _strength(forgetting: Objective, row: pd.Series, named: bool = True) -> str:
     if forgetting.p_value is not None:
         name, value = forgetting.title.removeprefix("log10 "), probability(row[forgetting.p_value])
-    elif forgetting.beside:
-        (key, name), *_ = forgetting.beside
+    elif forgetting.companions:
+        (key, name), *_ = forgetting.companions
         value = decimal(row[key], forgetting.places)
     else:
         name, value = forgetting.title, decimal(row[forgetting.name], forgetting.places)

@@ -7,7 +7,7 @@ from search.results.study_result import StudyResult
 
 
 def write_notes(result: StudyResult) -> None:
-    """Puts the summary into the study's note, and says in the controls' note what they are."""
+    """Put the summary into the study's note, and says in the controls' note what they are."""
     from optuna_dashboard import save_note
 
     record = result.store.record
@@ -38,7 +38,7 @@ def write_notes(result: StudyResult) -> None:
 
 
 def serve(storage: optuna.storages.BaseStorage, port: int) -> None:
-    """Serves the dashboard on 127.0.0.1 until interrupted."""
+    """Serve the dashboard on 127.0.0.1 until interrupted."""
     from optuna_dashboard import run_server
 
     run_server(storage, host="127.0.0.1", port=port)

@@ -73,7 +73,7 @@ class ReportData:
                 found.append(Column(objective.name, "log10", "decimal", objective.places))
             else:
                 found.append(Column(objective.name, objective.title, "decimal", objective.places))
-            found += [Column(key, head, "decimal", objective.places) for key, head in objective.beside]
+            found += [Column(key, head, "decimal", objective.places) for key, head in objective.companions]
         return [*found, Column("logit_scale", "logit scale", "decimal", 3)]
 
     @property
@@ -104,7 +104,7 @@ class ReportData:
 
     @property
     def flag(self) -> Flag:
-        """What it means that a point is flagged."""
+        """Return what it means that a point is flagged."""
         return flag_of(self.objectives)
 
     @property

@@ -1,4 +1,4 @@
-"""The pictures of a study's report. The walk is told by the marker, never by colour alone."""
+"""Draw the figures of a study's report. The marker shows the walk, so that colour alone never does."""
 
 import math
 import textwrap
@@ -194,7 +194,7 @@ def _step_line(axes: Axes, front: pd.DataFrame) -> None:
 
 
 def _label(axes: Axes, front: pd.DataFrame, controls: pd.DataFrame, numbered: bool) -> None:
-    """Names the references and, where there is room, numbers the front points."""
+    """Name the references and, where there is room, numbers the front points."""
     references = controls[controls["kind"].isin(_markers(named=True))].dropna(subset=[FORGETTING, UTILITY])
     line = front.sort_values([FORGETTING, UTILITY], ascending=[True, False])[[FORGETTING, UTILITY]].to_numpy(dtype=float)
     corners = np.column_stack([line[:-1, 0], line[1:, 1]])
@@ -221,7 +221,7 @@ def _text(axes: Axes, text: str, row: pd.Series, weight: str) -> Annotation:
 
 
 def _placed(axes: Axes, text: Annotation, obstacles: np.ndarray, taken: list[Any]) -> bool:
-    """Moves a label to the first place around its point where it hides nothing."""
+    """Move a label to the first place around its point where it hides nothing."""
     frame = axes.get_window_extent()
     for across, up in _PLACES:
         text.xyann = (across, up)

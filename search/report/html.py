@@ -1,4 +1,4 @@
-"""The report of a study: one self-contained HTML page with its pictures beside it."""
+"""Write the report of a study: one self-contained HTML page, and its figures as files."""
 
 import base64
 import math
@@ -44,7 +44,7 @@ def write_report(result: StudyResult) -> Path:
 
 
 def render_report(view: ReportData, folder: Path) -> Path:
-    """Writes `report.html`, `front.png` and `alpha_curves.png` into a folder, each whole or not at all.
+    """Write `report.html`, `front.png` and `alpha_curves.png` into a folder, each whole or not at all.
 
     Args:
         view: the study's tables and summary.
@@ -58,7 +58,7 @@ def render_report(view: ReportData, folder: Path) -> Path:
         ValueError: a column that the report needs is missing, or a walk or kind of control has an unknown name.
     """
     from search.report import (
-        figures as plots,  # matplotlib comes with it, which writes into the home folder unless told otherwise before
+        figures as plots,  # imports matplotlib, after its folder has been set
     )
     from search.report.style import png
 

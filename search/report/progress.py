@@ -39,7 +39,7 @@ class Bars:
         self._progress.stop()
 
     def show(self, name: str, done: int, total: int) -> None:
-        """Sets a bar, which appears with its first call."""
+        """Set a bar, which appears with its first call."""
         if name not in self._tasks:
             self._tasks[name] = self._progress.add_task(name, total=total)
             if not self.console.is_terminal:
@@ -53,7 +53,7 @@ class Bars:
 
     @property
     def plain(self) -> bool:
-        """Whether there is something to write to, but no terminal."""
+        """Return True if there is something to write to, but no terminal."""
         return not self.console.is_terminal and not self.console.quiet
 
     def under_way(self) -> dict[str, tuple[int, int]]:
@@ -61,7 +61,7 @@ class Bars:
         return {name: (done, total) for name, (done, total) in list(self._levels.items()) if done < total}
 
     def show_all(self, board: Mapping[str, tuple[int, int]]) -> None:
-        """Sets several bars at once."""
+        """Set several bars at once."""
         for name, (done, total) in board.items():
             self.show(name, done, total)
 
@@ -77,7 +77,7 @@ class ProgressActor:
         self._bars: dict[str, tuple[int, int]] = {}
 
     def note(self, name: str, done: int, total: int) -> None:
-        """Sets a bar."""
+        """Set a bar."""
         self._bars[name] = (done, total)
 
     def read(self) -> dict[str, tuple[int, int]]:

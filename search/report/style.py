@@ -100,7 +100,7 @@ def title(axes: Axes, text: str) -> None:
 
 
 def plain(text: str) -> str:
-    """Keeps a dollar sign in a label from starting a formula."""
+    """Keep a dollar sign in a label from starting a formula."""
     return text.replace("$", r"\$")
 
 

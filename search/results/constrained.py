@@ -16,7 +16,7 @@ from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
 
 CROSSED, PEAK, CEILING, ALWAYS, NEVER, OPEN = "crossed", "peak", "ceiling", "always", "never", "open"
-"""How a line stands: the floor lies between two points; forgetting is strongest before it; forgetting is at its noise ceiling;
+"""State of a bracket: the floor is between two points; forgetting is strongest before it; forgetting is at its noise ceiling;
 the highest alpha is feasible; the lowest is not; more scores are needed."""
 
 CLOSE = 0.01
@@ -59,13 +59,13 @@ class Constraint:
         return CLOSE * (self.high - self.low)
 
     def feasible(self, point: ScoredPoint) -> bool:
-        """Whether a point keeps enough utility."""
+        """Return True if a point keeps enough utility."""
         return point.sound and point.utility >= self.floor
 
 
 @dataclass(frozen=True)
 class BracketState:
-    """What is known of a line.
+    """Hold what is known of a line.
 
     Attributes:
         state: One of the words above.
@@ -119,7 +119,7 @@ def stand(points: Sequence[ScoredPoint], question: Constraint) -> BracketState:
 
 
 def promise(points: Sequence[ScoredPoint], question: Constraint) -> tuple[float, float]:
-    """What a line may give, by curves through what is scored: strongest forgetting at the floor, and the utility there.
+    """Return what a line may give, by curves through what is scored: strongest forgetting at the floor, and the utility there.
 
     Minus infinity where no place between scored points is feasible.
     """
@@ -160,7 +160,7 @@ def _crossing(feasible: ScoredPoint, infeasible: ScoredPoint, floor: float) -> f
 
 
 def _peak(before: ScoredPoint, edge: ScoredPoint, after: ScoredPoint, question: Constraint) -> float | None:
-    """Beside the strongest point, where a parabola through the three has its top; None where its neighbours are close."""
+    """Return, near the strongest point, where a parabola through the three has its top; None where its neighbours are close."""
     left, right = (max(before.alpha, question.low), edge.alpha), (edge.alpha, after.alpha)
     rise = (edge.forgetting - before.forgetting) / (edge.alpha - before.alpha)
     fall = (edge.forgetting - after.forgetting) / (after.alpha - edge.alpha)
@@ -193,7 +193,7 @@ class AlphaSweep:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came out.
+    """Hold what came out.
 
     Attributes:
         floor: Least share of the initial model's utility.
@@ -209,7 +209,7 @@ class Answer:
 
 
 class Dial:
-    """Asks a study for points, round by round: one of each line at a time.
+    """Ask a study for points, round by round: one of each line at a time.
 
     Args:
         store: The open study.
@@ -237,7 +237,7 @@ class Dial:
         self._asked: set[TrialSpec] = set()
 
     def jobs(self) -> list[TrialSpec]:
-        """What to score next: nothing for a line that is settled, has had its scores, or whose point could not be scored."""
+        """Return the trials to score next: none for a base epoch whose bracket is closed or whose point failed."""
         wanted = []
         for line in self.lines():
             if line.standing.next is None or line.scores >= MOST:
@@ -266,7 +266,7 @@ class Dial:
         return None if not feasible else max(feasible, key=lambda point: (point.forgetting, point.utility)).trial
 
     def _points(self, trials: pd.DataFrame) -> dict[tuple[str, int], list[ScoredPoint]]:
-        """What is scored of each base epoch, the initial model first."""
+        """Return what is scored of each base epoch, the initial model first."""
         found: dict[tuple[str, int], list[ScoredPoint]] = {}
         for row in trials.to_dict("records"):
             found.setdefault((str(row["base"]), int(row["epoch"])), [self._start]).append(self._point(row))

@@ -1,4 +1,4 @@
-"""Exports of a trial: a recipe to rebuild it, the scaled adapter, or the full model; loaded afresh and scored again."""
+"""Export of a trial: a recipe to rebuild it, the scaled adapter, or the full model; loaded afresh and scored again."""
 
 import math
 import shutil
@@ -42,7 +42,7 @@ MERGED = 1e-3
 
 
 def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None) -> Path:
-    """Writes an export, loads it afresh with transformers, and scores it again.
+    """Write an export, loads it afresh with transformers, and scores it again.
 
     Args:
         recipe: What to export.
@@ -91,7 +91,7 @@ def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None)
 
 
 def _is_low_rank(recipe: Recipe) -> bool:
-    """Whether the point's update vector is an adapter."""
+    """Return True if the point's update vector is an adapter."""
     if recipe.base in recipe.spec.checkpoints:
         return is_adapter(checkpoint_folder(recipe.spec.checkpoints[recipe.base][recipe.epoch - 1]))
     return recipe.spec.unlearning is not None and recipe.spec.unlearning.adapter is not None
@@ -124,7 +124,7 @@ def _write_adapter(recipe: Recipe, preparation: PreparedStudy, folder: Path) -> 
 
 
 def _load_scaled(model: Any, update: UpdateVector, alpha: float) -> None:
-    """Loads an adapter with 1 + alpha multiplied into its B factors, so that any PEFT applies it as it is."""
+    """Load an adapter with 1 + alpha multiplied into its B factors, so that any PEFT applies it as it is."""
     from peft import set_peft_model_state_dict
 
     scaled = {
@@ -154,7 +154,7 @@ def _base_run(preparation: PreparedStudy, label: str, source: ModelSource) -> Ba
 
 
 def _score_afresh(preparation: PreparedStudy, folder: Path, reference: Report | None) -> tuple[Numbers, Numbers | None]:
-    """Scores the written folder as a stranger would load it: on the items trials are scored on, and on those for reporting."""
+    """Score the written folder as a stranger would load it: on the items trials are scored on, and on those for reporting."""
     if reference is None and RETAIN in preparation.models.identities:
         log = preparation.models.retain_log
         if log is not None:

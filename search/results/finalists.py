@@ -1,4 +1,4 @@
-"""What is done about the points of the front once they are found: scored once more, confirmed, and told from luck."""
+"""Tabulate what was scored of front points afterwards: held-out items, matched logit scale, confirmations."""
 
 from typing import Any
 

@@ -55,7 +55,7 @@ class Recipe:
 
 
 def read_recipe(path: Path) -> Recipe:
-    """Reads a recipe file.
+    """Read a recipe file.
 
     Raises:
         UserError: If it is missing, not a recipe, or damaged.

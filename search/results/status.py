@@ -90,7 +90,7 @@ def status_of(
 
 
 def _seconds_left(done: list[FrozenTrial], missing: int, running: int) -> float | None:
-    """What the missing trials will take at the pace of the latest: so many at once, each as long as they took."""
+    """Return what the missing trials will take at the pace of the latest: so many at once, each as long as they took."""
     ended = [trial for trial in done if trial.duration is not None and trial.datetime_complete is not None]
     latest = sorted(ended, key=lambda trial: trial.datetime_complete or datetime.min)[-RECENT:]
     if not latest or not running:
@@ -110,14 +110,14 @@ def _front(store: StudyStore) -> dict[str, Any]:
 
 
 class StatusLines:
-    """Tells the status of a study in its log while a block runs, for `uipe status` of a job: lines for programs.
+    """Report the status of a study in its log while a block runs, for `uipe status` of a job: lines for programs.
 
     A thread of its own reads the storage, so that a long training or trial does not silence it.
 
     Args:
         store: The study.
         progress: Work under way: (done, total) by name.
-        wanted: Whether lines are to be written. They are for a cluster job whose log nobody watches as a terminal.
+        wanted: Whether lines are to be written. They are for the log of a cluster job, not for a terminal.
     """
 
     def __init__(self, store: StudyStore, progress: Callable[[], dict[str, tuple[int, int]]], wanted: bool) -> None:
@@ -157,7 +157,7 @@ def _write(status: Callable[[], dict[str, Any]]) -> None:
 
 
 def last_status(log: str) -> dict[str, Any] | None:
-    """The latest status a driver told in its log; None where it told none."""
+    """Return the latest status in a driver's log; None where there is none."""
     for line in reversed(log.splitlines()):
         if line.startswith(PREFIX):
             try:
@@ -169,7 +169,7 @@ def last_status(log: str) -> dict[str, Any] | None:
 
 
 def is_noise(line: str) -> bool:
-    """Whether a line of a driver's log is not for people: a status, or the memory of a raylet that Ray prints when it died."""
+    """Return True for a line of a driver's log that `uipe logs` leaves out: a status, or the state dump of a raylet."""
     return line.startswith(PREFIX) or "[state-dump]" in line
 
 

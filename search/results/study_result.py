@@ -56,7 +56,7 @@ class StudyResult:
 
     @classmethod
     def open(cls, out: Path | str) -> "StudyResult":
-        """Reads a study folder, or a copy of the one at a URL.
+        """Read a study folder, or a copy of the one at a URL.
 
         Raises:
             UserError: If it is none, or holds no complete trial yet.
@@ -65,7 +65,7 @@ class StudyResult:
 
     @classmethod
     def of(cls, store: StudyStore) -> "StudyResult":
-        """Reads an open study.
+        """Read an open study.
 
         Raises:
             UserError: If it holds no complete trial yet.
@@ -94,7 +94,7 @@ class StudyResult:
 
     @property
     def objectives(self) -> tuple[Objective, ...]:
-        """What the study maximises: forgetting, utility, and perhaps a third."""
+        """Return what the study maximises: forgetting, utility, and perhaps a third."""
         return self.store.objectives
 
     @property
@@ -149,7 +149,7 @@ class StudyResult:
 
     @property
     def saved(self) -> dict[str, Any] | None:
-        """What pruning saved (`search.evaluation.pruning.savings`)."""
+        """Return what pruning saved (`search.evaluation.pruning.savings`)."""
         own = searched(self.trials)
         return savings(self.store.pruned_frame(), own if len(own) else self.trials)
 
@@ -257,7 +257,7 @@ class StudyResult:
         return {name: max(0.0, self.hypervolume[key] - base) for name, key in names.items()}
 
     def summary(self) -> dict[str, Any]:
-        """What ``uipe run --json`` prints."""
+        """Return what ``uipe run --json`` prints."""
         record = self.store.record
         return {
             "study": record.name,
@@ -280,8 +280,8 @@ class StudyResult:
     def rows(self, table: pd.DataFrame) -> list[dict[str, Any]]:
         """Rows of `trials` or `front` as plain JSON values: point, objectives and their definition, and what qualifies them."""
         p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
-        beside = [key for objective in self.objectives for key, _ in objective.beside]
-        more = [*beside, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
+        companions = [key for objective in self.objectives for key, _ in objective.companions]
+        more = [*companions, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
         more += [f"{name}_log10_forget_quality" for name in RELATED_SETS]
         more += [f"{name}_{key}" for name in MEMORIZED_SETS for key in MEMORIZATION]
         keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]
@@ -297,7 +297,7 @@ class StudyResult:
         return self.out / "report" / "report.html"
 
     def export(self, row: pd.Series, to: Path | str, form: str) -> Path:
-        """Exports a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see
+        """Export a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see
         `search.results.export`."""
         from search.results.export import export  # only exporting needs torch, which takes a second to import
 

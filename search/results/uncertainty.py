@@ -27,7 +27,7 @@ def certainty(store: StudyStore, trials: pd.DataFrame, retain: int | None) -> pd
     Returns:
         A row per trial whose item scores are kept: ``trial``, per objective ``<name>_low`` and ``<name>_high`` (95% percentile
         interval), ``front_probability`` (share of draws in which no other trial dominates it), and for front points ``alike``
-        (a number from 1: points of one number cannot be told apart). Empty where forget quality lacks the retain model's
+        (a number from 1: points of one number cannot be distinguished). Empty where forget quality lacks the retain model's
         item scores.
     """
     task = TASKS[store.spec.corpus.task]

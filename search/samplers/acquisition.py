@@ -48,7 +48,7 @@ class LineSearch:
         return len(self._places)
 
     def tell(self, vector: int, scale: float, values: Mapping[str, FloatArray]) -> None:
-        """Takes in what was scored at a point.
+        """Take in what was scored at a point.
 
         Args:
             vector, scale: The point: theta_init + scale * update vector.

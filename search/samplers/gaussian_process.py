@@ -120,7 +120,7 @@ def _kernel(logarithms: FloatArray) -> Kernel:
 
 
 def fit(geometry: Geometry, places: Points, products: list[tuple[FloatArray, int]], start: Kernel, noisy: bool) -> Kernel:
-    """The settings of greatest marginal likelihood, the scale of every group being the likeliest for each setting.
+    """The settings of greatest marginal likelihood, the scale of every group being the most likely for each setting.
 
     Args:
         geometry: Of the update vectors.
@@ -195,7 +195,7 @@ TRAINED_ON = 160
 
 @dataclass(frozen=True)
 class _Trained:
-    """What was learned from the points where some groups were scored: those groups share the factor of the covariance."""
+    """Hold what was learned from the points where some groups were scored: those groups share the factor of the covariance."""
 
     kernel: Kernel
     rows: IntArray
@@ -207,7 +207,7 @@ class _Trained:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What is expected of C candidates: per group (C, n) means, (C,) standard deviations in units of the draws' spread."""
+    """Hold what is expected of C candidates: per group (C, n) means, (C,) standard deviations in units of the draws' spread."""
 
     mean: Mapping[str, FloatArray]
     deviation: Mapping[str, FloatArray]
@@ -276,7 +276,7 @@ class MultiOutputGP:
         self._trained.update(dict.fromkeys(values, trained))
 
     def predict(self, candidates: Points, pending: Points | None = None) -> Prediction:
-        """What is expected of candidates; `pending` points count as scored just as expected, so deviations shrink near them."""
+        """Predict candidates; `pending` points count as scored at their mean, so that deviations shrink near them."""
         mean, deviation = {}, {}
         for trained in {id(each): each for each in self._trained.values()}.values():
             kernel, geometry = trained.kernel, self._geometry

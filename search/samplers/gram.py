@@ -39,7 +39,7 @@ class StudyGram:
         return {vector: row for row, vector in enumerate(vectors)}
 
     def among(self, runs: Runs) -> "StudyGram":
-        """What it holds of these base runs, in its own order: of those whose entries and number of epochs are the same."""
+        """Return the rows of these base runs, in the kept order, where their entries and numbers of epochs are unchanged."""
         same = {label: run for label, run in self.runs.items() if label in runs and _plain(runs[label]) == _plain(run)}
         rows = [row for (label, _), row in self.places.items() if label in same]
         return StudyGram(same, self.gram[np.ix_(rows, rows)])
@@ -71,14 +71,14 @@ def extend_gram(known: StudyGram, runs: Runs, deltas: DeltaStore) -> StudyGram:
 
 
 def keep_gram(file: Path, gram: StudyGram) -> None:
-    """Writes it for `kept_gram`."""
+    """Write it for `kept_gram`."""
     buffer = io.BytesIO()
     np.savez(buffer, runs=np.array(json.dumps(gram.runs)), gram=gram.gram)
     write_atomic(file, buffer.getvalue())
 
 
 def kept_gram(file: Path) -> StudyGram:
-    """What an earlier run of a study has kept, or `NOTHING`: it can be computed again, whatever is wrong with the file."""
+    """Read the matrix an earlier run kept. Return `NOTHING` where the file is missing or damaged: it is computed again."""
     try:
         with np.load(file) as archive:
             runs, gram = json.loads(str(archive["runs"])), archive["gram"]

@@ -48,7 +48,7 @@ class UpdateVectors:
 
 @dataclass(frozen=True)
 class LineStudy:
-    """What there is to know of a study beside its trials.
+    """Hold what the sampler knows of a study in addition to its trials.
 
     Attributes:
         epochs: Epochs by base run.
@@ -70,14 +70,14 @@ class LineStudy:
 
 
 class LineSampler(BaseSampler):
-    """Proposes where the hypervolume is expected to grow most.
+    """Propose where the hypervolume is expected to grow most.
 
     Args:
         world: The study.
         space: Its search space.
         fallback: Proposes where this sampler cannot.
         seed: Of the draws.
-        say: Told, once, of what this sampler must do without.
+        say: Called with a message, once, when the sampler lacks an input.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class LineSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        """What the other sampler proposes, for a trial it was asked for."""
+        """Return what the other sampler proposes, for a trial it was asked for."""
         return self._fallback.sample_independent(study, trial, param_name, param_distribution)
 
     def reseed_rng(self) -> None:
@@ -171,7 +171,7 @@ class LineSampler(BaseSampler):
         return {"base": label, "epoch": epoch, "alpha": float(np.clip(round(closer.scale[chosen] - 1.0, _DIGITS), low, high))}
 
     def _taught(self, lines: UpdateVectors, trials: Sequence[FrozenTrial]) -> LineSearch | None:
-        """The model of all that has been scored; anew where there are more update vectors than before."""
+        """Return the model of all scores; it is rebuilt where there are more update vectors than before."""
         if self._measure is None:
             self._measure = self._world.yardstick()
         if self._search is None or lines is not self._lines:
@@ -228,6 +228,6 @@ class LineSampler(BaseSampler):
 
 
 def _near(points: Points, others: Points, distance: float) -> NDArray[np.bool_]:
-    """(P,) whether another point of the same vector lies within a distance."""
+    """(P,) whether another point of the same vector is within a distance."""
     same = points.vector[:, None] == others.vector[None, :]
     return np.asarray((same & (np.abs(points.scale[:, None] - others.scale[None, :]) < distance)).any(axis=1))

@@ -26,13 +26,13 @@ MULTIPLE_CHOICE = "multiple_choice"
 
 
 class CorpusSection(Protocol):
-    """What a study needs of the corpus section of its file, whatever its kind.
+    """Describe what a study needs of its corpus section, of any kind.
 
     Attributes:
         kind: Name in `CORPORA`.
         task: `FREE_TEXT` or `MULTIPLE_CHOICE`.
         objectives: Forgetting and utility, in this order.
-        path_keys: Keys below ``corpus`` whose value may be a path, and the endings of files allowed there in addition to folders.
+        path_keys: Keys below ``corpus`` whose value may be a path, and the endings of files allowed there.
     """
 
     task: ClassVar[str]

@@ -23,7 +23,7 @@ from search.spec.errors import did_you_mean, rule
 
 
 def is_local(source: str) -> bool:
-    """Whether a corpus source or model of a study is a path; if not, it is a hub name."""
+    """Return True if a corpus source or model is a path; otherwise it is a hub name."""
     return Path(source).is_absolute()
 
 
@@ -327,7 +327,7 @@ class AlphaRange(Section):
 
 
 class Search(Section):
-    """What is searched, for how long, by which sampler. `prune` is None for what suits the sampler (`StudySpec.prunes`)."""
+    """Section ``search``: range of alpha, trials, sampler. `prune` None follows the sampler (`SamplerEntry.sees_pruned`)."""
 
     alpha: AlphaRange = Field(default_factory=AlphaRange)
     trials: Annotated[int, Field(ge=0)] = 25

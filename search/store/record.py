@@ -29,7 +29,7 @@ class _Part(BaseModel):
 
 
 class CorpusRecord(_Part):
-    """What is recorded of the corpus.
+    """Record of the corpus.
 
     Attributes:
         name, hash: Of the corpus.
@@ -49,7 +49,7 @@ class CorpusRecord(_Part):
 
 
 class BaseRunRecord(_Part):
-    """What is recorded of a base run: its key in the delta store, and the numbers of each epoch."""
+    """Record of a base run: its key in the delta store, and the numbers of each epoch."""
 
     delta: str
     epochs: list[dict[str, Any]]

@@ -239,7 +239,7 @@ def test_a_rewrite_gives_the_same_bytes(view, written, tmp_path):
         ),
         ((0.5, 0.1, 0.05), ["won 0.0500, 10% of it"], ["as much as the search"]),
         ((0.5, 0.1, 0.49), ["as much as the search", "no evidence"], ["carries the gain"]),
-        ((0.5, 0.1, None), ["not yet told from chance"], ["carries the gain"]),
+        ((0.5, 0.1, None), ["not yet distinguished from chance"], ["carries the gain"]),
         ((math.nan, None, None), ["was not measured"], ["won"]),
     ],
 )
@@ -267,9 +267,9 @@ def test_the_verdict_says_where_training_on_beats_every_alpha(view):
     worst = view.trials[["log10_forget_quality", "model_utility"]].min() - 0.1
     count, text = said(*worst)
     assert count > 0
-    assert f"None of {count} next epochs of plain training lies beyond the front" in text
+    assert f"None of {count} next epochs of plain training is beyond the front" in text
     best = view.trials[["log10_forget_quality", "model_utility"]].max() + 0.1
-    assert f"{count} of {count} next epochs of plain training lie beyond the front" in said(*best)[1]
+    assert f"{count} of {count} next epochs of plain training are beyond the front" in said(*best)[1]
 
 
 def test_a_search_above_zero_only_does_not_split_its_gain():
