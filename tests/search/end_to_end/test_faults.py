@@ -41,9 +41,9 @@ def values(out):
 
 def at_once(out, since):
     """How many trials of the study were being scored at the same time, at most, among those that began after a moment."""
-    query = """SELECT t.datetime_complete, a.value_json FROM trials t JOIN studies s USING (study_id)
+    query = """SELECT t.datetime_complete, json_extract(a.value_json, '$.seconds') FROM trials t JOIN studies s USING (study_id)
         JOIN trial_user_attributes a USING (trial_id)
-        WHERE s.study_name = 'tiny' AND t.state = 'COMPLETE' AND a.key = 'seconds'"""
+        WHERE s.study_name = 'tiny' AND t.state = 'COMPLETE' AND a.key = 'evidence'"""
     with contextlib.closing(sqlite3.connect(f"file:{out / 'study.db'}?mode=ro", uri=True, timeout=30)) as database:
         rows = [(datetime.fromisoformat(ended), float(seconds)) for ended, seconds in database.execute(query)]
     spans = [(ended - timedelta(seconds=seconds), ended) for ended, seconds in rows]
