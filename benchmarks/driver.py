@@ -1,4 +1,4 @@
-"""Measure what a trial costs its driver as a study grows: storage and sampler, and Ray with many workers. Prints one JSON object.
+"""Measure what a trial costs its driver as a study grows: storage, sampler, Ray. Prints one JSON object.
 
 Storage: the real `StudyStore` with the evidence of a real trial (28 facts) and item scores of 21 kB. Trials 1 to N are asked
 for and completed while so many others run; milliseconds are medians over the 100 trials before each mark, `cpu` of this

@@ -1,4 +1,4 @@
-"""What UIPE says, as something that can turn out otherwise, and whether it does here.
+"""State the claims of UIPE as tests with thresholds, and judge them by the measured effects.
 
 Every claim is one number per seed and way of fine-tuning; it holds where that number is surely above a threshold.
 """

@@ -1,4 +1,4 @@
-"""What the experiments are judged by: arrays in, numbers out.
+"""Compute effects, intervals and decisions over seeds: arrays in, numbers out.
 
 A training curve is a method's trained epochs in order, epoch 0 being the initial model; between epochs it is a straight line.
 """

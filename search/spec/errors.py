@@ -106,7 +106,7 @@ def key_text(parts: KeyPath) -> str:
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """What is known, led by ``Did you mean X?`` when some of it is close to the name."""
+    """List the known names, after ``Did you mean X?`` where one is close to the name."""
     close, allowed = closest(name, known), f"Allowed: {', '.join(known)}."
     return f"Did you mean {close}? {allowed}" if close else allowed
 
