@@ -32,7 +32,7 @@ class CorpusSection(Protocol):
         kind: Name in `CORPORA`.
         task: `FREE_TEXT` or `MULTIPLE_CHOICE`.
         objectives: Forgetting and utility, in this order.
-        path_keys: Keys below ``corpus`` whose value may be a path, and the endings of files allowed there in addition to folders.
+        path_keys: Keys below ``corpus`` whose value may be a path, and the endings of files allowed there, next to folders.
     """
 
     task: ClassVar[str]

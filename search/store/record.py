@@ -36,6 +36,7 @@ class CorpusRecord(_Part):
         sets: Item-set hash by evaluation set.
         items: Number of items by half (``select``, ``report``) and evaluation set.
         groups: Per evaluation set, the person or author of each item; None where it has none.
+        quality_floors: Lowest log10 forget quality by evaluation set; empty in records of earlier versions.
     """
 
     name: str = ""
@@ -43,6 +44,7 @@ class CorpusRecord(_Part):
     sets: dict[str, str] = Field(default_factory=dict)
     items: dict[str, dict[str, int]] = Field(default_factory=dict)
     groups: dict[str, list[str | None]] = Field(default_factory=dict)
+    quality_floors: dict[str, float] = Field(default_factory=dict)
 
 
 class BaseRunRecord(_Part):

@@ -85,14 +85,9 @@ class StudyStore:
         return self.record.corpus.items["select"]
 
     def reference_point(self) -> dict[str, float]:
-<<<<<<< .merge_file_Xiy3j2
         """Return the reference point of the hypervolume, by objective."""
-        return reference_point(self.objectives, self.spec.hypervolume.reference_point.model_dump(), self.item_counts)
-=======
-        """The reference point of hypervolume, by objective."""
         given = self.spec.hypervolume.reference_point.model_dump()
-        return reference_point(self.objectives, given, self.item_counts, self.record["corpus"].get("quality_floors"))
->>>>>>> .merge_file_l0bnnS
+        return reference_point(self.objectives, given, self.item_counts, self.record.corpus.quality_floors)
 
     def noise_ceiling(self, controls: pd.DataFrame) -> float:
         """Return the forget quality above which differences are noise (`search.problem.objectives.forget_quality_cap`)."""

@@ -326,6 +326,6 @@ def test_a_third_objective_counts_in_front_and_hypervolume(study, made_up_eviden
 
 
 def test_the_record_keeps_the_floors_so_that_reading_imports_no_scipy(result):
-    floors = result.store.record["corpus"]["quality_floors"]
+    floors = result.store.record.corpus.quality_floors
     assert floors["forget"] == log10_p_floor(result.item_counts["forget"], result.item_counts["forget"])
     assert set(floors) == {name for name, count in result.item_counts.items() if count}
