@@ -47,9 +47,11 @@ class TrialMetrics:
     batch_size: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything flat, as the columns of a study's tables; unknown values are left out."""
+        """Return everything flat, as the columns of a study's tables. Unknown values are left out; of a trial
+        scored to its end, ``collapsed``, ``flagged`` and ``logit_scale`` are always there."""
         known = {part.name: getattr(self, part.name) for part in fields(self) if part.name != "numbers"}
-        return {**self.numbers, **{name: value for name, value in known.items() if value is not None}}
+        always = () if self.pruned is not None else ("collapsed", "flagged", "logit_scale")
+        return {**self.numbers, **{name: value for name, value in known.items() if value is not None or name in always}}
 
     def as_text(self) -> str:
         """Return JSON, in which it travels: Tune flattens nested results before its searcher sees them."""

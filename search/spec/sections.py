@@ -49,7 +49,7 @@ class ByKind:
             raise PydanticKnownError("model_attributes_type")
         if "kind" not in value:
             raise PydanticKnownError("union_tag_not_found", {"discriminator": "kind"})
-        if value["kind"] not in self.registry:
+        if not isinstance(value["kind"], str) or value["kind"] not in self.registry:
             context = {"discriminator": "kind", "tag": str(value["kind"]), "expected_tags": ", ".join(self.registry)}
             raise PydanticKnownError("union_tag_invalid", context)
         return self.registry[value["kind"]].model_validate(value)
