@@ -32,7 +32,8 @@ from search.report.progress import Bars, ProgressActor
 from search.results.constrained import Dial
 from search.samplers.registry import SAMPLERS
 from search.spec.runtime import Budget
-from search.store.study_store import StudyStore, searched
+from search.store.study_store import StudyStore
+from search.store.trials import searched
 
 
 class StageProgress:

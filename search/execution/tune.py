@@ -20,7 +20,8 @@ from search.execution.budget import BudgetMonitor
 from search.execution.ray_compat import release_trial
 from search.execution.worker_pool import WorkerPoolMonitor
 from search.problem.trial import TrialSpec, identity
-from search.store.study_store import StudyStore, searched
+from search.store.study_store import StudyStore
+from search.store.trials import searched
 
 TIMES_AGAIN = 2
 """How often a job is run again whose worker died."""

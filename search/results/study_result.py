@@ -21,7 +21,8 @@ from search.results.recipe import recipe_of
 from search.results.uncertainty import certainty
 from search.spec.study import StudySpec
 from search.store.mirror import readable_folder
-from search.store.study_store import StudyStore, searched
+from search.store.study_store import StudyStore
+from search.store.trials import searched
 from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.errors import UserError
 from uipe_core.logs.parts import MEMORIZATION

@@ -13,4 +13,4 @@ tracebacks: files of the tracebacks of failed trials and base runs
 trials: write and read a study's trials
 """
 
-__all__ = ["database", "doctor", "mirror", "record", "study_store", "tracebacks"]
+__all__ = ["database", "doctor", "mirror", "record", "study_store", "tracebacks", "trials"]

@@ -1,8 +1,7 @@
 """Open a study on disk: its folder, its record, and its trials in Optuna. The driver is the only writer.
 
-Points of the search space are trials of the study ``NAME``. Controls (initial and retain model, next epoch, random
-directions, temperatures) are trials of a second study, ``NAME.controls``: samplers and the Pareto front of Optuna then see
-only what can be chosen.
+Points of the search space are trials of the study ``NAME``, controls of a second study, ``NAME.controls``: samplers and the
+Pareto front of Optuna then see only what can be chosen.
 """
 
 import contextlib
@@ -10,7 +9,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,12 @@ from search.store.record import (
     whole_storage,
 )
 from search.store.tracebacks import keep_traceback
-from search.store.trials import TrialTable
+from search.store.trials import TrialTable, evidence_table
 from uipe_core.errors import UserError
 from uipe_core.storage.files import is_free
 
 STAGES = ("models", "base_runs", "baselines", "trials")
-
 LOCK = ".lock"
-
 LOCK_SECONDS = 1
 """How long a run waits for its folder: longer than a status command holds the lock."""
 
@@ -400,20 +397,3 @@ def is_running(out: Path) -> bool:
         return lock.exists() and not is_free(lock)
     except OSError:
         return False  # a folder that may only be read
-
-
-def evidence_table(trials: Iterable[FrozenTrial], objectives: Sequence[str]) -> pd.DataFrame:
-    """Return a row per complete trial: ``trial``, its evidence with components as columns of their own, its objectives."""
-    rows = []
-    for trial in trials:
-        facts = dict(trial.user_attrs)
-        facts.update(facts.pop("components", {}))
-        facts.update(facts.pop("forget_components", {}))
-        facts.update(zip(objectives, trial.values, strict=True))
-        rows.append({"trial": trial.number, **facts})
-    return pd.DataFrame(rows)
-
-
-def searched(table: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of a table of trials that the sampler proposed."""
-    return table[table["kind"] == "search"] if len(table) else pd.DataFrame(columns=["kind", "base"])

@@ -4,10 +4,11 @@ What is known when a trial begins goes into its creation, in one transaction. Wh
 attribute, then its state with its values. An attribute of its own would cost each of some thirty facts a transaction.
 """
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
+import pandas as pd
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
@@ -151,3 +152,20 @@ class TrialTable:
         storage.set_trial_user_attr(identifier, "reason", reason)
         storage.set_trial_state_values(identifier, TrialState.FAIL)
         raise UserError(f"storage {self._name}: {reason}; end it and run again")
+
+
+def evidence_table(trials: Iterable[FrozenTrial], objectives: Sequence[str]) -> pd.DataFrame:
+    """Return a row per complete trial: ``trial``, its evidence with components as columns of their own, its objectives."""
+    rows = []
+    for trial in trials:
+        facts = dict(trial.user_attrs)
+        facts.update(facts.pop("components", {}))
+        facts.update(facts.pop("forget_components", {}))
+        facts.update(zip(objectives, trial.values, strict=True))
+        rows.append({"trial": trial.number, **facts})
+    return pd.DataFrame(rows)
+
+
+def searched(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of a table of trials that the sampler proposed."""
+    return table[table["kind"] == "search"] if len(table) else pd.DataFrame(columns=["kind", "base"])
