@@ -133,8 +133,8 @@ def test_small_models_can_spell_refusals_where_a_method_writes_them_and_are_what
     without = prepared(unlearning={"methods": {"npo": {}, "simnpo": {}}})
     assert with_it.models.config.extra_texts == REFUSALS
     assert without.models.config == prepared().models.config
-    assert without.models == prepared().models
-    assert with_it.models != without.models
+    assert without.models.identities == prepared().models.identities
+    assert with_it.models.identities != without.models.identities
 
 
 def rmu(layer):

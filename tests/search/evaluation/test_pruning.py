@@ -1,7 +1,7 @@
 """Trials that are not scored to their end: the bounds, the fronts without them, and what the study keeps of them."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,7 +12,7 @@ from optuna.trial import TrialState
 
 from search.evaluation.evaluator import Evaluator
 from search.evaluation.metrics import TrialMetrics
-from search.evaluation.pruning import MOST, Rivals, bounds, dominating_rival
+from search.evaluation.pruning import MOST, Rivals, bounds, dominating_rival, prunes
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
@@ -307,8 +307,10 @@ class Driver:
     def work(self, evaluate):
         while isinstance(found := self.searcher.suggest(str(self.asked)), dict):
             evidence, items = evaluate(TrialSpec.from_text(found["job"]))
-            numbers = {name: value for name, value in evidence.items() if name not in ("definition", "pruned")}
-            metrics = TrialMetrics("tofu", numbers, pruned=evidence.get("pruned"))
+            own = {part.name for part in fields(TrialMetrics)}
+            numbers = {name: value for name, value in evidence.items() if name not in own}
+            known = {name: value for name, value in evidence.items() if name in own}
+            metrics = TrialMetrics(**{"definition": "tofu", **known}, numbers=numbers)
             result = {"metrics": metrics.as_text()} | ({} if items is None else {"items": pack_arrays(items)})
             self.searcher.on_trial_complete(str(self.asked), result)
             assert self.searcher.error is None
@@ -346,7 +348,7 @@ def half_pruned(new_store, made_up_evidence):
 def test_a_pruned_trial_is_done_without_values_and_keeps_its_certificate(half_pruned):
     store, seen, driver = half_pruned
     assert store.counts() == {"complete": 7, "pruned": 3, "failed": 0, "running": 0}
-    pruned = [trial for trial in store.study.trials if trial.state == TrialState.PRUNED]
+    pruned = list(store.trials((TrialState.PRUNED,)))
     assert all(trial.values is None and trial.user_attrs["pruned"] == CERTIFICATE for trial in pruned)
     assert all(list(store.items(trial.number)) == ["forget/answer_loss"] for trial in pruned)
     assert [job.rivals for job in seen if job.kind != "search"] == [()] * 4
@@ -389,10 +391,10 @@ def test_pruning_suits_the_sampler_unless_the_study_says_so(new_store):
     asked = {(sampler, prune) for sampler in ("tpe", "random", "grid", "gp", "nsga2") for prune in (None, True, False)}
     spec = new_store().spec
 
-    def prunes(sampler, prune):
+    def ends_early(sampler, prune):
         return prunes(spec.model_copy(update={"search": spec.search.model_copy(update={"sampler": sampler, "prune": prune})}))
 
-    assert {pair for pair in asked if prunes(*pair)} == {
+    assert {pair for pair in asked if ends_early(*pair)} == {
         *((sampler, None) for sampler in ("tpe", "random", "grid")),
         *((sampler, True) for sampler in ("tpe", "random", "grid", "gp", "nsga2")),
     }
