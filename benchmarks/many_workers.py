@@ -185,17 +185,15 @@ def study_share(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         setattr(store, name, clock.wrap(getattr(store, name)))
     labels = [variant.label for variant in spec.variants()]
     runs = BaseRuns(ClusterCapacity(slots=options.workers, most=options.workers), published=dict.fromkeys(labels, ()))
-    workforce, guard = WorkerPoolMonitor(None), BudgetMonitor(store, spec.budget, print)
+    pool, guard = WorkerPoolMonitor(None), BudgetMonitor(store, spec.budget, print)
     ended = clock.note
-    searcher = StudySearcher(
-        store, spec.search_space(), [], options.trials, runs, lambda: None, iter(()), ended, workforce, guard
-    )
+    searcher = StudySearcher(store, spec.search_space(), [], options.trials, runs, lambda: None, iter(()), ended, pool, guard)
     items = base64.b64encode(os.urandom(ITEM_BYTES)).decode()
     started = Started.within(folder / "started", options.workers)
     trainable = tune.with_parameters(Sleeper, started=started, seconds=options.seconds, evidence=EVIDENCE, items=items)
     trainable = tune.with_resources(trainable, {"cpu": 1})
     for part in count(1):  # as `search.execution.run` does
-        run_trials(trainable, searcher, workforce, options.workers, folder / "ray", f"tune-{part}")
+        run_trials(trainable, searcher, pool, options.workers, folder / "ray", f"tune-{part}")
         if searcher.error is not None:
             raise searcher.error
         if searcher.done:

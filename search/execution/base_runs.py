@@ -43,7 +43,7 @@ class BaseRuns:
     """States of a study's base runs: waiting, then training, then published or failed.
 
     Attributes:
-        room: The cluster.
+        capacity: The cluster.
         published: Entries of the delta store by base run (`TrialSpec.run`).
         failed: Reasons by base run. A failed base run is not tried again in this run of the study.
         waiting: Base runs no task has been started for yet, in order.
@@ -51,7 +51,7 @@ class BaseRuns:
         events: Ends that have not been taken yet, in order; see `take_events`.
     """
 
-    room: ClusterCapacity
+    capacity: ClusterCapacity
     published: dict[str, tuple[str, ...]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
@@ -65,11 +65,11 @@ class BaseRuns:
 
     def trials_at_once(self) -> int:
         """How many trials may run now."""
-        return self.room.trials(self.missing)
+        return self.capacity.trials(self.missing)
 
     def startable(self, beside_trials: bool) -> list[str]:
         """The base runs there is room to start now."""
-        return self.waiting[: max(self.room.base_runs(beside_trials) - len(self.training), 0)]
+        return self.waiting[: max(self.capacity.base_runs(beside_trials) - len(self.training), 0)]
 
     def start(self, name: str) -> None:
         """Move a base run from waiting to training."""
@@ -101,7 +101,7 @@ class BaseRunTasks:
     """Train or import the missing base runs of a study, one Ray task each.
 
     Args:
-        room: The cluster.
+        capacity: The cluster.
         known: Base runs that the delta store has, by name.
         starters: Start the task of each missing base run, by name.
 
@@ -109,8 +109,10 @@ class BaseRunTasks:
         runs: Their states.
     """
 
-    def __init__(self, room: ClusterCapacity, known: Mapping[str, BaseRun], starters: Mapping[str, Callable[[], Any]]) -> None:
-        self.runs = BaseRuns(room, {name: run.keys for name, run in known.items()}, waiting=list(starters))
+    def __init__(
+        self, capacity: ClusterCapacity, known: Mapping[str, BaseRun], starters: Mapping[str, Callable[[], Any]]
+    ) -> None:
+        self.runs = BaseRuns(capacity, {name: run.keys for name, run in known.items()}, waiting=list(starters))
         self._starters = starters
         self._tasks: dict[Any, str] = {}
         self._error: Exception | None = None

@@ -37,7 +37,7 @@ class Stop:
     reason: str
 
     @property
-    def mirrored(self) -> bool:
+    def scores_front(self) -> bool:
         """Return True if the front is still scored once more: there is time, the search has only stopped finding anything."""
         return self.budget == "plateau"
 

@@ -117,7 +117,7 @@ def trials_held(need: Need, nodes: Iterable[Need], fleet: Fleet) -> int:
     return max(sum(fits(need, node) for node in nodes), brought)
 
 
-def room_for(resources: Resources, nodes: Sequence[Need], fleet: Fleet | None) -> ClusterCapacity:
+def capacity_of(resources: Resources, nodes: Sequence[Need], fleet: Fleet | None) -> ClusterCapacity:
     """Return what a cluster holds of a study's trials and base runs, now or once its autoscaler has brought what it may.
 
     Args:

@@ -44,8 +44,8 @@ class Prerequisites:
         preparation: The study.
         store: Its folder, where the logs of the reference models are kept.
         bars: Progress.
-        board: Actor the tasks note their progress with.
-        room: The cluster.
+        board: Actor that tasks report their progress to.
+        capacity: The cluster.
         guard: Counts the time that base runs have used.
     """
 
@@ -53,7 +53,7 @@ class Prerequisites:
     store: StudyStore
     bars: Bars
     board: Any
-    room: ClusterCapacity
+    capacity: ClusterCapacity
     guard: BudgetMonitor
     _shown: float = 0.0
 
@@ -164,7 +164,7 @@ class Prerequisites:
         for name, run in there.items():
             self._note(BaseRunEvent(name, run))
         missing = {name: start for name, start in starters.items() if name not in there}
-        return BaseRunTasks(self.room, there, missing)
+        return BaseRunTasks(self.capacity, there, missing)
 
     def _train(self, name: str, initial: ModelSource, config: UnlearningConfig) -> Any:
         """Start the training of a base run: the one place where such a task is made."""

@@ -17,7 +17,7 @@ import ray
 
 import search
 import uipe_core
-from search.execution.capacity import ClusterCapacity, autoscaler_fleet, room_for
+from search.execution.capacity import ClusterCapacity, autoscaler_fleet, capacity_of
 from search.execution.ray_compat import ADVICE, ENVIRONMENT, IN_A_JOB, MODE, require_token, start_local
 from search.report.progress import Bars
 from search.spec.sections import PretrainedModel
@@ -50,10 +50,10 @@ def connected(spec: StudySpec, out: Path, bars: Bars, address: str | None = None
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
-        yield _room(spec, own=False)
+        yield _capacity(spec, own=False)
         return
     with _joined(address, bars) if address else _own(out, bars):
-        yield _room(spec, own=not address)
+        yield _capacity(spec, own=not address)
 
 
 @contextmanager
@@ -163,9 +163,9 @@ def _interrupts_held() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _room(spec: StudySpec, own: bool) -> ClusterCapacity:
-    """Return what the cluster holds of the study; see `room_for`."""
+def _capacity(spec: StudySpec, own: bool) -> ClusterCapacity:
+    """Return what the cluster holds of the study; see `capacity_of`."""
     if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.trial.gpus == 0:
         raise UserError("model.device: 'cuda' needs GPUs for the trials; set resources.trial.gpus, for example to 1")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return room_for(spec.resources, nodes, None if own else autoscaler_fleet())
+    return capacity_of(spec.resources, nodes, None if own else autoscaler_fleet())

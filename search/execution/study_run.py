@@ -118,14 +118,14 @@ class StudyRun:
             earlier = self._earlier(done)[:proposals]
             jobs, proposals = jobs + earlier, proposals - len(earlier)
         searched_for = [job for job in jobs if job.kind == "search"]
-        controls_missing = len(jobs) > len(searched_for) or bool(self._mirrors())
+        controls_missing = len(jobs) > len(searched_for) or bool(self._follow_ups())
         if controls_missing or searched_for or proposals:
             with self._guarded(spec.budget) as guard:
                 stop = guard.stop()
-                if stop is None or (stop.mirrored and controls_missing):
-                    with connected(spec, self.store.out, self.bars, self.address) as room:
-                        ground = self._groundwork(room, guard)
-                        self._score(ground, *ground.begin(), jobs, proposals)
+                if stop is None or (stop.scores_front and controls_missing):
+                    with connected(spec, self.store.out, self.bars, self.address) as capacity:
+                        prerequisites = self._prerequisites(capacity, guard)
+                        self._score(prerequisites, *prerequisites.begin(), jobs, proposals)
         self._note_stop()
 
     def confirm(self, points: list[TrialSpec], seeds: Sequence[int]) -> None:
@@ -133,24 +133,24 @@ class StudyRun:
         done = _done_jobs(self.store)
         jobs = [job for point in points for seed in seeds if (job := replace(point, seed=seed)) not in done]
         if jobs:
-            with self._asked_for() as ground:
-                self._score(ground, *ground.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
+            with self._asked_for() as prerequisites:
+                self._score(prerequisites, *prerequisites.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
 
     def dial(self, floor: float) -> None:
         """Score what `search.results.constrained` asks for, round by round."""
         dial = Dial(self.store, floor)
         jobs = dial.jobs()
         if jobs:
-            with self._asked_for() as ground:
-                self._score(ground, *ground.begin(), jobs, 0, iter(dial.jobs, []))
+            with self._asked_for() as prerequisites:
+                self._score(prerequisites, *prerequisites.begin(), jobs, 0, iter(dial.jobs, []))
 
     @contextmanager
     def _asked_for(self) -> Iterator[Prerequisites]:
         """Return what is asked for by itself: only failures end it, and why the search stopped stays as it was."""
         budget = Budget(failure_rate=self.preparation.spec.budget.failure_rate)
         place = connected(self.preparation.spec, self.store.out, self.bars, self.address)
-        with self._guarded(budget) as guard, place as room:
-            yield self._groundwork(room, guard)
+        with self._guarded(budget) as guard, place as capacity:
+            yield self._prerequisites(capacity, guard)
 
     @contextmanager
     def _guarded(self, budget: Budget) -> Iterator[BudgetMonitor]:
@@ -167,13 +167,13 @@ class StudyRun:
         if self.store.record.set_stopped(reason):
             self.store.save_record()
 
-    def _groundwork(self, room: ClusterCapacity, guard: BudgetMonitor) -> Prerequisites:
+    def _prerequisites(self, capacity: ClusterCapacity, guard: BudgetMonitor) -> Prerequisites:
         # On the driver's node: what ends that ends the study, too.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
         board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(ProgressActor).remote()
-        return Prerequisites(self.preparation, self.store, self.bars, board, room, guard)
+        return Prerequisites(self.preparation, self.store, self.bars, board, capacity, guard)
 
-    def _mirrors(self) -> list[TrialSpec]:
+    def _follow_ups(self) -> list[TrialSpec]:
         return follow_up_trials(self.store)
 
     def _earlier(self, done: set[TrialSpec]) -> list[TrialSpec]:
@@ -188,15 +188,15 @@ class StudyRun:
         """Search trials that are decided; counted by number, because samplers may propose a point twice."""
         return sum(len(searched(frame)) for frame in (self.store.trials_frame(("kind",)), self.store.pruned_frame(("kind",))))
 
-    def _rounds(self, tally: StageProgress, asked: Iterable[list[TrialSpec]]) -> Iterator[list[TrialSpec]]:
+    def _rounds(self, progress: StageProgress, asked: Iterable[list[TrialSpec]]) -> Iterator[list[TrialSpec]]:
         """Return what is scored once everything before it has ended: what was asked for, then what the front lacks."""
         for jobs in asked:
-            yield tally.more(jobs)
-        yield tally.more(self._mirrors())
+            yield progress.more(jobs)
+        yield progress.more(self._follow_ups())
 
     def _score(
         self,
-        ground: Prerequisites,
+        prerequisites: Prerequisites,
         context: StudyContext,
         base_runs: BaseRunTasks,
         jobs: list[TrialSpec],
@@ -219,12 +219,12 @@ class StudyRun:
         self.store.use_sampler(sampler)
 
         def poll() -> None:
-            ground.poll(base_runs)
+            prerequisites.poll(base_runs)
             if products is not None:
                 products.poll()
 
-        tally = StageProgress(self.bars, self.store, jobs, proposals)
-        workforce = WorkerPoolMonitor(spec.budget.trial_minutes)
+        progress = StageProgress(self.bars, self.store, jobs, proposals)
+        pool = WorkerPoolMonitor(spec.budget.trial_minutes)
         searcher = StudySearcher(
             self.store,
             spec.search_space(),
@@ -232,10 +232,10 @@ class StudyRun:
             proposals,
             base_runs.runs,
             poll,
-            self._rounds(tally, rounds),
-            tally.ended,
-            workforce,
-            ground.guard,
+            self._rounds(progress, rounds),
+            progress.ended,
+            pool,
+            prerequisites.guard,
         )
         resources = tune.PlacementGroupFactory([dict(need_of(spec.resources.trial))])
         trainable = tune.with_resources(tune.with_parameters(ScoringTrial, context=context), resources)
@@ -243,11 +243,11 @@ class StudyRun:
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
         try:
             for part in count(1):
-                ground.wait(base_runs, searcher.has_work)
+                prerequisites.wait(base_runs, searcher.has_work)
                 base_runs.require_one()
-                tally.begin()
+                progress.begin()
                 name = f"tune-{time.strftime('%Y%m%d-%H%M%S')}-{part}"
-                run_trials(trainable, searcher, workforce, base_runs.runs.room.most, self.store.out / "ray", name)
+                run_trials(trainable, searcher, pool, base_runs.runs.capacity.most, self.store.out / "ray", name)
                 if searcher.error is not None:
                     raise searcher.error
                 if searcher.done:
@@ -257,7 +257,7 @@ class StudyRun:
             base_runs.cancel()
             if products is not None:
                 products.cancel()
-            tally.close()
+            progress.close()
 
     def _inner_products(self, context: StudyContext, base_runs: BaseRunTasks) -> InnerProducts | None:
         """Return what the sampler that knows the line needs; None, and a word about it, where there are no losses to follow."""

@@ -34,24 +34,26 @@ TRIALS_A_PART = 2500
 
 
 class StudySearcher(Searcher):
-    """Hand out, in this order: jobs as their base runs come, what the sampler proposes, and round by round what is left then.
+    """Hand out trials to Tune and store their ends.
+
+    First the given trials as their base runs are published, then what the sampler proposes, then the rounds.
 
     Args:
         store: The open study; this object is its only writer while Tune runs.
         space: The search space.
-        jobs: What is to be scored whatever the sampler says: controls, points at alpha = 0, points of a grid.
-        proposals: How many points the sampler may still propose. Failed ones count, so that a study whose every trial fails
-            comes to an end; the same command tries again.
-        runs: The base runs: jobs wait for theirs, and end with it if it failed.
-        poll: Brings `runs` up to date.
-        rounds: What is done next each time everything else has ended: at last the mirrors of the front.
-        finished: Called with each ended job, the reason of its failure or None, and whether it will be run again.
-        workforce: Tells why a worker died, and for how long it was at work.
-        guard: Says when the study's budget is used up.
+        jobs: Given trials: controls, points at alpha = 0, points of a grid.
+        proposals: How many points the sampler may still propose. Failed ones count, so that a study whose trials all fail
+            ends.
+        runs: The base runs. A trial waits for its base run, and fails with it.
+        poll: Update `runs`.
+        rounds: Trials to score each time everything before has ended; the last round is the controls of the front.
+        finished: Called with each ended trial, the reason of its failure or None, and whether it is run again.
+        pool: The workers: why one died, and for how long it ran.
+        guard: The study's budget.
 
     Attributes:
         done: Nothing is left to hand out. While base runs are missing, Tune may get FINISHED without that, so that idle
-            workers give their resources back; then it is to be started again as soon as `has_work`.
+            workers release their resources; start it again as soon as `has_work`.
         error: What the study's storage or folder raised; the search has then stopped, and its caller raises it.
     """
 
@@ -65,7 +67,7 @@ class StudySearcher(Searcher):
         poll: Callable[[], None],
         rounds: Iterator[list[TrialSpec]],
         finished: Callable[[TrialSpec, str | None, bool], None],
-        workforce: WorkerPoolMonitor,
+        pool: WorkerPoolMonitor,
         guard: BudgetMonitor,
     ) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class StudySearcher(Searcher):
         self._runs, self._poll = runs, poll
         self._rounds = rounds
         self._finished = finished
-        self._workforce, self._guard = workforce, guard
+        self._pool, self._guard = pool, guard
         self._running: dict[str, tuple[int, TrialSpec]] = {}
         self._held: set[str] = set()
         self._deaths: Counter[TrialSpec] = Counter()
@@ -95,7 +97,7 @@ class StudySearcher(Searcher):
         return True
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next job as a Tune configuration; None while the end of running jobs must be awaited."""
+        """Return the next trial as a Tune configuration; None while running trials must end first."""
         if self.error is not None:
             return self.FINISHED
         try:
@@ -105,7 +107,7 @@ class StudySearcher(Searcher):
             return self.FINISHED
 
     def on_trial_result(self, trial_id: str, result: Mapping[str, Any]) -> None:
-        """End the trial in the study already, where its worker is held a while longer (see `search.execution.tune`)."""
+        """End the trial in the study; its worker may be held a while longer (`search.execution.worker_pool`)."""
         self.on_trial_complete(trial_id, result)
         self._held.add(trial_id)
 
@@ -120,7 +122,7 @@ class StudySearcher(Searcher):
             self.error = self.error or problem
 
     def has_work(self) -> bool:
-        """Return True if there is something for Tune to do now: a job whose base run is there, or the end of it all."""
+        """Return True if Tune has something to do: a trial whose base run is published, or the end of the search."""
         self._heed_budget()
         if not self._runs.missing:
             return True
@@ -131,8 +133,8 @@ class StudySearcher(Searcher):
         self._heed_budget()
         self._poll()
         self._end_jobs_without_base_run()
-        room = len(self._running) + len(self._held) < self._runs.trials_at_once()
-        if room and self._handed_out < TRIALS_A_PART and (asked := self._ask()) is not None:
+        capacity = len(self._running) + len(self._held) < self._runs.trials_at_once()
+        if capacity and self._handed_out < TRIALS_A_PART and (asked := self._ask()) is not None:
             self._handed_out += 1
             self._running[trial_id] = asked
             self._idle_since = None
@@ -225,7 +227,7 @@ class StudySearcher(Searcher):
         if stop is None:
             return
         self._proposals = 0
-        if stop.mirrored:
+        if stop.scores_front:
             # Points of a grid are proposals, too; those that died and come again are not.
             self._jobs = deque(job for job in self._jobs if job.kind != "search" or job in self._deaths)
         else:
@@ -236,11 +238,11 @@ class StudySearcher(Searcher):
     def _end(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
         number, job = self._running.pop(trial_id)
         if error or result is None:
-            death = self._workforce.death(trial_id)
+            death = self._pool.death(trial_id)
             reason, again, details = death.reason, not death.timed_out and self._again(job), death.details
         else:
             reason, again, details = str(result.get("reason") or ""), False, str(result.get("traceback") or "")
-        self._guard.held(self._workforce.ended(trial_id), self._store.spec.resources.trial)
+        self._guard.held(self._pool.ended(trial_id), self._store.spec.resources.trial)
         if reason or result is None:
             self._guard.failed(reason, again)
             self._fail(job, number, reason, again, details)
@@ -300,15 +302,13 @@ class _ReleaseEnded(tune.Callback):
         release_trial(trial)
 
 
-def run_trials(
-    trainable: Any, searcher: StudySearcher, workforce: WorkerPoolMonitor, at_once: int, folder: Path, name: str
-) -> None:
+def run_trials(trainable: Any, searcher: StudySearcher, pool: WorkerPoolMonitor, at_once: int, folder: Path, name: str) -> None:
     """Let Tune run what a searcher hands out until it has nothing more at the moment.
 
     Args:
         trainable: What a worker runs for each job, with its resources.
         searcher: Where jobs come from and results go.
-        workforce: Watches the workers.
+        pool: The workers.
         at_once: How many trials run at the same time at most.
         folder: Tune's own files go here, below `name`.
         name: Of this run of Tune, unique in the folder.
@@ -317,7 +317,7 @@ def run_trials(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=searcher,
-            scheduler=workforce.scheduler(),
+            scheduler=pool.scheduler(),
             num_samples=-1,
             max_concurrent_trials=at_once,
             reuse_actors=True,
@@ -326,7 +326,7 @@ def run_trials(
             name=name,
             storage_path=str(folder.resolve()),
             verbose=0,
-            callbacks=[workforce.callback(), _ReleaseEnded()],
+            callbacks=[pool.callback(), _ReleaseEnded()],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     ).fit()

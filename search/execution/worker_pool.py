@@ -107,23 +107,23 @@ PATIENCE_SECONDS = 30.0
 
 
 class _Watch(tune.Callback):
-    def __init__(self, workforce: WorkerPoolMonitor) -> None:
-        self._workforce = workforce
+    def __init__(self, pool: WorkerPoolMonitor) -> None:
+        self._pool = pool
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        self._workforce.begins(trial)
+        self._pool.begins(trial)
 
 
 class _Patience(FIFOScheduler):
-    def __init__(self, workforce: WorkerPoolMonitor) -> None:
+    def __init__(self, pool: WorkerPoolMonitor) -> None:
         super().__init__()
-        self._workforce = workforce
+        self._pool = pool
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        self._workforce.waits(trial)
+        self._pool.waits(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
-        return str(TrialScheduler.CONTINUE if self._workforce.holds() else TrialScheduler.STOP)
+        return str(TrialScheduler.CONTINUE if self._pool.holds() else TrialScheduler.STOP)
 
     def choose_trial_to_run(self, tune_controller: Any) -> Trial | None:
         """None: Tune starts what waits in the order it came. Its own schedulers look through all trials there ever were."""

@@ -12,10 +12,10 @@ from search.execution.capacity import (
     ClusterCapacity,
     Fleet,
     autoscaler_fleet,
+    capacity_of,
     fits,
     need_of,
     per_base_run,
-    room_for,
     trials_held,
 )
 from search.spec.runtime import BaseRunResources, Resources, TrialResources
@@ -39,10 +39,10 @@ CLUSTER = Path(__file__).resolve().parents[3] / "ray_cluster.yaml"
     ],
 )
 def test_trials_get_what_base_runs_leave_and_never_their_last_room(slots, per_run, missing, trials, beside):
-    room = ClusterCapacity(slots, per_run, slots)
-    assert room.trials(missing) == trials
-    assert room.base_runs(beside_trials=True) == beside
-    assert room.base_runs(beside_trials=False) == max(slots // per_run, 1)
+    capacity = ClusterCapacity(slots, per_run, slots)
+    assert capacity.trials(missing) == trials
+    assert capacity.base_runs(beside_trials=True) == beside
+    assert capacity.base_runs(beside_trials=False) == max(slots // per_run, 1)
     # What is held at once fits, or is a single base run.
     held = trials + per_run * min(missing, beside)
     assert held <= max(slots, per_run)
@@ -111,8 +111,8 @@ def test_a_cluster_without_gpus_counts_those_its_autoscaler_may_bring(tmp_path):
 def test_a_study_gets_what_it_asks_for_or_all_there_is():
     nodes = [{"CPU": 8.0, "GPU": 2.0}] * 3
     trial, base_run = TrialResources(cpus=2, gpus=1), BaseRunResources(cpus=2, gpus=2)
-    assert room_for(Resources(trial=trial, base_run=base_run), nodes, None) == ClusterCapacity(6, 2, 6)
-    assert room_for(Resources(max_concurrent=2, trial=trial, base_run=base_run), nodes, None) == ClusterCapacity(6, 2, 2)
+    assert capacity_of(Resources(trial=trial, base_run=base_run), nodes, None) == ClusterCapacity(6, 2, 6)
+    assert capacity_of(Resources(max_concurrent=2, trial=trial, base_run=base_run), nodes, None) == ClusterCapacity(6, 2, 2)
 
 
 @pytest.mark.parametrize(
@@ -127,20 +127,20 @@ def test_what_no_node_could_ever_hold_is_refused(part, needs, said):
     nodes = [{"CPU": 8.0, "fast": 1.0, "memory": 1e9, "object_store_memory": 1e8, "node:10.0.0.1": 1.0}]
     for fleet in (None, Fleet()):
         with pytest.raises(UserError) as caught:
-            room_for(Resources(**{part: needs}), nodes, fleet)
+            capacity_of(Resources(**{part: needs}), nodes, fleet)
         for words in (*said, "lower it"):
             assert words in str(caught.value)
         assert "memory" not in str(caught.value) and "10.0.0.1" not in str(caught.value)
     # Somebody else's cluster may grow by means not known here; one's own does not.
     patient = Resources(max_concurrent=5, **{part: needs})
-    assert room_for(patient, nodes, Fleet()).most == 5
+    assert capacity_of(patient, nodes, Fleet()).most == 5
     with pytest.raises(UserError):
-        room_for(patient, nodes, None)
+        capacity_of(patient, nodes, None)
 
 
 def test_a_cluster_that_has_no_gpu_yet_is_no_error(tmp_path):
     resources = Resources(trial=TrialResources(cpus=4, gpus=1), base_run=BaseRunResources(cpus=4, gpus=1))
-    assert room_for(resources, [{"CPU": 8.0}], autoscaler_fleet(described(tmp_path))) == ClusterCapacity(20, 1, 20)
+    assert capacity_of(resources, [{"CPU": 8.0}], autoscaler_fleet(described(tmp_path))) == ClusterCapacity(20, 1, 20)
 
 
 def test_no_description_is_no_autoscaler(tmp_path):

@@ -221,15 +221,15 @@ def test_what_was_searched_before_counts_for_the_share(harness, made_up_evidence
 
 def test_without_a_base_run_that_failed_the_others_are_searched_evenly(harness, made_up_evidence):
     lost = [TrialSpec("next_epoch", "npo", 3, 0.0), *GIVEN]
-    mirrored = []
-    study = harness(jobs=lost, proposals=4, there={"grad_diff": ("aa",)}, mirrors=lambda: mirrored.append(1) or [])
+    scores_front = []
+    study = harness(jobs=lost, proposals=4, there={"grad_diff": ("aa",)}, mirrors=lambda: scores_front.append(1) or [])
     study.runs.fail("npo", "the loss is not finite")
     for number in range(1, 5):
         job = study.next()
         assert (job.kind, job.base) == ("search", "grad_diff")
         study.finish(number, made_up_evidence(job))
     assert study.next() == StudySearcher.FINISHED and study.searcher.done
-    assert mirrored == [1]
+    assert scores_front == [1]
     reason = "base run npo failed: the loss is not finite"
     assert study.ends[:3] == [(job, reason, False) for job in lost]
     assert [failure["reason"] for failure in study.store.failures()] == [reason] * 2

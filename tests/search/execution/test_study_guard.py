@@ -44,7 +44,7 @@ def test_hours_are_those_of_all_runs_and_outlive_them(new_store, tmp_path):
     assert guard.stop() is None
     guard.held(3600.0, TrialResources(gpus=1))
     assert guard.stop() == Stop("gpu_hours", "it held GPUs for 5.25 GPU-hours of 4.5 (budget.gpu_hours)")
-    assert guard.stop().mirrored is guard.stop().gave_up is False
+    assert guard.stop().scores_front is guard.stop().gave_up is False
     assert len(said) == 1
 
 
@@ -92,7 +92,7 @@ def test_growth_goes_on_where_the_last_run_left_it(new_store, made_up_evidence):
         second.scored(*add(store, made_up_evidence, "search", model_utility=0.45))
     assert second.stop().budget == "plateau"
     # The next run stops where this one did, and more patience goes on.
-    assert BudgetMonitor(store, PLATEAU, said.append).stop().mirrored
+    assert BudgetMonitor(store, PLATEAU, said.append).stop().scores_front
     assert BudgetMonitor(store, Budget(plateau=Plateau(trials=6)), said.append).stop() is None
     assert len(said) == 2
 
