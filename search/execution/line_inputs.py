@@ -116,7 +116,7 @@ def line_sampler(
     reports = {name: report for name, report in context.references.items() if isinstance(report, ScoreReport)}
     initial, retain = (reports[name].take(rows, hashes).arrays() for name in ("initial", "retain"))
 
-    def yardstick() -> tuple[Sequence[float], Sequence[float]]:
+    def reference() -> tuple[Sequence[float], Sequence[float]]:
         corner, cap = store.reference_point(), store.noise_ceiling(store.controls_frame())
         names = [objective.name for objective in store.objectives]
         return [corner[name] for name in names], [objective.ceiling(cap) for objective in store.objectives]
@@ -126,7 +126,7 @@ def line_sampler(
         alpha=(spec.search.alpha.low, spec.search.alpha.high),
         curves=OutcomeModel(spec.definition, [objective.quality_of for objective in store.objectives], retain),
         initial=initial,
-        yardstick=yardstick,
+        reference=reference,
         items=store.items,
         lines=lines,
     )

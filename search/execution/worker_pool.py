@@ -63,20 +63,20 @@ class WorkerPoolMonitor:
         self._limit = trial_minutes
         self._waiting: dict[str, Trial] = {}
         self._working: dict[str, tuple[Trial, float]] = {}
-        self._patient_until = 0.0
+        self._hold_until = 0.0
 
     def waits(self, trial: Trial) -> None:
-        """A trial waits for a worker from now on."""
+        """Note that a trial waits for a worker."""
         self._waiting[trial.trial_id] = trial
 
     def begins(self, trial: Trial) -> None:
-        """A worker has started on a trial."""
+        """Note that a worker has started on a trial."""
         self._waiting.pop(trial.trial_id, None)
         self._working[trial.trial_id] = (trial, time.monotonic())
 
     def death(self, trial_id: str) -> WorkerFailure:
         """Why the worker of a trial died; to be asked before the trial has `ended`."""
-        self._patient_until = time.monotonic() + PATIENCE_SECONDS
+        self._hold_until = time.monotonic() + HOLD_SECONDS
         trial, begun = self._working.get(trial_id, (self._waiting.get(trial_id), None))
         text = failure_text(trial)
         found = worker_failure(text, None if begun is None else time.monotonic() - begun, self._limit)
@@ -90,23 +90,23 @@ class WorkerPoolMonitor:
 
     def holds(self) -> bool:
         """Return True if a worker that is done must wait for others to start."""
-        return bool(self._waiting) and time.monotonic() < self._patient_until
+        return bool(self._waiting) and time.monotonic() < self._hold_until
 
     def callback(self) -> tune.Callback:
         """Tune's way to tell of workers that start."""
-        return _Watch(self)
+        return _NoteStarts(self)
 
     def scheduler(self) -> TrialScheduler:
-        """Tune's way to ask what becomes of a worker that is done; workers start from now on."""
-        self._patient_until = time.monotonic() + PATIENCE_SECONDS
-        return _Patience(self)
+        """Make the Tune scheduler that holds finished workers while others start."""
+        self._hold_until = time.monotonic() + HOLD_SECONDS
+        return _HoldFinished(self)
 
 
-PATIENCE_SECONDS = 30.0
+HOLD_SECONDS = 30.0
 """How long after a death, or after the start, workers that are done wait for others: a node that is gone may not come back."""
 
 
-class _Watch(tune.Callback):
+class _NoteStarts(tune.Callback):
     def __init__(self, pool: WorkerPoolMonitor) -> None:
         self._pool = pool
 
@@ -114,7 +114,7 @@ class _Watch(tune.Callback):
         self._pool.begins(trial)
 
 
-class _Patience(FIFOScheduler):
+class _HoldFinished(FIFOScheduler):
     def __init__(self, pool: WorkerPoolMonitor) -> None:
         super().__init__()
         self._pool = pool

@@ -9,7 +9,9 @@ from search.problem.objectives import Objective
 from search.problem.pareto import hypervolume
 
 
-def best_first(front: pd.DataFrame, objectives: tuple[Objective, ...], corner: np.ndarray, ceilings: list[float]) -> list[int]:
+def best_first(
+    front: pd.DataFrame, objectives: tuple[Objective, ...], reference: np.ndarray, ceilings: list[float]
+) -> list[int]:
     """Trials of a front by the hypervolume that only they add, largest first; equal ones keep their order.
 
     Args:
@@ -19,8 +21,8 @@ def best_first(front: pd.DataFrame, objectives: tuple[Objective, ...], corner: n
         ceilings: Value of each objective above which more counts for nothing.
     """
     points = np.minimum(front[[objective.name for objective in objectives]].to_numpy(dtype=float), ceilings)
-    whole = hypervolume(points, corner)
-    adds = [whole - hypervolume(np.delete(points, row, axis=0), corner) for row in range(len(points))]
+    whole = hypervolume(points, reference)
+    adds = [whole - hypervolume(np.delete(points, row, axis=0), reference) for row in range(len(points))]
     return [int(front["trial"].iloc[row]) for row in np.argsort(-np.array(adds), kind="stable")]
 
 

@@ -115,9 +115,9 @@ class StudyResult:
         for rule in RULES:
             with contextlib.suppress(UserError):
                 chosen.append(int(self.select(rule)["trial"]))
-        corner = self.reference_point()
+        reference = self.reference_point()
         ceilings = [objective.ceiling(self.forget_quality_cap) for objective in self.objectives]
-        order = finalists.best_first(front, self.objectives, np.array([corner[n] for n in _names(self.store)]), ceilings)
+        order = finalists.best_first(front, self.objectives, np.array([reference[n] for n in _names(self.store)]), ceilings)
         numbers = list(dict.fromkeys([*chosen, *order]))[:top]
         return front.set_index("trial", drop=False).loc[numbers].reset_index(drop=True)
 
@@ -216,7 +216,7 @@ class StudyResult:
         return front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
 
     def reference_point(self) -> dict[str, float]:
-        """The corner hypervolume is measured from (`search.problem.objectives`)."""
+        """Return the reference point of hypervolume, by objective (`search.problem.objectives`)."""
         return self.store.reference_point()
 
     def floor_of(self, name: str) -> float:
@@ -247,8 +247,8 @@ class StudyResult:
         names = _names(self.store)
         points = np.concatenate([frame[names].to_numpy(dtype=float) for frame in frames])
         points = np.minimum(points, [objective.ceiling(self.forget_quality_cap) for objective in self.objectives])
-        corner = self.reference_point()
-        return float(hypervolume(points, np.array([corner[name] for name in names])))
+        reference = self.reference_point()
+        return float(hypervolume(points, np.array([reference[name] for name in names])))
 
     @property
     def gain(self) -> dict[str, float]:

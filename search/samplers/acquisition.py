@@ -33,13 +33,13 @@ class LineSearch:
         ceiling: (m,) values above which a gain counts for nothing; infinite where there is none.
     """
 
-    def __init__(self, geometry: Geometry, curves: OutcomeModel, corner: Sequence[float], ceiling: Sequence[float]) -> None:
+    def __init__(self, geometry: Geometry, curves: OutcomeModel, reference: Sequence[float], ceiling: Sequence[float]) -> None:
         self._geometry, self._curves = geometry, curves
-        self._corner, self._ceiling = np.asarray(corner, dtype=float), np.asarray(ceiling, dtype=float)
+        self._reference, self._ceiling = np.asarray(reference, dtype=float), np.asarray(ceiling, dtype=float)
         self._places: list[tuple[int, float]] = []
         self._values: list[Mapping[str, FloatArray]] = []
         self._widths: dict[str, int] = {}
-        self._front = np.zeros((0, len(self._corner)))
+        self._front = np.zeros((0, len(self._reference)))
         self._model: MultiOutputGP | None = None
         self._kernels: tuple[Kernel, Kernel] | None = None
         self._fitted_on = 0
@@ -114,7 +114,7 @@ class LineSearch:
             drawn[name] = deviation[:, None, None] * errors[name].astype(np.float32)
             drawn[name] += mean.astype(np.float32)[:, None, :]
         values = self._curves.objectives(drawn)
-        return growth(np.minimum(values, self._ceiling), front, self._corner).mean(axis=1)
+        return growth(np.minimum(values, self._ceiling), front, self._reference).mean(axis=1)
 
     def _front_with(self, model: MultiOutputGP, pending: Points | None) -> FloatArray:
         """The front of what has been scored, and of points under way as expected."""
@@ -138,7 +138,7 @@ class LineSearch:
         return self._model
 
 
-def growth(points: FloatArray, front: FloatArray, corner: FloatArray) -> FloatArray:
+def growth(points: FloatArray, front: FloatArray, reference: FloatArray) -> FloatArray:
     """(...) hypervolume that each point alone would add to a front.
 
     Args:
@@ -146,20 +146,20 @@ def growth(points: FloatArray, front: FloatArray, corner: FloatArray) -> FloatAr
         front: (f, m) non-dominated points, in any order; f may be 0.
         corner: (m,) reference point.
     """
-    above = front[np.all(front > corner, axis=1)] if len(front) else front
-    if len(corner) > 2:
+    above = front[np.all(front > reference, axis=1)] if len(front) else front
+    if len(reference) > 2:
         # In slabs of the last objective: within each, those count that reach it.
-        levels = np.unique(np.concatenate([corner[-1:], above[:, -1]]))
+        levels = np.unique(np.concatenate([reference[-1:], above[:, -1]]))
         upper = np.append(levels[1:], np.inf)
         total = np.zeros(points.shape[:-1])
         for low, high in zip(levels, upper, strict=True):
             depth = np.clip(points[..., -1], low, high) - low
-            total += depth * growth(points[..., :-1], above[above[:, -1] > low, :-1], corner[:-1])
+            total += depth * growth(points[..., :-1], above[above[:, -1] > low, :-1], reference[:-1])
         return total
     kept = above[non_dominated(above)] if len(above) else above
     kept = kept[np.argsort(kept[:, 0])]
-    edges = np.concatenate([corner[:1], kept[:, 0]])
-    heights = np.append(kept[:, 1], corner[1])
+    edges = np.concatenate([reference[:1], kept[:, 0]])
+    heights = np.append(kept[:, 1], reference[1])
     ends = np.append(kept[:, 0], np.inf)
     total = np.zeros(points.shape[:-1])
     for low, high, height in zip(edges, ends, heights, strict=True):

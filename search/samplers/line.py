@@ -55,7 +55,7 @@ class LineStudy:
         alpha: Both ends of the range.
         curves: What is modelled of item scores.
         initial: Item scores of the initial model: the point where every line begins.
-        yardstick: Reference point and noise ceilings, by objective; asked for once, with the first proposal.
+        reference: Reference point and noise ceilings, by objective; asked for once, with the first proposal.
         items: Item scores of a trial by its number, None where it has none.
         lines: The update vectors that are there now; None while nothing is known of them.
     """
@@ -64,7 +64,7 @@ class LineStudy:
     alpha: tuple[float, float]
     curves: OutcomeModel
     initial: Arrays
-    yardstick: Callable[[], tuple[Sequence[float], Sequence[float]]]
+    reference: Callable[[], tuple[Sequence[float], Sequence[float]]]
     items: Callable[[int], Arrays | None]
     lines: Callable[[], UpdateVectors | None]
 
@@ -173,7 +173,7 @@ class LineSampler(BaseSampler):
     def _taught(self, lines: UpdateVectors, trials: Sequence[FrozenTrial]) -> LineSearch | None:
         """Return the model of all scores; it is rebuilt where there are more update vectors than before."""
         if self._measure is None:
-            self._measure = self._world.yardstick()
+            self._measure = self._world.reference()
         if self._search is None or lines is not self._lines:
             self._search = LineSearch(Geometry(lines.gram), self._world.curves, *self._measure)
             self._search.tell(0, 0.0, self._world.curves.of(self._world.initial))

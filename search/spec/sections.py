@@ -360,7 +360,7 @@ class Split(Section):
 
 
 class ReferencePoint(Section):
-    """The corner hypervolume is measured from; None is the floor that the number of items sets."""
+    """Reference point of hypervolume; None is the lowest value that so many items can give."""
 
     log10_forget_quality: Annotated[float, Field(le=0)] | None = None
     model_utility: Annotated[float, Field(ge=0, lt=1)] = 0.0

@@ -183,7 +183,7 @@ def test_objectives_follow_from_the_recorded_items(collected, tmp_path):
         assert metrics.model_utility == pytest.approx(table.objectives[row, 1], abs=1e-6)
 
 
-def test_the_table_of_a_study_has_its_points_and_its_yardstick(collected, result):
+def test_the_table_of_a_study_has_its_points_and_its_reference_point(collected, result):
     labels = [each["label"] for each in collected.meta["bases"]]
     points = {
         (labels[base], epoch, alpha)
