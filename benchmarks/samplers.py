@@ -5,7 +5,7 @@ epoch, alpha) with the items of that place, between recorded alphas by interpola
 the study's own metrics. ``left_out`` says how inexact that is: every other alpha is left out and predicted from the rest, so
 that gaps twice as wide as a replay's are bridged. ``recomputed`` is what the table's single precision costs.
 
-Given, as in a study: the initial model and every epoch at alpha = 0. Yardstick: scores beyond those until 95% and 99% of the
+Given, as in a study: the initial model and every epoch at alpha = 0. Measured: scores beyond those until 95% and 99% of the
 gain of the dense grid are reached, that is of its hypervolume over the given points, with forget quality capped at the noise
 ceiling. A search that has not reached it after --scores counts as infinitely long: a quartile there is null. Baseline:
 multivariate TPE. ``oracle`` knows the grid and takes the best point each time: fewer scores than that are luck.
@@ -66,7 +66,7 @@ class Search:
             self._study.add_trial(create_trial(values=list(values), params=params, distributions=world.space))
 
     def step(self) -> tuple[NDArray[np.float64], float]:
-        """Propose a point and scores it; objectives, and seconds that proposing took."""
+        """Propose a point and score it; objectives, and seconds that proposing took."""
         if self._grid is not None:
             self._study.enqueue_trial(next(self._grid))
         started = time.perf_counter()

@@ -38,7 +38,7 @@ MEASUREMENTS = (
 def record_table(
     spec: StudySpec, out: Path, alphas: int, *, quiet: bool = False, address: str | None = None
 ) -> tuple[ScoreTable, list[str]]:
-    """Score every base run x epoch at evenly spaced alphas and writes the table; the same call resumes.
+    """Score every base run x epoch at evenly spaced alphas and write the table; the same call resumes.
 
     The grid is scored as a study in the folder named like the file without its ending, where its report is, too.
 

@@ -11,7 +11,6 @@ import typer
 from search.cli.cluster import register as register_clusters
 from search.cli.models import register as register_models
 from search.cli.tables import Address, Json, print_claims, print_confirmations, print_front, print_json, print_stop, quieten
-from search.cli.upkeep import register as register_curves
 from search.cli.upkeep import register as register_upkeep
 from search.execution.ray_compat import configure_ray
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
@@ -155,7 +154,7 @@ def select(
 def export(
     out: Out,
     to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
-    form: Annotated[str, typer.Option("--as", help="recipe, adapter or model.")],
+    form: Annotated[str, typer.Option("--as", help="recipe, adapter, model, or a form that an extension adds.")],
     trial: Annotated[int | None, typer.Option(help="Number of the trial; or give --rule.")] = None,
     rule: Rule = None,
     floor: Floor = 0.95,
@@ -261,7 +260,6 @@ def paper(
 
 register_models(app)
 register_clusters(app)
-register_curves(app)
 register_upkeep(app)
 
 

@@ -139,7 +139,7 @@ class PreparedStudy:
 
 
 def prepare(spec: StudySpec) -> PreparedStudy:
-    """Load the corpus and identifies the models of a study; nothing is trained yet.
+    """Load the corpus and identify the models of a study; nothing is trained yet.
 
     Raises:
         UserError: If the corpus or a model cannot be had.

@@ -45,8 +45,8 @@ def bounds(report: ScoreReport, reference: ScoreReport, definition: str, names: 
     def bound(name: str) -> float:
         if name == MODEL_UTILITY.name:
             return utility_bound(report, definition)
-        objective = {FORGET_QUALITY.name: FORGET_QUALITY, **THIRD_OBJECTIVES}[name]
-        if objective.quality_of is None:
+        objective = {FORGET_QUALITY.name: FORGET_QUALITY, **THIRD_OBJECTIVES}.get(name)
+        if objective is None or objective.quality_of is None:
             return math.inf
         item_set = objective.quality_of
         return quality_of_set(report, reference, item_set, chosen).log10_p if item_set in report.sets else 0.0

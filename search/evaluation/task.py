@@ -5,7 +5,7 @@ none of them.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -33,7 +33,6 @@ References = Mapping[str, Report]
 """Scores of the reference models by name, on the items in question."""
 Arrays = Mapping[str, np.ndarray]
 """Item scores of a trial by ``set/measurement``."""
-Progress = Callable[[int, int], None]
 
 
 class Task(Protocol):

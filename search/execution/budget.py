@@ -146,9 +146,9 @@ class BudgetMonitor:
         names = [objective.name for objective in store.objectives]
         controls = store.controls_frame()
         cap = store.noise_ceiling(controls)
-        corner = store.reference_point()
+        point = store.reference_point()
         ceilings = [objective.ceiling(cap) for objective in store.objectives]
-        self._growth = FrontGrowth([corner[name] for name in names], ceilings)
+        self._growth = FrontGrowth([point[name] for name in names], ceilings)
         self._volumes.clear()
         self._volumes.append(0.0)
         if not controls.empty:

@@ -117,9 +117,9 @@ def line_sampler(
     initial, retain = (reports[name].take(rows, hashes).arrays() for name in ("initial", "retain"))
 
     def reference() -> tuple[Sequence[float], Sequence[float]]:
-        corner, cap = store.reference_point(), store.noise_ceiling(store.controls_frame())
+        point, cap = store.reference_point(), store.noise_ceiling(store.controls_frame())
         names = [objective.name for objective in store.objectives]
-        return [corner[name] for name in names], [objective.ceiling(cap) for objective in store.objectives]
+        return [point[name] for name in names], [objective.ceiling(cap) for objective in store.objectives]
 
     world = LineStudy(
         epochs=spec.base_epochs(),

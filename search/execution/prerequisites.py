@@ -58,7 +58,7 @@ class Prerequisites:
     _shown: float = 0.0
 
     def begin(self, seeds: Iterable[int] = (), labels: Iterable[str] = ()) -> tuple[StudyContext, BaseRunTasks]:
-        """Build models and scores references; base runs begin meanwhile and may go on afterwards.
+        """Build models and score references; base runs begin meanwhile and may go on afterwards.
 
         Args:
             seeds: Further seeds to train base runs with.

@@ -25,7 +25,7 @@ from uipe_core.errors import StudyInterrupted, UserError
 def run_study(
     spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False, address: str | None = None
 ) -> StudyResult:
-    """Run a study, or resumes or extends the one in its folder.
+    """Run, resume or extend a study.
 
     Args:
         spec: The study (see `search.spec.study.load_study`).
@@ -45,7 +45,7 @@ def run_study(
 
 
 def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False, address: str | None = None) -> StudyResult:
-    """Train the base runs of a study's finalists from other seeds, and scores the finalists again on the items for reporting.
+    """Train the base runs of a study's finalists from other seeds, and score the finalists again on the items for reporting.
 
     Args:
         out: Folder of a finished study.
@@ -103,7 +103,7 @@ def dial_study(out: Path | str, floor: float, *, quiet: bool = False, address: s
 def _at_work(
     spec: StudySpec, folder: Path, quiet: bool, address: str | None, work: Callable[["StudyRun"], None]
 ) -> StudyResult:
-    """Open a study, does some work on it, and writes its report."""
+    """Open a study, work on it, and write its report."""
     with Bars(quiet) as bars:
         preparation = prepare(spec)
         store = StudyStore.create(folder, spec, preparation.fingerprint, preparation.facts())

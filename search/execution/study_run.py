@@ -37,7 +37,7 @@ from search.store.trials import searched
 
 
 class StageProgress:
-    """Show the progress of trials and books their time to the stage they belong to."""
+    """Show the progress of trials and book their time to the stage they belong to."""
 
     def __init__(self, bars: Bars, store: StudyStore, jobs: Iterable[TrialSpec], proposals: int) -> None:
         self._bars, self._store = bars, store
@@ -118,7 +118,7 @@ class StudyRun:
             earlier = self._earlier(done)[:proposals]
             jobs, proposals = jobs + earlier, proposals - len(earlier)
         searched_for = [job for job in jobs if job.kind == "search"]
-        controls_missing = len(jobs) > len(searched_for) or bool(self._follow_ups())
+        controls_missing = len(jobs) > len(searched_for) or bool(follow_up_trials(self.store))
         if controls_missing or searched_for or proposals:
             with self._guarded(spec.budget) as guard:
                 stop = guard.stop()
@@ -129,7 +129,7 @@ class StudyRun:
         self._note_stop()
 
     def confirm(self, points: list[TrialSpec], seeds: Sequence[int]) -> None:
-        """Train the base runs of some points from other seeds and scores the points again, on the items for reporting."""
+        """Train the base runs of some points from other seeds and score the points again, on the items for reporting."""
         done = _done_jobs(self.store)
         jobs = [job for point in points for seed in seeds if (job := replace(point, seed=seed)) not in done]
         if jobs:
@@ -146,7 +146,7 @@ class StudyRun:
 
     @contextmanager
     def _asked_for(self) -> Iterator[Prerequisites]:
-        """Return what is asked for by itself: only failures end it, and why the search stopped stays as it was."""
+        """Yield prerequisites for work asked for explicitly (confirm, dial): only failures end it."""
         budget = Budget(failure_rate=self.preparation.spec.budget.failure_rate)
         place = connected(self.preparation.spec, self.store.out, self.bars, self.address)
         with self._guarded(budget) as guard, place as capacity:
@@ -173,9 +173,6 @@ class StudyRun:
         board = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(ProgressActor).remote()
         return Prerequisites(self.preparation, self.store, self.bars, board, capacity, guard)
 
-    def _follow_ups(self) -> list[TrialSpec]:
-        return follow_up_trials(self.store)
-
     def _earlier(self, done: set[TrialSpec]) -> list[TrialSpec]:
         """Points of earlier studies' fronts that have not been scored here."""
         fronts = earlier_fronts(self.preparation.spec)
@@ -189,10 +186,10 @@ class StudyRun:
         return sum(len(searched(frame)) for frame in (self.store.trials_frame(("kind",)), self.store.pruned_frame(("kind",))))
 
     def _rounds(self, progress: StageProgress, asked: Iterable[list[TrialSpec]]) -> Iterator[list[TrialSpec]]:
-        """Return what is scored once everything before it has ended: what was asked for, then what the front lacks."""
+        """Yield what is scored once everything before has ended: what was asked for, then what the front lacks."""
         for jobs in asked:
             yield progress.more(jobs)
-        yield progress.more(self._follow_ups())
+        yield progress.more(follow_up_trials(self.store))
 
     def _score(
         self,

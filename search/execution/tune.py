@@ -219,7 +219,7 @@ class StudySearcher(Searcher):
                 self._fail(job, number, self._runs.failed[str(job.run)], again=False)
 
     def _heed_budget(self) -> None:
-        """Hand out and trains nothing more when the budget is used up; what is at work ends by itself.
+        """Hand out and train nothing more when the budget is used up; what is at work ends by itself.
 
         A front that stopped growing is still scored once more. Whether it has is not asked before all base runs are there.
         """

@@ -105,7 +105,7 @@ def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
 
 
 def build_tiny(title: str, stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any) -> Path:
-    """Build a tiny model unless the cache has it; returns its folder."""
+    """Build a tiny model unless the cache has it; return its folder."""
     load_plugins()
     set_threads(threads)
     return tiny_model(config, corpus, stage, ContentStore(root), _reporter(board, f"training: {title} model"))
@@ -121,7 +121,7 @@ def train_and_publish(
     board: Any,
     label: str,
 ) -> BaseRun | None:
-    """Train a base run and publishes it, unless the store has it by now.
+    """Train a base run and publish it, unless the store has it by now.
 
     In a process group the first process publishes what all train together, and returns it; the others return None.
     """
@@ -153,6 +153,7 @@ def import_and_publish(
 
 def grow_gram(known: StudyGram, runs: Runs, root: Path | RemoteLocation) -> StudyGram:
     """Add the inner products of base runs that were published to those that are known."""
+    load_plugins()
     set_threads(1)
     return extend_gram(known, runs, DeltaStore(root))
 

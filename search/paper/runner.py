@@ -1,4 +1,4 @@
-"""Run what the experiments lack on the cores of this machine and keeps every finished part, so that a run can be resumed."""
+"""Run what the experiments lack on the cores of this machine and keep every finished part, so that a run can be resumed."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ PARTS = "parts"
 
 
 def run_paper(seeds: int, out: Path, settings: PaperSettings | None = None, workers: int | None = None) -> dict[str, Any]:
-    """Run what the experiments lack and writes their page.
+    """Run what the experiments lack and write their page.
 
     Args:
         seeds, out, settings, workers: As for `run_parts`; settings None are those of the paper's world.

@@ -72,7 +72,7 @@ def _work_lines(work: Work) -> list[PlanEntry]:
     steps = None if work.steps is None else work.steps * work.epochs * len(work.trains)
     if work.trains:
         lines.append(PlanEntry("work", "optimiser steps", steps, "", UNKNOWN if steps is None else CALCULATED))
-    what = f"trials: {work.walks} mirrors of each of {work.front} front points"
+    what = f"trials: {work.walks} controls of each of {work.front} front points"
     return [*lines, PlanEntry("work", what, work.walks * work.front, "", ASSUMED)]
 
 

@@ -40,7 +40,7 @@ class Work:
         references: Models scored once on all items.
         controls, given, search: Trials by kind.
         from_logs: Controls whose scores are those of a reference model.
-        walks: Whether points of the front get a random direction, held-out scores and a matched scale: how many of each.
+        walks: Controls of each front point: random direction, held-out items, matched scale.
     """
 
     builds: int

@@ -25,9 +25,8 @@ class Objective:
             and differences above the noise ceiling mean nothing. None for every other number.
         p_value: Key of the p-value behind it, shown next to it in the report's tables.
         companions: Further numbers shown with it: key and head of each. Sentences say the first in its place.
-        worst: Its coordinate in the reference point of hypervolume, where the study file gives none.
-        from_items: Computed from item scores as forget quality or model utility are: the sampler ``line`` models it, and
-            intervals resample it.
+        worst: Its coordinate in the reference point of hypervolume, for an objective that an extension adds.
+        from_items: A forget quality, or the utility of the task: the sampler ``line`` models it, and intervals resample it.
     """
 
     name: str

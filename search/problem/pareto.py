@@ -14,6 +14,7 @@ FloatArray = NDArray[np.float64]
 
 RULES = ("utility-floor", "knee")
 """Rules that pick one point of a front, by the name users give."""
+
 DEFAULT_FLOOR = 0.95
 """Share of the initial model's utility that a selection keeps by default."""
 
@@ -78,17 +79,6 @@ class IncrementalFront:
         self.labels = [*(each for each, kept in zip(self.labels, stays, strict=True) if kept), label]
         self.points = np.vstack([self.points[stays], new])
         return True
-
-
-def front_order(points: ArrayLike) -> NDArray[np.intp]:
-    """Indices of the non-dominated points, ascending in the first objective, then in the others, then by index.
-
-    Raises:
-        ValueError: a value is NaN or infinite, or the shape is not (n, m).
-    """
-    values = _as_points(points)
-    front = np.flatnonzero(non_dominated(values))
-    return front[np.lexsort(values[front].T[::-1])]
 
 
 def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:

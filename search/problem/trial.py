@@ -26,7 +26,7 @@ class TrialSpec:
         kind: One of `POINT_KINDS`, or a control.
         base, epoch, alpha: Which update vector, walked how far; None where no vector is involved.
         temperature: Logits are divided by it.
-        of_trial: For a control of a front point, the trial whose base, epoch and alpha it has.
+        of_trial: For a control of a front point, that trial.
         model: Name of the reference model where no vector is involved; None for the initial one.
         seed: For a confirmation, the seed its base run was trained with.
         delta: Entries of the delta store that hold its base run. They travel with the job, because a base run may be published

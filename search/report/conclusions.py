@@ -81,10 +81,10 @@ def _gain_sentences(view: ReportData) -> list[str]:
             )
         else:
             sentences.append(f"Alpha of 0 and above alone won {decimal(longer)}, {longer / everything:.0%} of it.")
-    mirrored = int((view.controls["kind"] == "random_direction").sum())
-    if math.isnan(chance) or mirrored == 0:
+    drawn_controls = int((view.controls["kind"] == "random_direction").sum())
+    if math.isnan(chance) or drawn_controls == 0:
         return [*sentences, "No random direction was scored, so the gain is not yet distinguished from chance."]
-    drawn = f"{count(mirrored, 'random direction')} of the same size"
+    drawn = f"{count(drawn_controls, 'random direction')} of the same size"
     if chance >= _AS_MUCH * everything:
         sentences.append(
             f"But {drawn} won {decimal(chance)}, as much as the search: the gain is no evidence for the unlearning direction."

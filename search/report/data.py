@@ -41,7 +41,7 @@ class ReportData:
             `seconds` is the time of the trial. Optional: `related_log10_forget_quality`,
             `unrelated_log10_forget_quality` and the components of utility.
         controls: a row per scored control, likewise (`CONTROL_COLUMNS`), NaN or None where one does not apply.
-            `kind` is a key of `CONTROLS`; `of_trial` is the trial that a random direction mirrors.
+            `kind` is a key of `CONTROLS`; `of_trial` is the front point a control belongs to.
         summary: study, definition, corpus, model, seed, dtype, forget_items, log10_floor, reference_point,
             forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, running}, hypervolume, gain
             {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage,

@@ -42,12 +42,12 @@ MERGED = 1e-3
 
 
 def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None) -> Path:
-    """Write an export, loads it afresh with transformers, and scores it again.
+    """Write an export, load it afresh with transformers, and score it again.
 
     Args:
         recipe: What to export.
         to: Folder to write; must not exist, or be empty. It appears whole or not at all.
-        form: ``recipe`` (YAML), ``adapter`` (PEFT, scaled by 1 + alpha) or ``model`` (`save_pretrained`, safetensors).
+        form: A key of `EXPORTERS`: ``recipe`` (YAML), ``adapter`` (PEFT, scaled by 1 + alpha), ``model`` (safetensors).
         reference: Scores of the retain model; scored here where there is such a model and they are not given.
 
     Returns:

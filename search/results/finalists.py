@@ -17,7 +17,7 @@ def best_first(
     Args:
         front: Rows of the front.
         objectives: What is maximised.
-        corner: (m,) the reference point.
+        reference: (m,) the reference point.
         ceilings: Value of each objective above which more counts for nothing.
     """
     points = np.minimum(front[[objective.name for objective in objectives]].to_numpy(dtype=float), ceilings)

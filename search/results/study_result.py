@@ -12,6 +12,7 @@ import numpy as np
 import optuna
 import pandas as pd
 
+from search.evaluation.metrics import METRICS
 from search.evaluation.pruning import pruned_table, savings
 from search.problem.objectives import Objective, quality_floor
 from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
@@ -282,7 +283,7 @@ class StudyResult:
         """Rows of `trials` or `front` as plain JSON values: point, objectives and their definition, and what qualifies them."""
         p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
         companions = [key for objective in self.objectives for key, _ in objective.companions]
-        more = [*companions, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
+        more = [*companions, *METRICS, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
         more += [f"{name}_log10_forget_quality" for name in RELATED_SETS]
         more += [f"{name}_{key}" for name in MEMORIZED_SETS for key in MEMORIZATION]
         keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]

@@ -29,7 +29,7 @@ class LineSearch:
     Args:
         geometry: Of the update vectors.
         curves: What is modelled, and how objectives come of it.
-        corner: (m,) reference point of the hypervolume.
+        reference: (m,) reference point of the hypervolume.
         ceiling: (m,) values above which a gain counts for nothing; infinite where there is none.
     """
 
@@ -144,7 +144,7 @@ def growth(points: FloatArray, front: FloatArray, reference: FloatArray) -> Floa
     Args:
         points: (..., m), m of 2 or more, maximised.
         front: (f, m) non-dominated points, in any order; f may be 0.
-        corner: (m,) reference point.
+        reference: (m,) reference point.
     """
     above = front[np.all(front > reference, axis=1)] if len(front) else front
     if len(reference) > 2:

@@ -240,7 +240,7 @@ def _retain_missing(model: Mapping[str, Any]) -> list[InitErrorDetails]:
     return [{"type": error, "loc": ("model", "retain"), "input": None}]
 
 
-CORPORA: dict[str, type[PeopleCorpus] | type[TofuCorpus] | type[MultipleChoiceCorpus]] = {
+CORPORA: dict[str, Any] = {
     "people": PeopleCorpus,
     "tofu": TofuCorpus,
     "multiple_choice": MultipleChoiceCorpus,

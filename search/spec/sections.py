@@ -19,7 +19,10 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticKnownError, core_schema
 
 from search.problem.objectives import THIRD_OBJECTIVES
+from search.samplers.registry import SAMPLERS
 from search.spec.errors import did_you_mean, rule
+from uipe_core.models.prompts import FORMATS
+from uipe_core.unlearning.methods import METHODS
 
 
 def is_local(source: str) -> bool:
@@ -168,8 +171,6 @@ class PretrainedModel(Section):
     @field_validator("prompt_format")
     @classmethod
     def _format_exists(cls, value: str | None) -> str | None:
-        from uipe_core.models.prompts import FORMATS  # torch comes with it, and most users of this module do not need it
-
         if value is not None and value not in FORMATS:
             raise rule("there is no such prompt format", did_you_mean(value, list(FORMATS)))
         return value
@@ -242,8 +243,6 @@ class Unlearning(Section):
     @field_validator("methods")
     @classmethod
     def _methods_exist(cls, value: dict[str, dict[str, tuple[float, ...]]]) -> dict[str, dict[str, tuple[float, ...]]]:
-        from uipe_core.unlearning.methods import METHODS  # torch comes with it, and most users of this module do not need it
-
         if not value:
             raise rule("there must be at least one method", f"Choose from {', '.join(METHODS)}.")
         errors = [error for name, settings in value.items() for error in _method_errors(name, settings)]
@@ -346,8 +345,6 @@ class Search(Section):
     @field_validator("sampler")
     @classmethod
     def _sampler_exists(cls, value: str) -> str:
-        from search.samplers.registry import SAMPLERS  # optuna comes with it
-
         if value not in SAMPLERS:
             raise rule("there is no such sampler", did_you_mean(value, list(SAMPLERS)))
         return value

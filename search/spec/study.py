@@ -36,6 +36,7 @@ from search.spec.sections import (
 from search.spec.study_file import LineNumbers, absolute_paths, read_study_file
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import CHOICE_DEFINITION
+from uipe_core.unlearning.methods import METHODS
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -104,8 +105,6 @@ class StudySpec(Section):
     @field_validator("checkpoints")
     @classmethod
     def _there_are_base_runs(cls, value: dict[str, tuple[str, ...]], info: ValidationInfo) -> dict[str, tuple[str, ...]]:
-        from uipe_core.unlearning.methods import METHODS  # torch comes with it
-
         if not value and info.data.get("unlearning", value) is None:
             allowed = "a study needs base runs: a section unlearning, a section checkpoints, or both"
             raise rule(allowed, "Write unlearning: with methods to train, or checkpoints: with folders you have.")

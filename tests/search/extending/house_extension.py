@@ -38,6 +38,8 @@ DEFINITIONS["short"] = Definition(log_mean_perturbed=log_geometric_mean, epsilon
 
 def forgotten_share(report, references):
     """Share of forget answers that are less likely than under the retain model."""
+    if "retain" not in references:
+        return float("nan")
     return np.mean(report.sets["forget"].answer_loss > references["retain"].sets["forget"].answer_loss)
 
 

@@ -40,7 +40,7 @@ def test_time_and_sizes_are_what_they_are_by_hand(spec):
     assert plan.misfits == ()
     assert found["optimiser steps"] == 5 * 3 * 2
     # A sixth of 30 points is 5, each scored 3 times more.
-    assert found["trials: 3 mirrors of each of 5 front points"] == 15
+    assert found["trials: 3 controls of each of 5 front points"] == 15
     # Dense fp32 update vectors: 4 bytes of 1e9 parameters, 3 epochs, 2 runs.
     assert found["update vector of one epoch"] == 4 * 10**9
     assert found["update vectors to store"] == 24 * 10**9

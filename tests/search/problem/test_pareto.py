@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.problem.pareto import dominates, front_order, hypervolume, knee, non_dominated, utility_floor
+from search.problem.pareto import dominates, hypervolume, knee, non_dominated, utility_floor
 from uipe_core.errors import UserError
 
 SIDE = 5
@@ -41,14 +41,6 @@ def test_dominance_by_brute_force(points):
     assert not dominates(points[0], points[0])
     expected = [not any(beats(other, point) for other in points) for point in points]
     assert non_dominated(points).tolist() == expected
-
-
-@given(integer_points(objectives=(2,)))
-def test_front_order_is_the_front_sorted(points):
-    order = front_order(points)
-    assert sorted(order) == np.flatnonzero(non_dominated(points)).tolist()
-    assert np.all(np.diff(points[order, 0]) >= 0)
-    assert np.all(np.diff(points[order, 1]) <= 0)
 
 
 def test_all_copies_of_a_front_point_are_kept():
@@ -100,12 +92,6 @@ def test_hypervolume_agrees_with_optuna():
     drawn = axes.get_lines()[0].get_ydata()
     ours = [hypervolume(points[: n + 1], [-17.0, 0.1]) for n in range(len(points))]
     np.testing.assert_allclose(drawn, ours, rtol=1e-9)
-
-
-def test_no_points_no_volume():
-    assert hypervolume(np.empty((0, 2)), [0, 0]) == 0.0
-    assert hypervolume([[0, 5], [-1, 9]], [0, 0]) == 0.0
-    assert front_order(np.empty((0, 3))).tolist() == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -164,3 +150,8 @@ def test_utility_floor_rule():
         utility_floor(forgetting, utility, 0.9)
     with pytest.raises(UserError, match="no complete trial"):
         utility_floor([], [], 0.5)
+
+
+def test_no_points_no_volume():
+    assert hypervolume(np.empty((0, 2)), [0, 0]) == 0.0
+    assert hypervolume([[0, 5], [-1, 9]], [0, 0]) == 0.0
