@@ -4,7 +4,7 @@ A token of an answer attends to the prompt and to the tokens of its own answer b
 Rows are padded on the right; attention is causal, so padding does not reach an answer.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,18 +53,18 @@ class Rows:
     lengths: tuple[int, ...]
 
 
-def group_by_prompt(examples: Sequence[Example]) -> list[Group]:
-    """Group examples by prompt, shortest rows first."""
+def group_by_prompt(examples: Sequence[Example], numbers: Iterable[int] | None = None) -> list[Group]:
+    """Group examples (all, or those of some numbers) by prompt, shortest rows first."""
     by_prompt: dict[tuple[int, ...], list[int]] = {}
-    for number in range(len(examples)):
+    for number in range(len(examples)) if numbers is None else numbers:
         example = examples[number]
         by_prompt.setdefault(example.input_ids[: example.prompt_length], []).append(number)
     return _sorted([tuple(numbers) for numbers in by_prompt.values()], examples)
 
 
-def one_per_row(examples: Sequence[Example]) -> list[Group]:
-    """Put each example into a row of its own, shortest first."""
-    return _sorted([(number,) for number in range(len(examples))], examples)
+def one_per_row(examples: Sequence[Example], numbers: Iterable[int] | None = None) -> list[Group]:
+    """Put each example (all, or those of some numbers) into a row of its own, shortest first."""
+    return _sorted([(number,) for number in (range(len(examples)) if numbers is None else numbers)], examples)
 
 
 def _sorted(groups: list[Group], examples: Sequence[Example]) -> list[Group]:
