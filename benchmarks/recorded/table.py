@@ -123,7 +123,7 @@ def _meta(path: Path, content: dict[str, NDArray[Any]]) -> dict[str, Any]:
     if not isinstance(version, int):
         raise UserError(f"{path}: a numpy archive, but no table of scores; give a file that benchmarks/recorded wrote")
     if version > VERSION:
-        raise UserError(f"{path}: format {version}, at most {VERSION} can be read; upgrade uipe-search, or record it again")
+        raise UserError(f"{path}: format {version}, this program reads up to {VERSION}; upgrade uipe-search")
     missing = [key for key in META_KEYS if key not in meta]
     if missing:
         raise UserError(f"{path}: its description lacks {', '.join(missing)}; record it again (benchmarks/README.md)")

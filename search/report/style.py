@@ -4,11 +4,13 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 def number(value: Any, missing: float = math.nan) -> float:
@@ -75,7 +77,7 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7
 INK, MUTED, FAINT, BAND = "#1f2328", "#6b7280", "#a3a9b3", "#eceff3"
 
 
-def png(figure: Figure) -> bytes:
+def png(figure: "Figure") -> bytes:
     """The picture as PNG at `DPI` dots per inch, twice what a page at 100 pixels per inch shows."""
     buffer = io.BytesIO()
     # Without the software stamp the same study gives the same bytes.
@@ -83,7 +85,7 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def style(axes: Axes) -> None:
+def style(axes: "Axes") -> None:
     """A light grid, two spines, small type."""
     axes.grid(color="#e3e6ea", linewidth=0.6, zorder=0)
     axes.set_axisbelow(True)
@@ -94,7 +96,7 @@ def style(axes: Axes) -> None:
         label.set(fontsize=9.5, color=INK)
 
 
-def title(axes: Axes, text: str) -> None:
+def title(axes: "Axes", text: str) -> None:
     """A bold title on the left."""
     axes.set_title(plain(text), fontsize=10, fontweight="bold", loc="left", color=INK)
 

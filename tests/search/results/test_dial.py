@@ -150,7 +150,7 @@ def test_the_command_tells_what_is_wrong_before_it_begins(call, copied):
 
 def test_where_everything_is_forgotten_already_nothing_is_scored(copied, call, monkeypatch):
     """The tiny study's model never knew enough: the answer is among its trials."""
-    monkeypatch.setattr("search.execution.run.connected", lambda *_: pytest.fail("a cluster was started"))
+    monkeypatch.setattr("search.execution.study_run.connected", lambda *_: pytest.fail("a cluster was started"))
     code, text, error = call("dial", copied, "--floor", 0.9)
     assert code == 0, error
     trials = StudyResult.open(copied).trials

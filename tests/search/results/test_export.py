@@ -136,7 +136,7 @@ def test_an_adapter_is_loaded_by_peft_and_already_scaled(finished, write_study, 
     report = Scorer(preparation.corpus, loaded.prompts, preparation.scoring).score(loaded)
     metrics = evaluate(report, reference)
     expected = {"definition": "tofu", "model_utility": metrics.model_utility, **metrics.forget_quality.as_dict()}
-    provenance = {"corpus": "people", "models": dict(preparation.models), "versions": {}}
+    provenance = {"corpus": "people", "models": dict(preparation.models.identities), "versions": {}}
     recipe = Recipe(preparation.spec, preparation.fingerprint, 0, run.label, 1, 0.75, expected, provenance)
     folder = export(recipe, tmp_path / "adapter", "adapter", reference)
     merged = export(recipe, tmp_path / "model", "model", reference)
