@@ -27,9 +27,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# by two processes, file by file
+# By three processes, file by file: most of the time tests of studies wait for Ray, not for a core.
 test: lint
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile
 
 test-slow: setup
 	$(BIN)/pytest --slow
