@@ -31,9 +31,9 @@ from machine import machine
 from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState, create_trial
+from recorded.replay import World
+from recorded.table import ScoreTable, read_table
 
-from benchmarks.recorded.replay import World
-from benchmarks.recorded.table import ScoreTable, read_table
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
 from search.problem.pareto import non_dominated
 from search.problem.space import own_epoch, sampled_epoch

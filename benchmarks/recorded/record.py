@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from benchmarks.recorded.table import ScoreTable, write_table
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.execution.ray_compat import configure_ray
 from search.execution.run import run_study
@@ -22,6 +21,8 @@ from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.deltas.checkpoints import find_checkpoints
 from uipe_core.deltas.store import DeltaStore
 from uipe_core.errors import UserError
+
+from .table import ScoreTable, write_table
 
 MEASUREMENTS = (
     "answer_loss",

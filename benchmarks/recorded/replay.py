@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from scipy.interpolate import CubicSpline
 
-from benchmarks.recorded.table import ScoreTable
 from search.problem.pareto import hypervolume
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import ScoreReport, set_scores
 from uipe_core.metrics.tofu import evaluate
+
+from .table import ScoreTable
 
 Items = Mapping[str, NDArray[Any]]
 """Item scores by ``set/measurement``."""
