@@ -27,9 +27,10 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# By three processes, file by file: most of the time tests of studies wait for Ray, not for a core.
+# By three processes, file by file: most of the time tests of studies wait for Ray, not for a core. In the order of the
+# folders: by default the files with few tests come last, and the longest tests are among them.
 test: lint
-	$(BIN)/pytest -n 3 --dist loadfile
+	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
 	$(BIN)/pytest --slow
