@@ -71,6 +71,7 @@ def nothing_is_open(out):
         assert set(trials(out, study)) <= {"COMPLETE", "FAIL"}
 
 
+@pytest.mark.slow
 def test_killed_drivers_and_workers_lose_only_what_was_running(slower_study, launch, living_processes, tmp_path):
     out = tmp_path / "out"
     command = ("run", slower_study, "--out", out)
