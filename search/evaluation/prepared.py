@@ -16,7 +16,6 @@ from search.store.record import fingerprint
 from uipe_core.corpora.split import Split, split_corpus, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.checkpoints import checkpoint_identity, checkpoint_inputs
-from uipe_core.metrics.tofu import log10_p_floor
 from uipe_core.scoring.scorer import ScoringConfig
 from uipe_core.storage.files import cache_folder
 from uipe_core.storage.node_cache import GIGABYTE
@@ -129,7 +128,6 @@ class PreparedStudy:
                 "hash": self.corpus.hash,
                 "sets": self.corpus.set_hashes,
                 "items": items,
-                "quality_floors": {name: log10_p_floor(count, count) for name, count in items["select"].items() if count},
                 "groups": self._groups(),
             },
             "models": dict(self.models.identities),

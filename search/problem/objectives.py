@@ -105,10 +105,7 @@ def forget_quality_cap(given: float | None, controls: "pd.DataFrame") -> float:
 
 
 def reference_point(
-    objectives: Sequence[Objective],
-    given: Mapping[str, float | None],
-    item_counts: Mapping[str, int],
-    floors: Mapping[str, float] | None = None,
+    objectives: Sequence[Objective], given: Mapping[str, float | None], item_counts: Mapping[str, int]
 ) -> dict[str, float]:
     """Return the reference point of hypervolume, by objective.
 
@@ -116,19 +113,13 @@ def reference_point(
         objectives: The objectives of the study.
         given: Coordinates by objective from the study file; None for the lowest value that so many items can give.
         item_counts: Items by evaluation set.
-        floors: Lowest log10 forget quality by evaluation set, as far as it is known already: computing it imports scipy.
 
     Raises:
         UserError: A coordinate follows from a set that the corpus lacks.
     """
     values = {objective.name: given.get(objective.name, objective.worst) for objective in objectives}
     sets = {objective.name: str(objective.quality_of) for objective in objectives}
-    known = floors or {}
-
-    def floor(name: str) -> float:
-        return known[name] if name in known else quality_floor(item_counts, name)
-
-    return {name: floor(sets[name]) if value is None else value for name, value in values.items()}
+    return {name: quality_floor(item_counts, sets[name]) if value is None else value for name, value in values.items()}
 
 
 def quality_floor(item_counts: Mapping[str, int], name: str) -> float:

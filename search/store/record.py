@@ -35,7 +35,6 @@ class CorpusRecord(_Part):
         name, hash: Of the corpus.
         sets: Item-set hash by evaluation set.
         items: Number of items by half (``select``, ``report``) and evaluation set.
-        quality_floors: Lowest log10 forget quality by evaluation set; empty in older records.
         groups: Per evaluation set, the person or author of each item; None where it has none.
     """
 
@@ -43,7 +42,6 @@ class CorpusRecord(_Part):
     hash: str = ""
     sets: dict[str, str] = Field(default_factory=dict)
     items: dict[str, dict[str, int]] = Field(default_factory=dict)
-    quality_floors: dict[str, float] = Field(default_factory=dict)
     groups: dict[str, list[str | None]] = Field(default_factory=dict)
 
 

@@ -83,8 +83,7 @@ class StudyStore:
 
     def reference_point(self) -> dict[str, float]:
         """Return the reference point of the hypervolume, by objective."""
-        given = self.spec.hypervolume.reference_point.model_dump()
-        return reference_point(self.objectives, given, self.item_counts, self.record.corpus.quality_floors)
+        return reference_point(self.objectives, self.spec.hypervolume.reference_point.model_dump(), self.item_counts)
 
     def noise_ceiling(self, controls: pd.DataFrame) -> float:
         """Return the forget quality above which differences are noise (`search.problem.objectives.forget_quality_cap`)."""

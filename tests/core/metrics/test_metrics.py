@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -371,3 +373,9 @@ def test_another_definition_only_needs_an_entry(monkeypatch):
     assert result.components["Truth Ratio Retain"] == pytest.approx(1 - ratio)
     assert result.components["Prob Real World"] == pytest.approx(0.5 / (0.5 + 0.25 + 0.125 + 0.1))
     assert result.forget["Truth Ratio Forget"] == pytest.approx(min(ratio, 1 / (ratio + 0.1)))
+
+
+def test_the_floor_needs_no_scipy():
+    # Commands that read a study compute it, and SciPy takes longer to import than they take.
+    code = "import sys; from uipe_core.metrics.tofu import log10_p_floor as f; f(40, 40); sys.exit('scipy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -323,9 +323,3 @@ def test_a_third_objective_counts_in_front_and_hypervolume(study, made_up_eviden
     page = write_report(result).read_text()
     assert "log10 forget quality of related facts (K2)" in page
     assert result.rows(result.front)[0].keys() >= {"related_log10_forget_quality"}
-
-
-def test_the_record_keeps_the_floors_so_that_reading_imports_no_scipy(result):
-    floors = result.store.record.corpus.quality_floors
-    assert floors["forget"] == log10_p_floor(result.item_counts["forget"], result.item_counts["forget"])
-    assert set(floors) == {name for name, count in result.item_counts.items() if count}
