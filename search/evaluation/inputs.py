@@ -1,8 +1,6 @@
 """Check local inputs and load warm-start points before anything is spent."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from search.problem.pareto import non_dominated
@@ -42,16 +40,16 @@ def check_inputs(spec: StudySpec) -> list[str]:
         elif spec.checkpoints:
             check_checkpoints(spec, Path(spec.model.initial))
     if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
-        check_steered_layers(spec, partial(_depth, spec.model))
+        check_steered_layers(spec, None)
     return [*notes, *earlier_fronts(spec).notes]
 
 
-def check_steered_layers(spec: StudySpec, depth: Callable[[], int | None]) -> None:
-    """Refuse layers that the initial model lacks, where a method steers one.
+def check_steered_layers(spec: StudySpec, revision: str | None) -> None:
+    """Refuse layers that the initial model lacks, where a method steers one and the number of layers is known.
 
     Args:
         spec: The study.
-        depth: Return the number of decoder layers, None where it is not known; called only if a method steers a layer.
+        revision: Commit that pins an initial model from the hub.
 
     Raises:
         UserError: A layer the model does not have.
@@ -59,20 +57,13 @@ def check_steered_layers(spec: StudySpec, depth: Callable[[], int | None]) -> No
     layers = sorted({int(run.hyperparameters["layer"]) for run in spec.variants() if "layer" in run.hyperparameters})
     if not layers:
         return
-    from uipe_core.unlearning.steering import check_layer
+    from uipe_core.unlearning.steering import check_layer, model_depth
 
-    known = depth()
-    if known is not None:
+    model = spec.model
+    depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, model.trust_remote_code)
+    if depth is not None:
         for layer in layers:
-            check_layer(layer, known)
-
-
-def _depth(model: TinyModel | PretrainedModel) -> int | None:
-    if isinstance(model, TinyModel):
-        return model.layers
-    from uipe_core.unlearning.steering import model_depth
-
-    return model_depth(model.initial, None, model.trust_remote_code)
+            check_layer(layer, depth)
 
 
 def checkpoint_folder(place: str) -> Path:

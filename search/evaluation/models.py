@@ -22,7 +22,6 @@ from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model, tiny_model
 from uipe_core.storage.content_store import ContentStore, content_key
 from uipe_core.storage.files import cache_folder, file_hash
 from uipe_core.unlearning.methods import METHODS
-from uipe_core.unlearning.steering import model_depth
 
 
 @dataclass(frozen=True)
@@ -123,10 +122,6 @@ class TinyModels:
         """Return the initial model without weights, on the meta device."""
         return tiny_skeleton(self.config, self.corpus)
 
-    def depth(self) -> int | None:
-        """Return the number of decoder layers."""
-        return self.section.layers
-
 
 @dataclass(frozen=True)
 class PretrainedModels:
@@ -226,10 +221,6 @@ class PretrainedModels:
     def skeleton(self) -> Any:
         """Return the initial model without weights, on the meta device."""
         return meta_model(self.section.initial, self.revision, self.trust_remote_code)
-
-    def depth(self) -> int | None:
-        """Return the number of decoder layers; None where the configuration does not say."""
-        return model_depth(self.section.initial, self.revision, self.trust_remote_code)
 
     def initial_folder(self) -> Path:
         """Return the folder with the files of the initial model."""

@@ -144,7 +144,7 @@ def prepare(spec: StudySpec) -> PreparedStudy:
     """
     corpus = spec.corpus.load(spec.seed)
     models = models_of(spec, corpus)
-    check_steered_layers(spec, models.depth)
+    check_steered_layers(spec, models.revision)
     if isinstance(models, PretrainedModels) and spec.checkpoints:
         check_checkpoints(spec, models.initial_folder())
     given = {

@@ -19,7 +19,7 @@ from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
 from search.execution.ray_compat import release_trial
 from search.execution.worker_pool import WorkerPoolMonitor
-from search.problem.trial import TrialSpec, identity
+from search.problem.trial import TrialSpec
 from search.store.study_store import StudyStore
 from search.store.trials import searched
 
@@ -82,7 +82,6 @@ class StudySearcher(Searcher):
         self._running: dict[str, tuple[int, TrialSpec]] = {}
         self._held: set[str] = set()
         self._deaths: Counter[TrialSpec] = Counter()
-        self._methods = store.spec.methods()
         self._proposed = _proposed(store)
         self._rivals = Rivals([objective.name for objective in store.objectives])
         for row in store.trials_frame(("alpha", "collapsed")).to_dict("records"):
@@ -248,7 +247,7 @@ class StudySearcher(Searcher):
             self._fail(job, number, reason, again, details)
             return
         metrics = TrialMetrics.from_text(result["metrics"])
-        evidence = {**identity(job, self._methods), **metrics.as_dict()}
+        evidence = {**self._store.identity(job), **metrics.as_dict()}
         items = base64.b64decode(result["items"]) if "items" in result else None
         if metrics.pruned is not None:
             self._store.prune(number, evidence, items)

@@ -69,7 +69,7 @@ def _repaired(result: Repairable, running: bool) -> Finding:
 
 
 def _checks(out: Path, record: StudyRecord, running: bool) -> Iterator[Finding | Repairable]:
-    spec = record.study_spec()
+    spec = record.study_spec
     try:
         store = StudyStore.open(out)
     except UserError as error:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,9 @@ class StudyRecord(_Part):
     usage: dict[str, float] | None = None
     stopped: str | None = None
 
+    @cached_property
     def study_spec(self) -> StudySpec:
-        """Return the study's spec."""
+        """The study's spec, validated once."""
         return StudySpec.recorded(self.spec)
 
     def as_dict(self) -> dict[str, Any]:
@@ -189,8 +191,8 @@ def read_record(out: Path) -> StudyRecord:
             f"{path}: {wrong}: {error.errors()[0]['msg']}; the record is damaged, so run the study into another folder"
         ) from None
     try:
-        record.study_spec()
-    except ValueError as error:
+        _ = record.study_spec
+    except ValidationError as error:
         raise UserError(
             f"{path}: its study is damaged or of another version ({first_line(error)}); run the study into another folder"
         ) from None
@@ -199,7 +201,7 @@ def read_record(out: Path) -> StudyRecord:
 
 def other_study(out: Path, record: StudyRecord, spec: StudySpec) -> str:
     """Return the refusal of a folder that holds another study, with the sections that differ."""
-    old = record.study_spec().model_dump(mode="json")
+    old = record.study_spec.model_dump(mode="json")
     new = spec.model_dump(mode="json")
     old["search"]["trials"] = new["search"]["trials"]
     differing = [key for key in new if key not in RUNNING_KEYS and old[key] != new[key]]

@@ -68,7 +68,7 @@ class StudyStore:
         self._points: TrialTable | None = None
         self._controls: TrialTable | None = None
         self._proposer: InMemoryStudy | None = None
-        self.spec = record.study_spec()
+        self.spec = record.study_spec
         self._methods = self.spec.methods()
 
     @property
@@ -233,7 +233,7 @@ class StudyStore:
         asked, trial = self._proposer.ask(space, given)
         base = trial.params["base"]
         job = TrialSpec(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
-        trial.user_attrs = self._identity(job)
+        trial.user_attrs = self.identity(job)
         number = self._table().begin(asked, trial)
         if number != asked:
             self.use_sampler(self._proposer.sampler)
@@ -241,9 +241,10 @@ class StudyStore:
 
     def ask_control(self, job: TrialSpec) -> int:
         """Start a trial of the controls study; returns its number."""
-        return self._table(controls=True).begin_next(self._identity(job))
+        return self._table(controls=True).begin_next(self.identity(job))
 
-    def _identity(self, job: TrialSpec) -> dict[str, Any]:
+    def identity(self, job: TrialSpec) -> dict[str, Any]:
+        """Return what a trial carries about what it is: kind, base run, method, epoch, alpha and the like."""
         return {name: value for name, value in identity(job, self._methods).items() if value is not None}
 
     def complete(self, job: TrialSpec, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> str | None:
