@@ -108,7 +108,7 @@ def _line_sampler(world: World, seed: int, items: Callable[[int], Items | None])
         alpha=(world.low, world.high),
         curves=OutcomeModel(table.meta["definition"], qualities, table.retain),
         initial=table.initial,
-        reference=lambda: (list(world.corner), list(world.ceilings)),
+        reference=lambda: (list(world.reference), list(world.ceilings)),
         items=items,
         lines=lambda: lines,
     )

@@ -54,7 +54,7 @@ class World:
         ceilings = [np.inf if ceiling is None else ceiling for ceiling in table.meta["ceilings"]]
         if "retain/paraphrase_loss" not in table.arrays or not table.retain:
             raise UserError(f"the table of {table.meta['study']} is none of free text; only such tables can be replayed")
-        self.ceilings, self.corner = np.array(ceilings), np.array(table.meta["corner"])
+        self.ceilings, self.reference = np.array(ceilings), np.array(table.meta["corner"])
 
     @property
     def space(self) -> dict[str, BaseDistribution]:
@@ -91,7 +91,7 @@ class World:
 
     def volume(self, points: NDArray[np.float64]) -> float:
         """Hypervolume, with forget quality capped at the noise ceiling."""
-        return hypervolume(np.minimum(points, self.ceilings), self.corner)
+        return hypervolume(np.minimum(points, self.ceilings), self.reference)
 
     @cached_property
     def given(self) -> list[tuple[int, int, Items, NDArray[np.float64]]]:

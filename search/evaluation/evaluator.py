@@ -143,7 +143,7 @@ class Evaluator:
         if not delta:
             raise ValueError("a job of a base run comes with the entries of the delta store that hold it")
         if self._last is None or self._last[0] != (delta, epoch):
-            self._last = None  # first: what it holds of the node's cache may be the room that the next one needs
+            self._last = None  # first: what it holds of the node's cache may be the space that the next one needs
             run = self._deltas.open(delta)
             # The norm as recorded: a walk of a large update reads it once, and taking its norm would be another reading.
             self._last = ((delta, epoch), run.load(epoch), run.epochs[epoch - 1]["norm"])

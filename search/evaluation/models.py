@@ -104,7 +104,7 @@ class TinyModels:
         return [model for model in found if model.kind in task_of(self.corpus).reference_kinds]
 
     def source(self, which: str, location: str | None = None) -> ModelSource:
-        """Return where a model is; tiny models need the folder they were built in."""
+        """Return how a model that was built in the folder `location` is loaded; a name other than the two is its identity."""
         if location is None:
             raise ValueError("a tiny model is known by the folder it was built in")
         return ModelSource(location, self.identities.get(which, which), device="cpu")

@@ -67,9 +67,9 @@ class BaseRuns:
         """How many trials may run now."""
         return self.capacity.trials(self.missing)
 
-    def startable(self, beside_trials: bool) -> list[str]:
+    def startable(self, with_trials: bool) -> list[str]:
         """The base runs there is room to start now."""
-        return self.waiting[: max(self.capacity.base_runs(beside_trials) - len(self.training), 0)]
+        return self.waiting[: max(self.capacity.base_runs(with_trials) - len(self.training), 0)]
 
     def start(self, name: str) -> None:
         """Move a base run from waiting to training."""
@@ -117,9 +117,9 @@ class BaseRunTasks:
         self._tasks: dict[Any, str] = {}
         self._error: Exception | None = None
 
-    def start(self, beside_trials: bool) -> None:
-        """Start the tasks there is room for; `beside_trials` leaves a slot for a trial."""
-        for name in self.runs.startable(beside_trials):
+    def start(self, with_trials: bool) -> None:
+        """Start the tasks there is room for; `with_trials` leaves a slot for a trial."""
+        for name in self.runs.startable(with_trials):
             self._tasks[self._starters[name]()] = name
             self.runs.start(name)
 

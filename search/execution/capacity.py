@@ -25,9 +25,9 @@ class ClusterCapacity:
     per_run: int = 1
     most: int = 1
 
-    def base_runs(self, beside_trials: bool) -> int:
+    def base_runs(self, with_trials: bool) -> int:
         """Return how many base runs train at once, at least 1: all that fit, or with trials running one slot less."""
-        return max((self.slots - beside_trials) // self.per_run, 1)
+        return max((self.slots - with_trials) // self.per_run, 1)
 
     def trials(self, missing: int) -> int:
         """How many trials run at once while so many base runs are missing.

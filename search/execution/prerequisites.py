@@ -97,14 +97,14 @@ class Prerequisites:
         with self._stage("base_runs"):
             self._record(tasks)
             while tasks.runs.missing and not enough():
-                tasks.start(beside_trials=False)
+                tasks.start(with_trials=False)
                 self._record(tasks, POLL_SECONDS)
 
     def poll(self, tasks: BaseRunTasks) -> None:
         """Record the base runs that have ended, and start others while trials run. Cheap while none is missing."""
         if tasks.runs.missing:
             self._record(tasks)
-            tasks.start(beside_trials=True)
+            tasks.start(with_trials=True)
 
     def _record(self, tasks: BaseRunTasks, timeout: float = 0.0) -> None:
         """Collect what has ended and write it into the study's record; show how far the rest is."""
@@ -262,7 +262,7 @@ class Prerequisites:
     def _tend(self, tasks: BaseRunTasks) -> None:
         """Record what has ended; start all base runs that fit until a first one is published, then leave room for a trial."""
         self._record(tasks)
-        tasks.start(beside_trials=bool(tasks.runs.published))
+        tasks.start(with_trials=bool(tasks.runs.published))
 
     def _show(self) -> None:
         """Show how far the tasks are; while the board's node has just died, nothing."""

@@ -257,7 +257,7 @@ class StudyRun:
             progress.close()
 
     def _inner_products(self, context: StudyContext, base_runs: BaseRunTasks) -> InnerProducts | None:
-        """Return what the sampler that knows the line needs; None, and a word about it, where there are no losses to follow."""
+        """Return the inputs of the sampler `line`; None, with a message, where it has no item scores to model."""
         modelled = all(objective.from_items for objective in self.store.objectives)
         if not (task_of(context.corpus).has_item_curves and modelled):
             what = "an objective is not made of item scores" if not modelled else "multiple choice has no losses to follow"

@@ -118,6 +118,9 @@ def reference_point(
         UserError: A coordinate follows from a set that the corpus lacks.
     """
     values = {objective.name: given.get(objective.name, objective.worst) for objective in objectives}
+    for objective in objectives:
+        if values[objective.name] is None and objective.quality_of is None:
+            raise UserError(f"objective {objective.name}: it has no reference point; give `worst` where it is registered")
     sets = {objective.name: str(objective.quality_of) for objective in objectives}
     return {name: quality_floor(item_counts, sets[name]) if value is None else value for name, value in values.items()}
 

@@ -33,15 +33,15 @@ def held_out(front: pd.DataFrame, controls: pd.DataFrame, objectives: tuple[Obje
     nothing was scored on the items for reporting.
     """
     names = [objective.name for objective in objectives]
-    return _beside(front, controls, "held_out", names, "held_out")
+    return _joined(front, controls, "held_out", names, "held_out")
 
 
 def matched_scale(front: pd.DataFrame, controls: pd.DataFrame, objectives: tuple[Objective, ...]) -> pd.DataFrame:
     """A row per front point with its utility as it is and with its logits at the initial model's scale."""
-    return _beside(front, controls, "matched_scale", [objectives[1].name], "matched")
+    return _joined(front, controls, "matched_scale", [objectives[1].name], "matched")
 
 
-def _beside(front: pd.DataFrame, controls: pd.DataFrame, kind: str, names: list[str], suffix: str) -> pd.DataFrame:
+def _joined(front: pd.DataFrame, controls: pd.DataFrame, kind: str, names: list[str], suffix: str) -> pd.DataFrame:
     again = controls[(controls["kind"] == kind) & controls["of_trial"].notna()]
     columns = ["trial", "base", "epoch", "alpha", *names]
     if again.empty:

@@ -1,4 +1,4 @@
-"""Where on the lines to look next: the candidate whose score is expected to add most to the hypervolume of the front.
+"""Choose the next point: the candidate whose score is expected to add most to the hypervolume of the front.
 
 Pure: arrays in, a place out; nothing is drawn but from the generator given. The sampler of a study (`search.samplers.line`) and
 replays on recorded tables use the same object.

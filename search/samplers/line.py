@@ -1,4 +1,4 @@
-"""The sampler that knows the line: Optuna's side of `search.samplers.acquisition`.
+"""The Optuna sampler `line`: a Gaussian process over theta_init + (1 + alpha) * delta proposes points.
 
 Every proposal is an ordinary point of the flat space and is really scored. Where the model of the line does not apply, another
 sampler proposes: for as long as the inner products of the update vectors are not there, or for good.

@@ -52,7 +52,7 @@ class NodeCache:
             held.enter_context(self._lock(key, fcntl.LOCK_SH))
             folder = self._entries.find(key)
             if folder is None:
-                with self._entries.locked("room"):
+                with self._entries.locked("space"):
                     folder = self._entries.find(key)
                     if folder is None:
                         self._make_room(size)

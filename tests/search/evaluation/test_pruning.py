@@ -318,13 +318,13 @@ class Driver:
 
 
 GIVEN = [TrialSpec("alpha_zero", base, epoch, 0.0) for base in ("grad_diff", "npo") for epoch in (1, 2)]
-CERTIFICATE = {"stage": "general", "bound": {TWO[0]: -6.0, TWO[1]: 0.4}, "trial": 0, "values": {TWO[0]: -5.0, TWO[1]: 0.5}}
+BOUND = {"stage": "general", "bound": {TWO[0]: -6.0, TWO[1]: 0.4}, "trial": 0, "values": {TWO[0]: -5.0, TWO[1]: 0.5}}
 
 
 def pruned_evidence(job):
     facts = {"kind": job.kind, "base": job.base, "method": job.base, "epoch": job.epoch, "alpha": job.alpha}
     walk = Point(job.base, job.epoch, job.alpha).walk
-    return {**facts, "walk": walk, "seconds": 0.1, "seconds_by_stage": {"forget": 0.05, "general": 0.05}, "pruned": CERTIFICATE}
+    return {**facts, "walk": walk, "seconds": 0.1, "seconds_by_stage": {"forget": 0.05, "general": 0.05}, "pruned": BOUND}
 
 
 @pytest.fixture
@@ -349,7 +349,7 @@ def test_a_pruned_trial_is_done_without_values_and_keeps_its_certificate(half_pr
     store, seen, driver = half_pruned
     assert store.counts() == {"complete": 7, "pruned": 3, "failed": 0, "running": 0}
     pruned = list(store.trials((TrialState.PRUNED,)))
-    assert all(trial.values is None and trial.user_attrs["pruned"] == CERTIFICATE for trial in pruned)
+    assert all(trial.values is None and trial.user_attrs["pruned"] == BOUND for trial in pruned)
     assert all(list(store.items(trial.number)) == ["forget/answer_loss"] for trial in pruned)
     assert [job.rivals for job in seen if job.kind != "search"] == [()] * 4
     # Those of alpha >= 0 are held against trials of alpha >= 0; the given ones are.

@@ -41,8 +41,8 @@ CLUSTER = Path(__file__).resolve().parents[3] / "ray_cluster.yaml"
 def test_trials_get_what_base_runs_leave_and_never_their_last_room(slots, per_run, missing, trials, beside):
     capacity = ClusterCapacity(slots, per_run, slots)
     assert capacity.trials(missing) == trials
-    assert capacity.base_runs(beside_trials=True) == beside
-    assert capacity.base_runs(beside_trials=False) == max(slots // per_run, 1)
+    assert capacity.base_runs(with_trials=True) == beside
+    assert capacity.base_runs(with_trials=False) == max(slots // per_run, 1)
     # What is held at once fits, or is a single base run.
     held = trials + per_run * min(missing, beside)
     assert held <= max(slots, per_run)
@@ -54,14 +54,14 @@ def test_no_more_trials_than_the_study_asks_for():
 
 def test_base_runs_start_one_fewer_beside_trials():
     runs = BaseRuns(ClusterCapacity(3, 1, 3), waiting=["a", "b", "c", "d", "e"])
-    assert runs.startable(beside_trials=False) == ["a", "b", "c"]
+    assert runs.startable(with_trials=False) == ["a", "b", "c"]
     for name in "abc":
         runs.start(name)
     runs.publish("a", SimpleNamespace(keys=("k",)))
     assert (runs.missing, runs.trials_at_once()) == (4, 1)
-    assert runs.startable(beside_trials=True) == []
+    assert runs.startable(with_trials=True) == []
     runs.fail("b", "no memory")
-    assert runs.startable(beside_trials=True) == ["d"]
+    assert runs.startable(with_trials=True) == ["d"]
     assert (runs.published, runs.failed) == ({"a": ("k",)}, {"b": "base run b failed: no memory"})
 
 
