@@ -14,9 +14,7 @@ Server = Annotated[
     str | None,
     typer.Option("--address", help="URL of the cluster's job server; RAY_API_SERVER_ADDRESS when left out."),
 ]
-TrialSpec = Annotated[
-    str, typer.Argument(metavar="ID", help="Id of a study's job, as `uipe submit` and `uipe studies` print it.")
-]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="Id of a study's job, as `uipe submit` and `uipe studies` print it.")]
 Follow = Annotated[bool, typer.Option("--follow", help="Print the driver's log until the study ends.")]
 
 cluster = typer.Typer(name="cluster", help="Files that describe clusters.", no_args_is_help=True)
@@ -109,7 +107,7 @@ def _print_tracebacks(out: str, trial: int | None) -> None:
         typer.echo(f"{name}\n{text}")
 
 
-def stop(job: TrialSpec, address: Server = None) -> None:
+def stop(job: JobId, address: Server = None) -> None:
     """Stop a study on a cluster; the same submit resumes it."""
     from search.cluster.jobs import summary_of
 

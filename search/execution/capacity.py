@@ -13,7 +13,7 @@ from uipe_core.errors import UserError, first_line
 
 @dataclass(frozen=True)
 class ClusterCapacity:
-    """Hold what a cluster holds, in slots: one slot is the room of one trial.
+    """Capacity of a cluster in slots: one slot is the resources of one trial.
 
     Attributes:
         slots: Trials the cluster holds, at least 1.
