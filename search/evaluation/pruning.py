@@ -55,11 +55,15 @@ def bounds(report: ScoreReport, reference: ScoreReport, definition: str, names: 
 
 
 def dominating_rival(stage: str, bound: Mapping[str, float], rivals: Iterable[Rival]) -> dict[str, Any] | None:
-    """Why a trial need not be scored further, ready for JSON; None where no rival dominates its bound.
+    """Find a rival that dominates a trial's bound, so that the trial need not be scored further.
+
+    None dominates an infinite bound, which an objective has that nothing is known of before its last stage.
 
     Returns:
-        ``stage``, the last that was scored; ``bound`` by objective; ``trial`` and ``values`` of the rival.
+        ``stage``, the last that was scored; ``bound`` by objective; ``trial`` and ``values`` of the rival. None without one.
     """
+    if not all(math.isfinite(value) for value in bound.values()):
+        return None
     for rival in rivals:
         if dominates([rival["values"][name] for name in bound], list(bound.values())):
             return {"stage": stage, "bound": dict(bound), **rival}

@@ -1,6 +1,7 @@
 """Trials that are not scored to their end: the bounds, the fronts without them, and what the study keeps of them."""
 
 import json
+import math
 from dataclasses import fields, replace
 from itertools import pairwise
 
@@ -216,6 +217,7 @@ def test_equal_numbers_dominate_nothing():
     known = rivals.of(-0.5)
     assert len(known) == 2
     assert dominating_rival("retain", dict(zip(TWO, (-1.0, 0.5), strict=True)), known) is None
+    assert dominating_rival("retain", dict(zip(TWO, (-9.0, math.inf), strict=True)), known) is None
     found = dominating_rival("retain", dict(zip(TWO, (-1.0, 0.4), strict=True)), known)
     assert found == {
         "stage": "retain",

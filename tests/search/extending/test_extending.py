@@ -46,7 +46,7 @@ def extended(call_extended, write_study, tmp_path_factory):
         model={"base": {"epochs": 2}, "finetune": {"epochs": 3}, "other_retain_seeds": []},
         unlearning={"methods": {"bounded_ascent": {"depth": 4.0}}, "epochs": 1},
         scoring={"definition": "short"},
-        search={"sampler": "quasi_random", "trials": 3, "third_objective": "forgotten_share"},
+        search={"sampler": "quasi_random", "trials": 3, "third_objective": "forgotten_share", "prune": True},
     )
     summary = json.loads(call_extended("run", file, "--out", folder / "out", "--json"))
     return folder / "out", summary
