@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 Metric = Callable[[Any, Mapping[str, Any]], float]
-"""Compute a number from the scores of a trial and those of the reference models on the same items, by name."""
+"""Compute a number from the scores of a trial and of the reference models on the same items, by name; NaN is left out."""
 
 METRICS: dict[str, Metric] = {}
 """Further numbers of every trial by name: columns of the tables, and objectives where `THIRD_OBJECTIVES` has the name.

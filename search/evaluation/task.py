@@ -339,7 +339,8 @@ def trial_metrics(
         numbers={
             **task.numbers(metrics),
             **extra,
-            **{name: float(metric(report, references)) for name, metric in METRICS.items()},
+            # What a metric cannot tell is left out: NaN is no JSON, which the dashboard reads.
+            **{name: value for name, metric in METRICS.items() if math.isfinite(value := float(metric(report, references)))},
         },
         logit_scale=report.logit_scale / initial.logit_scale
         if report.logit_scale is not None and initial.logit_scale

@@ -11,6 +11,7 @@ import torch
 
 from search.evaluation.controls import CONTROLS
 from search.evaluation.evaluator import Evaluator
+from search.evaluation.metrics import METRICS
 from search.problem.trial import POINT_KINDS, TrialSpec, identity
 
 
@@ -162,3 +163,11 @@ def test_smaller_batches_give_the_same_numbers_and_say_so(evaluator, with_delta)
     assert half.pop("batch_size") < evaluator.context.scoring.batch_size
     assert half["model_utility"] == pytest.approx(whole["model_utility"], abs=1e-6)
     assert half["log10_forget_quality"] == pytest.approx(whole["log10_forget_quality"], abs=1e-9)
+
+
+def test_a_metric_that_cannot_tell_is_left_out(evaluate, monkeypatch):
+    monkeypatch.setitem(METRICS, "known", lambda report, references: len(references))
+    monkeypatch.setitem(METRICS, "unknown", lambda report, references: math.nan)
+    evidence = evaluate(TrialSpec("initial", model="initial"))
+    assert evidence["known"] == 4.0
+    assert "unknown" not in evidence
