@@ -94,9 +94,9 @@ def logs(
 
 
 def _print_tracebacks(out: str, trial: int | None) -> None:
+    from search.store.folder import read_tracebacks
     from search.store.mirror import readable_folder
     from search.store.record import read_record
-    from search.store.tracebacks import read_tracebacks
 
     folder = readable_folder(out)
     read_record(folder)

@@ -20,8 +20,8 @@ from search.execution.workers import build_tiny, import_and_publish, score_model
 from search.problem.trial import NEVER_FINETUNED, retrained
 from search.report.progress import Bars
 from search.spec.runtime import BaseRunResources, TrialResources
+from search.store.folder import keep_traceback
 from search.store.study_store import StudyStore
-from search.store.tracebacks import keep_traceback
 from uipe_core.deltas.checkpoints import find_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError

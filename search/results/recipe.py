@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from search.evaluation.task import TASKS
 from search.spec.study import RUNNING_KEYS, StudySpec
 from search.store.record import StudyRecord
@@ -42,6 +40,8 @@ class Recipe:
 
     def as_yaml(self) -> str:
         """The recipe as a file, without what the study says about how it is run."""
+        import yaml  # here and below: a status needs neither
+
         content = {
             "uipe_recipe": RECIPE_SCHEMA,
             "fingerprint": self.fingerprint,
@@ -60,6 +60,8 @@ def read_recipe(path: Path) -> Recipe:
     Raises:
         UserError: If it is missing, not a recipe, or damaged.
     """
+    import yaml
+
     try:
         content = yaml.safe_load(path.read_text())
     except OSError as error:

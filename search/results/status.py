@@ -15,8 +15,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.results.study_result import StudyResult
 from search.samplers.registry import SAMPLERS
+from search.store.folder import is_running
 from search.store.mirror import is_url, is_worked_on, readable_folder
-from search.store.study_store import INTERRUPTED, StudyStore, is_running
+from search.store.study_store import INTERRUPTED, StudyStore
 from uipe_core.errors import UserError
 
 PREFIX = "uipe-status: "

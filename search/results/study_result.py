@@ -6,10 +6,9 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import optuna
 import pandas as pd
 
 from search.evaluation.metrics import METRICS
@@ -29,6 +28,9 @@ from uipe_core.errors import UserError
 from uipe_core.logs.parts import MEMORIZATION
 from uipe_core.logs.tofu import read_log
 from uipe_core.metrics.tofu import MEMORIZED_SETS
+
+if TYPE_CHECKING:
+    import optuna
 
 CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "of_trial")
 """Columns that the table of controls always has."""
@@ -85,7 +87,7 @@ class StudyResult:
         return cls(store.out, store, trials.sort_values("trial", ignore_index=True), controls)
 
     @property
-    def study(self) -> optuna.Study:
+    def study(self) -> "optuna.Study":
         """The Optuna study behind it."""
         return self.store.study
 

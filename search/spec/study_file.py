@@ -4,15 +4,16 @@ import copy
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-
-from ruamel.yaml import YAML, MappingNode, Node, ScalarNode, SequenceNode
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from typing import TYPE_CHECKING
 
 from search.spec.corpora import path_sites
 from search.spec.errors import KeyPath, Problem, StudyFileError, key_text, show
 from search.spec.redaction import without_password
 from uipe_core.corpora.files import SUFFIXES
 from uipe_core.errors import first_line
+
+if TYPE_CHECKING:
+    from ruamel.yaml import YAML, Node
 
 LineNumbers = dict[KeyPath, int]
 """Line of every key and list entry, counted from 1."""
@@ -26,6 +27,9 @@ MAX_NODES = 100_000
 _UNREADABLE = (ValueError, LookupError, AttributeError, TypeError, OverflowError)
 """What the parser raises where a value is not what its tag or its form promises: ``!!bool maybe``, ``2026-99-99``."""
 
+_OTHER_INTEGER = re.compile(r"[-+]?(0[0-9_]+|[0-9][0-9_]*_[0-9_]*|[0-9][0-9_]*(:[0-5]?[0-9])+)")
+"""Plain scalars that YAML 1.1 reads as another integer than YAML 1.2: octal, with underscores, in base 60."""
+
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 
@@ -35,6 +39,9 @@ def read_study_file(path: Path) -> tuple[dict[str, object], LineNumbers]:
     Raises:
         StudyFileError: The file is missing, unreadable, not text, not YAML, empty, not a mapping, or has a key twice.
     """
+    # Here and below where it is used: commands that read a recorded study need no YAML.
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
     try:
         data, lines, problems = _parse(_read_text(path))
     except RecursionError:
@@ -58,6 +65,8 @@ def read_study_file(path: Path) -> tuple[dict[str, object], LineNumbers]:
 
 def write_study_file(path: Path, content: Mapping[str, object]) -> None:
     """Write plain data so that `read_study_file` reads the same: a text such as 1e5 gets its quotes."""
+    from ruamel.yaml import YAML
+
     yaml = YAML(pure=True)
     yaml.width = 1000
     yaml.dump(content, path)
@@ -86,6 +95,8 @@ def _read_text(path: Path) -> str:
 
 
 def _parse(text: str) -> tuple[dict[str, object], LineNumbers, list[Problem]]:
+    from ruamel.yaml import YAML
+
     yaml = YAML(typ="safe", pure=True)
     yaml.allow_duplicate_keys = True  # ruamel stops at the first; `_problems` names them all
     node = yaml.compose(text)
@@ -102,8 +113,11 @@ def _parse(text: str) -> tuple[dict[str, object], LineNumbers, list[Problem]]:
     return data, lines, []
 
 
-def _problems(yaml: YAML, node: Node, path: KeyPath, lines: LineNumbers, above: tuple[int, ...]) -> Iterator[Problem]:
+def _problems(yaml: "YAML", node: "Node", path: KeyPath, lines: LineNumbers, above: tuple[int, ...]) -> Iterator[Problem]:
     """Note the lines of keys; yield a problem per repeated key, unreadable value and alias that contains itself."""
+    from ruamel.yaml import MappingNode, ScalarNode, SequenceNode
+    from ruamel.yaml.error import YAMLError
+
     place = f"line {node.start_mark.line + 1}"
     if id(node) in above:
         yield Problem(key_text(path), "this alias contains itself. Write the value out.", place)
@@ -114,6 +128,8 @@ def _problems(yaml: YAML, node: Node, path: KeyPath, lines: LineNumbers, above: 
         )
     lines.setdefault(path, node.start_mark.line + 1)
     above = (*above, id(node))
+    if isinstance(node, ScalarNode) and node.style is None and _OTHER_INTEGER.fullmatch(node.value):
+        yield Problem(key_text(path), _two_readings(node.value), place)
     # A tag without a constructor is an error of the whole file, with a place of its own.
     if isinstance(node, ScalarNode) and node.tag in yaml.constructor.yaml_constructors:
         try:
@@ -140,6 +156,18 @@ def _problems(yaml: YAML, node: Node, path: KeyPath, lines: LineNumbers, above: 
             first.setdefault(name, line)
             lines[(*path, name)] = line
             yield from _problems(yaml, inner, (*path, name), lines, above)
+
+
+def _two_readings(value: str) -> str:
+    """Say what YAML 1.2 reads where 1.1, which many other programs read, has another integer."""
+    digits = value.lstrip("+-")
+    if digits.isdigit():
+        reading = f"the number {int(value)}"
+        remedy = f"Write {int(value)}"
+    else:
+        reading = "a text"
+        remedy = f"Write the number as digits alone{'' if ':' in value else f' ({int(value)})'}"
+    return f"found {value}: YAML 1.2 reads {reading}, YAML 1.1 another number. {remedy}, or put a text in quotes."
 
 
 def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, object], list[tuple[KeyPath, str]]]:

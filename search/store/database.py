@@ -7,7 +7,7 @@ import signal
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -21,6 +21,7 @@ from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from search.spec.redaction import without_password, without_secrets_of
+from search.store.sqlite_reading import BUSY_SECONDS, PATIENCE_SECONDS
 from uipe_core.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -30,16 +31,10 @@ Result = TypeVar("Result")
 STORAGE_ERRORS = (StorageInternalError, DBAPIError)
 """Errors that Optuna and SQLAlchemy raise when a database fails."""
 
-PATIENCE_SECONDS = 60.0
-"""How long a database may be locked or gone before a run gives up."""
-
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 
 CHECK_SECONDS = 10.0
 """How often a driver checks that it still holds the writer lock of a shared database."""
-
-BUSY_SECONDS = 5
-"""How long SQLite itself waits for a lock; Ctrl-C is deferred meanwhile."""
 
 POSTGRESQL = {
     # A server that vanishes silently (a machine without power) is noticed within about half a minute.
@@ -186,6 +181,16 @@ class Database:
         self._lock = lock
         # A new connection may be to a server that was started again, and has forgotten the lock.
         event.listen(self.engine, "connect", self._forget_check)
+
+    def rows(self, statement: str, parameters: Mapping[str, Any]) -> list[Any]:
+        """Return the rows of a query with parameters by name."""
+
+        def read(_: bool) -> list[Any]:
+            with self.engine.connect() as connection:
+                return list(connection.execute(text(statement), parameters).all())
+
+        # A database that is locked for writing can still be read.
+        return self.with_retry(read, proves=False)
 
     def hurry(self) -> None:
         """Try everything only once from now on."""

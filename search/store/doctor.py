@@ -10,8 +10,9 @@ from optuna.trial import TrialState
 from search.spec.redaction import without_password
 from search.store import checks as findings
 from search.store.checks import ADVICE, FIXED, OK, PROBLEM, Finding, Repairable
+from search.store.folder import LOCK, is_running
 from search.store.record import StudyRecord, read_record
-from search.store.study_store import LOCK, StudyStore, is_running
+from search.store.study_store import StudyStore
 from uipe_core.deltas.checkpoints import checkpoint_inputs
 from uipe_core.errors import UserError
 from uipe_core.storage.content_store import ContentStore, content_key

@@ -1,4 +1,4 @@
-"""Read Optuna's databases in parts, through the tables that Optuna itself declares.
+"""Read Optuna's databases in parts, with queries of its tables.
 
 `BaseStorage.get_all_trials` builds all trials of a study at once, with several objects per attribute. At 10,000 trials that
 takes a quarter of a minute and some 300 MB, even where only their states are wanted. Nothing is written here.
@@ -8,27 +8,20 @@ Everything the store assumes of Optuna beyond its documentation is pinned by ``t
 
 import json
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from datetime import UTC, datetime
 from functools import lru_cache
 from math import inf
 from typing import Any
 
 from optuna.distributions import BaseDistribution, json_to_distribution
-from optuna.storages._rdb import models
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Engine, select
 
-_TRIALS, _PARAMETERS, _VALUES, _USER, _SYSTEM = (
-    model.__table__
-    for model in (
-        models.TrialModel,
-        models.TrialParamModel,
-        models.TrialValueModel,
-        models.TrialUserAttributeModel,
-        models.TrialSystemAttributeModel,
-    )
-)
+Rows = Callable[[str, Mapping[str, Any]], list[Any]]
+"""Answer a query that has parameters by name (``:name``)."""
+
+SCHEMA = "v3.2.0.a"
+"""Optuna's name of the tables that the queries are written for."""
 
 _INFINITE = {"INF_POS": inf, "INF_NEG": -inf}
 
@@ -36,16 +29,26 @@ BATCH = 500
 """Trials that `read_trials` returns at most."""
 
 
-def newest_trial(engine: Engine, study_id: int) -> tuple[int, int] | None:
+def has_known_schema(rows: Rows) -> bool:
+    """Return whether a database has the tables that the queries are written for."""
+    return rows("SELECT version_num FROM alembic_version", {}) == [(SCHEMA,)]
+
+
+def find_study(rows: Rows, name: str) -> int | None:
+    """Return the storage's id of a study; None if it has none of this name."""
+    found = rows("SELECT study_id FROM studies WHERE study_name = :name", {"name": name})
+    return int(found[0][0]) if found else None
+
+
+def newest_trial(rows: Rows, study_id: int) -> tuple[int, int] | None:
     """Return the storage's id and the number of a study's newest trial; None if it has none."""
-    newest = select(_TRIALS.c.trial_id, _TRIALS.c.number).where(_TRIALS.c.study_id == study_id)
-    with engine.connect() as connection:
-        row = connection.execute(newest.order_by(_TRIALS.c.trial_id.desc()).limit(1)).first()
-    return None if row is None else (int(row[0]), int(row[1]))
+    query = "SELECT trial_id, number FROM trials WHERE study_id = :study ORDER BY trial_id DESC LIMIT 1"
+    found = rows(query, {"study": study_id})
+    return (int(found[0][0]), int(found[0][1])) if found else None
 
 
 def read_trials(
-    engine: Engine,
+    rows: Rows,
     study_id: int,
     after: int = -1,
     states: Collection[TrialState] | None = None,
@@ -54,7 +57,7 @@ def read_trials(
     """Read the next batch of a study's trials, in order, each with the storage's id of it.
 
     Args:
-        engine: The database of an `optuna.storages.RDBStorage`.
+        rows: Asks the database of an `optuna.storages.RDBStorage`.
         study_id: The storage's id of the study.
         after: Ids up to this one are left out: the last id of the batch before.
         states: Only trials in these states; None for all.
@@ -63,46 +66,54 @@ def read_trials(
     Returns:
         At most `BATCH` trials without intermediate values, as Optuna would have read them; none if there are no more.
     """
-    wanted = select(_TRIALS).where(_TRIALS.c.study_id == study_id, _TRIALS.c.trial_id > after)
-    if states is not None:
-        wanted = wanted.where(_TRIALS.c.state.in_(states))
-    with engine.connect() as connection:
-        # The state before the rest: a trial that ends between two queries has all of it, and counts as running at worst.
-        rows = connection.execute(wanted.order_by(_TRIALS.c.trial_id).limit(BATCH)).all()
-        if not rows:
-            return []
-        parts: list[dict[int, list[Any]]] = []
-        for table in (_PARAMETERS, _VALUES, _USER, _SYSTEM):
-            found: dict[int, list[Any]] = {row.trial_id: [] for row in rows}
-            parts.append(found)
-            if table is _USER and names is not None and not names:
-                continue
-            query = select(table).where(table.c.trial_id.between(rows[0].trial_id, rows[-1].trial_id))
-            if table is _USER and names is not None:
-                query = query.where(table.c.key.in_(names))
-            for part in connection.execute(query):
-                if part.trial_id in found:
-                    found[part.trial_id].append(part)
-    return [(row.trial_id, _trial(row, *(found[row.trial_id] for found in parts))) for row in rows]
+    # Names of states stand in the query itself: PostgreSQL compares its type for them with literals, not with texts.
+    among = "" if states is None else f"AND state IN ({', '.join(repr(state.name) for state in states)})"
+    trials = rows(
+        "SELECT trial_id, number, state, datetime_start, datetime_complete FROM trials "
+        f"WHERE study_id = :study AND trial_id > :after {among} ORDER BY trial_id LIMIT {BATCH}",
+        {"study": study_id, "after": after},
+    )
+    if not trials:
+        return []
+    # The state before the rest: a trial that ends between two queries has all of it, and counts as running at worst.
+    span = {"first": trials[0][0], "last": trials[-1][0]}
+    own = {trial[0] for trial in trials}
+
+    def parts(table: str, columns: str, order: str = "", named: Collection[str] | None = None) -> dict[int, list[Any]]:
+        found: dict[int, list[Any]] = {identifier: [] for identifier in own}
+        if named is not None and not named:
+            return found
+        keys = {f"key{index}": name for index, name in enumerate(named or ())}
+        only = f"AND key IN ({', '.join(f':{key}' for key in keys)})" if keys else ""
+        query = f"SELECT trial_id, {columns} FROM {table} WHERE trial_id BETWEEN :first AND :last {only} {order}"
+        for identifier, *part in rows(query, {**span, **keys}):
+            if identifier in own:
+                found[identifier].append(part)
+        return found
+
+    given = parts("trial_params", "param_name, distribution_json, param_value", "ORDER BY param_id")
+    values = parts("trial_values", "value, value_type", "ORDER BY objective")
+    user = parts("trial_user_attributes", "key, value_json", named=names)
+    system = parts("trial_system_attributes", "key, value_json")
+    return [(trial[0], _trial(trial, *(part[trial[0]] for part in (given, values, user, system)))) for trial in trials]
 
 
 def _trial(row: Any, parameters: list[Any], values: list[Any], user: list[Any], system: list[Any]) -> FrozenTrial:
-    parameters.sort(key=lambda part: part.param_id)
-    given = {sys.intern(part.param_name): (_distribution(part.distribution_json), part.param_value) for part in parameters}
-    values.sort(key=lambda part: part.objective)
+    identifier, number, state, start, complete = row
+    given = {sys.intern(name): (_distribution(text), value) for name, text, value in parameters}
     return FrozenTrial(
-        number=row.number,
-        state=row.state,
+        number=number,
+        state=TrialState[state],
         value=None,
-        values=[_INFINITE.get(part.value_type.name, part.value) for part in values] or None,
-        datetime_start=_local(row.datetime_start),
-        datetime_complete=_local(row.datetime_complete),
+        values=[_INFINITE.get(kind, value) for value, kind in values] or None,
+        datetime_start=_local(start),
+        datetime_complete=_local(complete),
         params={name: distribution.to_external_repr(value) for name, (distribution, value) in given.items()},
         distributions={name: distribution for name, (distribution, _) in given.items()},
-        user_attrs={sys.intern(part.key): _from_json(part.value_json) for part in user},
-        system_attrs={sys.intern(part.key): _from_json(part.value_json) for part in system},
+        user_attrs={sys.intern(key): _from_json(text) for key, text in user},
+        system_attrs={sys.intern(key): _from_json(text) for key, text in system},
         intermediate_values={},
-        trial_id=row.trial_id,
+        trial_id=identifier,
     )
 
 
@@ -120,6 +131,11 @@ def _interned(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {sys.intern(name): value for name, value in pairs}
 
 
-def _local(time: datetime | None) -> datetime | None:
-    """Convert a time of the database (UTC without a zone) to one of Optuna's trials (local without a zone)."""
+def _local(time: datetime | str | None) -> datetime | None:
+    """Convert a time of the database (UTC without a zone) to one of Optuna's trials (local without a zone).
+
+    SQLite has no type for times: its own are texts.
+    """
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
     return None if time is None else time.replace(tzinfo=UTC).astimezone().replace(tzinfo=None)

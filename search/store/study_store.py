@@ -6,48 +6,46 @@ Pareto front of Optuna then see only what can be chosen.
 
 import contextlib
 import math
-import os
-import time
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
 import pandas as pd
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from numpy.typing import NDArray
-from optuna.distributions import BaseDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import make_url
 
 from search.problem.objectives import Objective, forget_quality_cap, reference_point
 from search.problem.space import own_epoch, sampled_epoch
 from search.problem.trial import TrialSpec, identity
-from search.spec.redaction import without_password
 from search.spec.study import StudySpec
+from search.store import optuna_compat
 from search.store.ask_tell import InMemoryStudy
-from search.store.database import STORAGE_ERRORS, Database, open_storage, sqlite_file
+from search.store.folder import keep_traceback, take_folder
 from search.store.item_scores import ItemFiles
 from search.store.record import (
     RECORD,
-    RECORD_SCHEMA,
     StudyRecord,
     other_study,
     own_database,
     read_record,
+    renewed_record,
     whole_storage,
 )
-from search.store.tracebacks import keep_traceback
-from search.store.trials import TrialTable, evidence_table
+from search.store.sqlite_reading import SQLiteFile, open_to_read, storage_url
+from search.store.trials import TrialReader, TrialTable, evidence_table
 from uipe_core.errors import UserError
-from uipe_core.storage.files import is_free
 
-STAGES = ("models", "base_runs", "baselines", "trials")
-LOCK = ".lock"
-LOCK_SECONDS = 1
-"""How long a run waits for its folder: longer than a status command holds the lock."""
+if TYPE_CHECKING:
+    import optuna
+    from optuna.distributions import BaseDistribution
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+
+    from search.store.database import Database
 
 INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
 
@@ -58,15 +56,18 @@ class StudyStore:
     Use `create` to run a study (it takes the folder's lock) and `open` to read one.
     """
 
-    def __init__(self, out: Path, record: StudyRecord, database: Database, lock: FileLock | None = None) -> None:
+    def __init__(
+        self,
+        out: Path,
+        record: StudyRecord,
+        source: "Database | SQLiteFile",
+        lock: FileLock | None = None,
+    ) -> None:
         self.out = out
         self.record = record
-        self.storage = database.optuna
-        self._database = database
+        self._source = source
         self._items = ItemFiles(out)
         self._lock = lock
-        self._points: TrialTable | None = None
-        self._controls: TrialTable | None = None
         self._proposer: InMemoryStudy | None = None
         self.spec = record.study_spec
         self._methods = self.spec.methods()
@@ -102,18 +103,9 @@ class StudyStore:
         Raises:
             UserError: If the folder holds another study, is used by another driver, or cannot be written.
         """
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            probe = out / f".probe-{os.getpid()}"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise UserError(f"output folder {out}: {error.strerror}; choose another with --out") from error
-        lock = FileLock(out / LOCK)
-        try:
-            lock.acquire(timeout=LOCK_SECONDS)
-        except Timeout:
-            raise UserError(f"output folder {out}: another run of this study is under way; wait for it or stop it") from None
+        from search.store.database import open_storage
+
+        lock = take_folder(out)
         try:
             record = read_record(out) if (out / RECORD).exists() else None
             if record is not None and record.fingerprint != identity:
@@ -123,24 +115,15 @@ class StudyStore:
                     f"output folder {out}: it is not empty and holds no study; choose another with --out or empty it"
                 )
             url = own_database(out) if spec.storage is None else whole_storage(spec.storage)
-            fresh = {
-                "schema": RECORD_SCHEMA,
-                "name": spec.name,
-                "fingerprint": identity,
-                "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-                "seconds": dict.fromkeys(STAGES, 0.0),
-            }
-            kept = fresh if record is None else record.as_dict()
-            changing = {"spec": spec.model_dump(mode="json"), "storage": without_password(url), **facts}
-            changing["spec"]["storage"] = None if spec.storage is None else without_password(spec.storage)
-            current = StudyRecord.model_validate({**kept, **changing})
+            current = renewed_record(record, spec, identity, url, facts)
             # Before the database: a folder with a database and no record would be taken for another program's.
             current.save(out)
             try:
-                store = cls(out, current, open_storage(url), lock)
-                store._attach(create=True)
+                database = open_storage(url)
+                store = cls(out, current, database, lock)
+                store._begin(database)
                 if spec.storage is not None:
-                    store._database.acquire_writer_lock(url, spec.name)
+                    database.acquire_writer_lock(url, spec.name)
             except UserError:
                 if record is None:
                     (out / RECORD).unlink()
@@ -160,15 +143,8 @@ class StudyStore:
             UserError: If the folder holds no study or its storage cannot be opened.
         """
         record = read_record(out)
-        if record.spec.get("storage") is None:
-            url = own_database(out)  # not the recorded place: the folder may have been moved or copied
-        else:
-            url = os.environ.get("UIPE_STORAGE") or record.storage
-        database = sqlite_file(make_url(url)) if url.startswith("sqlite") else None
-        if database is not None and not database.is_file():
-            raise UserError(f"{out}: its trials ({database}) are missing; restore the file or run the study again")
-        store = cls(out, record, open_storage(url))
-        store._attach(create=False)
+        store = cls(out, record, open_to_read(out, record))
+        _ = store._study_ids
         return store
 
     def flush(self) -> None:
@@ -182,41 +158,54 @@ class StudyStore:
     def close(self) -> None:
         """Close the storage and release the folder."""
         self._items.close()
-        self._database.close()
+        self._source.close()
+        if isinstance(self._source, SQLiteFile) and "_database" in self.__dict__:
+            self._database.close()
         if self._lock is not None:
             self._lock.release()
 
-    @property
-    def study(self) -> optuna.Study:
+    @cached_property
+    def storage(self) -> "BaseStorage":
+        """Optuna's storage of the trials."""
+        return self._database.optuna
+
+    @cached_property
+    def study(self) -> "optuna.Study":
         """Optuna study of the points that can be chosen."""
-        return self._table().study
+        import optuna
 
-    @property
-    def controls(self) -> optuna.Study:
+        return optuna.load_study(study_name=self._titles()[0], storage=self.storage)
+
+    @cached_property
+    def controls(self) -> "optuna.Study":
         """Optuna study of the controls."""
-        return self._table(controls=True).study
+        import optuna
 
-    def use_sampler(self, sampler: optuna.samplers.BaseSampler) -> None:
+        return optuna.load_study(study_name=self._titles()[1], storage=self.storage)
+
+    def use_sampler(self, sampler: "BaseSampler") -> None:
         """Set the sampler that `ask_point` proposes with."""
         self._proposer = InMemoryStudy(self.study.directions, sampler, self.trials(names=()))
 
     def fail_orphaned_trials(self) -> int:
         """Fail the RUNNING and WAITING trials of an interrupted run; returns how many there were."""
         orphans = 0
-        for table in (self._table(), self._table(controls=True)):
-            for trial in table.read((TrialState.RUNNING, TrialState.WAITING), ()):
+        for table in self._tables:
+            for trial in table.trials.read((TrialState.RUNNING, TrialState.WAITING), ()):
                 table.end(trial.number, TrialState.FAIL, {"reason": INTERRUPTED})
                 orphans += 1
         return orphans
 
     def end_running(self) -> None:
         """Fail the running trials of an interrupted run. Ask the database only once: the next run does it otherwise."""
+        from search.store.database import STORAGE_ERRORS
+
         self._database.hurry()
         with contextlib.suppress(*STORAGE_ERRORS):
             self.fail_orphaned_trials()
 
     def ask_point(
-        self, space: dict[str, BaseDistribution], params: Mapping[str, Any] | None = None, kind: str = "search"
+        self, space: "dict[str, BaseDistribution]", params: Mapping[str, Any] | None = None, kind: str = "search"
     ) -> tuple[int, TrialSpec]:
         """Start a trial of a kind with given parameters; the sampler proposes the rest. Returns its number and what to score.
 
@@ -234,14 +223,14 @@ class StudyStore:
         base = trial.params["base"]
         job = TrialSpec(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
         trial.user_attrs = self.identity(job)
-        number = self._table().begin(asked, trial)
+        number = self._tables[False].begin(asked, trial)
         if number != asked:
             self.use_sampler(self._proposer.sampler)
         return number, job
 
     def ask_control(self, job: TrialSpec) -> int:
         """Start a trial of the controls study; returns its number."""
-        return self._table(controls=True).begin_next(self.identity(job))
+        return self._tables[True].begin_next(self.identity(job))
 
     def identity(self, job: TrialSpec) -> dict[str, Any]:
         """Return what a trial carries about what it is: kind, base run, method, epoch, alpha and the like."""
@@ -312,7 +301,7 @@ class StudyStore:
             names: Only their user attributes of these names.
             controls: Those of the controls study.
         """
-        return self._table(controls).read(states, names)
+        return self._readers[controls].read(states, names)
 
     def counts(self) -> dict[str, int]:
         """Return the number of trials by state."""
@@ -346,10 +335,34 @@ class StudyStore:
         objectives = [objective.name for objective in self.objectives]
         return evidence_table(self.trials((TrialState.COMPLETE,), names, controls), objectives)
 
-    def _table(self, controls: bool = False) -> TrialTable:
-        table = self._controls if controls else self._points
-        assert table is not None
-        return table
+    def _titles(self) -> tuple[str, str]:
+        return self.record.name, f"{self.record.name}.controls"
+
+    @cached_property
+    def _study_ids(self) -> tuple[int, ...]:
+        """Ids of the study and of its controls; a UserError where the storage lacks one."""
+        found = {title: optuna_compat.find_study(self._source.rows, title) for title in self._titles()}
+        for title, identifier in found.items():
+            if identifier is None:
+                raise UserError(f"{self.out}: its storage {self.record.storage} holds no study {title!r}")
+        return tuple(identifier for identifier in found.values() if identifier is not None)
+
+    @cached_property
+    def _readers(self) -> list[TrialReader]:
+        return [TrialReader(self._source.rows, identifier) for identifier in self._study_ids]
+
+    @cached_property
+    def _tables(self) -> list[TrialTable]:
+        return [TrialTable(self._database, identifier, self.record.storage) for identifier in self._study_ids]
+
+    @cached_property
+    def _database(self) -> "Database":
+        """The database as Optuna opens it; what only reads trials does without."""
+        if not isinstance(self._source, SQLiteFile):
+            return self._source
+        from search.store.database import open_storage
+
+        return open_storage(storage_url(self.out, self.record))
 
     def _end(
         self,
@@ -359,41 +372,22 @@ class StudyStore:
         attributes: Mapping[str, Any],
         values: list[float] | None = None,
     ) -> None:
-        self._table(control).end(number, state, attributes, values)
+        self._tables[control].end(number, state, attributes, values)
         if not control and self._proposer is not None:
             self._proposer.end(number, state, values)
 
-    def _attach(self, create: bool) -> None:
-        name, identity = self.record.name, self.record.fingerprint
+    def _begin(self, database: "Database") -> None:
+        import optuna
+
         names = [objective.name for objective in self.objectives]
-        opened = []
-        for title in (name, f"{name}.controls"):
-            try:
-                if create:
-                    study = optuna.create_study(
-                        study_name=title,
-                        storage=self.storage,
-                        directions=["maximize"] * len(names),
-                        load_if_exists=True,
-                    )
-                    if study.user_attrs.get("fingerprint", identity) != identity:
-                        raise UserError(f"storage {self.record.storage}: it holds another study named {title!r}; rename one")
-                    study.set_user_attr("fingerprint", identity)
-                    with warnings.catch_warnings():
-                        warnings.simplefilter("ignore", ExperimentalWarning)
-                        study.set_metric_names(names)
-                else:
-                    study = optuna.load_study(study_name=title, storage=self.storage)
-            except KeyError:
-                raise UserError(f"{self.out}: its storage {self.record.storage} holds no study {title!r}") from None
-            opened.append(TrialTable(self._database, study, self.record.storage))
-        self._points, self._controls = opened
-
-
-def is_running(out: Path) -> bool:
-    """Return True if a driver is at work in a study's folder: it holds the folder's lock."""
-    lock = out / LOCK
-    try:
-        return lock.exists() and not is_free(lock)
-    except OSError:
-        return False  # a folder that may only be read
+        for title in self._titles():
+            study = optuna.create_study(
+                study_name=title, storage=database.optuna, directions=["maximize"] * len(names), load_if_exists=True
+            )
+            identity = self.record.fingerprint
+            if study.user_attrs.get("fingerprint", identity) != identity:
+                raise UserError(f"storage {self.record.storage}: it holds another study named {title!r}; rename one")
+            study.set_user_attr("fingerprint", identity)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)
+                study.set_metric_names(names)

@@ -5,16 +5,17 @@ attribute, then its state with its values. An attribute of its own would cost ea
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import optuna
 import pandas as pd
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search.store import optuna_compat
-from search.store.database import Database
 from uipe_core.errors import UserError
+
+if TYPE_CHECKING:
+    from search.store.database import Database
 
 EVIDENCE = "evidence"
 """The attribute that holds everything else that is known of a trial."""
@@ -25,20 +26,58 @@ READABLE = frozenset(("kind", "base", "method", "epoch", "alpha", "walk", "colla
 WRITTEN_TWICE = "written twice: the database did not confirm the first time"
 
 
-class TrialTable:
-    """Trials of a study that has one writer.
+class TrialReader:
+    """Trials of a study, read in parts.
 
     Args:
-        database: Where it is stored.
-        study: The study.
-        storage: The database's name in errors.
+        rows: Asks the database.
+        study_id: The storage's id of the study.
     """
 
-    def __init__(self, database: Database, study: optuna.Study, storage: str) -> None:
-        self.study = study
+    def __init__(self, rows: optuna_compat.Rows, study_id: int) -> None:
+        self._rows = rows
+        self._study_id = study_id
+
+    def newest(self) -> tuple[int, int] | None:
+        """Return the storage's id and the number of the newest trial; None if there is none."""
+        return optuna_compat.newest_trial(self._rows, self._study_id)
+
+    def read(self, states: Collection[TrialState] | None = None, names: Collection[str] | None = None) -> Iterator[FrozenTrial]:
+        """Yield trials by number, their evidence among their user attributes; some hundred are in memory at a time.
+
+        Args:
+            states: Only trials in these states.
+            names: Only user attributes of these names.
+        """
+        asked = names if names is None or READABLE.issuperset(names) else {*names, EVIDENCE}
+        after = -1
+        while batch := optuna_compat.read_trials(self._rows, self._study_id, after, states, asked):
+            after = batch[-1][0]
+            for _, trial in batch:
+                attributes = trial.user_attrs
+                attributes.update(attributes.pop(EVIDENCE, {}))
+                if names is not None:
+                    trial.user_attrs = {name: value for name, value in attributes.items() if name in names}
+                yield trial
+
+
+class TrialTable:
+    """Trials of a study, written by the only one who writes them.
+
+    Args:
+        database: Where the study is stored.
+        study_id: The storage's id of the study.
+        storage: The database's name in errors.
+
+    Attributes:
+        trials: The study's trials, to be read.
+    """
+
+    def __init__(self, database: "Database", study_id: int, storage: str) -> None:
+        self.trials = TrialReader(database.rows, study_id)
         self._database = database
         self._name = storage
-        self._study_id = database.optuna.get_study_id_from_name(study.study_name)
+        self._study_id = study_id
         self._begun: dict[int, tuple[int, Mapping[str, Any]]] = {}
 
     def begin(self, number: int, trial: FrozenTrial) -> int:
@@ -54,22 +93,23 @@ class TrialTable:
         Raises:
             UserError: If another program writes trials into the study.
         """
-        backend = self._database.backend
 
         def create(again: bool) -> int:
-            newest = optuna_compat.newest_trial(backend.engine, self._study_id) if again else None
+            newest = self.trials.newest() if again else None
             # Perhaps only the answer was lost.
-            return newest[0] if newest and newest[1] == number else backend.create_new_trial(self._study_id, trial)
+            if newest is not None and newest[1] == number:
+                return newest[0]
+            return self._database.backend.create_new_trial(self._study_id, trial)
 
         identifier = self._database.with_retry(create)
-        if self._newest() != (identifier, number):
+        if self.trials.newest() != (identifier, number):
             number = self._number_of_twin(number, identifier, trial)
         self._begun[number] = (identifier, trial.user_attrs)
         return number
 
     def begin_next(self, attributes: Mapping[str, Any]) -> int:
         """Write a running trial without parameters; returns its number."""
-        newest = self._newest()
+        newest = self.trials.newest()
         number = 0 if newest is None else newest[1] + 1
         return self.begin(number, create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes)))
 
@@ -103,37 +143,6 @@ class TrialTable:
             if storage.get_trial(identifier).state != state:
                 raise
         self._begun.pop(number, None)
-
-    def read(self, states: Collection[TrialState] | None = None, names: Collection[str] | None = None) -> Iterator[FrozenTrial]:
-        """Yield trials by number, their evidence among their user attributes; some hundred are in memory at a time.
-
-        Args:
-            states: Only trials in these states.
-            names: Only user attributes of these names.
-        """
-        asked = names if names is None or READABLE.issuperset(names) else {*names, EVIDENCE}
-        after = -1
-        while batch := self._batch(after, states, asked):
-            after = batch[-1][0]
-            for _, trial in batch:
-                attributes = trial.user_attrs
-                attributes.update(attributes.pop(EVIDENCE, {}))
-                if names is not None:
-                    trial.user_attrs = {name: value for name, value in attributes.items() if name in names}
-                yield trial
-
-    def _batch(
-        self, after: int, states: Collection[TrialState] | None, names: Collection[str] | None
-    ) -> list[tuple[int, FrozenTrial]]:
-        engine = self._database.engine
-        # A database that is locked for writing can still be read.
-        return self._database.with_retry(
-            lambda _: optuna_compat.read_trials(engine, self._study_id, after, states, names), proves=False
-        )
-
-    def _newest(self) -> tuple[int, int] | None:
-        engine = self._database.engine
-        return self._database.with_retry(lambda _: optuna_compat.newest_trial(engine, self._study_id), proves=False)
 
     def _number_of_twin(self, number: int, identifier: int, trial: FrozenTrial) -> int:
         """Return the number of a trial that got another than it should; fail what Optuna's own retries wrote before it."""

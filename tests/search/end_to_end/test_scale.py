@@ -168,7 +168,7 @@ def test_an_end_that_is_written_again_changes_nothing_and_another_end_is_refused
     number, job = ask(store)
     assert store.complete(job, number, made_up_evidence(job)) is None
     whole = store.study.trials[number]
-    table = TrialTable(store._database, store.study, "storage")
+    table = TrialTable(store._database, store.storage.get_study_id_from_name(store.study.study_name), "storage")
     table.end(number, TrialState.COMPLETE, {"device": "another"}, [0.0, 0.0])
     assert store.study.trials[number] == whole
     with pytest.raises(UpdateFinishedTrialError, match="already finished"):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from search.spec.errors import StudyFileError
 from search.spec.study import StudySpec, load_study
+from search.spec.study_file import read_study_file
 
 STUDIES = sorted((Path(__file__).parents[3] / "studies").glob("*.yaml"))
 
@@ -201,3 +202,28 @@ def test_parts_of_a_data_set_stay_inside_it(tmp_path, write_study, key, value):
     corpus = {"kind": "multiple_choice", "forget": {"source": "org/name", key: value}}
     with pytest.raises(StudyFileError, match=rf"corpus\.forget\.{key}.*inside the data set.*without a way out"):
         load_study(write_study(tmp_path / "study.yaml", corpus=corpus))
+
+
+@pytest.mark.parametrize(
+    ("written", "says"),
+    [
+        ("010", "YAML 1.2 reads the number 10, YAML 1.1 another number. Write 10,"),
+        ("-040", "YAML 1.2 reads the number -40"),
+        ("1_0", "YAML 1.2 reads a text, YAML 1.1 another number. Write the number as digits alone (10),"),
+        ("1:30", "YAML 1.2 reads a text, YAML 1.1 another number. Write the number as digits alone,"),
+    ],
+)
+def test_integers_that_two_versions_of_yaml_read_differently_are_refused_with_the_reading(tmp_path, written, says):
+    study = tmp_path / "study.yaml"
+    study.write_text(re.sub(r"trials: \d+", f"trials: {written}", (STUDIES[0].parent / "quickstart.yaml").read_text()))
+    with pytest.raises(StudyFileError) as caught:
+        load_study(study)
+    assert f"found {written}: {says}" in str(caught.value)
+    assert "search.trials" in str(caught.value)
+
+
+def test_texts_and_other_bases_that_look_like_them_are_left_alone(tmp_path):
+    path = tmp_path / "texts.yaml"
+    path.write_text("{a: '010', b: 0o17, c: 12:99, d: v1_0, e: 0, f: 1_a, g: 10:x}")
+    content, _ = read_study_file(path)
+    assert content == {"a": "010", "b": 15, "c": "12:99", "d": "v1_0", "e": 0, "f": "1_a", "g": "10:x"}

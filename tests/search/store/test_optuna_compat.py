@@ -10,10 +10,11 @@ from optuna.exceptions import StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, RDBStorage, get_storage
 from optuna.study import StudyDirection
 from optuna.trial import TrialState, create_trial
-from sqlalchemy import select, text
+from sqlalchemy import text
 
 from search.store import optuna_compat
 from search.store.database import open_storage
+from search.store.sqlite_reading import SQLiteFile
 
 SPACE = {"alpha": FloatDistribution(-1, 2), "base": CategoricalDistribution(["npo", "grad_diff"])}
 
@@ -57,7 +58,7 @@ def test_a_trial_created_from_a_template_is_running_with_all_of_it_after_one_com
     assert trial.user_attrs == {"kind": "search", "epoch": 2}
     assert abs((trial.datetime_start - datetime.now()).total_seconds()) < 60
     assert database.backend.get_trial_id_from_study_id_trial_number(study_id, 0) == identifier
-    assert optuna_compat.newest_trial(database.engine, study_id) == (identifier, 0)
+    assert optuna_compat.newest_trial(database.rows, study_id) == (identifier, 0)
 
 
 def test_an_attribute_and_an_end_take_a_commit_each_and_overwrite_what_was_there(database, study_id):
@@ -106,7 +107,7 @@ def test_optuna_itself_creates_a_trial_again_when_the_answer_was_lost(database, 
 
     dialect.do_commit = losing
     identifier = database.backend.create_new_trial(study_id, template())
-    assert optuna_compat.newest_trial(database.engine, study_id) == (identifier, 1)
+    assert optuna_compat.newest_trial(database.rows, study_id) == (identifier, 1)
 
 
 def test_an_error_of_the_database_keeps_its_cause(database, study_id):
@@ -131,14 +132,20 @@ def test_sqlite_writes_ahead_and_does_not_wait_for_the_disk_at_each_commit(datab
         assert connection.execute(text("PRAGMA synchronous")).scalar_one() == 1
 
 
-def test_the_tables_hold_times_in_utc_and_values_as_they_are_read_here(database, study_id):
+def test_the_tables_hold_times_in_utc_and_values_as_they_are_read_here(database, study_id, tmp_path):
     identifier = database.backend.create_new_trial(study_id, template())
     study = optuna.load_study(study_name="study", storage=database.backend)
     study.tell(0, [float("inf"), float("-inf")])
-    with database.engine.connect() as connection:
-        began = connection.execute(select(optuna_compat._TRIALS.c.datetime_start)).scalar_one()
-    assert abs((began.replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()) < 60
-    assert optuna_compat.read_trials(database.engine, study_id) == [(identifier, database.backend.get_trial(identifier))]
+    [(began,)] = database.rows("SELECT datetime_start FROM trials", {})
+    assert abs((datetime.fromisoformat(began).replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()) < 60
+    as_optuna_reads = [(identifier, database.backend.get_trial(identifier))]
+    assert optuna_compat.read_trials(database.rows, study_id) == as_optuna_reads
+    assert optuna_compat.read_trials(SQLiteFile(tmp_path / "study.db").rows, study_id) == as_optuna_reads
+
+
+def test_the_tables_have_the_columns_that_are_asked_for(database):
+    assert optuna_compat.has_known_schema(database.rows)
+    assert database.backend.get_head_version() == optuna_compat.SCHEMA
 
 
 def test_databases_of_another_schema_are_refused_by_optuna(database, tmp_path):

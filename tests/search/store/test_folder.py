@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from search.store.tracebacks import keep_traceback, read_tracebacks
+from search.store.folder import keep_traceback, read_tracebacks
 from uipe_core.errors import UserError
 
 

@@ -1,19 +1,56 @@
-"""Keep the tracebacks of failed trials, controls and base runs as text files in the study's folder."""
+"""Lock a study's folder for its driver, and keep tracebacks of failed trials, controls and base runs in it."""
 
 import logging
+import os
 import re
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from search.spec.redaction import without_password
 from uipe_core.errors import UserError
-from uipe_core.storage.files import write_atomic
+from uipe_core.storage.files import is_free, write_atomic
 
 logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+LOCK_SECONDS = 1
+"""How long a run waits for its folder: longer than a status command holds the lock."""
 
 FOLDER = "errors"
 
 _COLOURS = re.compile(r"\x1b\[[\d;]*m")
 """Ray colours the tracebacks of its tasks."""
+
+
+def take_folder(out: Path) -> FileLock:
+    """Make an output folder if it is missing, and lock it for this driver; the lock ends with its process.
+
+    Raises:
+        UserError: If it cannot be written, or another driver holds it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".probe-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"output folder {out}: {error.strerror}; choose another with --out") from error
+    lock = FileLock(out / LOCK)
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"output folder {out}: another run of this study is under way; wait for it or stop it") from None
+    return lock
+
+
+def is_running(out: Path) -> bool:
+    """Return True if a driver is at work in a study's folder: it holds the folder's lock."""
+    lock = out / LOCK
+    try:
+        return lock.exists() and not is_free(lock)
+    except OSError:
+        return False  # a folder that may only be read
 
 
 def keep_traceback(out: Path, name: str, text: str) -> str:
