@@ -5,11 +5,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from search.report.progress import Bars
 from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice, sets_in_folder
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.tofu import load_tofu
-from uipe_core.corpora.types import RELATED_SETS, Corpus, ItemSet
+from uipe_core.corpora.types import RELATED_SETS, UTILITY_SETS, Corpus, ItemSet
 from uipe_core.errors import UserError
 from uipe_core.logs.multiple_choice import is_choice_log, read_choice_log, write_choice_log
 from uipe_core.logs.open_unlearning import write_open_unlearning
@@ -18,7 +20,7 @@ from uipe_core.metrics.collapse import collapse_reason
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.multiple_choice import evaluate_choices
 from uipe_core.metrics.scores import ChoiceReport, ScoreReport
-from uipe_core.metrics.tofu import evaluate
+from uipe_core.metrics.tofu import evaluate, quality_of_set
 from uipe_core.models.loading import load_model
 from uipe_core.scoring.multiple_choice import ChoiceScorer
 from uipe_core.scoring.scorer import Scorer, ScoringConfig
@@ -87,6 +89,12 @@ def metrics_of_log(log: Path, reference: Path | None, definition: str) -> dict[s
     if is_choice_log(log):
         return _choice_values(read_choice_log(log))
     against = None if reference is None else read_log(reference, as_reference=True)
+    if against is not None and not (forget := read_log(log, as_reference=True)).sets.keys() & set(UTILITY_SETS):
+        # A log of the forget set alone: forget quality is in it, the rest is not.
+        quality = quality_of_set(forget, against, "forget", definition_named(definition))
+        lacking = f"model utility: not in this log, which has no {', '.join(UTILITY_SETS)}"
+        notes = [lacking, *_notes_on_reference(forget, against)]
+        return {"definition": definition, "model_utility": None, **quality.as_dict(), "collapsed": None, "notes": notes}
     return _values(read_log(log), against, definition)
 
 
@@ -100,11 +108,31 @@ def corpus_named(name: str, split: str, seed: int, first_items: int | None) -> C
         return load_multiple_choice(*(sets_in_folder(Path(folder)) if folder else WMDP_AND_MMLU))
     if kind not in ("people", "tofu") or (kind == "people" and folder):
         raise UserError(f"--corpus: {name!r} is unknown; give people, tofu, tofu:FOLDER, choices or choices:FOLDER")
-    return load_people(seed) if kind == "people" else load_tofu(folder or "locuslab/TOFU", split, None, first_items)
+    return (
+        load_people(seed)
+        if kind == "people"
+        else load_tofu(folder or "locuslab/TOFU", split, None, first_items, for_training=False)
+    )
 
 
 def _values(scores: ScoreReport, against: ScoreReport | None, definition: str) -> dict[str, Any]:
-    return {**evaluate(scores, against, definition).as_dict(), "collapsed": collapse_reason(scores)}
+    values = {**evaluate(scores, against, definition).as_dict(), "collapsed": collapse_reason(scores)}
+    notes = [] if against is None else _notes_on_reference(scores, against)
+    return {**values, **({"notes": notes} if notes else {})}
+
+
+def _notes_on_reference(scores: ScoreReport, against: ScoreReport) -> list[str]:
+    """Say so where the reference has another tokenizer: its losses per token are then another model family's."""
+    ours, theirs = scores.sets["forget"].paraphrase_tokens, against.sets["forget"].paraphrase_tokens
+    if len(ours) != len(theirs) or not (ours.any() and theirs.any()):
+        return []
+    # Code bases count the end token or do not: a difference that is the same for every item is none.
+    _, counts = np.unique(ours - theirs, return_counts=True)
+    if counts.max() >= len(ours) / 2:
+        return []
+    return [
+        "the reference's answers have other numbers of tokens: it is of another model family, and so is forget quality's scale"
+    ]
 
 
 def _choices_once(

@@ -38,8 +38,12 @@ def print_metrics(values: dict[str, Any], as_json: bool) -> None:
         rows.update({f"{name}: {key.replace('_', ' ')}": value for key, value in memorized.items()})
     if rows["collapsed"] is None:
         del rows["collapsed"]
+    notes = rows.pop("notes", [])
+    rows = {name: "not known" if value is None else value for name, value in rows.items()}
     for name, value in rows.items():
         typer.echo(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
+    for note in notes:
+        typer.echo(f"note: {note}")
 
 
 SHORT_WALKS = {

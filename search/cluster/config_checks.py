@@ -15,6 +15,7 @@ from search.cluster.kuberay import rayjob_problems, read_schema
 from search.execution.ray_compat import check_cluster_config
 from search.spec.errors import Problem, StudyFileError, did_you_mean, key_text, show
 from uipe_core.errors import UserError
+from uipe_core.storage.files import read_regular
 
 MAX_BYTES = 2**20
 PROVIDERS = ("aws", "azure", "gcp", "local")
@@ -61,7 +62,8 @@ def _read(path: Path) -> list[dict[str, Any]]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: too large for a cluster file; give the YAML file")
-        documents = [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8-sig")) if document is not None]
+        found = yaml.safe_load_all(read_regular(path).decode("utf-8-sig"))
+        documents = [document for document in found if document is not None]
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
     except UnicodeDecodeError:

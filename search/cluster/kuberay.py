@@ -4,7 +4,6 @@ KubeRay's schema is the CustomResourceDefinition ``rayjobs.ray.io``. It is not p
 have kubectl read it from their cluster.
 """
 
-import json
 import re
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from search.spec.errors import Problem, did_you_mean, explain, key_text, show
 from uipe_core.errors import UserError, first_line
+from uipe_core.storage.files import parse_json, read_regular
 
 GPU = "nvidia.com/gpu"
 FIRST_WITH_TOKENS = (2, 52)
@@ -148,12 +148,12 @@ def read_schema(source: str) -> dict[str, Any]:
         text = done.stdout
     else:
         try:
-            text = Path(source).read_text(encoding="utf-8-sig")
+            text = read_regular(Path(source)).decode("utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--schema: {source} cannot be read ({first_line(error)}); give KubeRay's CRD as a file") from None
     try:
-        found = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
+        found = parse_json(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--schema: {source} is neither YAML nor JSON ({first_line(error)}); give KubeRay's CRD") from None
     schema = _schema_in(found)
     if schema is None:

@@ -15,7 +15,7 @@ from search.paper.settings import PaperSettings, Task, tasks
 from search.report.progress import Bars
 from uipe_core.errors import StudyInterrupted, UserError
 from uipe_core.storage.content_store import ContentStore
-from uipe_core.storage.files import cache_folder, write_atomic
+from uipe_core.storage.files import cache_folder, read_json, write_atomic
 
 PARTS = "parts"
 """Folder of finished parts within the output folder."""
@@ -84,7 +84,7 @@ def read_part(settings: PaperSettings, task: Task, folder: Path) -> dict[str, An
     """
     path = folder / task.file_name
     try:
-        content = json.loads(path.read_bytes())
+        content = read_json(path)
         known, checksum, result = content["settings"], content["checksum"], content["result"]
     except FileNotFoundError:
         return None

@@ -10,6 +10,7 @@ from search.evaluation.task import TASKS
 from search.spec.study import RUNNING_KEYS, StudySpec
 from search.store.record import StudyRecord
 from uipe_core.errors import UserError, first_line
+from uipe_core.storage.files import read_regular
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -63,10 +64,10 @@ def read_recipe(path: Path) -> Recipe:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(read_regular(path).decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a {RECIPE_FILE} that `uipe export --as recipe` wrote") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: not YAML: {first_line(error)}") from error
     if not isinstance(content, dict) or content.get("uipe_recipe") != RECIPE_SCHEMA:
         raise UserError(f"{path}: not a recipe of this version; give a {RECIPE_FILE} that `uipe export --as recipe` wrote")

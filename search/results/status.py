@@ -19,6 +19,7 @@ from search.store.folder import is_running
 from search.store.mirror import is_url, is_worked_on, readable_folder
 from search.store.study_store import INTERRUPTED, StudyStore
 from uipe_core.errors import UserError
+from uipe_core.storage.files import parse_json
 
 PREFIX = "uipe-status: "
 """Begins every line of a log that is a status, in JSON."""
@@ -162,7 +163,7 @@ def last_status(log: str) -> dict[str, Any] | None:
     for line in reversed(log.splitlines()):
         if line.startswith(PREFIX):
             try:
-                status = json.loads(line.removeprefix(PREFIX))
+                status = parse_json(line.removeprefix(PREFIX))
             except ValueError:
                 continue  # the end of a log that is being written
             return status if isinstance(status, dict) else None

@@ -23,7 +23,7 @@ from tenacity import RetryError, Retrying, retry_if_result, stop_after_attempt, 
 
 from search.spec.redaction import without_password
 from uipe_core.errors import UserError
-from uipe_core.storage.files import cache_folder, file_hash, write_atomic
+from uipe_core.storage.files import cache_folder, file_hash, parse_json, read_json, write_atomic
 from uipe_core.storage.remote_folder import RemoteFolder
 
 logger = logging.getLogger(__name__)
@@ -282,7 +282,7 @@ class _Mirror:
 
 def _parsed(content: bytes | None) -> dict[str, Any] | None:
     try:
-        found = json.loads(content or b"")
+        found = parse_json(content or b"")
     except ValueError:
         return None
     return found if isinstance(found, dict) else None
@@ -303,7 +303,7 @@ def _files_are_named(files: object) -> bool:
 def _note(folder: Path) -> dict[str, Any]:
     """Return the index a folder was last equal to."""
     try:
-        return json.loads((folder / NOTE).read_text())
+        return read_json(folder / NOTE)
     except (OSError, ValueError):
         return {"files": {}}
 

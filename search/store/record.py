@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from search.spec.redaction import HIDDEN, without_password
 from search.spec.study import RUNNING_KEYS, StudySpec
 from uipe_core.errors import UserError, first_line
-from uipe_core.storage.files import write_atomic
+from uipe_core.storage.files import read_json, write_atomic
 
 RECORD = "study.json"
 RECORD_SCHEMA = 1
@@ -204,7 +204,7 @@ def read_record(out: Path) -> StudyRecord:
     if not path.is_file():
         raise UserError(f"{out}: not a study folder (no {RECORD}); give the folder that `uipe run` wrote")
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give a folder that can be read") from error
     except ValueError:

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 from postgres_server import Server, server_binaries
 
 UIPE = Path(sys.executable).parent / "uipe"
@@ -67,6 +69,35 @@ class Finished:
     cwd: Path
     stdout: str
     stderr: str
+
+    def give_to(self, shared, base, cache):
+        """Copies it for other test processes, with what it left in the caches."""
+        half = shared.with_name("half")
+        copy_files(base / "tiny", half / "tiny")
+        copy_files(cache, half / "cache")
+        facts = {"base": str(base), "strays": list(map(str, self.strays)), "stdout": self.stdout, "stderr": self.stderr}
+        (half / "facts.json").write_text(json.dumps(facts))
+        half.rename(shared)
+
+    @classmethod
+    def taken_from(cls, shared, base, cache):
+        """Copies it from another test process; its paths become those of the copy."""
+        facts = json.loads((shared / "facts.json").read_text())
+        copy_files(shared / "tiny", base / "tiny")
+        copy_files(shared / "cache", cache)
+        moved = lambda text: text.replace(facts["base"], str(base))  # noqa: E731
+        file, out = base / "tiny" / "studies" / "tiny.yaml", base / "tiny" / "runs" / "tiny"
+        (out / "study.json").write_text(moved((out / "study.json").read_text()))
+        strays = list(map(Path, facts["strays"]))
+        return cls(file, out, strays, base / "tiny" / "io", moved(facts["stdout"]), moved(facts["stderr"]))
+
+
+def copy_files(source, target):
+    """Copies a folder's files, without the sockets and links of Ray's."""
+    special = lambda folder, names: [  # noqa: E731
+        name for name in names if (path := Path(folder, name)).is_symlink() or not (path.is_file() or path.is_dir())
+    ]
+    shutil.copytree(source, target, ignore=special, dirs_exist_ok=True)
 
 
 def processes_with(tag):
@@ -228,10 +259,24 @@ def write_study():
 
 @pytest.fixture(scope="session")
 def finished(place, environment, write_study, tmp_path_factory):
-    """The tiny study, run once by the command."""
-    file = write_study(tmp_path_factory.mktemp("studies") / "tiny.yaml")
-    out = tmp_path_factory.mktemp("runs") / "tiny"
-    driver = Driver(["run", file, "--out", out, "--json"], tmp_path_factory.mktemp("io"), environment)
+    """The tiny study, run once by the command. Of several test processes the first runs it, the others take copies."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return run_tiny(place, environment, write_study, base)
+    shared = base.parent / "finished"
+    with FileLock(f"{shared}.lock"):
+        if shared.exists():
+            return Finished.taken_from(shared, base, place["cache"])
+        study = run_tiny(place, environment, write_study, base)
+        study.give_to(shared, base, place["cache"])
+        return study
+
+
+def run_tiny(place, environment, write_study, base):
+    """Run the tiny study in ``base/tiny``."""
+    (base / "tiny" / "io").mkdir(parents=True)
+    file, out = write_study(base / "tiny" / "studies" / "tiny.yaml"), base / "tiny" / "runs" / "tiny"
+    driver = Driver(["run", file, "--out", out, "--json"], base / "tiny" / "io", environment)
     try:
         code = driver.wait(300)
     finally:

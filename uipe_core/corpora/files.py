@@ -1,5 +1,7 @@
 """Read data sets of the hub, folders and files row by row; errors name file and line."""
 
+import codecs
+import errno
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -8,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from uipe_core.errors import UserError, closest, did_you_mean, first_line
+from uipe_core.storage.files import parse_json
 
 SUFFIXES = (".parquet", ".jsonl", ".json")
 """File types; JSON has one object per line."""
+
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -59,11 +65,13 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     start = 0
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "is a pipe or a device, not a file")
     with path.open("rb") as lines:
         # Bytes, because only "\n" ends a line: JSON strings may hold U+2028 and others unescaped.
         for number, raw in enumerate(lines, start=1):
             try:
-                line = raw.decode("utf-8")
+                line = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8")
             except UnicodeDecodeError as error:
                 place = start + error.start
                 raise UserError(f"{path}: not UTF-8 text (byte {place}); save it as UTF-8, one object a line") from error
@@ -72,12 +80,26 @@ def _json_rows(path: Path) -> Iterator[Row]:
                 continue
             where = f"{path}, line {number}"
             try:
-                fields = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON ({error.msg}); give one object a line") from error
+                fields = parse_json(line)
+            except ValueError as error:
+                why = error.msg if isinstance(error, json.JSONDecodeError) else first_line(error)
+                raise UserError(f"{where}: not valid JSON ({why}); give one object a line") from error
             if not isinstance(fields, dict):
                 raise UserError(f"{where}: is a JSON {type(fields).__name__}; give one object a line")
+            _require_whole_characters(fields, raw, where)
             yield Row(fields, where)
+
+
+def _require_whole_characters(fields: Mapping[str, Any], raw: bytes, where: str) -> None:
+    """Refuse texts with half of a surrogate pair: JSON can write it, but no tokenizer takes it."""
+    if _SURROGATE.search(raw) is None:
+        return
+    for name, value in fields.items():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(error.object[error.start]):04x}"
+            raise UserError(f"{where}: field {name!r} has {half}, half of a character; write the whole character") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:

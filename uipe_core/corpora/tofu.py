@@ -22,7 +22,12 @@ RETAIN_OF_SPLIT = {"forget01": "retain99", "forget05": "retain95", "forget10": "
 
 
 def load_tofu(
-    source: str = "locuslab/TOFU", split: str = "forget01", retain_train: str | None = None, first_items: int | None = None
+    source: str = "locuslab/TOFU",
+    split: str = "forget01",
+    retain_train: str | None = None,
+    first_items: int | None = None,
+    *,
+    for_training: bool = True,
 ) -> Corpus:
     """Load TOFU with one of its forget splits.
 
@@ -41,6 +46,7 @@ def load_tofu(
             ``forget01``). ``retain_perturbed`` is a choice of 400 items for small models.
         first_items: Evaluate only the first items of every set; 300 is ``ds_size`` in locuslab/tofu's
             ``config/eval_everything.yaml``, as in its published logs of forget10.
+        for_training: Read the training items too; without them only scoring is possible, and their files are not needed.
 
     Raises:
         UserError: Unknown split, missing folder or file, failed download, broken line or field, or retain items that are also
@@ -67,8 +73,8 @@ def load_tofu(
     sets = {name: items[:first_items] for name, items in whole.items()}
     neighbours = min(len(sets["forget"]), max(1, round(LARGEST_NEIGHBOURHOOD * len(sets["retain"]))))
     sets["unrelated"] = tuple(sets["retain"][row] for row in nearest_rows(sets["retain"], sets["forget"], neighbours))
-    forget_train = _trained(source, folder, split)
-    retain_items = _trained(source, folder, keep)
+    forget_train = _trained(source, folder, split) if for_training else ()
+    retain_items = _trained(source, folder, keep) if for_training else ()
     both = set(forget_train) & set(retain_items)
     if both:
         question = next(item.question for item in forget_train if item in both)

@@ -1,6 +1,5 @@
 """Read a PEFT adapter folder as a low-rank update vector; only LoRA of linear layers can be one."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch
 from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector
 from uipe_core.errors import UserError
 from uipe_core.models.transformers_compat import ADAPTER_PREFIX, LORA_A, LORA_B, PLAIN_LORA_STARTS, is_transposed, lora_defaults
+from uipe_core.storage.files import read_json
 from uipe_core.storage.safetensors_files import FLOATS, ShardReader, StoredTensor, read_headers, weight_files
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -83,7 +83,7 @@ def read_adapter(folder: Path, skeleton: Any) -> UpdateVector:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / ADAPTER_CONFIG
     try:
-        config = json.loads(path.read_text())
+        config = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({type(error).__name__}); fetch or save the adapter again") from error
     rank = config.get("r", 8) if isinstance(config, dict) else None

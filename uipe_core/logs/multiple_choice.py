@@ -15,7 +15,7 @@ import numpy as np
 from uipe_core.errors import UserError
 from uipe_core.logs.parts import is_number
 from uipe_core.metrics.scores import CHOICE_DEFINITION, ChoiceReport, ChoiceScores
-from uipe_core.storage.files import write_atomic
+from uipe_core.storage.files import read_json, write_atomic
 
 
 def write_choice_log(report: ChoiceReport, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -53,7 +53,7 @@ def read_choice_log(path: str | Path) -> ChoiceReport:
         UserError: No such file, broken JSON, or a missing or wrong value; names file, key and remedy.
     """
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give a file that `uipe score --log` wrote") from error
     except ValueError as error:
@@ -70,7 +70,7 @@ def read_choice_log(path: str | Path) -> ChoiceReport:
 def is_choice_log(path: str | Path) -> bool:
     """Return True if a file is a log of `write_choice_log`, False also if it cannot be read."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = read_json(Path(path))
     except (OSError, ValueError):
         return False
     return isinstance(content, dict) and content.get("definition") == CHOICE_DEFINITION

@@ -4,10 +4,11 @@
 
     forget_Q_A_Prob, forget_Q_A_PARA_Prob    {"prob", "avg_loss"}: gold answer, paraphrased answer
     forget_Q_A_PERT_Prob                     {"prob", "avg_loss"}: lists with an entry per perturbed answer
-    forget_Q_A_ROUGE                         {"rouge1_recall", "rougeL_recall", "input", "ground_truth", "generation"}
+    forget_Q_A_ROUGE                         {"rouge1_recall", "rougeL_recall", "rougeL_f1"}, and "input", "ground_truth",
+                                             "generation"
     forget_truth_ratio                       {"score"}: truth ratio, compared by forget quality
     forget_quality, model_utility            ``agg_value`` only
-    exact_memorization, extraction_strength  {"score"}, of the forget set
+    exact_memorization, extraction_strength  {"score"}, of the forget set, in open-unlearning's convention
 
 Prefixes of the other sets are ``retain``, ``ra`` (real authors) and ``wf`` (world facts). The latter two have no paraphrase
 (the gold answer stands in), and their probability among the choices is ``ra_Q_A_Prob_normalised``. Logs written here also have
@@ -86,8 +87,13 @@ def read_open_unlearning(log: Mapping[str, Any], path: Path, as_reference: bool)
     sets = {name: reader.scores(name, losses_needed=not as_reference) for name in names}
     # open-unlearning has memorisation for the forget set alone; the part under EXTRA_KEY has every set.
     memorization: dict[str, Any] = {key: reader.scores_of(key, len(sets["forget"])) for key in MEMORIZATION if key in log}
+    theirs = memorization.pop("extraction_strength", None)
     sets["forget"] = replace(sets["forget"], **memorization)
-    return with_extra(Part(path, EXTRA_KEY, log.get(EXTRA_KEY, {})), sets)
+    report = with_extra(Part(path, EXTRA_KEY, log.get(EXTRA_KEY, {})), sets)
+    if report.sets["forget"].extraction_strength is not None:
+        return report
+    forget = replace(report.sets["forget"], extraction_strength_open_unlearning=theirs)
+    return replace(report, sets={**report.sets, "forget": forget})
 
 
 def _set_metrics(scores: SetScores, name: str, prefix: str, components: Mapping[str, float]) -> dict[str, Any]:
@@ -102,6 +108,7 @@ def _set_metrics(scores: SetScores, name: str, prefix: str, components: Mapping[
             "value_by_index": _by_index(prob=_among_choices(scores)),
         }
     rouge: dict[str, Any] = {"rougeL_recall": scores.rouge_l_recall, "rouge1_recall": scores.rouge_1_recall}
+    rouge["rougeL_f1"] = _rouge_l_f1(scores)
     texts = {"input": scores.questions, "ground_truth": scores.answers, "generation": scores.generated}
     metrics[f"{prefix}_Q_A_ROUGE"] = {
         "agg_value": components[f"ROUGE {title}"],
@@ -111,11 +118,36 @@ def _set_metrics(scores: SetScores, name: str, prefix: str, components: Mapping[
         "agg_value": components[f"Truth Ratio {title}"],
         "value_by_index": _by_index(score=truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, DEFINITION)),
     }
-    for key in MEMORIZATION:
-        values = getattr(scores, key)
-        if name == "forget" and values is not None:
-            metrics[key] = {"agg_value": float(values.mean()), "value_by_index": _by_index(score=values)}
+    if name == "forget":
+        for key, values in (
+            ("exact_memorization", scores.exact_memorization),
+            ("extraction_strength", _their_strength(scores)),
+        ):
+            if values is not None:
+                metrics[key] = {"agg_value": float(values.mean()), "value_by_index": _by_index(score=values)}
     return metrics
+
+
+def _their_strength(scores: SetScores) -> FloatArray | None:
+    """Return extraction strength as open-unlearning has it: an answer of t tokens whose last token is missed counts 1 / t.
+
+    Its search for the shortest prefix (``src/evals/metrics/memorization.py``) ends one token short of the whole answer.
+    """
+    if scores.extraction_strength is None or not scores.answer_tokens.any():
+        return scores.extraction_strength_open_unlearning
+    tokens = scores.answer_tokens - 1  # without the end token
+    return np.maximum(scores.extraction_strength, np.where(tokens > 0, 1.0 / np.maximum(tokens, 1), 0.0))
+
+
+def _rouge_l_f1(scores: SetScores) -> list[float] | None:
+    """Return ROUGE-L F1 per item, which open-unlearning logs next to recall; None without the texts."""
+    if scores.generated is None or scores.answers is None:
+        return None
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=True)
+    pairs = zip(scores.answers, scores.generated, strict=True)
+    return [scorer.score(answer, generated)["rougeL"].fmeasure for answer, generated in pairs]
 
 
 def _probability(losses: FloatArray) -> dict[str, Any]:
@@ -211,6 +243,7 @@ class _Reader:
         if metric not in self.log:
             raise UserError(
                 f"{self.path}: {metric} is missing; evaluate the model again with open-unlearning's tofu metrics, "
-                "model_utility and forget_quality included, or with `uipe score --log-format open-unlearning`"
+                "model_utility and forget_quality included (forget_Q_A_PARA_Prob and forget_Q_A_PERT_Prob give forget quality "
+                "alone), or with `uipe score --log-format open-unlearning`"
             )
         return Part(self.path, metric, self.log[metric])

@@ -6,6 +6,7 @@ memorisation, logit scale, timings, metadata, and the sets that TOFU does not ha
 
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 from uipe_core.metrics.scores import FloatArray, IntArray, ScoreReport, SetScores
 from uipe_core.metrics.tofu import CHOICE_SETS, truth_ratio
-from uipe_core.storage.files import write_atomic
+from uipe_core.storage.files import read_json, write_atomic
 
 EXTRA_KEY = "uipe"
 MEMORIZATION = ("exact_memorization", "extraction_strength")
+_FLOAT_INDEX = re.compile(r"\.0+$")
 OWN_MEASUREMENTS = (*MEMORIZATION, "logit_spread")
 """Fields of `SetScores` under `EXTRA_KEY`."""
 
@@ -123,15 +125,17 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def load_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such evaluation log; write one with `uipe score --log`") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of an evaluation log") from error
     except json.JSONDecodeError as error:
-        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); write the log again") from error
+        raise UserError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); fetch or write the file again") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file (byte {error.start}); give a JSON evaluation log") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({first_line(error)}); give a JSON evaluation log") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a JSON {type(content).__name__}, an evaluation log is a JSON object")
     return content
@@ -139,7 +143,12 @@ def load_object(path: Path) -> dict[str, Any]:
 
 def is_number(value: object) -> bool:
     """Return True if a JSON value is a finite number; booleans, ints in Python, are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond the largest float
+        return False
 
 
 class Part:
@@ -154,7 +163,7 @@ class Part:
     def error(self, key: str, problem: str) -> UserError:
         """Return an error that names file and key."""
         where = f"{self.where}/{key}" if key else self.where
-        return UserError(f"{self.path}: {where} {problem}; write the log again, for example with `uipe score --log`")
+        return UserError(f"{self.path}: {where} {problem}; correct the file, or score the model again with `uipe score --log`")
 
     def object(self, key: str) -> dict[str, Any]:
         """Return the object under a key, empty if the key is missing."""
@@ -192,7 +201,7 @@ class Part:
         """Return values of one measurement in index order; indexes must be 0 to n - 1."""
         if key not in self.content:
             raise self.error(key, "is missing")
-        values = self.object(key)
+        values = self._by_index(key)
         if not values:
             raise self.error(key, "is empty")
         expected = [str(index) for index in range(len(values) if n is None else n)]
@@ -201,6 +210,13 @@ class Part:
             problem = "is missing" if differing[0] in expected else "is unexpected"
             raise self.error(key, f"has other indexes than 0 to {len(expected) - 1}: {differing[0]!r} {problem}")
         return [values[index] for index in expected]
+
+    def _by_index(self, key: str) -> dict[str, Any]:
+        """Return values by index. Other writers have plain lists, or indexes that pandas made floats (``"0.0"``)."""
+        values = self.content[key]
+        if isinstance(values, list):
+            return {str(index): value for index, value in enumerate(values)}
+        return {_FLOAT_INDEX.sub("", index): value for index, value in self.object(key).items()}
 
     def numbers(self, key: str, n: int | None = None, nested: bool = False) -> FloatArray:
         """Return finite numbers by index: (n,), or (n, k) if each value is a list."""

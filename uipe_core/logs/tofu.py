@@ -52,8 +52,8 @@ def read_log(path: str | Path, *, as_reference: bool = False) -> ScoreReport:
 
     Args:
         path: Log of locuslab/tofu or open-unlearning, or a folder with open-unlearning's two files.
-        as_reference: Require only the forget set's paraphrase and perturbed losses. Missing losses of its gold answers become
-            NaN, incomplete other sets are left out.
+        as_reference: Require only the forget set's paraphrase and perturbed losses, which forget quality compares. Missing
+            losses of its gold answers become NaN, incomplete other sets are left out.
 
     Raises:
         UserError: No such file, broken JSON, a missing part or measurement, or wrong values; names file, key and remedy.

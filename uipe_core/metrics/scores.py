@@ -53,6 +53,7 @@ class SetScores(_Items):
         exact_memorization, extraction_strength: (n,) in [0, 1] of the gold answer, see `memorization`; None if unknown.
         logit_spread: (n,) standard deviation of the logits over the vocabulary, mean over the gold answer's tokens; utility
             sets only.
+        extraction_strength_open_unlearning: (n,) as `extraction_strength`, but at least 1 / tokens; of logs that have it alone.
     """
 
     answer_loss: FloatArray
@@ -70,6 +71,7 @@ class SetScores(_Items):
     exact_memorization: FloatArray | None = None
     extraction_strength: FloatArray | None = None
     logit_spread: FloatArray | None = None
+    extraction_strength_open_unlearning: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.paraphrase_loss)

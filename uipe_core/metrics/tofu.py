@@ -155,11 +155,14 @@ def forget_components(report: ScoreReport, definition: str = "tofu") -> dict[str
 
 
 def memorization(report: ScoreReport) -> dict[str, dict[str, float]]:
-    """Return mean exact memorisation and extraction strength, each in [0, 1], of `MEMORIZED_SETS`, if the report has them."""
+    """Return mean exact memorisation and extraction strength, each in [0, 1], of `MEMORIZED_SETS`, if the report has them.
+
+    Extraction strength in open-unlearning's convention has a name of its own (`uipe_core.metrics.memorization`).
+    """
     found: dict[str, dict[str, float]] = {}
     for name in MEMORIZED_SETS:
         scores = report.sets.get(name)
-        for key in ("exact_memorization", "extraction_strength"):
+        for key in ("exact_memorization", "extraction_strength", "extraction_strength_open_unlearning"):
             values = None if scores is None else getattr(scores, key)
             if values is not None and len(values):
                 found.setdefault(name, {})[key] = float(np.mean(values))

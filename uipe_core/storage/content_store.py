@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from uipe_core.errors import UserError
-from uipe_core.storage.files import file_hash, fsync_path, is_free, try_lock, write_atomic
+from uipe_core.storage.files import file_hash, fsync_path, is_free, parse_json, try_lock, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ def manifest_of(key: str, inputs: Mapping[str, Any], files: Mapping[str, Any], *
 def read_manifest(content: bytes) -> dict[str, Any]:
     """Parse a manifest; raise BrokenEntryError if it is not a JSON object."""
     try:
-        manifest = json.loads(content)
+        manifest = parse_json(content)
     except ValueError:
         raise BrokenEntryError("manifest is not JSON") from None
     if not isinstance(manifest, dict):

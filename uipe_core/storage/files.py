@@ -1,13 +1,49 @@
-"""Write files atomically, flush them to the disk, hash them, lock them."""
+"""Read files that come from elsewhere; write files atomically, flush them to the disk, hash them, lock them."""
 
+import errno
 import hashlib
+import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        OSError: It cannot be read, or is a folder, a pipe or a device: opening a pipe would wait for its other end.
+    """
+    mode = path.stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "is a pipe or a device, not a file", str(path))
+    return path.read_bytes()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON in UTF-8, with or without a byte order mark.
+
+    Raises:
+        ValueError: It is none (`json.JSONDecodeError` has the line), no UTF-8 (`UnicodeDecodeError`), or nested so deeply that
+            Python cannot hold it.
+    """
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises as `read_regular` and `parse_json`."""
+    return parse_json(read_regular(path))
 
 
 def file_hash(path: Path) -> str:

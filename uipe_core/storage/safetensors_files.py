@@ -1,6 +1,5 @@
 """Read safetensors files of a model or adapter folder: their headers, and tensors one at a time."""
 
-import json
 import math
 import mmap
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from uipe_core.errors import UserError
+from uipe_core.storage.files import read_json
 
 FLOATS = ("F32", "BF16", "F16")
 """Stored dtypes whose values fp32 holds exactly, by safetensors' names."""
@@ -115,7 +115,7 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
             )
         raise UserError(f"{folder}: it has no {single.name} and no {index.name}; give the folder with the weights")
     try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(read_json(index)["weight_map"].values()))
         paths = [folder / name for name in names]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: damaged ({type(error).__name__}); fetch or save the checkpoint again") from error

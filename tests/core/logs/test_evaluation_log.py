@@ -1,5 +1,6 @@
 """Evaluation logs: exact round trips, the shape other readers expect, and every kind of damage."""
 
+import copy
 import json
 import os
 from dataclasses import fields, replace
@@ -195,7 +196,7 @@ def part(change):
         (lambda c: c.update({PARTS["retain"]: [1]}), r"eval_log\.json is a list"),
         (lambda c: c.update({PARTS["forget"]: 3}), r"eval_log_forget\.json is a int"),
         (part(lambda p: p.pop("avg_gt_loss")), r"eval_log_forget\.json/avg_gt_loss is missing"),
-        (part(lambda p: p.update(avg_gt_loss=[1.0])), "avg_gt_loss is a list"),
+        (part(lambda p: p.update(avg_gt_loss=[1.0])), "avg_gt_loss has other indexes than 0 to 11"),
         (part(lambda p: p.update(avg_gt_loss={})), "avg_gt_loss is empty"),
         (part(lambda p: p["average_perturb_loss"]["4"].pop()), "average_perturb_loss/4 has 4 numbers where .* 5"),
         (part(lambda p: p["average_perturb_loss"].update({"4": 1.0})), "average_perturb_loss/4 is not a list"),
@@ -292,3 +293,38 @@ def test_real_log_round_trips(name, tmp_path):
         assert set(ours[key]) - {EXTRA_KEY} == set(content)
         for measurement in ("gt_loss", "truth_ratio", "paraphrased_loss"):
             assert ours[key][measurement] == pytest.approx(content[measurement], rel=1e-5)
+
+
+# Logs as others write them
+
+
+def test_plain_lists_and_indexes_that_are_floats_are_read(report, tmp_path):
+    write_log(report, tmp_path / "log.json")
+    log = json.loads((tmp_path / "log.json").read_text())
+    lists, floats = copy.deepcopy(log), copy.deepcopy(log)
+    for part in PARTS.values():
+        for key, values in log[part].items():
+            if key != EXTRA_KEY:
+                lists[part][key] = list(values.values())
+                floats[part][key] = {f"{index}.0": value for index, value in values.items()}
+    for name, content in (("lists.json", lists), ("floats.json", floats)):
+        (tmp_path / name).write_text(json.dumps(content))
+        assert_same(report, read_log(tmp_path / name))
+
+
+def test_integers_beyond_every_float_are_no_numbers(report, tmp_path):
+    write_log(report, tmp_path / "log.json")
+    log = json.loads((tmp_path / "log.json").read_text())
+    log[PARTS["forget"]]["avg_gt_loss"]["0"] = 10**400
+    (tmp_path / "log.json").write_text(json.dumps(log))
+    with pytest.raises(UserError, match=r"avg_gt_loss/0 is 1000.*expected a finite number"):
+        read_log(tmp_path / "log.json")
+
+
+def test_a_log_that_is_a_pipe_or_nested_without_end_is_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match="is a pipe or a device"):
+        read_log(tmp_path / "pipe.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="nested too deeply"):
+        read_log(tmp_path / "deep.json")

@@ -127,13 +127,15 @@ def test_both_kinds_of_log_carry_the_same(report, tmp_path):
 
 
 def test_log_has_the_metrics_of_open_unlearning(log):
-    row = {"rougeL_recall", "rouge1_recall", "input", "ground_truth", "generation"}
+    row = {"rougeL_recall", "rougeL_f1", "rouge1_recall", "input", "ground_truth", "generation"}
     assert set(log["forget_Q_A_ROUGE"]["value_by_index"]["3"]) == row
     assert set(log["forget_Q_A_PERT_Prob"]["value_by_index"]["3"]) == {"prob", "avg_loss"}
     assert len(log["forget_Q_A_PERT_Prob"]["value_by_index"]["3"]["avg_loss"]) == 2
     assert list(log["forget_Q_A_Prob"]["value_by_index"]) == [str(index) for index in range(N)]
     assert "ra_Q_A_PARA_Prob" not in log and "wf_Q_A_PARA_Prob" not in log and "retain_Q_A_PARA_Prob" in log
-    assert {"exact_memorization", "extraction_strength", "model_utility"} <= set(log)
+    assert {"exact_memorization", "model_utility"} <= set(log)
+    # Without token counts open-unlearning's convention is not known.
+    assert "extraction_strength" not in log
     assert "forget_quality" not in log
     assert all("agg_value" in metric for name, metric in log.items() if name != EXTRA_KEY)
 
@@ -156,6 +158,7 @@ def test_a_log_of_open_unlearning_itself(report, rewritten):
             row["rougeL_f1"] = 0.5
         for row in content["wf_Q_A_PERT_Prob"]["value_by_index"].values():
             row.update(prob=row["prob"][0], avg_loss=row["avg_loss"][0])
+        content["extraction_strength"] = {"value_by_index": {str(index): {"score": 0.5} for index in range(N)}}
         content["extraction_strength"]["value_by_index"]["4"]["score"] = None
 
     found = read_log(rewritten(foreign))
@@ -164,6 +167,7 @@ def test_a_log_of_open_unlearning_itself(report, rewritten):
     assert found.sets["forget"].item_hash is None
     assert np.array_equal(found.sets["forget"].exact_memorization, report.sets["forget"].exact_memorization)
     assert found.sets["forget"].extraction_strength is None
+    assert found.sets["forget"].extraction_strength_open_unlearning is None
     assert found.sets["retain"].exact_memorization is None
     assert evaluate(found, found, "open-unlearning").forget_quality.p_value == 1
 
@@ -227,7 +231,7 @@ def put(field, value):
         (lambda c: c.pop("ra_Q_A_Prob"), "ra_Q_A_Prob is missing"),
         (lambda c: c.update(wf_Q_A_Prob=[1]), "wf_Q_A_Prob is a list"),
         (lambda c: c["forget_Q_A_Prob"].pop("value_by_index"), "forget_Q_A_Prob/value_by_index is missing"),
-        (lambda c: c["forget_Q_A_Prob"].update(value_by_index=[]), "forget_Q_A_Prob/value_by_index is a list"),
+        (lambda c: c["forget_Q_A_Prob"].update(value_by_index=[]), "forget_Q_A_Prob/value_by_index is empty"),
         (lambda c: c["forget_Q_A_PARA_Prob"].update(value_by_index={}), "forget_Q_A_PARA_Prob/value_by_index is empty"),
         (at("forget_Q_A_Prob", "4", dict.pop), "forget_Q_A_Prob/value_by_index has other indexes .* '4' is missing"),
         (at("forget_Q_A_Prob", "4", lambda rows, i: rows.update({i: 1.0})), "forget_Q_A_Prob/value_by_index/4 is 1.0"),
@@ -289,3 +293,35 @@ def test_a_folder_that_cannot_be_made(report, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         write_open_unlearning(report, tmp_path / "file" / "logs")
+
+
+def test_extraction_strength_has_open_unlearnings_convention_in_its_log_and_ours_next_to_it(report, tmp_path):
+    """A missed last token counts 1 / t there, and 0 here."""
+    strength = np.array([0.0, 0.5, 1.0, *np.full(N - 3, 0.25)])
+    forget = replace(report.sets["forget"], extraction_strength=strength, answer_tokens=np.full(N, 5))
+    write_open_unlearning(replace(report, sets={**report.sets, "forget": forget}), tmp_path)
+    log = json.loads((tmp_path / EVAL_FILE).read_text())
+    theirs = [log["extraction_strength"]["value_by_index"][str(index)]["score"] for index in range(N)]
+    assert theirs[:4] == [0.25, 0.5, 1.0, 0.25]  # four tokens without the end token
+    assert read_log(tmp_path).sets["forget"].extraction_strength.tolist() == strength.tolist()
+    del log[EXTRA_KEY]
+    (tmp_path / EVAL_FILE).write_text(json.dumps(log))
+    scores = read_log(tmp_path).sets["forget"]
+    assert scores.extraction_strength is None
+    assert scores.extraction_strength_open_unlearning.tolist() == theirs
+    values = evaluate(read_log(tmp_path)).as_dict()["memorization"]["forget"]
+    assert values["extraction_strength_open_unlearning"] == pytest.approx(np.mean(theirs))
+
+
+def test_rouge_f1_is_that_of_the_texts(log):
+    row = log["forget_Q_A_ROUGE"]["value_by_index"]["3"]
+    # "generated 3 <U+2028> é" and "answer 3.": one of two tokens each.
+    assert row["rougeL_f1"] == pytest.approx(0.5)
+
+
+def test_indexes_that_are_floats_are_read(report, log, tmp_path):
+    for metric in log.values():
+        if isinstance(metric.get("value_by_index"), dict):
+            metric["value_by_index"] = {f"{index}.0": value for index, value in metric["value_by_index"].items()}
+    (tmp_path / "floats.json").write_text(json.dumps(log))
+    assert evaluate(read_log(tmp_path / "floats.json")) == evaluate(read_log(tmp_path))

@@ -1,0 +1,48 @@
+"""Files that come from elsewhere: pipes, devices, deep nesting and byte order marks neither hang nor raise something else."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from uipe_core.storage.files import parse_json, read_json, read_regular
+
+DEEP = 100_000
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    path = tmp_path / "pipe.json"
+    os.mkfifo(path)
+    return path
+
+
+def test_a_pipe_is_refused_at_once(pipe):
+    with pytest.raises(OSError, match="is a pipe or a device"):
+        read_regular(pipe)
+
+
+def test_a_device_and_a_folder_are_refused(tmp_path):
+    with pytest.raises(OSError, match="is a pipe or a device"):
+        read_regular(Path("/dev/zero"))
+    with pytest.raises(IsADirectoryError):
+        read_regular(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * DEEP, "[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP])
+def test_deep_nesting_is_a_value_error(text):
+    with pytest.raises(ValueError, match=r"nested too deeply|Expecting"):
+        parse_json(text)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_content(tmp_path):
+    path = tmp_path / "bom.json"
+    path.write_bytes(b"\xef\xbb\xbf" + json.dumps({"a": "ü"}, ensure_ascii=False).encode())
+    assert read_json(path) == {"a": "ü"}
+
+
+def test_what_is_no_json_keeps_its_line():
+    with pytest.raises(json.JSONDecodeError) as caught:
+        parse_json('{"a": 1,\n "b": }')
+    assert caught.value.lineno == 2
