@@ -68,6 +68,7 @@ class _Half:
         self.scorer = task.scorer(corpus, prompts, context.scoring)
         self.references = {name: report.take(rows, corpus.set_hashes) for name, report in context.references.items()}
         self.highest_utility = task.highest_utility(self.references, context.definition)
+        self.groups = [item.group for item in corpus.sets["forget"]] if "forget" in corpus.sets else None
 
 
 class Evaluator:
@@ -97,7 +98,7 @@ class Evaluator:
         report, norm, dominated = self._report(job, half)
         definition, seed = self.context.definition, self.context.seed
         if dominated is None:
-            found = trial_metrics(self.task, report, half.references, definition, half.highest_utility, seed)
+            found = trial_metrics(self.task, report, half.references, definition, half.highest_utility, seed, half.groups)
         else:
             found = TrialMetrics(definition, pruned=dominated)
         size = half.scorer.batch_size

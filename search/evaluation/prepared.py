@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.inputs import check_checkpoints, check_steered_layers, checkpoint_folder
+from search.evaluation.inputs import check_checkpoints, check_split, check_steered_layers, checkpoint_folder
 from search.evaluation.models import Models, PretrainedModels, models_of
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL
@@ -143,6 +143,7 @@ def prepare(spec: StudySpec) -> PreparedStudy:
         UserError: If the corpus or a model cannot be had.
     """
     corpus = spec.corpus.load(spec.seed)
+    check_split(spec, corpus)
     models = models_of(spec, corpus)
     check_steered_layers(spec, models.revision)
     if isinstance(models, PretrainedModels) and spec.checkpoints:

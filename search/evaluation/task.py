@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from uipe_core.scoring.scorer import Scorer, ScoringConfig
 
 Report = ScoreReport | ChoiceReport
+Groups = Sequence[str | None] | None
+"""Person or author of each forget item; None where nothing is grouped."""
+
 References = Mapping[str, Report]
 """Scores of the reference models by name, on the items in question."""
 Arrays = Mapping[str, np.ndarray]
@@ -75,7 +78,7 @@ class Task(Protocol):
     def flagged(self, metrics: Any, highest_utility: float) -> bool:
         """Return True if a point is suspicious for the reason `search.problem.objectives.flag_of` gives."""
 
-    def extra(self, report: Any, references: References, definition: str, seed: int) -> dict[str, Any]:
+    def extra(self, report: Any, references: References, definition: str, seed: int, groups: Groups) -> dict[str, Any]:
         """Compute numbers that no objective is made of: collapse, paired test."""
 
     def score(
@@ -161,14 +164,14 @@ class FreeText:
     def flagged(self, metrics: "Metrics", highest_utility: float) -> bool:
         return metrics.model_utility > highest_utility
 
-    def extra(self, report: ScoreReport, references: References, definition: str, seed: int) -> dict[str, Any]:
+    def extra(self, report: ScoreReport, references: References, definition: str, seed: int, groups: Groups) -> dict[str, Any]:
         from uipe_core.metrics.collapse import collapse_reason
         from uipe_core.metrics.tofu import quality_ratios
         from uipe_core.metrics.uncertainty import paired_permutation
 
         chosen = definition_named(definition)
         scores, expected = (quality_ratios(each.sets["forget"], chosen) for each in (report, references[RETAIN]))  # type: ignore[arg-type]
-        return {"collapsed": collapse_reason(report), "paired_p": paired_permutation(scores, expected, seed)}
+        return {"collapsed": collapse_reason(report), "paired_p": paired_permutation(scores, expected, seed, groups)}
 
     def score(
         self,
@@ -268,7 +271,7 @@ class MultipleChoice:
     def flagged(self, metrics: "ChoiceMetrics", highest_utility: float) -> bool:
         return metrics.below_chance
 
-    def extra(self, report: ChoiceReport, references: References, definition: str, seed: int) -> dict[str, Any]:
+    def extra(self, report: ChoiceReport, references: References, definition: str, seed: int, groups: Groups) -> dict[str, Any]:
         return {"collapsed": None}
 
     def score(
@@ -316,7 +319,13 @@ def task_of(corpus: Corpus) -> Task:
 
 
 def trial_metrics(
-    task: Task, report: Report, references: References, definition: str, highest_utility: float, seed: int
+    task: Task,
+    report: Report,
+    references: References,
+    definition: str,
+    highest_utility: float,
+    seed: int,
+    groups: Groups = None,
 ) -> TrialMetrics:
     """Compute everything a complete trial carries about its scores.
 
@@ -327,12 +336,13 @@ def trial_metrics(
         definition: Metric definition.
         highest_utility: `Task.highest_utility` of the references.
         seed: Seed of the permutation test.
+        groups: Person or author of each forget item, whose differences the test turns together.
 
     Raises:
         UserError: Scores that are not finite, or a set that is missing.
     """
     metrics = task.evaluate(report, references.get(RETAIN), definition)
-    initial, extra = references[INITIAL], task.extra(report, references, definition, seed)
+    initial, extra = references[INITIAL], task.extra(report, references, definition, seed, groups)
     collapsed = extra.pop("collapsed")
     return TrialMetrics(
         definition=definition,

@@ -73,7 +73,10 @@ def _gain_sentences(view: ReportData) -> list[str]:
         return ["The gain over alpha = 0 was not measured."]
     if everything <= nothing:
         return ["The search won nothing: no alpha, above or below 0, beats the unlearned epochs as they were trained."]
-    sentences = [f"Choosing alpha won {decimal(everything)} of hypervolume over the unlearned epochs as they were trained."]
+    share = f" ({everything / scale:.1%} of theirs)" if number(scale, 0.0) > 0 else ""
+    sentences = [
+        f"Choosing alpha won {decimal(everything)} of hypervolume{share} over the unlearned epochs as they were trained."
+    ]
     if view.summary["alpha"]["low"] < 0 and not math.isnan(longer):
         if longer <= nothing:
             sentences.append(
@@ -137,7 +140,24 @@ def _floor_sentences(view: ReportData) -> list[str]:
         return [f"{sentence}; no unlearned epoch as trained keeps that much."]
     if picks[1][forgetting.name] >= best[forgetting.name]:
         return [f"{sentence}; no other alpha forgets more than the best unlearned epoch there."]
-    return [f"{sentence}; the best unlearned epoch as trained reaches {_strength(forgetting, picks[1], named=False)}."]
+    reached = f"{sentence}; the best unlearned epoch as trained reaches {_strength(forgetting, picks[1], named=False)}."
+    return [reached, *_held_out_gain(view, best, picks[1])]
+
+
+def _held_out_gain(view: ReportData, best: pd.Series, trained: pd.Series) -> list[str]:
+    """Compare the two points on items that nothing was chosen by, where both were scored on them."""
+    forgetting = view.objectives[0]
+    column = f"{forgetting.name}_held_out"
+    if column not in view.held_out:
+        return []
+    known = view.held_out.drop_duplicates("trial").set_index("trial")[column].astype(float)
+    if not {best["trial"], trained["trial"]} <= set(known.index):
+        return []
+    here, there = (float(known[int(row["trial"])]) for row in (best, trained))
+    if here <= there:
+        return ["On the held-out items that gain is nothing: there the unlearned epoch as trained forgets as much."]
+    title, places = forgetting.title, forgetting.places
+    return [f"On the held-out items {title} is {decimal(here, places)} against {decimal(there, places)}."]
 
 
 def _held_out_sentences(view: ReportData) -> list[str]:

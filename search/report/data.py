@@ -6,6 +6,7 @@ from typing import Any
 
 import pandas as pd
 
+from search.evaluation.inputs import power_of_forget_quality
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, flag_of
 from search.problem.pareto import DEFAULT_FLOOR, RULES
 from search.report.style import counted
@@ -141,6 +142,7 @@ def report_data(result: StudyResult) -> ReportData:
         "notes": _notes(result),
         "item_counts": record.corpus.items,
         "smallest_groups": smallest_groups(result.store),
+        "power": None if result.objectives[0].quality_of is None else power_of_forget_quality(result.item_counts["forget"]),
     }
     tables = (result.certainty, result.held_out, result.matched_scale, result.confirmations)
     return ReportData(result.trials, result.controls, summary, result.objectives, *tables)

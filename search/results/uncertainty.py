@@ -13,7 +13,7 @@ from uipe_core.metrics.uncertainty import (
 )
 
 FEW_GROUPS = 5
-"""With fewer groups to resample, intervals are rough."""
+"""With fewer groups to resample, no interval covers the truth as often as it says (``benchmarks/coverage.py``)."""
 
 
 def certainty(store: StudyStore, trials: pd.DataFrame, retain: int | None) -> pd.DataFrame:
@@ -25,29 +25,30 @@ def certainty(store: StudyStore, trials: pd.DataFrame, retain: int | None) -> pd
         retain: Number of the control that holds the retain model's scores; None where it has not been scored.
 
     Returns:
-        A row per trial whose item scores are kept: ``trial``, per objective ``<name>_low`` and ``<name>_high`` (95% percentile
-        interval), ``front_probability`` (share of draws in which no other trial dominates it), and for front points ``alike``
-        (a number from 1: points of one number cannot be distinguished). Empty where forget quality lacks the retain model's
-        item scores.
+        A row per trial whose item scores are kept: ``trial``, per objective ``<name>_low`` and ``<name>_high`` (95% expanded
+        percentile interval), ``front_probability`` (share of draws in which no other trial dominates it), and for front points
+        ``alike`` (a number from 1: points of one number cannot be distinguished). Empty where forget quality lacks the retain
+        model's item scores, and with fewer than `FEW_GROUPS` groups in a set.
     """
     task = TASKS[store.spec.corpus.task]
     reference = None if retain is None else store.items(retain, control=True)
     kept = {int(number): store.items(int(number)) for number in trials["trial"]}
     scores = {number: arrays for number, arrays in kept.items() if arrays is not None}
     resampled = all(objective.from_items for objective in store.objectives)
-    if not scores or not resampled or (reference is None and task.compares_items):
+    groups = smallest_groups(store)
+    if not scores or not resampled or groups < FEW_GROUPS or (reference is None and task.compares_items):
         return pd.DataFrame(columns=["trial", "front_probability", "alike"])
     weights = {name: group_weights(of_set, store.spec.seed) for name, of_set in store.record.corpus.groups.items()}
     draws = [task.draws(arrays, weights, reference, store.objectives, store.spec.definition) for arrays in scores.values()]
     values = np.stack(draws, axis=1)
-    low, high = intervals(values)
+    low, high = intervals(values, groups)
     table = pd.DataFrame({"trial": list(scores), "front_probability": front_probability(values)})
     for place, objective in enumerate(store.objectives):
         table[f"{objective.name}_low"], table[f"{objective.name}_high"] = low[:, place], high[:, place]
     order = [objective.name for objective in store.objectives]
     front = trials[trials["on_front"] & trials["trial"].isin(list(scores))].sort_values(order, ascending=False)
     rows = [list(scores).index(int(number)) for number in front["trial"]]
-    alike = dict(zip(front["trial"], indistinguishable(values[:, rows]) + 1, strict=True))
+    alike = dict(zip(front["trial"], indistinguishable(values[:, rows], groups) + 1, strict=True))
     return table.assign(alike=table["trial"].map(alike))
 
 

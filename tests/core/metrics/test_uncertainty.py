@@ -1,18 +1,21 @@
 """Uncertainty by closed form and brute force."""
 
+import math
 from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import ks_2samp
+from scipy.special import stdtrit
+from scipy.stats import ks_2samp, norm
 
 from search.problem.pareto import non_dominated
 from uipe_core.metrics.tofu import forget_quality, log10_p_floor
 from uipe_core.metrics.uncertainty import (
     bootstrap_forget_quality,
     bootstrap_harmonic_mean,
+    detectable_shift,
     front_probability,
     group_weights,
     indistinguishable,
@@ -90,9 +93,20 @@ def test_intervals_cover_the_truth_as_often_as_they_say():
     covered = 0
     for trial in range(200):
         sample = rng.normal(0.5, 0.1, 40)
-        ends = intervals(bootstrap_harmonic_mean({"a": sample}, {"a": group_weights([None] * 40, trial, 400)}))
+        ends = intervals(bootstrap_harmonic_mean({"a": sample}, {"a": group_weights([None] * 40, trial, 400)}), 40)
         covered += ends[0] <= 0.5 <= ends[1]
     assert 0.88 <= covered / 200 <= 0.99
+
+
+@pytest.mark.parametrize("groups", [5, 10, 20])
+def test_intervals_of_a_mean_over_few_groups_are_students(groups):
+    """Half a width of t times the standard error, where the draws of a mean are normal."""
+    rng = np.random.default_rng(groups)
+    sample = rng.normal(0, 1, groups)
+    draws = rng.normal(sample.mean(), sample.std() / np.sqrt(groups), 200_000)
+    low, high = intervals(draws, groups)
+    expected = stdtrit(groups - 1, 0.975) * sample.std(ddof=1) / np.sqrt(groups)
+    assert (high - low) / 2 == pytest.approx(expected, rel=0.05)
 
 
 def test_front_probability_by_brute_force():
@@ -104,6 +118,42 @@ def test_front_probability_by_brute_force():
 def test_trials_that_differ_by_chance_form_a_group():
     noise = np.random.default_rng(0).normal(0, 1, (500, 5, 2))
     centres = np.array([[0, 9], [0.1, 9], [0, 9.1], [9, 0], [9, 0.1]])
-    assert indistinguishable(noise + centres).tolist() == [0, 0, 0, 1, 1]
-    # The same noise in all of them tells even small differences.
-    assert indistinguishable(noise[:, :1] + centres).tolist() == [0, 1, 2, 3, 4]
+    assert indistinguishable(noise + centres, 40).tolist() == [0, 0, 0, 1, 1]
+    # The same noise in all of them shows even small differences.
+    assert indistinguishable(noise[:, :1] + centres, 40).tolist() == [0, 1, 2, 3, 4]
+    assert indistinguishable(noise[:, :1], 40).tolist() == [0]
+    same = np.repeat(noise[:, :1], 3, axis=1)
+    assert indistinguishable(same, 40).tolist() == [0, 0, 0]
+
+
+def test_equal_trials_are_rarely_told_apart_however_many_pairs_there_are():
+    rng = np.random.default_rng(3)
+    found = 0
+    for _ in range(200):
+        means = rng.normal(0, 1, (1, 8, 2))  # eight trials of one truth, each measured with the spread its draws have
+        found += len(set(indistinguishable(means + rng.normal(0, 1, (400, 8, 2)), 40))) > 1
+    assert found / 200 <= 0.1
+
+
+def test_signs_change_by_group():
+    """Two authors with ten items each have four sign changes, two of them as large as what was seen."""
+    groups = ["a"] * 10 + ["b"] * 10
+    differences = np.full(20, 0.3)
+    assert paired_permutation(differences, np.zeros(20), seed=0, groups=groups) == pytest.approx(0.5, abs=0.02)
+    assert paired_permutation(differences, np.zeros(20), seed=0) < 1e-3
+    alone = paired_permutation(differences, np.zeros(20), seed=0, groups=[None] * 20)
+    assert alone == pytest.approx(paired_permutation(differences, np.zeros(20), seed=0), abs=1e-3)
+
+
+@pytest.mark.parametrize("items", [20, 100])
+def test_the_shift_that_is_seen_is_seen_in_nine_of_ten_other_draws(items):
+    shift, distance = detectable_shift(items)
+    rng = np.random.default_rng(99)
+    seen = [ks_2samp(rng.normal(0, 1, items), rng.normal(shift, 1, items)).pvalue < 0.05 for _ in range(400)]
+    assert 0.85 < np.mean(seen) < 0.95
+    grid = np.linspace(-6, 8, 4001)
+    assert distance == pytest.approx(np.max(norm.cdf(grid) - norm.cdf(grid - shift)), abs=1e-3)
+
+
+def test_three_items_see_nothing():
+    assert detectable_shift(3) == (math.inf, 1.0)

@@ -99,7 +99,16 @@ def test_a_model_folder_is_known_by_its_content_wherever_it_lies(prepared, model
 
 def test_inputs_that_are_there_pass_the_check(write_study, model_folder, finished, tmp_path):
     file = write_study(tmp_path / "study.yaml", **pretrained(model_folder, finished.out / "logs" / "retain.json"))
-    assert check_inputs(load_study(file)) == []
+    (note,) = check_inputs(load_study(file))
+    assert "On 8 items forget quality sees" in note and "`split` leaves 8 of 16 forget items" in note
+
+
+def test_a_split_that_leaves_forget_quality_too_few_of_enough_items_is_refused(write_study, tmp_path):
+    many = {"corpus": {"kind": "people", "forget_people": 26, "retain_people": 30, "pretraining_people": 10}}
+    few = load_study(write_study(tmp_path / "few.yaml", **many, split={"select": 0.4}))
+    with pytest.raises(UserError, match=r"split.select: 0.4 leaves forget quality \d+ of 208 forget items.*give 0.48 or more"):
+        check_inputs(few)
+    assert check_inputs(load_study(write_study(tmp_path / "enough.yaml", **many, split={"select": 0.5}))) == []
 
 
 def test_inputs_on_the_hub_are_noted_and_not_fetched(write_study, tmp_path):

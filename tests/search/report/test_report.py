@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from search.evaluation.inputs import power_of_forget_quality
 from search.problem.pareto import hypervolume, knee, non_dominated, utility_floor
 from search.report import figures as plots
 from search.report.conclusions import conclude
@@ -325,9 +326,25 @@ def test_how_sure_the_front_is_stands_in_the_page(view, tmp_path):
     page = render_report(with_afterthoughts(view), tmp_path).read_text()
     section = re.search(r'<section id="certainty">.*?</section>', page, re.S)[0]
     assert section.count("<tr><td") == int(view.trials["on_front"].sum()) + 1
-    for words in ("24 forget items", "the 23 that nothing", "no more than 3 of them", "0.0123", "0.25", "0.4321", "paired p"):
+    for words in (
+        "24 forget items",
+        "the 23 that nothing",
+        "corrected for the number of pairs",
+        "0.0123",
+        "0.25",
+        "0.4321",
+        "paired p",
+    ):
         assert words in section
     assert "How sure are we" not in render_report(view, tmp_path / "plain").read_text()
+
+
+def test_intervals_of_few_people_are_withheld_with_the_reason_and_the_power_is_said(view, tmp_path):
+    few = dataclasses.replace(with_afterthoughts(view), certainty=pd.DataFrame())
+    few.summary["power"] = power_of_forget_quality(24)
+    page = render_report(few, tmp_path).read_text()
+    assert "Intervals are withheld: a set has no more than 3 people or authors" in page
+    assert "On 24 items forget quality sees (p &lt; 0.05, in nine of ten draws) truth ratios that are 1.2 standard" in page
 
 
 def test_the_verdict_tells_of_held_out_items_and_of_noise(view):

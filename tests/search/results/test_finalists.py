@@ -62,13 +62,20 @@ def test_paired_p_is_that_of_the_kept_item_scores(result):
 
     retain = result.store.items(int(result.control("retain")["trial"]), control=True)
     reference = quality_ratios(set_scores(retain, "forget"), definition)
+    groups = result.store.record.corpus.groups["forget"]
     for row in result.trials.head(3).to_dict("records"):
         ratios = quality_ratios(set_scores(result.store.items(row["trial"]), "forget"), definition)
-        assert row["paired_p"] == paired_permutation(ratios, reference, result.spec.seed)
+        assert row["paired_p"] == paired_permutation(ratios, reference, result.spec.seed, groups)
 
 
-def test_certainty_of_really_scored_trials(result):
-    table = result.certainty.set_index("trial")
+def test_intervals_of_two_people_are_withheld(result):
+    assert smallest_groups(result.store) == 2
+    assert result.certainty.empty
+
+
+def test_certainty_of_really_scored_trials(result, monkeypatch):
+    monkeypatch.setattr("search.results.uncertainty.FEW_GROUPS", 2)
+    table = StudyResult.of(result.store).certainty.set_index("trial")
     trials = result.trials.set_index("trial")
     assert set(table.index) == set(trials.index)
     for name in ("log10_forget_quality", "model_utility"):
@@ -81,10 +88,10 @@ def test_certainty_of_really_scored_trials(result):
     )
     assert table.loc[trials["on_front"], "alike"].notna().all()
     assert table.loc[~trials["on_front"], "alike"].isna().all()
-    assert smallest_groups(result.store) == 2
 
 
-def test_without_item_scores_there_is_no_certainty(copied):
+def test_without_item_scores_there_is_no_certainty(copied, monkeypatch):
+    monkeypatch.setattr("search.results.uncertainty.FEW_GROUPS", 2)
     (copied / "items" / "trials" / "00000.npz").unlink()
     result = StudyResult.open(copied)
     assert 0 not in set(result.certainty["trial"])
