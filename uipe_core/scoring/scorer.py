@@ -28,6 +28,7 @@ from uipe_core.models.transformers_compat import accepts_logits_to_keep
 from uipe_core.scoring import packing
 from uipe_core.scoring.batch_sizes import BatchSize, find_batch_size
 from uipe_core.scoring.generation import GreedyText, complete, verify_drafts
+from uipe_core.scoring.half_precision import fast_products
 from uipe_core.scoring.packing import Group, Rows
 
 
@@ -214,14 +215,17 @@ class Scorer:
         seconds: dict[str, float] = {}
         for stage, names in self._stages.items():
             work = partial(self._read, model, loaded.device, trees, temperature, read, step)
-            size.run(groups[stage], work, split=packing.batched, count_rows=lambda batch: sum(map(len, batch)))
+            with fast_products(model.dtype, loaded.device):
+                size.run(groups[stage], work, split=packing.batched, count_rows=lambda batch: sum(map(len, batch)))
             sets |= {name: self._set_scores(name, read) for name in names}
             seconds[stage] = time.perf_counter() - began
             # In the order of the corpus, as in the last report.
             yield ScoreReport({name: sets[name] for name in self.sets if name in sets}, seconds=dict(seconds))
             began = time.perf_counter()
         by_set: dict[str, list[str]] = {}
-        for (name, _), text in zip(self._generated, self._generate(model, read.best), strict=True):
+        with fast_products(model.dtype, loaded.device):
+            texts = self._generate(model, read.best)
+        for (name, _), text in zip(self._generated, texts, strict=True):
             by_set.setdefault(name, []).append(text)
         step(len(self._generated))
         whole = {name: self._with_texts(name, sets[name], by_set.get(name)) for name in self.sets}
