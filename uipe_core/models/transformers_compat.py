@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 PLAIN_LORA_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base weights alone; pissa, olora, corda and others change them."""
+
+_ATTENTION = "uipe_tree"
+"""Name under which a function of ours takes the place of a model's attention."""
 
 _DOWN_PROJECTION = re.compile(r"(^|\.)(down_proj|fc2|dense_4h_to_h|mlp\.c_proj|w2)(\.weight)?$")
 """Last weight of a feed-forward block in Llama, Phi, GPT-NeoX, GPT-2 and Mixtral."""
@@ -131,3 +135,35 @@ def make_accelerator(device: torch.device) -> Any:
     accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False, mixed_precision="bf16" if bf16 else "no")
     torch.set_num_threads(threads)  # Accelerate sets a number of its own for several processes on the CPU
     return accelerator
+
+
+@contextmanager
+def attention_by(model: Any, attend: Callable[..., tuple[Tensor, None]]) -> Iterator[None]:
+    """Let `attend` take the place of a model's attention function while the context lasts.
+
+    It is called with module, query, key, value, attention mask and options, as the functions that transformers registers. No
+    mask is made for it. Models whose attention does not go through that registry are not changed.
+    """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, attend)
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = _ATTENTION
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def scaled_dot_product_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, options: Mapping[str, Any]
+) -> Tensor:
+    """Return (b, q, h, d) outputs of transformers' own function; query is (b, h, q, d), the mask (b, 1, q, k) of booleans.
+
+    Raises:
+        ValueError: Options of a model that this function does not know, such as soft caps.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query, key, value, mask, **options)[0]

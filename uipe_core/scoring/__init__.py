@@ -4,7 +4,8 @@ batch_sizes: batches that shrink when memory runs out, search for the best size
 generation: greedy text by draft and verify
 multiple_choice: log-likelihood of every letter
 scorer: losses, greedy text, ROUGE recall and logit scale of a corpus
-packing (private): answers that share a prompt in one row
+half_precision (private): bf16 and fp16 products on processors without instructions for them
+packing (private): a tree of answers in one row, each common beginning once
 """
 
 __all__ = ["batch_sizes", "generation", "multiple_choice", "scorer"]

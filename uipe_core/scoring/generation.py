@@ -18,7 +18,7 @@ from torch import Tensor
 from uipe_core.models.prompts import Example
 from uipe_core.models.transformers_compat import accepts_logits_to_keep, forward_parameters, select_cache_rows
 from uipe_core.scoring.batch_sizes import BatchSize, slices
-from uipe_core.scoring.packing import answer_logits, collate
+from uipe_core.scoring.packing import plain_rows, predicting_logits
 
 BY_HAND = frozenset({"attention_mask", "position_ids", "past_key_values", "use_cache"})
 """Arguments of forward that `_decode` needs; other models use their own `generate`."""
@@ -103,8 +103,8 @@ def verify_drafts(
     def work(part: list[tuple[GreedyText, list[int]]]) -> None:
         # One more token than the draft; it is not fed, and gives the prediction after the draft's end.
         examples = [Example((*text.prompt, *draft, pad_id), len(text.prompt)) for text, draft in part]
-        rows = collate([(number,) for number in range(len(part))], examples, pad_id, device)
-        best = answer_logits(model, rows, keep).argmax(dim=-1).tolist()
+        rows = plain_rows(range(len(part)), examples, pad_id, device)
+        best = predicting_logits(model, rows, keep).argmax(dim=-1).tolist()
         for (text, draft), length in zip(part, rows.lengths, strict=True):
             text.verify(draft, best[:length], stops)
             best = best[length:]

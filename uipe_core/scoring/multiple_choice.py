@@ -20,6 +20,7 @@ from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import PromptFormat
 from uipe_core.models.transformers_compat import accepts_logits_to_keep
 from uipe_core.scoring.batch_sizes import BatchSize, find_batch_size, slices
+from uipe_core.scoring.half_precision import fast_products
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ class ChoiceScorer:
             if progress is not None:
                 progress(done, len(self._order))
 
-        size.run(self._order, work, split=slices)
+        with fast_products(model.dtype, loaded.device):
+            size.run(self._order, work, split=slices)
         names = np.array([name for name, _ in self._items])
         return ChoiceReport(
             sets={name: self._set_scores(name, table[names == name], spreads[names == name]) for name in self._sets},

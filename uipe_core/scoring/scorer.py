@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from uipe_core.corpora.types import UTILITY_SETS, Corpus, Item, ItemSet, item_set_hash
@@ -29,6 +28,7 @@ from uipe_core.models.transformers_compat import accepts_logits_to_keep
 from uipe_core.scoring import packing
 from uipe_core.scoring.batch_sizes import BatchSize, find_batch_size
 from uipe_core.scoring.generation import GreedyText, complete, verify_drafts
+from uipe_core.scoring.half_precision import fast_products
 from uipe_core.scoring.packing import Group, Rows
 
 
@@ -53,19 +53,20 @@ class TeacherForcedScores:
         self.best: dict[int, list[int]] = {}
 
     def record(self, rows: Rows, logits: Tensor) -> None:
-        """Record a batch; repeating one changes nothing. Logits are (answer tokens, vocabulary)."""
-        nll = F.cross_entropy(logits.float(), rows.targets, reduction="none")
+        """Record a batch; repeating one changes nothing. Logits are (predicting positions, vocabulary)."""
+        which = rows.which
+        nll = logits.float().logsumexp(dim=-1)[which] - logits[which, rows.targets].float()
         self.losses[list(rows.owners)] = _means(nll, rows.lengths)
         tokens = np.repeat(rows.owners, rows.lengths)
         scaled = [pair for pair in zip(rows.owners, rows.lengths, strict=True) if pair[0] in self._scaled]
         if scaled:
             chosen = torch.from_numpy(np.isin(tokens, [number for number, _ in scaled])).to(logits.device)
-            spread = logits[chosen].float().std(dim=-1)
+            spread = logits[which[chosen]].float().std(dim=-1)
             self.spreads[[number for number, _ in scaled]] = _means(spread, [length for _, length in scaled])
         gold = [number for number in rows.owners if number in self._gold]
         if gold:
             chosen = torch.from_numpy(np.isin(tokens, gold)).to(logits.device)
-            best = iter(logits[chosen].argmax(dim=-1).tolist())
+            best = iter(logits[which[chosen]].argmax(dim=-1).tolist())
             self.best.update({number: list(islice(best, self._examples[number].answer_length)) for number in gold})
 
 
@@ -119,6 +120,7 @@ class Scorer:
         self.sets = dict(corpus.sets)
         self.hashes = {name: item_set_hash(items) for name, items in self.sets.items()}
         self.examples: list[Example] = []
+        self._number_of: dict[Example, int] = {}
         self._rows = {name: self._index(items) for name, items in self.sets.items()}
         self._gold_rows = {row[0] for rows in self._rows.values() for row in rows}
         self._scale_rows = {row[0] for name in UTILITY_SETS for row in self._rows.get(name, [])}
@@ -129,7 +131,13 @@ class Scorer:
         wanted = {**LOSS_STAGES, OTHERS: tuple(name for name in self.sets if name not in named)}
         present = {stage: tuple(name for name in names if name in self.sets) for stage, names in wanted.items()}
         self._stages = {stage: names for stage, names in present.items() if names}
-        self._packed: dict[type, bool] = {}
+        self._numbers: dict[str, list[int]] = {}
+        read: set[int] = set()
+        for stage, names in self._stages.items():
+            # What an earlier stage has read is known.
+            self._numbers[stage] = sorted({number for name in names for row in self._rows[name] for number in row} - read)
+            read.update(self._numbers[stage])
+        self._reads_trees: dict[type, bool] = {}
         self._size = None if config.batch_size is None else BatchSize(config.batch_size)
         self._texts_size = None if config.batch_size is None else BatchSize(4 * config.batch_size)
         # Drafts: texts of the last model scored, which at another alpha are similar.
@@ -145,14 +153,20 @@ class Scorer:
         self._drafts = [[] for _ in self._drafts]
 
     def _index(self, items: ItemSet) -> list[list[int]]:
-        """Return per item the example numbers of its answer, paraphrase and perturbed answers, and add these examples."""
+        """Return per item the example numbers of its answer, paraphrase and perturbed answers, and add new examples.
+
+        The same question and answer, in another set too, is the same example.
+        """
         rows = []
         for item in items:
-            answers = [item.answer, *([item.paraphrase] if item.paraphrase != item.answer else [])]
-            positions = list(range(len(self.examples), len(self.examples) + len(answers)))
-            paraphrase = positions[-1]
-            self.examples += [self.prompts.encode(item.question, text) for text in (*answers, *item.perturbed_answers)]
-            rows.append([positions[0], paraphrase, *range(paraphrase + 1, len(self.examples))])
+            row = []
+            for text in (item.answer, item.paraphrase, *item.perturbed_answers):
+                example = self.prompts.encode(item.question, text)
+                number = self._number_of.setdefault(example, len(self.examples))
+                if number == len(self.examples):
+                    self.examples.append(example)
+                row.append(number)
+            rows.append(row)
         return rows
 
     def score(
@@ -184,8 +198,9 @@ class Scorer:
         model.eval()
         began = time.perf_counter()
         size = self._size = self._size or BatchSize(self._find_batch_size(model, loaded.device))
-        group = packing.group_by_prompt if self._supports_packed_rows(model, loaded.device) else packing.one_per_row
-        groups = {stage: group(self.examples, self._numbers(stage)) for stage in self._stages}
+        trees = self._may_read_trees(model, loaded.device)
+        group = packing.group_by_prompt if trees else packing.one_per_row
+        groups = {stage: group(self.examples, numbers) for stage, numbers in self._numbers.items()}
         total = len(self.examples) + len(self._generated)
         done = 0
 
@@ -199,33 +214,32 @@ class Scorer:
         sets: dict[str, SetScores] = {}
         seconds: dict[str, float] = {}
         for stage, names in self._stages.items():
-            work = partial(self._read, model, loaded.device, temperature, read, step)
-            size.run(groups[stage], work, split=packing.batched, count_rows=lambda batch: sum(map(len, batch)))
+            work = partial(self._read, model, loaded.device, trees, temperature, read, step)
+            with fast_products(model.dtype, loaded.device):
+                size.run(groups[stage], work, split=packing.batched, count_rows=lambda batch: sum(map(len, batch)))
             sets |= {name: self._set_scores(name, read) for name in names}
             seconds[stage] = time.perf_counter() - began
             # In the order of the corpus, as in the last report.
             yield ScoreReport({name: sets[name] for name in self.sets if name in sets}, seconds=dict(seconds))
             began = time.perf_counter()
         by_set: dict[str, list[str]] = {}
-        for (name, _), text in zip(self._generated, self._generate(model, read.best), strict=True):
+        with fast_products(model.dtype, loaded.device):
+            texts = self._generate(model, read.best)
+        for (name, _), text in zip(self._generated, texts, strict=True):
             by_set.setdefault(name, []).append(text)
         step(len(self._generated))
         whole = {name: self._with_texts(name, sets[name], by_set.get(name)) for name in self.sets}
         seconds[GENERATION] = time.perf_counter() - began
         yield ScoreReport(whole, logit_scale(whole), seconds)
 
-    def _numbers(self, stage: str) -> list[int]:
-        """Return the example numbers of a stage."""
-        return sorted({number for name in self._stages[stage] for row in self._rows[name] for number in row})
-
-    def _supports_packed_rows(self, model: Any, device: torch.device) -> bool:
+    def _may_read_trees(self, model: Any, device: torch.device) -> bool:
         kind = type(model)
-        if kind not in self._packed:
-            found = packing.supports_packed_rows(model, self.examples, self.prompts.pad_id, device)
+        if kind not in self._reads_trees:
+            found = packing.reads_trees(model, self.examples, self.prompts.pad_id, device)
             if found is None:
                 return False  # the next model may show it
-            self._packed[kind] = found
-        return self._packed[kind]
+            self._reads_trees[kind] = found
+        return self._reads_trees[kind]
 
     def _find_batch_size(self, model: Any, device: torch.device) -> int:
         """Search for the fastest number of answers per batch, with the longest ones, each in a row of its own."""
@@ -233,9 +247,9 @@ class Scorer:
         keep = accepts_logits_to_keep(model)
 
         def read(count: int) -> None:
-            chosen = [(longest[place % len(longest)],) for place in range(count)]
-            rows = packing.collate(chosen, self.examples, self.prompts.pad_id, device)
-            F.cross_entropy(packing.answer_logits(model, rows, keep).float(), rows.targets)
+            chosen = [longest[place % len(longest)] for place in range(count)]
+            rows = packing.plain_rows(chosen, self.examples, self.prompts.pad_id, device)
+            packing.predicting_logits(model, rows, keep).float().logsumexp(dim=-1)
 
         tokens = len(self.examples[longest[0]].input_ids)
         predicted = max(example.answer_length for example in self.examples)
@@ -245,14 +259,19 @@ class Scorer:
         self,
         model: Any,
         device: torch.device,
+        trees: bool,
         temperature: float,
         scores: TeacherForcedScores,
         step: Callable[[int], None],
         groups: list[Group],
     ) -> None:
         """Run a batch of answers and record it."""
-        rows = packing.collate(groups, self.examples, self.prompts.pad_id, device)
-        logits = packing.answer_logits(model, rows, accepts_logits_to_keep(model))
+        numbers = [number for group in groups for number in group]
+        if trees:
+            rows = packing.tree_row(numbers, self.examples, device)
+        else:
+            rows = packing.plain_rows(numbers, self.examples, self.prompts.pad_id, device)
+        logits = packing.predicting_logits(model, rows, accepts_logits_to_keep(model))
         scores.record(rows, logits if temperature == 1.0 else logits.float() / temperature)
         step(len(rows.owners))
 

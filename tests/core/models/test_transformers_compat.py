@@ -164,3 +164,29 @@ def test_an_accelerator_leaves_threads_and_models_alone():
     prepared = accelerator.prepare(model)
     assert accelerator.unwrap_model(prepared) is model
     assert next(model.parameters()).device.type == "cpu"
+
+
+def test_attention_is_replaced_for_a_while_in_every_layer_and_then_as_before():
+    for model in (llama(), gpt2(), compat.wrap_adapter(llama(), LORA)):
+        named, seen = model.config._attn_implementation, []
+
+        def attend(module, query, key, value, mask, seen=seen, **options):
+            seen.append((tuple(query.shape), mask))
+            everything = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool).tril()
+            return compat.scaled_dot_product_attention(module, query, key, value, everything, options).clone(), None
+
+        with torch.inference_mode():
+            expected = model(input_ids=IDS, use_cache=False).logits
+            with compat.attention_by(model, attend):
+                found = model(input_ids=IDS, use_cache=False).logits
+        torch.testing.assert_close(found, expected)
+        assert seen == [((1, 2, 4, 8), None)] * model.config.num_hidden_layers
+        assert model.config._attn_implementation == named
+
+
+@pytest.mark.parametrize("places", [[1, 3], [0], [3, 1]])
+def test_logits_are_kept_at_a_list_of_places(places):
+    with torch.inference_mode():
+        for model in (llama(), gpt2()):
+            whole = model(input_ids=IDS).logits
+            torch.testing.assert_close(model(input_ids=IDS, logits_to_keep=places).logits, whole[:, places])

@@ -106,6 +106,28 @@ def test_scores_and_texts_are_those_of_a_machine_with_more_memory(narrow, load_t
     assert scorer.batch_size == found
 
 
+def test_trees_that_are_too_large_come_again_in_halves(load_tiny, corpus):
+    config = ScoringConfig(64, 4)
+    expected = Scorer(corpus, load_tiny().prompts, config).score(load_tiny())
+    loaded, seen = load_tiny(), []
+
+    def hold(module, args, kwargs):
+        if kwargs.get("position_ids") is None:
+            return
+        seen.append(kwargs["input_ids"].shape)
+        if kwargs["input_ids"].numel() > 250:
+            raise torch.OutOfMemoryError(FULL)
+
+    loaded.model.register_forward_pre_hook(hold, with_kwargs=True)
+    scorer = Scorer(corpus, loaded.prompts, config)
+    report = scorer.score(loaded)
+    trees = [tokens for rows, tokens in seen if rows == 1]
+    assert max(trees) > 250 >= min(trees)
+    assert scorer.batch_size < 64
+    for key, values in expected.arrays().items():
+        np.testing.assert_allclose(report.arrays()[key], values, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
 def test_letters_are_scored_in_halves_too(narrow, load_tiny):
     items = tuple(ChoiceItem(f"What is {n} and {n}?", ("1", "2", "3", "4"), n % 4) for n in range(20))
     corpus = Corpus("few", {}, (), (), choices={"forget": items[:6], "utility": items})

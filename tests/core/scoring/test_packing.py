@@ -1,20 +1,34 @@
-"""Rows that hold several answers to one question: read as each answer alone, or not used."""
+"""A tree of answers in one row: read as each answer alone, or not used."""
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
-from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPTJConfig,
+    GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from uipe_core.models.prompts import Example
 from uipe_core.models.transformers_compat import accepts_logits_to_keep
 from uipe_core.scoring.packing import (
-    answer_logits,
     batched,
-    collate,
     group_by_prompt,
     one_per_row,
-    supports_packed_rows,
+    plain_rows,
+    predicting_logits,
+    reads_trees,
+    tree_row,
 )
 
 CPU = torch.device("cpu")
@@ -26,8 +40,10 @@ def llama(**changes):
     return LlamaForCausalLM(LlamaConfig(vocab_size=50, **{**SIZES, **changes})).eval()
 
 
-PROMPTS = st.lists(st.integers(1, 49), min_size=1, max_size=6).map(tuple)
-ANSWERS = st.lists(st.lists(st.integers(1, 49), min_size=1, max_size=5).map(tuple), min_size=1, max_size=5)
+# Few different tokens, so that prompts and answers often begin alike.
+TOKENS = st.one_of(st.integers(1, 3), st.integers(1, 49))
+PROMPTS = st.lists(TOKENS, min_size=1, max_size=6).map(tuple)
+ANSWERS = st.lists(st.lists(TOKENS, min_size=1, max_size=5).map(tuple), min_size=1, max_size=5)
 
 
 @st.composite
@@ -47,18 +63,46 @@ def test_batches_hold_every_example_once_and_no_more_than_allowed(items, size):
             assert len({items[number].input_ids[: items[number].prompt_length] for number in group}) == 1
 
 
-@settings(max_examples=40, deadline=None)
-@given(examples())
+@pytest.mark.parametrize("heads", [2, 1])
+@pytest.mark.parametrize("keep", [True, False])
+@settings(max_examples=30, deadline=None)
+@given(items=examples())
 @torch.inference_mode()
-def test_packed_logits_are_those_of_each_answer_alone(items):
-    model = llama()
-    rows = collate(group_by_prompt(items), items, 0, CPU)
-    logits = answer_logits(model, rows, keep=True).split(rows.lengths)
-    for number, found in zip(rows.owners, logits, strict=True):
-        example = items[number]
-        alone = model(input_ids=torch.tensor([example.input_ids])).logits[0]
-        torch.testing.assert_close(found, alone[example.prompt_length - 1 : -1], rtol=1e-4, atol=1e-5)
-    assert rows.targets.tolist() == [token for n in rows.owners for token in items[n].input_ids[items[n].prompt_length :]]
+def test_the_logits_of_trees_and_of_padded_rows_are_those_of_each_answer_alone(items, heads, keep):
+    model = llama(num_key_value_heads=heads)
+    numbers = list(range(len(items)))[::-1]
+    for rows in (tree_row(numbers, items, CPU), plain_rows(numbers, items, 0, CPU)):
+        logits = predicting_logits(model, rows, keep)[rows.which].split(rows.lengths)
+        for number, found in zip(rows.owners, logits, strict=True):
+            example = items[number]
+            alone = model(input_ids=torch.tensor([example.input_ids])).logits[0]
+            torch.testing.assert_close(found, alone[example.prompt_length - 1 : -1], rtol=1e-4, atol=1e-5)
+        targets = [token for n in rows.owners for token in items[n].input_ids[items[n].prompt_length :]]
+        assert rows.targets.tolist() == targets
+
+
+@given(examples())
+def test_a_tree_holds_every_beginning_once_and_predicts_from_each_place_once(items):
+    rows = tree_row(range(len(items)), items, CPU)
+    beginnings = {example.input_ids[:end] for example in items for end in range(1, len(example.input_ids))}
+    assert rows.input_ids.shape == (1, len(beginnings))
+    predicting = {e.input_ids[:end] for e in items for end in range(e.prompt_length, len(e.input_ids))}
+    assert len(set(rows.column.tolist())) == len(rows.column) == len(predicting)
+    # Each token attends in one piece of a path.
+    assert sorted(rows.tree.back.tolist()) == sorted(set(rows.tree.back.tolist()))
+
+
+@torch.inference_mode()
+def test_a_model_attends_as_before_after_it_has_read_a_tree(items):
+    model, ids = llama(), torch.tensor([[1, 2, 3, 4]])
+    before, named = model(input_ids=ids).logits, model.config._attn_implementation
+    predicting_logits(model, tree_row(range(len(items)), items, CPU), True)
+    assert model.config._attn_implementation == named
+    assert torch.equal(model(input_ids=ids).logits, before)
+    model.model.layers[0].self_attn.q_proj.weight.data = torch.zeros(3, 3)
+    with pytest.raises(RuntimeError):
+        predicting_logits(model, tree_row(range(len(items)), items, CPU), True)
+    assert model.config._attn_implementation == named
 
 
 @pytest.fixture
@@ -66,12 +110,30 @@ def items():
     return [Example((*prompt, *answer, 49), 3) for prompt in ((1, 2, 3), (4, 5, 6)) for answer in ((7, 8), (9,), (10, 11, 12))]
 
 
-@torch.inference_mode()
-def test_a_model_is_asked_whether_it_takes_packed_rows(items):
-    assert supports_packed_rows(llama(), items, 0, CPU) is True
+GPT = {"vocab_size": 50, "n_layer": 2, "n_head": 2, "initializer_range": 0.4}
+GEMMA = {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}
+OTHERS = {
     # Attention that is a matter of distance in the row, so that positions of ours change nothing.
-    bloom = BloomForCausalLM(BloomConfig(vocab_size=50, hidden_size=16, n_layer=2, n_head=2, initializer_range=0.4)).eval()
-    assert supports_packed_rows(bloom, items, 0, CPU) is False
+    "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=16, **GPT)),
+    # Attention that cannot be replaced.
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(n_embd=16, rotary_dim=4, **GPT)),
+    # An option that our attention does not know.
+    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(vocab_size=50, attn_logit_softcapping=0.5, **GEMMA, **SIZES)),
+    # No attention.
+    "mamba": lambda: MambaForCausalLM(MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=2, state_size=4)),
+}
+
+
+@torch.inference_mode()
+def test_a_model_is_asked_whether_it_reads_trees(items):
+    assert reads_trees(llama(), items, 0, CPU) is True
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_do_not_attend_as_told_are_found_out(name, items):
+    torch.manual_seed(0)
+    assert reads_trees(OTHERS[name]().eval(), items, 0, CPU) is False
 
 
 @torch.inference_mode()
@@ -79,7 +141,7 @@ def test_a_model_is_asked_whether_it_takes_packed_rows(items):
 def test_a_model_that_looks_back_only_so_far_keeps_its_own_mask(items, window, expected):
     torch.manual_seed(0)
     model = MistralForCausalLM(MistralConfig(vocab_size=50, sliding_window=window, num_key_value_heads=1, **SIZES)).eval()
-    assert supports_packed_rows(model, items, 0, CPU) is expected
+    assert reads_trees(model, items, 0, CPU) is expected
 
 
 @torch.inference_mode()
@@ -87,10 +149,10 @@ def test_a_model_that_no_longer_listens_cannot_tell(items):
     model = llama()
     for layer in model.model.layers:
         layer.self_attn.o_proj.weight.zero_()
-    assert supports_packed_rows(model, items, 0, CPU) is None
+    assert reads_trees(model, items, 0, CPU) is None
 
 
 @torch.inference_mode()
 def test_questions_with_one_answer_each_have_nothing_to_share(items):
-    assert supports_packed_rows(llama(), items[::3], 0, CPU) is False
+    assert reads_trees(llama(), items[::3], 0, CPU) is False
     assert accepts_logits_to_keep(llama())
