@@ -10,6 +10,7 @@ import torch
 
 from uipe_core.errors import UserError, first_line
 from uipe_core.models.prompts import PromptFormat
+from uipe_core.models.transformers_compat import keep_weights_as_loaded
 from uipe_core.storage.files import file_hash
 from uipe_core.storage.safetensors_files import weight_files
 
@@ -114,6 +115,7 @@ def load_model(
         missing = sorted(loading["missing_keys"])
         raise UserError(f"model {source}: its files lack {len(missing)} weights, first {missing[0]}; fetch or save it again")
     model.eval()
+    keep_weights_as_loaded(model)
     if device_map is None:
         model.to(where)
     elif any(parameter.is_meta for parameter in model.parameters()):

@@ -8,7 +8,8 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -156,6 +157,34 @@ def accepts_logits_to_keep(model: Any) -> bool:
 def select_cache_rows(cache: Any, rows: Tensor) -> None:
     """Keep only some rows of a ``DynamicCache``, in place."""
     cache.batch_select_indices(rows)
+
+
+def generates_alone(model: Any) -> bool:
+    """Return True if `generate` is wrong for several prompts at once: RWKV takes no attention mask and mixes up the rows."""
+    return bool(model.config.model_type == "rwkv")
+
+
+def keep_weights_as_loaded(model: Any) -> None:
+    """Stop RWKV from halving weights in place, every few layers, when it is first evaluated; update vectors do not know of it."""
+    if model.config.model_type == "rwkv":
+        model.config.rescale_every = 0
+
+
+@contextmanager
+def no_generation_defaults(model: Any) -> Iterator[None]:
+    """Keep a model's ``generation_config.json``, from which come unset values, out of `generate` inside the block."""
+    from transformers import GenerationConfig
+
+    # An adapter's `generate` sets that of the model underneath.
+    holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    before = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own
 
 
 def find_decoder_layers(model: Any) -> nn.ModuleList | None:
