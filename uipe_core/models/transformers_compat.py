@@ -165,7 +165,7 @@ def generates_alone(model: Any) -> bool:
 
 
 def keep_weights_as_loaded(model: Any) -> None:
-    """Stop RWKV from halving weights in place, every few layers, when it is first evaluated; update vectors do not know of it."""
+    """Stop RWKV from halving weights in place when it is first evaluated, which update vectors know nothing of."""
     if model.config.model_type == "rwkv":
         model.config.rescale_every = 0
 
