@@ -13,8 +13,27 @@ from uipe_core.errors import UserError
 from uipe_core.logs.tofu import read_log
 
 
+def require_trust(spec: StudySpec, granted: bool) -> None:
+    """Refuse a study whose models bring code of their own, unless whoever starts it trusts that code.
+
+    Args:
+        spec: The study. A key of a file, which may be somebody else's, grants nothing by itself.
+        granted: ``--trust-remote-code`` was given.
+
+    Raises:
+        UserError: The study asks for trust that is not granted.
+    """
+    if isinstance(spec.model, PretrainedModel) and spec.model.trust_remote_code and not granted:
+        raise UserError(
+            f"model.trust_remote_code: true in a file runs nothing by itself; read the code that comes with "
+            f"{spec.model.initial}, then add --trust-remote-code (in Python: trust_remote_code=True), or set the key to false"
+        )
+
+
 def check_inputs(spec: StudySpec) -> list[str]:
     """Check the inputs of a study that are on this machine; return notes on what only the run can check.
+
+    Code that comes with a model is never run here, whatever the study says.
 
     Raises:
         UserError: If an input is missing or broken.
@@ -30,26 +49,31 @@ def check_inputs(spec: StudySpec) -> list[str]:
             elif value.endswith(".json"):
                 read_log(value)
             else:
-                from uipe_core.models.loading import check_model_folder
+                from uipe_core.models.loading import brings_code, check_model_folder
 
-                check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format, spec.model.trust_remote_code)
+                if spec.model.trust_remote_code and brings_code(Path(value)):
+                    notes.append(f"model.{key}: {value} brings code of its own, so it is checked when the study runs")
+                else:
+                    check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format)
         remote = [place for places in spec.checkpoints.values() for place in places if not is_local(place)]
         notes += [f"checkpoints: {place} is on the hub and is fetched when the study runs" for place in remote]
-        if spec.checkpoints and (remote or not is_local(spec.model.initial)):
+        unseen = remote or any(note.startswith("model.initial:") for note in notes)
+        if spec.checkpoints and unseen:
             notes.append("checkpoints: they are held against model.initial when the study runs")
         elif spec.checkpoints:
-            check_checkpoints(spec, Path(spec.model.initial))
+            check_checkpoints(spec, Path(spec.model.initial), trusted=False)
     if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
-        check_steered_layers(spec, None)
+        check_steered_layers(spec, None, trusted=False)
     return [*notes, *earlier_fronts(spec).notes]
 
 
-def check_steered_layers(spec: StudySpec, revision: str | None) -> None:
+def check_steered_layers(spec: StudySpec, revision: str | None, trusted: bool) -> None:
     """Refuse layers that the initial model lacks, where a method steers one and the number of layers is known.
 
     Args:
         spec: The study.
         revision: Commit that pins an initial model from the hub.
+        trusted: Code that comes with the model may run.
 
     Raises:
         UserError: A layer the model does not have.
@@ -60,7 +84,7 @@ def check_steered_layers(spec: StudySpec, revision: str | None) -> None:
     from uipe_core.unlearning.steering import check_layer, model_depth
 
     model = spec.model
-    depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, model.trust_remote_code)
+    depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, trusted)
     if depth is not None:
         for layer in layers:
             check_layer(layer, depth)
@@ -75,7 +99,7 @@ def checkpoint_folder(place: str) -> Path:
     return model_folder(place)
 
 
-def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
+def check_checkpoints(spec: StudySpec, initial_folder: Path, trusted: bool) -> None:
     """Hold every given checkpoint against the initial model by configurations and headers; no weights are read.
 
     Raises:
@@ -84,7 +108,6 @@ def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
     from uipe_core.deltas.checkpoints import check_checkpoint
     from uipe_core.models.skeleton import open_initial
 
-    trusted = isinstance(spec.model, PretrainedModel) and spec.model.trust_remote_code
     initial = open_initial(initial_folder, trusted)
     problems = []
     for label, folders in spec.checkpoints.items():

@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.inputs import check_checkpoints, check_steered_layers, checkpoint_folder
+from search.evaluation.inputs import check_checkpoints, check_steered_layers, checkpoint_folder, require_trust
 from search.evaluation.models import Models, PretrainedModels, models_of
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL
@@ -136,17 +136,22 @@ class PreparedStudy:
         }
 
 
-def prepare(spec: StudySpec) -> PreparedStudy:
+def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     """Load the corpus and identify the models of a study; nothing is trained yet.
 
+    Args:
+        spec: The study.
+        trust_remote_code: Whoever starts it lets code run that comes with its models, if the study asks for that.
+
     Raises:
-        UserError: If the corpus or a model cannot be had.
+        UserError: If the corpus or a model cannot be had, or the study asks for trust that is not granted.
     """
+    require_trust(spec, trust_remote_code)
     corpus = spec.corpus.load(spec.seed)
     models = models_of(spec, corpus)
-    check_steered_layers(spec, models.revision)
+    check_steered_layers(spec, models.revision, models.trust_remote_code)
     if isinstance(models, PretrainedModels) and spec.checkpoints:
-        check_checkpoints(spec, models.initial_folder())
+        check_checkpoints(spec, models.initial_folder(), models.trust_remote_code)
     given = {
         label: tuple(checkpoint_identity(checkpoint_folder(place)) for place in places)
         for label, places in spec.checkpoints.items()

@@ -1,6 +1,7 @@
 """Load causal language models by hub name or folder, and identify their weights."""
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -13,6 +14,9 @@ from uipe_core.models.prompts import PromptFormat
 from uipe_core.models.transformers_compat import keep_weights_as_loaded
 from uipe_core.storage.files import file_hash
 from uipe_core.storage.safetensors_files import weight_files
+
+UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError)
+"""What transformers raises for a damaged config.json, apart from what its classes raise for their values."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -85,7 +89,7 @@ def load_model(
         UserError: If it cannot be found or read, lacks weights, has no known prompt format, or does not fit its devices.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"model.dtype: {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
@@ -95,11 +99,7 @@ def load_model(
         _require_inside(folder)
     place = str(folder or source)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    unreadable = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **common)
-    except unreadable as error:
-        raise _cannot_load(source, error) from error
+    tokenizer = _tokenizer(source, place, **common)
     # Before reading the weights, which may take minutes.
     prompts = PromptFormat(tokenizer, prompt_template, prompt_format)
     if device_map is not None:
@@ -108,7 +108,7 @@ def load_model(
         model, loading = AutoModelForCausalLM.from_pretrained(
             place, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, output_loading_info=True, **common
         )
-    except unreadable as error:
+    except (*UNREADABLE, RuntimeError, SafetensorError) as error:
         raise _cannot_load(source, error) from error
     if loading["missing_keys"]:
         # transformers fills them with random numbers and only logs it.
@@ -147,28 +147,44 @@ def _local_folder(source: str) -> Path | None:
     return folder
 
 
-def check_model_folder(
-    source: str, prompt_template: str | None, prompt_format: str | None, trust_remote_code: bool = False
-) -> None:
-    """Check a model folder without reading its weights.
+def brings_code(folder: Path) -> bool:
+    """Return True if a model's folder names code of its own, which only runs where it is trusted."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            content = json.loads((folder / name).read_text())
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and content.get("auto_map"):
+            return True
+    return False
+
+
+def check_model_folder(source: str, prompt_template: str | None, prompt_format: str | None) -> None:
+    """Check a model folder without reading its weights or running code of its own.
 
     Raises:
         UserError: If it is missing, no saved model, has no weights, or its tokenizer cannot write the prompt format.
     """
-    from transformers import AutoTokenizer
-
     folder = _local_folder(source)
     if folder is None:
         raise UserError(f"model {source}: no such folder")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model {source}: the folder has no *.safetensors weights; save the model again as safetensors")
     _require_inside(folder)
+    # Never None, for which transformers asks on the terminal.
+    PromptFormat(_tokenizer(source, str(folder), trust_remote_code=False), prompt_template, prompt_format)
+
+
+def _tokenizer(source: str, place: str, **settings: Any) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        # Never None, for which transformers asks on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model {source}: its tokenizer cannot be loaded: {first_line(error)}") from error
-    PromptFormat(tokenizer, prompt_template, prompt_format)
+        return AutoTokenizer.from_pretrained(place, **settings)
+    except Exception as error:  # tokenizers raises plain Exceptions, damaged files KeyError, TypeError and others
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"model {source}: its tokenizer cannot be loaded ({said}); fetch or save the tokenizer's files again"
+        ) from error
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:

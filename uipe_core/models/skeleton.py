@@ -9,6 +9,7 @@ import torch
 
 from uipe_core.errors import UserError, first_line
 from uipe_core.models.configurations import differences
+from uipe_core.models.loading import UNREADABLE
 from uipe_core.models.transformers_compat import no_weights
 from uipe_core.models.weights import FoundWeights, Weight, find_weights
 from uipe_core.storage.safetensors_files import FLOATS, ShardReader, read_headers, weight_files
@@ -63,7 +64,7 @@ def meta_model(source: str, revision: str | None = None, trust_remote_code: bool
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         skeleton.tie_weights()
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except (*UNREADABLE, RuntimeError) as error:
         raise UserError(f"{source}: its configuration makes no causal language model: {first_line(error)}") from error
     return skeleton
 
@@ -147,7 +148,7 @@ def _config(source: str, trust_remote_code: bool, revision: str | None = None) -
 
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{source}: its config.json cannot be read: {first_line(error)}") from error
 
 
