@@ -1,7 +1,8 @@
 """Check local inputs and load warm-start points before anything is spent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from search.problem.pareto import non_dominated
 from search.problem.space import Point
@@ -9,12 +10,16 @@ from search.spec.corpora import fetched_sources
 from search.spec.sections import PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.split import split_corpus
+from uipe_core.corpora.types import Corpus
 from uipe_core.errors import UserError
 from uipe_core.logs.tofu import read_log
 
+if TYPE_CHECKING:
+    from uipe_core.models.loading import ModelSource
+
 
 def require_trust(spec: StudySpec, granted: bool) -> None:
-    """Refuse a study whose models bring code of their own, unless whoever starts it trusts that code.
+    """Refuse a study whose models bring code of their own, unless the one who starts it trusts that code.
 
     Args:
         spec: The study. A key of a file, which may be somebody else's, grants nothing by itself.
@@ -40,8 +45,10 @@ def check_inputs(spec: StudySpec) -> list[str]:
     """
     later = "is on the hub and is fetched when the study runs"
     notes = [f"corpus.{key}: {source} {later}" for key, source in fetched_sources(spec.corpus)]
+    corpus = None
     if not notes:
-        split_corpus(spec.corpus.load(spec.seed), None if spec.split is None else spec.split.select, spec.seed)
+        corpus = spec.corpus.load(spec.seed)
+        split_corpus(corpus, None if spec.split is None else spec.split.select, spec.seed)
     if isinstance(spec.model, PretrainedModel):
         for key, value in spec.model.places().items():
             if not is_local(value):
@@ -62,6 +69,14 @@ def check_inputs(spec: StudySpec) -> list[str]:
             notes.append("checkpoints: they are held against model.initial when the study runs")
         elif spec.checkpoints:
             check_checkpoints(spec, Path(spec.model.initial), trusted=False)
+        if corpus is not None and not any(note.startswith("model.initial:") for note in notes):
+            from uipe_core.models.loading import ModelSource
+
+            section = spec.model
+            source = ModelSource(
+                section.initial, "", prompt_template=section.prompt_template, prompt_format=section.prompt_format
+            )
+            check_positions(spec, corpus, source, trusted=False)
     if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
         check_steered_layers(spec, None, trusted=False)
     return [*notes, *earlier_fronts(spec).notes]
@@ -88,6 +103,32 @@ def check_steered_layers(spec: StudySpec, revision: str | None, trusted: bool) -
     if depth is not None:
         for layer in layers:
             check_layer(layer, depth)
+
+
+def check_positions(spec: StudySpec, corpus: Corpus, source: "ModelSource", trusted: bool) -> None:
+    """Refuse items, and texts that may be generated, that are longer than the initial model has positions.
+
+    Args:
+        spec: The study.
+        corpus: Its items.
+        source: The initial model; its configuration and tokenizer are read.
+        trusted: Code that comes with the model may run.
+
+    Raises:
+        UserError: With an item, its tokens, and the positions.
+    """
+    from uipe_core.models.skeleton import read_config
+    from uipe_core.models.transformers_compat import position_limit
+    from uipe_core.scoring.lengths import require_positions
+    from uipe_core.scoring.scorer import ScoringConfig
+
+    if is_local(source.location) and not (Path(source.location) / "config.json").is_file():
+        return  # an adapter, whose base model is elsewhere
+    limit = position_limit(read_config(source.location, trusted, source.revision))
+    if limit is not None:
+        scoring = ScoringConfig.of(spec.scoring.definition, spec.scoring.rows, spec.scoring.max_new_tokens)
+        prompts = replace(source, trust_remote_code=trusted).prompts()
+        require_positions(corpus, prompts, scoring, limit, trains=spec.unlearning is not None)
 
 
 def checkpoint_folder(place: str) -> Path:

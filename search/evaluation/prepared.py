@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.inputs import check_checkpoints, check_steered_layers, checkpoint_folder, require_trust
+from search.evaluation.inputs import check_checkpoints, check_positions, check_steered_layers, checkpoint_folder, require_trust
 from search.evaluation.models import Models, PretrainedModels, models_of
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL
@@ -141,7 +141,7 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
 
     Args:
         spec: The study.
-        trust_remote_code: Whoever starts it lets code run that comes with its models, if the study asks for that.
+        trust_remote_code: Code may run that comes with its models, if the study asks for that.
 
     Raises:
         UserError: If the corpus or a model cannot be had, or the study asks for trust that is not granted.
@@ -150,6 +150,8 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     corpus = spec.corpus.load(spec.seed)
     models = models_of(spec, corpus)
     check_steered_layers(spec, models.revision, models.trust_remote_code)
+    if isinstance(models, PretrainedModels):
+        check_positions(spec, corpus, models.source(INITIAL), models.trust_remote_code)
     if isinstance(models, PretrainedModels) and spec.checkpoints:
         check_checkpoints(spec, models.initial_folder(), models.trust_remote_code)
     given = {

@@ -159,8 +159,8 @@ def brings_code(folder: Path) -> bool:
     return False
 
 
-def check_model_folder(source: str, prompt_template: str | None, prompt_format: str | None) -> None:
-    """Check a model folder without reading its weights or running code of its own.
+def check_model_folder(source: str, prompt_template: str | None, prompt_format: str | None) -> PromptFormat:
+    """Check a model folder without reading its weights or running code of its own; return its prompt format.
 
     Raises:
         UserError: If it is missing, no saved model, has no weights, or its tokenizer cannot write the prompt format.
@@ -172,7 +172,7 @@ def check_model_folder(source: str, prompt_template: str | None, prompt_format: 
         raise UserError(f"model {source}: the folder has no *.safetensors weights; save the model again as safetensors")
     _require_inside(folder)
     # Never None, for which transformers asks on the terminal.
-    PromptFormat(_tokenizer(source, str(folder), trust_remote_code=False), prompt_template, prompt_format)
+    return PromptFormat(_tokenizer(source, str(folder), trust_remote_code=False), prompt_template, prompt_format)
 
 
 def _tokenizer(source: str, place: str, **settings: Any) -> Any:
@@ -216,6 +216,11 @@ class ModelSource:
     prompt_format: str | None = None
     trust_remote_code: bool = False
     device_map: str | None = None
+
+    def prompts(self) -> PromptFormat:
+        """Load the tokenizer alone; raises as `load_model`."""
+        settings = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return PromptFormat(_tokenizer(self.location, self.location, **settings), self.prompt_template, self.prompt_format)
 
     def load(self, dtype: str | None = None) -> LoadedModel:
         """Load the model; `dtype` overrides that of the source (training starts from the weights as stored)."""

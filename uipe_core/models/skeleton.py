@@ -59,7 +59,7 @@ def meta_model(source: str, revision: str | None = None, trust_remote_code: bool
     """
     from transformers import AutoModelForCausalLM
 
-    config = _config(source, trust_remote_code, revision)
+    config = read_config(source, trust_remote_code, revision)
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -77,7 +77,7 @@ def dense_weights(initial: InitialModel, folder: Path) -> Mapping[str, Weight]:
     Raises:
         UserError: If the configurations compute differently, or names, shapes or dtypes do not match; says what differs.
     """
-    theirs = _config(str(folder), initial.trust_remote_code)
+    theirs = read_config(str(folder), initial.trust_remote_code)
     differing = differences(initial.skeleton, theirs)
     if differing:
         raise UserError(
@@ -143,7 +143,8 @@ def _equal(first: Weight, second: Weight) -> bool:
     return first.shape == second.shape and torch.equal(first.read(ShardReader()), second.read(ShardReader()))
 
 
-def _config(source: str, trust_remote_code: bool, revision: str | None = None) -> Any:
+def read_config(source: str, trust_remote_code: bool, revision: str | None = None) -> Any:
+    """Read a model's configuration; raise UserError if there is none that can be read."""
     from transformers import AutoConfig
 
     try:

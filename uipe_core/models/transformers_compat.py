@@ -149,6 +149,18 @@ def forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(base.forward).parameters
 
 
+def position_limit(config: Any) -> int | None:
+    """Return how many positions a model can take; None without a limit (rotary embeddings, ALiBi, state-space models).
+
+    Learned positions and tables of them end there with an index error, on a GPU with a failed assertion.
+    """
+    text = config.get_text_config()
+    if getattr(text, "rope_parameters", None) or getattr(text, "alibi", False):
+        return None
+    named = (getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return min((limit for limit in named if isinstance(limit, int) and limit > 0), default=None)
+
+
 def accepts_logits_to_keep(model: Any) -> bool:
     """Return True if forward can compute the logits of chosen positions only."""
     return "logits_to_keep" in forward_parameters(model)
