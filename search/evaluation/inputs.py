@@ -68,7 +68,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
         if spec.checkpoints and unseen:
             notes.append("checkpoints: they are held against model.initial when the study runs")
         elif spec.checkpoints:
-            check_checkpoints(spec, Path(spec.model.initial), trusted=False)
+            notes += check_checkpoints(spec, Path(spec.model.initial), trusted=False)
         if corpus is not None and not any(note.startswith("model.initial:") for note in notes):
             from uipe_core.models.loading import ModelSource
 
@@ -140,25 +140,37 @@ def checkpoint_folder(place: str) -> Path:
     return model_folder(place)
 
 
-def check_checkpoints(spec: StudySpec, initial_folder: Path, trusted: bool) -> None:
-    """Hold every given checkpoint against the initial model by configurations and headers; no weights are read.
+def check_checkpoints(spec: StudySpec, initial_folder: Path, trusted: bool) -> list[str]:
+    """Hold every given checkpoint against the initial model by configurations and headers; of adapters all is read.
+
+    Returns:
+        Notes: adapters that say they were trained on another model.
 
     Raises:
         UserError: With everything that does not fit.
     """
+    from uipe_core.deltas.adapters import is_adapter, other_base
     from uipe_core.deltas.checkpoints import check_checkpoint
     from uipe_core.models.skeleton import open_initial
 
     initial = open_initial(initial_folder, trusted)
-    problems = []
+    named = [initial.skeleton.config.name_or_path, *([spec.model.initial] if isinstance(spec.model, PretrainedModel) else [])]
+    problems, notes = [], []
     for label, folders in spec.checkpoints.items():
         for place, folder in enumerate(folders):
             try:
-                check_checkpoint(initial, checkpoint_folder(folder))
+                found = checkpoint_folder(folder)
+                check_checkpoint(initial, found)
+                base = other_base(found, *named) if is_adapter(found) else None
             except UserError as error:
                 problems.append(f"checkpoints.{label}[{place}]: {error}")
+                continue
+            if base is not None:
+                said = f"by its adapter_config.json it was trained on {base}, and model.initial is {named[-1]}"
+                notes.append(f"checkpoints.{label}[{place}]: {said}; on another model it would be no unlearning")
     if problems:
         raise UserError("\n  ".join(problems))
+    return notes
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """From a study to what a run needs: its corpus, its models, its base runs, each with the address of its content."""
 
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from uipe_core.storage.files import cache_folder
 from uipe_core.storage.node_cache import GIGABYTE
 from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.unlearning.training import AdapterConfig, UnlearningConfig
+
+logger = logging.getLogger(__name__)
 
 REPORTED_PACKAGES = ("uipe-search", "ray", "optuna", "torch", "transformers", "peft", "accelerate", "scipy")
 
@@ -153,7 +156,8 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     if isinstance(models, PretrainedModels):
         check_positions(spec, corpus, models.source(INITIAL), models.trust_remote_code)
     if isinstance(models, PretrainedModels) and spec.checkpoints:
-        check_checkpoints(spec, models.initial_folder(), models.trust_remote_code)
+        for note in check_checkpoints(spec, models.initial_folder(), models.trust_remote_code):
+            logger.warning(note)
     given = {
         label: tuple(checkpoint_identity(checkpoint_folder(place)) for place in places)
         for label, places in spec.checkpoints.items()

@@ -59,7 +59,9 @@ def checkpoint_identity(folder: Path) -> str:
 
 
 def check_checkpoint(initial: InitialModel, folder: Path) -> None:
-    """Check by configuration and file headers that a checkpoint fits the initial model.
+    """Check by configuration and file headers that a checkpoint fits the initial model; of an adapter all factors are read.
+
+    That the weights of a whole model are finite is seen when it is imported, before any trial: reading them all takes as long.
 
     Raises:
         UserError: If it is missing, damaged, of another architecture or shape, or cannot become an update vector.

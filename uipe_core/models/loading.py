@@ -1,22 +1,22 @@
 """Load causal language models by hub name or folder, and identify their weights."""
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from uipe_core.errors import UserError, first_line
 from uipe_core.models.prompts import PromptFormat
 from uipe_core.models.transformers_compat import keep_weights_as_loaded
-from uipe_core.storage.files import file_hash
-from uipe_core.storage.safetensors_files import weight_files
+from uipe_core.storage.files import file_hash, read_json
+from uipe_core.storage.safetensors_files import parts, weight_files
 
-UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError)
-"""What transformers raises for a damaged config.json, apart from what its classes raise for their values."""
+UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError)
+"""What transformers raises for a damaged config.json."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -114,6 +114,11 @@ def load_model(
         # transformers fills them with random numbers and only logs it.
         missing = sorted(loading["missing_keys"])
         raise UserError(f"model {source}: its files lack {len(missing)} weights, first {missing[0]}; fetch or save it again")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not all(torch.isfinite(part).all() for part in parts(parameter.detach())):
+            raise UserError(
+                f"model {source}: {name} is not finite; it diverged or is damaged, so give another or fetch it again"
+            )
     model.eval()
     keep_weights_as_loaded(model)
     if device_map is None:
@@ -144,6 +149,11 @@ def _local_folder(source: str) -> Path | None:
         return None
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"model {source}: the folder has no config.json, so it is not a saved model")
+    if (folder / "adapter_config.json").is_file() and any(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"model {source}: it holds a whole model and an adapter_config.json, for which transformers would load the "
+            "adapter's base model in its place; move adapter_config.json away"
+        )
     return folder
 
 
@@ -151,8 +161,8 @@ def brings_code(folder: Path) -> bool:
     """Return True if a model's folder names code of its own, which only runs where it is trusted."""
     for name in ("config.json", "tokenizer_config.json"):
         try:
-            content = json.loads((folder / name).read_text())
-        except (OSError, ValueError, RecursionError):
+            content = read_json(folder / name)
+        except (OSError, ValueError):
             continue
         if isinstance(content, dict) and content.get("auto_map"):
             return True
@@ -181,6 +191,8 @@ def _tokenizer(source: str, place: str, **settings: Any) -> Any:
     try:
         return AutoTokenizer.from_pretrained(place, **settings)
     except Exception as error:  # tokenizers raises plain Exceptions, damaged files KeyError, TypeError and others
+        if isinstance(error, OSError) and not Path(place).is_dir():
+            raise _cannot_load(source, error) from error  # no such name on the hub
         said = f"{type(error).__name__}: {first_line(error)}"
         raise UserError(
             f"model {source}: its tokenizer cannot be loaded ({said}); fetch or save the tokenizer's files again"
