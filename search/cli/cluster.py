@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from search.cli.tables import Json, print_json, print_status, print_studies
+from search.cli.tables import Json, Trust, print_json, print_status, print_studies
 from search.execution.ray_compat import require_token
 from uipe_core.errors import StudyInterrupted, UserError
 
@@ -27,11 +27,12 @@ def submit(
         str | None,
         typer.Option(help="Output folder on the cluster, absolute or ~/...; ~/runs/<study name> of the head when left out."),
     ] = None,
+    trust_remote_code: Trust = False,
     follow: Follow = False,
 ) -> None:
     """Submit a study to a Ray cluster. A study that runs there is not started twice; one that has ended is resumed."""
     jobs = _jobs(address)
-    submission = jobs.submit(study, out)
+    submission = jobs.submit(study, out, trust_remote_code)
     for note in submission.notes:
         typer.echo(f"note: {note}", err=True)
     name = submission.job

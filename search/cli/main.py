@@ -10,7 +10,17 @@ import typer
 
 from search.cli.cluster import register as register_clusters
 from search.cli.models import register as register_models
-from search.cli.tables import Address, Json, print_claims, print_confirmations, print_front, print_json, print_stop, quieten
+from search.cli.tables import (
+    Address,
+    Json,
+    Trust,
+    print_claims,
+    print_confirmations,
+    print_front,
+    print_json,
+    print_stop,
+    quieten,
+)
 from search.cli.upkeep import register as register_upkeep
 from search.execution.ray_compat import configure_ray
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
@@ -66,6 +76,7 @@ def run(
     trials: Annotated[int | None, typer.Option(help="Search trials in all, in place of search.trials.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, in place of the file's.")] = None,
     address: Address = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Run a study; the same command resumes an interrupted one and extends a finished one."""
@@ -76,7 +87,7 @@ def run(
 
     quieten()
     spec = load_study(study or quickstart_path(), {"seed": seed, "trials": trials})
-    result = run_study(spec, out, address=address)
+    result = run_study(spec, out, address=address, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(result.summary())
         return
@@ -91,7 +102,7 @@ def run(
 
 @app.command(epilog="Example: uipe validate studies/quickstart.yaml")
 def validate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")]) -> None:
-    """Check a study file and its local inputs; every error at once, nothing is spent."""
+    """Check a study file and its local inputs; every error at once, nothing is spent, and no code of a model runs."""
     from search.evaluation.inputs import check_inputs
     from search.spec.study import load_study
 
@@ -159,6 +170,7 @@ def export(
     rule: Rule = None,
     floor: Floor = 0.95,
     allow_collapsed: AllowCollapsed = False,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Write a trial as a recipe, an adapter or a full model; load it again and check its numbers."""
     from search.results.study_result import StudyResult
@@ -171,7 +183,7 @@ def export(
         row = result.trial(trial)
     else:
         row = result.select(str(rule), floor, allow_collapsed=allow_collapsed)
-    path = result.export(row, to, form)
+    path = result.export(row, to, form, trust_remote_code)
     checked = "" if form == "recipe" else "; loaded again, its numbers are the trial's"
     typer.echo(
         f"trial {row['trial']} ({row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}) as {form}: {path}{checked}"
@@ -183,13 +195,14 @@ def rebuild(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml of an export.")],
     to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
     form: Annotated[str, typer.Option("--as", help="adapter or model.")] = "model",
+    trust_remote_code: Trust = False,
 ) -> None:
     """Rebuild an exported model from its recipe, training what the caches lack, and check its numbers."""
     from search.results.export import export as export_recipe
     from search.results.recipe import read_recipe
 
     quieten()
-    typer.echo(f"rebuilt and checked: {export_recipe(read_recipe(recipe), to, form)}")
+    typer.echo(f"rebuilt and checked: {export_recipe(read_recipe(recipe), to, form, trust_remote_code=trust_remote_code)}")
 
 
 @app.command(epilog="Example: uipe confirm runs/quickstart --top 3 --seeds 2")
@@ -200,6 +213,7 @@ def confirm(
     ] = 3,
     seeds: Annotated[int, typer.Option(help="How many further seeds their base runs are trained with.")] = 2,
     address: Address = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Train the finalists' base runs from other seeds and score the finalists again, on the items kept for reporting."""
@@ -207,7 +221,7 @@ def confirm(
     from search.execution.run import confirm_study
 
     quieten()
-    result = confirm_study(out, top, seeds, address=address)
+    result = confirm_study(out, top, seeds, address=address, trust_remote_code=trust_remote_code)
     rows = result.rows_of(result.confirmations)
     if as_json:
         print_json({"study": result.store.record.name, "definition": result.spec.definition, "confirmed": rows})

@@ -22,6 +22,8 @@ from uipe_core.metrics.multiple_choice import evaluate_choices
 from uipe_core.metrics.scores import ChoiceReport, ScoreReport
 from uipe_core.metrics.tofu import evaluate, quality_of_set
 from uipe_core.models.loading import load_model
+from uipe_core.models.transformers_compat import position_limit
+from uipe_core.scoring.lengths import require_positions
 from uipe_core.scoring.multiple_choice import ChoiceScorer
 from uipe_core.scoring.scorer import Scorer, ScoringConfig
 
@@ -141,6 +143,7 @@ def _choices_once(
     if reference is not None:
         raise UserError(f"--reference: {reference!r} given, but multiple choice is held against chance; leave it out")
     loaded = load_model(model, **asdict(loading))
+    require_positions(corpus, loaded.prompts, scoring, position_limit(loaded.model.config), trains=False)
     with Bars() as bars:
         scorer = ChoiceScorer(corpus, loaded.prompts, scoring.batch_size)
         scores = scorer.score(loaded, progress=lambda done, total: bars.show("scoring", done, total))
@@ -158,6 +161,7 @@ def _scored(
     model: str, corpus: Corpus, sets: Mapping[str, ItemSet], loading: Loading, scoring: ScoringConfig, title: str
 ) -> ScoreReport:
     loaded = load_model(model, **asdict(loading))
+    require_positions(replace(corpus, sets=sets), loaded.prompts, scoring, position_limit(loaded.model.config), trains=False)
     with Bars() as bars:
         scorer = Scorer(replace(corpus, sets=sets), loaded.prompts, scoring)
         return scorer.score(loaded, progress=lambda done, total: bars.show(title, done, total))

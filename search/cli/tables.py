@@ -15,6 +15,14 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
 ]
 
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with the models, where the study asks for it (model.trust_remote_code).",
+    ),
+]
+
 SHOWN_REASONS = 8
 """How many reasons of failure a terminal shows."""
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from search.cli.tables import Address, Json, dial_facts, print_dial, print_findings, print_json, print_plan, quieten
+from search.cli.tables import Address, Json, Trust, dial_facts, print_dial, print_findings, print_json, print_plan, quieten
 from search.execution.ray_compat import configure_ray
 
 
@@ -14,6 +14,7 @@ def dial(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
     floor: Annotated[float, typer.Option(help="Least share of the initial model's utility.")] = 0.95,
     address: Address = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Search for the strongest forgetting at a floor of utility.
@@ -25,7 +26,7 @@ def dial(
     from search.execution.run import dial_study
 
     quieten()
-    result, answer = dial_study(out, floor, address=address)
+    result, answer = dial_study(out, floor, address=address, trust_remote_code=trust_remote_code)
     facts = dial_facts(result, answer)
     print_json(facts) if as_json else print_dial(facts)
 
@@ -37,6 +38,7 @@ def plan(
         Path | None,
         typer.Option(help="Folder of a finished study of the same model and corpus: times are taken from it, not measured."),
     ] = None,
+    trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Estimate what a study will train, score and store, and whether it fits; a few steps are timed on this machine.
@@ -49,7 +51,8 @@ def plan(
 
     quieten()
     spec = load_study(study)
-    made = plan_study(spec, out or Path("runs", spec.name), like, lambda text: typer.echo(f"{text} ...", err=True))
+    place = out or Path("runs", spec.name)
+    made = plan_study(spec, place, like, lambda text: typer.echo(f"{text} ...", err=True), trust_remote_code)
     print_json(made.as_dict()) if as_json else print_plan(made)
     if made.misfits:
         sys.exit(1)

@@ -18,6 +18,7 @@ import requests
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from search.cluster.bundle import STUDY_FILE, build_bundle, submission_id
+from search.evaluation.inputs import require_trust
 from search.execution.ray_cluster import code_environment
 from search.execution.ray_compat import ADVICE, cluster_token
 from search.results.status import is_noise, last_status
@@ -74,7 +75,7 @@ class Jobs:
         with _only_address(url):
             self._client = self._ask(lambda: JobSubmissionClient(url, headers=headers))
 
-    def submit(self, study: Path, out: str | None = None) -> Submission:
+    def submit(self, study: Path, out: str | None = None, trust_remote_code: bool = False) -> Submission:
         """Submit a study to the cluster, unless it is pending or running there.
 
         The first job of a study has a name that follows from the study; when that has ended, the next is its resumption.
@@ -82,12 +83,14 @@ class Jobs:
         Args:
             study: The study file.
             out: Output folder on the cluster: absolute, or below ``~`` of the head node; None is ``~/runs/<study name>``.
+            trust_remote_code: As `search.evaluation.prepared.prepare`.
 
         Raises:
             UserError: If the study is broken or cannot travel, or the cluster refuses it.
         """
         with tempfile.TemporaryDirectory(prefix="uipe-") as folder:
             bundle = build_bundle(study, Path(folder))
+            require_trust(bundle.spec, trust_remote_code)
             place = _output_folder(out or f"~/runs/{bundle.spec.name}")
             first = submission_id(bundle, place)
             known = {job.submission_id: job for job in self.all() if _is_of(job.submission_id, first)}
@@ -102,7 +105,10 @@ class Jobs:
             }
             # Not from the folder the job came in: Ray may clear that away when a node dies, and a process without a folder
             # can no longer tell where it is.
-            run = f'exec python -m search run "$study" --address auto --out {_quoted(place)}'
+            run = (
+                f'exec python -m search run "$study" --address auto --out {_quoted(place)}'
+                + " --trust-remote-code" * trust_remote_code
+            )
             command = f'study="$PWD/{STUDY_FILE}"; cd; {run}'
             try:
                 self._ask(

@@ -1,7 +1,8 @@
 """Check local inputs and load warm-start points before anything is spent."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from search.problem.pareto import non_dominated
 from search.problem.space import Point
@@ -14,17 +15,41 @@ from uipe_core.errors import UserError
 from uipe_core.logs.tofu import read_log
 from uipe_core.metrics.uncertainty import detectable_shift
 
+if TYPE_CHECKING:
+    from uipe_core.models.loading import ModelSource
+
+
+def require_trust(spec: StudySpec, granted: bool) -> None:
+    """Refuse a study whose models bring code of their own, unless the one who starts it trusts that code.
+
+    Args:
+        spec: The study. A key of a file, which may be somebody else's, grants nothing by itself.
+        granted: ``--trust-remote-code`` was given.
+
+    Raises:
+        UserError: The study asks for trust that is not granted.
+    """
+    if isinstance(spec.model, PretrainedModel) and spec.model.trust_remote_code and not granted:
+        raise UserError(
+            f"model.trust_remote_code: true in a file runs nothing by itself; read the code that comes with "
+            f"{spec.model.initial}, then add --trust-remote-code (in Python: trust_remote_code=True), or set the key to false"
+        )
+
 
 def check_inputs(spec: StudySpec) -> list[str]:
     """Check the inputs of a study that are on this machine; return notes on what only the run can check.
+
+    Code that comes with a model is never run here, whatever the study says.
 
     Raises:
         UserError: If an input is missing or broken.
     """
     later = "is on the hub and is fetched when the study runs"
     notes = [f"corpus.{key}: {source} {later}" for key, source in fetched_sources(spec.corpus)]
+    corpus = None
     if not notes:
-        notes += check_split(spec, spec.corpus.load(spec.seed))
+        corpus = spec.corpus.load(spec.seed)
+        notes += check_split(spec, corpus)
     if isinstance(spec.model, PretrainedModel):
         for key, value in spec.model.places().items():
             if not is_local(value):
@@ -32,17 +57,29 @@ def check_inputs(spec: StudySpec) -> list[str]:
             elif value.endswith(".json"):
                 read_log(value)
             else:
-                from uipe_core.models.loading import check_model_folder
+                from uipe_core.models.loading import brings_code, check_model_folder
 
-                check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format, spec.model.trust_remote_code)
+                if spec.model.trust_remote_code and brings_code(Path(value)):
+                    notes.append(f"model.{key}: {value} brings code of its own, so it is checked when the study runs")
+                else:
+                    check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format)
         remote = [place for places in spec.checkpoints.values() for place in places if not is_local(place)]
         notes += [f"checkpoints: {place} is on the hub and is fetched when the study runs" for place in remote]
-        if spec.checkpoints and (remote or not is_local(spec.model.initial)):
+        unseen = remote or any(note.startswith("model.initial:") for note in notes)
+        if spec.checkpoints and unseen:
             notes.append("checkpoints: they are held against model.initial when the study runs")
         elif spec.checkpoints:
-            check_checkpoints(spec, Path(spec.model.initial))
+            notes += check_checkpoints(spec, Path(spec.model.initial), trusted=False)
+        if corpus is not None and not any(note.startswith("model.initial:") for note in notes):
+            from uipe_core.models.loading import ModelSource
+
+            section = spec.model
+            source = ModelSource(
+                section.initial, "", prompt_template=section.prompt_template, prompt_format=section.prompt_format
+            )
+            check_positions(spec, corpus, source, trusted=False)
     if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
-        check_steered_layers(spec, None)
+        check_steered_layers(spec, None, trusted=False)
     return [*notes, *earlier_fronts(spec).notes]
 
 
@@ -83,12 +120,13 @@ def power_of_forget_quality(items: int) -> str:
     )
 
 
-def check_steered_layers(spec: StudySpec, revision: str | None) -> None:
+def check_steered_layers(spec: StudySpec, revision: str | None, trusted: bool) -> None:
     """Refuse layers that the initial model lacks, where a method steers one and the number of layers is known.
 
     Args:
         spec: The study.
         revision: Commit that pins an initial model from the hub.
+        trusted: Code that comes with the model may run.
 
     Raises:
         UserError: A layer the model does not have.
@@ -99,10 +137,36 @@ def check_steered_layers(spec: StudySpec, revision: str | None) -> None:
     from uipe_core.unlearning.steering import check_layer, model_depth
 
     model = spec.model
-    depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, model.trust_remote_code)
+    depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, trusted)
     if depth is not None:
         for layer in layers:
             check_layer(layer, depth)
+
+
+def check_positions(spec: StudySpec, corpus: Corpus, source: "ModelSource", trusted: bool) -> None:
+    """Refuse items, and texts that may be generated, that are longer than the initial model has positions.
+
+    Args:
+        spec: The study.
+        corpus: Its items.
+        source: The initial model; its configuration and tokenizer are read.
+        trusted: Code that comes with the model may run.
+
+    Raises:
+        UserError: With an item, its tokens, and the positions.
+    """
+    from uipe_core.models.skeleton import read_config
+    from uipe_core.models.transformers_compat import position_limit
+    from uipe_core.scoring.lengths import require_positions
+    from uipe_core.scoring.scorer import ScoringConfig
+
+    if is_local(source.location) and not (Path(source.location) / "config.json").is_file():
+        return  # an adapter, whose base model is elsewhere
+    limit = position_limit(read_config(source.location, trusted, source.revision))
+    if limit is not None:
+        scoring = ScoringConfig.of(spec.scoring.definition, spec.scoring.rows, spec.scoring.max_new_tokens)
+        prompts = replace(source, trust_remote_code=trusted).prompts()
+        require_positions(corpus, prompts, scoring, limit, trains=spec.unlearning is not None)
 
 
 def checkpoint_folder(place: str) -> Path:
@@ -114,26 +178,37 @@ def checkpoint_folder(place: str) -> Path:
     return model_folder(place)
 
 
-def check_checkpoints(spec: StudySpec, initial_folder: Path) -> None:
-    """Hold every given checkpoint against the initial model by configurations and headers; no weights are read.
+def check_checkpoints(spec: StudySpec, initial_folder: Path, trusted: bool) -> list[str]:
+    """Hold every given checkpoint against the initial model by configurations and headers; of adapters all is read.
+
+    Returns:
+        Notes: adapters that say they were trained on another model.
 
     Raises:
         UserError: With everything that does not fit.
     """
+    from uipe_core.deltas.adapters import is_adapter, other_base
     from uipe_core.deltas.checkpoints import check_checkpoint
     from uipe_core.models.skeleton import open_initial
 
-    trusted = isinstance(spec.model, PretrainedModel) and spec.model.trust_remote_code
     initial = open_initial(initial_folder, trusted)
-    problems = []
+    named = [initial.skeleton.config.name_or_path, *([spec.model.initial] if isinstance(spec.model, PretrainedModel) else [])]
+    problems, notes = [], []
     for label, folders in spec.checkpoints.items():
         for place, folder in enumerate(folders):
             try:
-                check_checkpoint(initial, checkpoint_folder(folder))
+                found = checkpoint_folder(folder)
+                check_checkpoint(initial, found)
+                base = other_base(found, *named) if is_adapter(found) else None
             except UserError as error:
                 problems.append(f"checkpoints.{label}[{place}]: {error}")
+                continue
+            if base is not None:
+                said = f"by its adapter_config.json it was trained on {base}, and model.initial is {named[-1]}"
+                notes.append(f"checkpoints.{label}[{place}]: {said}; on another model it would be no unlearning")
     if problems:
         raise UserError("\n  ".join(problems))
+    return notes
 
 
 @dataclass(frozen=True)

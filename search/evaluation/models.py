@@ -16,7 +16,7 @@ from search.spec.study import StudySpec
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.types import Corpus
 from uipe_core.models.loading import ModelSource, model_folder, model_identity
-from uipe_core.models.prompts import PROMPT_SCHEMA
+from uipe_core.models.prompts import prompt_schema
 from uipe_core.models.skeleton import meta_model
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model, tiny_model_inputs, tiny_skeleton
 from uipe_core.storage.content_store import ContentStore, content_key
@@ -215,7 +215,7 @@ class PretrainedModels:
         return {
             "model": self.identities[INITIAL],
             "prompt_template": self.section.prompt_template,
-            "prompt_format": {"name": self.section.prompt_format, "schema": PROMPT_SCHEMA},
+            "prompt_format": {"name": self.section.prompt_format, "schema": prompt_schema(self.section.prompt_template)},
         }
 
     def skeleton(self) -> Any:

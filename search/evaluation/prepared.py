@@ -1,5 +1,6 @@
 """From a study to what a run needs: its corpus, its models, its base runs, each with the address of its content."""
 
+import logging
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -7,7 +8,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.inputs import check_checkpoints, check_split, check_steered_layers, checkpoint_folder
+from search.evaluation.inputs import (
+    check_checkpoints,
+    check_positions,
+    check_split,
+    check_steered_layers,
+    checkpoint_folder,
+    require_trust,
+)
 from search.evaluation.models import Models, PretrainedModels, models_of
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL
@@ -21,6 +29,8 @@ from uipe_core.storage.files import cache_folder
 from uipe_core.storage.node_cache import GIGABYTE
 from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.unlearning.training import AdapterConfig, UnlearningConfig
+
+logger = logging.getLogger(__name__)
 
 REPORTED_PACKAGES = ("uipe-search", "ray", "optuna", "torch", "transformers", "peft", "accelerate", "scipy")
 
@@ -136,18 +146,26 @@ class PreparedStudy:
         }
 
 
-def prepare(spec: StudySpec) -> PreparedStudy:
+def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     """Load the corpus and identify the models of a study; nothing is trained yet.
 
+    Args:
+        spec: The study.
+        trust_remote_code: Code may run that comes with its models, if the study asks for that.
+
     Raises:
-        UserError: If the corpus or a model cannot be had.
+        UserError: If the corpus or a model cannot be had, or the study asks for trust that is not granted.
     """
+    require_trust(spec, trust_remote_code)
     corpus = spec.corpus.load(spec.seed)
     check_split(spec, corpus)
     models = models_of(spec, corpus)
-    check_steered_layers(spec, models.revision)
+    check_steered_layers(spec, models.revision, models.trust_remote_code)
+    if isinstance(models, PretrainedModels):
+        check_positions(spec, corpus, models.source(INITIAL), models.trust_remote_code)
     if isinstance(models, PretrainedModels) and spec.checkpoints:
-        check_checkpoints(spec, models.initial_folder())
+        for note in check_checkpoints(spec, models.initial_folder(), models.trust_remote_code):
+            logger.warning(note)
     given = {
         label: tuple(checkpoint_identity(checkpoint_folder(place)) for place in places)
         for label, places in spec.checkpoints.items()

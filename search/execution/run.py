@@ -23,7 +23,12 @@ from uipe_core.errors import StudyInterrupted, UserError
 
 
 def run_study(
-    spec: StudySpec, out: Path | str | None = None, *, quiet: bool = False, address: str | None = None
+    spec: StudySpec,
+    out: Path | str | None = None,
+    *,
+    quiet: bool = False,
+    address: str | None = None,
+    trust_remote_code: bool = False,
 ) -> StudyResult:
     """Run, resume or extend a study.
 
@@ -32,6 +37,7 @@ def run_study(
         out: Output folder, or URL of one (`search.store.mirror`); None is ``runs/<study name>``.
         quiet: No progress bars.
         address: Ray cluster to run on (see `search.execution.ray_cluster.connected`); None is this machine.
+        trust_remote_code: Let code run that comes with the models, where the study asks for it.
 
     Returns:
         The finished study: front, tables, selection, export, report.
@@ -41,17 +47,19 @@ def run_study(
         StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
     """
     with working_folder(Path("runs", spec.name) if out is None else out) as folder:
-        return _at_work(spec, folder, quiet, address, StudyRun.finish_all)
+        return _at_work(spec, folder, quiet, address, trust_remote_code, StudyRun.finish_all)
 
 
-def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False, address: str | None = None) -> StudyResult:
+def confirm_study(
+    out: Path | str, top: int, seeds: int, *, quiet: bool = False, address: str | None = None, trust_remote_code: bool = False
+) -> StudyResult:
     """Train the base runs of a study's finalists from other seeds, and score the finalists again on the items for reporting.
 
     Args:
         out: Folder of a finished study.
         top: How many finalists (`StudyResult.finalists`).
         seeds: How many other seeds: the study's own plus 1, 2, ...
-        quiet, address: As `run_study`.
+        quiet, address, trust_remote_code: As `run_study`.
 
     Returns:
         The study, with the confirmations among its controls (`StudyResult.confirmations`).
@@ -74,16 +82,18 @@ def confirm_study(out: Path | str, top: int, seeds: int, *, quiet: bool = False,
         raise UserError(f"{out}: its finalists walk from given checkpoints, which cannot be trained again from other seeds")
     others = [spec.seed + step for step in range(1, seeds + 1)]
     with working_folder(out) as folder:
-        return _at_work(spec, folder, quiet, address, lambda run: run.confirm(jobs, others))
+        return _at_work(spec, folder, quiet, address, trust_remote_code, lambda run: run.confirm(jobs, others))
 
 
-def dial_study(out: Path | str, floor: float, *, quiet: bool = False, address: str | None = None) -> tuple[StudyResult, Answer]:
+def dial_study(
+    out: Path | str, floor: float, *, quiet: bool = False, address: str | None = None, trust_remote_code: bool = False
+) -> tuple[StudyResult, Answer]:
     """Look for the strongest forgetting that keeps a share of the initial model's utility, by scoring points for just that.
 
     Args:
         out: Folder of a study.
         floor: Least share of the initial model's utility, above 0 and at most 1.
-        quiet, address: As `run_study`.
+        quiet, address, trust_remote_code: As `run_study`.
 
     Returns:
         The study, with the points among its trials, and what they say (`search.results.constrained`).
@@ -96,16 +106,21 @@ def dial_study(out: Path | str, floor: float, *, quiet: bool = False, address: s
     Dial(result.store, floor)  # tells what is wrong before anything is opened for writing
     spec = result.runnable_spec()
     with working_folder(out) as folder:
-        result = _at_work(spec, folder, quiet, address, lambda run: run.dial(floor))
+        result = _at_work(spec, folder, quiet, address, trust_remote_code, lambda run: run.dial(floor))
     return result, answer_of(result, floor)
 
 
 def _at_work(
-    spec: StudySpec, folder: Path, quiet: bool, address: str | None, work: Callable[["StudyRun"], None]
+    spec: StudySpec,
+    folder: Path,
+    quiet: bool,
+    address: str | None,
+    trust_remote_code: bool,
+    work: Callable[["StudyRun"], None],
 ) -> StudyResult:
     """Open a study, work on it, and write its report."""
     with Bars(quiet) as bars:
-        preparation = prepare(spec)
+        preparation = prepare(spec, trust_remote_code)
         store = StudyStore.create(folder, spec, preparation.fingerprint, preparation.facts())
         try:
             orphans = store.fail_orphaned_trials()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from search.evaluation.controls import given_controls
+from search.evaluation.inputs import require_trust
 from search.evaluation.models import PretrainedModels, TinyModels
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import TASKS
@@ -31,7 +32,9 @@ from uipe_core.unlearning.loss_inputs import INITIAL_ON_RETAIN
 from uipe_core.unlearning.methods import METHODS
 
 
-def plan_study(spec: StudySpec, out: Path, like: Path | None, say: Callable[[str], None]) -> Plan:
+def plan_study(
+    spec: StudySpec, out: Path, like: Path | None, say: Callable[[str], None], trust_remote_code: bool = False
+) -> Plan:
     """Plan a study without running it.
 
     Models from the hub are not fetched: of those that are not on this machine only the configuration is read.
@@ -41,12 +44,14 @@ def plan_study(spec: StudySpec, out: Path, like: Path | None, say: Callable[[str
         out: Where it would be run.
         like: Folder of a finished study of the same model and corpus, to take times from in place of timing them here.
         say: Called with each step, for progress.
+        trust_remote_code: As `search.evaluation.prepared.prepare`.
 
     Raises:
         UserError: As `prepare`, for inputs on this machine; or `like` does not fit the study.
     """
     notes: list[str] = []
-    preparation, whole = _prepared(spec, notes)
+    require_trust(spec, trust_remote_code)
+    preparation, whole = _prepared(spec, notes, trust_remote_code)
     builds, built = _builds(preparation)
     trains, imports = _base_runs(preparation, whole)
     work = _work(preparation, len(builds), built, trains, len(imports))
@@ -62,7 +67,7 @@ def plan_study(spec: StudySpec, out: Path, like: Path | None, say: Callable[[str
     return make_plan(spec, work, sizes, rates, machine, tuple(notes))
 
 
-def _prepared(spec: StudySpec, notes: list[str]) -> tuple[PreparedStudy, bool]:
+def _prepared(spec: StudySpec, notes: list[str], trust_remote_code: bool) -> tuple[PreparedStudy, bool]:
     """Prepare the study, with stand-ins for what is not on this machine; return it and whether all is there."""
     model = spec.model
     absent = _absent_models(spec)
@@ -82,7 +87,7 @@ def _prepared(spec: StudySpec, notes: list[str]) -> tuple[PreparedStudy, bool]:
             "nor how long steps take is known; plan again where the model is"
         )
     if known and not absent:
-        return prepare(spec), True
+        return prepare(spec, trust_remote_code), True
     assert isinstance(model, PretrainedModel)
     return PreparedStudy(spec, corpus, PretrainedModels.unseen(model)), False
 

@@ -41,7 +41,7 @@ MERGED = 1e-3
 """Allowed difference in model utility where an adapter was scaled or merged: W + BA rounds otherwise than Wx + B(Ax)."""
 
 
-def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None) -> Path:
+def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None, trust_remote_code: bool = False) -> Path:
     """Write an export, load it afresh with transformers, and score it again.
 
     Args:
@@ -49,6 +49,7 @@ def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None)
         to: Folder to write; must not exist, or be empty. It appears whole or not at all.
         form: A key of `EXPORTERS`: ``recipe`` (YAML), ``adapter`` (PEFT, scaled by 1 + alpha), ``model`` (safetensors).
         reference: Scores of the retain model; scored here where there is such a model and they are not given.
+        trust_remote_code: As `search.evaluation.prepared.prepare`.
 
     Returns:
         `to`.
@@ -62,7 +63,7 @@ def export(recipe: Recipe, to: Path, form: str, reference: Report | None = None)
     exporter = EXPORTERS[form]
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to {to}: it exists and is not an empty folder; choose another")
-    preparation = prepare(recipe.spec)
+    preparation = prepare(recipe.spec, trust_remote_code)
     if preparation.fingerprint != recipe.fingerprint:
         raise UserError(
             "the corpus, the models, the checkpoints or the code changed since the study was run (another fingerprint); "

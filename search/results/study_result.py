@@ -300,14 +300,14 @@ class StudyResult:
         """Where `search.report.html.write_report` writes the page."""
         return self.out / "report" / "report.html"
 
-    def export(self, row: pd.Series, to: Path | str, form: str) -> Path:
+    def export(self, row: pd.Series, to: Path | str, form: str, trust_remote_code: bool = False) -> Path:
         """Export a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see
         `search.results.export`."""
         from search.results.export import export  # only exporting needs torch, which takes a second to import
 
         log = self.out / "logs" / "retain.json"
         recipe = recipe_of(self.store.record, self.spec, row.to_dict())
-        return export(recipe, Path(to), form, read_log(log) if log.is_file() else None)
+        return export(recipe, Path(to), form, read_log(log) if log.is_file() else None, trust_remote_code)
 
 
 def _plain(value: Any) -> Any:

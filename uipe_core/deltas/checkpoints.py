@@ -11,8 +11,8 @@ Exactness of theta(0) = theta_init + delta, cast to the dtype of the initial mod
 - fp32 weights may miss by one unit in the last place of the larger of the two.
 - A checkpoint stored more finely than the initial model is rounded to its dtype, in which everything is scored.
 
-Tensors are matched with parameters by name. Model types whose files use other names (mixtures of experts, whose experts are
-stacked while loading) are refused with the differing names.
+Tensors are matched with parameters as transformers loads them, by its own key mapping: files may have other names (GPT-NeoX)
+or a tensor for each expert. What the mapping cannot place is refused with its names.
 """
 
 import hashlib
@@ -29,8 +29,10 @@ from uipe_core.deltas.store import BaseRun, DeltaStore, join_runs
 from uipe_core.errors import UserError
 from uipe_core.models.loading import Progress
 from uipe_core.models.skeleton import InitialModel, dense_weights
+from uipe_core.models.transformers_compat import loaded_dtypes
+from uipe_core.models.weights import Weight
 from uipe_core.storage.files import file_hash
-from uipe_core.storage.safetensors_files import PART, ShardReader, StoredTensor, weight_files
+from uipe_core.storage.safetensors_files import PART, ShardReader, weight_files
 
 CHECKPOINT_SCHEMA = 1
 """Raised with every change that alters the update vectors read from checkpoints."""
@@ -57,7 +59,9 @@ def checkpoint_identity(folder: Path) -> str:
 
 
 def check_checkpoint(initial: InitialModel, folder: Path) -> None:
-    """Check by configuration and file headers that a checkpoint fits the initial model.
+    """Check by configuration and file headers that a checkpoint fits the initial model; of an adapter all factors are read.
+
+    That the weights of a whole model are finite is seen when it is imported, before any trial: reading them all takes as long.
 
     Raises:
         UserError: If it is missing, damaged, of another architecture or shape, or cannot become an update vector.
@@ -114,15 +118,15 @@ def _writer(initial: InitialModel, folder: Path, progress: Progress) -> Callable
     """Return the function that writes a checkpoint's update vector to a file and returns its norm."""
     _require_checkpoint(folder)
     update = read_adapter(folder, initial.skeleton) if is_adapter(folder) else None
-    weights = {} if update is not None else dense_weights(initial, folder)
+    weights: Mapping[str, Weight] = {} if update is not None else dense_weights(initial, folder)
 
     def write(path: Path) -> float:
         if update is not None:
             save_update(update, path)
             norm = update.norm
         else:
-            shapes = {name: stored.shape for name, stored in weights.items()}
-            norm = save_streamed(path, shapes, _deltas(initial, weights, progress))
+            shapes = {name: weight.shape for name, weight in weights.items()}
+            norm = save_streamed(path, shapes, _deltas(initial, folder, weights, progress))
         if norm == 0:
             raise UserError(
                 f"checkpoint {folder}: its weights are those of the initial model, so there is no direction to walk in; give "
@@ -133,19 +137,21 @@ def _writer(initial: InitialModel, folder: Path, progress: Progress) -> Callable
     return write
 
 
-def _deltas(initial: InitialModel, weights: Mapping[str, StoredTensor], progress: Progress) -> Iterator[tuple[str, Tensor]]:
+def _deltas(
+    initial: InitialModel, folder: Path, weights: Mapping[str, Weight], progress: Progress
+) -> Iterator[tuple[str, Tensor]]:
     """Yield name and fp32 difference of each parameter, one at a time."""
     theirs, ours = ShardReader(), ShardReader()
     # Walks start from the model as loaded, in the dtype of its configuration.
-    loaded_as = initial.skeleton.config.dtype
-    for done, (name, stored) in enumerate(weights.items(), 1):
-        delta = theirs.read(stored).to(torch.float32, copy=True)
-        start = ours.read(initial.weights[name])
-        start = start if loaded_as is None else start.to(loaded_as)
+    loaded_as = {} if initial.skeleton.config.dtype is None else loaded_dtypes(initial.skeleton)
+    for done, (name, weight) in enumerate(weights.items(), 1):
+        delta = weight.read(theirs).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        start = initial.weights[name].read(ours)
+        start = start.to(loaded_as.get(name, start.dtype))
         # In chunks, because torch would make fp32 copies of the whole.
         for part, other in zip(delta.view(-1).split(PART), start.reshape(-1).split(PART), strict=True):
             if not torch.isfinite(part.sub_(other)).all():
-                raise UserError(f"checkpoint {stored.path.parent}: {name} is not finite; it diverged, so give an earlier one")
+                raise UserError(f"checkpoint {folder}: {name} is not finite; it diverged, so give an earlier one")
         yield name, delta
         # See `save_streamed`; a tensor read from a file also keeps its pages in memory.
         del delta, start, part, other

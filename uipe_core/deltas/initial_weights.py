@@ -1,7 +1,7 @@
 """Read theta_init from the model's files tensor by tensor, without a copy in memory, if they hold it to the bit.
 
-That is checked once, after loading. A weight that is in no file under its name or that of a tied one, or that loading changed
-(merged, renamed, dequantised), is copied; so is a small model.
+That is checked once, after loading. A weight that no file holds, or that loading changed beyond renaming and stacking
+(dequantised), is copied; so is a small model.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from torch import Tensor
 from uipe_core.deltas.files import RESIDENT
 from uipe_core.deltas.update_vectors import snapshot
 from uipe_core.errors import UserError
-from uipe_core.models.transformers_compat import tied_names
+from uipe_core.models.weights import find_weights
 from uipe_core.storage.safetensors_files import LazyTensors, ShardReader, parts, read_headers, weight_files
 
 
@@ -43,14 +43,11 @@ def read_initial_weights(model: Any, folder: Path | None) -> Mapping[str, Tensor
         return snapshot(model)
     try:
         files = weight_files(folder)
-        stored = read_headers(files)
+        found = find_weights(model, read_headers(files)).weights
     except UserError:
         return snapshot(model)  # for example an adapter's folder: its base model is elsewhere
-    for alias, name in tied_names(model, parameters).items():
-        if alias in stored:
-            stored.setdefault(name, stored[alias])
     reader, states = ShardReader(), {path: _state(path) for path in files}
-    same = {n: stored[n] for n, p in parameters.items() if n in stored and _equal(reader.read(stored[n]), p)}
+    same = {n: found[n] for n, p in parameters.items() if n in found and _equal(found[n].read(reader), p)}
     copies = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items() if name not in same}
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     dtypes = {name: parameter.dtype for name, parameter in parameters.items()}
@@ -58,11 +55,13 @@ def read_initial_weights(model: Any, folder: Path | None) -> Mapping[str, Tensor
     def read(name: str) -> Tensor:
         if name in copies:
             return copies[name]
-        path = same[name].path
-        # Updates applied to another model's weights would be scored without an error.
-        if _state(path) != states[path]:
-            raise UserError(f"{path}: changed since the model was loaded; put it back, or run the study again on the new model")
-        return reader.read(same[name]).to(dtypes[name])
+        for path in {place.path for place in same[name].places.values()}:
+            # Updates applied to another model's weights would be scored without an error.
+            if _state(path) != states[path]:
+                raise UserError(
+                    f"{path}: changed since the model was loaded; put it back, or run the study again on the new one"
+                )
+        return same[name].read(reader).to(dtypes[name])
 
     return LazyTensors(shapes, read)
 

@@ -7,6 +7,8 @@ prompts: questions and answers as tokens
 skeleton: names and shapes of a model without its weights
 tiny: small Llamas built and trained here
 transformers_compat: internals of transformers, accelerate and peft
+weights: where a folder stores a model's parameters
+configurations (private): whether two configurations compute alike
 """
 
-__all__ = ["likelihood", "loading", "memory", "prompts", "skeleton", "tiny", "transformers_compat"]
+__all__ = ["likelihood", "loading", "memory", "prompts", "skeleton", "tiny", "transformers_compat", "weights"]

@@ -7,11 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from uipe_core.errors import UserError, first_line
 from uipe_core.models.prompts import PromptFormat
-from uipe_core.storage.files import file_hash
-from uipe_core.storage.safetensors_files import weight_files
+from uipe_core.models.transformers_compat import keep_weights_as_loaded
+from uipe_core.storage.files import file_hash, read_json
+from uipe_core.storage.safetensors_files import parts, weight_files
+
+UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError)
+"""What transformers raises for a damaged config.json."""
 
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
@@ -84,7 +89,7 @@ def load_model(
         UserError: If it cannot be found or read, lacks weights, has no known prompt format, or does not fit its devices.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     if dtype != "auto" and dtype not in DTYPES:
         raise UserError(f"model.dtype: {dtype!r} is unknown; use auto, {', '.join(DTYPES)}")
@@ -94,11 +99,7 @@ def load_model(
         _require_inside(folder)
     place = str(folder or source)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    unreadable = (OSError, ValueError, ImportError, RuntimeError, SafetensorError)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **common)
-    except unreadable as error:
-        raise _cannot_load(source, error) from error
+    tokenizer = _tokenizer(source, place, **common)
     # Before reading the weights, which may take minutes.
     prompts = PromptFormat(tokenizer, prompt_template, prompt_format)
     if device_map is not None:
@@ -107,13 +108,19 @@ def load_model(
         model, loading = AutoModelForCausalLM.from_pretrained(
             place, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, output_loading_info=True, **common
         )
-    except unreadable as error:
+    except (*UNREADABLE, RuntimeError, SafetensorError) as error:
         raise _cannot_load(source, error) from error
     if loading["missing_keys"]:
         # transformers fills them with random numbers and only logs it.
         missing = sorted(loading["missing_keys"])
         raise UserError(f"model {source}: its files lack {len(missing)} weights, first {missing[0]}; fetch or save it again")
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not all(torch.isfinite(part).all() for part in parts(parameter.detach())):
+            raise UserError(
+                f"model {source}: {name} is not finite; it diverged or is damaged, so give another or fetch it again"
+            )
     model.eval()
+    keep_weights_as_loaded(model)
     if device_map is None:
         model.to(where)
     elif any(parameter.is_meta for parameter in model.parameters()):
@@ -142,31 +149,54 @@ def _local_folder(source: str) -> Path | None:
         return None
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"model {source}: the folder has no config.json, so it is not a saved model")
+    if (folder / "adapter_config.json").is_file() and any(folder.glob("model*.safetensors")):
+        raise UserError(
+            f"model {source}: it holds a whole model and an adapter_config.json, for which transformers would load the "
+            "adapter's base model in its place; move adapter_config.json away"
+        )
     return folder
 
 
-def check_model_folder(
-    source: str, prompt_template: str | None, prompt_format: str | None, trust_remote_code: bool = False
-) -> None:
-    """Check a model folder without reading its weights.
+def brings_code(folder: Path) -> bool:
+    """Return True if a model's folder names code of its own, which only runs where it is trusted."""
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            content = read_json(folder / name)
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and content.get("auto_map"):
+            return True
+    return False
+
+
+def check_model_folder(source: str, prompt_template: str | None, prompt_format: str | None) -> PromptFormat:
+    """Check a model folder without reading its weights or running code of its own; return its prompt format.
 
     Raises:
         UserError: If it is missing, no saved model, has no weights, or its tokenizer cannot write the prompt format.
     """
-    from transformers import AutoTokenizer
-
     folder = _local_folder(source)
     if folder is None:
         raise UserError(f"model {source}: no such folder")
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"model {source}: the folder has no *.safetensors weights; save the model again as safetensors")
     _require_inside(folder)
+    # Never None, for which transformers asks on the terminal.
+    return PromptFormat(_tokenizer(source, str(folder), trust_remote_code=False), prompt_template, prompt_format)
+
+
+def _tokenizer(source: str, place: str, **settings: Any) -> Any:
+    from transformers import AutoTokenizer
+
     try:
-        # Never None, for which transformers asks on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(f"model {source}: its tokenizer cannot be loaded: {first_line(error)}") from error
-    PromptFormat(tokenizer, prompt_template, prompt_format)
+        return AutoTokenizer.from_pretrained(place, **settings)
+    except Exception as error:  # tokenizers raises plain Exceptions, damaged files KeyError, TypeError and others
+        if isinstance(error, OSError) and not Path(place).is_dir():
+            raise _cannot_load(source, error) from error  # no such name on the hub
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(
+            f"model {source}: its tokenizer cannot be loaded ({said}); fetch or save the tokenizer's files again"
+        ) from error
 
 
 def cast_weights(model: Any, dtype: torch.dtype) -> None:
@@ -198,6 +228,11 @@ class ModelSource:
     prompt_format: str | None = None
     trust_remote_code: bool = False
     device_map: str | None = None
+
+    def prompts(self) -> PromptFormat:
+        """Load the tokenizer alone; raises as `load_model`."""
+        settings = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return PromptFormat(_tokenizer(self.location, self.location, **settings), self.prompt_template, self.prompt_format)
 
     def load(self, dtype: str | None = None) -> LoadedModel:
         """Load the model; `dtype` overrides that of the source (training starts from the weights as stored)."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from uipe_core.corpora.types import Item
-from uipe_core.errors import UserError, did_you_mean
+from uipe_core.errors import UserError, did_you_mean, first_line
 from uipe_core.models.transformers_compat import special_tokens
 
 if TYPE_CHECKING:
@@ -65,8 +65,14 @@ CHAT_DATE = "10 Apr 2025"
 _PROBE = "Quokka"
 """An answer that occurs in no chat template."""
 
-PROMPT_SCHEMA = 1
-"""Raised with every change in this file that alters the tokens of a format, so that older base runs are not reused."""
+
+def prompt_schema(template: str | None) -> int:
+    """Return a number that is raised with every change in this file that alters the tokens of a format.
+
+    It is part of a base run's address, so that older base runs are not reused. 2: a template that begins with what the
+    tokenizer puts in front has it once.
+    """
+    return 2 if template is not None and template.startswith("<") else 1
 
 
 def format_named(name: str) -> NamedFormat:
@@ -99,13 +105,18 @@ class PromptFormat:
         if tokenizer.eos_token_id is None:
             raise UserError(f"model {model}: its tokenizer has no end-of-sequence token; answers could not end")
         self.end_id = self.eos_id
+        self._model = f"model {model}"
         if self.format.template is None:
-            self._use_chat_template(f"model {model}", name)
+            self._use_chat_template(self._model, name)
+        else:
+            front = self._tokens("", add=True)
+            self._front = front[:-1] if front and front[-1] == self.eos_id else front
+            whole = self._tokens(self.format.template.partition("{question}")[0], add=True)
+            # A template may begin with what the tokenizer puts in front of every text.
+            self._begins_twice = bool(self._front) and whole[: 2 * len(self._front)] == 2 * self._front
 
     def _use_chat_template(self, model: str, name: str | None) -> None:
         """Check that the chat template suits the format, and find how it ends an answer."""
-        from jinja2 import TemplateError
-
         if not self.tokenizer.chat_template:
             what = "the prompt format is unknown" if name is None else f"prompt_format {name!r} cannot be used"
             raise UserError(
@@ -118,13 +129,7 @@ class PromptFormat:
                 f"{model}: its chat template writes today's date, so its prompts would change overnight; "
                 "give model.prompt_template"
             )
-        try:
-            prompt, conversation = self._chat("Who?"), self._chat("Who?", _PROBE)
-        except TemplateError as error:
-            raise UserError(
-                f"{model}: its chat template cannot write a question in prompt_format {name or 'chat'!r}: {error}; "
-                "use chat, or another format"
-            ) from error
+        prompt, conversation = self._chat("Who?"), self._chat("Who?", _PROBE)
         if self.format.system is not None and self.format.system not in prompt:
             raise UserError(
                 f"{model}: its chat template leaves out the system prompt of prompt_format {name!r}; use prompt_format: chat"
@@ -216,13 +221,29 @@ class PromptFormat:
         if answer is not None:
             messages.append({"role": "assistant", "content": answer})
         write = self.tokenizer.apply_chat_template
-        return str(write(messages, tokenize=False, add_generation_prompt=answer is None, date_string=CHAT_DATE))
+        try:
+            return str(write(messages, tokenize=False, add_generation_prompt=answer is None, date_string=CHAT_DATE))
+        except Exception as error:  # a template is a program, and may raise anything
+            name = next(name for name, known in FORMATS.items() if known is self.format)
+            raise UserError(
+                f"{self._model}: its chat template cannot write a question in prompt_format {name!r}: {first_line(error)}; "
+                "use chat, or another format"
+            ) from error
 
     def _ids(self, text: str, special: bool | None = None) -> list[int]:
         add = self.format.template is not None if special is None else special
-        ids = list(self.tokenizer(text, add_special_tokens=add)["input_ids"])
+        ids = self._tokens(text, add)
+        if special is None and add and self._begins_twice:
+            ids = ids[len(self._front) :]
         # Some tokenizers add an end token, even to a prompt.
         return ids[:-1] if add and ids and ids[-1] == self.eos_id else ids
+
+    def _tokens(self, text: str, add: bool) -> list[int]:
+        try:
+            return list(self.tokenizer(text, add_special_tokens=add)["input_ids"])
+        except Exception as error:  # tokenizers raises plain Exceptions
+            said = f"{type(error).__name__}: {first_line(error)}"
+            raise UserError(f"{self._model}: its tokenizer cannot encode {text[:80]!r} ({said}); correct the text") from error
 
 
 @dataclass(frozen=True)

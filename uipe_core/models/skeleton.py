@@ -1,6 +1,5 @@
 """Compare checkpoints with the initial model by names and shapes of its parameters, without reading weights."""
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,17 +8,14 @@ from typing import Any
 import torch
 
 from uipe_core.errors import UserError, first_line
-from uipe_core.models.transformers_compat import no_weights, tied_names
-from uipe_core.storage.safetensors_files import FLOATS, ShardReader, StoredTensor, read_headers, weight_files
+from uipe_core.models.configurations import differences
+from uipe_core.models.loading import UNREADABLE
+from uipe_core.models.transformers_compat import no_weights
+from uipe_core.models.weights import FoundWeights, Weight, find_weights
+from uipe_core.storage.safetensors_files import FLOATS, ShardReader, read_headers, weight_files
 
 SHOWN = 3
 """Names shown of each kind of mismatch."""
-
-_NO_EFFECT = re.compile(
-    r"_name_or_path|architectures|transformers_version|(torch_)?dtype|use_cache|\w+_token_id|initializer_range|\w*dropout|\w+_pdrop"
-    r"|pretraining_tp|problem_type|output_\w+|return_dict|(id2label|label2id|num_labels)|\w*gradient_checkpointing"
-)
-"""Configuration keys without effect on the computation of a loaded model."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +27,15 @@ class InitialModel:
         skeleton: The model on torch's meta device, without weights.
         shapes: Shape of every parameter by name; tied weights once.
         weights: Where each parameter is stored.
+        buffers: Where the files store what the model computes with but does not train.
         trust_remote_code: Run code that comes with a model.
     """
 
     folder: Path
     skeleton: Any
     shapes: Mapping[str, tuple[int, ...]]
-    weights: Mapping[str, StoredTensor]
+    weights: Mapping[str, Weight]
+    buffers: Mapping[str, Weight]
     trust_remote_code: bool = False
 
 
@@ -49,8 +47,8 @@ def open_initial(folder: Path, trust_remote_code: bool = False) -> InitialModel:
     """
     skeleton = meta_model(str(folder), trust_remote_code=trust_remote_code)
     shapes = {name: tuple(parameter.shape) for name, parameter in skeleton.named_parameters()}
-    weights = _match(folder, skeleton, shapes, "its own configuration asks for")
-    return InitialModel(folder, skeleton, shapes, weights, trust_remote_code)
+    weights, buffers = _match(folder, skeleton, shapes, "its own configuration asks for")
+    return InitialModel(folder, skeleton, shapes, weights, buffers, trust_remote_code)
 
 
 def meta_model(source: str, revision: str | None = None, trust_remote_code: bool = False) -> Any:
@@ -61,81 +59,97 @@ def meta_model(source: str, revision: str | None = None, trust_remote_code: bool
     """
     from transformers import AutoModelForCausalLM
 
-    config = _config(source, trust_remote_code, revision)
+    config = read_config(source, trust_remote_code, revision)
     try:
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
         skeleton.tie_weights()
-    except (OSError, ValueError, ImportError, AttributeError) as error:
+    except (*UNREADABLE, RuntimeError) as error:
         raise UserError(f"{source}: its configuration makes no causal language model: {first_line(error)}") from error
     return skeleton
 
 
-def dense_weights(initial: InitialModel, folder: Path) -> dict[str, StoredTensor]:
-    """Return where a checkpoint stores each parameter of the initial model, in the order of its files; reads headers only.
+def dense_weights(initial: InitialModel, folder: Path) -> Mapping[str, Weight]:
+    """Return where a checkpoint stores each parameter of the initial model, in the order of its files.
+
+    Only headers are read, and tensors of which the folder holds two, or that no update vector covers.
 
     Raises:
         UserError: If the configurations compute differently, or names, shapes or dtypes do not match; says what differs.
     """
-    ours = initial.skeleton.config.to_dict()
-    theirs = _config(str(folder), initial.trust_remote_code).to_dict()
-    differing = [
-        f"{key}: {theirs.get(key)!r}, initial model {ours.get(key)!r}"
-        for key in sorted(ours.keys() | theirs.keys())
-        if ours.get(key) != theirs.get(key) and not _NO_EFFECT.fullmatch(key)
-    ]
+    theirs = read_config(str(folder), initial.trust_remote_code)
+    differing = differences(initial.skeleton, theirs)
     if differing:
         raise UserError(
             f"{folder}: its config.json is not that of the initial model: {_some(differing, '; ')}; both must "
             "compute in the same way, so give checkpoints of this initial model"
         )
-    return _match(folder, initial.skeleton, initial.shapes, "the initial model has")
+    weights, buffers = _match(folder, initial.skeleton, initial.shapes, "the initial model has")
+    moved = [name for name in initial.buffers.keys() & buffers.keys() if not _equal(initial.buffers[name], buffers[name])]
+    if moved:
+        raise UserError(
+            f"{folder}: {len(moved)} buffers are not those of the initial model ({_some(sorted(moved))}); update vectors hold "
+            "parameters only, so give checkpoints with the initial model's buffers"
+        )
+    return weights
 
 
-def _match(folder: Path, skeleton: Any, shapes: Mapping[str, tuple[int, ...]], owner: str) -> dict[str, StoredTensor]:
-    """Return where each parameter of the model is stored in a folder, in the order of its files."""
-    no_weight = no_weights(skeleton)
-    stored = {name: place for name, place in read_headers(weight_files(folder)).items() if not no_weight.search(name)}
-    for alias, name in tied_names(skeleton, shapes).items():
-        if alias in stored:
-            copy = stored.pop(alias)
-            if name in stored:
-                _require_equal(folder, stored[name], copy)
-            stored.setdefault(name, copy)
+def _match(
+    folder: Path, skeleton: Any, shapes: Mapping[str, tuple[int, ...]], owner: str
+) -> tuple[Mapping[str, Weight], Mapping[str, Weight]]:
+    """Return where each parameter and each saved buffer of the model is stored in a folder, in the order of its files."""
+    found = find_weights(skeleton, read_headers(weight_files(folder)))
+    for first, second in found.twice:
+        _require_equal(folder, first, second)
+    weights, buffers, unexpected = found.weights, *_others(skeleton, found)
     parts = []
-    if missing := sorted(shapes.keys() - stored.keys()):
+    if missing := sorted(shapes.keys() - weights.keys()):
         parts.append(f"{len(missing)} missing ({_some(missing)})")
-    if unexpected := sorted(stored.keys() - shapes.keys()):
+    if unexpected:
         parts.append(f"{len(unexpected)} unexpected ({_some(unexpected)})")
     other = [
-        f"{name} {list(place.shape)}, {owner} {list(shapes[name])}"
-        for name, place in stored.items()
-        if name in shapes and place.shape != shapes[name]
+        f"{name} {list(weight.shape)}, {owner} {list(shapes[name])}"
+        for name, weight in weights.items()
+        if weight.shape != shapes[name]
     ]
     if other:
         parts.append(f"{len(other)} of another shape ({_some(other, '; ')})")
     if parts:
-        raise UserError(f"{folder}: its tensors are not what {owner}: {', '.join(parts)}")
-    packed = sorted({place.dtype for place in stored.values()} - set(FLOATS))
+        kind = skeleton.config.model_type
+        raise UserError(f"{folder}: its tensors are not what {owner}: {', '.join(parts)}; model type {kind}")
+    packed = sorted({dtype for weight in weights.values() for dtype in weight.dtypes} - set(FLOATS))
     if packed:
         raise UserError(f"{folder}: it holds weights as {', '.join(packed)}; save it again as float32, bfloat16 or float16")
-    return stored
+    return weights, buffers
 
 
-def _require_equal(folder: Path, stored: StoredTensor, copy: StoredTensor) -> None:
-    if stored.shape != copy.shape or not torch.equal(ShardReader().read(stored), ShardReader().read(copy)):
+def _others(skeleton: Any, found: FoundWeights) -> tuple[dict[str, Weight], list[str]]:
+    """Return the saved buffers among what is no parameter, and the names that the model has not."""
+    state, no_weight = skeleton.state_dict().keys(), no_weights(skeleton)
+    buffers = {name: weight for name, weight in found.others.items() if name in state}
+    return buffers, sorted(name for name in found.others if name not in state and not no_weight.search(name))
+
+
+def _require_equal(folder: Path, first: Weight, second: Weight) -> None:
+    if not _equal(first, second):
+        one, other = (" and ".join(weight.places) for weight in (first, second))
         raise UserError(
-            f"{folder}: {stored.name} and {copy.name} are tied by config.json but differ in its files; "
+            f"{folder}: {one} and {other} are tied by config.json but differ in its files; "
             "set tie_word_embeddings: false in config.json if they were trained apart"
         )
 
 
-def _config(source: str, trust_remote_code: bool, revision: str | None = None) -> Any:
+def _equal(first: Weight, second: Weight) -> bool:
+    return first.shape == second.shape and torch.equal(first.read(ShardReader()), second.read(ShardReader()))
+
+
+def read_config(source: str, trust_remote_code: bool, revision: str | None = None) -> Any:
+    """Read a model's configuration; raise UserError if there is none that can be read."""
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except UNREADABLE as error:
         raise UserError(f"{source}: its config.json cannot be read: {first_line(error)}") from error
 
 

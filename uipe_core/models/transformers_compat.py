@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,17 +40,128 @@ def tied_names(model: Any, parameters: Mapping[str, Any]) -> dict[str, str]:
 
 
 def no_weights(model: Any) -> re.Pattern[str]:
-    """Match stored tensors that are no parameters: buffers, and names that loading ignores."""
+    """Match stored tensors that loading ignores: buffers that are not saved, and names from older versions.
+
+    Only for names that are no parameter: GPT-2 ignores ``attn.bias``, which stands in ``c_attn.bias`` too.
+    """
     named = [f"^{re.escape(name)}$" for name, _ in model.named_buffers()]
     ignored = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    # Older versions of transformers stored rotary frequencies.
-    return re.compile("|".join([*named, *ignored, r"rotary_emb\.inv_freq$"]))
+    # Older versions of transformers stored rotary frequencies and positions.
+    return re.compile("|".join([*named, *ignored, r"rotary_emb\.inv_freq$", r"(^|\.)position_ids$"]))
+
+
+@dataclass(frozen=True)
+class StoredGroup:
+    """Tensors of a file that loading makes one parameter or several of.
+
+    Attributes:
+        target: Name that loading gives it in the model's state; of several, the first.
+        names: Names in the file.
+    """
+
+    target: str
+    names: tuple[str, ...]
+    _model: Any
+    _patterns: tuple[str, ...] = ()
+    _converter: Any = None
+
+    def make(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the group's parameters by name, from its tensors by name in the file (on the meta device: their shapes).
+
+        Raises:
+            Exception: Whatever an operation of transformers raises for tensors that it cannot convert.
+        """
+        if self._converter is None:
+            return {self.target: tensors[self.names[0]]}
+        converter = deepcopy(self._converter)
+        for pattern, name in zip(self._patterns, self.names, strict=True):
+            converter.add_tensor(self.target, name, pattern, tensors[name])
+        made = converter.convert(self.target, model=self._model, config=self._model.config)
+        return {name: part[0] if isinstance(part, list) else part for name, part in made.items()}
+
+
+def stored_groups(model: Any, names: Iterable[str]) -> list[StoredGroup]:
+    """Group the names in a file by what loading makes of them, by transformers' own key mapping of the model.
+
+    As in ``convert_and_load_state_dict_in_model`` of ``transformers.core_model_loading``.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+    prefix, state = model.base_model_prefix, model.state_dict()
+    plain: list[StoredGroup] = []
+    collected: dict[str, list[tuple[str, str]]] = {}
+    # Experts are stacked in the order of their numbers.
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
+        if target not in state and name in state:
+            target, pattern = rename_source_key(name, [], [], prefix, state)
+        if pattern is None:
+            plain.append(StoredGroup(target, (name,), model))
+        else:
+            collected.setdefault(target, []).append((pattern, name))
+    return plain + [
+        StoredGroup(
+            target, tuple(name for _, name in found), model, tuple(pattern for pattern, _ in found), by_pattern[found[0][0]]
+        )
+        for target, found in collected.items()
+    ]
+
+
+def loaded_dtypes(model: Any) -> dict[str, torch.dtype]:
+    """Return the dtype that loading gives each parameter of a model built from its configuration, by name.
+
+    Some stay in fp32 in a model of half precision (``_keep_in_fp32_modules``).
+    """
+    from transformers.core_model_loading import build_glob_alternation
+
+    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
+    plan = model._get_dtype_plan(model.config.dtype)
+    if plan:
+        matching, by_group, _ = build_glob_alternation(list(plan))
+        dtypes |= {name: plan[by_group[found.lastgroup]] for name in dtypes if (found := matching.search(name))}
+    return dtypes
+
+
+def reads_key(model: Any, config: Any, key: str) -> bool:
+    """Return True if a key of a configuration may change what the model computes.
+
+    That is a key the configuration's class knows, or that the model's module names: some read keys that no class declares.
+    Every key of a class from outside transformers counts.
+    """
+    if not type(config).__module__.startswith("transformers.models.") or model.is_custom_code():
+        return True
+    if key in {field.name for field in fields(config)} or key in config.attribute_map:
+        return True
+    return any(re.search(rf"\b{re.escape(key)}\b", source) for source in _sources(type(model)))
+
+
+def _sources(model_class: type) -> list[str]:
+    """Return the source texts that read the configuration of a model: its own, and that of rotary embeddings."""
+    modules = {sys.modules[base.__module__] for base in model_class.__mro__ if ".models." in base.__module__}
+    return [inspect.getsource(module) for module in (*modules, sys.modules["transformers.modeling_rope_utils"])]
 
 
 def forward_parameters(model: Any) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a model's forward, that of the model underneath an adapter."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     return inspect.signature(base.forward).parameters
+
+
+def position_limit(config: Any) -> int | None:
+    """Return how many positions a model can take; None without a limit (rotary embeddings, ALiBi, state-space models).
+
+    Learned positions and tables of them end there with an index error, on a GPU with a failed assertion.
+    """
+    text = config.get_text_config()
+    if getattr(text, "rope_parameters", None) or getattr(text, "alibi", False):
+        return None
+    named = (getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return min((limit for limit in named if isinstance(limit, int) and limit > 0), default=None)
 
 
 def accepts_logits_to_keep(model: Any) -> bool:
@@ -58,6 +172,34 @@ def accepts_logits_to_keep(model: Any) -> bool:
 def select_cache_rows(cache: Any, rows: Tensor) -> None:
     """Keep only some rows of a ``DynamicCache``, in place."""
     cache.batch_select_indices(rows)
+
+
+def generates_alone(model: Any) -> bool:
+    """Return True if `generate` is wrong for several prompts at once: RWKV takes no attention mask and mixes up the rows."""
+    return bool(model.config.model_type == "rwkv")
+
+
+def keep_weights_as_loaded(model: Any) -> None:
+    """Stop RWKV from halving weights in place when it is first evaluated, which update vectors know nothing of."""
+    if model.config.model_type == "rwkv":
+        model.config.rescale_every = 0
+
+
+@contextmanager
+def no_generation_defaults(model: Any) -> Iterator[None]:
+    """Keep a model's ``generation_config.json``, from which come unset values, out of `generate` inside the block."""
+    from transformers import GenerationConfig
+
+    # An adapter's `generate` sets that of the model underneath.
+    holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]
+    before = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own
 
 
 def find_decoder_layers(model: Any) -> nn.ModuleList | None:
@@ -92,8 +234,6 @@ def weight_name(module: str) -> str:
 
 def lora_defaults() -> dict[str, Any]:
     """Return the default of every field of LoraConfig."""
-    from dataclasses import fields
-
     from peft import LoraConfig
 
     return {field.name: field.default for field in fields(LoraConfig)}

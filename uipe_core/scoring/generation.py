@@ -16,7 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from uipe_core.models.prompts import Example
-from uipe_core.models.transformers_compat import accepts_logits_to_keep, forward_parameters, select_cache_rows
+from uipe_core.models.transformers_compat import (
+    accepts_logits_to_keep,
+    forward_parameters,
+    generates_alone,
+    no_generation_defaults,
+    select_cache_rows,
+)
 from uipe_core.scoring.batch_sizes import BatchSize, slices
 from uipe_core.scoring.packing import plain_rows, predicting_logits
 
@@ -156,18 +162,19 @@ def _generate(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad
     """Decode with the model's own `generate`."""
     from transformers import GenerationConfig
 
+    if generates_alone(model) and len(texts) > 1:
+        for text in texts:
+            _generate(model, [text], stops, pad_id)
+        return
     ids, mask = _left_padded(texts, pad_id, model.device)
     settings = GenerationConfig(
         max_new_tokens=max(text.limit - len(text.tokens) for text in texts),
         do_sample=False,
-        # Unset, these come from the model's own file; a repetition penalty makes the text depend on the logit scale.
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         pad_token_id=pad_id,
         eos_token_id=list(stops),
     )
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+    with no_generation_defaults(model):
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
     for text, row in zip(texts, output[:, ids.shape[1] :].tolist(), strict=True):
         for token in row:
             if not text.finished:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from uipe_core.errors import UserError
+from uipe_core.models.loading import UNREADABLE
 from uipe_core.models.transformers_compat import find_decoder_layers, is_down_projection
 
 TRAINED_LAYERS = 3
@@ -23,9 +24,9 @@ def model_depth(source: str, revision: str | None = None, trust_remote_code: boo
 
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
+        return int(config.get_text_config().num_hidden_layers)
+    except UNREADABLE:
         return None
-    return int(config.get_text_config().num_hidden_layers)
 
 
 def check_layer(index: int, depth: int) -> None:

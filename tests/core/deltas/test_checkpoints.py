@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from uipe_core.deltas.adapters import other_base
 from uipe_core.deltas.checkpoints import (
     check_checkpoint,
     checkpoint_folders,
@@ -24,6 +25,7 @@ from uipe_core.deltas.files import load_update, save_streamed
 from uipe_core.deltas.store import DeltaStore
 from uipe_core.deltas.update_vectors import DENSE, LOW_RANK
 from uipe_core.errors import UserError
+from uipe_core.models.loading import load_model
 from uipe_core.models.skeleton import open_initial
 
 IDS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
@@ -290,6 +292,13 @@ def test_an_adapter_is_what_peft_makes_of_it(tmp_path, settings):
         ({"peft_type": "IA3"}, "of the type IA3, not LORA"),
         ({"r": 4}, r"not of rank 4"),
         ({"r": "three"}, "not the configuration of an adapter"),
+        ({"r": True}, "r is True, and must be a whole number of at least 1"),
+        ({"lora_alpha": "16"}, "lora_alpha is '16', and must be a number above 0"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+        ({"lora_alpha": 0}, "lora_alpha is 0"),
+        ({"lora_alpha": -8}, "lora_alpha is -8"),
+        ({"lora_alpha": None}, "lora_alpha is None"),
+        ({"lora_dropout": "no"}, "lora_dropout is 'no', and must be a number from 0 to 1"),
     ],
     ids=str,
 )
@@ -315,6 +324,7 @@ A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
         ),
         (lambda tensors: tensors.update({A: torch.ones(3, 16, dtype=torch.int8)}), "holds weights as I8"),
         (lambda tensors: tensors.clear(), "it is empty"),
+        (lambda tensors: tensors[A].fill_(float("nan")), "q_proj.lora_A.weight is not finite; it diverged"),
     ],
 )
 def test_an_adapter_whose_tensors_do_not_fit_is_refused(pair, adapter, tmp_path, change, said):
@@ -322,6 +332,27 @@ def test_an_adapter_whose_tensors_do_not_fit_is_refused(pair, adapter, tmp_path,
     change_tensors(folder, change)
     with pytest.raises(UserError, match=said):
         check_checkpoint(open_initial(pair / "initial"), folder)
+
+
+def test_an_adapter_that_names_another_model_is_known(pair, adapter, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    for base in (None, "", "meta-llama/Llama-3.2-1B", "/models/llama-3.2-1b/"):
+        change_json(folder / "adapter_config.json", base_model_name_or_path=base)
+        assert other_base(folder, "/here", "somebody/Llama-3.2-1B") is None
+    assert other_base(folder, "/here", "somebody/Llama-3.2-3B") == "/models/llama-3.2-1b/"
+
+
+def test_a_whole_model_beside_a_left_over_adapter_config_is_a_whole_model(pair, checkpoint, adapter, tmp_path):
+    shutil.copy(adapter / "adapter_config.json", checkpoint)
+    check_checkpoint(open_initial(pair / "initial"), checkpoint)
+    run = imported(pair / "initial", checkpoint, root=tmp_path / "deltas")
+    assert run.load(1).kind == DENSE
+    assert checkpoint_identity(checkpoint) == checkpoint_identity(pair / "checkpoint")
+    with pytest.raises(UserError, match="transformers would load the adapter's base model in its place; move adapter_config"):
+        load_model(str(checkpoint), prompt_template="{question}")
+    shutil.copy(adapter / "adapter_model.safetensors", checkpoint)
+    with pytest.raises(UserError, match="it holds a whole model and an adapter; keep one of them there"):
+        check_checkpoint(open_initial(pair / "initial"), checkpoint)
 
 
 def test_an_adapter_of_another_model_is_refused(pair, tmp_path):

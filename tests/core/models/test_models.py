@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError
 from uipe_core.models.loading import ModelSource, cast_weights, load_model, model_identity, resolve_device
+from uipe_core.models.skeleton import open_initial
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model, tiny_model_inputs
 from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.files import cache_folder
@@ -138,6 +139,39 @@ def test_a_source_loads_in_its_own_dtype_or_another(tiny_folder):
     assert source.load().model.dtype == torch.bfloat16
     assert source.load("auto").model.dtype == torch.float32
     assert source.load().prompts.prompt_text("Who?") == "Q: Who?\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", "{}"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {"type": "WordLevel"}}'),
+        ("tokenizer.json", "not json"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 3}'),
+        ("config.json", "[]"),
+        ("config.json", "3"),
+        ("config.json", '{"model_type": "llama", "hidden_size": "x"}'),
+        ("config.json", '{"model_type": 3}'),
+    ],
+)
+def test_damaged_files_of_a_model_end_in_one_error(copy, name, content):
+    (copy / name).write_text(content)
+    with pytest.raises(UserError, match=str(copy)):
+        load_model(str(copy), device="cpu")
+    if name == "config.json":
+        with pytest.raises(UserError, match=str(copy)):
+            open_initial(copy)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_model_whose_weights_are_not_finite_is_refused(copy, value):
+    tensors = weights(copy)
+    tensors["model.norm.weight"][3] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight is not finite"):
+        load_model(str(copy), device="cpu")
 
 
 def test_loaded_models_do_not_drop_out(load_tiny):

@@ -9,7 +9,7 @@ from uipe_core.corpora.types import UTILITY_SETS, Corpus, Item
 from uipe_core.errors import UserError
 from uipe_core.metrics.definitions import DEFINITIONS
 from uipe_core.models.loading import LoadedModel
-from uipe_core.models.prompts import FORMATS, PromptFormat
+from uipe_core.models.prompts import FORMATS, PromptFormat, prompt_schema
 from uipe_core.scoring.scorer import Scorer, ScoringConfig
 
 QUESTION, ANSWER = "Who wrote it?", "Zoe Lee."
@@ -150,6 +150,30 @@ def test_a_token_across_the_border_carries_no_loss_in_the_format_of_a_code_base(
     assert prompt_and_answer(counted, "Zoe") == ([*LLAMA2_PROMPT[:-1], border], [2])
 
 
+@pytest.mark.parametrize("adds_eos", [False, True])
+@pytest.mark.parametrize("template", ["<s>[INST] {question} [/INST]", "[INST] {question} [/INST]"])
+def test_a_template_that_begins_with_what_the_tokenizer_adds_has_it_once(template, adds_eos):
+    prompts = PromptFormat(llama2(adds_eos=adds_eos), template)
+    prompt, answer = prompt_and_answer(prompts)
+    assert prompt == prompts.prompt_ids(QUESTION)
+    assert (prompt[0], prompt.count(1)) == (1, 1)
+    assert answer[-1] == prompts.eos_id and answer.count(prompts.eos_id) == 1
+    again = PromptFormat(llama2(adds_eos=adds_eos), "<s>{question}").encode("", ANSWER)
+    assert again.input_ids.count(1) == 1
+
+
+def test_only_templates_that_may_begin_with_a_special_token_have_other_base_runs_than_before():
+    assert [prompt_schema(text) for text in (None, "[INST] {question} [/INST]", "Q: {question}")] == [1, 1, 1]
+    assert prompt_schema("<s>{question}") == 2
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_named():
+    words = Tokenizer(models.WordLevel({"known": 0, "</s>": 1}, unk_token="<unk>"))
+    prompts = PromptFormat(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"), "{question}")
+    with pytest.raises(UserError, match=r"its tokenizer cannot encode 'strange' .*Missing .*UNK.*correct the text"):
+        prompts.prompt_ids("strange")
+
+
 def test_an_unknown_format_is_refused_with_what_is_known():
     with pytest.raises(UserError, match=r"prompt_format: 'lama3' is unknown; known: chat, .*Did you mean 'llama3'\?"):
         PromptFormat(llama2(), name="lama3")
@@ -173,6 +197,10 @@ def test_a_format_by_chat_template_needs_one(name):
         ("{{ messages[-1]['content'] }}", "leaves out the system prompt of prompt_format 'llama3'; use prompt_format: chat"),
         ("{{ raise_exception('no system role') }}", "cannot write a question in prompt_format 'llama3': no system role"),
         ("{{ messages[0]['content'] }}", "leaves out answers"),
+        ("{% for i in range(999999999) %}{% endfor %}", "cannot write a question in prompt_format 'llama3': Range too big"),
+        ("{{ 1 / 0 }}", "cannot write a question in prompt_format 'llama3': division by zero"),
+        ("{{ messages[5]['content'] + 1 }}", "cannot write a question in prompt_format 'llama3'"),
+        ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "cannot write a question in prompt_format 'llama3'"),
         ("{{ strftime_now('%d %b %Y') }}", "writes today's date, so its prompts would change overnight"),
     ],
 )

@@ -1,5 +1,6 @@
 """What `uipe_core.models.transformers_compat` assumes of transformers, accelerate and peft, one test per assumption."""
 
+import copy
 import subprocess
 import sys
 
@@ -18,6 +19,8 @@ from transformers import (
     PhiConfig,
     PhiForCausalLM,
     PreTrainedTokenizerFast,
+    RwkvConfig,
+    RwkvForCausalLM,
 )
 
 from uipe_core.models import transformers_compat as compat
@@ -75,6 +78,30 @@ def test_forward_takes_what_scoring_and_decoding_pass(wrapped):
     with torch.no_grad():
         last = llama()(input_ids=IDS, logits_to_keep=1).logits
         torch.testing.assert_close(last, llama()(input_ids=IDS).logits[:, -1:])
+
+
+def test_rwkv_halves_its_weights_when_evaluated_unless_told_not_to():
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=3, rescale_every=1)).eval()
+    kept = copy.deepcopy(model)
+    compat.keep_weights_as_loaded(kept)
+    with torch.no_grad():
+        # The same up to the epsilon of its norms.
+        torch.testing.assert_close(model(input_ids=IDS).logits, kept(input_ids=IDS).logits, atol=2e-3, rtol=0)
+    name = "rwkv.blocks.2.attention.output.weight"
+    assert torch.equal(kept.get_parameter(name), 4 * model.get_parameter(name))
+
+
+def test_rwkv_mixes_up_the_rows_of_a_batch_when_it_generates():
+    torch.manual_seed(0)
+    model = RwkvForCausalLM(RwkvConfig(vocab_size=32, hidden_size=16, num_hidden_layers=2, rescale_every=0)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    ids, settings = torch.tensor([[3, 4, 5], [6, 7, 8]]), {"max_new_tokens": 8, "do_sample": False, "eos_token_id": 0}
+    together = model.generate(input_ids=ids, **settings)
+    alone = torch.cat([model.generate(input_ids=row[None], **settings) for row in ids])
+    assert compat.generates_alone(model) and not torch.equal(together, alone)
 
 
 def test_rows_of_a_cache_can_be_chosen():

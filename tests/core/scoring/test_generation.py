@@ -4,8 +4,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from uipe_core.corpora.types import Corpus
+from uipe_core.models.transformers_compat import wrap_adapter
 from uipe_core.scoring import generation
 from uipe_core.scoring.batch_sizes import BatchSize
 from uipe_core.scoring.generation import GreedyText, complete, verify_drafts
@@ -109,3 +112,61 @@ def test_the_models_own_generate_gives_the_same(moved, corpus, size):
         generation._generate(loaded.model, theirs[start : start + size], stops, pad)
     assert [(text.tokens, text.finished) for text in ours] == [(text.tokens, text.finished) for text in theirs]
     assert all(text.finished for text in ours)
+
+
+OWN_GENERATE = {
+    "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64},
+    "mamba": {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
+    "rwkv": {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64},
+}
+"""Model types that `_decode` cannot run."""
+
+
+@torch.inference_mode()
+def by_hand(model, prompt, stops):
+    """Greedy text from whole forward passes."""
+    tokens = []
+    while len(tokens) < LIMIT:
+        best = int(model(input_ids=torch.tensor([[*prompt, *tokens]]), use_cache=False).logits[0, -1].argmax())
+        if best in stops:
+            break
+        tokens.append(best)
+    return tokens
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"suppress_tokens": list(range(10, 40))},
+        {"bad_words_ids": [[token] for token in range(10, 40)]},
+        {"sequence_bias": [[[token], -10.0] for token in range(10, 40)]},
+        {"max_time": 1e-9},
+        {"stop_strings": ["a"]},
+        {"repetition_penalty": 5.0, "no_repeat_ngram_size": 1},
+        {"do_sample": True, "temperature": 9.0, "num_beams": 3},
+        {"forced_eos_token_id": 5, "min_new_tokens": 9},
+    ],
+    ids=lambda own: next(iter(own)),
+)
+@pytest.mark.parametrize("adapted", [False, True], ids=["plain", "adapter"])
+@pytest.mark.parametrize("kind", OWN_GENERATE)
+def test_greedy_text_does_not_follow_the_models_generation_config(kind, own, adapted):
+    if adapted and (kind != "bloom" or "suppress_tokens" not in own):
+        pytest.skip("an adapter is tried with one of them")
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind](vocab_size=50, bos_token_id=1, eos_token_id=2, pad_token_id=0, **OWN_GENERATE[kind])
+    model = AutoModelForCausalLM.from_config(config).eval()
+    if adapted:
+        model = wrap_adapter(model, {"r": 2, "target_modules": ["dense"], "task_type": "CAUSAL_LM"}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    own = GenerationConfig(**own)
+    model.generation_config = own
+    assert not generation.forward_parameters(model).keys() >= generation.BY_HAND
+    prompts = [[3, 4, 5], [6, 7, 8], [9, 3, 9]]
+    texts = [GreedyText(prompt, LIMIT, []) for prompt in prompts]
+    complete(model, texts, [2], 0, BatchSize(4))
+    assert [text.tokens for text in texts] == [by_hand(model, prompt, [2]) for prompt in prompts]
+    assert model.generation_config is own

@@ -19,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from search.results.study_result import StudyResult
 from uipe_core.models.tiny import tiny_model
 
+RUN = ("run", "--trust-remote-code")
+
 KINDS = ("sound", "stuck_in_c", "asleep", "raises", "not_a_number", "hungry", "greedy")
 
 CODE = '''
@@ -147,7 +149,7 @@ def complete(out, study="trapped"):
 @pytest.mark.slow
 def test_every_failure_has_its_reason_and_the_rest_goes_on(study, run_command, tmp_path):
     out = tmp_path / "out"
-    said = run_command("run", study("sound", "raises", "not_a_number", "hungry", "greedy", trials=16), "--out", out)
+    said = run_command(*RUN, study("sound", "raises", "not_a_number", "hungry", "greedy", trials=16), "--out", out)
     result = StudyResult.open(out)
     reasons = failed(result)
     assert set(reasons) == {"raises", "not_a_number", "greedy"}
@@ -172,7 +174,7 @@ def test_every_failure_has_its_reason_and_the_rest_goes_on(study, run_command, t
 def test_trials_that_hang_are_ended_and_their_workers_replaced(study, launch, living_processes, tmp_path):
     out = tmp_path / "out"
     limit = {"trial_minutes": 1.0, "failure_rate": 1}
-    driver = launch("run", study("sound", "stuck_in_c", "asleep", trials=12, budget=limit), "--out", out)
+    driver = launch(*RUN, study("sound", "stuck_in_c", "asleep", trials=12, budget=limit), "--out", out)
     seen = set()
     code = None
     while code is None:
@@ -200,7 +202,7 @@ def test_trials_that_hang_are_ended_and_their_workers_replaced(study, launch, li
 @pytest.mark.slow
 def test_a_dead_worker_is_replaced_however_short_the_trials(study, launch, living_processes, tmp_path):
     out = tmp_path / "out"
-    driver = launch("run", study("sound", trials=150), "--out", out)
+    driver = launch(*RUN, study("sound", trials=150), "--out", out)
     driver.until(lambda: complete(out) >= 10 and len(workers_of(driver, living_processes)) == 2, 300)
     killed = min(workers_of(driver, living_processes))
     os.kill(killed, signal.SIGKILL)
@@ -214,7 +216,7 @@ def test_a_dead_worker_is_replaced_however_short_the_trials(study, launch, livin
 @pytest.mark.slow
 def test_too_many_failures_end_the_study_with_their_reasons(study, launch, tmp_path):
     out = tmp_path / "out"
-    command = ("run", study("raises", trials=60, budget={"failure_rate": 0.8}), "--out", out)
+    command = (*RUN, study("raises", trials=60, budget={"failure_rate": 0.8}), "--out", out)
     for so_far in (1, 2):
         driver = launch(*command)
         assert driver.wait(400) == 2, driver.stderr
@@ -232,7 +234,7 @@ def test_too_many_failures_end_the_study_with_their_reasons(study, launch, tmp_p
 def test_a_plateau_and_hours_end_a_study_that_a_larger_budget_takes_up_again(study, run_command, tmp_path):
     out = tmp_path / "out"
     flat = {"plateau": {"trials": 5, "gain": 0.99}}
-    said = run_command("run", study("sound", trials=40, budget=flat), "--out", out)
+    said = run_command(*RUN, study("sound", trials=40, budget=flat), "--out", out)
     result = StudyResult.open(out)
     assert "stopped: its hypervolume grew by" in said
     searched = int((result.trials["kind"] == "search").sum())
@@ -243,16 +245,14 @@ def test_a_plateau_and_hours_end_a_study_that_a_larger_budget_takes_up_again(stu
     sessions = sorted((out / "ray").glob("session_2*"))
 
     # The same again: nothing is left to do but to say so, without Ray.
-    assert "stopped: its hypervolume grew by" in run_command("run", study("sound", trials=40, budget=flat), "--out", out)
+    assert "stopped: its hypervolume grew by" in run_command(*RUN, study("sound", trials=40, budget=flat), "--out", out)
     used = StudyResult.open(out).store.record.usage
     assert used["hours"] > 0 and used["cpu_hours"] > 0 and used["gpu_hours"] == 0
-    over = json.loads(
-        run_command("run", study("sound", trials=40, budget={"hours": used["hours"] / 2}), "--out", out, "--json")
-    )
+    over = json.loads(run_command(*RUN, study("sound", trials=40, budget={"hours": used["hours"] / 2}), "--out", out, "--json"))
     assert "budget.hours" in over["stopped"]
     assert sorted((out / "ray").glob("session_2*")) == sessions
 
-    more = json.loads(run_command("run", study("sound", trials=12), "--out", out, "--json"))
+    more = json.loads(run_command(*RUN, study("sound", trials=12), "--out", out, "--json"))
     assert more["stopped"] is None
     assert more["usage"]["hours"] > used["hours"]
     assert int((StudyResult.open(out).trials["kind"] == "search").sum()) == 12
@@ -260,7 +260,7 @@ def test_a_plateau_and_hours_end_a_study_that_a_larger_budget_takes_up_again(stu
 
 def test_a_trial_that_raises_keeps_its_traceback(study, run_command, call, tmp_path):
     out = tmp_path / "out"
-    run_command("run", study("raises", trials=4), "--out", out)
+    run_command(*RUN, study("raises", trials=4), "--out", out)
     failures = [trial for trial in StudyResult.open(out).study.get_trials(deepcopy=False) if "reason" in trial.user_attrs]
     assert failures
     for trial in failures:

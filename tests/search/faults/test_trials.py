@@ -117,6 +117,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 def test_trial(watch, trapped, hold, tmp_path, way, repeat):
     study = watch(trapped)
+    study.command = (*study.command, "--trust-remote-code")
     study.variables["UIPE_TEST_TRAPS"] = str(tmp_path)
     driver = study.start()
     wanted = study.random.randrange(8, 20)
