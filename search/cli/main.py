@@ -226,7 +226,11 @@ def report(out: Out) -> None:
 
 
 @app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")
-def dashboard(out: Out, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080) -> None:
+def dashboard(
+    out: Out,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080,
+    writable: Annotated[bool, typer.Option("--writable", help="Let the page change or delete the study, too.")] = False,
+) -> None:
     """Browse the study in optuna-dashboard (on this machine only)."""
     from search.report.dashboard import serve, write_notes
     from search.results.study_result import StudyResult
@@ -234,7 +238,7 @@ def dashboard(out: Out, port: Annotated[int, typer.Option(min=1, max=65535, help
     result = StudyResult.open(out)
     write_notes(result)
     typer.echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
-    _writable(f"port {port}", lambda: serve(result.store.storage, port))
+    _writable(f"port {port}", lambda: serve(result.store.storage, port, writable))
 
 
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")

@@ -165,11 +165,15 @@ def _allowed(kind: str, value: object, context: Mapping[str, Any]) -> tuple[str,
     bounds |= {"less_than": ("lt", "below"), "less_than_equal": ("le", "at most")}
     if kind in bounds:
         name, word = bounds[kind]
-        return f"must be {word} {context[name]}", f"Choose a value {word} {context[name]}."
+        bound = context[name]
+        bound = int(bound) if isinstance(bound, float) and bound.is_integer() else bound
+        return f"must be {word} {bound}", f"Choose a value {word} {bound}."
     if kind == "literal_error":
         return f"must be one of {context['expected']}", "Choose one of them."
     if kind == "too_short":
         return "the list must not be empty", "Give at least one value, or leave the key out where it has a default."
+    if kind == "too_long":
+        return f"the list has {context['actual_length']} entries, and {context['max_length']} are the most", "Give fewer."
     if kind == "string_too_short":
         return "must not be empty", "Write a value, or leave the key out where it has a default."
     if kind in ("string_too_long", "string_pattern_mismatch"):
