@@ -1,8 +1,10 @@
 """Define the `uipe` command, its exit codes, and the commands of a study."""
 
+import contextlib
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -274,30 +276,44 @@ def _writable(what: Path | str, action: Any) -> None:
         raise UserError(f"{what}: {error.strerror or error}; choose another") from error
 
 
+AGAIN_SECONDS = 3.0
+"""A second request to end that comes so soon changes nothing: the first is at work."""
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 bad input, 130 interrupted and resumable, 1 anything else."""
-    heard: list[int] = []
+    heard: list[float] = []
 
-    def interrupt(number: int, _: Any) -> NoReturn:
-        heard.append(number)
-        raise KeyboardInterrupt
+    def interrupt(number: int, _: Any) -> None:
+        now = time.monotonic()
+        if not heard or now - heard[-1] > AGAIN_SECONDS:
+            heard.append(now)
+            raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell sets it for what runs in its background
-        signal.signal(signal.SIGINT, interrupt)
+    for number in REQUESTS_TO_END:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell sets it for what runs in its background, or nohup
+            signal.signal(number, interrupt)
     try:
         app()
-    except StudyInterrupted as error:
-        typer.echo(f"interrupted: {error}", err=True)
-        sys.exit(130)
-    except Exception as error:
+    except (Exception, KeyboardInterrupt) as error:
+        for number in REQUESTS_TO_END:
+            signal.signal(number, signal.SIG_IGN)  # what is left is a sentence
+        if isinstance(error, StudyInterrupted):
+            _end(130, f"interrupted: {error}")
         if heard:  # compiled code that is hit by an interrupt may raise an error of its own for it
-            typer.echo("interrupted", err=True)
-            sys.exit(130)
+            _end(130, "interrupted")
         if isinstance(error, UserError):
-            typer.echo(f"error: {error}", err=True)
-            sys.exit(2)
+            _end(2, f"error: {error}")
         if isinstance(error, ExportMismatchError):
-            typer.echo(f"error: {error}", err=True)
-            sys.exit(1)
+            _end(1, f"error: {error}")
         raise
+
+
+REQUESTS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _end(code: int, sentence: str) -> NoReturn:
+    """Exit after a sentence on standard error, which may be a terminal that is gone."""
+    with contextlib.suppress(OSError):
+        typer.echo(sentence, err=True)
+    sys.exit(code)

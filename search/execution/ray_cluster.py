@@ -1,14 +1,18 @@
 """The Ray cluster a study runs on: connected already, or started on this machine for the length of a run."""
 
+import contextlib
+import ctypes
 import os
 import re
 import secrets
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,20 +22,38 @@ import ray
 import search
 import uipe_core
 from search.execution.capacity import ClusterCapacity, autoscaler_fleet, capacity_of
-from search.execution.ray_compat import ADVICE, ENVIRONMENT, IN_A_JOB, MODE, require_token, start_local
+from search.execution.ray_compat import (
+    ADVICE,
+    ENVIRONMENT,
+    IN_A_JOB,
+    MODE,
+    dead_processes,
+    kill_processes,
+    require_token,
+    start_local,
+)
 from search.report.progress import Bars
 from search.spec.sections import PretrainedModel
 from search.spec.study import StudySpec
+from search.store.database import ignore_signals
 from uipe_core.errors import UserError, first_line
 
 OBJECT_STORE_BYTES = 256 * 2**20
 LONGEST_SCRATCH = 24
 """Length of a folder for temporary files that still leaves room for the names of Ray's sockets."""
 CONNECT_SECONDS = 5
+WATCH_SECONDS = 1.0
+"""How often it is asked whether Ray is still there."""
+UNWIND_SECONDS = 4.0
+"""How long a run has to end by itself once Ray has died: some seconds later Ray ends its process."""
+AWAY_SECONDS = 40.0
+"""How long a cluster's GCS may be away, as while it is started again; after 60 s Ray ends the process."""
 
 
 @contextmanager
-def connected(spec: StudySpec, out: Path, bars: Bars, address: str | None = None) -> Iterator[ClusterCapacity]:
+def connected(
+    spec: StudySpec, out: Path, bars: Bars, address: str | None = None, close: Callable[[], None] = lambda: None
+) -> Iterator[ClusterCapacity]:
     """A Ray cluster for the length of a run.
 
     Args:
@@ -40,24 +62,26 @@ def connected(spec: StudySpec, out: Path, bars: Bars, address: str | None = None
         bars: Progress.
         address: ``auto`` or ``host:port`` of a cluster one of whose nodes this is; None starts one on this machine's cores.
             A cluster that is already connected is used as it is.
+        close: Called, perhaps by another thread, when Ray has died; the process may end right after.
 
     Yields:
         What it holds of the study.
 
     Raises:
-        UserError: If the cluster cannot be reached, refuses the token, or no node of it could ever hold a trial or base run.
+        UserError: If the cluster cannot be reached, refuses the token, or no node of it could ever hold a trial or base run; or
+            Ray has died.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     if ray.is_initialized():
         yield _capacity(spec, own=False)
         return
-    with _joined(address, bars) if address else _own(out, bars):
+    with _joined(address, bars, close) if address else _own(out, bars, close):
         yield _capacity(spec, own=not address)
 
 
 @contextmanager
-def _joined(address: str, bars: Bars) -> Iterator[None]:
+def _joined(address: str, bars: Bars, close: Callable[[], None]) -> Iterator[None]:
     """A cluster that runs already. Its workers get this very code, whatever is installed there."""
     _check_address(address)
     require_token()
@@ -69,7 +93,8 @@ def _joined(address: str, bars: Bars) -> Iterator[None]:
         with _interrupts_held():
             ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
         _restore(on_terminate)
-        yield
+        with _watched(_gcs_watch(ray.get_runtime_context().gcs_address), close):
+            yield
     except SystemExit as error:
         raise KeyboardInterrupt from error  # SIGTERM while Ray was connecting, and had its own handler in place
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
@@ -77,11 +102,12 @@ def _joined(address: str, bars: Bars) -> Iterator[None]:
             raise  # not of the connection: the study's own
         raise UserError(f"--address: cannot connect to Ray at {address}: {first_line(error)}; {ADVICE}") from error
     finally:
-        ray.shutdown()
+        with ignore_signals():
+            ray.shutdown()
 
 
 @contextmanager
-def _own(out: Path, bars: Bars) -> Iterator[None]:
+def _own(out: Path, bars: Bars, close: Callable[[], None]) -> Iterator[None]:
     """A cluster of this machine's cores."""
     # A local cluster asks for a token. Our own keeps others on this machine out and leaves no token file in the home folder.
     if MODE not in os.environ:
@@ -99,12 +125,87 @@ def _own(out: Path, bars: Bars) -> Iterator[None]:
         with _interrupts_held():
             _start(link)
         _restore(on_terminate)
-        yield
+        with _watched(lambda: " and ".join(dead_processes()), close):
+            yield
     except SystemExit as error:
         raise KeyboardInterrupt from error  # SIGTERM while Ray was starting, and had its own handler in place
     finally:
-        ray.shutdown()
-        shutil.rmtree(link.parent, ignore_errors=True)
+        with ignore_signals():
+            ray.shutdown()
+            shutil.rmtree(link.parent, ignore_errors=True)
+
+
+class _RayDied(BaseException):
+    """Raised in the thread of a run whose Ray has died; no error that anything on the way could take for its own."""
+
+
+@contextmanager
+def _watched(lost: Callable[[], str], close: Callable[[], None]) -> Iterator[None]:
+    """End the block when Ray has died under it.
+
+    Ray ends the process by itself then, some seconds after its raylet and a minute after its GCS, without a word of Python's,
+    and until then calls to it hang. Trials would be left open.
+
+    Args:
+        lost: Names what has died; empty while nothing has.
+        close: Close what must not be left open.
+
+    Raises:
+        UserError: Ray has died.
+    """
+    runs_in, over, lock = threading.get_ident(), threading.Event(), threading.Lock()
+    sentence: list[str] = []
+
+    def end() -> None:
+        with contextlib.suppress(Exception):
+            close()
+        with contextlib.suppress(Exception):
+            kill_processes()
+
+    def watch() -> None:
+        while not over.wait(WATCH_SECONDS):
+            if not (what := lost()):
+                continue
+            sentence.append(f"Ray has died ({what}); the same command goes on from what was done")
+            with lock:
+                if over.is_set():
+                    return
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(runs_in), ctypes.py_object(_RayDied))
+            if not over.wait(UNWIND_SECONDS):  # inside a call to Ray that does not come back
+                end()
+                with contextlib.suppress(OSError):
+                    sys.stderr.write(f"error: {sentence[0]}\n")
+                    sys.stderr.flush()
+                os._exit(2)
+            return
+
+    threading.Thread(target=watch, name="ray watch", daemon=True).start()
+    try:
+        try:
+            yield
+        finally:
+            with lock:
+                over.set()
+    except _RayDied:
+        end()
+        raise UserError(sentence[0]) from None
+
+
+def _gcs_watch(address: str) -> Callable[[], str]:
+    """Return what tells whether the GCS of a cluster has been away for too long."""
+    host, _, port = address.rpartition(":")
+    since = time.monotonic()
+
+    def lost() -> str:
+        nonlocal since
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+        except OSError:
+            return f"its GCS at {address} does not answer" if time.monotonic() - since > AWAY_SECONDS else ""
+        since = time.monotonic()
+        return ""
+
+    return lost
 
 
 def _start(folder: Path) -> None:

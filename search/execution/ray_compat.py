@@ -6,7 +6,8 @@ variables must be set before that.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,6 +77,7 @@ ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # its snapshots of all trials are never read: the study is what resumes
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_task_oom_retries": "5",  # a task whose worker is ended for want of memory is otherwise run again for ever
 }
 """Variables of every run."""
 
@@ -111,6 +113,22 @@ def start_local(folder: Path, object_store_bytes: int) -> None:
     )
 
 
+def dead_processes() -> list[str]:
+    """Return the processes that have ended of those without which a Ray that was started here cannot go on."""
+    from ray._private.worker import _global_node
+
+    ended = [] if _global_node is None else _global_node.dead_processes()
+    return [name for name, _ in ended if name in ("raylet", "gcs_server")]
+
+
+def kill_processes() -> None:
+    """Kill what is left of the Ray that this process started."""
+    from ray._private.worker import _global_node
+
+    if _global_node is not None:
+        _global_node.kill_all_processes(check_alive=False, allow_graceful=False)
+
+
 def check_cluster_config(config: Mapping[str, Any]) -> None:
     """Check a cluster file as ``ray up`` does, offline; raises what Ray raises."""
     from ray.autoscaler._private.util import prepare_config, validate_config
@@ -118,10 +136,41 @@ def check_cluster_config(config: Mapping[str, Any]) -> None:
     validate_config(prepare_config(dict(config)))
 
 
+@contextmanager
+def every_loss_is_a_death() -> Iterator[None]:
+    """Let Tune take every loss of a worker for the end of that worker's trial, while the block runs.
+
+    Tune knows such a loss by `RayActorError` alone. Where Ray ends a worker for want of memory it raises another error, at
+    which Tune gives up the whole search. Only the end of this machine's own raylet is one of everything.
+    """
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import LocalRayletDiedError, RayActorError, RayError, RayTaskError
+
+    original = RayActorManager._actor_task_failed
+
+    def failed(manager: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, LocalRayletDiedError):
+            raise exception
+        if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
+            exception = RayActorError(error_msg=str(exception))
+        original(manager, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = failed
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = original
+
+
 def failure_text(trial: "Trial | None") -> str:
     """Return what Tune wrote about a trial whose worker died; it tells its searcher that, but not why."""
     file = None if trial is None else trial.error_file
-    return Path(file).read_text() if file is not None and Path(file).is_file() else ""
+    return without_commands(Path(file).read_text()) if file is not None and Path(file).is_file() else ""
+
+
+def without_commands(text: str) -> str:
+    """Drop the list of the machine's largest processes from what Ray says of memory: other people's command lines."""
+    return re.sub(r"^Top \d+ memory users:.*?(?=^\D|\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def failure_cause(text: str) -> tuple[str, str]:

@@ -123,7 +123,7 @@ class StudyRun:
             with self._guarded(spec.budget) as guard:
                 stop = guard.stop()
                 if stop is None or (stop.scores_front and controls_missing):
-                    with connected(spec, self.store.out, self.bars, self.address) as capacity:
+                    with connected(spec, self.store.out, self.bars, self.address, self.store.end_running) as capacity:
                         prerequisites = self._prerequisites(capacity, guard)
                         self._score(prerequisites, *prerequisites.begin(), jobs, proposals)
         self._note_stop()
@@ -148,7 +148,8 @@ class StudyRun:
     def _asked_for(self) -> Iterator[Prerequisites]:
         """Yield prerequisites for work asked for explicitly (confirm, dial): only failures end it."""
         budget = Budget(failure_rate=self.preparation.spec.budget.failure_rate)
-        place = connected(self.preparation.spec, self.store.out, self.bars, self.address)
+        store, spec = self.store, self.preparation.spec
+        place = connected(spec, store.out, self.bars, self.address, store.end_running)
         with self._guarded(budget) as guard, place as capacity:
             yield self._prerequisites(capacity, guard)
 

@@ -351,7 +351,8 @@ def _created_meanwhile(error: BaseException) -> bool:
     return isinstance(error, DBAPIError) and any(word in str(error.orig).lower() for word in words)
 
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Requests to end."""
 
 
 @contextmanager
@@ -375,3 +376,18 @@ def defer_signals() -> Iterator[None]:
             signal.signal(each, signal.SIG_DFL if handler is None else handler)
         if came:
             signal.raise_signal(came[-1])
+
+
+@contextmanager
+def ignore_signals() -> Iterator[None]:
+    """Ignore requests to end while the body puts things in order: the run ends already, and is not to stop half way."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # Not SIG_IGN: processes that the body starts would inherit it.
+    before = {each: signal.signal(each, lambda number, frame: None) for each in SIGNALS}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, signal.SIG_DFL if handler is None else handler)
