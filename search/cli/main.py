@@ -1,10 +1,14 @@
 """Define the `uipe` command, its exit codes, and the commands of a study."""
 
 import contextlib
+import errno
+import io
 import logging
+import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -16,6 +20,7 @@ from search.cli.tables import Address, Json, print_claims, print_confirmations, 
 from search.cli.upkeep import register as register_upkeep
 from search.execution.ray_compat import configure_ray
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
+from uipe_core.storage.signals import REQUESTS_TO_END
 
 app = typer.Typer(
     name="uipe",
@@ -34,7 +39,8 @@ class _ToStandardError(logging.Handler):
     """Print log records wherever standard error goes at the moment: progress bars redirect it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(self.format(record), err=True)
+        with contextlib.suppress(OSError):  # closed, full, or a terminal that is gone
+            typer.echo(self.format(record), err=True)
 
 
 _HANDLER = _ToStandardError()
@@ -293,8 +299,12 @@ def main() -> None:
     for number in REQUESTS_TO_END:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell sets it for what runs in its background, or nohup
             signal.signal(number, interrupt)
+    _open_streams()
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # now, and not when the interpreter ends
     except (Exception, KeyboardInterrupt) as error:
         for number in REQUESTS_TO_END:
             signal.signal(number, signal.SIG_IGN)  # what is left is a sentence
@@ -306,14 +316,52 @@ def main() -> None:
             _end(2, f"error: {error}")
         if isinstance(error, ExportMismatchError):
             _end(1, f"error: {error}")
+        if isinstance(error, OSError) and getattr(sys.stdout, "failed", False):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter can flush what it still has
+            reader_left = error.errno == errno.EPIPE
+            _end(1, "" if reader_left else f"error: standard output: {error.strerror}; only what was to be printed is lost")
         raise
-
-
-REQUESTS_TO_END = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _end(code: int, sentence: str) -> NoReturn:
     """Exit after a sentence on standard error, which may be a terminal that is gone."""
-    with contextlib.suppress(OSError):
-        typer.echo(sentence, err=True)
+    if sentence:
+        with contextlib.suppress(OSError):
+            typer.echo(sentence, err=True)
     sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Open what the shell has closed, lest a file of ours gets its number and what is printed lands there."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    before = sys.__stdout__
+    if before is not None and sys.stdout is before:
+        sys.stdout = _Output(before.buffer, before.encoding, before.errors, line_buffering=before.line_buffering)
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output that knows whether it failed: a disk that is full may also be another's."""
+
+    failed = False
+
+    def write(self, text: str) -> int:
+        with self._noted():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._noted():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.failed = True
+            raise

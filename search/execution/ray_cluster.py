@@ -28,15 +28,18 @@ from search.execution.ray_compat import (
     IN_A_JOB,
     MODE,
     dead_processes,
+    end_processes_of,
     kill_processes,
     require_token,
     start_local,
 )
 from search.report.progress import Bars
+from search.spec.runtime import Resources
 from search.spec.sections import PretrainedModel
 from search.spec.study import StudySpec
-from search.store.database import ignore_signals
 from uipe_core.errors import UserError, first_line
+from uipe_core.storage.scratch import scratch_folder
+from uipe_core.storage.signals import ignore_signals
 
 OBJECT_STORE_BYTES = 256 * 2**20
 LONGEST_SCRATCH = 24
@@ -76,8 +79,22 @@ def connected(
     if ray.is_initialized():
         yield _capacity(spec, own=False)
         return
-    with _joined(address, bars, close) if address else _own(out, bars, close):
+    clear_old_runs(out / "ray")
+    with _joined(address, bars, close) if address else _own(out, spec.resources, bars, close):
         yield _capacity(spec, own=not address)
+
+
+KEPT_RUNS = 2
+"""Runs whose files of Ray and Tune stay in the output folder: this one's and the last one's, which may be asked about."""
+
+
+def clear_old_runs(folder: Path) -> None:
+    """Remove what Ray and Tune wrote in earlier runs of a study, but for the last one's."""
+    for start in ("session_2", "tune-", "train-"):  # not session_latest, a link
+        with contextlib.suppress(OSError):
+            found = sorted(folder.glob(f"{start}*"), key=lambda path: path.stat().st_mtime)
+            for path in found[: 1 - KEPT_RUNS]:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -107,7 +124,7 @@ def _joined(address: str, bars: Bars, close: Callable[[], None]) -> Iterator[Non
 
 
 @contextmanager
-def _own(out: Path, bars: Bars, close: Callable[[], None]) -> Iterator[None]:
+def _own(out: Path, resources: Resources, bars: Bars, close: Callable[[], None]) -> Iterator[None]:
     """A cluster of this machine's cores."""
     # A local cluster asks for a token. Our own keeps others on this machine out and leaves no token file in the home folder.
     if MODE not in os.environ:
@@ -116,23 +133,23 @@ def _own(out: Path, bars: Bars, close: Callable[[], None]) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "torch"))  # workers make it on import, else under /tmp
     # Ray puts sockets below its folder, and a socket's path may have at most 107 bytes: a link keeps it short.
-    scratch = tempfile.gettempdir()
-    link = Path(tempfile.mkdtemp(prefix="uipe-", dir=scratch if len(scratch) <= LONGEST_SCRATCH else "/tmp")) / "r"
-    link.symlink_to(folder, target_is_directory=True)
-    bars.say("starting Ray ...")
-    on_terminate = signal.getsignal(signal.SIGTERM)
-    try:
-        with _interrupts_held():
-            _start(link)
-        _restore(on_terminate)
-        with _watched(lambda: " and ".join(dead_processes()), close):
-            yield
-    except SystemExit as error:
-        raise KeyboardInterrupt from error  # SIGTERM while Ray was starting, and had its own handler in place
-    finally:
-        with ignore_signals():
-            ray.shutdown()
-            shutil.rmtree(link.parent, ignore_errors=True)
+    place = tempfile.gettempdir()
+    with scratch_folder(place if len(place) <= LONGEST_SCRATCH else "/tmp", left=end_processes_of) as scratch:
+        link = scratch / "r"
+        link.symlink_to(folder, target_is_directory=True)
+        bars.say("starting Ray ...")
+        on_terminate = signal.getsignal(signal.SIGTERM)
+        try:
+            with _interrupts_held():
+                _start(link, resources, bars)
+            _restore(on_terminate)
+            with _watched(lambda: " and ".join(dead_processes()), close):
+                yield
+        except SystemExit as error:
+            raise KeyboardInterrupt from error  # SIGTERM while Ray was starting, and had its own handler in place
+        finally:
+            with ignore_signals():
+                ray.shutdown()
 
 
 class _RayDied(BaseException):
@@ -173,7 +190,7 @@ def _watched(lost: Callable[[], str], close: Callable[[], None]) -> Iterator[Non
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(runs_in), ctypes.py_object(_RayDied))
             if not over.wait(UNWIND_SECONDS):  # inside a call to Ray that does not come back
                 end()
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(OSError, AttributeError):
                     sys.stderr.write(f"error: {sentence[0]}\n")
                     sys.stderr.flush()
                 os._exit(2)
@@ -208,14 +225,21 @@ def _gcs_watch(address: str) -> Callable[[], str]:
     return lost
 
 
-def _start(folder: Path) -> None:
-    try:
-        start_local(folder, OBJECT_STORE_BYTES)
-    except Exception as error:  # Ray has no type of its own for it
-        raise UserError(
-            f"Ray could not be started on this machine ({first_line(error)}); give it room (processor, memory, disk), then "
-            "the same command goes on from what was done"
-        ) from error
+def _start(folder: Path, resources: Resources, bars: Bars) -> None:
+    for left in reversed(range(resources.ray_start_tries)):
+        try:
+            start_local(folder, OBJECT_STORE_BYTES, resources.ray_start_seconds)
+            return
+        except Exception as error:  # Ray has no type of its own for it
+            kill_processes()
+            ray.shutdown()
+            if left:
+                bars.say(f"Ray could not be started ({first_line(error)}); trying again")
+                continue
+            raise UserError(
+                f"Ray could not be started on this machine ({first_line(error)}); give it room (processor, memory, disk) or "
+                "time (resources.ray_start_seconds, ray_start_tries), then the same command goes on from what was done"
+            ) from error
 
 
 def code_environment() -> dict[str, Any]:

@@ -4,10 +4,12 @@ tests/search/execution/test_ray_compat.py pins each assumption. Nothing here imp
 variables must be set before that.
 """
 
+import contextlib
 import os
 import re
+import signal
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,9 @@ from uipe_core.errors import UserError
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
+
+ADDRESS = "RAY_API_SERVER_ADDRESS"
+"""Variable with the URL of a cluster's job server."""
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
@@ -97,20 +102,57 @@ def configure_ray(address: str | None) -> None:
         require_token()
 
 
-def start_local(folder: Path, object_store_bytes: int) -> None:
-    """Start Ray on this machine's cores, on loopback, with its files in `folder` (its sockets' paths must stay short)."""
-    import ray
+OWNER = "UIPE_RAY_OWNER"
+"""Variable in the environment of all processes of a Ray that was started here: the folder of its owner's link."""
 
-    ray.init(
-        address="local",
-        num_cpus=len(os.sched_getaffinity(0)),
-        include_dashboard=False,
-        object_store_memory=object_store_bytes,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=str(folder),
-        _node_ip_address="127.0.0.1",
-    )
+
+def end_processes_of(folder: Path) -> None:
+    """Kill what is left of the Ray of a dead process: its agents ask for a minute whether their node is still there."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            if f"{OWNER}={folder}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
+def start_local(folder: Path, object_store_bytes: int, seconds: float = 60.0) -> None:
+    """Start Ray on this machine's cores, on loopback.
+
+    Args:
+        folder: Its files go there; the paths of its sockets must stay short.
+        object_store_bytes: Memory for objects.
+        seconds: How long its GCS, and then its raylet, may take. Ray itself would give the raylet 30 s.
+    """
+    import ray
+    from ray._private import services
+
+    os.environ[OWNER] = str(folder.parent)
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", f"{seconds:.0f}")
+    find_node = services.get_node
+
+    def wait_for_node(*given: Any, **named: Any) -> Any:
+        ends = time.monotonic() + seconds
+        while True:
+            try:
+                return find_node(*given, **named)
+            except RuntimeError:
+                if time.monotonic() > ends:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = wait_for_node
+    try:
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            object_store_memory=object_store_bytes,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(folder),
+            _node_ip_address="127.0.0.1",
+        )
+    finally:
+        services.get_node = find_node
 
 
 def dead_processes() -> list[str]:
@@ -136,7 +178,7 @@ def check_cluster_config(config: Mapping[str, Any]) -> None:
     validate_config(prepare_config(dict(config)))
 
 
-@contextmanager
+@contextlib.contextmanager
 def every_loss_is_a_death() -> Iterator[None]:
     """Let Tune take every loss of a worker for the end of that worker's trial, while the block runs.
 

@@ -16,10 +16,11 @@ from search.results.constrained import Answer, Dial, answer_of
 from search.results.status import StatusLines
 from search.results.study_result import StudyResult
 from search.spec.study import StudySpec
-from search.store.database import STORAGE_ERRORS, explain_storage_error, ignore_signals
+from search.store.database import STORAGE_ERRORS, explain_storage_error
 from search.store.mirror import working_folder
 from search.store.study_store import StudyStore
 from uipe_core.errors import StudyInterrupted, UserError
+from uipe_core.storage.signals import ignore_signals
 
 
 def run_study(

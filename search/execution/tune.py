@@ -21,8 +21,8 @@ from search.execution.budget import BudgetMonitor
 from search.execution.ray_compat import every_loss_is_a_death, release_trial
 from search.execution.worker_pool import WorkerPoolMonitor
 from search.problem.trial import TrialSpec
+from search.store.folder import keep_traceback
 from search.store.study_store import StudyStore
-from search.store.tracebacks import keep_traceback
 from search.store.trials import searched
 from uipe_core.errors import UserError, first_line
 

@@ -67,11 +67,17 @@ class BaseRunResources(Section):
 
 
 class Resources(Section):
-    """Resources of a study. `max_concurrent` is None for as many trials at once as fit on the cluster."""
+    """Resources of a study. `max_concurrent` is None for as many trials at once as fit on the cluster.
+
+    `ray_start_seconds` and `ray_start_tries` are for the Ray that a run starts on this machine: how long each of its processes
+    may take, and how often it is started.
+    """
 
     max_concurrent: Annotated[int, Field(ge=1, le=100_000)] | None = None
     trial: TrialResources = Field(default_factory=TrialResources)
     base_run: BaseRunResources = Field(default_factory=BaseRunResources)
+    ray_start_seconds: Annotated[int, Field(ge=5, le=3600)] = 60
+    ray_start_tries: Annotated[int, Field(ge=1, le=10)] = 2
 
 
 class Plateau(Section):

@@ -17,9 +17,11 @@ from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
 
 COMMAND = """
-import sys, time
+import signal, sys, time
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(number, signal.SIG_DFL)  # whatever these tests were started by
 from search.cli import main as cli
-from search.store.database import ignore_signals
+from uipe_core.storage.signals import ignore_signals
 from uipe_core.errors import StudyInterrupted
 
 def work():
@@ -52,7 +54,7 @@ def test_requests_to_end_in_a_row_end_a_command_once(number):
 
 
 def test_what_nohup_ignores_stays_ignored():
-    code = COMMAND.replace("time.sleep(30)", "time.sleep(0.5)").replace("import sys,", "import signal, sys,", 1)
+    code = COMMAND.replace("time.sleep(30)", "time.sleep(0.5)")
     ignoring = code.replace("cli.app = work", "signal.signal(signal.SIGHUP, signal.SIG_IGN); cli.app = work")
     with subprocess.Popen(
         [sys.executable, "-c", ignoring], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -106,3 +108,30 @@ def test_a_run_that_hangs_in_a_call_to_a_dead_ray_is_closed_and_ended():
     assert (done.returncode, done.stdout) == (2, "closed\n")
     assert done.stderr == "error: Ray has died (raylet); the same command goes on from what was done\n"
     assert UNWIND_SECONDS < time.monotonic() - started < 55
+
+
+PRINT = """
+import sys
+from search.cli import main as cli
+cli.app = lambda: print("x" * 20000)
+cli.main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("shell", "code", "said"),
+    [
+        (
+            '"$0" -c "$1" > /dev/full',
+            1,
+            "error: standard output: No space left on device; only what was to be printed is lost\n",
+        ),
+        ('"$0" -c "$1" > /dev/full 2> /dev/full', 1, ""),
+        ('"$0" -c "$1" >&-', 0, ""),
+        ('"$0" -c "$1" >&- 2>&-', 0, ""),
+        ('set -o pipefail; "$0" -c "$1" | true', 1, ""),
+    ],
+)
+def test_standard_output_that_is_full_or_closed_costs_no_traceback(shell, code, said):
+    done = subprocess.run(["bash", "-c", shell, sys.executable, PRINT], stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (code, said)

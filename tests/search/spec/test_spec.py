@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,14 @@ def problems_of(study: dict[str, Any], path: tuple[str, ...], value: object) -> 
     except StudyFileError as error:
         return str(error)
     return ""
+
+
+def test_thousands_of_unknown_keys_are_all_named_and_soon(tmp_path: Path) -> None:
+    study = people() | {f"key_{number}": number for number in range(5000)}
+    started = time.process_time()
+    found = problems(study)
+    assert time.process_time() - started < 2
+    assert len(found) == 5000 and "Allowed here" in found["key_0"] and found["key_4999"].endswith("unknown. Remove it.")
 
 
 def test_missing_kind_lists_the_kinds() -> None:
