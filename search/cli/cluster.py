@@ -1,13 +1,14 @@
 """Submit a study to a cluster, follow and stop it; check a cluster file; show the status and errors of a study."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from search.cli.tables import Json, Trust, print_json, print_status, print_studies
-from search.execution.ray_compat import require_token
+from search.execution.ray_compat import ADDRESS, require_token
 from uipe_core.errors import StudyInterrupted, UserError
 
 Server = Annotated[
@@ -67,7 +68,7 @@ def status(
         found: list[dict[str, Any]] = [read_status(folder) for folder in folders]
         print_json({"studies": found}) if as_json else print_studies(found)
         return
-    known = read_status(what) if is_url(what) or Path(what).is_dir() else _jobs(address).status(what)
+    known = read_status(what) if is_url(what) or Path(what).is_dir() else _jobs(address, what).status(what)
     print_json(known) if as_json else print_status(known)
 
 
@@ -87,7 +88,7 @@ def logs(
         return
     from search.results.status import without_status
 
-    jobs = _jobs(address)
+    jobs = _jobs(address, what)
     if follow:
         _follow(jobs, what)
     else:
@@ -158,7 +159,12 @@ def register(app: typer.Typer) -> None:
     app.add_typer(cluster)
 
 
-def _jobs(address: str | None) -> Any:
+def _jobs(address: str | None, what: str | None = None) -> Any:
+    """Return the jobs of a cluster; `what` is an id that may have been meant as a folder."""
+    if what is not None and ("/" in what or what.startswith((".", "~")) or not (address or os.environ.get(ADDRESS))):
+        raise UserError(
+            f"{what}: there is no such folder; correct the path, or name the cluster of a job by --address or {ADDRESS}"
+        )
     require_token()
     from search.cluster.jobs import Jobs
 

@@ -1,8 +1,14 @@
 """Define the `uipe` command, its exit codes, and the commands of a study."""
 
+import contextlib
+import errno
+import io
 import logging
+import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -24,6 +30,7 @@ from search.cli.tables import (
 from search.cli.upkeep import register as register_upkeep
 from search.execution.ray_compat import configure_ray
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
+from uipe_core.storage.signals import REQUESTS_TO_END
 
 app = typer.Typer(
     name="uipe",
@@ -42,7 +49,8 @@ class _ToStandardError(logging.Handler):
     """Print log records wherever standard error goes at the moment: progress bars redirect it."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        typer.echo(self.format(record), err=True)
+        with contextlib.suppress(OSError):  # closed, full, or a terminal that is gone
+            typer.echo(self.format(record), err=True)
 
 
 _HANDLER = _ToStandardError()
@@ -240,7 +248,11 @@ def report(out: Out) -> None:
 
 
 @app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")
-def dashboard(out: Out, port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080) -> None:
+def dashboard(
+    out: Out,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080,
+    writable: Annotated[bool, typer.Option("--writable", help="Let the page change or delete the study, too.")] = False,
+) -> None:
     """Browse the study in optuna-dashboard (on this machine only)."""
     from search.report.dashboard import serve, write_notes
     from search.results.study_result import StudyResult
@@ -248,7 +260,7 @@ def dashboard(out: Out, port: Annotated[int, typer.Option(min=1, max=65535, help
     result = StudyResult.open(out)
     write_notes(result)
     typer.echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
-    _writable(f"port {port}", lambda: serve(result.store.storage, port))
+    _writable(f"port {port}", lambda: serve(result.store.storage, port, writable))
 
 
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")
@@ -284,30 +296,86 @@ def _writable(what: Path | str, action: Any) -> None:
         raise UserError(f"{what}: {error.strerror or error}; choose another") from error
 
 
+AGAIN_SECONDS = 3.0
+"""A second request to end that comes so soon changes nothing: the first is at work."""
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 2 bad input, 130 interrupted and resumable, 1 anything else."""
-    heard: list[int] = []
+    heard: list[float] = []
 
-    def interrupt(number: int, _: Any) -> NoReturn:
-        heard.append(number)
-        raise KeyboardInterrupt
+    def interrupt(number: int, _: Any) -> None:
+        now = time.monotonic()
+        if not heard or now - heard[-1] > AGAIN_SECONDS:
+            heard.append(now)
+            raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
-    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as a shell sets it for what runs in its background
-        signal.signal(signal.SIGINT, interrupt)
+    for number in REQUESTS_TO_END:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell sets it for what runs in its background, or nohup
+            signal.signal(number, interrupt)
+    _open_streams()
     try:
-        app()
-    except StudyInterrupted as error:
-        typer.echo(f"interrupted: {error}", err=True)
-        sys.exit(130)
-    except Exception as error:
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # now, and not when the interpreter ends
+    except (Exception, KeyboardInterrupt) as error:
+        for number in REQUESTS_TO_END:
+            signal.signal(number, signal.SIG_IGN)  # what is left is a sentence
+        if isinstance(error, StudyInterrupted):
+            _end(130, f"interrupted: {error}")
         if heard:  # compiled code that is hit by an interrupt may raise an error of its own for it
-            typer.echo("interrupted", err=True)
-            sys.exit(130)
+            _end(130, "interrupted")
         if isinstance(error, UserError):
-            typer.echo(f"error: {error}", err=True)
-            sys.exit(2)
+            _end(2, f"error: {error}")
         if isinstance(error, ExportMismatchError):
-            typer.echo(f"error: {error}", err=True)
-            sys.exit(1)
+            _end(1, f"error: {error}")
+        if isinstance(error, OSError) and getattr(sys.stdout, "failed", False):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter can flush what it still has
+            reader_left = error.errno == errno.EPIPE
+            _end(1, "" if reader_left else f"error: standard output: {error.strerror}; only what was to be printed is lost")
         raise
+
+
+def _end(code: int, sentence: str) -> NoReturn:
+    """Exit after a sentence on standard error, which may be a terminal that is gone."""
+    if sentence:
+        with contextlib.suppress(OSError):
+            typer.echo(sentence, err=True)
+    sys.exit(code)
+
+
+def _open_streams() -> None:
+    """Open what the shell has closed, lest a file of ours gets its number and what is printed lands there."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
+    before = sys.__stdout__
+    if before is not None and sys.stdout is before:
+        sys.stdout = _Output(before.buffer, before.encoding, before.errors, line_buffering=before.line_buffering)
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output that knows whether it failed: a disk that is full may also be another's."""
+
+    failed = False
+
+    def write(self, text: str) -> int:
+        with self._noted():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with self._noted():
+            super().flush()
+
+    @contextlib.contextmanager
+    def _noted(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self.failed = True
+            raise

@@ -1,10 +1,11 @@
 """Submit, list, follow and stop studies as jobs of a Ray cluster."""
 
 import asyncio
+import contextlib
+import ipaddress
 import os
 import re
 import shlex
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,20 +13,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import ray
 import requests
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
+from requests.utils import get_environ_proxies, select_proxy
 
 from search.cluster.bundle import STUDY_FILE, build_bundle, submission_id
 from search.evaluation.inputs import require_trust
 from search.execution.ray_cluster import code_environment
-from search.execution.ray_compat import ADVICE, cluster_token
+from search.execution.ray_compat import ADDRESS, ADVICE, cluster_token
 from search.results.status import is_noise, last_status
 from search.spec.redaction import without_password
 from uipe_core.errors import StudyInterrupted, UserError
+from uipe_core.storage.scratch import scratch_folder
 
-ADDRESS = "RAY_API_SERVER_ADDRESS"
 STUDY, OUT = "uipe_study", "uipe_out"
 """Metadata of a job that is a study."""
 STOP_SECONDS = 90
@@ -70,6 +73,7 @@ class Jobs:
                 f"--address: {without_password(url)} is not the URL of a job server; give for example http://127.0.0.1:8265"
             )
         self.address = without_password(url)
+        self._proxy = _way_to(url)
         token = cluster_token()
         headers = None if token is None else {"Authorization": f"Bearer {token}"}
         with _only_address(url):
@@ -88,8 +92,10 @@ class Jobs:
         Raises:
             UserError: If the study is broken or cannot travel, or the cluster refuses it.
         """
-        with tempfile.TemporaryDirectory(prefix="uipe-") as folder:
-            bundle = build_bundle(study, Path(folder))
+        with scratch_folder() as scratch:
+            folder = scratch / "bundle"
+            folder.mkdir()
+            bundle = build_bundle(study, folder)
             require_trust(bundle.spec, trust_remote_code)
             place = _output_folder(out or f"~/runs/{bundle.spec.name}")
             first = submission_id(bundle, place)
@@ -100,7 +106,7 @@ class Jobs:
             name = first if not known else f"{first}-{max(_turn(str(name), first) for name in known) + 1}"
             environment = {
                 **code_environment(),
-                "working_dir": folder,
+                "working_dir": str(folder),
                 "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
             }
             # Not from the folder the job came in: Ray may clear that away when a node dies, and a process without a folder
@@ -203,12 +209,35 @@ class Jobs:
             raise UserError(f"{self.address}: the cluster refused the token; {ADVICE}") from error
         except (ConnectionError, requests.exceptions.RequestException) as error:
             reason = type(error).__name__
-            raise UserError(f"{self.address}: no job server answers ({reason}); is the cluster up?") from error
+            raise UserError(f"{self.address}: no job server answers ({reason}){self._proxy}; is the cluster up?") from error
         except RuntimeError as error:
             text = str(error)
             if missing is not None and "404" in text:
                 raise UserError(f"{missing}: {self.address} has no such job; `uipe studies` lists them") from error
+            if "No available agent" in text:
+                raise UserError(f"{self.address}: {NO_AGENT}") from error
             raise UserError(f"{self.address}: {_cause(text)}") from error
+
+
+NO_AGENT = (
+    "the head has no agent to run jobs; port 52365 there is perhaps taken, by another Ray or another program (see "
+    "dashboard_agent.log): free it, or start the head with another --dashboard-agent-listen-port"
+)
+
+
+def _way_to(url: str) -> str:
+    """Let requests to this machine go past a proxy; return words about the proxy that others go through, if there is one."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    with contextlib.suppress(ValueError):
+        if host == "localhost" or ipaddress.ip_address(host).is_loopback:
+            for name in ("no_proxy", "NO_PROXY"):
+                os.environ[name] = ",".join(filter(None, (os.environ.get(name), host)))
+            return ""
+    proxy = select_proxy(url, get_environ_proxies(url))
+    if proxy is None:
+        return ""
+    return f" by way of the proxy {without_password(proxy)} ({parts.scheme}_proxy; no_proxy names hosts to reach without it)"
 
 
 def summary_of(job: JobDetails) -> dict[str, Any]:

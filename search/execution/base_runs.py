@@ -15,6 +15,8 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.queue import Queue
 
 from search.execution.capacity import ClusterCapacity, need_of
+from search.execution.ray_compat import without_commands
+from search.execution.worker_pool import LESS_MEMORY
 from search.spec.runtime import BaseRunResources
 from uipe_core.deltas.store import BaseRun
 from uipe_core.errors import UserError, first_line
@@ -135,7 +137,7 @@ class BaseRunTasks:
             except ray.exceptions.RayError as error:
                 problem = problem_of(name, error)
                 self._error = self._error or problem
-                self.runs.fail(name, str(problem).removeprefix(f"{name}: "), str(error))
+                self.runs.fail(name, str(problem).removeprefix(f"{name}: "), without_commands(str(error)))
 
     def require_one(self) -> None:
         """Check that a base run is published, or may still be.
@@ -169,7 +171,9 @@ LOST = (
 def problem_of(name: str, error: ray.exceptions.RayError) -> Exception:
     """A task's failure as an exception to raise: a user's, where its cause is one or can be answered by running again."""
     if isinstance(error, LOST):
-        return UserError(f"{name}: what it ran on died ({_reason(error)}); the same command goes on from what was done")
+        remedy = f"{LESS_MEMORY}; then " if isinstance(error, ray.exceptions.OutOfMemoryError) else ""
+        what = f"what it ran on died ({_reason(error)})"
+        return UserError(f"{name}: {what}; {remedy}the same command goes on from what was done")
     cause = getattr(error, "cause", None) or error
     kind = UserError if isinstance(cause, UserError | DivergedError) else RuntimeError
     problem = kind(f"{name}: {_reason(cause)}")

@@ -24,6 +24,13 @@ SAVE_SECONDS = 5.0
 """Least time between two writes of what was used: a write per trial would cost more than small trials do."""
 
 
+MEMORY = "memory"
+"""Not a budget of the study, but one of its machines that is used up."""
+
+STARVED = 2
+"""So many trials in a row, each tried on several workers, that found no memory end a run."""
+
+
 @dataclass(frozen=True)
 class Stop:
     """Why a study hands out no more trials.
@@ -44,7 +51,7 @@ class Stop:
     @property
     def gave_up(self) -> bool:
         """Return True if this is a failure, and not what the user asked for."""
-        return self.budget == "failure_rate"
+        return self.budget in ("failure_rate", MEMORY)
 
 
 class BudgetMonitor:
@@ -63,6 +70,7 @@ class BudgetMonitor:
         self._booked = self._saved = time.monotonic()
         # Of this run only: after the cause is corrected, the same command must not give up for what failed before.
         self._ends: deque[str | None] = deque(maxlen=FAILURE_WINDOW)
+        self._starved: list[str] = []
         self._growth: FrontGrowth | None = None
         self._volumes: deque[float] = deque()
         if budget.plateau is not None:
@@ -80,6 +88,7 @@ class BudgetMonitor:
             budget = self._budget
             plateau = budget.plateau if settled else None
             found = {
+                MEMORY: out_of_memory(self._starved),
                 "failure_rate": too_many_failures(list(self._ends), budget.failure_rate),
                 "hours": over_time(self._used["hours"], budget.hours),
                 "gpu_hours": over_gpu_time(self._used["gpu_hours"], budget.gpu_hours),
@@ -95,8 +104,13 @@ class BudgetMonitor:
         if not again:
             self._ends.append(reason)
 
+    def starved(self, reason: str) -> None:
+        """A trial's workers were ended for want of memory, as often as it is tried."""
+        self._starved.append(reason)
+
     def scored(self, job: TrialSpec, evidence: Mapping[str, Any]) -> None:
         """A trial is complete."""
+        self._starved.clear()
         self._ends.append(None)
         if self._growth is None:
             return
@@ -107,6 +121,7 @@ class BudgetMonitor:
 
     def pruned(self) -> None:
         """A search trial is pruned: scored to its end it would have added nothing."""
+        self._starved.clear()
         self._ends.append(None)
         if self._growth is not None and self._volumes:
             self._note("search", self._volumes[-1])
@@ -225,6 +240,15 @@ def too_many_failures(reasons: Sequence[str | None], allowed: float) -> str | No
         return None
     common = "; ".join(f"{count} x {reason}" for reason, count in counted(failed)[:3])
     return f"{len(failed)} of the last {len(last)} trials failed (budget.failure_rate: {allowed:g}): {common}"
+
+
+def out_of_memory(starved: Sequence[str]) -> str | None:
+    """Return why a run ends whose trials find no memory, however often they are tried; None while that may have been chance.
+
+    Args:
+        starved: Reasons of the trials without memory since the last trial that ended well.
+    """
+    return None if len(starved) < STARVED else f"{len(starved)} trials in a row found no memory: {starved[-1]}"
 
 
 class FrontGrowth:

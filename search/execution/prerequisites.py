@@ -151,16 +151,11 @@ class Prerequisites:
         wanted |= {
             retrained(label, seed): replace(preparation.unlearning(variants[label]), seed=seed) for label, seed in further
         }
-        deltas = DeltaStore(preparation.delta_root)
-        known: dict[str, BaseRun | None] = {}
-        starters: dict[str, Callable[[], Any]] = {}
-        for name, config in wanted.items():
-            known[name] = deltas.find(preparation.base_run_inputs(config))
-            starters[name] = partial(self._train, name, initial, config)
-        for label in spec.checkpoints:
-            known[label] = find_checkpoints(deltas, [inputs for _, inputs in preparation.checkpoints_of(label)])
-            starters[label] = partial(self._import, label)
-        there = {name: run for name, run in known.items() if run is not None}
+        starters: dict[str, Callable[[], Any]] = {
+            name: partial(self._train, name, initial, config) for name, config in wanted.items()
+        }
+        starters |= {label: partial(self._import, label) for label in spec.checkpoints}
+        there = find_base_runs(preparation, spec.checkpoints, wanted)
         for name, run in there.items():
             self._note(BaseRunEvent(name, run))
         missing = {name: start for name, start in starters.items() if name not in there}
@@ -275,6 +270,27 @@ class Prerequisites:
         started = time.perf_counter()
         yield
         self.store.add_seconds(name, time.perf_counter() - started)
+
+
+def find_base_runs(
+    preparation: PreparedStudy, labels: Iterable[str], wanted: Mapping[str, UnlearningConfig] | None = None
+) -> dict[str, BaseRun]:
+    """Return base runs that the delta store has, by name.
+
+    Args:
+        preparation: The study.
+        labels: Labels of base runs of the study.
+        wanted: Further trained base runs, by name.
+    """
+    deltas = DeltaStore(preparation.delta_root)
+    variants = {run.label: run for run in preparation.spec.variants()}
+    known = {name: deltas.find(preparation.base_run_inputs(config)) for name, config in (wanted or {}).items()}
+    for label in labels:
+        if label in variants:
+            known[label] = deltas.find(preparation.base_run_inputs(preparation.unlearning(variants[label])))
+        else:
+            known[label] = find_checkpoints(deltas, [inputs for _, inputs in preparation.checkpoints_of(label)])
+    return {name: run for name, run in known.items() if run is not None}
 
 
 def _spread(source: ModelSource, trial: TrialResources) -> ModelSource:

@@ -4,9 +4,12 @@ tests/search/execution/test_ray_compat.py pins each assumption. Nothing here imp
 variables must be set before that.
 """
 
+import contextlib
 import os
 import re
-from collections.abc import Mapping
+import signal
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +17,9 @@ from uipe_core.errors import UserError
 
 if TYPE_CHECKING:
     from ray.tune.experiment import Trial
+
+ADDRESS = "RAY_API_SERVER_ADDRESS"
+"""Variable with the URL of a cluster's job server."""
 
 MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
@@ -76,6 +82,7 @@ ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",  # its snapshots of all trials are never read: the study is what resumes
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_task_oom_retries": "5",  # a task whose worker is ended for want of memory is otherwise run again for ever
 }
 """Variables of every run."""
 
@@ -95,20 +102,73 @@ def configure_ray(address: str | None) -> None:
         require_token()
 
 
-def start_local(folder: Path, object_store_bytes: int) -> None:
-    """Start Ray on this machine's cores, on loopback, with its files in `folder` (its sockets' paths must stay short)."""
-    import ray
+OWNER = "UIPE_RAY_OWNER"
+"""Variable in the environment of all processes of a Ray that was started here: the folder of its owner's link."""
 
-    ray.init(
-        address="local",
-        num_cpus=len(os.sched_getaffinity(0)),
-        include_dashboard=False,
-        object_store_memory=object_store_bytes,
-        log_to_driver=False,
-        logging_level="ERROR",
-        _temp_dir=str(folder),
-        _node_ip_address="127.0.0.1",
-    )
+
+def end_processes_of(folder: Path) -> None:
+    """Kill what is left of the Ray of a dead process: its agents ask for a minute whether their node is still there."""
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            if f"{OWNER}={folder}".encode() in (entry / "environ").read_bytes().split(b"\0"):
+                os.kill(int(entry.name), signal.SIGKILL)
+
+
+def start_local(folder: Path, object_store_bytes: int, seconds: float = 60.0) -> None:
+    """Start Ray on this machine's cores, on loopback.
+
+    Args:
+        folder: Its files go there; the paths of its sockets must stay short.
+        object_store_bytes: Memory for objects.
+        seconds: How long its GCS, and then its raylet, may take. Ray itself would give the raylet 30 s.
+    """
+    import ray
+    from ray._private import services
+
+    os.environ[OWNER] = str(folder.parent)
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", f"{seconds:.0f}")
+    find_node = services.get_node
+
+    def wait_for_node(*given: Any, **named: Any) -> Any:
+        ends = time.monotonic() + seconds
+        while True:
+            try:
+                return find_node(*given, **named)
+            except RuntimeError:
+                if time.monotonic() > ends:
+                    raise
+                time.sleep(0.1)
+
+    services.get_node = wait_for_node
+    try:
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            include_dashboard=False,
+            object_store_memory=object_store_bytes,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=str(folder),
+            _node_ip_address="127.0.0.1",
+        )
+    finally:
+        services.get_node = find_node
+
+
+def dead_processes() -> list[str]:
+    """Return the processes that have ended of those without which a Ray that was started here cannot go on."""
+    from ray._private.worker import _global_node
+
+    ended = [] if _global_node is None else _global_node.dead_processes()
+    return [name for name, _ in ended if name in ("raylet", "gcs_server")]
+
+
+def kill_processes() -> None:
+    """Kill what is left of the Ray that this process started."""
+    from ray._private.worker import _global_node
+
+    if _global_node is not None:
+        _global_node.kill_all_processes(check_alive=False, allow_graceful=False)
 
 
 def check_cluster_config(config: Mapping[str, Any]) -> None:
@@ -118,10 +178,41 @@ def check_cluster_config(config: Mapping[str, Any]) -> None:
     validate_config(prepare_config(dict(config)))
 
 
+@contextlib.contextmanager
+def every_loss_is_a_death() -> Iterator[None]:
+    """Let Tune take every loss of a worker for the end of that worker's trial, while the block runs.
+
+    Tune knows such a loss by `RayActorError` alone. Where Ray ends a worker for want of memory it raises another error, at
+    which Tune gives up the whole search. Only the end of this machine's own raylet is one of everything.
+    """
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import LocalRayletDiedError, RayActorError, RayError, RayTaskError
+
+    original = RayActorManager._actor_task_failed
+
+    def failed(manager: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, LocalRayletDiedError):
+            raise exception
+        if isinstance(exception, RayError) and not isinstance(exception, RayActorError | RayTaskError):
+            exception = RayActorError(error_msg=str(exception))
+        original(manager, tracked_actor_task, exception)
+
+    RayActorManager._actor_task_failed = failed
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = original
+
+
 def failure_text(trial: "Trial | None") -> str:
     """Return what Tune wrote about a trial whose worker died; it tells its searcher that, but not why."""
     file = None if trial is None else trial.error_file
-    return Path(file).read_text() if file is not None and Path(file).is_file() else ""
+    return without_commands(Path(file).read_text()) if file is not None and Path(file).is_file() else ""
+
+
+def without_commands(text: str) -> str:
+    """Drop the list of the machine's largest processes from what Ray says of memory: other people's command lines."""
+    return re.sub(r"^Top \d+ memory users:.*?(?=^\D|\Z)", "", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def failure_cause(text: str) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from search.store.database import STORAGE_ERRORS, explain_storage_error
 from search.store.mirror import working_folder
 from search.store.study_store import StudyStore
 from uipe_core.errors import StudyInterrupted, UserError
+from uipe_core.storage.signals import ignore_signals
 
 
 def run_study(
@@ -130,8 +131,9 @@ def _at_work(
             with StatusLines(store, bars.under_way, IN_A_JOB in os.environ and bars.plain):
                 try:
                     work(run)
-                except KeyboardInterrupt:
-                    store.end_running()  # before the last status line is written
+                except BaseException:
+                    with ignore_signals():
+                        store.end_running()  # before the last status line is written
                     raise
             if run.stopped is not None and (run.stopped.gave_up or not store.counts()["complete"]):
                 raise UserError(_without_result(folder, run.stopped, store))
@@ -152,7 +154,8 @@ def _at_work(
                 "the study: what was done is kept, and what could not be written is done again"
             ) from None
         finally:
-            store.close()
+            with ignore_signals():
+                store.close()
     return result
 
 

@@ -10,6 +10,7 @@ from itertools import count
 from typing import Any
 
 import ray
+from optuna.trial import TrialState
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,7 +23,7 @@ from search.execution.base_runs import BaseRunTasks
 from search.execution.budget import BudgetMonitor, Stop
 from search.execution.capacity import ClusterCapacity, need_of
 from search.execution.line_inputs import InnerProducts, line_sampler
-from search.execution.prerequisites import Prerequisites
+from search.execution.prerequisites import Prerequisites, find_base_runs
 from search.execution.ray_cluster import connected
 from search.execution.tune import StudySearcher, run_trials
 from search.execution.worker_pool import WorkerPoolMonitor
@@ -104,6 +105,7 @@ class StudyRun:
     def finish_all(self) -> None:
         """Do what the study still lacks; starts Ray only if there is something."""
         spec = self.preparation.spec
+        self._recall_base_runs()
         done = _done_jobs(self.store)
         jobs = [job for job in given_controls(self.preparation) if job not in done]
         jobs += [job for point in spec.given_points() if (job := TrialSpec("alpha_zero", **point.params)) not in done]
@@ -123,10 +125,20 @@ class StudyRun:
             with self._guarded(spec.budget) as guard:
                 stop = guard.stop()
                 if stop is None or (stop.scores_front and controls_missing):
-                    with connected(spec, self.store.out, self.bars, self.address) as capacity:
+                    with connected(spec, self.store.out, self.bars, self.address, self.store.end_running) as capacity:
                         prerequisites = self._prerequisites(capacity, guard)
                         self._score(prerequisites, *prerequisites.begin(), jobs, proposals)
         self._note_stop()
+
+    def _recall_base_runs(self) -> None:
+        """Note the base runs of trials that were in the database before this folder: the one they were made in is lost."""
+        bases = {str(trial.user_attrs.get("base")) for trial in self.store.trials((TrialState.COMPLETE,), ("base",))}
+        recorded = self.store.record.base_runs
+        labels = [label for label in self.preparation.spec.base_epochs() if label in bases and label not in recorded]
+        for label, run in find_base_runs(self.preparation, labels).items():
+            self.store.record.note_base_run(label, run.key, run.epochs)
+        if labels:
+            self.store.save_record()
 
     def confirm(self, points: list[TrialSpec], seeds: Sequence[int]) -> None:
         """Train the base runs of some points from other seeds and score the points again, on the items for reporting."""
@@ -148,7 +160,8 @@ class StudyRun:
     def _asked_for(self) -> Iterator[Prerequisites]:
         """Yield prerequisites for work asked for explicitly (confirm, dial): only failures end it."""
         budget = Budget(failure_rate=self.preparation.spec.budget.failure_rate)
-        place = connected(self.preparation.spec, self.store.out, self.bars, self.address)
+        store, spec = self.store, self.preparation.spec
+        place = connected(spec, store.out, self.bars, self.address, store.end_running)
         with self._guarded(budget) as guard, place as capacity:
             yield self._prerequisites(capacity, guard)
 

@@ -2,6 +2,7 @@
 
 import base64
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -15,13 +16,15 @@ from ray.tune.search import Searcher
 
 from search.evaluation.metrics import TrialMetrics
 from search.evaluation.pruning import Rivals, prunes
-from search.execution.base_runs import BaseRuns
+from search.execution.base_runs import LOST, BaseRuns
 from search.execution.budget import BudgetMonitor
-from search.execution.ray_compat import release_trial
+from search.execution.ray_compat import every_loss_is_a_death, release_trial
 from search.execution.worker_pool import WorkerPoolMonitor
 from search.problem.trial import TrialSpec
+from search.store.folder import keep_traceback
 from search.store.study_store import StudyStore
 from search.store.trials import searched
+from uipe_core.errors import UserError, first_line
 
 TIMES_AGAIN = 2
 """How often a job is run again whose worker died."""
@@ -239,6 +242,8 @@ class StudySearcher(Searcher):
         if error or result is None:
             death = self._pool.death(trial_id)
             reason, again, details = death.reason, not death.timed_out and self._again(job), death.details
+            if death.short_of_memory and not again:
+                self._guard.starved(reason)
         else:
             reason, again, details = str(result.get("reason") or ""), False, str(result.get("traceback") or "")
         self._guard.held(self._pool.ended(trial_id), self._store.spec.resources.trial)
@@ -311,8 +316,11 @@ def run_trials(trainable: Any, searcher: StudySearcher, pool: WorkerPoolMonitor,
         at_once: How many trials run at the same time at most.
         folder: Tune's own files go here, below `name`.
         name: Of this run of Tune, unique in the folder.
+
+    Raises:
+        UserError: Tune itself failed; what it was at work on is left open.
     """
-    tune.Tuner(
+    tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=searcher,
@@ -328,4 +336,17 @@ def run_trials(trainable: Any, searcher: StudySearcher, pool: WorkerPoolMonitor,
             callbacks=[pool.callback(), _ReleaseEnded()],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
-    ).fit()
+    )
+    try:
+        with every_loss_is_a_death():
+            tuner.fit()
+    except LOST:
+        raise
+    except Exception as error:
+        if searcher.error is not None:
+            return  # what it raised itself, and what Tune made of it
+        kept = keep_traceback(folder.parent, name, traceback.format_exc())
+        # A TuneError is made of a whole traceback.
+        said = str(error).strip().splitlines()[-1] if isinstance(error, tune.TuneError) else first_line(error)
+        what = f"Ray Tune ended the search ({said}; {folder.parent / kept})"
+        raise UserError(f"{what}; the same command goes on from what was done") from error

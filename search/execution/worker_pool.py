@@ -12,6 +12,9 @@ from search.execution.ray_compat import failure_cause, failure_text
 
 DIED = "the worker died or was killed"
 
+LESS_MEMORY = "end other programs there, or lower resources.max_concurrent, scoring.batch_size or unlearning.batch_size"
+"""What helps where a machine is short of memory."""
+
 
 @dataclass(frozen=True)
 class WorkerFailure:
@@ -20,10 +23,12 @@ class WorkerFailure:
     Attributes:
         reason: In words for people.
         timed_out: Whether the trial itself was too long at work; it would be again, so it is not to be run again by itself.
+        short_of_memory: Whether Ray ended the worker because its machine ran out of memory.
     """
 
     reason: str
     timed_out: bool = False
+    short_of_memory: bool = False
     details: str = ""
     """What Ray said of it."""
 
@@ -42,7 +47,8 @@ def worker_failure(text: str, seconds: float | None, minutes: float | None) -> W
     cause, more = failure_cause(text)
     if cause == "memory":
         amount = f" ({more})" if more else ""
-        return WorkerFailure(f"{DIED}: its machine ran out of memory{amount}, so Ray ended it")
+        reason = f"{DIED}: its machine ran out of memory{amount}, so Ray ended it; {LESS_MEMORY}"
+        return WorkerFailure(reason, short_of_memory=True)
     if cause == "node":
         return WorkerFailure(f"{DIED}: its machine died or left the cluster")
     if cause == "start":

@@ -25,6 +25,7 @@ from uipe_core.errors import UserError
 from uipe_core.models.loading import ModelSource, set_threads
 from uipe_core.models.tiny import TinyModelConfig, tiny_model
 from uipe_core.storage.content_store import ContentStore
+from uipe_core.storage.scratch import scratch_folder
 from uipe_core.unlearning.training import train_base_run
 
 TIMED_STEPS = 4
@@ -54,8 +55,8 @@ def measured_rates(
         UserError: If the model cannot be loaded, or a method cannot train it.
     """
     set_threads(preparation.spec.resources.trial.threads)
-    with tempfile.TemporaryDirectory(prefix="uipe-plan-") as scratch:
-        store = ContentStore(Path(scratch))
+    with scratch_folder() as scratch:
+        store = ContentStore(scratch)
         seconds = {}
         for stage, config in builds:
             say(f"timing a few steps of building a small model ({stage})")

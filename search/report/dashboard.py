@@ -1,4 +1,9 @@
-"""optuna-dashboard on a study: on loopback only, because it has no authentication."""
+"""optuna-dashboard on a study: on loopback only, because it has no authentication, and without its writing requests."""
+
+from collections.abc import Callable, Iterable
+from socketserver import ThreadingMixIn
+from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 import optuna
 
@@ -37,8 +42,72 @@ def write_notes(result: StudyResult) -> None:
     )
 
 
-def serve(storage: optuna.storages.BaseStorage, port: int) -> None:
-    """Serve the dashboard on 127.0.0.1 until interrupted."""
-    from optuna_dashboard import run_server
+HOST = "127.0.0.1"
 
-    run_server(storage, host="127.0.0.1", port=port)
+READING = ("GET", "HEAD", "OPTIONS")
+
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+
+
+def guarded(application: Application, port: int, writable: bool) -> Application:
+    """Refuse what the user's own browser did not ask of this address, and what writes unless that was asked for.
+
+    A page on the web can point a name of its own at 127.0.0.1 (DNS rebinding), or send requests there across sites. The first
+    shows in the header Host, the second in Origin.
+
+    Args:
+        application: The WSGI application.
+        port: Where it is served.
+        writable: Whether requests may change the study.
+    """
+    hosts = {f"{name}:{port}" for name in (HOST, "localhost")} | ({HOST, "localhost"} if port == 80 else set())
+
+    def answer(environment: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
+        host, origin = environment.get("HTTP_HOST", ""), environment.get("HTTP_ORIGIN")
+        writes = environment["REQUEST_METHOD"] not in READING
+        refusal = ""
+        if host.lower() not in hosts:
+            refusal = f"this dashboard is at http://{HOST}:{port}/ only; open that address"
+        elif writes and not writable:
+            refusal = "this dashboard only shows the study; start it with `uipe dashboard OUT --writable` to change it"
+        elif writes and origin is not None and origin.lower().removeprefix("http://") not in hosts:
+            refusal = "this request comes from another site; open the dashboard itself"
+        if not refusal:
+            return application(environment, lambda status, headers, *more: start(status, [*headers, NO_FRAME], *more))
+        start("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8"), NO_FRAME])
+        return [refusal.encode() + b"\n"]
+
+    return answer
+
+
+NO_FRAME = ("X-Frame-Options", "DENY")
+"""Keeps other pages from showing the dashboard inside themselves and have its buttons clicked."""
+
+
+class _Server(ThreadingMixIn, WSGIServer):
+    daemon_threads = True
+
+
+class _Quiet(WSGIRequestHandler):
+    """Handler without a log: a terminal would print what a request was made of."""
+
+    def log_message(self, format: str, *given: Any) -> None:
+        """Print nothing."""
+
+
+def serve(storage: optuna.storages.BaseStorage, port: int, writable: bool = False) -> None:
+    """Serve the dashboard on 127.0.0.1 until interrupted.
+
+    Args:
+        storage: Storage of the study.
+        port: Port to listen on.
+        writable: Whether its users may change or delete the study.
+
+    Raises:
+        OSError: If the port cannot be had.
+    """
+    from optuna_dashboard import wsgi
+
+    application = guarded(wsgi(storage), port, writable)
+    with make_server(HOST, port, application, _Server, _Quiet) as server:
+        server.serve_forever()

@@ -1,5 +1,6 @@
 """Progress of long work on a terminal: what is being done, how far it is, how long it will still take."""
 
+import contextlib
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
@@ -36,7 +37,8 @@ class Bars:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._progress.stop()
+        with contextlib.suppress(OSError):
+            self._progress.stop()
 
     def show(self, name: str, done: int, total: int) -> None:
         """Set a bar, which appears with its first call."""
@@ -45,7 +47,8 @@ class Bars:
             if not self.console.is_terminal:
                 self.say(f"{name} ...")
         self._levels[name] = (done, total)
-        self._progress.update(self._tasks[name], completed=done, total=total)
+        with contextlib.suppress(OSError):
+            self._progress.update(self._tasks[name], completed=done, total=total)
         if done >= total and name not in self._full:
             self._full.add(name)
             if not self.console.is_terminal:
@@ -66,8 +69,9 @@ class Bars:
             self.show(name, done, total)
 
     def say(self, text: str) -> None:
-        """A line above the bars."""
-        self.console.print(text, highlight=False, markup=False)
+        """A line above the bars; lost where standard error is closed, full, or a terminal that is gone: the work goes on."""
+        with contextlib.suppress(OSError):
+            self.console.print(text, highlight=False, markup=False)
 
 
 class ProgressActor:

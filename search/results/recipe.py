@@ -115,7 +115,8 @@ def recipe_of(record: StudyRecord, spec: StudySpec, row: Mapping[Any, Any]) -> R
         ["definition", *(objective.name for objective in objectives), *p_values, *TASKS[spec.corpus.task].checked]
     )
     expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}
-    delta = record.base_runs[row["base"]].delta
+    run = record.base_runs.get(row["base"])  # none where the folder was lost, and its trials came with their database
+    delta = None if run is None else run.delta
     provenance = {"models": record.models, "versions": record.versions, "corpus": record.corpus.name, "delta": delta}
     return Recipe(
         spec=spec,

@@ -1,5 +1,6 @@
 """How far a study is: read from its folder, also while its driver runs; and the lines by which a driver tells it from afar."""
 
+import contextlib
 import json
 import math
 import sys
@@ -154,8 +155,9 @@ def _write(status: Callable[[], dict[str, Any]]) -> None:
         line = PREFIX + json.dumps(status(), separators=(",", ":")) + "\n"
     except Exception:
         return  # a storage that is away for a moment: the study itself deals with that, and the next line will tell
-    sys.stderr.write(line)
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):
+        sys.stderr.write(line)
+        sys.stderr.flush()
 
 
 def last_status(log: str) -> dict[str, Any] | None:

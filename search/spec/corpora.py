@@ -91,6 +91,9 @@ def path_sites(corpus: Mapping[str, Any]) -> list[tuple[KeyPath, dict[str, Any],
     return sites
 
 
+People = Annotated[int, Field(ge=1, le=100_000)]
+
+
 class PeopleCorpus(Section):
     """Fictitious people, generated from the seed of the study."""
 
@@ -99,9 +102,9 @@ class PeopleCorpus(Section):
     path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {}
 
     kind: Literal["people"]
-    forget_people: Count = 6
-    retain_people: Count = 34
-    pretraining_people: Count = 60
+    forget_people: People = 6
+    retain_people: People = 34
+    pretraining_people: People = 60
 
     def load(self, seed: int) -> "Corpus":
         """Generate the corpus."""
@@ -196,7 +199,7 @@ class MultipleChoiceCorpus(Section):
     forget_texts: DataSource | None = None
     retain_texts: DataSource | None = None
     texts: Count | None = None
-    text_characters: Annotated[int, Field(ge=50)] = 2000
+    text_characters: Annotated[int, Field(ge=50, le=10_000_000)] = 2000
 
     def load(self, seed: int) -> "Corpus":
         """Read the corpus; `seed` plays no part."""

@@ -3,6 +3,7 @@
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -138,12 +139,20 @@ def key_path(loc: Sequence[str | int], data: object) -> KeyPath:
     return tuple(parts)
 
 
-def explain(error: ErrorDetails, root: type[BaseModel], data: object) -> tuple[KeyPath, str]:
-    """Return path and message of one pydantic error; `root` is the model of the whole study, `data` its input."""
+def explain(error: ErrorDetails, root: type[BaseModel], data: object, hint: bool = True) -> tuple[KeyPath, str]:
+    """Return path and message of one pydantic error.
+
+    Args:
+        error: The error.
+        root: The model of the whole study.
+        data: Its input.
+        hint: Look for the key that was meant in place of an unknown one, which takes longer than all else.
+    """
     parts = key_path(error["loc"], data)
     kind, value, context = error["type"], error["input"], error.get("ctx", {})
     if kind == "extra_forbidden":
-        return parts, f"found {show(value)}, but this key is unknown. {_known_instead(parts, root, data)}"
+        meant = _known_instead(parts, root, data) if hint else "Remove it."
+        return parts, f"found {show(value)}, but this key is unknown. {meant}"
     if kind == "missing":
         return parts, "this key is missing and has no default. Add it."
     if kind == "union_tag_not_found":
@@ -165,11 +174,15 @@ def _allowed(kind: str, value: object, context: Mapping[str, Any]) -> tuple[str,
     bounds |= {"less_than": ("lt", "below"), "less_than_equal": ("le", "at most")}
     if kind in bounds:
         name, word = bounds[kind]
-        return f"must be {word} {context[name]}", f"Choose a value {word} {context[name]}."
+        bound = context[name]
+        bound = int(bound) if isinstance(bound, float) and bound.is_integer() else bound
+        return f"must be {word} {bound}", f"Choose a value {word} {bound}."
     if kind == "literal_error":
         return f"must be one of {context['expected']}", "Choose one of them."
     if kind == "too_short":
         return "the list must not be empty", "Give at least one value, or leave the key out where it has a default."
+    if kind == "too_long":
+        return f"the list has {context['actual_length']} entries, and {context['max_length']} are the most", "Give fewer."
     if kind == "string_too_short":
         return "must not be empty", "Write a value, or leave the key out where it has a default."
     if kind in ("string_too_long", "string_pattern_mismatch"):
@@ -219,7 +232,8 @@ def _kind_of(model: type[BaseModel]) -> str | None:
     return get_args(model.model_fields["kind"].annotation)[0] if "kind" in model.model_fields else None
 
 
-def _sections(parts: Sequence[str | int], root: type[BaseModel]) -> list[type[BaseModel]]:
+@lru_cache(maxsize=64)
+def _sections(parts: tuple[str | int, ...], root: type[BaseModel]) -> list[type[BaseModel]]:
     """Return the models allowed at a path: several where ``kind`` chooses."""
     found = [root]
     for part in parts:
@@ -240,6 +254,18 @@ def _all_keys(model: type[BaseModel], prefix: tuple[str, ...] = ()) -> Iterator[
             yield from _all_keys(inner, (*prefix, name))
 
 
+def forget_keys() -> None:
+    """Forget which keys there are, before a study is explained: an extension may have added some since the last."""
+    _sections.cache_clear()
+    _keys_by_name.cache_clear()
+
+
+@lru_cache(maxsize=4)
+def _keys_by_name(root: type[BaseModel]) -> dict[str, str]:
+    """Return the key of every name; of keys with the same name the one nearest to the top: it comes last, so it stays."""
+    return {path[-1]: key_text(path) for path in sorted(_all_keys(root), key=len, reverse=True)}
+
+
 def _known_instead(parts: KeyPath, root: type[BaseModel], data: object) -> str:
     """Suggest a key in place of an unknown one, from anywhere in a study; else list the keys allowed there."""
     *above, last = parts
@@ -248,7 +274,7 @@ def _known_instead(parts: KeyPath, root: type[BaseModel], data: object) -> str:
     for part in above:
         here = here[part]
     chosen = here.get("kind")
-    candidates = _sections(above, root)
+    candidates = _sections(tuple(above), root)
     own = [model for model in candidates if _kind_of(model) in (None, chosen)]
     allowed = [key for model in own for key in model.model_fields]
     if close := closest(name, allowed):
@@ -256,8 +282,7 @@ def _known_instead(parts: KeyPath, root: type[BaseModel], data: object) -> str:
     for model in candidates:
         if name in model.model_fields:
             return f"It belongs to {key_text((*above, 'kind'))}: {_kind_of(model)}. Remove it, or change the kind."
-    # Of keys with the same name the one nearest to the top: it comes last, so it stays.
-    elsewhere = {path[-1]: key_text(path) for path in sorted(_all_keys(root), key=len, reverse=True)}
+    elsewhere = _keys_by_name(root)
     close = closest(name, elsewhere)
     hint = f"Did you mean {elsewhere[close]}? " if close else ""
     return f"{hint}Allowed here: {', '.join(allowed)}."

@@ -27,7 +27,9 @@ def _each_once(folders: tuple[str, ...]) -> tuple[str, ...]:
     return folders
 
 
-Gpus = Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)]
+Cpus = Annotated[float, Field(gt=0, le=10_000)]
+Gpus = Annotated[float, Field(ge=0, le=10_000), AfterValidator(_whole_above_one)]
+Threads = Annotated[int, Field(ge=1, le=10_000)]
 Custom = dict[Name, Positive]
 """Amounts of Ray's custom resources, which nodes are started with: ``{a100: 0.01}`` asks for a node that has ``a100``."""
 
@@ -40,19 +42,19 @@ FoldersOrNone = Annotated[tuple[Name, ...], BeforeValidator(_as_list), AfterVali
 class TrialResources(Section):
     """Resources of one trial while it is scored. `threads` are torch's."""
 
-    cpus: Positive = 1
+    cpus: Cpus = 1
     gpus: Gpus = 0
-    threads: Count = 1
+    threads: Threads = 1
     custom: Custom = Field(default_factory=dict)
 
 
 class BaseRunResources(Section):
     """Resources of each process of a base run; several processes share one training."""
 
-    cpus: Positive = 1
+    cpus: Cpus = 1
     gpus: Gpus = 0
-    threads: Count = 1
-    processes: Count = 1
+    threads: Threads = 1
+    processes: Annotated[int, Field(ge=1, le=10_000)] = 1
     custom: Custom = Field(default_factory=dict)
 
     @field_validator("processes")
@@ -65,11 +67,17 @@ class BaseRunResources(Section):
 
 
 class Resources(Section):
-    """Resources of a study. `max_concurrent` is None for as many trials at once as fit on the cluster."""
+    """Resources of a study. `max_concurrent` is None for as many trials at once as fit on the cluster.
 
-    max_concurrent: Count | None = None
+    `ray_start_seconds` and `ray_start_tries` are for the Ray that a run starts on this machine: how long each of its processes
+    may take, and how often it is started.
+    """
+
+    max_concurrent: Annotated[int, Field(ge=1, le=100_000)] | None = None
     trial: TrialResources = Field(default_factory=TrialResources)
     base_run: BaseRunResources = Field(default_factory=BaseRunResources)
+    ray_start_seconds: Annotated[int, Field(ge=5, le=3600)] = 60
+    ray_start_tries: Annotated[int, Field(ge=1, le=10)] = 2
 
 
 class Plateau(Section):
@@ -92,7 +100,7 @@ class Budget(Section):
 
     hours: Positive | None = None
     gpu_hours: Positive | None = None
-    trial_minutes: Positive | None = None
+    trial_minutes: Annotated[float, Field(ge=0.001, le=1e6)] | None = None
     plateau: Plateau | None = None
     failure_rate: Annotated[float, Field(gt=0, le=1)] = 0.5
 

@@ -77,14 +77,24 @@ def _target_modules(value: object) -> tuple[str, ...] | str:
 
 
 def _batch_size(value: object) -> int | str:
-    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 1_000_000):
         return value
-    raise rule("must be a whole number of at least 1, or auto", "Write for example 32.")
+    raise rule("must be a whole number of at most 1000000 and at least 1, or auto", "Write for example 32.")
 
 
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+"""How many of something. No sane study has a million of anything; a slip of the keyboard must not ask for more."""
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+
+Epochs = Annotated[int, Field(ge=1, le=10_000)]
+
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
+
+Temperature = Annotated[float, Field(ge=0.01, le=100)]
+
+Weight = Annotated[float, Field(ge=-1e9, le=1e9)]
+"""A hyperparameter of a method, before the method's own bound."""
 
 OneOrMore = (BeforeValidator(_as_tuple), Field(min_length=1), AfterValidator(_all_different))
 
@@ -100,11 +110,15 @@ class Section(BaseModel):
     )
 
 
+MOST_CONTROLS = 100
+"""Entries of a list that each become a model to train or to score."""
+
+
 class Stage(Section):
     """One training of a tiny model."""
 
-    epochs: Count
-    learning_rate: Positive
+    epochs: Epochs
+    learning_rate: LearningRate
     batch_size: Count
 
 
@@ -113,13 +127,15 @@ class TinyModel(Section):
 
     kind: Literal["tiny"]
     tokenizer: Literal["word", "bpe"] = "word"
-    vocab_size: Annotated[int, Field(ge=300)] | None = None
-    hidden_size: Count = 64
-    layers: Count = 2
-    heads: Count = 4
+    vocab_size: Annotated[int, Field(ge=300, le=1_000_000)] | None = None
+    hidden_size: Annotated[int, Field(ge=1, le=65_536)] = 64
+    layers: Annotated[int, Field(ge=1, le=1000)] = 2
+    heads: Annotated[int, Field(ge=1, le=4096)] = 4
     base: Stage | None = None
     finetune: Stage
-    other_retain_seeds: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_as_tuple)] = ()
+    other_retain_seeds: Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(_as_tuple), Field(max_length=MOST_CONTROLS)
+    ] = ()
 
     @field_validator("other_retain_seeds")
     @classmethod
@@ -152,7 +168,7 @@ class PretrainedModel(Section):
     kind: Literal["pretrained"]
     initial: Name
     retain: Name | None = None
-    other_retain: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple)] = ()
+    other_retain: Annotated[tuple[Name, ...], BeforeValidator(_as_tuple), Field(max_length=MOST_CONTROLS)] = ()
     never_finetuned: Name | None = None
     revision: Name | None = None
     retain_revision: Name | None = None
@@ -196,7 +212,7 @@ class PretrainedModel(Section):
 class Adapter(Section):
     """LoRA in place of full fine-tuning."""
 
-    rank: Count = 8
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 8
     alpha: Positive = 16
     target_modules: Annotated[tuple[str, ...] | str, PlainValidator(_target_modules)] = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0
@@ -205,6 +221,9 @@ class Adapter(Section):
 MOST_BASE_RUNS = 1000
 """Base runs of one study: lists multiply, and a slip must not ask for a million trainings."""
 
+MOST_BASE_EPOCHS = 100_000
+"""Epochs of all base runs of one study: each is kept as an update vector, and scored at alpha = 0."""
+
 
 class Unlearning(Section):
     """The base runs: every method with every combination of the values listed for it and for the learning rate.
@@ -212,14 +231,14 @@ class Unlearning(Section):
     `methods` comes out in the order of `uipe_core.unlearning.methods.METHODS`, with defaults filled in, however it was written.
     """
 
-    methods: dict[str, dict[str, Annotated[tuple[float, ...], *OneOrMore]]]
-    epochs: Count
-    learning_rate: Annotated[tuple[Positive, ...], *OneOrMore]
+    methods: dict[str, dict[str, Annotated[tuple[Weight, ...], *OneOrMore]]]
+    epochs: Epochs
+    learning_rate: Annotated[tuple[LearningRate, ...], *OneOrMore]
     batch_size: Count = 8
     gradient_accumulation: Count = 1
     gradient_checkpointing: bool = False
     schedule: Literal["constant", "linear"] = "constant"
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.01
     max_grad_norm: Positive = 1.0
     adapter: Adapter | None = None
 
@@ -231,6 +250,10 @@ class Unlearning(Section):
         if count > MOST_BASE_RUNS:
             allowed = f"the lists of this study make {count} base runs, and {MOST_BASE_RUNS} are the most"
             raise rule(allowed, "Give fewer values here or to the methods, or make several studies of it.")
+        epochs = count * info.data.get("epochs", 0)
+        if epochs > MOST_BASE_EPOCHS:
+            allowed = f"the base runs of this study have {epochs} epochs together, and {MOST_BASE_EPOCHS} are the most"
+            raise rule(allowed, "Give fewer epochs, or fewer values here or to the methods.")
         return value
 
     @field_validator("methods", mode="before")
@@ -282,10 +305,9 @@ class Scoring(Section):
     definition: str = "tofu"
     batch_size: Annotated[int | str, PlainValidator(_batch_size)] = 32
     max_new_tokens: Count | None = None
-    temperatures: Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple), AfterValidator(_all_different)] = (
-        0.67,
-        1.5,
-    )
+    temperatures: Annotated[
+        tuple[Temperature, ...], BeforeValidator(_as_tuple), Field(max_length=MOST_CONTROLS), AfterValidator(_all_different)
+    ] = (0.67, 1.5)
 
     @property
     def rows(self) -> int | None:
@@ -310,11 +332,15 @@ class Scoring(Section):
         return value
 
 
+NARROWEST_ALPHA = 1e-6
+"""Least width of the range of alpha: below it all points of a sampler are one point in fp32."""
+
+
 class AlphaRange(Section):
     """Both ends of the extrapolation coefficient; -1 is the initial model; below it is learning, not unlearning."""
 
-    low: Annotated[float, Field(ge=-1)] = -1.0
-    high: float = 2.0
+    low: Annotated[float, Field(ge=-1, le=1000)] = -1.0
+    high: Annotated[float, Field(le=1000)] = 2.0
 
     @field_validator("high")
     @classmethod
@@ -322,6 +348,9 @@ class AlphaRange(Section):
         low = info.data.get("low")
         if low is not None and not low < value:
             raise rule(f"must be above search.alpha.low ({low:g})", "Swap the two if they are reversed, or widen the range.")
+        if low is not None and value - low < NARROWEST_ALPHA:
+            allowed = f"must be at least {NARROWEST_ALPHA:g} above search.alpha.low ({low!r})"
+            raise rule(allowed, "Widen the range; a single alpha needs no search.")
         return value
 
 
@@ -329,7 +358,7 @@ class Search(Section):
     """Section ``search``: range of alpha, trials, sampler. `prune` None follows the sampler (`SamplerEntry.sees_pruned`)."""
 
     alpha: AlphaRange = Field(default_factory=AlphaRange)
-    trials: Annotated[int, Field(ge=0)] = 25
+    trials: Annotated[int, Field(ge=0, le=1_000_000)] = 25
     sampler: str = "line"
     third_objective: str | None = None
     prune: bool | None = None
@@ -359,9 +388,9 @@ class Split(Section):
 class ReferencePoint(Section):
     """Reference point of hypervolume; None is the lowest value that so many items can give."""
 
-    log10_forget_quality: Annotated[float, Field(le=0)] | None = None
+    log10_forget_quality: Annotated[float, Field(ge=-1e6, le=0)] | None = None
     model_utility: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    related_log10_forget_quality: Annotated[float, Field(le=0)] | None = None
+    related_log10_forget_quality: Annotated[float, Field(ge=-1e6, le=0)] | None = None
     forgetting_to_chance: Annotated[float, Field(ge=-1, lt=0)] = -1.0
     utility_accuracy: Annotated[float, Field(ge=0, lt=1)] = 0.0
 

@@ -18,7 +18,7 @@ from search.problem.objectives import (
 from search.problem.space import Point, distributions, given_points, grid_points
 from search.samplers.registry import SAMPLERS
 from search.spec.corpora import CORPORA, MULTIPLE_CHOICE, CorpusSection, path_sites
-from search.spec.errors import KeyPath, Problem, StudyFileError, explain, key_text, rule
+from search.spec.errors import KeyPath, Problem, StudyFileError, explain, forget_keys, key_text, rule
 from search.spec.plugins import load_plugins
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
 from search.spec.sections import (
@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
 _OVERRIDES: dict[str, KeyPath] = {"seed": ("seed",), "trials": ("search", "trials")}
+
+MOST_HINTS = 100
+"""Errors of a study with a guess at what was meant: whoever gets more has given another program's file."""
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mariadb")
 """Databases that trials may be kept in, by SQLAlchemy's names: Optuna reads and writes JSON there."""
@@ -274,7 +277,9 @@ def _build(
     try:
         spec = StudySpec.model_validate(study)
     except ValidationError as error:
-        found.extend(explain(detail, StudySpec, study) for detail in error.errors(include_url=False))
+        forget_keys()
+        details = enumerate(error.errors(include_url=False))
+        found.extend(explain(detail, StudySpec, study, hint=number < MOST_HINTS) for number, detail in details)
         found.extend(_hidden_problem(study, {parts for parts, _ in found}))
     else:
         if not found:

@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from optuna.trial import FrozenTrial, TrialState
 
 from search.problem.pareto import non_dominated
-from search.store.record import StudyRecord
+from search.spec.corpora import MULTIPLE_CHOICE
+from search.store.item_scores import ITEMS_HASH, content_hash, read_arrays
+from search.store.record import StudyRecord, fingerprint
 from search.store.study_store import StudyStore
+from search.store.trials import evidence_flaw
+from uipe_core.errors import UserError
+from uipe_core.logs.multiple_choice import read_choice_log
+from uipe_core.logs.tofu import read_log
 
 OK, ADVICE, FIXED, PROBLEM = "ok", "advice", "fixed", "problem"
 
@@ -84,7 +89,8 @@ def item_scores(store: StudyStore) -> Iterator[Finding | Repairable]:
     damaged: list[tuple[Path, str]] = []
     strays: list[Path] = []
     for name in ("trials", "controls"):
-        states = {trial.number: trial.state for trial in store.trials(names=(), controls=name == "controls")}
+        trials = {trial.number: trial for trial in store.trials(names=(ITEMS_HASH,), controls=name == "controls")}
+        states = {number: trial.state for number, trial in trials.items()}
         folder = store.out / "items" / name
         files = {path.name: path for path in folder.iterdir()} if folder.is_dir() else {}
         for number, state in states.items():
@@ -96,7 +102,7 @@ def item_scores(store: StudyStore) -> Iterator[Finding | Repairable]:
                 continue
             if path is None and state == TrialState.COMPLETE:
                 missing.append(f"{name}/{number}")
-            elif path is not None and (reason := _damage(path)):
+            elif path is not None and (reason := _damage(path, trials[number].user_attrs.get(ITEMS_HASH))):
                 damaged.append((path, reason))
         strays += files.values()
     if not (missing or damaged or strays):
@@ -134,11 +140,12 @@ def item_scores(store: StudyStore) -> Iterator[Finding | Repairable]:
         )
 
 
-def _damage(path: Path) -> str | None:
+def _damage(path: Path, recorded: str | None) -> str | None:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            for name in archive.files:
-                archive[name]
+        content = path.read_bytes()
+        if recorded is not None and content_hash(content) != recorded:
+            return "not what was written with the trial"
+        read_arrays(content)
     except Exception as error:  # a damaged archive fails in zipfile, zlib, numpy or the system
         return type(error).__name__
     return None
@@ -153,6 +160,59 @@ def _remove(paths: list[Path]) -> str:
     return f"{len(paths)} removed"
 
 
+def integrity(store: StudyStore) -> Iterator[Finding]:
+    """Check the database file by SQLite's own check, and every complete trial for what each has."""
+    for what in store.file_flaws():
+        yield Finding("database", PROBLEM, what, "trials may be missing or wrong", COPY)
+    objectives = [objective.name for objective in store.objectives]
+    flaws = [
+        f"{title} {trial.number}: {flaw}"
+        for title, controls in (("trial", False), ("control", True))
+        for trial in store.trials((TrialState.COMPLETE,), controls=controls)
+        if (flaw := evidence_flaw(trial, objectives, controls=controls)) is not None
+    ]
+    if not flaws:
+        yield Finding("evidence", OK, "every complete trial has its values and what they come from")
+        return
+    more = f", and {len(flaws) - REASONS_SHOWN} more" if len(flaws) > REASONS_SHOWN else ""
+    found = f"{len(flaws)} complete trials are not as they were written: {'; '.join(flaws[:REASONS_SHOWN])}{more}"
+    yield Finding("evidence", PROBLEM, found, "somebody else wrote them, or the database is damaged", COPY)
+
+
+COPY = "put back a copy of the database; if there is none, run the study into another folder"
+
+
+def identity(record: StudyRecord) -> Iterator[Finding]:
+    """Check that the record describes the study it was made for: what was searched has not been edited since."""
+    given = {f"{label}/{epoch}": key for label, keys in record.checkpoints.items() for epoch, key in enumerate(keys, 1)}
+    if fingerprint(record.study_spec, record.corpus.hash, {**record.models, **given}) == record.fingerprint:
+        return
+    yield Finding(
+        "record",
+        PROBLEM,
+        "study.json has another seed, space, corpus, model or objective than its fingerprint was made of",
+        "it was edited, so its trials are of another study than it says",
+        "put back study.json as `uipe run` wrote it; the same `uipe run` with the first study file does that, too",
+    )
+
+
+def reference_logs(record: StudyRecord, out: Path) -> Iterator[Finding | Repairable]:
+    """Find logs of the reference models that cannot be read: the next run would stop at them."""
+    choices = record.study_spec.corpus.task == MULTIPLE_CHOICE
+    for path in sorted((out / "logs").glob("*.json")):
+        try:
+            read_choice_log(path) if choices else read_log(path)
+        except UserError as error:
+            found = Finding(
+                "logs",
+                PROBLEM,
+                str(error),
+                "the scores of this reference model are lost; the numbers of the trials stand",
+                "--fix removes the file; the next run scores the model again",
+            )
+            yield Repairable(found, lambda path=path: _remove([path]))  # type: ignore[misc]
+
+
 def agreement(store: StudyStore) -> Iterator[Finding]:
     """Check that record and database describe the same study."""
     record, spec = store.record, store.spec
@@ -164,6 +224,9 @@ def agreement(store: StudyStore) -> Iterator[Finding]:
     names = [objective.name for objective in store.objectives]
     if store.study.metric_names not in (None, names):
         wrong.append(f"the database maximises {', '.join(store.study.metric_names or ())}, the record {', '.join(names)}")
+    directions = [direction.name for direction in store.study.directions]
+    if directions != ["MAXIMIZE"] * len(names):
+        wrong.append(f"the database has the directions {', '.join(directions)}, and {len(names)} objectives are maximised")
     unknown = {str(trial.user_attrs.get("base")) for trial in store.trials(names=("base",))}
     unknown -= {*spec.base_epochs(), "None"}
     if unknown:

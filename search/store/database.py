@@ -3,12 +3,9 @@
 import hashlib
 import logging
 import math
-import signal
 import sqlite3
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -23,6 +20,8 @@ from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_de
 from search.spec.redaction import without_password, without_secrets_of
 from search.store.sqlite_reading import BUSY_SECONDS, PATIENCE_SECONDS
 from uipe_core.errors import UserError, first_line
+from uipe_core.storage.files import is_free
+from uipe_core.storage.signals import defer_signals
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +95,18 @@ class WriterLock:
             except Timeout:
                 raise self._refusal() from None
         self.check()
+
+    def is_free(self) -> bool:
+        """Return True if no driver holds the lock; nothing is written to find that out."""
+        if self._file is not None:
+            place = Path(self._file.lock_file)
+            return not place.exists() or is_free(place)
+        try:
+            self.check()
+        except UserError:
+            return False
+        self._drop()
+        return True
 
     def check(self) -> None:
         """Check that the lock is held, and take it again if the server has forgotten it.
@@ -349,29 +360,3 @@ def _created_meanwhile(error: BaseException) -> bool:
     """Return whether another program created a new database's tables at the same moment: the next try finds them."""
     words = ("already exists", "duplicate key", "unique constraint")
     return isinstance(error, DBAPIError) and any(word in str(error.orig).lower() for word in words)
-
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-@contextmanager
-def defer_signals() -> Iterator[None]:
-    """Defer signals while the body runs; the last one that came is sent again afterwards.
-
-    Only the main thread receives signals, so in any other this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    came: list[int] = []
-    before: dict[signal.Signals, Any] = {}
-    try:
-        for each in SIGNALS:
-            before[each] = signal.signal(each, lambda number, _: came.append(number))
-        yield
-    finally:
-        for each, handler in before.items():
-            # A handler that was not installed from Python cannot be put back by it either.
-            signal.signal(each, signal.SIG_DFL if handler is None else handler)
-        if came:
-            signal.raise_signal(came[-1])

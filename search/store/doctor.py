@@ -12,9 +12,10 @@ from search.store import checks as findings
 from search.store.checks import ADVICE, FIXED, OK, PROBLEM, Finding, Repairable
 from search.store.folder import LOCK, is_running
 from search.store.record import StudyRecord, read_record
+from search.store.sqlite_reading import storage_url
 from search.store.study_store import StudyStore
 from uipe_core.deltas.checkpoints import checkpoint_inputs
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 from uipe_core.storage.content_store import ContentStore, content_key
 from uipe_core.storage.files import cache_folder, try_lock
 
@@ -32,7 +33,7 @@ def examine(out: Path, fix: bool) -> list[Finding]:
         The findings, in the order of the checks.
 
     Raises:
-        UserError: If the folder holds no study.
+        UserError: If the folder holds no study, or is to be repaired while a run writes its trials from another folder.
     """
     record = read_record(out)
     found: list[Finding] = []
@@ -41,17 +42,51 @@ def examine(out: Path, fix: bool) -> list[Finding]:
             running = not stack.enter_context(try_lock(out / LOCK)) if fix else is_running(out)
         except OSError as error:
             raise UserError(f"{out / LOCK}: {error.strerror}; give a folder that can be written") from error
+        running = _trials_are_written(out, record, fix, stack) or running
         found.append(
             Finding("lock", OK, "a run of this study is under way", "it is only read; repairs wait until it has ended")
             if running
             else Finding("lock", OK, "no run of this study is under way", "the lock file of a dead process locks nothing")
         )
         # One after the other, so that each check sees what the repairs before it have done.
-        found.extend(
-            _repaired(result, running) if fix and isinstance(result, Repairable) else _plain(result)
-            for result in _checks(out, record, running)
-        )
+        for result in _checks(out, record, running):
+            finding = _repaired(result, running) if fix and isinstance(result, Repairable) else _plain(result)
+            if finding not in found:
+                found.append(finding)
     return found
+
+
+def _trials_are_written(out: Path, record: StudyRecord, fix: bool, stack: contextlib.ExitStack) -> bool:
+    """Return whether a run writes the study's trials from another folder or machine; to repair, keep any from doing so.
+
+    Raises:
+        UserError: They are to be repaired, and are being written.
+    """
+    if record.spec.get("storage") is None:
+        return False
+    from sqlalchemy import make_url
+
+    from search.store.database import STORAGE_ERRORS, WriterLock
+
+    lock = WriterLock(make_url(storage_url(out, record)), record.name)
+    try:
+        if not fix:
+            return not lock.is_free()
+        lock.take()
+    except (OSError, *STORAGE_ERRORS):
+        return False  # what cannot be reached is found by the checks
+    stack.callback(lock.release)
+    return False
+
+
+def _guarded(name: str, check: Iterable[Finding | Repairable]) -> Iterator[Finding | Repairable]:
+    """Yield what a check finds; what cannot be read is a finding, too."""
+    from search.store.database import STORAGE_ERRORS, explain_storage_error
+
+    try:
+        yield from check
+    except (UserError, OSError, *STORAGE_ERRORS) as error:
+        yield Finding(name, PROBLEM, explain_storage_error(error, ""), "this cannot be checked any further", findings.COPY)
 
 
 def _plain(result: Finding | Repairable) -> Finding:
@@ -64,8 +99,9 @@ def _repaired(result: Repairable, running: bool) -> Finding:
         return finding
     try:
         done = result.repair()
-    except (OSError, UserError) as error:
-        return Finding(finding.check, PROBLEM, finding.found, finding.meaning, f"could not be repaired: {error}")
+    except Exception as error:  # a damaged database fails in SQLAlchemy, Optuna or its driver
+        why = f"could not be repaired: {first_line(error)}"
+        return Finding(finding.check, PROBLEM, finding.found, finding.meaning, why)
     return Finding(finding.check, FIXED, finding.found, finding.meaning, f"fixed: {done}")
 
 
@@ -77,10 +113,13 @@ def _checks(out: Path, record: StudyRecord, running: bool) -> Iterator[Finding |
         remedy = "put the database back, or run the study into another folder"
         yield Finding("record", PROBLEM, str(error), "the trials cannot be read", remedy)
         store = None
+    yield from findings.identity(record)
     if store is not None:
-        yield from findings.agreement(store)
-        yield from findings.orphans(store, running)
-        yield from findings.item_scores(store)
+        yield from _guarded("database", findings.integrity(store))
+        yield from _guarded("record", findings.agreement(store))
+        yield from _guarded("trials", findings.orphans(store, running))
+        yield from _guarded("item scores", findings.item_scores(store))
+    yield from findings.reference_logs(record, out)
     place = spec.cache.deltas or str(cache_folder("deltas"))
     elsewhere = "://" in place
     deltas = ContentStore(cache_folder("node") if elsewhere else Path(place))
@@ -91,12 +130,12 @@ def _checks(out: Path, record: StudyRecord, running: bool) -> Iterator[Finding |
         yield from base_runs(deltas, record)
         yield from unfinished(deltas)
     if store is not None:
-        yield from findings.bounds(store)
-        yield from findings.repeats(store)
-        yield from findings.failures(store)
+        yield from _guarded("bounds", findings.bounds(store))
+        yield from _guarded("repeats", findings.repeats(store))
+        yield from _guarded("failures", findings.failures(store))
     yield from findings.last_stop(record)
     if store is not None:
-        yield from disk(store, deltas)
+        yield from _guarded("disk", disk(store, deltas))
         store.close()
     yield from findings.ray_folders(out, running)
 

@@ -6,7 +6,10 @@ trials of the database.
 """
 
 import contextlib
+import hashlib
+import io
 import logging
+import zipfile
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +22,32 @@ from uipe_core.errors import UserError, first_line
 from uipe_core.storage.files import fsync_path, write_atomic
 
 logger = logging.getLogger(__name__)
+
+ITEMS_HASH = "items_hash"
+"""Attribute of a trial that its file of item scores is held against."""
+
+
+def content_hash(content: bytes) -> str:
+    """Return the start of the SHA-256 of a file's content, in 32 hexadecimal digits."""
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+MOST_BYTES = 2**30
+"""What a trial's file may unpack to; those of thousands of items take some megabytes."""
+
+
+def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
+    """Return the arrays of a numpy archive.
+
+    Raises:
+        ValueError: It unpacks to too much, or holds Python objects.
+        Exception: It is damaged, which shows in zipfile, zlib or numpy.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
+            raise ValueError(f"it unpacks to more than {MOST_BYTES >> 30} GiB")
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 class ItemFiles:
@@ -33,8 +62,8 @@ class ItemFiles:
         self._disk = ThreadPoolExecutor(1, "uipe-items")
         self._pending: deque[Future[None]] = deque()
 
-    def write(self, number: int, content: bytes, control: bool = False) -> None:
-        """Write a trial's scores.
+    def write(self, number: int, content: bytes, control: bool = False) -> str:
+        """Write a trial's scores; return their hash.
 
         Raises:
             OSError: If they cannot be written, or earlier ones did not reach the disk.
@@ -43,6 +72,7 @@ class ItemFiles:
         path = self._path(number, control)
         write_atomic(path, content, flush=False)
         self._pending.append(self._disk.submit(_flush, path))
+        return content_hash(content)
 
     def read(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
         """Read a trial's arrays by ``set/measurement``; None where it has none.
@@ -52,8 +82,7 @@ class ItemFiles:
         """
         path = self._path(number, control)
         try:
-            with np.load(path) as archive:
-                return dict(archive)
+            return read_arrays(path.read_bytes())
         except FileNotFoundError:
             return None
         except Exception as error:  # a damaged archive fails in zipfile, zlib, numpy or the system

@@ -9,7 +9,6 @@ import contextlib
 import json
 import logging
 import sqlite3
-import tempfile
 import threading
 import time
 import uuid
@@ -25,6 +24,7 @@ from search.spec.redaction import without_password
 from uipe_core.errors import UserError
 from uipe_core.storage.files import cache_folder, file_hash, parse_json, read_json, write_atomic
 from uipe_core.storage.remote_folder import RemoteFolder
+from uipe_core.storage.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -174,7 +174,7 @@ class _Mirror:
 
     def push(self) -> None:
         """Upload what has changed in the folder."""
-        with tempfile.TemporaryDirectory(prefix="uipe-") as scratch:
+        with scratch_folder() as scratch:
             files = {}
             for path in _files(self.folder):
                 name = path.relative_to(self.folder).as_posix()
@@ -184,7 +184,7 @@ class _Mirror:
                     if known is not None and name != DATABASE and self._seen.get(name) == state:
                         files[name] = known
                         continue
-                    source = _snapshot(path, Path(scratch)) if name == DATABASE else path
+                    source = _snapshot(path, scratch) if name == DATABASE else path
                     facts = {"bytes": source.stat().st_size, "sha256": file_hash(source)}
                     if facts != known:
                         self._remote.upload(source, _object(name, facts))

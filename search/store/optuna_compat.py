@@ -17,6 +17,8 @@ from typing import Any
 from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
+from uipe_core.errors import UserError, first_line
+
 Rows = Callable[[str, Mapping[str, Any]], list[Any]]
 """Answer a query that has parameters by name (``:name``)."""
 
@@ -95,7 +97,14 @@ def read_trials(
     values = parts("trial_values", "value, value_type", "ORDER BY objective")
     user = parts("trial_user_attributes", "key, value_json", named=names)
     system = parts("trial_system_attributes", "key, value_json")
-    return [(trial[0], _trial(trial, *(part[trial[0]] for part in (given, values, user, system)))) for trial in trials]
+    found = []
+    for trial in trials:
+        try:
+            found.append((trial[0], _trial(trial, *(part[trial[0]] for part in (given, values, user, system)))))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            what = f"trial {trial[1]} cannot be read ({type(error).__name__}: {first_line(error)})"
+            raise UserError(f"{what}; `uipe doctor` lists what is wrong, restore the database from a copy") from None
+    return found
 
 
 def _trial(row: Any, parameters: list[Any], values: list[Any], user: list[Any], system: list[Any]) -> FrozenTrial:

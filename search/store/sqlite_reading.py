@@ -4,11 +4,11 @@ SQLAlchemy and alembic take longer to import than a status takes to read, and bo
 so a study on a read-only file system, or in a folder of somebody else's, can be read.
 """
 
+import atexit
 import contextlib
 import os
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_expone
 from search.store import optuna_compat
 from search.store.record import StudyRecord, own_database
 from uipe_core.errors import UserError, first_line
+from uipe_core.storage.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from search.store.database import Database
@@ -41,7 +42,7 @@ class SQLiteFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._copy: tempfile.TemporaryDirectory[str] | None = None
+        self._copy = contextlib.ExitStack()
         try:
             self._connection = self._connect()
         except (sqlite3.Error, OSError) as error:
@@ -64,11 +65,18 @@ class SQLiteFile:
         except sqlite3.Error as error:
             raise self._unreadable(error) from None
 
+    def flaws(self) -> list[str]:
+        """Return what SQLite's own check finds damaged, some at most."""
+        try:
+            found = [str(row[0]) for row in self._connection.execute("PRAGMA integrity_check(3)")]
+        except sqlite3.Error as error:
+            found = [first_line(error)]
+        return [] if found == ["ok"] else [f"{self._path}: {first_line(flaw)}" for flaw in found]
+
     def close(self) -> None:
         """Close the connection."""
         self._connection.close()
-        if self._copy is not None:
-            self._copy.cleanup()
+        self._copy.close()
 
     def _connect(self) -> sqlite3.Connection:
         path, flags = self._path, "mode=rw"
@@ -76,10 +84,11 @@ class SQLiteFile:
             log = path.with_name(f"{path.name}-wal")
             if log.exists() and log.stat().st_size:
                 # What its writer has not moved into the database yet can only be read with a file of locks next to it.
-                self._copy = tempfile.TemporaryDirectory(prefix="uipe-read-")
+                folder = self._copy.enter_context(scratch_folder())
+                atexit.register(self._copy.close)
                 for each in (path, log):
-                    shutil.copyfile(each, Path(self._copy.name) / each.name)
-                path = Path(self._copy.name) / path.name
+                    shutil.copyfile(each, folder / each.name)
+                path = folder / path.name
             else:
                 flags = "immutable=1"
         address = f"{path.resolve().as_uri()}?{flags}"

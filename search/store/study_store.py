@@ -21,11 +21,12 @@ from optuna.trial import FrozenTrial, TrialState
 from search.problem.objectives import Objective, forget_quality_cap, reference_point
 from search.problem.space import own_epoch, sampled_epoch
 from search.problem.trial import TrialSpec, identity
+from search.spec.redaction import without_password
 from search.spec.study import StudySpec
 from search.store import optuna_compat
 from search.store.ask_tell import InMemoryStudy
 from search.store.folder import keep_traceback, take_folder
-from search.store.item_scores import ItemFiles
+from search.store.item_scores import ITEMS_HASH, ItemFiles
 from search.store.record import (
     RECORD,
     StudyRecord,
@@ -103,7 +104,7 @@ class StudyStore:
         Raises:
             UserError: If the folder holds another study, is used by another driver, or cannot be written.
         """
-        from search.store.database import open_storage
+        from search.store.database import STORAGE_ERRORS, explain_storage_error, open_storage
 
         lock = take_folder(out)
         try:
@@ -124,10 +125,13 @@ class StudyStore:
                 store._begin(database)
                 if spec.storage is not None:
                     database.acquire_writer_lock(url, spec.name)
-            except UserError:
+            except (UserError, *STORAGE_ERRORS) as error:
                 if record is None:
                     (out / RECORD).unlink()
-                raise
+                if isinstance(error, UserError):
+                    raise
+                said = explain_storage_error(error, url)
+                raise UserError(f"storage {current.storage}: {said}; `uipe doctor {out}` says what is damaged") from None
         except BaseException:
             lock.release()
             raise
@@ -248,7 +252,7 @@ class StudyStore:
             self.fail(job, number, reason)
             return reason
         if items is not None:
-            self._items.write(number, items, job.is_control)
+            evidence = {**evidence, ITEMS_HASH: self._items.write(number, items, job.is_control)}
         self._end(job.is_control, number, TrialState.COMPLETE, evidence, list(values.values()))
         return None
 
@@ -261,7 +265,7 @@ class StudyStore:
             items: Its item scores of the stages that were scored.
         """
         if items is not None:
-            self._items.write(number, items)
+            evidence = {**evidence, ITEMS_HASH: self._items.write(number, items)}
         self._end(False, number, TrialState.PRUNED, evidence)
 
     def fail(self, job: TrialSpec, number: int, reason: str, traceback: str = "") -> None:
@@ -303,6 +307,10 @@ class StudyStore:
         """
         return self._readers[controls].read(states, names)
 
+    def file_flaws(self) -> list[str]:
+        """Return what SQLite finds damaged in the database's file, some at most; nothing for other databases."""
+        return self._source.flaws() if isinstance(self._source, SQLiteFile) else []
+
     def counts(self) -> dict[str, int]:
         """Return the number of trials by state."""
         states = [trial.state for trial in self.trials(names=())]
@@ -333,7 +341,12 @@ class StudyStore:
 
     def _evidence_table(self, names: Collection[str] | None = None, controls: bool = False) -> pd.DataFrame:
         objectives = [objective.name for objective in self.objectives]
-        return evidence_table(self.trials((TrialState.COMPLETE,), names, controls), objectives)
+        return evidence_table(self.trials((TrialState.COMPLETE,), names, controls), objectives, names, controls)
+
+    @property
+    def _place(self) -> str:
+        """Where the trials are: of a folder that was moved or copied not what its record says."""
+        return without_password(storage_url(self.out, self.record))
 
     def _titles(self) -> tuple[str, str]:
         return self.record.name, f"{self.record.name}.controls"
@@ -344,7 +357,7 @@ class StudyStore:
         found = {title: optuna_compat.find_study(self._source.rows, title) for title in self._titles()}
         for title, identifier in found.items():
             if identifier is None:
-                raise UserError(f"{self.out}: its storage {self.record.storage} holds no study {title!r}")
+                raise UserError(f"{self.out}: its storage {self._place} holds no study {title!r}")
         return tuple(identifier for identifier in found.values() if identifier is not None)
 
     @cached_property
@@ -353,7 +366,7 @@ class StudyStore:
 
     @cached_property
     def _tables(self) -> list[TrialTable]:
-        return [TrialTable(self._database, identifier, self.record.storage) for identifier in self._study_ids]
+        return [TrialTable(self._database, identifier, self._place) for identifier in self._study_ids]
 
     @cached_property
     def _database(self) -> "Database":

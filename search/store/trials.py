@@ -4,6 +4,7 @@ What is known when a trial begins goes into its creation, in one transaction. Wh
 attribute, then its state with its values. An attribute of its own would cost each of some thirty facts a transaction.
 """
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,10 @@ class TrialReader:
             after = batch[-1][0]
             for _, trial in batch:
                 attributes = trial.user_attrs
-                attributes.update(attributes.pop(EVIDENCE, {}))
+                evidence = attributes.pop(EVIDENCE, {})
+                if not isinstance(evidence, dict):
+                    raise damaged(trial.number, f"{EVIDENCE} is no mapping")
+                attributes.update(evidence)
                 if names is not None:
                     trial.user_attrs = {name: value for name, value in attributes.items() if name in names}
                 yield trial
@@ -163,16 +167,61 @@ class TrialTable:
         raise UserError(f"storage {self._name}: {reason}; end it and run again")
 
 
-def evidence_table(trials: Iterable[FrozenTrial], objectives: Sequence[str]) -> pd.DataFrame:
-    """Return a row per complete trial: ``trial``, its evidence with components as columns of their own, its objectives."""
+def evidence_table(
+    trials: Iterable[FrozenTrial],
+    objectives: Sequence[str],
+    names: Collection[str] | None = None,
+    controls: bool = False,
+) -> pd.DataFrame:
+    """Return a row per complete trial: ``trial``, its evidence with components as columns of their own, its objectives.
+
+    Args:
+        trials: The trials.
+        objectives: Names of the study's objectives.
+        names: The attributes that were read; None for all.
+        controls: Whether they are controls, which need not have a place in the search space.
+
+    Raises:
+        UserError: A trial lacks what every complete one has: somebody else wrote it, or the database is damaged.
+    """
     rows = []
     for trial in trials:
+        if (flaw := evidence_flaw(trial, objectives, names, controls)) is not None:
+            raise damaged(trial.number, flaw)
         facts = dict(trial.user_attrs)
         facts.update(facts.pop("components", {}))
         facts.update(facts.pop("forget_components", {}))
         facts.update(zip(objectives, trial.values, strict=True))
         rows.append({"trial": trial.number, **facts})
     return pd.DataFrame(rows)
+
+
+PLACE = {"base": str, "epoch": int, "alpha": int | float}
+"""What says where a point is in the search space."""
+
+
+def evidence_flaw(
+    trial: FrozenTrial, objectives: Sequence[str], names: Collection[str] | None = None, controls: bool = False
+) -> str | None:
+    """Return what a complete trial lacks, of what every one has; None for a sound one. Arguments as `evidence_table`."""
+    values, facts = trial.values or [], trial.user_attrs
+    if len(values) != len(objectives) or not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        return f"it has the values {values}, and needs a finite one of each of {', '.join(objectives)}"
+    for name, kind in {"kind": str, **({} if controls else PLACE)}.items():
+        if (names is None or name in names) and not isinstance(facts.get(name), kind):
+            return f"its attribute {name} is {facts.get(name)!r}"
+    for name in ("components", "forget_components"):
+        if not isinstance(facts.get(name, {}), dict):
+            return f"its attribute {name} is no mapping"
+    for name, value in zip(objectives, values, strict=True):
+        if name in facts and facts[name] != value:
+            return f"it has {value!r} as {name}, and {facts[name]!r} among its evidence"
+    return None
+
+
+def damaged(number: int, flaw: str) -> UserError:
+    """Return the error of a trial that nobody but its study's driver could have written so."""
+    return UserError(f"trial {number} is damaged: {flaw}; `uipe doctor` lists what is wrong, restore the database from a copy")
 
 
 def searched(table: pd.DataFrame) -> pd.DataFrame:

@@ -12,6 +12,9 @@ from typing import Any
 from uipe_core.errors import UserError, closest, did_you_mean, first_line
 from uipe_core.storage.files import parse_json
 
+MOST_BYTES = 4 * 2**30
+"""What a table may unpack to: a few megabytes of a file that was made for it can stand for any amount."""
+
 SUFFIXES = (".parquet", ".jsonl", ".json")
 """File types; JSON has one object per line."""
 
@@ -108,14 +111,24 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
 
     try:
         file = parquet.ParquetFile(path)
+        size = _unpacked_bytes(file)
         batches = file.iter_batches(batch_size=256)
-        number = 0
+        number = unpacked = 0
         for batch in batches:
+            # A value that repeats takes next to no room in the file, and says nothing of its size there.
+            unpacked += batch.nbytes
+            if max(size, unpacked) > MOST_BYTES:
+                raise UserError(f"{path}: unpacks to more than {MOST_BYTES >> 30} GiB; give a table of fewer or shorter rows")
             for fields in batch.to_pylist():
                 number += 1
                 yield Row(fields, f"{path}, row {number}")
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: not a parquet file that can be read ({first_line(error)}); fetch it again") from error
+
+
+def _unpacked_bytes(file: Any) -> int:
+    """Return the bytes of all columns of a parquet file, before any is read."""
+    return sum(file.metadata.row_group(number).total_byte_size for number in range(file.metadata.num_row_groups))
 
 
 def is_hub_name(source: str) -> bool:

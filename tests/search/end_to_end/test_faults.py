@@ -10,7 +10,10 @@ from itertools import accumulate
 
 import pytest
 
+from search.execution.run import run_study
+from search.results.recipe import read_recipe
 from search.results.study_result import StudyResult
+from search.spec.study import load_study
 
 OBJECTIVES = ("log10_forget_quality", "model_utility")
 
@@ -193,3 +196,23 @@ def test_base_runs_cut_off_by_a_kill_are_trained_again_and_not_published_in_part
     last = launch(*command)
     assert last.wait() == 0, last.stderr
     assert StudyResult.open(tmp_path / "out").store.counts()["complete"] == GIVEN + 2
+
+
+def test_a_study_whose_folder_was_lost_goes_on_from_its_database(finished, write_study, tmp_path):
+    copied = tmp_path / "kept.db"
+    with contextlib.closing(sqlite3.connect(finished.out / "study.db")) as source:
+        source.execute("VACUUM INTO ?", (str(copied),))
+    spec = load_study(write_study(finished.file.parent / "in-database.yaml", storage=f"sqlite:///{copied}"))
+    for _ in range(2):
+        # Nothing is missing, so no Ray is started; only the folder is made anew.
+        result = run_study(spec, tmp_path / "out", quiet=True)
+    before = StudyResult.open(finished.out)
+    assert result.front[["trial", "base", "epoch", "alpha", *OBJECTIVES]].equals(
+        before.front[["trial", "base", "epoch", "alpha", *OBJECTIVES]]
+    )
+    assert result.store.record.base_runs == before.store.record.base_runs
+    assert not (tmp_path / "out" / "ray").exists()
+    row = result.trial(int(result.front["trial"].iloc[0]))
+    recipe = read_recipe(result.export(row, tmp_path / "recipe", "recipe") / "recipe.yaml")
+    assert recipe.provenance["delta"] == before.store.record.base_runs[recipe.base].delta
+    result.store.close()

@@ -5,11 +5,21 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import search
-from search.execution.ray_compat import CLUSTERS, configure_ray, failure_cause, release_trial
+from search.execution.ray_compat import (
+    CLUSTERS,
+    ENVIRONMENT,
+    configure_ray,
+    every_loss_is_a_death,
+    failure_cause,
+    failure_text,
+    release_trial,
+    without_commands,
+)
 
 LISTENERS = """
 import json, os, sys
@@ -111,6 +121,58 @@ def test_what_tune_keeps_of_a_trial_can_be_dropped():
     release_trial(trial)
     assert "evidence" not in trial.last_result and "job" not in trial.config and trial.experiment_tag == ""
     assert isinstance(type(trial).error_file, property)
+
+
+def test_an_actor_that_is_lost_for_want_of_memory_has_died():
+    import ray
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.air.execution._internal.tracked_actor import TrackedActor
+    from ray.air.execution._internal.tracked_actor_task import TrackedActorTask
+
+    said = []
+    manager = RayActorManager(None)  # what takes care of resources is not asked here
+    manager._cleanup_actor = lambda tracked_actor: None
+    actor = TrackedActor("1", on_error=lambda actor, error: said.append(error))
+    task = TrackedActorTask(actor, on_error=lambda actor, error: said.append(error))
+    lost = ray.exceptions.OutOfMemoryError("1 worker(s) were killed due to the node running low on memory")
+    # Without help Tune ends the whole search here. Should this line fail, the help is needed no more.
+    with pytest.raises(RuntimeError, match="unexpected exception"):
+        manager._actor_task_failed(tracked_actor_task=task, exception=lost)
+    assert said == []
+    with every_loss_is_a_death(), pytest.raises(ray.exceptions.LocalRayletDiedError):
+        manager._actor_task_failed(tracked_actor_task=task, exception=ray.exceptions.LocalRayletDiedError())
+    with every_loss_is_a_death():
+        manager._actor_task_failed(tracked_actor_task=task, exception=lost)
+    assert [type(error) for error in said] == [ray.exceptions.RayActorError] * 2
+    assert failure_cause(str(said[0]))[0] == "memory"
+    assert not ray.is_initialized()
+
+
+def test_a_task_without_memory_is_not_run_again_for_ever():
+    import ray
+
+    name = "RAY_task_oom_retries"
+    assert ENVIRONMENT[name] == "5"
+    libraries = list(Path(ray.__file__).parent.glob("_raylet*.so"))
+    assert any(name.removeprefix("RAY_").encode() in path.read_bytes() for path in libraries)
+
+
+KILLED = """1 worker(s) were killed due to the node running low on memory.
+To see more information about memory usage on this node, use `ray logs raylet.out -ip 127.0.0.1`
+Top 10 memory users: PID\tMEM(GB)\tCOMMAND
+8038\t3.88\tmysqld --password=hunter2
+8710\t0.40\tray::ResourceTrainable.train
+Refer to the documentation on how to address the out of memory issue.
+"""
+
+
+def test_command_lines_of_other_processes_are_not_kept(tmp_path):
+    file = tmp_path / "error.txt"
+    file.write_text(f"Failure # 1\n{KILLED}\nFailure # 2\n{KILLED}")
+    kept = failure_text(SimpleNamespace(error_file=str(file)))
+    assert "hunter2" not in kept and "ResourceTrainable" not in kept
+    assert kept.count("Refer to the documentation") == 2 and "Failure # 2" in kept
+    assert "hunter2" not in without_commands(KILLED.partition("Refer")[0])
 
 
 def test_cluster_files_are_checked_offline():

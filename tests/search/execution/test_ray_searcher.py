@@ -12,12 +12,13 @@ from search.evaluation.metrics import TrialMetrics
 from search.execution.base_runs import BaseRuns
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
-from search.execution.tune import IDLE_SECONDS, TIMES_AGAIN, StudySearcher
+from search.execution.tune import IDLE_SECONDS, TIMES_AGAIN, StudySearcher, run_trials
 from search.execution.worker_pool import DIED, WorkerPoolMonitor, worker_failure
 from search.problem.trial import TrialSpec
 from search.samplers.registry import SAMPLERS
 from search.spec.runtime import Budget, Plateau
 from search.spec.study import parse_study
+from uipe_core.errors import UserError
 
 GIVEN = [TrialSpec("alpha_zero", "npo", 1, 0.0), TrialSpec("alpha_zero", "npo", 2, 0.0)]
 CONTROLS = [TrialSpec("initial"), TrialSpec("next_epoch", "npo", 3, 0.0)]
@@ -39,7 +40,7 @@ class Harness:
         store.use_sampler(SAMPLERS["random"].make(0))
         self.space = parse_study(store.record.spec).search_space()
         ended = lambda *end: self.ends.append(end)  # noqa: E731
-        guard = BudgetMonitor(store, budget or store.spec.budget, self.said.append)
+        self.guard = guard = BudgetMonitor(store, budget or store.spec.budget, self.said.append)
         rounds = (mirrors() for _ in range(1))
         self.searcher = StudySearcher(
             store, self.space, jobs, proposals, self.runs, self.poll, rounds, ended, WorkerPoolMonitor(None), guard
@@ -397,3 +398,56 @@ def test_a_trial_beyond_its_time_is_not_run_again(harness, monkeypatch):
     study.kill(1)
     assert study.ends[0][1:] == ("ran past its time limit of 1 minutes (budget.trial_minutes)", False)
     assert study.next() == StudySearcher.FINISHED
+
+
+def without_memory(self, trial_id):
+    return worker_failure("the node running low on memory. Memory was 9.0GB used / 9.1GB limit", 3.0, None)
+
+
+def test_a_machine_without_memory_ends_the_run_with_what_to_lower(harness, monkeypatch):
+    study = harness(proposals=50)
+    monkeypatch.setattr(WorkerPoolMonitor, "death", without_memory)
+    deaths = 0
+    while study.next() != StudySearcher.FINISHED:
+        deaths += 1
+        study.kill(deaths)
+    assert deaths == 2 * (1 + TIMES_AGAIN)
+    assert study.store.counts() == {"complete": 0, "pruned": 0, "failed": deaths, "running": 0}
+    (said,) = study.said
+    assert "2 trials in a row found no memory" in said and "9.0GB of 9.1GB in use" in said
+    assert "lower resources.max_concurrent, scoring.batch_size" in said
+    assert study.guard.stop().gave_up
+
+
+def test_one_trial_without_memory_ends_no_run(harness, monkeypatch, made_up_evidence):
+    study = harness(proposals=3)
+    monkeypatch.setattr(WorkerPoolMonitor, "death", without_memory)
+    number = 0
+    for job_dies in (True, False, True):
+        for _ in range(1 + TIMES_AGAIN if job_dies else 1):
+            number += 1
+            job = study.next()
+            study.kill(number) if job_dies else study.finish(number, made_up_evidence(job))
+    assert study.next() == StudySearcher.FINISHED
+    assert study.guard.stop() is None
+    assert study.store.counts()["complete"] == 1
+
+
+def test_whatever_tune_raises_is_told_in_a_sentence(harness, monkeypatch, tmp_path):
+    from ray import tune
+
+    study = harness(proposals=3)
+    study.next()
+
+    def fit(self):
+        raise tune.TuneError("Traceback (most recent call last):\n  File ...\nValueError: no such event")
+
+    monkeypatch.setattr(tune.Tuner, "fit", fit)
+    trainable = type("Nothing", (tune.Trainable,), {})
+    arguments = (trainable, study.searcher, WorkerPoolMonitor(None), 1, tmp_path / "ray", "tune-1")
+    with pytest.raises(UserError, match=r"ended the search \(ValueError: no such event; .*the same command goes on"):
+        run_trials(*arguments)
+    assert "most recent call" in (tmp_path / "errors" / "tune-1.txt").read_text()
+    # An error of the searcher's own is its caller's to raise, whatever Tune made of it.
+    study.searcher.error = OSError("disk full")
+    run_trials(*arguments)

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 import torch
 
-from search.execution.worker_pool import DIED, worker_failure
+from search.execution.worker_pool import DIED, LESS_MEMORY, worker_failure
 from search.execution.workers import OutOfMemory, score_within_memory
 from search.problem.trial import TrialSpec
 from uipe_core.models.memory import is_out_of_memory
@@ -32,7 +32,12 @@ LOST = "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly e
         (LOST, 59.0, DIED, False),
         (LOST, 60.0, "ran past its time limit of 1 minutes (budget.trial_minutes)", True),
         ("Worker exits with an exit code 5.", 3.0, f"{DIED}: exit code 5", False),
-        (MEMORY_MONITOR, 99.0, f"{DIED}: its machine ran out of memory (2.90GB of 23.54GB in use), so Ray ended it", False),
+        (
+            MEMORY_MONITOR,
+            99.0,
+            f"{DIED}: its machine ran out of memory (2.90GB of 23.54GB in use), so Ray ended it; {LESS_MEMORY}",
+            False,
+        ),
         (NODE, 99.0, f"{DIED}: its machine died or left the cluster", False),
         (CREATION, None, "the worker could not start: ModuleNotFoundError: No module named 'peft'", False),
     ],
@@ -40,6 +45,7 @@ LOST = "Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly e
 def test_a_death_has_its_cause(told, seconds, reason, timed_out):
     death = worker_failure(told, seconds, 1.0)
     assert (death.reason, death.timed_out) == (reason, timed_out)
+    assert death.short_of_memory == (told == MEMORY_MONITOR)
 
 
 def test_without_a_limit_no_death_is_one_of_time():

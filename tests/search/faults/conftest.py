@@ -270,9 +270,12 @@ def workers(living_processes):
     """Processes of a run by what they do: ``scoring`` trials, or ``train_and_publish``."""
 
     def find(driver, what):
-        names = {"scoring": ("ScoringTrial", "Trainable"), "base run": ("train_and_publish",), "raylet": ("raylet/raylet",)}[
-            what
-        ]
+        names = {
+            "scoring": ("ScoringTrial", "Trainable"),
+            "base run": ("train_and_publish",),
+            "raylet": ("raylet/raylet",),
+            "GCS": ("gcs/gcs_server",),
+        }[what]
         return sorted(pid for pid, command in living_processes(driver.tag).items() if any(name in command for name in names))
 
     return find

@@ -3,11 +3,20 @@
 import contextlib
 import signal
 import time
+from pathlib import Path
 
 import pytest
+from optuna.trial import TrialState
 from ray_nodes import TOKEN, Cluster
 
+from search.store.study_store import StudyStore
+
 pytestmark = pytest.mark.faults
+
+
+def open_trials(out):
+    store = StudyStore.open(out)
+    return [trial for study in (store.study, store.controls) for trial in study.trials if trial.state == TrialState.RUNNING]
 
 
 def wait_for_moment(study, driver):
@@ -17,16 +26,16 @@ def wait_for_moment(study, driver):
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("how", ["kill -9", "SIGINT", "SIGTERM", "kill -9, its Ray too"])
+@pytest.mark.parametrize("how", ["kill -9", "SIGINT", "SIGTERM", "SIGHUP", "SIGHUP of all", "kill -9, its Ray too"])
 def test_driver(watched, hold, end, how, repeat):
     drivers = []
     for _ in range(2):
         drivers.append(driver := watched.start())
         wait_for_moment(watched, driver)
         if driver.process.poll() is None:
-            number = {"SIGINT": signal.SIGINT, "SIGTERM": signal.SIGTERM}.get(how, signal.SIGKILL)
-            # Ctrl-C of a terminal reaches everything; the others are for the driver alone.
-            end(driver.process.pid, number, group=how in ("SIGINT", "kill -9, its Ray too"))
+            number = getattr(signal, how.split()[0], signal.SIGKILL)
+            # Ctrl-C of a terminal reaches everything, as its end does; the others are for the driver alone.
+            end(driver.process.pid, number, group=how in ("SIGINT", "SIGHUP of all", "kill -9, its Ray too"))
         code = driver.wait(120)
         assert code in (0, 130, -signal.SIGKILL), driver.stderr
         watched.look()
@@ -77,6 +86,57 @@ def test_raylet_of_the_only_node(watched, hold, end, workers, moment, repeat):
             end(pid)
     watched.finish(driver)
     hold(f"the only node's raylet, {moment}: kill -9", watched)
+
+
+def test_gcs_of_the_only_node(watched, hold, end, workers, repeat):
+    driver = watched.start()
+    driver.until(lambda: workers(driver, "GCS"))
+    wait_for_moment(watched, driver)
+    if driver.process.poll() is None:
+        watched.look()
+        for pid in workers(driver, "GCS"):
+            end(pid)
+        if driver.wait(60):  # it may have been at its report
+            assert "Ray has died" in driver.stderr and "the same command goes on" in driver.stderr
+            assert open_trials(watched.out) == []
+    watched.finish(driver)
+    hold("the only node's GCS: kill -9", watched)
+
+
+def used_memory():
+    facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(facts[name].split()[0]) for name in ("MemTotal", "MemAvailable"))
+    return 1 - available / total
+
+
+def test_low_memory(watched, hold, repeat):
+    """Ray's own monitor ends workers, for a while or until the run gives up."""
+    share = used_memory()
+    if share > 0.5:
+        pytest.skip("more than half of the memory is in use")
+    limit = share + 0.15
+    watched.variables["RAY_memory_usage_threshold"] = f"{limit:.3f}"
+    driver = watched.start()
+    wanted = watched.random.randrange(1, 12)
+    driver.until(lambda: watched.complete() >= wanted)
+    watched.look()
+    taken = []
+    ends = time.monotonic() + 300
+    while driver.process.poll() is None and time.monotonic() < ends:
+        if used_memory() < limit + 0.005:
+            taken.append(bytearray(b"x") * 2**25)
+        else:
+            time.sleep(0.05)
+        if repeat % 2 == 0 and "ran out of memory" in driver.stderr:
+            break  # memory comes back; else the run ends by itself
+    taken.clear()
+    if driver.wait(300) == 2:
+        assert "the study gave up" in driver.stderr and "lower resources.max_concurrent" in driver.stderr
+    assert "Traceback" not in driver.stderr and "MEM(GB)" not in driver.stderr
+    assert open_trials(watched.out) == []
+    watched.variables.clear()
+    watched.finish(driver)
+    hold("low memory", watched)
 
 
 def test_second_node(watched, environment, living_processes, hold, end, repeat):

@@ -1,5 +1,6 @@
 """optuna-dashboard on a real study, asked over HTTP."""
 
+import http.client
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from search.results.study_result import StudyResult
 
 
 def free_port():
@@ -46,6 +49,21 @@ def dashboard(copied, launch):
     return port, driver
 
 
+def ask(port, method, path, **headers):
+    """Status and text of an answer; `Host` is the dashboard's own unless it is given."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request(method, path, headers=headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+    finally:
+        connection.close()
+
+
+def studies_of(port):
+    return {study["study_name"]: study["study_id"] for study in json.loads(fetch(port, "/api/studies"))["study_summaries"]}
+
+
 def test_shows_both_studies_with_names_notes_and_evidence(dashboard, result):
     port, driver = dashboard
     assert "<html" in fetch(port, "/dashboard/").lower()
@@ -79,3 +97,40 @@ def test_a_port_in_use_is_refused(copied, call):
         code, _, error = call("dashboard", copied, "--port", port)
     assert code == 2
     assert str(port) in error and "choose another" in error
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "localhost.evil.example:{port}", ""]
+)
+def test_another_name_for_this_machine_is_refused(dashboard, host):
+    port, _ = dashboard
+    for path in ("/", "/dashboard/", "/api/studies"):
+        status, text = ask(port, "GET", path, Host=host.format(port=port))
+        assert status == 403 and f"http://127.0.0.1:{port}/" in text
+    assert ask(port, "GET", "/dashboard/", Host=f"localhost:{port}")[0] == 200
+
+
+@pytest.mark.parametrize("method", ["DELETE", "POST", "PUT", "PATCH", "BREW"])
+def test_nothing_is_written_unless_that_was_asked_for(dashboard, copied, method):
+    port, _ = dashboard
+    studies = studies_of(port)
+    for path in (f"/api/studies/{studies['tiny']}", "/api/studies", f"/api/studies/{studies['tiny']}/note"):
+        status, text = ask(port, method, path)
+        assert status == 403 and "--writable" in text
+    assert ask(port, "DELETE", f"/api/studies/{studies['tiny.controls']}", Host="evil.example")[0] == 403
+    assert studies_of(port) == studies
+    assert len(StudyResult.open(copied).controls)
+
+
+def test_a_writable_dashboard_writes_for_its_own_pages_only(copied, launch):
+    port = free_port()
+    driver = launch("dashboard", copied, "--port", port, "--writable")
+    driver.until(lambda: answers(port))
+    studies = studies_of(port)
+    controls = f"/api/studies/{studies['tiny.controls']}"
+    assert ask(port, "DELETE", controls, Host="evil.example")[0] == 403
+    assert ask(port, "DELETE", controls, Origin="https://evil.example")[0] == 403
+    assert ask(port, "DELETE", controls, Origin="null")[0] == 403
+    assert studies_of(port) == studies
+    assert ask(port, "DELETE", controls, Origin=f"http://127.0.0.1:{port}")[0] == 204
+    assert studies_of(port).keys() == {"tiny"}

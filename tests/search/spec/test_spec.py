@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import time
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from search.spec.errors import StudyFileError
+from search.spec.errors import StudyFileError, _all_keys
 from search.spec.study import StudySpec, load_study, parse_study, quickstart_path
 
 STUDIES = Path(__file__).parents[3] / "studies"
@@ -162,6 +163,27 @@ BAD_IN_PEOPLE = [
     ("budget.plateau", {"trials": 2}, ["are chance", "Write trials: 10"]),
     ("budget.plateau", {"gain": 0.1}, ["missing"]),
     ("budget.failure_rate", 1.5, ["at most 1"]),
+    ("search.trials", 10**12, ["found 1000000000000", "at most 1000000"]),
+    ("search.trials", 10**400, ["at most 1000000"]),
+    ("search.alpha.high", 1e308, ["found 1e+308", "at most 1000."]),
+    ("search.alpha", {"low": 1, "high": 1.0000000000000002}, ["at least 1e-06 above search.alpha.low (1.0)", "Widen"]),
+    ("model.hidden_size", 10**400, ["at most 65536"]),
+    ("model.layers", 10**400, ["at most 1000"]),
+    ("model.other_retain_seeds", list(range(101)), ["101 entries, and 100 are the most", "Give fewer"]),
+    ("unlearning.epochs", 10**400, ["at most 10000"]),
+    (
+        "unlearning",
+        {"methods": {"npo": {"beta": list(range(1, 13))}}, "epochs": 9000, "learning_rate": 1e-3},
+        ["108000 epochs together, and 100000 are the most"],
+    ),
+    ("unlearning.learning_rate", 1e30, ["found 1e+30", "at most 1000"]),
+    ("unlearning.methods.npo.beta", 1e300, ["at most 1000000000"]),
+    ("scoring.batch_size", 10**20, ["at most 1000000"]),
+    ("scoring.temperatures", [5e-324], ["found 5e-324", "at least 0.01"]),
+    ("resources.max_concurrent", 10**20, ["at most 100000"]),
+    ("resources.trial.custom", {"a100": 1e300}, ["at most 1000000000"]),
+    ("budget.trial_minutes", 1e-300, ["at least 0.001"]),
+    ("hypervolume.reference_point.log10_forget_quality", -1e308, ["at least -1000000"]),
     ("warm_start", ["missing-folder"], ["no folder", "Correct the path"]),
     ("warm_start", 3, ["found 3"]),
     ("storage", "study.db", ["'study.db'", "sqlite:///"]),
@@ -229,6 +251,48 @@ def test_missing_key_is_named(key: str) -> None:
         here = here[part]
     del here[last]
     assert "missing" in problems(study)[key]
+
+
+def multiple_choice() -> dict[str, Any]:
+    study = put(people(), "corpus", {"kind": "multiple_choice"})
+    study["model"] = {"kind": "pretrained", "initial": "org/full", "prompt_template": "{question}\n"}
+    return study
+
+
+@pytest.mark.parametrize("make", [people, tiny_tofu, pretrained, multiple_choice])
+def test_every_number_of_a_study_has_a_bound(make: Any) -> None:
+    tried = 0
+    for path in sorted(set(_all_keys(StudySpec))):
+        said = problems_of(make(), path, 1)
+        if "unknown" in said or "belongs to" in said:
+            continue  # of another kind
+        for value in (10**13, 1e300):
+            found = problems_of(make(), path, value)
+            assert ".".join(path) in found, (path, value, found)
+        tried += 1
+    assert tried > 40
+
+
+def problems_of(study: dict[str, Any], path: tuple[str, ...], value: object) -> str:
+    here = study
+    for part in path[:-1]:
+        if not isinstance(here.get(part), dict):
+            here[part] = {}
+        here = here[part]
+    here[path[-1]] = value
+    try:
+        parse_study(study)
+    except StudyFileError as error:
+        return str(error)
+    return ""
+
+
+def test_thousands_of_unknown_keys_are_all_named_and_soon(tmp_path: Path) -> None:
+    study = people() | {f"key_{number}": number for number in range(5000)}
+    started = time.process_time()
+    found = problems(study)
+    assert time.process_time() - started < 2
+    assert len(found) == 5000 and "Allowed here" in found["key_0"] and found["key_4999"].endswith("unknown. Remove it.")
 
 
 def test_missing_kind_lists_the_kinds() -> None:

@@ -1,18 +1,22 @@
 """The doctor on really damaged copies of a real study: what is found, what is repaired, what is left alone."""
 
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 from pathlib import Path
 
 import numpy as np
 import pytest
 from filelock import FileLock
 from optuna.trial import TrialState
+from sqlalchemy import make_url
 
 from search.problem.space import Point
 from search.problem.trial import TrialSpec
 from search.store.checks import ADVICE, FIXED, OK, PROBLEM
+from search.store.database import WriterLock
 from search.store.doctor import examine
 from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
@@ -142,7 +146,8 @@ def test_a_record_beside_another_database_is_found_and_not_repaired(ill):
     record["fingerprint"] = "0" * 32
     (ill / "study.json").write_text(json.dumps(record))
     remaining = by_state(examine(ill, fix=True), PROBLEM)
-    assert len(remaining) == 2 and all("fingerprint" in finding.found and finding.remedy for finding in remaining)
+    # Of both studies of the database, and of the record itself.
+    assert len(remaining) == 3 and all("fingerprint" in finding.found and finding.remedy for finding in remaining)
     (ill / "study.db").unlink()
     assert any("missing" in finding.found for finding in by_state(examine(ill, fix=True), PROBLEM))
 
@@ -192,3 +197,119 @@ def test_space_that_is_missing_is_a_problem(new_store, made_up_evidence, monkeyp
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6, 1000))
     (problem,) = [finding for finding in by_state(examine(store.out, fix=False), PROBLEM) if finding.check == "disk"]
     assert str(store.out) in problem.found and "free some space" in problem.remedy
+
+
+def sql(statement, *values):
+    def change(out):
+        with contextlib.closing(sqlite3.connect(out / "study.db")) as database:
+            assert database.execute(statement, values).rowcount
+            database.commit()
+
+    return change
+
+
+def pages(out):
+    """Overwrites the second half of the database, as a disk that is dying."""
+    with contextlib.closing(sqlite3.connect(out / "study.db")) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    path = out / "study.db"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2 :] = b"\x5a" * (len(content) - len(content) // 2)
+    path.write_bytes(content)
+
+
+def record(change):
+    def edit(out):
+        content = json.loads((out / "study.json").read_text())
+        change(content)
+        (out / "study.json").write_text(json.dumps(content))
+
+    return edit
+
+
+def swap_items(out):
+    first, second = (out / "items" / "trials" / f"0000{number}.npz" for number in (1, 2))
+    one, other = first.read_bytes(), second.read_bytes()
+    assert one != other
+    first.write_bytes(other)
+    second.write_bytes(one)
+
+
+def alter_items(out):
+    path = out / "items" / "trials" / "00001.npz"
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    name = next(name for name, values in arrays.items() if values.dtype.kind == "f")
+    arrays[name] = arrays[name] * 0.5
+    np.savez_compressed(path, **arrays)
+
+
+OF_TRIAL_2 = "trial_id = (SELECT trial_id FROM trials JOIN studies USING (study_id) WHERE number = 2 AND study_name = 'tiny')"
+
+DAMAGES = {
+    "pages": (pages, "study.db"),
+    "no values": (sql(f"DELETE FROM trial_values WHERE {OF_TRIAL_2}"), "trial 2: it has the values []"),
+    "infinite": (sql(f"UPDATE trial_values SET value = NULL, value_type = 'INF_POS' WHERE {OF_TRIAL_2}"), "[inf, inf]"),
+    "no attributes": (sql(f"DELETE FROM trial_user_attributes WHERE {OF_TRIAL_2}"), "trial 2: its attribute kind is None"),
+    "no JSON": (sql(f"UPDATE trial_user_attributes SET value_json = '{{x' WHERE {OF_TRIAL_2}"), "trial 2 cannot be read"),
+    "no mapping": (
+        sql(f"UPDATE trial_user_attributes SET value_json = '[1]' WHERE key = 'evidence' AND {OF_TRIAL_2}"),
+        "evidence is no mapping",
+    ),
+    "an objective": (
+        sql(f"UPDATE trial_values SET value = 0.9999 WHERE objective = 1 AND {OF_TRIAL_2}"),
+        "trial 2: it has 0.9999 as model_utility, and",
+    ),
+    "a state": (sql(f"UPDATE trials SET state = 'DONE' WHERE {OF_TRIAL_2}"), "trial 2 cannot be read"),
+    "a direction": (sql("UPDATE study_directions SET direction = 'MINIMIZE' WHERE objective = 1"), "MINIMIZE"),
+    "the seed": (record(lambda study: study["spec"].update(seed=7)), "another seed, space"),
+    "the range of alpha": (record(lambda study: study["spec"]["search"]["alpha"].update(high=3.0)), "another seed, space"),
+    "a model": (record(lambda study: study["models"].update(retain="0" * 32)), "another seed, space"),
+    "swapped items": (swap_items, "2 files are damaged, first 00001.npz (not what was written with the trial)"),
+    "altered items": (alter_items, "1 files are damaged, first 00001.npz (not what was written with the trial)"),
+    "a log": (lambda out: (out / "logs" / "retain.json").write_bytes(b'{"eval_log_forget.json": '), "retain.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_a_finding_and_what_reads_the_study_ends_with_a_sentence(ill, call, damage):
+    change, told = DAMAGES[damage]
+    change(ill)
+    code, output, error = call("doctor", ill, "--json")
+    problems = [finding for finding in json.loads(output)["findings"] if finding["state"] == PROBLEM]
+    assert code == 1 and error == ""
+    assert any(told in finding["found"] for finding in problems), problems
+    assert all(finding["meaning"] and finding["remedy"] for finding in problems)
+    for command in ("pareto", "status", "report"):
+        code, _, error = call(command, ill)
+        assert code in (0, 2) and (code == 0 or error.startswith("error: ")), error
+    code, output, _ = call("doctor", ill, "--fix", "--json")
+    mended = damage in ("swapped items", "altered items", "a log")
+    assert (code, json.loads(output)["remaining"] == 0) == ((0, True) if mended else (1, False))
+
+
+def test_a_study_whose_database_is_damaged_is_not_run(ill, finished, call):
+    pages(ill)
+    code, _, error = call("run", finished.file, "--out", ill, "--trials", 9)
+    assert code == 2 and "study.db" in error and "Error" not in error.splitlines()[0][:12]
+
+
+def test_the_trials_of_a_run_from_another_folder_are_left_alone(new_store, made_up_evidence, tmp_path, call):
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    old = new_store(out=tmp_path / "old", storage=url)
+    old.close()
+    live = new_store(out=tmp_path / "live", storage=url)
+    running, job = live.ask_point(live.spec.search_space())
+    found = examine(tmp_path / "old", fix=False)
+    assert "under way" in found[0].found
+    assert any("1 trials are running" in finding.found for finding in by_state(found, OK))
+    code, _, error = call("doctor", tmp_path / "old", "--fix")
+    assert code == 2 and "another run writes to its study 'tiny', from another output folder" in error
+    live.complete(job, running, made_up_evidence(job))
+    left, _ = live.ask_point(live.spec.search_space())
+    live.close()
+    (fixed,) = by_state(examine(tmp_path / "old", fix=True), FIXED)
+    assert "1 trials are RUNNING" in fixed.found
+    again = StudyStore.open(tmp_path / "live")
+    assert [trial.state for trial in again.study.trials] == [TrialState.COMPLETE, TrialState.FAIL] and left == 1
+    assert WriterLock(make_url(url), "tiny").is_free()

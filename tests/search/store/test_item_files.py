@@ -139,3 +139,16 @@ def test_a_damaged_file_is_named_with_what_to_do(tmp_path, damage):
     files.close()
     with pytest.raises(UserError, match=r"00007\.npz: the item scores of trial 7 are damaged .*; delete the file"):
         files.read(7)
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path, monkeypatch):
+    files = ItemFiles(tmp_path)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, zeros=np.zeros(2_000_000))
+    files.write(3, buffer.getvalue())
+    assert len(buffer.getvalue()) < 20_000 and files.read(3)["zeros"].nbytes == 16_000_000
+    monkeypatch.setattr(item_files, "MOST_BYTES", 15_000_000)
+    monkeypatch.setattr(np, "load", lambda *given, **named: pytest.fail("unpacked"))
+    with pytest.raises(UserError, match=r"00003\.npz: .*unpacks to more than"):
+        files.read(3)
+    files.close()
