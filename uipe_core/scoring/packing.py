@@ -75,8 +75,8 @@ class Tree:
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> tuple[Tensor, None]:
         """Replace a model's attention: (1, h, n, d) queries, keys and values to (1, n, h, d) outputs."""
-        rows = [values.transpose(1, 2)[0] for values in (query, key, value)]
-        found = torch.cat([bunch.attend(module, *rows, options) for bunch in self.bunches])
+        q, k, v = (values.transpose(1, 2)[0] for values in (query, key, value))
+        found = torch.cat([bunch.attend(module, q, k, v, options) for bunch in self.bunches])
         return found.index_select(0, self.back.to(found.device))[None], None
 
 
