@@ -1,7 +1,12 @@
 """Define the errors a user meets and the pieces of their messages."""
 
 import difflib
+import re
 from collections.abc import Iterable
+
+_COLOURS = re.compile(r"\x1b\[[\d;]*m")
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters but tab and line feed, and those that turn the direction of what follows."""
 
 
 class UserError(ValueError):
@@ -14,6 +19,14 @@ class StudyInterrupted(Exception):
 
 class ExportMismatchError(Exception):
     """An export, scored again, does not have the trial's numbers. The command line exits with 1, without traceback."""
+
+
+def printable(text: str) -> str:
+    """Return a text for a terminal, with control characters as escapes; colours are left out.
+
+    Names come out of files: they must not move the cursor, change colours or turn the direction of what follows.
+    """
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], _COLOURS.sub("", text))
 
 
 def first_line(error: object) -> str:

@@ -7,7 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from search.cli.tables import Json, Trust, print_json, print_status, print_studies
+from search.cli.tables import (
+    Json,
+    Trust,
+    echo,
+    print_json,
+    print_status,
+    print_studies,
+)
 from search.execution.ray_compat import ADDRESS, require_token
 from uipe_core.errors import StudyInterrupted, UserError
 
@@ -35,19 +42,19 @@ def submit(
     jobs = _jobs(address)
     submission = jobs.submit(study, out, trust_remote_code)
     for note in submission.notes:
-        typer.echo(f"note: {note}", err=True)
+        echo(f"note: {note}", err=True)
     name = submission.job
     if submission.attached:
-        typer.echo(f"under way  {name} (nothing was sent; to change it, stop it and submit again)")
+        echo(f"under way  {name} (nothing was sent; to change it, stop it and submit again)")
     else:
-        typer.echo(f"submitted  {name}")
-    typer.echo(f"output     {submission.out} on the head node")
+        echo(f"submitted  {name}")
+    echo(f"output     {submission.out} on the head node")
     if follow:
         _follow(jobs, name)
         return
-    typer.echo(f"follow     uipe logs {name} --follow")
-    typer.echo(f"status     uipe status {name}")
-    typer.echo(f"stop       uipe stop {name}")
+    echo(f"follow     uipe logs {name} --follow")
+    echo(f"status     uipe status {name}")
+    echo(f"stop       uipe stop {name}")
 
 
 def status(
@@ -92,7 +99,7 @@ def logs(
     if follow:
         _follow(jobs, what)
     else:
-        typer.echo(without_status(jobs.log(what)), nl=False)
+        echo(without_status(jobs.log(what)), nl=False)
 
 
 def _print_tracebacks(out: str, trial: int | None) -> None:
@@ -104,9 +111,9 @@ def _print_tracebacks(out: str, trial: int | None) -> None:
     read_record(folder)
     found = read_tracebacks(folder, trial)
     if not found:
-        typer.echo(f"{out}: no traceback is kept: nothing raised in a trial or base run", err=True)
+        echo(f"{out}: no traceback is kept: nothing raised in a trial or base run", err=True)
     for name, text in found.items():
-        typer.echo(f"{name}\n{text}")
+        echo(f"{name}\n{text}")
 
 
 def stop(job: JobId, address: Server = None) -> None:
@@ -114,9 +121,9 @@ def stop(job: JobId, address: Server = None) -> None:
     from search.cluster.jobs import summary_of
 
     jobs = _jobs(address)
-    ended = summary_of(jobs.stop(job, lambda text: typer.echo(text, err=True)))
+    ended = summary_of(jobs.stop(job, lambda text: echo(text, err=True)))
     more = "" if ended["state"] == "succeeded" else "; the same `uipe submit` resumes it"
-    typer.echo(f"{ended['job']}: {ended['state']}; what was done is in {ended['out']}{more}")
+    echo(f"{ended['job']}: {ended['state']}; what was done is in {ended['out']}{more}")
 
 
 def studies(address: Server = None, as_json: Json = False) -> None:
@@ -143,9 +150,9 @@ def validate(
 
     _quiet_ray()
     described, notes = check_cluster_file(file, schema)
-    typer.echo(f"{file}: valid; {described}")
+    echo(f"{file}: valid; {described}")
     for note in notes:
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 def register(app: typer.Typer) -> None:
@@ -181,12 +188,12 @@ def _quiet_ray() -> None:
 def _follow(jobs: Any, name: str) -> None:
     """Print a driver's log until it ends, and exit as the study did."""
     for line in jobs.follow(name):
-        typer.echo(line, nl=False)
+        echo(line, nl=False)
     job = jobs.ended(name, seconds=30)
     state = job.status.value.lower()
     if state == "stopped":
         raise StudyInterrupted(f"{name} was stopped; `uipe submit` resumes it")
     if state == "failed":
         code = "was killed" if job.driver_exit_code is None else f"ended with code {job.driver_exit_code}"
-        typer.echo(f"error: {name}: its driver {code}; the same `uipe submit` resumes it", err=True)
+        echo(f"error: {name}: its driver {code}; the same `uipe submit` resumes it", err=True)
         raise typer.Exit(1)

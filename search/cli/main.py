@@ -20,6 +20,7 @@ from search.cli.tables import (
     Address,
     Json,
     Trust,
+    echo,
     print_claims,
     print_confirmations,
     print_front,
@@ -50,7 +51,7 @@ class _ToStandardError(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         with contextlib.suppress(OSError):  # closed, full, or a terminal that is gone
-            typer.echo(self.format(record), err=True)
+            echo(self.format(record), err=True)
 
 
 _HANDLER = _ToStandardError()
@@ -101,11 +102,11 @@ def run(
         return
     print_front(result)
     for sentence in conclusions(result):
-        typer.echo(f"- {sentence}")
+        echo(f"- {sentence}")
     print_stop(result)
-    typer.echo(f"\nreport   {result.report_path}")
-    typer.echo(f"browse   uipe dashboard {result.out}")
-    typer.echo(f"export   uipe export {result.out} --rule knee --to {result.out}/export/knee --as model")
+    echo(f"\nreport   {result.report_path}")
+    echo(f"browse   uipe dashboard {result.out}")
+    echo(f"export   uipe export {result.out} --rule knee --to {result.out}/export/knee --as model")
 
 
 @app.command(epilog="Example: uipe validate studies/quickstart.yaml")
@@ -116,12 +117,12 @@ def validate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study 
 
     spec = load_study(study)
     for note in check_inputs(spec):
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
     epochs = spec.base_epochs()
     longest, points = max(epochs.values()), sum(epochs.values())
     lengths = f"{longest}" if min(epochs.values()) == longest else f"{min(epochs.values())} to {longest}"
     given = f" ({len(spec.checkpoints)} given as checkpoints)" if spec.checkpoints else ""
-    typer.echo(
+    echo(
         f"{study}: valid; {len(epochs)} base runs{given} of {lengths} epochs, {points} base points, {spec.search.trials} trials"
     )
 
@@ -166,7 +167,7 @@ def select(
         print_json({"rule": rule, **({"floor": floor} if rule == "utility-floor" else {}), **chosen})
         return
     for key, value in chosen.items():
-        typer.echo(f"{key:32} {value:.6g}" if isinstance(value, float) else f"{key:32} {value}")
+        echo(f"{key:32} {value:.6g}" if isinstance(value, float) else f"{key:32} {value}")
 
 
 @app.command(epilog="Example: uipe export runs/quickstart --rule knee --to exported --as model")
@@ -193,9 +194,7 @@ def export(
         row = result.select(str(rule), floor, allow_collapsed=allow_collapsed)
     path = result.export(row, to, form, trust_remote_code)
     checked = "" if form == "recipe" else "; loaded again, its numbers are the trial's"
-    typer.echo(
-        f"trial {row['trial']} ({row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}) as {form}: {path}{checked}"
-    )
+    echo(f"trial {row['trial']} ({row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}) as {form}: {path}{checked}")
 
 
 @app.command(epilog="Example: uipe rebuild exported/recipe.yaml --to rebuilt --as model")
@@ -210,7 +209,7 @@ def rebuild(
     from search.results.recipe import read_recipe
 
     quieten()
-    typer.echo(f"rebuilt and checked: {export_recipe(read_recipe(recipe), to, form, trust_remote_code=trust_remote_code)}")
+    echo(f"rebuilt and checked: {export_recipe(read_recipe(recipe), to, form, trust_remote_code=trust_remote_code)}")
 
 
 @app.command(epilog="Example: uipe confirm runs/quickstart --top 3 --seeds 2")
@@ -235,7 +234,7 @@ def confirm(
         print_json({"study": result.store.record.name, "definition": result.spec.definition, "confirmed": rows})
         return
     print_confirmations(result, rows)
-    typer.echo(f"metrics: {result.spec.definition}; report: {result.report_path}")
+    echo(f"metrics: {result.spec.definition}; report: {result.report_path}")
 
 
 @app.command(epilog="Example: uipe report runs/quickstart")
@@ -244,7 +243,7 @@ def report(out: Out) -> None:
     from search.report.html import write_report
     from search.results.study_result import StudyResult
 
-    typer.echo(write_report(StudyResult.open(out)))
+    echo(write_report(StudyResult.open(out)))
 
 
 @app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")
@@ -259,7 +258,7 @@ def dashboard(
 
     result = StudyResult.open(out)
     write_notes(result)
-    typer.echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
+    echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
     _writable(f"port {port}", lambda: serve(result.store.storage, port, writable))
 
 
@@ -281,7 +280,7 @@ def paper(
         print_json(result)
         return
     print_claims(result)
-    typer.echo(f"page     {result['page']}")
+    echo(f"page     {result['page']}")
 
 
 register_models(app)
@@ -341,7 +340,7 @@ def _end(code: int, sentence: str) -> NoReturn:
     """Exit after a sentence on standard error, which may be a terminal that is gone."""
     if sentence:
         with contextlib.suppress(OSError):
-            typer.echo(sentence, err=True)
+            echo(sentence, err=True)
     sys.exit(code)
 
 

@@ -6,6 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from uipe_core.errors import printable
+
+
+def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
+    """Print a text, which may hold names out of files, without what would control a terminal."""
+    typer.echo(printable(str(text)), err=err, nl=nl)
+
+
 Address = Annotated[
     str | None,
     typer.Option(help="Ray cluster this is a node of: auto, or host:port; Ray on this machine alone when left out."),
@@ -29,7 +37,7 @@ SHOWN_REASONS = 8
 
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object on standard output."""
-    typer.echo(json.dumps(value, default=str, allow_nan=False))
+    echo(json.dumps(value, default=str, allow_nan=False))
 
 
 def print_metrics(values: dict[str, Any], as_json: bool) -> None:
@@ -49,9 +57,9 @@ def print_metrics(values: dict[str, Any], as_json: bool) -> None:
     notes = rows.pop("notes", [])
     rows = {name: "not known" if value is None else value for name, value in rows.items()}
     for name, value in rows.items():
-        typer.echo(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
+        echo(f"{name:32} {value:.6g}" if isinstance(value, float) else f"{name:32} {value}")
     for note in notes:
-        typer.echo(f"note: {note}")
+        echo(f"note: {note}")
 
 
 SHORT_WALKS = {
@@ -91,13 +99,13 @@ def print_front(result: Any) -> None:
         cells = {key: "" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()}
         cells[utility] += " !" if row["flagged"] else ""
         cells["trial"] += " x" if isinstance(row["collapsed"], str) else ""
-        table.add_row(*map(escape, cells.values()))
+        table.add_row(*(escape(printable(cell)) for cell in cells.values()))
     console.print(table)
     if result.front["flagged"].any():
         flag = flag_of(result.objectives)
         console.print(f"! {flag.meaning}, {flag.caution}")
     for row in result.front[collapsed(result.front)].to_dict("records"):
-        console.print(f"x trial {row['trial']} has collapsed ({row['collapsed']}): no rule selects it", markup=False)
+        console.print(f"x trial {row['trial']} has collapsed ({printable(row['collapsed'])}): no rule selects it", markup=False)
 
 
 def print_stop(result: Any) -> None:
@@ -106,20 +114,20 @@ def print_stop(result: Any) -> None:
 
     stopped = result.store.record.stopped
     if stopped:
-        typer.echo(f"\nstopped: {stopped}; a larger budget and the same command go on")
+        echo(f"\nstopped: {stopped}; a larger budget and the same command go on")
     saved = result.saved
     if saved:
         stages = ", ".join(f"{count} after {stage}" for stage, count in saved["stages"].items())
         seconds = f"about {saved['seconds']:.3g} s, {saved['share']:.0%} of their scoring"
-        typer.echo(f"\npruned trials: {saved['trials']} ({stages}), which saved {seconds}")
+        echo(f"\npruned trials: {saved['trials']} ({stages}), which saved {seconds}")
     failures = result.store.failures()
     if failures:
-        typer.echo(f"\nfailed trials: {len(failures)}")
+        echo(f"\nfailed trials: {len(failures)}")
         kinds = counted(failure["reason"] for failure in failures)
         for reason, count in kinds[:SHOWN_REASONS]:
-            typer.echo(f"  {count} x {reason}")
+            echo(f"  {count} x {reason}")
         if len(kinds) > SHOWN_REASONS:
-            typer.echo(f"  and {len(kinds) - SHOWN_REASONS} other reasons: see the report")
+            echo(f"  and {len(kinds) - SHOWN_REASONS} other reasons: see the report")
 
 
 def _objective_columns(objectives: Any) -> dict[str, tuple[str, str]]:
@@ -155,11 +163,11 @@ def print_confirmations(result: Any, rows: list[dict[str, Any]]) -> None:
     """Print each confirmed trial with its numbers over training seeds."""
     for row in rows:
         point = f"{row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}"
-        typer.echo(f"trial {row['trial']} ({point}), further seeds: {row['seeds']}")
+        echo(f"trial {row['trial']} ({point}), further seeds: {row['seeds']}")
         for objective in result.objectives:
             own, mean, spread = (row[f"{objective.name}{suffix}"] for suffix in ("", "_mean", "_spread"))
             places = objective.places
-            typer.echo(f"  {objective.title:24} own seed {own:.{places}f}   all seeds {mean:.{places}f} +- {spread:.{places}f}")
+            echo(f"  {objective.title:24} own seed {own:.{places}f}   all seeds {mean:.{places}f} +- {spread:.{places}f}")
 
 
 def print_status(status: dict[str, Any]) -> None:
@@ -173,7 +181,7 @@ def print_status(status: dict[str, Any]) -> None:
     elif status.get("message"):
         lines["message"] = str(status["message"]).strip().splitlines()[0]
     for name, text in lines.items():
-        typer.echo(f"{name:13} {text}")
+        echo(f"{name:13} {text}")
 
 
 def _progress_lines(status: dict[str, Any]) -> dict[str, str]:
@@ -197,7 +205,7 @@ def _progress_lines(status: dict[str, Any]) -> dict[str, str]:
 def print_studies(studies: list[dict[str, Any]]) -> None:
     """Print studies, a row each: of folders, or of a cluster's jobs."""
     if not studies:
-        typer.echo("no studies")
+        echo("no studies")
         return
     table, console = _table(width=160)
     names = ("job", "study", "state", "trials", "started", "ended", "out")
@@ -206,7 +214,7 @@ def print_studies(studies: list[dict[str, Any]]) -> None:
         table.add_column(key, overflow="fold")
     for row in studies:
         cells = {**row, "trials": "{done} of {total}".format(**row["trials"]) if "trials" in row else ""}
-        table.add_row(*(str(cells.get(key) or "") for key in columns))
+        table.add_row(*(printable(str(cells.get(key) or "")) for key in columns))
     console.print(table, markup=False)
 
 
@@ -278,9 +286,9 @@ def print_dial(answer: dict[str, Any]) -> None:
     """Print the answer of a constrained search."""
     forgetting, utility = answer["objectives"]
     share = f"{answer['floor']:g} of the initial model's ({answer['definition']})"
-    typer.echo(f"{utility} of at least {answer['least_utility']:.4f}, {share}")
+    echo(f"{utility} of at least {answer['least_utility']:.4f}, {share}")
     for line in answer["lines"]:
-        typer.echo(f"\n{line['base']}, epoch {line['epoch']}: {MEANINGS[line['state']]} ({line['scores']} scores)")
+        echo(f"\n{line['base']}, epoch {line['epoch']}: {MEANINGS[line['state']]} ({line['scores']} scores)")
         for title in ("best", "last_feasible", "first_infeasible"):
             point = line[title]
             if point is None or (title == "last_feasible" and point == line["best"]):
@@ -289,14 +297,14 @@ def print_dial(answer: dict[str, Any]) -> None:
             numbers = "  ".join(
                 f"{name} {point[name]:.4f}{_interval(point.get(f'{name}_interval'))}" for name in (forgetting, utility)
             )
-            typer.echo(f"  {title.replace('_', ' '):17} alpha {point['alpha']:7.4f}  {numbers}  {named}")
+            echo(f"  {title.replace('_', ' '):17} alpha {point['alpha']:7.4f}  {numbers}  {named}")
     if answer["best"] is None:
-        typer.echo("\nno trial keeps so much utility; give a lower --floor")
+        echo("\nno trial keeps so much utility; give a lower --floor")
         return
     best = answer["best"]
     where = f"trial {best['trial']} ({best['base']}, epoch {best['epoch']}, alpha {best['alpha']:.4f})"
-    typer.echo(f"\nstrongest forgetting: {where}, {forgetting} {best[forgetting]:.4f}, {utility} {best[utility]:.4f}")
-    typer.echo(f"export   {answer['export']}")
+    echo(f"\nstrongest forgetting: {where}, {forgetting} {best[forgetting]:.4f}, {utility} {best[utility]:.4f}")
+    echo(f"export   {answer['export']}")
 
 
 def _interval(ends: list[float] | None) -> str:
@@ -313,13 +321,13 @@ def print_plan(plan: Any) -> None:
     section = ""
     for line in plan.lines:
         amount = "?" if line.value is None else _AMOUNTS[line.unit](line.value)
-        table.add_row("" if line.section == section else line.section, escape(line.what), amount, line.how)
+        table.add_row("" if line.section == section else line.section, escape(printable(line.what)), amount, line.how)
         section = line.section
     console.print(table)
     for misfit in plan.misfits:
-        console.print(f"cannot fit: {misfit.what}; {misfit.remedy}", markup=False)
+        console.print(printable(f"cannot fit: {misfit.what}; {misfit.remedy}"), markup=False)
     for note in plan.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(printable(f"note: {note}"), markup=False)
     if not plan.misfits:
         console.print("everything that is known fits", markup=False)
 
@@ -350,7 +358,8 @@ def print_findings(study: str, findings: Any) -> None:
     for head in ("", "finding", "what it means", "remedy"):
         table.add_column(head, overflow="fold")
     for finding in findings:
-        table.add_row(finding.state, escape(finding.found), escape(finding.meaning), escape(finding.remedy))
+        texts = (finding.found, finding.meaning, finding.remedy)
+        table.add_row(finding.state, *(escape(printable(text)) for text in texts))
     console.print(table)
 
 

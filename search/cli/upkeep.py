@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from search.cli.tables import Address, Json, Trust, dial_facts, print_dial, print_findings, print_json, print_plan, quieten
+from search.cli.tables import (
+    Address,
+    Json,
+    Trust,
+    dial_facts,
+    echo,
+    print_dial,
+    print_findings,
+    print_json,
+    print_plan,
+    quieten,
+)
 from search.execution.ray_compat import configure_ray
 
 
@@ -52,7 +63,7 @@ def plan(
     quieten()
     spec = load_study(study)
     place = out or Path("runs", spec.name)
-    made = plan_study(spec, place, like, lambda text: typer.echo(f"{text} ...", err=True), trust_remote_code)
+    made = plan_study(spec, place, like, lambda text: echo(f"{text} ...", err=True), trust_remote_code)
     print_json(made.as_dict()) if as_json else print_plan(made)
     if made.misfits:
         sys.exit(1)
@@ -77,9 +88,9 @@ def doctor(
     else:
         print_findings(str(out), findings)
         if remaining == 0:
-            typer.echo("no problem found")
+            echo("no problem found")
         elif not fix:
-            typer.echo(f"uipe doctor {out} --fix repairs what can be repaired")
+            echo(f"uipe doctor {out} --fix repairs what can be repaired")
     if remaining:
         sys.exit(1)
 

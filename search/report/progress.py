@@ -8,6 +8,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from uipe_core.errors import printable
+
 
 class Bars:
     """Progress bars on standard error; on anything but a terminal, a line when a bar is full.
@@ -71,7 +73,7 @@ class Bars:
     def say(self, text: str) -> None:
         """A line above the bars; lost where standard error is closed, full, or a terminal that is gone: the work goes on."""
         with contextlib.suppress(OSError):
-            self.console.print(text, highlight=False, markup=False)
+            self.console.print(printable(text), highlight=False, markup=False)
 
 
 class ProgressActor:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from uipe_core.errors import first_line
+from uipe_core.errors import first_line, printable
 
 
 @pytest.mark.parametrize(
@@ -17,3 +17,9 @@ from uipe_core.errors import first_line
 )
 def test_the_first_line_of_an_error_is_never_empty(error, said):
     assert first_line(error) == said
+
+
+def test_control_characters_are_printed_as_escapes():
+    named = "npo\x1b]0;title\x07\x1b[31m\r\x9b2J\u202eevil\ttab\nline"
+    assert printable(named) == "npo\\x1b]0;title\\x07\\r\\x9b2J\\u202eevil\ttab\nline"
+    assert printable("Ünïcode \u00e9 \U0001f600") == "Ünïcode \u00e9 \U0001f600"
