@@ -75,7 +75,7 @@ def false_alarms(people: int, repeats: int) -> dict[str, float]:
     """Share of studies that find a difference where there is none."""
     generator = np.random.default_rng(1000 + people)
     names = [str(item // PER_PERSON) for item in range(people * PER_PERSON)]
-    told: dict[str, list[bool]] = {"trials_apart": [], "paired_p": [], "paired_p_by_item": []}
+    found: dict[str, list[bool]] = {"trials_apart": [], "paired_p": [], "paired_p_by_item": []}
     for repeat in range(repeats):
         weights = group_weights(names, repeat)
         base, reference = ratios(people, SHIFT, generator)
@@ -92,11 +92,11 @@ def false_alarms(people: int, repeats: int) -> dict[str, float]:
                     axis=1,
                 )
             )
-        told["trials_apart"].append(len(set(indistinguishable(np.stack(columns, axis=1), people))) > 1)
+        found["trials_apart"].append(len(set(indistinguishable(np.stack(columns, axis=1), people))) > 1)
         same, other = ratios(people, 0.0, generator)
-        told["paired_p"].append(paired_permutation(same, other, repeat, names) < 1 - LEVEL)
-        told["paired_p_by_item"].append(paired_permutation(same, other, repeat) < 1 - LEVEL)
-    return {name: round(float(np.mean(found)), 3) for name, found in told.items()}
+        found["paired_p"].append(paired_permutation(same, other, repeat, names) < 1 - LEVEL)
+        found["paired_p_by_item"].append(paired_permutation(same, other, repeat) < 1 - LEVEL)
+    return {name: round(float(np.mean(found)), 3) for name, found in found.items()}
 
 
 def main() -> None:
@@ -109,8 +109,8 @@ def main() -> None:
         people: {"coverage": coverage(people, given.repeats), "false": false_alarms(people, max(20, given.repeats // 4))}
         for people in given.people
     }
-    found = {"level": LEVEL, "repeats": given.repeats, "items_per_person": PER_PERSON, "people": table}
-    json.dump(found, sys.stdout, indent=1)
+    table_of = {"level": LEVEL, "repeats": given.repeats, "items_per_person": PER_PERSON, "people": table}
+    json.dump(table_of, sys.stdout, indent=1)
     print()
 
 

@@ -345,7 +345,7 @@ def _end(code: int, sentence: str) -> NoReturn:
 
 
 def _open_streams() -> None:
-    """Open what the shell has closed, lest a file of ours gets its number and what is printed lands there."""
+    """Open what the shell has closed, lest a file that is opened here gets its number and what is printed lands there."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

@@ -7,7 +7,7 @@ import typer
 
 from search.cli.tables import Json, print_metrics, quieten
 
-Definition = Annotated[str, typer.Option(help="Metric definition: tofu, tofu-utils or open-unlearning.")]
+Definition = Annotated[str, typer.Option(help="Metric definition: tofu, tofu-utils, open-unlearning or tofu-unicode.")]
 
 
 def score(

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from search.evaluation.inputs import check_words
 from search.report.progress import Bars
 from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice, sets_in_folder
 from uipe_core.corpora.people import load_people
@@ -66,6 +67,7 @@ def score_once(
     """
     if log_format not in LOG_FORMATS:
         raise UserError(f"--log-format: {log_format!r} is unknown; give {' or '.join(LOG_FORMATS)}")
+    check_words(corpus, definition)
     if corpus.choices:
         return _choices_once(model, corpus, loading, scoring, reference, log)
     against = None

@@ -13,6 +13,8 @@ from uipe_core.corpora.split import split_corpus
 from uipe_core.corpora.types import Corpus
 from uipe_core.errors import UserError
 from uipe_core.logs.tofu import read_log
+from uipe_core.metrics.definitions import definition_named
+from uipe_core.metrics.rouge import has_latin_word
 from uipe_core.metrics.uncertainty import detectable_shift
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
     if not notes:
         corpus = spec.corpus.load(spec.seed)
         notes += check_split(spec, corpus)
+        check_words(corpus, spec.definition)
     if isinstance(spec.model, PretrainedModel):
         for key, value in spec.model.places().items():
             if not is_local(value):
@@ -107,6 +110,24 @@ def check_split(spec: StudySpec, corpus: Corpus) -> list[str]:
         return []
     half = "" if spec.split is None else f" `split` leaves {kept} of {whole} forget items; without it there are {whole}."
     return [f"forget quality: {power_of_forget_quality(kept)}{half}"]
+
+
+def check_words(corpus: Corpus, definition: str) -> None:
+    """Refuse answers in which ROUGE sees no word: their recall is 0, and with it model utility, whatever a model answers.
+
+    Raises:
+        UserError: An evaluation set with such answers, where the definition counts runs of a-z and 0-9 alone.
+    """
+    if definition_named(definition).unicode_rouge:
+        return
+    for name, items in corpus.sets.items():
+        without = [item.answer for item in items if not has_latin_word(item.answer)]
+        if without:
+            raise UserError(
+                f"corpus: {len(without)} of {len(items)} {name} answers ({without[0]!r}) have no letter a-z and no digit, all "
+                f"that ROUGE of the definition {definition} counts, so their recall is 0 for every model; set "
+                "scoring.definition (--definition) to tofu-unicode"
+            )
 
 
 def power_of_forget_quality(items: int) -> str:

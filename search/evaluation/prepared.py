@@ -13,6 +13,7 @@ from search.evaluation.inputs import (
     check_positions,
     check_split,
     check_steered_layers,
+    check_words,
     checkpoint_folder,
     require_trust,
 )
@@ -159,6 +160,7 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     require_trust(spec, trust_remote_code)
     corpus = spec.corpus.load(spec.seed)
     check_split(spec, corpus)
+    check_words(corpus, spec.definition)
     models = models_of(spec, corpus)
     check_steered_layers(spec, models.revision, models.trust_remote_code)
     if isinstance(models, PretrainedModels):

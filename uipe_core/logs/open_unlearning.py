@@ -27,6 +27,7 @@ import numpy as np
 
 from uipe_core.errors import UserError
 from uipe_core.logs.parts import EXTRA_KEY, MEMORIZATION, Part, check_writable, extra_part, with_extra, write_json
+from uipe_core.metrics.rouge import rouge_l_f1
 from uipe_core.metrics.scores import FloatArray, ScoreReport, SetScores
 from uipe_core.metrics.tofu import CHOICE_SETS, SET_TITLES, evaluate, truth_ratio
 
@@ -143,11 +144,7 @@ def _rouge_l_f1(scores: SetScores) -> list[float] | None:
     """Return ROUGE-L F1 per item, which open-unlearning logs next to recall; None without the texts."""
     if scores.generated is None or scores.answers is None:
         return None
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    pairs = zip(scores.answers, scores.generated, strict=True)
-    return [scorer.score(answer, generated)["rougeL"].fmeasure for answer, generated in pairs]
+    return [rouge_l_f1(answer, generated) for answer, generated in zip(scores.answers, scores.generated, strict=True)]
 
 
 def _probability(losses: FloatArray) -> dict[str, Any]:

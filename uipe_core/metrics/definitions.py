@@ -6,8 +6,9 @@ With q the (n, k) mean losses of the perturbed answers and p the (n,) mean loss 
     tofu               exp(-mean q), geometric      as they are
     tofu-utils         mean exp(-q), arithmetic     as they are
     open-unlearning    exp(-mean q), geometric      1e-10 added
+    tofu-unicode       as tofu; ROUGE over words of any script
 
-Forget quality compares geometric truth ratios in all three: `get_forget_quality` in ``utils.py`` of locuslab/tofu averages
+Forget quality compares geometric truth ratios in all of them: `get_forget_quality` in ``utils.py`` of locuslab/tofu averages
 losses, though its model utility averages probabilities, as the paper's equation 1 does.
 
 Sources: ``aggregate_eval_stat.py`` (tofu) and ``utils.py`` (tofu-utils) of locuslab/tofu; ``src/evals/metrics/memorization.py``
@@ -44,18 +45,21 @@ class Definition:
         generation_length: Longest generation in tokens.
         generation_counts_prompt: Whether that includes the prompt: ``max_length: 200`` of locuslab/tofu
             (``config/eval_everything.yaml``), not ``max_new_tokens: 200`` of open-unlearning (``configs/generation``).
+        unicode_rouge: ROUGE counts words of any script, not runs of a-z and 0-9 alone (`rouge`).
     """
 
     log_mean_perturbed: Callable[[FloatArray], FloatArray]
     epsilon: float = 0.0
     generation_length: int = 200
     generation_counts_prompt: bool = False
+    unicode_rouge: bool = False
 
 
 DEFINITIONS: dict[str, Definition] = {
     "tofu": Definition(log_mean_perturbed=log_geometric_mean, generation_counts_prompt=True),
     "tofu-utils": Definition(log_mean_perturbed=log_arithmetic_mean, generation_counts_prompt=True),
     "open-unlearning": Definition(log_mean_perturbed=log_geometric_mean, epsilon=1e-10),
+    "tofu-unicode": Definition(log_mean_perturbed=log_geometric_mean, generation_counts_prompt=True, unicode_rouge=True),
 }
 
 

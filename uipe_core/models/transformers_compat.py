@@ -27,7 +27,7 @@ PLAIN_LORA_STARTS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of ``init_lora_weights`` that leave the base weights alone; pissa, olora, corda and others change them."""
 
 _ATTENTION = "uipe_tree"
-"""Name under which a function of ours takes the place of a model's attention."""
+"""Name under which the tree's function takes the place of a model's attention."""
 
 _DOWN_PROJECTION = re.compile(r"(^|\.)(down_proj|fc2|dense_4h_to_h|mlp\.c_proj|w2)(\.weight)?$")
 """Last weight of a feed-forward block in Llama, Phi, GPT-NeoX, GPT-2 and Mixtral."""

@@ -61,7 +61,7 @@ class Bunch:
 
 @dataclass(frozen=True)
 class Tree:
-    """Who attends to whom in a row of n tokens.
+    """Attention in a row of n tokens: which token attends to which.
 
     Attributes:
         bunches: Pieces of paths; every token attends in one of them.

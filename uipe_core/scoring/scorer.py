@@ -10,7 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, partial
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,9 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uipe_core.corpora.types import UTILITY_SETS, Corpus, Item, ItemSet, item_set_hash
+from uipe_core.corpora.types import UTILITY_SETS, Corpus, ItemSet, item_set_hash
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.memorization import Matches, exact_memorization, extraction_strength
+from uipe_core.metrics.rouge import rouge_recall
 from uipe_core.metrics.scores import FloatArray, IntArray, ScoreReport, SetScores, logit_scale
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import Example, PromptFormat
@@ -90,19 +91,21 @@ class ScoringConfig:
         generation_length: Longest greedy generation in tokens.
         counts_prompt: Whether that includes each prompt. In locuslab/tofu's code the padding to the longest prompt of the batch
             counts too, so that a text depends on its batch.
+        unicode_rouge: ROUGE counts words of any script (`uipe_core.metrics.rouge.unicode_words`).
     """
 
     batch_size: int | None = 32
     generation_length: int = 200
     counts_prompt: bool = False
+    unicode_rouge: bool = False
 
     @classmethod
     def of(cls, definition: str, batch_size: int | None, max_new_tokens: int | None) -> "ScoringConfig":
         """Return the configuration with a metric definition's generation length, or `max_new_tokens`."""
         chosen = definition_named(definition)
         if max_new_tokens is not None:
-            return cls(batch_size, max_new_tokens)
-        return cls(batch_size, chosen.generation_length, chosen.generation_counts_prompt)
+            return cls(batch_size, max_new_tokens, unicode_rouge=chosen.unicode_rouge)
+        return cls(batch_size, chosen.generation_length, chosen.generation_counts_prompt, chosen.unicode_rouge)
 
 
 class Scorer:
@@ -330,26 +333,9 @@ class Scorer:
     def _with_texts(self, name: str, scores: SetScores, texts: list[str] | None) -> SetScores:
         if texts is None:
             return scores
-        rouge = _rouge_recall(self.sets[name], texts)
+        pairs = zip(self.sets[name], texts, strict=True)
+        rouge = np.array([rouge_recall(item.answer, text, self.config.unicode_rouge) for item, text in pairs], dtype=np.float64)
         return replace(scores, rouge_l_recall=rouge[:, 0], rouge_1_recall=rouge[:, 1], generated=tuple(texts))
-
-
-@cache
-def _rouge_scorer() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    return RougeScorer(["rougeL", "rouge1"], use_stemmer=True)
-
-
-@cache
-def _rouge_pair(gold: str, text: str) -> tuple[float, float]:
-    scores = _rouge_scorer().score(gold, text)
-    return scores["rougeL"].recall, scores["rouge1"].recall
-
-
-def _rouge_recall(items: Sequence[Item], texts: Sequence[str]) -> FloatArray:
-    """Return (n, 2) ROUGE-L and ROUGE-1 recall of each generation against its gold answer."""
-    return np.array([_rouge_pair(item.answer, text) for item, text in zip(items, texts, strict=True)], dtype=np.float64)
 
 
 def _means(values: Tensor, lengths: Sequence[int]) -> FloatArray:

@@ -4,10 +4,11 @@ import shutil
 
 import pytest
 
-from search.evaluation.inputs import check_inputs
+from search.evaluation.inputs import check_inputs, check_words
 from search.evaluation.prepared import prepare
 from search.spec.study import load_study
 from uipe_core.corpora.refusals import REFUSALS
+from uipe_core.corpora.types import Corpus, Item
 from uipe_core.errors import UserError
 from uipe_core.models.tiny import tiny_model
 
@@ -164,3 +165,12 @@ def test_a_log_that_is_none_is_refused_before_anything_is_spent(write_study, mod
     file = write_study(tmp_path / "study.yaml", **pretrained(model_folder, tmp_path / "log.json"))
     with pytest.raises(UserError, match="missing parts"):
         check_inputs(load_study(file))
+
+
+def test_answers_in_which_rouge_sees_no_word_are_refused_with_the_definition_that_does():
+    cyrillic = (Item("Что это?", "красный дом", "дом красный", ("синий дом",)),)
+    mixed = (Item("Что это?", "дом 7", "дом номер 7", ("дом 8",)),)
+    corpus = Corpus(name="cyrillic", sets={"forget": mixed, "retain": cyrillic}, forget_train=mixed, retain_train=cyrillic)
+    with pytest.raises(UserError, match=r"1 of 1 retain answers \('красный дом'\) have no letter a-z.*tofu-unicode"):
+        check_words(corpus, "tofu")
+    check_words(corpus, "tofu-unicode")
