@@ -106,10 +106,13 @@ def check_split(spec: StudySpec, corpus: Corpus) -> list[str]:
             f"split.select: {spec.split.select:g} leaves forget quality {kept} of {whole} forget items, and on fewer than "
             f"{MANY_ITEMS} it passes models that were never unlearned; give {MANY_ITEMS / whole:.2f} or more, or leave it out"
         )
+    items = [corpus.sets["forget"][row] for row in split.select["forget"]]
+    twice = len(items) - len({(item.question, item.answer) for item in items})
+    notes = [f"corpus: {twice} forget items stand there more than once; forget quality counts each"] if twice else []
     if kept >= MANY_ITEMS:
-        return []
+        return notes
     half = "" if spec.split is None else f" `split` leaves {kept} of {whole} forget items; without it there are {whole}."
-    return [f"forget quality: {power_of_forget_quality(kept)}{half}"]
+    return [*notes, f"forget quality: {power_of_forget_quality(kept)}{half}"]
 
 
 def check_words(corpus: Corpus, definition: str) -> None:

@@ -22,7 +22,7 @@ from uipe_core.errors import UserError
 
 GIVEN = [TrialSpec("alpha_zero", "npo", 1, 0.0), TrialSpec("alpha_zero", "npo", 2, 0.0)]
 CONTROLS = [TrialSpec("initial"), TrialSpec("next_epoch", "npo", 3, 0.0)]
-MIRROR = TrialSpec("random_direction", "npo", 1, 0.5, of_trial=3)
+WITH_TRIAL = TrialSpec("random_direction", "npo", 1, 0.5, of_trial=3)
 
 
 THERE = {"grad_diff": ("aa",), "npo": ("bb",)}
@@ -69,7 +69,7 @@ def harness(new_store):
 
 
 def test_order_is_controls_given_points_proposals_and_then_mirrors(harness, made_up_evidence):
-    study = harness(jobs=CONTROLS + GIVEN, proposals=2, mirrors=lambda: [MIRROR])
+    study = harness(jobs=CONTROLS + GIVEN, proposals=2, mirrors=lambda: [WITH_TRIAL])
     jobs = []
     for number in range(1, 8):
         jobs.append(study.next())
@@ -84,7 +84,7 @@ def test_order_is_controls_given_points_proposals_and_then_mirrors(harness, made
         "random_direction",
     ]
     assert jobs[:4] == CONTROLS + GIVEN
-    assert jobs[-1] == MIRROR
+    assert jobs[-1] == WITH_TRIAL
     assert study.next() == StudySearcher.FINISHED
     assert [(reason, again) for _, reason, again in study.ends] == [(None, False)] * 7
     assert study.store.counts()["complete"] == 4
@@ -93,14 +93,14 @@ def test_order_is_controls_given_points_proposals_and_then_mirrors(harness, made
 
 def test_mirrors_wait_for_the_end_of_everything_else(harness, made_up_evidence):
     calls = []
-    study = harness(jobs=GIVEN, mirrors=lambda: calls.append(1) or [MIRROR])
+    study = harness(jobs=GIVEN, mirrors=lambda: calls.append(1) or [WITH_TRIAL])
     first, second = study.next(), study.next()
     assert study.next() is None
     study.finish(2, made_up_evidence(second))
     assert study.next() is None
     assert calls == []
     study.finish(1, made_up_evidence(first))
-    assert study.next() == MIRROR
+    assert study.next() == WITH_TRIAL
     assert study.next() == StudySearcher.FINISHED or study.next() is None
     assert calls == [1]
 
@@ -341,7 +341,7 @@ def test_a_trial_may_end_before_its_worker_is_let_go(harness, made_up_evidence):
 
 
 def test_hours_that_are_over_end_all_but_what_is_at_work(harness):
-    study = harness(jobs=CONTROLS + GIVEN, proposals=5, mirrors=lambda: [MIRROR], budget=Budget(hours=1e-12))
+    study = harness(jobs=CONTROLS + GIVEN, proposals=5, mirrors=lambda: [WITH_TRIAL], budget=Budget(hours=1e-12))
     study.runs.waiting.append("late")
     assert study.next() == StudySearcher.FINISHED
     assert study.searcher.done
@@ -352,7 +352,7 @@ def test_hours_that_are_over_end_all_but_what_is_at_work(harness):
 
 def test_a_plateau_ends_the_search_and_the_front_is_still_mirrored(harness, made_up_evidence):
     budget = Budget(plateau=Plateau(trials=5, gain=0.01))
-    study = harness(jobs=GIVEN[:1], proposals=50, mirrors=lambda: [MIRROR], budget=budget)
+    study = harness(jobs=GIVEN[:1], proposals=50, mirrors=lambda: [WITH_TRIAL], budget=budget)
     kinds = []
     for number in range(1, 100):
         job = study.next()
