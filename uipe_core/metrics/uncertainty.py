@@ -140,15 +140,15 @@ def intervals(values: FloatArray, groups: int) -> FloatArray:
         values: (d, ...) of the draws.
         groups: Groups that were drawn, at least 2.
     """
-    outside = NormalDist().cdf(-_expansion(groups) * NormalDist().inv_cdf((1 + LEVEL) / 2))
+    outside = NormalDist().cdf(-_expanded(NormalDist().inv_cdf((1 + LEVEL) / 2), groups))
     return np.quantile(values, [outside, 1 - outside], axis=0)
 
 
-def _expansion(groups: int) -> float:
-    """How much wider an interval of g groups is than a percentile interval, in standard deviations of the draws."""
+def _expanded(deviations: float, groups: int) -> float:
+    """Return what Student's t of g groups exceeds as often as a normal value exceeds `deviations`, in deviations of the draws."""
     from scipy.special import stdtrit
 
-    return float(np.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, (1 + LEVEL) / 2) / NormalDist().inv_cdf((1 + LEVEL) / 2))
+    return float(-np.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, NormalDist().cdf(-deviations)))
 
 
 def front_probability(values: FloatArray) -> FloatArray:
@@ -184,7 +184,7 @@ def indistinguishable(values: FloatArray, groups: int) -> NDArray[np.int64]:
         largest = np.maximum(largest, (np.abs(differences - means) / scale).max(axis=(1, 2)))
         certain = np.where(~known & (np.abs(means) > 1e-12), np.inf, 0.0)
         size[trial, trial + 1 :] = np.maximum(np.abs(means) / scale, certain).max(axis=1)
-    limit = np.quantile(largest, LEVEL) * _expansion(groups)
+    limit = _expanded(float(np.quantile(largest, LEVEL)), groups)
     differ = np.maximum(size, size.T) > limit
     numbers = np.zeros(trials, dtype=np.int64)
     members: list[int] = []
