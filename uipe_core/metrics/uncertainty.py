@@ -145,7 +145,7 @@ def intervals(values: FloatArray, groups: int) -> FloatArray:
 
 
 def _expanded(deviations: float, groups: int) -> float:
-    """Return what Student's t of g groups exceeds as often as a normal value exceeds `deviations`, in deviations of the draws."""
+    """Return what Student's t of g groups exceeds as often as a normal value does `deviations`, in deviations of the draws."""
     from scipy.special import stdtrit
 
     return float(-np.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, NormalDist().cdf(-deviations)))
