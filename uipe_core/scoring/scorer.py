@@ -61,7 +61,7 @@ class TeacherForcedScores:
         scaled = [pair for pair in zip(rows.owners, rows.lengths, strict=True) if pair[0] in self._scaled]
         if scaled:
             chosen = torch.from_numpy(np.isin(tokens, [number for number, _ in scaled])).to(logits.device)
-            spread = logits[which[chosen]].float().std(dim=-1)
+            spread = _standard_deviation(logits[which[chosen]].float())
             self.spreads[[number for number, _ in scaled]] = _means(spread, [length for _, length in scaled])
         gold = [number for number in rows.owners if number in self._gold]
         if gold:
@@ -350,6 +350,12 @@ def _rouge_pair(gold: str, text: str) -> tuple[float, float]:
 def _rouge_recall(items: Sequence[Item], texts: Sequence[str]) -> FloatArray:
     """Return (n, 2) ROUGE-L and ROUGE-1 recall of each generation against its gold answer."""
     return np.array([_rouge_pair(item.answer, text) for item, text in zip(items, texts, strict=True)], dtype=np.float64)
+
+
+def _standard_deviation(values: Tensor) -> Tensor:
+    """Return (n,) standard deviations of (n, v) values; `Tensor.std` takes three times as long on the CPU."""
+    centred = values - values.mean(dim=-1, keepdim=True)
+    return (centred.square_().sum(dim=-1) / (values.shape[-1] - 1)).sqrt()
 
 
 def _means(values: Tensor, lengths: Sequence[int]) -> FloatArray:
