@@ -73,7 +73,7 @@ def read_recorded(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]
         name, cpu = str(found["name"]), str(found["cpu"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"--against: {path} is no recorded figure ({type(error).__name__}: {error}); see --help for what it holds")
-    if not seconds or min(seconds) <= 0:
+    if not seconds or not all(0 < value < float("inf") for value in seconds):
         parser.error(f"--against: processor_seconds of {path} are {seconds}; give seconds above 0")
     if cpu != machine()["cpu"]:
         parser.error(f"--against: {path} is of {cpu!r}, this processor is {machine()['cpu']!r}; record it here")
