@@ -1,10 +1,11 @@
 """How many items a trial needs for the sampler `line` to choose as well: replayed on recorded tables, without any model.
 
 A search sees a share of every set's items, its finalists are scored on all. Items are chosen before the search by their
-spread: those whose answer's loss differs most between the given points (initial model, every epoch at alpha = 0). Baseline: the
-same search on all items; `even` takes every second, third, ... item in place of those of large spread. Given is the share of the dense grid's gain (hypervolume over the given points, forget quality capped
-at the noise ceiling, all items) that the finalists have: after so many scores, the front as the search sees it. Beside it what
-this costs: items scored, finalists on all of them included, as a share of the baseline's. Prints one JSON object.
+spread: those whose answer's loss differs most between the given points (initial model, every epoch at alpha = 0); or evenly,
+every second, third, ... one. Baseline: the same search on all items. Figures are quartiles over sampler seeds: the share of the
+dense grid's gain (hypervolume over the given points, forget quality capped at the noise ceiling, all items) that the finalists
+have, which are the front as the search sees it after so many scores; the items scored, those of finalists included, as a share
+of the baseline's; and the number of finalists. Prints one JSON object.
 
     python benchmarks/fewer_items.py                                 # all tables, 5 sampler seeds
     python benchmarks/fewer_items.py --shares 1 0.5 --seeds 20 --scores 25

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parents[3] / "benchmarks"
 @pytest.fixture(scope="module")
 def script():
     """The script as a module; its neighbours have names that others may use."""
-    names = ("machine", "models", "scoring")
+    names = ("machine", "models", "straightforward", "scoring")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         for name in names:
