@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from machine import machine
 from models import add_options, prepared
-from scoring import BATCH, STATES, left_padded, move, timed
+from scoring import STATES, move
+from straightforward import BATCH, left_padded, timed
 from transformers import AutoModelForCausalLM, ContinuousBatchingConfig, GenerationConfig
 
 from uipe_core.models.loading import LoadedModel

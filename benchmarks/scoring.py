@@ -23,10 +23,7 @@ Prints one JSON object. Needs `uipe_core` alone.
 import argparse
 import json
 import statistics
-import time
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -35,15 +32,15 @@ import torch
 import torch.nn.functional as F
 from machine import machine
 from models import add_options, prepared
+from straightforward import BATCH, generated_by_transformers, plain_scores, timed
 
 from uipe_core.corpora.types import Corpus
 from uipe_core.models.loading import DTYPES, LoadedModel
-from uipe_core.models.prompts import IGNORED, pad_batch
 from uipe_core.scoring.batch_sizes import BatchSize
 from uipe_core.scoring.generation import GreedyText, complete
+from uipe_core.scoring.half_precision import fast_products
 from uipe_core.scoring.scorer import GENERATED_SETS, GENERATION, Scorer, ScoringConfig
 
-BATCH = 32
 STATES = {"healthy": 0.0, "half unlearned": 0.5, "collapsed": 3.0}
 BASELINE = "every answer a row of its own, padded batches of 32, all logits; generate for every question"
 
@@ -73,7 +70,7 @@ def read_recorded(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]
         name, cpu = str(found["name"]), str(found["cpu"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         parser.error(f"--against: {path} is no recorded figure ({type(error).__name__}: {error}); see --help for what it holds")
-    if not seconds or min(seconds) <= 0:
+    if not seconds or not all(0 < value < float("inf") for value in seconds):
         parser.error(f"--against: processor_seconds of {path} are {seconds}; give seconds above 0")
     if cpu != machine()["cpu"]:
         parser.error(f"--against: {path} is of {cpu!r}, this processor is {machine()['cpu']!r}; record it here")
@@ -160,10 +157,11 @@ def reading(loaded: LoadedModel, scorer: Scorer, options: argparse.Namespace) ->
     counted = Counted(loaded)
     losses_of(loaded, scorer)
     counted.stop()
-    seconds, rates = [], []
+    seconds, rates, layers = [], [], []
     for _ in range(options.repeats):
         rates.append(matrix_rate(loaded))
         seconds.append(losses_of(loaded, scorer)[1])
+        layers.append(counted.passes * linear_seconds(loaded, counted.tokens // counted.passes, counted.kept // counted.passes))
     rates.append(matrix_rate(loaded))
     # A pass is held against the rates just before and after it.
     bounds = [2 * counted.operations / (before + after) for before, after in pairwise(rates)]
@@ -175,6 +173,7 @@ def reading(loaded: LoadedModel, scorer: Scorer, options: argparse.Namespace) ->
         "seconds": round(statistics.median(seconds), 4),
         "times_the_bound": spread([spent / bound for spent, bound in zip(seconds, bounds, strict=True)]),
         "share_of_matrix_rate": spread([bound / spent for spent, bound in zip(seconds, bounds, strict=True)]),
+        "share_of_linear_layers_alone": spread([alone / spent for spent, alone in zip(seconds, layers, strict=True)]),
         "tokens_per_second": round(counted.tokens / statistics.median(seconds)),
     }
 
@@ -244,7 +243,7 @@ class Counted:
 
     def __init__(self, loaded: LoadedModel) -> None:
         model, config = loaded.model, loaded.model.config
-        self.tokens = self.operations = 0
+        self.passes = self.tokens = self.kept = self.operations = 0
         body = sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and "layers" in name)
         per_key = 4 * config.num_hidden_layers * config.hidden_size
 
@@ -253,8 +252,11 @@ class Counted:
             rows, length = ids.shape
             kept = named.get("logits_to_keep") or length
             keys = rows * length * (length + 1) // 2 if places is None else int((places + 1).sum())
-            head = 2 * config.hidden_size * config.vocab_size * rows * (kept if isinstance(kept, int) else len(kept))
+            predicting = rows * (kept if isinstance(kept, int) else len(kept))
+            self.passes += 1
             self.tokens += ids.numel()
+            self.kept += predicting
+            head = 2 * config.hidden_size * config.vocab_size * predicting
             self.operations += 2 * body * ids.numel() + head + per_key * keys
 
         self._handle = model.register_forward_pre_hook(note, with_kwargs=True)
@@ -263,12 +265,28 @@ class Counted:
         self._handle.remove()
 
 
+@torch.inference_mode()
+def linear_seconds(loaded: LoadedModel, tokens: int, predicting: int) -> float:
+    """Seconds that a pass takes in its linear layers alone: products of the model's own shapes, which may be slower."""
+    head = loaded.model.get_output_embeddings()
+    layers = [layer for layer in loaded.model.modules() if isinstance(layer, torch.nn.Linear)]
+    inputs = {
+        (rows, layer.in_features): torch.randn(rows, layer.in_features, device=loaded.device).to(loaded.model.dtype)
+        for layer in layers
+        for rows in (tokens, predicting)
+    }
+    rows = [inputs[predicting if layer is head else tokens, layer.in_features] for layer in layers]
+    with fast_products(loaded.model.dtype, loaded.device):
+        return timed(loaded, lambda: [layer(values) for layer, values in zip(layers, rows, strict=True)])[1]
+
+
 def matrix_rate(loaded: LoadedModel) -> float:
     """Floating-point operations per second of a product of two large square matrices in the model's dtype."""
     size = 8192 if loaded.device.type == "cuda" else 1024
     left, right = (torch.randn(size, size, device=loaded.device).to(loaded.model.dtype) for _ in range(2))
-    left @ right
-    return 2 * size**3 / statistics.median(timed(loaded, lambda: left @ right)[1] for _ in range(9))
+    with fast_products(loaded.model.dtype, loaded.device):
+        F.linear(left, right)
+        return 2 * size**3 / statistics.median(timed(loaded, lambda: F.linear(left, right))[1] for _ in range(9))
 
 
 @torch.inference_mode()
@@ -277,27 +295,6 @@ def generated(loaded: LoadedModel, prompts: list[list[int]], new_tokens: int, ro
     texts = [GreedyText(prompt, new_tokens, []) for prompt in prompts]
     _, seconds = timed(loaded, lambda: complete(loaded.model, texts, (), loaded.prompts.pad_id, BatchSize(rows)))
     return sum(len(text.tokens) for text in texts) / seconds
-
-
-@torch.inference_mode()
-def generated_by_transformers(loaded: LoadedModel, prompts: list[list[int]], new_tokens: int) -> float:
-    """The same with `generate`, 32 prompts at a time."""
-    seconds = 0.0
-    for start in range(0, len(prompts), BATCH):
-        known = prompts[start : start + BATCH]
-        ids, mask = left_padded(known, loaded.prompts.pad_id, loaded.device)
-        never = loaded.model.config.vocab_size  # no token: nothing ends early
-        settings: dict[str, Any] = {"max_new_tokens": new_tokens, "do_sample": False, "eos_token_id": never}
-        pad = loaded.prompts.pad_id
-        call = partial(loaded.model.generate, input_ids=ids, attention_mask=mask, pad_token_id=pad, **settings)
-        seconds += timed(loaded, call)[1]
-    return len(prompts) * new_tokens / seconds
-
-
-def left_padded(known: list[list[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    longest = max(map(len, known))
-    ids = torch.tensor([[pad] * (longest - len(row)) + row for row in known], device=device)
-    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in known], device=device)
 
 
 def median(runs: list[dict[str, float]], key: str) -> float:
@@ -309,20 +306,6 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": round(statistics.median(values), 3), "least": round(min(values), 3), "largest": round(max(values), 3)}
 
 
-def now(loaded: LoadedModel) -> float:
-    """Seconds of the processor, which others on the machine do not use up; on a GPU the clock's, after its work."""
-    if loaded.device.type != "cuda":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def timed(loaded: LoadedModel, work: Callable[[], Any]) -> tuple[Any, float]:
-    started = now(loaded)
-    found = work()
-    return found, now(loaded) - started
-
-
 @torch.no_grad()
 def move(model: Any, initial: dict[str, torch.Tensor], scale: float) -> None:
     draws = torch.Generator().manual_seed(0)
@@ -330,46 +313,6 @@ def move(model: Any, initial: dict[str, torch.Tensor], scale: float) -> None:
         start = initial[name]
         noise = torch.randn(start.shape, generator=draws).to(start)
         parameter.copy_(start + scale * start.float().std().to(start) * noise)
-
-
-@torch.inference_mode()
-def plain_scores(
-    loaded: LoadedModel, corpus: Corpus, new_tokens: int
-) -> tuple[dict[str, list[list[float]]], dict[str, list[str]], dict[str, float]]:
-    """Losses of every answer by set and item, a text for every question, and seconds by stage, without the scorer's ideas."""
-    model, prompts, device = loaded.model, loaded.prompts, loaded.device
-    started = now(loaded)
-    losses: dict[str, list[list[float]]] = {}
-    for name, items in corpus.sets.items():
-        answers = [[item.answer, item.paraphrase, *item.perturbed_answers] for item in items]
-        examples = [prompts.encode(item.question, text) for item, texts in zip(items, answers, strict=True) for text in texts]
-        found: list[float] = []
-        for start in range(0, len(examples), BATCH):
-            batch = pad_batch(examples[start : start + BATCH], prompts.pad_id, device)
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, :-1].float()
-            targets = batch.labels[:, 1:]
-            nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
-            found += (nll.sum(dim=1) / (targets != IGNORED).sum(dim=1)).tolist()
-        rest = iter(found)
-        losses[name] = [[next(rest) for _ in texts] for texts in answers]
-    middle = now(loaded)
-    texts: dict[str, list[str]] = {}
-    for name in GENERATED_SETS:
-        texts[name] = []
-        questions = [item.question for item in corpus.sets.get(name, ())]
-        for start in range(0, len(questions), BATCH):
-            known = [prompts.prompt_ids(question) for question in questions[start : start + BATCH]]
-            ids, mask = left_padded(known, prompts.pad_id, device)
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=new_tokens,
-                do_sample=False,
-                pad_token_id=prompts.pad_id,
-                eos_token_id=prompts.stop_ids,
-            )
-            texts[name] += loaded.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
-    return losses, texts, {"losses": middle - started, "generation": now(loaded) - middle}
 
 
 def largest_difference(report: Any, losses: dict[str, list[list[float]]]) -> float:

@@ -106,6 +106,9 @@ class PromptFormat:
             raise UserError(f"model {model}: its tokenizer has no end-of-sequence token; answers could not end")
         self.end_id = self.eos_id
         self._model = f"model {model}"
+        # Answers to one question come one after the other, and lengths are checked before scoring encodes the same answers.
+        self._asked: tuple[str, str, list[int]] | None = None
+        self._encoded: dict[tuple[str, str], Example] = {}
         if self.format.template is None:
             self._use_chat_template(self._model, name)
         else:
@@ -167,7 +170,14 @@ class PromptFormat:
 
     def prompt_ids(self, question: str) -> list[int]:
         """Return the token ids of the prompt. Chat templates contain their special tokens; plain templates get them added."""
-        return self._ids(self.prompt_text(question))
+        return list(self._prompt(question)[1])
+
+    def _prompt(self, question: str) -> tuple[str, list[int]]:
+        """Return the prompt as text and as token ids; that of the last question is kept."""
+        if self._asked is None or self._asked[0] != question:
+            text = self.prompt_text(question)
+            self._asked = (question, text, self._ids(text))
+        return self._asked[1:]
 
     def encode(self, question: str, answer: str) -> Example:
         """Tokenize prompt and answer as one sequence; the answer ends in exactly one end token, which has loss too.
@@ -180,9 +190,14 @@ class PromptFormat:
         an answer's loss never includes prompt tokens. Nothing is truncated: the code bases cut at 200 (scoring) or 500 and more
         tokens (training), which no item of TOFU reaches.
         """
-        prompt_text = self.prompt_text(question)
+        if (question, answer) not in self._encoded:
+            self._encoded[question, answer] = self._encode(question, answer)
+        return self._encoded[question, answer]
+
+    def _encode(self, question: str, answer: str) -> Example:
+        prompt_text, prompt = self._prompt(question)
         answer_text = self._answer_text(prompt_text, question, answer)
-        prompt, ids = self._ids(prompt_text), self._ids(prompt_text + answer_text)
+        ids = self._ids(prompt_text + answer_text)
         if ids[: len(prompt)] != prompt and not self.format.counted:
             ids = prompt + self._ids(answer_text, special=False)
         if ids[-1] != self.end_id:

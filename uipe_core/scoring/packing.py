@@ -2,7 +2,7 @@
 
 Answers to one question share its prompt, perturbed answers share beginnings with each other, and prompts share the beginning of
 their template. Every different beginning is one token of the row, at the position it has in its own sequence, so the row has no
-padding. Attention goes path by path: each token sees those before it in its own sequence, and no square of the row is made.
+padding. Attention goes block by block: each token sees those before it in its own sequence, and no square of the row is made.
 Models without replaceable attention get every answer in a row of its own, padded on the right.
 """
 
@@ -31,53 +31,39 @@ PROBED = 3
 """Groups tried to find out whether a model reads trees."""
 
 
+BLOCK = 32
+"""Tokens that attend together; torch's attention on the CPU takes so many queries at a time."""
+
+
 @dataclass(frozen=True)
-class Bunch:
-    """Attention of c pieces of paths of similar lengths, padded to q queries and k keys.
+class Tree:
+    """Who attends to whom in a row of n tokens: c blocks of q tokens, with the k tokens that any of a block sees.
+
+    The tokens of a subtree stand together, so what a block sees is the path to its first token, and itself.
 
     Attributes:
-        own: (c * q,) places of the tokens that attend.
-        seen: (c * k,) places of their paths from the start.
-        mask: (c, 1, q, k) True where a query attends to a key.
+        own: (c, q) places of the tokens that attend; the row in order, the last place repeated to fill the last block.
+        seen: (c, k) places of the tokens they may see.
+        mask: (c, 1, q, k) True where a token sees another: those before it in its own sequence, and itself.
     """
 
     own: Tensor
     seen: Tensor
     mask: Tensor
 
-    def attend(self, module: Any, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
-        """Return (c * q, h, d) attention output of the queries; arguments are (n, h, d)."""
-        pieces, _, queries, keys = self.mask.shape
-
-        def taken(values: Tensor, places: Tensor, length: int) -> Tensor:
-            # A model spread over devices has layers on others than the first.
-            found = values.index_select(0, places.to(values.device))
-            return found.view(pieces, length, *values.shape[1:]).transpose(1, 2)
-
-        q = taken(query, self.own, queries)
-        k, v = taken(key, self.seen, keys), taken(value, self.seen, keys)
-        return scaled_dot_product_attention(module, q, k, v, self.mask.to(q.device), options).flatten(0, 1)
-
-
-@dataclass(frozen=True)
-class Tree:
-    """Attention in a row of n tokens: which token attends to which.
-
-    Attributes:
-        bunches: Pieces of paths; every token attends in one of them.
-        back: (n,) places of the tokens in the outputs of all bunches, one after the other.
-    """
-
-    bunches: tuple[Bunch, ...]
-    back: Tensor
-
     def attend(
         self, module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
     ) -> tuple[Tensor, None]:
         """Replace a model's attention: (1, h, n, d) queries, keys and values to (1, n, h, d) outputs."""
-        q, k, v = (values.transpose(1, 2)[0] for values in (query, key, value))
-        found = torch.cat([bunch.attend(module, q, k, v, options) for bunch in self.bunches])
-        return found.index_select(0, self.back.to(found.device))[None], None
+
+        def taken(values: Tensor, places: Tensor) -> Tensor:
+            # A model spread over devices has layers on others than the first.
+            found = values.transpose(1, 2)[0].index_select(0, places.reshape(-1).to(values.device))
+            return found.view(*places.shape, *found.shape[1:]).transpose(1, 2)
+
+        q, k, v = taken(query, self.own), taken(key, self.seen), taken(value, self.seen)
+        found = scaled_dot_product_attention(module, q, k, v, self.mask.to(query.device), options)
+        return found.flatten(0, 1)[None, : query.shape[2]], None
 
 
 @dataclass(frozen=True)
@@ -160,11 +146,60 @@ def plain_rows(numbers: Sequence[int], examples: Sequence[Example], pad_id: int,
 
 
 def tree_row(numbers: Sequence[int], examples: Sequence[Example], device: torch.device) -> Rows:
-    """Put all answers into one row as a tree of tokens."""
-    ids, positions, paths, tree = _tree({number: examples[number] for number in numbers}, device)
-    places = np.concatenate([paths[number][examples[number].prompt_length - 1 :] for number in numbers])
+    """Put all answers into one row as a tree of tokens, each subtree in one piece."""
+    ids: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
+    paths: dict[int, list[int]] = {}
+    path: list[int] = []
+    before: tuple[int, ...] = ()
+    # In the order of their tokens, so that a sequence shares most with the one before it.
+    for number in sorted(numbers, key=lambda number: examples[number].input_ids[:-1]):
+        fed = examples[number].input_ids[:-1]
+        shared = _common(before, fed)
+        for place in path[shared:]:
+            ends[place] = len(ids)
+        new = range(len(ids), len(ids) + len(fed) - shared)
+        ids += fed[shared:]
+        positions += range(shared, len(fed))
+        ends += [0] * len(new)
+        path = [*path[:shared], *new]
+        paths[number], before = path, fed
+    for place in path:
+        ends[place] = len(ids)
+    places = np.array([place for number in numbers for place in paths[number][examples[number].prompt_length - 1 :]])
     column, which = np.unique(places, return_inverse=True)
-    return _rows(ids[None], positions[None], tree, np.zeros_like(column), column, which, numbers, examples, device)
+    tree = _tree(positions, ends, device)
+    row = [np.array([values], dtype=np.int64) for values in (ids, positions)]
+    return _rows(row[0], row[1], tree, np.zeros_like(column), column, which, numbers, examples, device)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the common beginning."""
+    length = min(len(one), len(other))
+    return next((place for place in range(length) if one[place] != other[place]), length)
+
+
+def _tree(positions: Sequence[int], ends: Sequence[int], device: torch.device) -> Tree:
+    """Cut a row into blocks; a token is seen by those of its subtree, which starts with it and stops before its end."""
+    tokens = len(positions)
+    own = np.minimum(np.arange(-(-tokens // BLOCK) * BLOCK), tokens - 1).reshape(-1, BLOCK)
+    path: list[int] = []
+    paths = []
+    for place, position in enumerate(positions):
+        del path[position:]
+        if place % BLOCK == 0:
+            paths.append(path.copy())
+        path.append(place)
+    # A place behind the row is seen by nobody.
+    seen = np.full((len(own), max(map(len, paths)) + BLOCK), tokens, dtype=np.int64)
+    for row, known in enumerate(paths):
+        block = range(row * BLOCK, min(tokens, (row + 1) * BLOCK))
+        seen[row, : len(known) + len(block)] = [*known, *block]
+    until = np.array([*ends, 0])[seen][:, None]
+    mask = (seen[:, None] <= own[:, :, None]) & (own[:, :, None] < until)
+    placed = [torch.from_numpy(values).to(device) for values in (own, np.minimum(seen, tokens - 1), mask[:, None])]
+    return Tree(*placed)
 
 
 def _rows(
@@ -193,58 +228,6 @@ def _rows(
         owners=tuple(numbers),
         lengths=tuple(examples[number].answer_length for number in numbers),
     )
-
-
-def _tree(examples: dict[int, Example], device: torch.device) -> tuple[IntArray, IntArray, dict[int, IntArray], Tree]:
-    """Return tokens, their positions, the path of every example, and who attends to whom."""
-    ids: list[int] = []
-    positions: list[int] = []
-    paths: dict[int, IntArray] = {}
-    pieces: list[tuple[int, IntArray]] = []
-    path: IntArray = np.zeros(0, dtype=np.int64)
-    before: tuple[int, ...] = ()
-    # In the order of their tokens, so that a sequence shares most with the one before it.
-    for number, example in sorted(examples.items(), key=lambda pair: pair[1].input_ids[:-1]):
-        fed = example.input_ids[:-1]
-        shared = _common(before, fed)
-        new = np.arange(len(ids), len(ids) + len(fed) - shared, dtype=np.int64)
-        path = np.concatenate([path[:shared], new])
-        ids += fed[shared:]
-        positions += range(shared, len(fed))
-        # The prompt by itself: its tokens would lengthen the path of one answer only.
-        middle = min(max(shared, example.prompt_length), len(fed))
-        pieces += [(start, path[:end]) for start, end in ((shared, middle), (middle, len(fed))) if start < end]
-        paths[number], before = path, fed
-    return np.array(ids, dtype=np.int64), np.array(positions, dtype=np.int64), paths, _bunched(pieces, len(ids), device)
-
-
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return the length of the common beginning."""
-    length = min(len(one), len(other))
-    return next((place for place in range(length) if one[place] != other[place]), length)
-
-
-def _bunched(pieces: Sequence[tuple[int, IntArray]], tokens: int, device: torch.device) -> Tree:
-    """Pad pieces of paths (start of the own tokens, path) to bunches of similar numbers of own tokens."""
-    by_size: dict[int, list[tuple[int, IntArray]]] = {}
-    for start, path in pieces:
-        by_size.setdefault((len(path) - start).bit_length(), []).append((start, path))
-    back = np.zeros(tokens, dtype=np.int64)
-    bunches = []
-    before = 0
-    for chosen in by_size.values():
-        queries, keys = max(len(path) - start for start, path in chosen), max(len(path) for _, path in chosen)
-        own = np.zeros((len(chosen), queries), dtype=np.int64)
-        seen = np.zeros((len(chosen), keys), dtype=np.int64)
-        for row, (start, path) in enumerate(chosen):
-            own[row, : len(path) - start], seen[row, : len(path)] = path[start:], path
-            back[path[start:]] = np.arange(before, before + len(path) - start)
-            before += queries
-        starts = np.array([start for start, _ in chosen])[:, None, None]
-        mask = np.arange(keys) <= starts + np.arange(queries)[:, None]
-        placed = [torch.from_numpy(values).to(device) for values in (own.reshape(-1), seen.reshape(-1), mask[:, None])]
-        bunches.append(Bunch(*placed))
-    return Tree(tuple(bunches), torch.from_numpy(back).to(device))
 
 
 def predicting_logits(model: Any, rows: Rows, keep: bool) -> Tensor:
@@ -280,8 +263,10 @@ def reads_trees(model: Any, examples: Sequence[Example], pad_id: int, device: to
     numbers = [number for group in groups for number in group]
     keep = accepts_logits_to_keep(model)
     together, alone = tree_row(numbers, examples, device), plain_rows(numbers, examples, pad_id, device)
-    tokens = together.input_ids.shape[1]
-    deaf = replace(together, tree=_bunched([(0, np.array([place])) for place in range(tokens)], tokens, device))
+    assert together.tree is not None
+    own, seen = together.tree.own, together.tree.seen
+    itself = together.tree.mask & (own[:, :, None] == seen[:, None])[:, None]
+    deaf = replace(together, tree=replace(together.tree, mask=itself))
     try:
         read = [predicting_logits(model, rows, keep).float()[rows.which] for rows in (together, alone, deaf)]
     except Exception as problem:

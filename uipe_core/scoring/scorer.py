@@ -62,7 +62,7 @@ class TeacherForcedScores:
         scaled = [pair for pair in zip(rows.owners, rows.lengths, strict=True) if pair[0] in self._scaled]
         if scaled:
             chosen = torch.from_numpy(np.isin(tokens, [number for number, _ in scaled])).to(logits.device)
-            spread = logits[which[chosen]].float().std(dim=-1)
+            spread = _standard_deviation(logits[which[chosen]].float())
             self.spreads[[number for number, _ in scaled]] = _means(spread, [length for _, length in scaled])
         gold = [number for number in rows.owners if number in self._gold]
         if gold:
@@ -336,6 +336,12 @@ class Scorer:
         pairs = zip(self.sets[name], texts, strict=True)
         rouge = np.array([rouge_recall(item.answer, text, self.config.unicode_rouge) for item, text in pairs], dtype=np.float64)
         return replace(scores, rouge_l_recall=rouge[:, 0], rouge_1_recall=rouge[:, 1], generated=tuple(texts))
+
+
+def _standard_deviation(values: Tensor) -> Tensor:
+    """Return (n,) standard deviations of (n, v) values; `Tensor.std` takes three times as long on the CPU."""
+    centred = values - values.mean(dim=-1, keepdim=True)
+    return (centred.square_().sum(dim=-1) / (values.shape[-1] - 1)).sqrt()
 
 
 def _means(values: Tensor, lengths: Sequence[int]) -> FloatArray:

@@ -258,3 +258,24 @@ def test_generations_are_as_long_as_the_definition_says_or_the_user():
         assert (counted.generation_length, counted.counts_prompt) == (200, definition.generation_counts_prompt)
     with pytest.raises(UserError, match="unknown metric definition 'tofo'"):
         ScoringConfig.of("tofo", 8, 24)
+
+
+def test_an_answer_is_tokenized_once_and_a_question_once_for_all_its_answers():
+    texts = []
+
+    class Counting(PromptFormat):
+        def _ids(self, text, special=None):
+            texts.append(text)
+            return super()._ids(text, special)
+
+    prompts = Counting(llama2(), "[INST] {question} [/INST]")
+    first, other, again = (prompts.encode(QUESTION, answer) for answer in ("Zoe", "Lee", "Zoe"))
+    assert len(texts) == 3
+    assert again is first
+    assert other.input_ids != first.input_ids
+    # Who changes a prompt changes no other one.
+    ids = prompts.prompt_ids(QUESTION)
+    ids.append(0)
+    assert prompts.prompt_ids(QUESTION) == list(first.input_ids[: first.prompt_length])
+    assert len(texts) == 3
+    assert prompts.encode("Who?", "Zoe").input_ids != first.input_ids

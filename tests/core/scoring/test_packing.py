@@ -21,6 +21,7 @@ from transformers import (
 
 from uipe_core.models.prompts import Example
 from uipe_core.models.transformers_compat import accepts_logits_to_keep
+from uipe_core.scoring import packing
 from uipe_core.scoring.packing import (
     batched,
     group_by_prompt,
@@ -88,8 +89,26 @@ def test_a_tree_holds_every_beginning_once_and_predicts_from_each_place_once(ite
     assert rows.input_ids.shape == (1, len(beginnings))
     predicting = {e.input_ids[:end] for e in items for end in range(e.prompt_length, len(e.input_ids))}
     assert len(set(rows.column.tolist())) == len(rows.column) == len(predicting)
-    # Each token attends in one piece of a path.
-    assert sorted(rows.tree.back.tolist()) == sorted(set(rows.tree.back.tolist()))
+
+
+@given(examples(), st.sampled_from([1, 2, 3, 32]))
+def test_a_token_of_a_tree_sees_its_own_sequence_so_far(items, block):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "BLOCK", block)
+        rows = tree_row(range(len(items)), items, CPU)
+    tokens, ids, positions = rows.input_ids.shape[1], rows.input_ids[0].tolist(), rows.position_ids[0].tolist()
+    heard = {}
+    for own, seen, mask in zip(rows.tree.own.tolist(), rows.tree.seen.tolist(), rows.tree.mask[:, 0].tolist(), strict=True):
+        for place, visible in zip(own, mask, strict=True):
+            heard.setdefault(place, []).append([other for other, yes in zip(seen, visible, strict=True) if yes])
+    assert set(heard) == set(range(tokens))
+    beginnings = set()
+    for place, found in heard.items():
+        (path,) = {tuple(each) for each in found}
+        assert path[-1] == place
+        assert [positions[other] for other in path] == list(range(len(path)))
+        beginnings.add(tuple(ids[other] for other in path))
+    assert beginnings == {example.input_ids[:end] for example in items for end in range(1, len(example.input_ids))}
 
 
 @torch.inference_mode()
