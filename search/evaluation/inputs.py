@@ -1,8 +1,10 @@
 """Check local inputs and load warm-start points before anything is spent."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from search.problem.pareto import non_dominated
 from search.problem.space import Point
@@ -11,7 +13,7 @@ from search.spec.sections import PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.split import split_corpus
 from uipe_core.corpora.types import Corpus
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, did_you_mean
 from uipe_core.logs.tofu import read_log
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.rouge import has_latin_word
@@ -81,6 +83,10 @@ def check_inputs(spec: StudySpec) -> list[str]:
                 section.initial, "", prompt_template=section.prompt_template, prompt_format=section.prompt_format
             )
             check_positions(spec, corpus, source, trusted=False)
+        if is_local(spec.model.initial) and not any(note.startswith("model.initial:") for note in notes):
+            check_target_modules(spec, partial(_local_skeleton, spec.model.initial))
+    if isinstance(spec.model, TinyModel):
+        check_target_modules(spec, small_llama)
     if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
         check_steered_layers(spec, None, trusted=False)
     return [*notes, *earlier_fronts(spec).notes]
@@ -165,6 +171,53 @@ def check_steered_layers(spec: StudySpec, revision: str | None, trusted: bool) -
     if depth is not None:
         for layer in layers:
             check_layer(layer, depth)
+
+
+def _local_skeleton(folder: str) -> Any:
+    from uipe_core.models.skeleton import meta_model
+
+    return meta_model(folder)
+
+
+def small_llama() -> Any:
+    """Return a model with the module names of tiny models, whatever their size."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**shape))
+
+
+def check_target_modules(spec: StudySpec, skeleton: Callable[[], Any]) -> None:
+    """Refuse names of a LoRA's target modules that the model's linear layers do not have.
+
+    Args:
+        spec: The study.
+        skeleton: Makes the initial model without weights; called only where names are given.
+
+    Raises:
+        UserError: With every such name, and those there are.
+    """
+    adapter = None if spec.unlearning is None else spec.unlearning.adapter
+    if adapter is None or isinstance(adapter.target_modules, str):
+        return
+    from uipe_core.models.transformers_compat import linear_names, unmatched_targets
+
+    try:
+        model = skeleton()
+    except UserError:
+        return  # an adapter, whose base model is elsewhere
+    known = linear_names(model)
+    wrong = [
+        f"{target!r} is " + (f"a {kind}, not a linear layer" if kind else f"no module of it.{did_you_mean(target, known)}")
+        for target, kind in unmatched_targets(model, adapter.target_modules).items()
+    ]
+    if wrong:
+        raise UserError(
+            f"unlearning.adapter.target_modules: {'; '.join(wrong)} The linear layers of the model are {', '.join(known)}; "
+            "choose from these, or write all-linear"
+        )
 
 
 def check_positions(spec: StudySpec, corpus: Corpus, source: "ModelSource", trusted: bool) -> None:

@@ -13,6 +13,7 @@ from search.evaluation.inputs import (
     check_positions,
     check_split,
     check_steered_layers,
+    check_target_modules,
     check_words,
     checkpoint_folder,
     require_trust,
@@ -164,6 +165,7 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     models = models_of(spec, corpus)
     check_steered_layers(spec, models.revision, models.trust_remote_code)
     if isinstance(models, PretrainedModels):
+        check_target_modules(spec, models.skeleton)
         check_positions(spec, corpus, models.source(INITIAL), models.trust_remote_code)
     if isinstance(models, PretrainedModels) and spec.checkpoints:
         for note in check_checkpoints(spec, models.initial_folder(), models.trust_remote_code):

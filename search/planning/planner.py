@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from search.evaluation.controls import given_controls
-from search.evaluation.inputs import require_trust
+from search.evaluation.inputs import check_target_modules, require_trust, small_llama
 from search.evaluation.models import PretrainedModels, TinyModels
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import TASKS
@@ -22,7 +22,7 @@ from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.adapters import is_adapter
 from uipe_core.deltas.store import DeltaStore
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, first_line
 from uipe_core.models.loading import DTYPES
 from uipe_core.models.tiny import TinyModelConfig
 from uipe_core.models.transformers_compat import adapter_state, wrap_adapter
@@ -51,6 +51,8 @@ def plan_study(
     """
     notes: list[str] = []
     require_trust(spec, trust_remote_code)
+    if isinstance(spec.model, TinyModel):
+        check_target_modules(spec, small_llama)
     preparation, whole = _prepared(spec, notes, trust_remote_code)
     builds, built = _builds(preparation)
     trains, imports = _base_runs(preparation, whole)
@@ -61,7 +63,15 @@ def plan_study(
     if like is not None:
         rates = past_rates(like, preparation, trains, len(builds))
     elif whole and (reason := _why_not_timed(spec, sizes, machine)) is None:
-        rates = measured_rates(preparation, trains, builds, say)
+        try:
+            rates = measured_rates(preparation, trains, builds, say)
+        except (ArithmeticError, ValueError, RuntimeError, TypeError, IndexError, MemoryError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"a few steps of the study fail on this machine, as the study would ({type(error).__name__}: "
+                f"{first_line(error)}); correct the values that make it fail, or give --like"
+            ) from error
     elif whole:
         notes.append(f"times are not known: {reason}")
     return make_plan(spec, work, sizes, rates, machine, tuple(notes))

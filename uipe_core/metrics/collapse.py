@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from uipe_core.corpora.types import UTILITY_SETS
-from uipe_core.metrics.scores import ScoreReport
+from uipe_core.metrics.scores import OVERFLOW_LOSS, ScoreReport
 
 LOSS_LIMIT = 20.0
 """Mean nats per token of the gold answers. Guessing among 128 thousand tokens costs 11.8; from about 20 (probability 2e-9) the
@@ -28,13 +28,18 @@ def collapse_reason(report: ScoreReport) -> str | None:
     """Return why a model counts as collapsed, or None.
 
     It does if on any utility set the mean loss of the gold answers is above `LOSS_LIMIT`, or at least `BROKEN_SHARE` of the
-    generations are empty (no letter or digit) or repeated (`is_repeated`). Sets without generations are judged by losses alone,
+    generations are empty (no letter or digit) or repeated (`is_repeated`), or if its logits overflowed for a gold answer
+    (`ScoreReport.without_overflow`). Sets without generations are judged by losses alone,
     sets without losses by generations.
     """
     reasons = []
     for name in UTILITY_SETS:
         scores = report.sets.get(name)
         if scores is None or not len(scores):
+            continue
+        overflowed = float(np.mean(scores.answer_loss == OVERFLOW_LOSS))
+        if overflowed:
+            reasons.append(f"logits that are not finite for {overflowed:.0%} of {name}")
             continue
         loss = float(np.mean(scores.answer_loss))
         # A NaN counts as collapsed, unless the log has no losses at all.

@@ -36,6 +36,10 @@ class _Items:
         return replace(self, **taken)  # type: ignore[type-var]
 
 
+OVERFLOW_LOSS = 1000.0
+"""Nats per token in place of a loss that is not finite: its probability is 0 in double precision."""
+
+
 @dataclass(frozen=True)
 class SetScores(_Items):
     """Scores of one evaluation set of n items with k perturbed answers each.
@@ -76,6 +80,27 @@ class SetScores(_Items):
     def __len__(self) -> int:
         return len(self.paraphrase_loss)
 
+    @property
+    def is_finite(self) -> bool:
+        """Return True if every loss and every logit spread is finite."""
+        measured = (self.answer_loss, self.paraphrase_loss, self.perturbed_loss, self.logit_spread)
+        return all(values is None or bool(np.isfinite(values).all()) for values in measured)
+
+    def without_overflow(self) -> "SetScores":
+        """Return the scores as `ScoreReport.without_overflow` says."""
+
+        def bounded(losses: FloatArray) -> FloatArray:
+            return np.where(np.isfinite(losses), losses, OVERFLOW_LOSS)
+
+        known = self.logit_spread is None or bool(np.isfinite(self.logit_spread).all())
+        return replace(
+            self,
+            answer_loss=bounded(self.answer_loss),
+            paraphrase_loss=bounded(self.paraphrase_loss),
+            perturbed_loss=bounded(self.perturbed_loss),
+            logit_spread=self.logit_spread if known else None,
+        )
+
 
 @dataclass(frozen=True)
 class ScoreReport:
@@ -100,6 +125,21 @@ class ScoreReport:
         """
         sets = {name: self.sets[name].take(rows[name], hashes.get(name)) for name in rows if name in self.sets}
         return replace(self, sets=sets, logit_scale=logit_scale(sets) or self.logit_scale)
+
+    @property
+    def is_finite(self) -> bool:
+        """Return True if every loss and every logit spread is finite."""
+        return all(scores.is_finite for scores in self.sets.values())
+
+    def without_overflow(self) -> "ScoreReport":
+        """Return the scores with `OVERFLOW_LOSS` for losses that are not finite, because hidden states or logits overflowed.
+
+        Such a model has collapsed. Spreads of its logits are unknown.
+        """
+        if self.is_finite:
+            return self
+        scale = self.logit_scale if self.logit_scale is not None and np.isfinite(self.logit_scale) else None
+        return replace(self, sets={name: scores.without_overflow() for name, scores in self.sets.items()}, logit_scale=scale)
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return every per-item array by ``set/measurement``."""

@@ -221,6 +221,30 @@ def is_transposed(layer: Any) -> bool:
     return type(layer).__name__ == "Conv1D"
 
 
+def unmatched_targets(model: Any, targets: Iterable[str]) -> dict[str, str | None]:
+    """Return the names of a LoRA's target modules that no linear layer has, each with the kind of module that has it, if any.
+
+    PEFT takes a module by its full name or by its last parts, and passes over names that no module has.
+    """
+    from torch import nn
+
+    wrong: dict[str, str | None] = {}
+    modules = dict(model.named_modules())
+    for target in targets:
+        found = [module for name, module in modules.items() if name == target or name.endswith(f".{target}")]
+        if not any(isinstance(module, nn.Linear) or is_transposed(module) for module in found):
+            wrong[target] = type(found[0]).__name__ if found else None
+    return wrong
+
+
+def linear_names(model: Any) -> list[str]:
+    """Return the last parts of the names of a model's linear layers, each once."""
+    from torch import nn
+
+    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) or is_transposed(module))
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+
+
 def special_tokens(tokenizer: Any) -> set[str]:
     """Return the texts of all special tokens, those of ``added_tokens_decoder`` included."""
     added = tokenizer.added_tokens_decoder.values()

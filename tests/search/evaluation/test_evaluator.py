@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -171,3 +172,50 @@ def test_a_metric_that_cannot_tell_is_left_out(evaluate, monkeypatch):
     evidence = evaluate(TrialSpec("initial", model="initial"))
     assert evidence["known"] == 4.0
     assert "unknown" not in evidence
+
+
+@pytest.fixture
+def overflowing(evaluator, monkeypatch):
+    """Lets the worker's model be one whose hidden states are fp16: they overflow behind its first layer."""
+    model = evaluator.loaded.model
+
+    def overflow(module, inputs, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        return (hidden * 1e6).half().to(hidden.dtype)
+
+    handle = model.model.layers[0].register_forward_hook(overflow)
+    yield
+    handle.remove()
+
+
+def test_a_slip_of_the_machine_is_scored_again(evaluator, with_delta, evaluate):
+    job = with_delta(TrialSpec("search", "npo", 1, 0.5))
+    before = evaluate(TrialSpec("search", "npo", 1, 0.5))
+    model, slips = evaluator.loaded.model, [True]
+
+    def slip(module, inputs, output):
+        if slips:
+            slips.pop()
+            output.logits.fill_(float("nan"))
+        return output
+
+    handle = model.register_forward_hook(slip)
+    after = evidence_of(evaluator, job)
+    handle.remove()
+    assert not slips
+    assert numbers(after) == numbers(before)
+
+
+@pytest.mark.parametrize(
+    "rivals",
+    [(), ({"trial": 1, "values": {"log10_forget_quality": -1e3, "model_utility": 0.0}},)],
+    ids=["whole", "stage by stage"],
+)
+def test_logits_that_overflow_are_a_collapse_and_no_failure(evaluator, with_delta, overflowing, rivals):
+    job = replace(with_delta(TrialSpec("search", "npo", 1, 0.5)), rivals=rivals)
+    metrics, report = evaluator.evaluate(job)
+    evidence = json.loads(json.dumps(metrics.as_dict(), allow_nan=False))
+    assert "logits that are not finite for 100% of retain" in evidence["collapsed"]
+    assert evidence["model_utility"] == 0.0
+    assert math.isfinite(evidence["log10_forget_quality"])
+    assert all(np.isfinite(values).all() for values in report.arrays().values())

@@ -107,7 +107,7 @@ def trapped(undisturbed, grid_study, write_study, run_command, tmp_path_factory)
 
 WAYS = {
     "raises": "ValueError: this point cannot be scored",
-    "not a number": "finite",
+    "not a number": None,
     "hangs": "ran past its time limit of 0.5 minutes",
     "hungry": None,
     "greedy": "out of memory",
