@@ -225,12 +225,15 @@ def confirm(
 
 
 @app.command(epilog="Example: uipe report runs/quickstart")
-def report(out: Out) -> None:
+def report(
+    out: Out,
+    to: Annotated[Path | None, typer.Option(help="Folder for it; OUT/report when left out.")] = None,
+) -> None:
     """Write the HTML report again."""
     from search.report.html import write_report
     from search.results.study_result import StudyResult
 
-    typer.echo(write_report(StudyResult.open(out)))
+    typer.echo(write_report(StudyResult.open(out), to))
 
 
 @app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")
@@ -240,13 +243,14 @@ def dashboard(
     writable: Annotated[bool, typer.Option("--writable", help="Let the page change or delete the study, too.")] = False,
 ) -> None:
     """Browse the study in optuna-dashboard (on this machine only)."""
-    from search.report.dashboard import serve, write_notes
+    from search.report.dashboard import servable_folder, serve, write_notes
     from search.results.study_result import StudyResult
 
-    result = StudyResult.open(out)
-    write_notes(result)
-    typer.echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
-    _writable(f"port {port}", lambda: serve(result.store.storage, port, writable))
+    with servable_folder(out) as folder:
+        result = StudyResult.open(folder)
+        write_notes(result)
+        typer.echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
+        _writable(f"port {port}", lambda: serve(result.store.storage, port, writable))
 
 
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")
@@ -332,7 +336,7 @@ def _end(code: int, sentence: str) -> NoReturn:
 
 
 def _open_streams() -> None:
-    """Open what the shell has closed, lest a file of ours gets its number and what is printed lands there."""
+    """Open what the shell has closed, lest a file gets its number and what is printed lands there."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
