@@ -10,7 +10,7 @@ import torch
 
 from uipe_core.errors import UserError, first_line
 from uipe_core.models.prompts import PromptFormat
-from uipe_core.storage.files import file_hash
+from uipe_core.storage.files import file_hash, read_json
 from uipe_core.storage.safetensors_files import weight_files
 
 Progress = Callable[[int, int], None]
@@ -142,7 +142,22 @@ def _local_folder(source: str) -> Path | None:
         return None
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"model {source}: the folder has no config.json, so it is not a saved model")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"):
+        _require_mapping(source, folder / name)
     return folder
+
+
+def _require_mapping(source: str, path: Path) -> None:
+    """Raise UserError for a JSON file of a model that is none, or holds no object: transformers takes that for granted."""
+    if not path.exists():
+        return
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {source}: its {path.name} cannot be read: {first_line(error)}; save the model again") from error
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise UserError(f"model {source}: its {path.name} holds a {kind}, and must hold an object; save the model again")
 
 
 def check_model_folder(

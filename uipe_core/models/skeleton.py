@@ -135,7 +135,7 @@ def _config(source: str, trust_remote_code: bool, revision: str | None = None) -
 
     try:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{source}: its config.json cannot be read: {first_line(error)}") from error
 
 

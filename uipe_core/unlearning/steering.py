@@ -23,7 +23,7 @@ def model_depth(source: str, revision: str | None = None, trust_remote_code: boo
 
     try:
         config = AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError, AttributeError):
         return None
     return int(config.get_text_config().num_hidden_layers)
 
