@@ -238,12 +238,15 @@ def confirm(
 
 
 @app.command(epilog="Example: uipe report runs/quickstart")
-def report(out: Out) -> None:
+def report(
+    out: Out,
+    to: Annotated[Path | None, typer.Option(help="Folder for it; OUT/report when left out.")] = None,
+) -> None:
     """Write the HTML report again."""
     from search.report.html import write_report
     from search.results.study_result import StudyResult
 
-    echo(write_report(StudyResult.open(out)))
+    echo(write_report(StudyResult.open(out), to))
 
 
 @app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")
@@ -253,13 +256,14 @@ def dashboard(
     writable: Annotated[bool, typer.Option("--writable", help="Let the page change or delete the study, too.")] = False,
 ) -> None:
     """Browse the study in optuna-dashboard (on this machine only)."""
-    from search.report.dashboard import serve, write_notes
+    from search.report.dashboard import servable_folder, serve, write_notes
     from search.results.study_result import StudyResult
 
-    result = StudyResult.open(out)
-    write_notes(result)
-    echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
-    _writable(f"port {port}", lambda: serve(result.store.storage, port, writable))
+    with servable_folder(out) as folder:
+        result = StudyResult.open(folder)
+        write_notes(result)
+        echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
+        _writable(f"port {port}", lambda: serve(result.store.storage, port, writable))
 
 
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")

@@ -1,6 +1,10 @@
 """optuna-dashboard on a study: on loopback only, because it has no authentication, and without its writing requests."""
 
-from collections.abc import Callable, Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -9,6 +13,27 @@ import optuna
 
 from search.report.conclusions import conclusions
 from search.results.study_result import StudyResult
+from search.store.mirror import readable_folder
+from uipe_core.storage.scratch import scratch_folder
+
+
+@contextmanager
+def servable_folder(out: Path | str) -> Iterator[Path]:
+    """Yield the folder of a study, or where it may only be read a temporary one with a copy of its database.
+
+    Optuna writes into each database it opens, and the dashboard shows notes that are written for it.
+    """
+    folder = readable_folder(out)
+    if (os.access(folder / "study.db", os.W_OK) and os.access(folder, os.W_OK)) or not (folder / "study.db").is_file():
+        yield folder
+        return
+    with scratch_folder() as copy:
+        for path in folder.iterdir():
+            if path.name.startswith("study."):
+                shutil.copyfile(path, copy / path.name)
+            elif path.name in ("items", "logs"):
+                (copy / path.name).symlink_to(path.resolve(), target_is_directory=True)
+        yield copy
 
 
 def write_notes(result: StudyResult) -> None:

@@ -32,15 +32,20 @@ NONE_YET: dict[str, Any] = {
 """What a summary may lack."""
 
 
-def write_report(result: StudyResult) -> Path:
-    """Write the report of a study into its folder; return the path of the page.
+def write_report(result: StudyResult, folder: Path | None = None) -> Path:
+    """Write the report of a study; return the path of the page.
+
+    Args:
+        result: The study.
+        folder: Where to; None is ``report`` in its own folder.
 
     Raises:
         UserError: The folder cannot be written.
     """
     # Matplotlib writes a font cache, by default into the home folder.
-    os.environ.setdefault("MPLCONFIGDIR", str((result.out / ".matplotlib").resolve()))
-    return render_report(report_data(result), result.report_path.parent)
+    place = result.out if folder is None else folder
+    os.environ.setdefault("MPLCONFIGDIR", str((place / ".matplotlib").resolve()))
+    return render_report(report_data(result), folder or result.report_path.parent)
 
 
 def render_report(view: ReportData, folder: Path) -> Path:

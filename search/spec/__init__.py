@@ -1,5 +1,6 @@
 """Read and validate study files; every error is reported at once, with its line.
 
+bounds: limits of the numbers of a study
 corpora: one class per kind of corpus section
 errors: `StudyFileError`, and messages with key, value and remedy
 plugins: load extensions of other packages
@@ -10,4 +11,4 @@ study: `StudySpec`, `load_study`, `parse_study`
 study_file: YAML with line numbers, paths made absolute
 """
 
-__all__ = ["corpora", "errors", "plugins", "redaction", "runtime", "sections", "study", "study_file"]
+__all__ = ["bounds", "corpora", "errors", "plugins", "redaction", "runtime", "sections", "study", "study_file"]

@@ -20,6 +20,18 @@ from pydantic_core import InitErrorDetails, PydanticKnownError, core_schema
 
 from search.problem.objectives import THIRD_OBJECTIVES
 from search.samplers.registry import SAMPLERS
+from search.spec.bounds import (
+    MOST_BASE_EPOCHS,
+    MOST_BASE_RUNS,
+    MOST_CONTROLS,
+    NARROWEST_ALPHA,
+    Count,
+    Epochs,
+    LearningRate,
+    Positive,
+    Temperature,
+    Weight,
+)
 from search.spec.errors import did_you_mean, rule
 from uipe_core.models.prompts import FORMATS
 from uipe_core.unlearning.methods import METHODS
@@ -82,20 +94,6 @@ def _batch_size(value: object) -> int | str:
     raise rule("must be a whole number of at most 1000000 and at least 1, or auto", "Write for example 32.")
 
 
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
-"""How many of something. No sane study has a million of anything; a slip of the keyboard must not ask for more."""
-
-Positive = Annotated[float, Field(gt=0, le=1e9)]
-
-Epochs = Annotated[int, Field(ge=1, le=10_000)]
-
-LearningRate = Annotated[float, Field(gt=0, le=1000)]
-
-Temperature = Annotated[float, Field(ge=0.01, le=100)]
-
-Weight = Annotated[float, Field(ge=-1e9, le=1e9)]
-"""A hyperparameter of a method, before the method's own bound."""
-
 OneOrMore = (BeforeValidator(_as_tuple), Field(min_length=1), AfterValidator(_all_different))
 
 Name = Annotated[str, Field(min_length=1)]
@@ -108,10 +106,6 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, validate_default=True, defer_build=True
     )
-
-
-MOST_CONTROLS = 100
-"""Entries of a list that each become a model to train or to score."""
 
 
 class Stage(Section):
@@ -216,13 +210,6 @@ class Adapter(Section):
     alpha: Positive = 16
     target_modules: Annotated[tuple[str, ...] | str, PlainValidator(_target_modules)] = "all-linear"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0
-
-
-MOST_BASE_RUNS = 1000
-"""Base runs of one study: lists multiply, and a slip must not ask for a million trainings."""
-
-MOST_BASE_EPOCHS = 100_000
-"""Epochs of all base runs of one study: each is kept as an update vector, and scored at alpha = 0."""
 
 
 class Unlearning(Section):
@@ -330,10 +317,6 @@ class Scoring(Section):
         if 1.0 in value:
             raise rule("a temperature of 1 is the initial model itself", "Remove the 1.")
         return value
-
-
-NARROWEST_ALPHA = 1e-6
-"""Least width of the range of alpha: below it all points of a sampler are one point in fp32."""
 
 
 class AlphaRange(Section):

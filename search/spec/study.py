@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 _OVERRIDES: dict[str, KeyPath] = {"seed": ("seed",), "trials": ("search", "trials")}
 
 MOST_HINTS = 100
-"""Errors of a study with a guess at what was meant: more come from another program's file."""
+"""Errors of a study with a guess at what was meant: with more of them it is another program's file."""
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mariadb")
 """Databases that trials may be kept in, by SQLAlchemy's names: Optuna reads and writes JSON there."""

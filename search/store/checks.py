@@ -12,7 +12,9 @@ from optuna.trial import FrozenTrial, TrialState
 from search.problem.pareto import non_dominated
 from search.spec.corpora import MULTIPLE_CHOICE
 from search.store.item_scores import ITEMS_HASH, content_hash, read_arrays
+from search.store.optuna_compat import METRIC_NAMES, study_facts
 from search.store.record import StudyRecord, fingerprint
+from search.store.sqlite_reading import SQLiteFile
 from search.store.study_store import StudyStore
 from search.store.trials import evidence_flaw
 from uipe_core.errors import UserError
@@ -162,7 +164,7 @@ def _remove(paths: list[Path]) -> str:
 
 def integrity(store: StudyStore) -> Iterator[Finding]:
     """Check the database file by SQLite's own check, and every complete trial for what each has."""
-    for what in store.file_flaws():
+    for what in store.source.flaws() if isinstance(store.source, SQLiteFile) else []:
         yield Finding("database", PROBLEM, what, "trials may be missing or wrong", COPY)
     objectives = [objective.name for objective in store.objectives]
     flaws = [
@@ -217,14 +219,15 @@ def agreement(store: StudyStore) -> Iterator[Finding]:
     """Check that record and database describe the same study."""
     record, spec = store.record, store.spec
     wrong = []
-    for study in (store.study, store.controls):
-        identity = study.user_attrs.get("fingerprint", record.fingerprint)
-        if identity != record.fingerprint:
-            wrong.append(f"the database holds {study.study_name!r} with the fingerprint {identity}")
     names = [objective.name for objective in store.objectives]
-    if store.study.metric_names not in (None, names):
-        wrong.append(f"the database maximises {', '.join(store.study.metric_names or ())}, the record {', '.join(names)}")
-    directions = [direction.name for direction in store.study.directions]
+    for title, controls in ((record.name, False), (f"{record.name}.controls", True)):
+        facts, _ = study_facts(store.source.rows, store.study_ids[controls])
+        identity = facts.get("fingerprint", record.fingerprint)
+        if identity != record.fingerprint:
+            wrong.append(f"the database holds {title!r} with the fingerprint {identity}")
+    facts, directions = study_facts(store.source.rows, store.study_ids[False])
+    if (known := facts.get(METRIC_NAMES, names)) != names:
+        wrong.append(f"the database maximises {known}, the record {names}")
     if directions != ["MAXIMIZE"] * len(names):
         wrong.append(f"the database has the directions {', '.join(directions)}, and {len(names)} objectives are maximised")
     unknown = {str(trial.user_attrs.get("base")) for trial in store.trials(names=("base",))}

@@ -42,6 +42,23 @@ def find_study(rows: Rows, name: str) -> int | None:
     return int(found[0][0]) if found else None
 
 
+def study_facts(rows: Rows, study_id: int) -> tuple[dict[str, Any], list[str]]:
+    """Return the attributes of a study, the system's own among them, and its directions by objective."""
+    facts = {}
+    for table in ("study_user_attributes", "study_system_attributes"):
+        for key, value in rows(f"SELECT key, value_json FROM {table} WHERE study_id = :study", {"study": study_id}):
+            try:
+                facts[str(key)] = json.loads(value)
+            except (ValueError, TypeError) as error:
+                raise UserError(f"attribute {key} of the study cannot be read ({first_line(error)})") from None
+    directions = "SELECT direction FROM study_directions WHERE study_id = :study ORDER BY objective"
+    return facts, [str(row[0]) for row in rows(directions, {"study": study_id})]
+
+
+METRIC_NAMES = "study:metric_names"
+"""Attribute of a study in which Optuna keeps the names of its objectives."""
+
+
 def newest_trial(rows: Rows, study_id: int) -> tuple[int, int] | None:
     """Return the storage's id and the number of a study's newest trial; None if it has none."""
     query = "SELECT trial_id, number FROM trials WHERE study_id = :study ORDER BY trial_id DESC LIMIT 1"

@@ -54,7 +54,7 @@ INTERRUPTED = "interrupted: the run that started this trial ended before it fini
 class StudyStore:
     """One study's folder and storage.
 
-    Use `create` to run a study (it takes the folder's lock) and `open` to read one.
+    Use `create` to run a study (it takes the folder's lock) and `open` to read one. `source` is its open database.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StudyStore:
     ) -> None:
         self.out = out
         self.record = record
-        self._source = source
+        self.source = source
         self._items = ItemFiles(out)
         self._lock = lock
         self._proposer: InMemoryStudy | None = None
@@ -128,10 +128,10 @@ class StudyStore:
             except (UserError, *STORAGE_ERRORS) as error:
                 if record is None:
                     (out / RECORD).unlink()
-                if isinstance(error, UserError):
-                    raise
-                said = explain_storage_error(error, url)
-                raise UserError(f"storage {current.storage}: {said}; `uipe doctor {out}` says what is damaged") from None
+                said = (
+                    f"storage {current.storage}: {explain_storage_error(error, url)}; `uipe doctor {out}` says what is damaged"
+                )
+                raise error if isinstance(error, UserError) else UserError(said) from None
         except BaseException:
             lock.release()
             raise
@@ -148,22 +148,18 @@ class StudyStore:
         """
         record = read_record(out)
         store = cls(out, record, open_to_read(out, record))
-        _ = store._study_ids
+        _ = store.study_ids
         return store
 
     def flush(self) -> None:
-        """Wait until all item scores are on the disk.
-
-        Raises:
-            OSError: If some could not be written.
-        """
+        """Wait until all item scores are on the disk; raise OSError if some could not be written."""
         self._items.flush()
 
     def close(self) -> None:
         """Close the storage and release the folder."""
         self._items.close()
-        self._source.close()
-        if isinstance(self._source, SQLiteFile) and "_database" in self.__dict__:
+        self.source.close()
+        if isinstance(self.source, SQLiteFile) and "_database" in self.__dict__:
             self._database.close()
         if self._lock is not None:
             self._lock.release()
@@ -270,11 +266,11 @@ class StudyStore:
 
     def fail(self, job: TrialSpec, number: int, reason: str, traceback: str = "") -> None:
         """End a trial as FAIL with its reason, and with the name of the file that keeps its traceback, if there is one."""
-        control = job.is_control
         attributes = {"reason": reason}
         if traceback:
-            attributes["traceback"] = keep_traceback(self.out, f"{'control' if control else 'trial'}-{number}", traceback)
-        self._end(control, number, TrialState.FAIL, attributes)
+            name = f"{'control' if job.is_control else 'trial'}-{number}"
+            attributes["traceback"] = keep_traceback(self.out, name, traceback)
+        self._end(job.is_control, number, TrialState.FAIL, attributes)
 
     def items(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
         """Return the per-item arrays of a complete trial by ``set/measurement``; None where it has none (older versions).
@@ -306,10 +302,6 @@ class StudyStore:
             controls: Those of the controls study.
         """
         return self._readers[controls].read(states, names)
-
-    def file_flaws(self) -> list[str]:
-        """Return what SQLite finds damaged in the database's file, some at most; nothing for other databases."""
-        return self._source.flaws() if isinstance(self._source, SQLiteFile) else []
 
     def counts(self) -> dict[str, int]:
         """Return the number of trials by state."""
@@ -344,17 +336,16 @@ class StudyStore:
         return evidence_table(self.trials((TrialState.COMPLETE,), names, controls), objectives, names, controls)
 
     @property
-    def _place(self) -> str:
-        """Where the trials are: of a folder that was moved or copied not what its record says."""
+    def _place(self) -> str:  # a folder that was moved or copied is not where its record says
         return without_password(storage_url(self.out, self.record))
 
     def _titles(self) -> tuple[str, str]:
         return self.record.name, f"{self.record.name}.controls"
 
     @cached_property
-    def _study_ids(self) -> tuple[int, ...]:
+    def study_ids(self) -> tuple[int, ...]:
         """Ids of the study and of its controls; a UserError where the storage lacks one."""
-        found = {title: optuna_compat.find_study(self._source.rows, title) for title in self._titles()}
+        found = {title: optuna_compat.find_study(self.source.rows, title) for title in self._titles()}
         for title, identifier in found.items():
             if identifier is None:
                 raise UserError(f"{self.out}: its storage {self._place} holds no study {title!r}")
@@ -362,17 +353,17 @@ class StudyStore:
 
     @cached_property
     def _readers(self) -> list[TrialReader]:
-        return [TrialReader(self._source.rows, identifier) for identifier in self._study_ids]
+        return [TrialReader(self.source.rows, identifier) for identifier in self.study_ids]
 
     @cached_property
     def _tables(self) -> list[TrialTable]:
-        return [TrialTable(self._database, identifier, self._place) for identifier in self._study_ids]
+        return [TrialTable(self._database, identifier, self._place) for identifier in self.study_ids]
 
     @cached_property
     def _database(self) -> "Database":
         """The database as Optuna opens it; what only reads trials does without."""
-        if not isinstance(self._source, SQLiteFile):
-            return self._source
+        if not isinstance(self.source, SQLiteFile):
+            return self.source
         from search.store.database import open_storage
 
         return open_storage(storage_url(self.out, self.record))

@@ -220,7 +220,7 @@ def evidence_flaw(
 
 
 def damaged(number: int, flaw: str) -> UserError:
-    """Return the error of a trial that only its study's driver writes so."""
+    """Return the error of a trial that is not as its driver wrote it."""
     return UserError(f"trial {number} is damaged: {flaw}; `uipe doctor` lists what is wrong, restore the database from a copy")
 
 

@@ -279,7 +279,7 @@ def call(place, monkeypatch, capsys):
     """Runs the command line in this process: exit code, standard output, standard error."""
     from search.cli import main as cli
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["uipe", *map(str, arguments)])

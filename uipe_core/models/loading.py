@@ -154,7 +154,22 @@ def _local_folder(source: str) -> Path | None:
             f"model {source}: it holds a whole model and an adapter_config.json, for which transformers would load the "
             "adapter's base model in its place; move adapter_config.json away"
         )
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json", "adapter_config.json"):
+        _require_mapping(source, folder / name)
     return folder
+
+
+def _require_mapping(source: str, path: Path) -> None:
+    """Raise UserError for a JSON file of a model that is none, or holds no object: transformers takes that for granted."""
+    if not path.exists():
+        return
+    try:
+        found = read_json(path)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {source}: its {path.name} cannot be read: {first_line(error)}; save the model again") from error
+    if not isinstance(found, dict):
+        kind = type(found).__name__
+        raise UserError(f"model {source}: its {path.name} holds a {kind}, and must hold an object; save the model again")
 
 
 def brings_code(folder: Path) -> bool:

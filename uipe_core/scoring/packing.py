@@ -37,7 +37,7 @@ BLOCK = 32
 
 @dataclass(frozen=True)
 class Tree:
-    """Who attends to whom in a row of n tokens: c blocks of q tokens, with the k tokens that any of a block sees.
+    """Attention in a row of n tokens: c blocks of q tokens, with the k tokens that any of a block sees.
 
     The tokens of a subtree stand together, so what a block sees is the path to its first token, and itself.
 

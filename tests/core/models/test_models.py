@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError
-from uipe_core.models.loading import ModelSource, cast_weights, load_model, model_identity, resolve_device
+from uipe_core.models.loading import ModelSource, cast_weights, check_model_folder, load_model, model_identity, resolve_device
 from uipe_core.models.skeleton import open_initial
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model, tiny_model_inputs
 from uipe_core.storage.content_store import ContentStore
@@ -301,3 +301,16 @@ def test_caches_lie_where_the_user_says(monkeypatch, tmp_path):
 @pytest.mark.gpu
 def test_a_model_is_put_on_the_device_asked_for(tiny_folder):
     assert load_model(str(tiny_folder), device="cuda").device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("content", "said"), [("[]", "holds a list"), ("3", "holds a int"), ('{"a": ', "cannot be read"), ("", "cannot be read")]
+)
+def test_a_json_file_of_a_model_that_holds_no_object_is_named(tmp_path, name, content, said):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / name).write_text(content)
+    for check in (lambda: check_model_folder(str(tmp_path), None, None), lambda: load_model(str(tmp_path))):
+        with pytest.raises(UserError, match=f"its {name} {said}.*; save the model again"):
+            check()

@@ -4,11 +4,14 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from ray_nodes import TOKEN, Cluster
 
+from search.cluster.jobs import Jobs
 from search.results.study_result import StudyResult
+from uipe_core.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +220,50 @@ def test_a_node_dies_and_the_study_finishes(environment, living_processes, longe
         everything_is_there(out)
     finally:
         cluster.end()
+
+
+PROXY = "http://user:hunter2@127.0.0.1:1"
+
+
+def test_a_job_server_on_this_machine_is_reached_past_a_proxy(client, call, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, PROXY)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "example.org")
+    code, _, error = call("studies", "--json")
+    assert (code, error) == (0, "")
+
+
+def test_a_proxy_in_the_way_is_named_without_its_password(call, monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, PROXY)
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, error = call("studies", "--address", "http://head.example:8265")
+    assert code == 2 and "by way of the proxy http://user:***@127.0.0.1:1 (http_proxy" in error and "hunter2" not in error
+
+
+def test_a_head_without_an_agent_names_the_port(monkeypatch):
+    jobs = Jobs.__new__(Jobs)
+    jobs.address, jobs._proxy = "http://127.0.0.1:8265", ""
+
+    def submit():
+        raise RuntimeError("Request failed with status code 500: No available agent to submit job, please try again later.")
+
+    with pytest.raises(UserError, match=r"127\.0\.0\.1:8265: the head has no agent.*port 52365.*dashboard-agent-listen-port"):
+        jobs._ask(submit)
+    import ray._private.ray_constants as constants
+    from ray.dashboard.modules.job import job_head
+
+    assert constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT == 52365
+    assert "No available agent to submit job" in Path(job_head.__file__).read_text()
+
+
+@pytest.mark.parametrize("what", ["/no/such/folder", "./runs/x", "~/runs", "nothing"])
+@pytest.mark.parametrize("command", ["status", "logs"])
+def test_a_folder_that_is_not_there_is_no_question_of_a_token(what, command, call, monkeypatch):
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    code, _, error = call(command, what)
+    assert code == 2 and f"{what}: there is no such folder" in error and "token" not in error

@@ -10,8 +10,12 @@ import time
 import pytest
 from optuna.trial import TrialState
 
-from search.execution.ray_cluster import UNWIND_SECONDS, _watched
+from search.execution import ray_cluster
+from search.execution.ray_cluster import UNWIND_SECONDS, _watched, clear_old_runs
+from search.execution.ray_compat import OWNER, end_processes_of
 from search.execution.run import _at_work
+from search.report.progress import Bars
+from search.spec.runtime import Resources
 from search.spec.study import load_study
 from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
@@ -135,3 +139,49 @@ cli.main()
 def test_standard_output_that_is_full_or_closed_costs_no_traceback(shell, code, said):
     done = subprocess.run(["bash", "-c", shell, sys.executable, PRINT], stderr=subprocess.PIPE, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (code, said)
+
+
+def test_what_is_left_of_the_ray_of_a_dead_run_is_ended(tmp_path):
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    left = subprocess.Popen(sleep, env={**os.environ, OWNER: str(tmp_path / "dead")})
+    other = subprocess.Popen(sleep, env={**os.environ, OWNER: str(tmp_path / "dead-not")})
+    try:
+        time.sleep(0.5)
+        end_processes_of(tmp_path / "dead")
+        assert left.wait(10) == -signal.SIGKILL
+        assert other.poll() is None
+    finally:
+        for process in (left, other):
+            process.kill()
+            process.wait()
+
+
+def test_files_of_ray_and_tune_are_kept_of_the_last_run_only(tmp_path):
+    for day in range(1, 6):
+        for name in (f"session_2026-11-0{day}", f"tune-2026110{day}-1"):
+            (tmp_path / name).mkdir()
+            os.utime(tmp_path / name, (day, day))
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "session_latest").symlink_to("session_2026-11-05")
+    clear_old_runs(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "session_2026-11-05",
+        "session_latest",
+        "torch",
+        "tune-20261105-1",
+    ]
+    clear_old_runs(tmp_path / "missing")
+
+
+def test_ray_is_started_again_and_its_limits_are_named(tmp_path, monkeypatch, capsys):
+    tries = []
+
+    def start(folder, memory, seconds):
+        tries.append(seconds)
+        raise Exception("The current node timed out during startup.\nmore")
+
+    monkeypatch.setattr(ray_cluster, "start_local", start)
+    with pytest.raises(UserError, match=r"could not be started .*timed out during startup.*resources\.ray_start_seconds"):
+        ray_cluster._start(tmp_path, Resources(ray_start_seconds=7, ray_start_tries=3), Bars())
+    assert tries == [7, 7, 7]
+    assert capsys.readouterr().err.count("trying again") == 2

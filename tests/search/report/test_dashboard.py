@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from search.report.dashboard import servable_folder, write_notes
 from search.results.study_result import StudyResult
 
 
@@ -134,3 +135,19 @@ def test_a_writable_dashboard_writes_for_its_own_pages_only(copied, launch):
     assert studies_of(port) == studies
     assert ask(port, "DELETE", controls, Origin=f"http://127.0.0.1:{port}")[0] == 204
     assert studies_of(port).keys() == {"tiny"}
+
+
+def test_a_study_that_may_only_be_read_is_served_from_a_copy_and_reported_elsewhere(copied, monkeypatch, tmp_path, call):
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.name != ".lock"}
+    # Tests may run as root, whom rights do not keep from writing.
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    with servable_folder(copied) as folder:
+        assert folder != copied
+        result = StudyResult.open(folder)
+        write_notes(result)
+        assert result.study.system_attrs
+    assert not folder.exists()
+    code, output, _ = call("report", copied, "--to", tmp_path / "elsewhere")
+    assert code == 0 and output.strip() == str(tmp_path / "elsewhere" / "report.html")
+    after = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file() and path.name != ".lock"}
+    assert after == before

@@ -76,7 +76,7 @@ def test_a_study_that_cannot_be_written_is_read_and_nothing_is_left_beside_it(st
     reader = StudyStore.open(copy)
     assert list(reader.trials()) == expected
     with pytest.raises(UserError, match=r"readonly"):
-        reader._source.rows("DELETE FROM trials", {})
+        reader.source.rows("DELETE FROM trials", {})
     reader.close()
     assert sorted(path.name for path in copy.iterdir()) == before
 

@@ -1,0 +1,30 @@
+"""Bound every number of a study: no sane study passes these limits, and a slip of the keyboard must not cost a machine."""
+
+from typing import Annotated
+
+from pydantic import Field
+
+Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+
+Epochs = Annotated[int, Field(ge=1, le=10_000)]
+
+LearningRate = Annotated[float, Field(gt=0, le=1000)]
+
+Temperature = Annotated[float, Field(ge=0.01, le=100)]
+
+Weight = Annotated[float, Field(ge=-1e9, le=1e9)]
+"""A hyperparameter of a method, before the method's own bound."""
+
+MOST_CONTROLS = 100
+"""Entries of a list that each become a model to train or to score."""
+
+MOST_BASE_RUNS = 1000
+"""Base runs of one study: lists multiply, and a slip must not ask for a million trainings."""
+
+MOST_BASE_EPOCHS = 100_000
+"""Epochs of all base runs of one study: each is kept as an update vector, and scored at alpha = 0."""
+
+NARROWEST_ALPHA = 1e-6
+"""Least width of the range of alpha: below it all points of a sampler are one point in fp32."""
