@@ -11,4 +11,4 @@ study: `StudySpec`, `load_study`, `parse_study`
 study_file: YAML with line numbers, paths made absolute
 """
 
-__all__ = ["bounds", "corpora", "errors", "plugins", "redaction", "runtime", "sections", "study", "study_file"]
+__all__ = ["corpora", "errors", "plugins", "redaction", "runtime", "sections", "study", "study_file"]

@@ -165,8 +165,12 @@ def _require_mapping(source: str, path: Path) -> None:
         return
     try:
         found = read_json(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"model {source}: its {path.name} cannot be read: {first_line(error)}; save the model again") from error
+    except ValueError as error:
+        raise UserError(
+            f"model {source}: its {path.name} is not a valid JSON file ({first_line(error)}); save it again"
+        ) from error
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise UserError(f"model {source}: its {path.name} holds a {kind}, and must hold an object; save the model again")

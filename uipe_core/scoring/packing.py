@@ -191,7 +191,7 @@ def _tree(positions: Sequence[int], ends: Sequence[int], device: torch.device) -
         if place % BLOCK == 0:
             paths.append(path.copy())
         path.append(place)
-    # A place behind the row is seen by nobody.
+    # No token sees a place behind the row.
     seen = np.full((len(own), max(map(len, paths)) + BLOCK), tokens, dtype=np.int64)
     for row, known in enumerate(paths):
         block = range(row * BLOCK, min(tokens, (row + 1) * BLOCK))
