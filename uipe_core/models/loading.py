@@ -165,12 +165,9 @@ def _require_mapping(source: str, path: Path) -> None:
         return
     try:
         found = read_json(path)
-    except OSError as error:
-        raise UserError(f"model {source}: its {path.name} cannot be read: {first_line(error)}; save the model again") from error
-    except ValueError as error:
-        raise UserError(
-            f"model {source}: its {path.name} is not a valid JSON file ({first_line(error)}); save it again"
-        ) from error
+    except (OSError, ValueError) as error:
+        why = first_line(error) if isinstance(error, OSError) else f"not a valid JSON file ({first_line(error)})"
+        raise UserError(f"model {source}: its {path.name} cannot be read: {why}; save the model again") from error
     if not isinstance(found, dict):
         kind = type(found).__name__
         raise UserError(f"model {source}: its {path.name} holds a {kind}, and must hold an object; save the model again")
