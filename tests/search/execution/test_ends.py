@@ -76,7 +76,7 @@ def test_whatever_a_run_raises_no_trial_stays_open(write_study, place, tmp_path)
         raise ZeroDivisionError("anything")
 
     with pytest.raises(ZeroDivisionError):
-        _at_work(spec, tmp_path / "out", True, None, work)
+        _at_work(spec, tmp_path / "out", True, None, False, work)
     (trial,) = StudyStore.open(tmp_path / "out").study.trials
     assert trial.state == TrialState.FAIL and "interrupted" in trial.user_attrs["reason"]
 

@@ -10,6 +10,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from optuna_dashboard import get_note
 
 from search.report.dashboard import servable_folder, write_notes
 from search.results.study_result import StudyResult
@@ -145,7 +146,7 @@ def test_a_study_that_may_only_be_read_is_served_from_a_copy_and_reported_elsewh
         assert folder != copied
         result = StudyResult.open(folder)
         write_notes(result)
-        assert result.study.system_attrs
+        assert get_note(result.study).startswith("# tiny")
     assert not folder.exists()
     code, output, _ = call("report", copied, "--to", tmp_path / "elsewhere")
     assert code == 0 and output.strip() == str(tmp_path / "elsewhere" / "report.html")
