@@ -48,7 +48,8 @@ def ended(call, job, seconds=120):
 def test_a_study_is_submitted_attached_to_followed_and_resumed(client, copied, finished, call):
     """With a study that has all its trials already, so that only its driver runs."""
     code, output, error = call("submit", finished.file, "--out", copied)
-    assert (code, error) == (0, "")
+    assert code == 0
+    assert all(line.startswith("note: forget quality: On 8 items") for line in error.splitlines())
     job = submitted(output)
     assert job.startswith("tiny-")
 
