@@ -21,12 +21,17 @@ class ExportMismatchError(Exception):
     """An export, scored again, does not have the trial's numbers. The command line exits with 1, without traceback."""
 
 
+def without_colours(text: str) -> str:
+    """Return a text without the escapes that colour it in a terminal."""
+    return _COLOURS.sub("", text)
+
+
 def printable(text: str) -> str:
     """Return a text for a terminal, with control characters as escapes; colours are left out.
 
     Names come out of files: they must not move the cursor, change colours or turn the direction of what follows.
     """
-    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], _COLOURS.sub("", text))
+    return _CONTROLS.sub(lambda found: repr(found[0])[1:-1], without_colours(text))
 
 
 def first_line(error: object) -> str:

@@ -20,6 +20,7 @@ from uipe_core.logs.tofu import is_log, read_log, write_log
 from uipe_core.metrics.collapse import collapse_reason
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.multiple_choice import evaluate_choices
+from uipe_core.metrics.rouge import rouge_recall
 from uipe_core.metrics.scores import ChoiceReport, ScoreReport
 from uipe_core.metrics.tofu import evaluate, quality_of_set
 from uipe_core.models.loading import load_model
@@ -99,7 +100,22 @@ def metrics_of_log(log: Path, reference: Path | None, definition: str) -> dict[s
         lacking = f"model utility: not in this log, which has no {', '.join(UTILITY_SETS)}"
         notes = [lacking, *_notes_on_reference(forget, against)]
         return {"definition": definition, "model_utility": None, **quality.as_dict(), "collapsed": None, "notes": notes}
-    return _values(read_log(log), against, definition)
+    return _values(_with_words_of(read_log(log), definition), against, definition)
+
+
+def _with_words_of(report: ScoreReport, definition: str) -> ScoreReport:
+    """Return a log's scores with ROUGE over the words that the definition counts, where that differs from the log's."""
+    if not definition_named(definition).unicode_rouge:
+        return report
+    sets = {}
+    for name, scores in report.sets.items():
+        if scores.generated is None or scores.answers is None:
+            sets[name] = scores
+            continue
+        pairs = zip(scores.answers, scores.generated, strict=True)
+        recall = np.array([rouge_recall(answer, text, unicode=True) for answer, text in pairs])
+        sets[name] = replace(scores, rouge_l_recall=recall[:, 0], rouge_1_recall=recall[:, 1])
+    return replace(report, sets=sets)
 
 
 def corpus_named(name: str, split: str, seed: int, first_items: int | None) -> Corpus:

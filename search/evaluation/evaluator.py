@@ -124,7 +124,8 @@ class Evaluator:
         if job.model is not None:
             return half.references[job.model], None, None
         if job.run is None or job.epoch is None or job.alpha is None:
-            return half.scorer.score(self._on(self._walker.reset()), temperature=job.temperature), None, None
+            initial = self._on(self._walker.reset())
+            return self.task.score(half.scorer, initial, job.temperature, (), {}, self.context.definition)[0], None, None
         update, norm = self._update(job.delta, job.epoch)
         if job.is_control and (changed := CONTROLS[job.kind].update) is not None:
             update = changed(update, self.context.seed)

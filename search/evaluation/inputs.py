@@ -1,5 +1,6 @@
 """Check local inputs and load warm-start points before anything is spent."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +13,7 @@ from search.spec.corpora import fetched_sources
 from search.spec.sections import PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.split import split_corpus
-from uipe_core.corpora.types import Corpus
+from uipe_core.corpora.types import UTILITY_SETS, Corpus
 from uipe_core.errors import UserError, did_you_mean
 from uipe_core.logs.tofu import read_log
 from uipe_core.metrics.definitions import definition_named
@@ -53,8 +54,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
     corpus = None
     if not notes:
         corpus = spec.corpus.load(spec.seed)
-        notes += check_split(spec, corpus)
-        check_words(corpus, spec.definition)
+        notes += check_items(spec, corpus)
     if isinstance(spec.model, PretrainedModel):
         for key, value in spec.model.places().items():
             if not is_local(value):
@@ -96,6 +96,16 @@ MANY_ITEMS = 100
 """Forget quality on so many items passes no untouched model (TOFU, two real logs); on 20 it passes 46% of them."""
 
 
+def check_items(spec: StudySpec, corpus: Corpus) -> list[str]:
+    """Check what a study that begins asks of its items; one that has begun is read, resumed and exported as it is.
+
+    Raises:
+        UserError: As `check_split` and `check_words`.
+    """
+    check_words(corpus, spec.definition)
+    return check_split(spec, corpus)
+
+
 def check_split(spec: StudySpec, corpus: Corpus) -> list[str]:
     """Refuse a split that leaves forget quality too few items where there are enough; return a note where there are too few.
 
@@ -108,9 +118,10 @@ def check_split(spec: StudySpec, corpus: Corpus) -> list[str]:
     whole, kept = len(corpus.sets["forget"]), len(split.select["forget"])
     if kept < MANY_ITEMS < whole:
         assert spec.split is not None
+        enough = math.ceil(100 * MANY_ITEMS / whole) / 100
         raise UserError(
             f"split.select: {spec.split.select:g} leaves forget quality {kept} of {whole} forget items, and on fewer than "
-            f"{MANY_ITEMS} it passes models that were never unlearned; give {MANY_ITEMS / whole:.2f} or more, or leave it out"
+            f"{MANY_ITEMS} it passes models that were never unlearned; give {enough:.2f} or more, or leave it out"
         )
     items = [corpus.sets["forget"][row] for row in split.select["forget"]]
     twice = len(items) - len({(item.question, item.answer) for item in items})
@@ -118,7 +129,7 @@ def check_split(spec: StudySpec, corpus: Corpus) -> list[str]:
     if kept >= MANY_ITEMS:
         return notes
     half = "" if spec.split is None else f" `split` leaves {kept} of {whole} forget items; without it there are {whole}."
-    return [*notes, f"forget quality: {power_of_forget_quality(kept)}{half}"]
+    return [*notes, f"{power_of_forget_quality(kept)}{half}"]
 
 
 def check_words(corpus: Corpus, definition: str) -> None:
@@ -127,9 +138,10 @@ def check_words(corpus: Corpus, definition: str) -> None:
     Raises:
         UserError: An evaluation set with such answers, where the definition counts runs of a-z and 0-9 alone.
     """
-    if definition_named(definition).unicode_rouge:
-        return
-    for name, items in corpus.sets.items():
+    if not corpus.sets or definition_named(definition).unicode_rouge:
+        return  # multiple choice has letters, not words
+    for name in (name for name in ("forget", *UTILITY_SETS) if name in corpus.sets):
+        items = corpus.sets[name]
         without = [item.answer for item in items if not has_latin_word(item.answer)]
         if without:
             raise UserError(
@@ -143,10 +155,10 @@ def power_of_forget_quality(items: int) -> str:
     """Say in a sentence what forget quality on so many items can see (`uipe_core.metrics.uncertainty.detectable_shift`)."""
     shift, distance = detectable_shift(items)
     if distance >= 1:
-        return f"Forget quality on {items} items sees no difference, however large."
+        return f"Forget quality on {items} items: no difference is seen, however large."
     return (
-        f"On {items} items forget quality sees (p < 0.05, in nine of ten draws) truth ratios that are {shift:.2g} standard "
-        f"deviations from the retain model's (KS distance {distance:.2f}), and may pass what is closer."
+        f"Forget quality on {items} items: truth ratios {shift:.2g} standard deviations from the retain model's (KS distance "
+        f"{distance:.2f}) are seen (p < 0.05) in nine of ten draws of items; what is closer may pass as unlearned."
     )
 
 
@@ -239,7 +251,10 @@ def check_positions(spec: StudySpec, corpus: Corpus, source: "ModelSource", trus
 
     if is_local(source.location) and not (Path(source.location) / "config.json").is_file():
         return  # an adapter, whose base model is elsewhere
-    limit = position_limit(read_config(source.location, trusted, source.revision))
+    try:
+        limit = position_limit(read_config(source.location, trusted, source.revision))
+    except UserError:
+        return  # an adapter on the hub
     if limit is not None:
         scoring = ScoringConfig.of(spec.scoring.definition, spec.scoring.rows, spec.scoring.max_new_tokens)
         prompts = replace(source, trust_remote_code=trusted).prompts()

@@ -11,16 +11,16 @@ from typing import Any
 from search.evaluation.inputs import (
     check_checkpoints,
     check_positions,
-    check_split,
     check_steered_layers,
     check_target_modules,
-    check_words,
     checkpoint_folder,
     require_trust,
+    small_llama,
 )
 from search.evaluation.models import Models, PretrainedModels, models_of
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL
+from search.spec.sections import TinyModel
 from search.spec.study import BaseRunSpec, StudySpec
 from search.store.record import fingerprint
 from uipe_core.corpora.split import Split, split_corpus, take_items
@@ -160,8 +160,8 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     """
     require_trust(spec, trust_remote_code)
     corpus = spec.corpus.load(spec.seed)
-    check_split(spec, corpus)
-    check_words(corpus, spec.definition)
+    if isinstance(spec.model, TinyModel):
+        check_target_modules(spec, small_llama)
     models = models_of(spec, corpus)
     check_steered_layers(spec, models.revision, models.trust_remote_code)
     if isinstance(models, PretrainedModels):

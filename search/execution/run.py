@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from search.evaluation.inputs import check_items
 from search.evaluation.prepared import prepare
 from search.execution.base_runs import LOST, problem_of
 from search.execution.budget import Stop
@@ -18,6 +19,7 @@ from search.results.study_result import StudyResult
 from search.spec.study import StudySpec
 from search.store.database import STORAGE_ERRORS, explain_storage_error
 from search.store.mirror import working_folder
+from search.store.record import RECORD
 from search.store.study_store import StudyStore
 from uipe_core.errors import StudyInterrupted, UserError
 from uipe_core.storage.signals import ignore_signals
@@ -122,6 +124,8 @@ def _at_work(
     """Open a study, work on it, and write its report."""
     with Bars(quiet) as bars:
         preparation = prepare(spec, trust_remote_code)
+        if not (folder / RECORD).exists():
+            check_items(spec, preparation.corpus)
         store = StudyStore.create(folder, spec, preparation.fingerprint, preparation.facts())
         try:
             orphans = store.fail_orphaned_trials()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from search.evaluation.controls import given_controls
-from search.evaluation.inputs import check_target_modules, require_trust, small_llama
+from search.evaluation.inputs import check_items, require_trust
 from search.evaluation.models import PretrainedModels, TinyModels
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import TASKS
@@ -51,8 +51,6 @@ def plan_study(
     """
     notes: list[str] = []
     require_trust(spec, trust_remote_code)
-    if isinstance(spec.model, TinyModel):
-        check_target_modules(spec, small_llama)
     preparation, whole = _prepared(spec, notes, trust_remote_code)
     builds, built = _builds(preparation)
     trains, imports = _base_runs(preparation, whole)
@@ -97,7 +95,9 @@ def _prepared(spec: StudySpec, notes: list[str], trust_remote_code: bool) -> tup
             "nor how long steps take is known; plan again where the model is"
         )
     if known and not absent:
-        return prepare(spec, trust_remote_code), True
+        prepared = prepare(spec, trust_remote_code)
+        notes += check_items(spec, prepared.corpus)
+        return prepared, True
     assert isinstance(model, PretrainedModel)
     return PreparedStudy(spec, corpus, PretrainedModels.unseen(model)), False
 

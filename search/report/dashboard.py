@@ -14,6 +14,8 @@ import optuna
 from search.report.conclusions import conclusions
 from search.results.study_result import StudyResult
 from search.store.mirror import readable_folder
+from search.store.record import RECORD
+from search.store.sqlite_reading import copy_database
 from uipe_core.storage.scratch import scratch_folder
 
 
@@ -29,10 +31,11 @@ def servable_folder(out: Path | str) -> Iterator[Path]:
         return
     with scratch_folder() as copy:
         for path in folder.iterdir():
-            if path.name.startswith("study."):
+            if path.name == RECORD:
                 shutil.copyfile(path, copy / path.name)
             elif path.name in ("items", "logs"):
                 (copy / path.name).symlink_to(path.resolve(), target_is_directory=True)
+        copy_database(folder / "study.db", copy)
         yield copy
 
 

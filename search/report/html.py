@@ -115,6 +115,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         few_groups=FEW_GROUPS,
         withheld=view.certainty.empty and view.summary.get("smallest_groups", FEW_GROUPS) < FEW_GROUPS,
         power=view.summary.get("power"),
+        forget_groups=view.summary.get("forget_groups"),
         apart=not view.held_out.empty,
         matched=not view.matched_scale.empty,
         paired="paired_p" in view.trials.columns,

@@ -173,7 +173,9 @@ def _score_afresh(preparation: PreparedStudy, folder: Path, reference: Report | 
 
 
 def _score(corpus: Corpus, preparation: PreparedStudy, loaded: LoadedModel) -> Report:
-    return task_of(corpus).scorer(corpus, loaded.prompts, preparation.scoring).score(loaded)
+    task = task_of(corpus)
+    scorer = task.scorer(corpus, loaded.prompts, preparation.scoring)
+    return task.score(scorer, loaded, 1.0, (), {}, preparation.spec.definition)[0]
 
 
 def _tolerances(spec: StudySpec, preparation: PreparedStudy, low_rank: bool) -> dict[str, float]:

@@ -166,7 +166,8 @@ def _two_readings(value: str) -> str:
         remedy = f"Write {int(value)}"
     else:
         reading = "a text"
-        remedy = f"Write the number as digits alone{'' if ':' in value else f' ({int(value)})'}"
+        plain = "" if ":" in value else f" ({int(value.replace('_', ''))})"
+        remedy = f"Write the number as digits alone{plain}"
     return f"found {value}: YAML 1.2 reads {reading}, YAML 1.1 another number. {remedy}, or put a text in quotes."
 
 

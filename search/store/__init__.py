@@ -14,4 +14,4 @@ study_store: a study's folder, record and trials
 trials: write and read a study's trials
 """
 
-__all__ = ["database", "doctor", "folder", "mirror", "record", "study_store", "trials"]
+__all__ = ["database", "doctor", "folder", "mirror", "record", "sqlite_reading", "study_store", "trials"]

@@ -65,15 +65,16 @@ def _trials_are_written(out: Path, record: StudyRecord, fix: bool, stack: contex
     if record.spec.get("storage") is None:
         return False
     from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
 
     from search.store.database import STORAGE_ERRORS, WriterLock
 
-    lock = WriterLock(make_url(storage_url(out, record)), record.name)
     try:
+        lock = WriterLock(make_url(storage_url(out, record)), record.name)
         if not fix:
             return not lock.is_free()
         lock.take()
-    except (OSError, *STORAGE_ERRORS):
+    except (OSError, ArgumentError, ImportError, *STORAGE_ERRORS):
         return False  # what cannot be reached is found by the checks
     stack.callback(lock.release)
     return False

@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from search.spec.redaction import without_password
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, without_colours
 from uipe_core.storage.files import is_free, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -18,9 +18,6 @@ LOCK_SECONDS = 1
 """How long a run waits for its folder: longer than a status command holds the lock."""
 
 FOLDER = "errors"
-
-_COLOURS = re.compile(r"\x1b\[[\d;]*m")
-"""Ray colours the tracebacks of its tasks."""
 
 
 def take_folder(out: Path) -> FileLock:
@@ -65,7 +62,7 @@ def keep_traceback(out: Path, name: str, text: str) -> str:
         Path of the file in the study's folder.
     """
     place = Path(FOLDER, f"{name}.txt")
-    shown = without_password(_COLOURS.sub("", text)).strip()
+    shown = without_password(without_colours(text)).strip()  # Ray colours the tracebacks of its tasks
     (out / FOLDER).mkdir(exist_ok=True)
     write_atomic(out / place, f"{shown}\n".encode(), flush=False)
     logger.info("%s failed:\n%s", name, shown)

@@ -46,7 +46,9 @@ def study_facts(rows: Rows, study_id: int) -> tuple[dict[str, Any], list[str]]:
     """Return the attributes of a study, the system's own among them, and its directions by objective."""
     facts = {}
     for table in ("study_user_attributes", "study_system_attributes"):
-        for key, value in rows(f"SELECT key, value_json FROM {table} WHERE study_id = :study", {"study": study_id}):
+        for key, value in rows(
+            f"SELECT part.key, part.value_json FROM {table} AS part WHERE part.study_id = :study", {"study": study_id}
+        ):
             try:
                 facts[str(key)] = json.loads(value)
             except (ValueError, TypeError) as error:
@@ -103,8 +105,10 @@ def read_trials(
         if named is not None and not named:
             return found
         keys = {f"key{index}": name for index, name in enumerate(named or ())}
-        only = f"AND key IN ({', '.join(f':{key}' for key in keys)})" if keys else ""
-        query = f"SELECT trial_id, {columns} FROM {table} WHERE trial_id BETWEEN :first AND :last {only} {order}"
+        only = f"AND part.key IN ({', '.join(f':{key}' for key in keys)})" if keys else ""
+        # A name that is reserved in MySQL, as `key` is, needs no quotes behind a dot.
+        source = f"{table} AS part WHERE part.trial_id BETWEEN :first AND :last"
+        query = f"SELECT part.trial_id, {columns} FROM {source} {only} {order}"
         for identifier, *part in rows(query, {**span, **keys}):
             if identifier in own:
                 found[identifier].append(part)
@@ -112,8 +116,8 @@ def read_trials(
 
     given = parts("trial_params", "param_name, distribution_json, param_value", "ORDER BY param_id")
     values = parts("trial_values", "value, value_type", "ORDER BY objective")
-    user = parts("trial_user_attributes", "key, value_json", named=names)
-    system = parts("trial_system_attributes", "key, value_json")
+    user = parts("trial_user_attributes", "part.key, part.value_json", named=names)
+    system = parts("trial_system_attributes", "part.key, part.value_json")
     found = []
     for trial in trials:
         try:

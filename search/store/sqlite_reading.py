@@ -9,6 +9,7 @@ import contextlib
 import os
 import shutil
 import sqlite3
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from search.store import optuna_compat
+from search.store.folder import is_running
 from search.store.record import StudyRecord, own_database
 from uipe_core.errors import UserError, first_line
 from uipe_core.storage.scratch import scratch_folder
@@ -86,9 +88,7 @@ class SQLiteFile:
                 # What its writer has not moved into the database yet can only be read with a file of locks next to it.
                 folder = self._copy.enter_context(scratch_folder())
                 atexit.register(self._copy.close)
-                for each in (path, log):
-                    shutil.copyfile(each, folder / each.name)
-                path = folder / path.name
+                path = copy_database(path, folder)
             else:
                 flags = "immutable=1"
         address = f"{path.resolve().as_uri()}?{flags}"
@@ -102,17 +102,47 @@ class SQLiteFile:
         return UserError(f"storage {self._path}: cannot be opened or read: {first_line(error)}; {remedy}")
 
 
+def copy_database(path: Path, folder: Path) -> Path:
+    """Copy an SQLite database with its write-ahead log, which its owner may be writing; return the copy.
+
+    Raises:
+        UserError: It changes all the time.
+    """
+    log = path.with_name(f"{path.name}-wal")
+
+    def state() -> list[tuple[int, int]]:
+        return [(found.st_size, found.st_mtime_ns) for each in (path, log) if each.exists() for found in [each.stat()]]
+
+    for _ in range(5):
+        before = state()
+        for each in (path, log):
+            if each.exists():
+                shutil.copyfile(each, folder / each.name)
+        if state() == before:
+            return folder / path.name
+        time.sleep(0.2)
+    raise UserError(f"storage {path}: it is being written all the time and may not be locked here; try again")
+
+
 def open_to_read(out: Path, record: StudyRecord) -> "Database | SQLiteFile":
     """Open the trials of a study: an SQLite file without Optuna, which takes a second to import and wants to write."""
     url = storage_url(out, record)
     if url.startswith("sqlite"):
         file = out / "study.db" if record.spec.get("storage") is None else _file(url)
         if file is not None:
+            begins = f"{out}: the study is just starting; try again"
             if not file.is_file():
-                raise UserError(f"{out}: its trials ({file}) are missing; restore the file or run the study again")
+                lost = f"{out}: its trials ({file}) are missing; restore the file or run the study again"
+                raise UserError(begins if is_running(out) else lost)
             opened = SQLiteFile(file)
-            if optuna_compat.has_known_schema(opened.rows):
-                return opened
+            try:
+                if optuna_compat.has_known_schema(opened.rows):
+                    return opened
+            except UserError:
+                opened.close()
+                if is_running(out):
+                    raise UserError(begins) from None
+                raise
             opened.close()
     from search.store.database import open_storage
 

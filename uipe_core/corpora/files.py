@@ -1,7 +1,6 @@
 """Read data sets of the hub, folders and files row by row; errors name file and line."""
 
 import codecs
-import errno
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from uipe_core.errors import UserError, closest, did_you_mean, first_line
-from uipe_core.storage.files import parse_json
+from uipe_core.storage.files import parse_json, require_regular
 
 MOST_BYTES = 4 * 2**30
 """What a table may unpack to: a few megabytes of a file that was made for it can stand for any amount."""
@@ -57,6 +56,7 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     count = 0
     try:
+        require_regular(path)
         for row in _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path):
             count += 1
             yield row
@@ -68,8 +68,6 @@ def read_rows(path: Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     start = 0
-    if not path.is_file():
-        raise OSError(errno.EINVAL, "is a pipe or a device, not a file")
     with path.open("rb") as lines:
         # Bytes, because only "\n" ends a line: JSON strings may hold U+2028 and others unescaped.
         for number, raw in enumerate(lines, start=1):

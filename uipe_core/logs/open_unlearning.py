@@ -27,7 +27,7 @@ import numpy as np
 
 from uipe_core.errors import UserError
 from uipe_core.logs.parts import EXTRA_KEY, MEMORIZATION, Part, check_writable, extra_part, with_extra, write_json
-from uipe_core.metrics.rouge import rouge_l_f1
+from uipe_core.metrics.rouge import has_latin_word, rouge_l_f1
 from uipe_core.metrics.scores import FloatArray, ScoreReport, SetScores
 from uipe_core.metrics.tofu import CHOICE_SETS, SET_TITLES, evaluate, truth_ratio
 
@@ -141,8 +141,8 @@ def _their_strength(scores: SetScores) -> FloatArray | None:
 
 
 def _rouge_l_f1(scores: SetScores) -> list[float] | None:
-    """Return ROUGE-L F1 per item, which open-unlearning logs next to recall; None without the texts."""
-    if scores.generated is None or scores.answers is None:
+    """Return ROUGE-L F1 per item, which open-unlearning logs next to recall; None without the texts, or in other scripts."""
+    if scores.generated is None or scores.answers is None or not all(map(has_latin_word, scores.answers)):
         return None
     return [rouge_l_f1(answer, generated) for answer, generated in zip(scores.answers, scores.generated, strict=True)]
 

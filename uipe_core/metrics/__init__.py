@@ -7,7 +7,7 @@ multiple_choice: accuracies and forgetting to chance
 rouge: ROUGE of the field's tokens, or of words of any script
 scores: arrays that scoring yields, and the check for equal items
 tofu: forget quality, model utility and its upper bound
-uncertainty: permutation test, bootstrap intervals, front probability
+uncertainty: permutation test, bootstrap intervals, front probability, power of forget quality
 """
 
 __all__ = ["collapse", "definitions", "memorization", "multiple_choice", "rouge", "scores", "tofu", "uncertainty"]

@@ -28,18 +28,20 @@ def collapse_reason(report: ScoreReport) -> str | None:
     """Return why a model counts as collapsed, or None.
 
     It does if on any utility set the mean loss of the gold answers is above `LOSS_LIMIT`, or at least `BROKEN_SHARE` of the
-    generations are empty (no letter or digit) or repeated (`is_repeated`), or if its logits overflowed for a gold answer
-    (`ScoreReport.without_overflow`). Sets without generations are judged by losses alone,
-    sets without losses by generations.
+    generations are empty (no letter or digit) or repeated (`is_repeated`), or if its logits overflowed for an answer of any set
+    (`ScoreReport.without_overflow`). Sets without generations are judged by losses alone, sets without losses by generations.
     """
     reasons = []
+    for name, each in report.sets.items():
+        losses = np.column_stack([each.answer_loss, each.paraphrase_loss, each.perturbed_loss])
+        overflowed = float(np.mean((losses == OVERFLOW_LOSS).any(axis=1))) if len(each) else 0.0
+        if overflowed:
+            reasons.append(f"logits that are not finite for {overflowed:.0%} of {name}")
+    if reasons:
+        return "; ".join(reasons)
     for name in UTILITY_SETS:
         scores = report.sets.get(name)
         if scores is None or not len(scores):
-            continue
-        overflowed = float(np.mean(scores.answer_loss == OVERFLOW_LOSS))
-        if overflowed:
-            reasons.append(f"logits that are not finite for {overflowed:.0%} of {name}")
             continue
         loss = float(np.mean(scores.answer_loss))
         # A NaN counts as collapsed, unless the log has no losses at all.

@@ -1,9 +1,9 @@
 """Score a model on a corpus: losses of every answer, greedy text, ROUGE recall, logit scale.
 
 Stages run in order of their cost, so that a caller may stop early. Teacher-forced losses are computed in batches sorted by
-length, padded on the right, with logits for answer positions only; answers to one question share its prompt if the model
-supports that (`uipe_core.scoring.packing`). Text is generated only beyond what the losses show
-(`uipe_core.scoring.generation`).
+length, with logits for answer positions only: as a tree of tokens in one row where the model's attention can be replaced, else
+each answer in a row of its own, padded on the right (`uipe_core.scoring.packing`). Text is generated only beyond what the
+losses show (`uipe_core.scoring.generation`).
 """
 
 import time

@@ -14,17 +14,18 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 
-def read_regular(path: Path) -> bytes:
-    """Return the content of a file.
-
-    Raises:
-        OSError: It cannot be read, or is a folder, a pipe or a device: opening a pipe would wait for its other end.
-    """
+def require_regular(path: Path) -> None:
+    """Raise OSError for a folder, a pipe or a device: opening a pipe would wait for its other end."""
     mode = path.stat().st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "is a folder", str(path))
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "is a pipe or a device, not a file", str(path))
+
+
+def read_regular(path: Path) -> bytes:
+    """Return the content of a file; raises OSError as `require_regular`, or if it cannot be read."""
+    require_regular(path)
     return path.read_bytes()
 
 

@@ -35,8 +35,8 @@ def set_of(answer, paraphrase, perturbed):
     )
 
 
-def test_the_three_of_the_page_are_there():
-    assert set(DEFINITIONS) == {"tofu", "tofu-utils", "open-unlearning"}
+def test_those_of_the_page_are_there():
+    assert set(DEFINITIONS) == {"tofu", "tofu-utils", "open-unlearning", "tofu-unicode"}
 
 
 @pytest.mark.parametrize(

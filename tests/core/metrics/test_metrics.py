@@ -358,7 +358,9 @@ def test_empty_set_and_missing_perturbed_answers_are_refused():
 
 
 def test_unknown_definition_is_named_with_the_known_ones():
-    with pytest.raises(UserError, match=r"'tofuu'; known: open-unlearning, tofu, tofu-utils\. Did you mean 'tofu'\?"):
+    with pytest.raises(
+        UserError, match=r"'tofuu'; known: open-unlearning, tofu, tofu-unicode, tofu-utils\. Did you mean 'tofu'\?"
+    ):
         evaluate(random_report(), definition="tofuu")
 
 

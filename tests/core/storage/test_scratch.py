@@ -40,9 +40,12 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path):
     (target / "file").write_text("kept")
     (place / "uipe-older").mkdir()  # without an owner: of another program, or of a version without such a file
     (place / "uipe-link").symlink_to(target)
-    with start(place, target, "kill") as dead, start(place, target, "wait") as alive:
-        left, held = dead.stdout.readline().strip(), alive.stdout.readline().strip()
-        dead.wait(30)
+    # One after the other: the living one, too, removes what the dead one left.
+    with start(place, target, "wait") as alive:
+        held = alive.stdout.readline().strip()
+        with start(place, target, "kill") as dead:
+            left = dead.stdout.readline().strip()
+            dead.wait(30)
         seen = []
         with scratch_folder(place, seen.append) as own:
             there = {path.name for path in place.iterdir()}

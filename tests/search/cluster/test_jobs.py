@@ -49,7 +49,7 @@ def test_a_study_is_submitted_attached_to_followed_and_resumed(client, copied, f
     """With a study that has all its trials already, so that only its driver runs."""
     code, output, error = call("submit", finished.file, "--out", copied)
     assert code == 0
-    assert all(line.startswith("note: forget quality: On 8 items") for line in error.splitlines())
+    assert all(line.startswith("note: Forget quality on 8 items") for line in error.splitlines())
     job = submitted(output)
     assert job.startswith("tiny-")
 

@@ -101,7 +101,7 @@ def test_a_model_folder_is_known_by_its_content_wherever_it_lies(prepared, model
 def test_inputs_that_are_there_pass_the_check(write_study, model_folder, finished, tmp_path):
     file = write_study(tmp_path / "study.yaml", **pretrained(model_folder, finished.out / "logs" / "retain.json"))
     (note,) = check_inputs(load_study(file))
-    assert "On 8 items forget quality sees" in note and "`split` leaves 8 of 16 forget items" in note
+    assert "Forget quality on 8 items: truth ratios 2.3 standard" in note and "`split` leaves 8 of 16 forget items" in note
 
 
 def test_a_split_that_leaves_forget_quality_too_few_of_enough_items_is_refused(write_study, tmp_path):

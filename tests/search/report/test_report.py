@@ -343,8 +343,8 @@ def test_intervals_of_few_people_are_withheld_with_the_reason_and_the_power_is_s
     few = dataclasses.replace(with_afterthoughts(view), certainty=pd.DataFrame())
     few.summary["power"] = power_of_forget_quality(24)
     page = render_report(few, tmp_path).read_text()
-    assert "Intervals are withheld: a set has no more than 3 people or authors" in page
-    assert "On 24 items forget quality sees (p &lt; 0.05, in nine of ten draws) truth ratios that are 1.2 standard" in page
+    assert "Intervals are withheld: one set has 3 people or authors" in page
+    assert "Forget quality on 24 items: truth ratios 1.2 standard deviations" in page
 
 
 def test_the_verdict_tells_of_held_out_items_and_of_noise(view):
