@@ -83,8 +83,11 @@ class StoredGroup:
 def stored_groups(model: Any, names: Iterable[str]) -> list[StoredGroup]:
     """Group the names in a file by what loading makes of them, by transformers' own key mapping of the model.
 
-    As in ``convert_and_load_state_dict_in_model`` of ``transformers.core_model_loading``.
+    As in ``convert_and_load_state_dict_in_model`` of ``transformers.core_model_loading``. A module that is no model of
+    transformers has the names of its parameters.
     """
+    if not hasattr(model, "base_model_prefix"):
+        return [StoredGroup(name, (name,), model) for name in names]
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 

@@ -357,9 +357,11 @@ def watched(action):
 
     sampler = threading.Thread(target=sample)
     sampler.start()
-    kept = action()
-    over.set()
-    sampler.join()
+    try:
+        kept = action()
+    finally:
+        over.set()
+        sampler.join()
     del kept
     return {kind: highest[kind] - before[kind] for kind in before}
 
