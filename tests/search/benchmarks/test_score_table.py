@@ -178,6 +178,7 @@ def report_of(arrays):
     return ScoreReport({name: set_scores(arrays, name) for name in names})
 
 
+@pytest.mark.slow
 def test_objectives_follow_from_the_recorded_items(collected, tmp_path):
     write_table(collected, tmp_path / "tiny.npz")
     table = read_table(tmp_path / "tiny.npz")
@@ -188,6 +189,7 @@ def test_objectives_follow_from_the_recorded_items(collected, tmp_path):
         assert metrics.model_utility == pytest.approx(table.objectives[row, 1], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_table_of_a_study_has_its_points_and_its_reference_point(collected, result):
     labels = [each["label"] for each in collected.meta["bases"]]
     points = {
@@ -202,6 +204,7 @@ def test_the_table_of_a_study_has_its_points_and_its_reference_point(collected, 
     assert not any("rouge_1" in name or name.startswith("unrelated") for name in collected.arrays)
 
 
+@pytest.mark.slow
 def test_the_gram_matrix_of_a_study_has_the_norms_of_its_record(collected, result):
     runs, epochs = result.store.record.base_runs, result.spec.base_epochs()
     norms = [runs[label].epochs[epoch]["norm"] for label, count in epochs.items() for epoch in range(count)]
@@ -214,6 +217,7 @@ def test_a_base_run_that_is_gone_is_told(preparation, tmp_path, monkeypatch):
         gram_of_study(preparation, tmp_path)
 
 
+@pytest.mark.slow
 def test_lost_item_scores_are_told(result, copied, collected):
     from search.results.study_result import StudyResult
 

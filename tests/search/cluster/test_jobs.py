@@ -45,6 +45,7 @@ def ended(call, job, seconds=120):
     return status
 
 
+@pytest.mark.slow
 def test_a_study_is_submitted_attached_to_followed_and_resumed(client, copied, finished, call):
     """With a study that has all its trials already, so that only its driver runs."""
     code, output, error = call("submit", finished.file, "--out", copied)
@@ -87,6 +88,7 @@ def test_a_study_that_fails_fails_its_follower(client, finished, call, tmp_path)
     assert "its driver ended with code 2" in error
 
 
+@pytest.mark.slow
 def test_no_secret_reaches_the_job_server(client, write_study, call, tmp_path):
     import requests
 

@@ -86,6 +86,7 @@ def row_at(result, base, epoch, zero=True):
     return rows[(rows["alpha"] == 0) == zero].iloc[0]
 
 
+@pytest.mark.slow
 def test_every_checkpoint_is_a_given_point_under_its_own_number(ran):
     zero = ran.trials[ran.trials["kind"] == "alpha_zero"]
     assert {(row["base"], row["method"], row["epoch"]) for row in zero.to_dict("records")} == {
@@ -102,6 +103,7 @@ def test_every_checkpoint_is_a_given_point_under_its_own_number(ran):
         assert trial.user_attrs["epoch"] == own_epoch(trial.params["epoch"], 2, counts[trial.params["base"]])
 
 
+@pytest.mark.slow
 def test_there_is_no_next_epoch_of_what_was_not_trained_here(ran):
     assert "next_epoch" not in set(ran.controls["kind"])
     page = ran.report_path.read_text()
@@ -109,6 +111,7 @@ def test_there_is_no_next_epoch_of_what_was_not_trained_here(ran):
     assert "training a base run" not in page
 
 
+@pytest.mark.slow
 def test_theta_zero_scores_as_the_checkpoint_itself(ran, world, preparation):
     # The weights are the same bits (next test); how they lie in memory can move a sum in its last digits.
     reference = read_log(world / "retain.json")
@@ -129,6 +132,7 @@ def test_theta_zero_scores_as_the_checkpoint_itself(ran, world, preparation):
     assert row_at(ran, "mine", 1)["model_utility"] != row_at(ran, "mine", 2)["model_utility"] != row["model_utility"]
 
 
+@pytest.mark.slow
 def test_the_export_at_alpha_zero_is_the_checkpoint_to_the_bit(ran, world, tmp_path):
     folder = ran.export(row_at(ran, "mine", 2), tmp_path / "zero", "model")
     assert "from the given checkpoint 2 of mine (`checkpoint-10`)" in (folder / "README.md").read_text()
@@ -140,6 +144,7 @@ def test_the_export_at_alpha_zero_is_the_checkpoint_to_the_bit(ran, world, tmp_p
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+@pytest.mark.slow
 def test_an_adapter_is_exported_as_one_and_a_model_is_not(ran, tmp_path):
     folder = ran.export(row_at(ran, "lora", 1), tmp_path / "adapter", "adapter")
     config = json.loads((folder / "adapter_config.json").read_text())
@@ -149,6 +154,7 @@ def test_an_adapter_is_exported_as_one_and_a_model_is_not(ran, tmp_path):
         ran.export(row_at(ran, "mine", 1), tmp_path / "none", "adapter")
 
 
+@pytest.mark.slow
 def test_a_recipe_imports_again_what_the_cache_lost_and_asks_for_what_is_gone(ran, world, call, monkeypatch, tmp_path):
     # The farthest from alpha = 0; the sampler may have proposed none of this base run.
     of_mine = ran.trials[ran.trials["base"] == "mine"]
@@ -167,6 +173,7 @@ def test_a_recipe_imports_again_what_the_cache_lost_and_asks_for_what_is_gone(ra
     assert not (tmp_path / "again").exists()
 
 
+@pytest.mark.slow
 def test_the_same_command_does_nothing_again(ran, world, call):
     code, output, error = call("run", study_of(world), "--out", ran.out, "--json")
     assert code == 0, error
@@ -350,6 +357,7 @@ def test_the_shipped_study_shows_each_kind_of_checkpoint(tmp_path):
     assert load_study(file).base_epochs() == {"grad_diff_epochs": 2, "lora": 1, "my_npo": 2}
 
 
+@pytest.mark.slow
 def test_a_result_is_read_back_from_its_folder_alone(ran):
     reopened = StudyResult.open(ran.out)
     assert reopened.summary() == ran.summary()

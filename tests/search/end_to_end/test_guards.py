@@ -259,6 +259,7 @@ def test_a_plateau_and_hours_end_a_study_that_a_larger_budget_takes_up_again(stu
     assert int((StudyResult.open(out).trials["kind"] == "search").sum()) == 12
 
 
+@pytest.mark.slow
 def test_a_trial_that_raises_keeps_its_traceback(study, run_command, call, tmp_path):
     out = tmp_path / "out"
     run_command(*RUN, study("raises", trials=4), "--out", out)

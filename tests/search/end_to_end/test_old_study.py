@@ -42,6 +42,7 @@ def test_it_is_read_as_it_was_written(old, expected):
     )
 
 
+@pytest.mark.slow
 def test_it_resumes_without_training_again_and_is_exported(old, expected, run_command):
     trained = base_runs(old)
     trials = 2 + 5

@@ -145,6 +145,7 @@ def test_the_same_command_does_nothing_again(finished, call, place):
     assert files_below(place["cache"]) == caches
 
 
+@pytest.mark.slow
 def test_more_trials_extend_a_moved_study_by_exactly_those(finished, copied, write_study, call, place, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(copied.parent))  # too long for Ray's sockets
     file = write_study(copied.parent / "again.yaml", resources={"max_concurrent": 1})
@@ -254,6 +255,7 @@ def adapted(finished, write_study, tmp_path_factory):
         return search.run_study(search.load_study(file), folder / "out", quiet=True)
 
 
+@pytest.mark.slow
 def test_adapters_are_searched_as_low_rank_updates(adapted):
     assert adapted.store.counts() == {"complete": 5, "pruned": 0, "failed": 0, "running": 0}
     from search.evaluation.prepared import prepare
@@ -272,6 +274,7 @@ def test_adapters_are_searched_as_low_rank_updates(adapted):
     assert "temperature" not in set(adapted.controls["kind"])
 
 
+@pytest.mark.slow
 def test_a_long_path_with_odd_characters_holds_the_whole_study(adapted):
     assert len(str(adapted.out)) > 107
     assert (adapted.out / "study.db").is_file()
@@ -281,6 +284,7 @@ def test_a_long_path_with_odd_characters_holds_the_whole_study(adapted):
     assert re.search(r"out/study\.db", adapted.store.record.storage)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["adapter", "model"])
 def test_adapter_studies_export_both_forms(adapted, tmp_path, form):
     row = adapted.trials[adapted.trials["alpha"] > 0].iloc[0]
@@ -291,6 +295,7 @@ def test_adapter_studies_export_both_forms(adapted, tmp_path, form):
     assert ("model.safetensors" in names) == (form == "model")
 
 
+@pytest.mark.slow
 def test_ray_has_left_this_process(adapted):
     import ray
 

@@ -56,6 +56,7 @@ def trial_rows(call_extended, out):
     return json.loads(call_extended("pareto", out, "--json"))["front"]
 
 
+@pytest.mark.slow
 def test_method_definition_sampler_and_corpus(extended):
     out, summary = extended
     record = json.loads((out / "study.json").read_text())
@@ -67,6 +68,7 @@ def test_method_definition_sampler_and_corpus(extended):
     assert record["spec"]["unlearning"]["methods"] == {"bounded_ascent": {"depth": [4.0]}}
 
 
+@pytest.mark.slow
 def test_metric_and_objective(extended, call_extended):
     out, summary = extended
     assert all(0.0 <= row["forgotten_share"] <= 1.0 for row in summary["front"])
@@ -74,12 +76,14 @@ def test_metric_and_objective(extended, call_extended):
     assert trial_rows(call_extended, out) == summary["front"]
 
 
+@pytest.mark.slow
 def test_control(extended):
     out, _ = extended
     page = (out / "report" / "report.html").read_text()
     assert "Twice as far" in page and "walked twice as far" in page
 
 
+@pytest.mark.slow
 def test_export(extended, call_extended, tmp_path):
     out, summary = extended
     call_extended("export", out, "--trial", summary["front"][0]["trial"], "--to", tmp_path / "norm", "--as", "norm")
