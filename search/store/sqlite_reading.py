@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from tenacity import Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from search.store import optuna_compat
-from search.store.folder import is_running
 from search.store.record import StudyRecord, own_database
 from uipe_core.errors import UserError, first_line
 from uipe_core.storage.scratch import scratch_folder
@@ -130,18 +129,15 @@ def open_to_read(out: Path, record: StudyRecord) -> "Database | SQLiteFile":
     if url.startswith("sqlite"):
         file = out / "study.db" if record.spec.get("storage") is None else _file(url)
         if file is not None:
-            begins = f"{out}: the study is just starting; try again"
             if not file.is_file():
-                lost = f"{out}: its trials ({file}) are missing; restore the file or run the study again"
-                raise UserError(begins if is_running(out) else lost)
+                begins = "a run that has just started makes them in a moment; else"
+                raise UserError(f"{out}: its trials ({file}) are missing; {begins} restore the file or run the study again")
             opened = SQLiteFile(file)
             try:
                 if optuna_compat.has_known_schema(opened.rows):
                     return opened
             except UserError:
                 opened.close()
-                if is_running(out):
-                    raise UserError(begins) from None
                 raise
             opened.close()
     from search.store.database import open_storage

@@ -88,7 +88,7 @@ def test_a_run_whose_scores_did_not_reach_the_disk_says_so(finished, tmp_path, m
     monkeypatch.setattr(item_files, "fsync_path", broken_disk)
     spec = StudyResult.open(out).runnable_spec()
     with pytest.raises(UserError, match=r"Input/output error.*; correct that .* the same command resumes"):
-        runner._at_work(spec, out, True, None, lambda run: run.store._items.write(99, content(0.0)))
+        runner._at_work(spec, out, True, None, False, lambda run: run.store._items.write(99, content(0.0)))
     monkeypatch.undo()
     assert runner._at_work(spec, out, True, None, lambda run: None).report_path.is_file()
 
