@@ -90,7 +90,7 @@ def test_a_run_whose_scores_did_not_reach_the_disk_says_so(finished, tmp_path, m
     with pytest.raises(UserError, match=r"Input/output error.*; correct that .* the same command resumes"):
         runner._at_work(spec, out, True, None, False, lambda run: run.store._items.write(99, content(0.0)))
     monkeypatch.undo()
-    assert runner._at_work(spec, out, True, None, lambda run: None).report_path.is_file()
+    assert runner._at_work(spec, out, True, None, False, lambda run: None).report_path.is_file()
 
 
 def test_a_file_that_somebody_deleted_meanwhile_is_no_error(tmp_path, monkeypatch):
