@@ -182,32 +182,24 @@ class FreeText:
         references: References,
         definition: str,
     ) -> tuple[ScoreReport, dict[str, Any] | None]:
-        report, found = self._score(scorer, loaded, temperature, rivals, references, definition)
-        if not report.is_finite:
-            # Once more: a slip of the machine does not repeat itself, an overflow does.
-            report, found = self._score(scorer, loaded, temperature, rivals, references, definition)
-        return report.without_overflow(), found
-
-    def _score(
-        self,
-        scorer: "Scorer",
-        loaded: "LoadedModel",
-        temperature: float,
-        rivals: Sequence[Rival],
-        references: References,
-        definition: str,
-    ) -> tuple[ScoreReport, dict[str, Any] | None]:
         from uipe_core.scoring.scorer import GENERATION
 
-        if not rivals:
-            return scorer.score(loaded, temperature=temperature), None
-        for report in scorer.stages(loaded, temperature=temperature):
-            stage = list(report.seconds)[-1]
-            if stage != GENERATION:
-                bound = bounds(report.without_overflow(), references[RETAIN], definition, rivals[0]["values"])  # type: ignore[arg-type]
-                if (found := dominating_rival(stage, bound, rivals)) is not None:
-                    return report, found
-        return report, None
+        def scored() -> tuple[ScoreReport, dict[str, Any] | None]:
+            if not rivals:
+                return scorer.score(loaded, temperature=temperature), None
+            for report in scorer.stages(loaded, temperature=temperature):
+                stage = list(report.seconds)[-1]
+                if stage != GENERATION:
+                    known = report.without_overflow()
+                    bound = bounds(known, references[RETAIN], definition, rivals[0]["values"])  # type: ignore[arg-type]
+                    if (found := dominating_rival(stage, bound, rivals)) is not None:
+                        return report, found
+            return report, None
+
+        report, found = scored()
+        if not report.is_finite:
+            report, found = scored()  # a slip of the machine does not repeat itself, an overflow does
+        return report.without_overflow(), found
 
     def draws(
         self,

@@ -51,6 +51,15 @@ def test_what_happens_to_the_forget_set_is_no_collapse():
     assert collapse_reason(report(forget=scores(300.0, ("",) * N))) is None
 
 
+@pytest.mark.parametrize("name", ["forget", "retain", "related"])
+@pytest.mark.parametrize("part", ["answer_loss", "paraphrase_loss", "perturbed_loss"])
+def test_logits_that_overflow_for_any_answer_of_any_set_are_a_collapse(name, part):
+    losses = getattr(scores(), part).copy()
+    losses[0] = np.inf
+    found = report(**{name: replace(scores(), **{part: losses})}).without_overflow()
+    assert collapse_reason(found) == f"logits that are not finite for {1 / N:.0%} of {name}"
+
+
 def test_half_of_the_generations_decide():
     assert collapse_reason(report(retain=scores(generated=("", *HEALTHY[1:])))) is None
     found = collapse_reason(report(retain=scores(generated=("", " .\n", *HEALTHY[2:]))))

@@ -210,6 +210,7 @@ def test_parts_of_a_data_set_stay_inside_it(tmp_path, write_study, key, value):
         ("010", "YAML 1.2 reads the number 10, YAML 1.1 another number. Write 10,"),
         ("-040", "YAML 1.2 reads the number -40"),
         ("1_0", "YAML 1.2 reads a text, YAML 1.1 another number. Write the number as digits alone (10),"),
+        ("10_", "YAML 1.2 reads a text, YAML 1.1 another number. Write the number as digits alone (10),"),
         ("1:30", "YAML 1.2 reads a text, YAML 1.1 another number. Write the number as digits alone,"),
     ],
 )

@@ -1,5 +1,6 @@
 """Studies are read without Optuna's storage: the same trials, from files that cannot be written too, and clear errors."""
 
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -9,8 +10,9 @@ from urllib.parse import quote
 import pytest
 from sqlalchemy import make_url
 
+from search.store.optuna_compat import read_trials
 from search.store.record import own_database
-from search.store.sqlite_reading import SQLiteFile
+from search.store.sqlite_reading import SQLiteFile, copy_database
 from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
 
@@ -119,3 +121,27 @@ def test_the_url_of_the_own_database_is_sqlalchemys(tmp_path, name):
     folder = tmp_path / name
     assert make_url(own_database(folder)).database == str((folder / "study.db").resolve())
     assert quote(name, safe=" +/") in own_database(folder)
+
+
+def test_a_copy_is_taken_again_while_its_database_changes(study, tmp_path, monkeypatch):
+    copied, real = [], shutil.copyfile
+
+    def while_it_grows(source, target):
+        copied.append(source.name)
+        real(source, target)
+        if len(copied) == 1:
+            with source.open("ab") as file:
+                file.write(bytes(1))
+
+    study.close()
+    monkeypatch.setattr(shutil, "copyfile", while_it_grows)
+    copy = copy_database(study.out / "study.db", tmp_path)
+    assert copied == ["study.db", "study.db"]
+    assert copy.read_bytes() == (study.out / "study.db").read_bytes()
+
+
+def test_names_that_mysql_reserves_are_asked_for_behind_a_dot(study):
+    asked, rows = [], study.source.rows
+    reads = lambda statement, given: asked.append(statement) or rows(statement, given)  # noqa: E731
+    assert read_trials(reads, study.study_ids[False], names=("kind",))
+    assert not [each for each in asked if re.search(r"(?<![.:\w])key\b", each)]
