@@ -128,15 +128,17 @@ def test_parity_of_components_and_utility(real, name, definition):
     expected, logs = real
     result = evaluate(logs[name], definition=definition)
     found = {**result.components, **result.forget, "Model Utility": result.model_utility}
-    assert found == pytest.approx(expected["model_utility"][name][definition], rel=1e-9)
+    # The logs hold their ROUGE already, and tofu-unicode differs from tofu only in how texts become tokens.
+    of = "tofu" if definition == "tofu-unicode" else definition
+    assert found == pytest.approx(expected["model_utility"][name][of], rel=1e-9)
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_parity_of_forget_quality(real, definition):
     expected, logs = real
     values = expected["forget_quality"]["phi_full.json vs phi_retain90.json"]
-    # The file has no value of its own for tofu-utils, whose code for forget quality is that of tofu.
-    value = values["tofu" if definition == "tofu-utils" else definition]
+    # The file has no values of their own for those whose forget quality is that of tofu.
+    value = values["tofu" if definition in ("tofu-utils", "tofu-unicode") else definition]
     quality = evaluate(logs["phi_full.json"], logs["phi_retain90.json"], definition).forget_quality
     assert quality.p_value == pytest.approx(value["p"], rel=1e-9)
     assert quality.log10_p == pytest.approx(value["log10p"], rel=1e-9)
