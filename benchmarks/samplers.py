@@ -102,11 +102,10 @@ def _line_sampler(world: World, seed: int, items: Callable[[int], Items | None])
     vectors = [(label, epoch) for label, count in table.epochs.items() for epoch in range(1, count + 1)]
     lines = UpdateVectors({place: number for number, place in enumerate(vectors)}, table.gram)
     known = {each.name: each for each in (FORGET_QUALITY, MODEL_UTILITY, *THIRD_OBJECTIVES.values())}
-    qualities = [known[name].quality_of for name in table.meta["objectives"]]
     study = LineStudy(
         epochs=table.epochs,
         alpha=(world.low, world.high),
-        curves=OutcomeModel(table.meta["definition"], qualities, table.retain),
+        curves=OutcomeModel(table.meta["definition"], [known[name] for name in table.meta["objectives"]], table.retain),
         initial=table.initial,
         reference=lambda: (list(world.reference), list(world.ceilings)),
         items=items,

@@ -17,7 +17,6 @@ from search.problem.objectives import Objective
 from search.results.study_result import StudyResult
 from search.samplers.gram import FILE, extend_gram, keep_gram, kept_gram
 from search.spec.study import StudySpec, load_study, quickstart_path
-from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.deltas.checkpoints import find_checkpoints
 from uipe_core.deltas.store import DeltaStore
 from uipe_core.errors import UserError
@@ -170,7 +169,7 @@ def _reference(result: StudyResult, kind: str) -> dict[str, NDArray[Any]]:
 def _recorded(arrays: Mapping[str, NDArray[Any]], objectives: tuple[Objective, ...], choices: bool) -> dict[str, NDArray[Any]]:
     if choices:
         return dict(arrays)
-    sets = {*UTILITY_SETS, *(objective.quality_of for objective in objectives)}
+    sets = {name for objective in objectives for name in objective.sets}
     parts = {name: name.partition("/") for name in arrays}
     return {name: arrays[name] for name, (of, _, what) in parts.items() if of in sets and what in MEASUREMENTS}
 

@@ -17,10 +17,10 @@ from uipe_core.errors import UserError
 from uipe_core.logs.multiple_choice import is_choice_log, read_choice_log, write_choice_log
 from uipe_core.logs.open_unlearning import write_open_unlearning
 from uipe_core.logs.tofu import is_log, read_log, write_log
+from uipe_core.metrics.answers import rouge_recall
 from uipe_core.metrics.collapse import collapse_reason
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.multiple_choice import evaluate_choices
-from uipe_core.metrics.rouge import rouge_recall
 from uipe_core.metrics.scores import ChoiceReport, ScoreReport
 from uipe_core.metrics.tofu import evaluate, quality_of_set
 from uipe_core.models.loading import load_model

@@ -8,7 +8,8 @@ from typing import Any
 
 from search.evaluation.controls import CONTROLS
 from search.evaluation.metrics import TrialMetrics
-from search.evaluation.task import Report, Task, task_of, trial_metrics
+from search.evaluation.task import Comparison, Report, Task, task_of, trial_metrics
+from search.problem.objectives import Objective
 from search.problem.trial import TrialSpec
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
@@ -34,6 +35,7 @@ class StudyContext:
         references: Scores of the models that are scored as they are, by name, on all items.
         scoring: Batch size and generation length.
         definition: Metric definition.
+        objectives: What the study maximises.
         seed: Seed of the random directions.
         threads: Torch threads per worker.
         trial_minutes: Longest a trial may take; None without a limit.
@@ -46,6 +48,7 @@ class StudyContext:
     references: Mapping[str, Report]
     scoring: ScoringConfig
     definition: str
+    objectives: tuple[Objective, ...]
     seed: int
     threads: int
     trial_minutes: float | None = None
@@ -66,9 +69,13 @@ class _Half:
     def __init__(self, context: StudyContext, task: Task, rows: Rows, prompts: PromptFormat) -> None:
         corpus = take_items(context.corpus, rows)
         self.scorer = task.scorer(corpus, prompts, context.scoring)
-        self.references = {name: report.take(rows, corpus.set_hashes) for name, report in context.references.items()}
-        self.highest_utility = task.highest_utility(self.references, context.definition)
-        self.groups = [item.group for item in corpus.sets["forget"]] if "forget" in corpus.sets else None
+        self.comparison = Comparison(
+            references={name: report.take(rows, corpus.set_hashes) for name, report in context.references.items()},
+            definition=context.definition,
+            objectives=context.objectives,
+            seed=context.seed,
+            groups={name: [item.group for item in items] for name, items in corpus.sets.items()},
+        )
 
 
 class Evaluator:
@@ -96,11 +103,10 @@ class Evaluator:
         started = time.perf_counter()
         half = self._half(job.is_control and CONTROLS[job.kind].held_out)
         report, norm, dominated = self._report(job, half)
-        definition, seed = self.context.definition, self.context.seed
         if dominated is None:
-            found = trial_metrics(self.task, report, half.references, definition, half.highest_utility, seed, half.groups)
+            found = trial_metrics(self.task, report, half.comparison)
         else:
-            found = TrialMetrics(definition, pruned=dominated)
+            found = TrialMetrics(self.context.definition, pruned=dominated)
         size = half.scorer.batch_size
         return replace(
             found,
@@ -122,7 +128,7 @@ class Evaluator:
     def _report(self, job: TrialSpec, half: _Half) -> tuple[Report, float | None, dict[str, Any] | None]:
         """Return the scores, the norm of the update vector, and the bound of a trial that was not scored to its end."""
         if job.model is not None:
-            return half.references[job.model], None, None
+            return half.comparison.references[job.model], None, None
         if job.run is None or job.epoch is None or job.alpha is None:
             initial = self._on(self._walker.reset())
             return self.task.score(half.scorer, initial, job.temperature, (), {}, self.context.definition)[0], None, None
@@ -133,7 +139,13 @@ class Evaluator:
         model = self._walker.apply(update, job.alpha)
         applied = time.perf_counter() - applying
         report, dominated = self.task.score(
-            half.scorer, self._on(model), job.temperature, job.rivals, half.references, self.context.definition
+            half.scorer,
+            self._on(model),
+            job.temperature,
+            job.rivals,
+            half.comparison.references,
+            self.context.definition,
+            self.context.objectives,
         )
         return replace(report, seconds={"apply": applied, **report.seconds}), norm, dominated
 

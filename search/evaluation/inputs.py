@@ -16,8 +16,8 @@ from uipe_core.corpora.split import split_corpus
 from uipe_core.corpora.types import UTILITY_SETS, Corpus
 from uipe_core.errors import UserError, did_you_mean
 from uipe_core.logs.tofu import read_log
+from uipe_core.metrics.answers import has_latin_word
 from uipe_core.metrics.definitions import definition_named
-from uipe_core.metrics.rouge import has_latin_word
 from uipe_core.metrics.uncertainty import detectable_shift
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ def check_split(spec: StudySpec, corpus: Corpus) -> list[str]:
         UserError: Fewer than `MANY_ITEMS` forget items to select on, of more than that; or an empty half.
     """
     split = split_corpus(corpus, None if spec.split is None else spec.split.select, spec.seed)
-    if "forget" not in corpus.sets or spec.objectives[0].quality_of is None:
+    if "forget" not in corpus.sets or spec.maximised[0].quality_of is None:
         return []
     whole, kept = len(corpus.sets["forget"]), len(split.select["forget"])
     if kept < MANY_ITEMS < whole:
@@ -346,7 +346,7 @@ def _front_of(spec: StudySpec, where: str, folder: Path) -> tuple[str, list[Poin
         store = StudyStore.open(folder)
     except UserError as error:
         raise UserError(f"{where}{error}") from error
-    ours = [objective.name for objective in spec.objectives]
+    ours = [objective.name for objective in spec.maximised]
     theirs = [objective.name for objective in store.objectives]
     if ours != theirs:
         raise UserError(

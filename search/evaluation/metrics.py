@@ -1,9 +1,13 @@
 """Hold the numbers of a scored trial, as a worker returns them and the study stores them."""
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from typing import Any
+
+from uipe_core.errors import UserError, first_line
 
 Metric = Callable[[Any, Mapping[str, Any]], float]
 """Compute a number from the scores of a trial and of the reference models on the same items, by name; NaN is left out."""
@@ -13,6 +17,45 @@ METRICS: dict[str, Metric] = {}
 
 What a metric definition defines is computed by the task (`search.evaluation.task`).
 """
+
+
+def own_function(name: str) -> Metric:
+    """Import a function that a study file names as ``package.module:function``.
+
+    Raises:
+        UserError: It cannot be imported, or is no function.
+    """
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except Exception as error:  # importing runs the user's code
+        raise UserError(
+            f"objective {name}: cannot be imported ({first_line(error)}); its package must be installed where the driver and "
+            "the workers run"
+        ) from error
+    if not callable(found):
+        raise UserError(f"objective {name}: is no function, but a {type(found).__name__}; name one that takes item scores")
+    function: Metric = found
+    return function
+
+
+def own_value(name: str, report: Any, references: Mapping[str, Any]) -> float:
+    """Return the value of a user's own objective for the scores of a trial.
+
+    The function gets the item scores as arrays by ``set/measurement`` (`uipe_core.metrics.scores.ScoreReport.arrays`), and
+    the same of every reference model by name; it returns a finite number, to be maximised.
+
+    Raises:
+        UserError: It raises, or returns something else.
+    """
+    function = own_function(name)
+    try:
+        value = float(function(report.arrays(), {key: each.arrays() for key, each in references.items()}))
+    except Exception as error:  # the user's code
+        raise UserError(f"objective {name}: raised {type(error).__name__}: {first_line(error)}") from error
+    if not math.isfinite(value):
+        raise UserError(f"objective {name}: returned {value}; it must return a finite number")
+    return value
 
 
 @dataclass(frozen=True)

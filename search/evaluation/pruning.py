@@ -15,43 +15,45 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
+from search.problem.objectives import Objective
 from search.problem.pareto import IncrementalFront, dominates
 from search.problem.trial import Rival
 from search.samplers.registry import SAMPLERS
 from search.spec.study import StudySpec
+from uipe_core.metrics.composites import composite_bound
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import ScoreReport
-from uipe_core.metrics.tofu import quality_of_set, utility_bound
+from uipe_core.metrics.tofu import quality_of_set
 
 MOST = 100
 """Rivals that travel with a job, at most: any subset gives valid bounds, and fronts are smaller than that."""
 
 
-def bounds(report: ScoreReport, reference: ScoreReport, definition: str, names: Iterable[str]) -> dict[str, float]:
+def bounds(
+    report: ScoreReport, reference: ScoreReport | None, definition: str, objectives: Iterable[Objective]
+) -> dict[str, float]:
     """Upper bounds on the objectives of a model that is scored in part; those that are known are their own bound.
 
     Args:
         report: What is known of the model.
-        reference: Scores of the retain model.
+        reference: Scores of the retain model; None where no objective compares with them.
         definition: Metric definition.
-        names: Objectives of a study of free text: log10 forget qualities, at most 0, and model utility, at most 1.
+        objectives: Of a study of free text. An objective that is neither a forget quality nor a composite has no bound.
 
     Raises:
         UserError: Losses that are not finite.
     """
     chosen = definition_named(definition)
 
-    def bound(name: str) -> float:
-        if name == MODEL_UTILITY.name:
-            return utility_bound(report, definition)
-        objective = {FORGET_QUALITY.name: FORGET_QUALITY, **THIRD_OBJECTIVES}.get(name)
-        if objective is None or objective.quality_of is None:
+    def bound(objective: Objective) -> float:
+        if objective.components:
+            return composite_bound(report, objective.components, definition)
+        name = objective.quality_of
+        if name is None or reference is None:
             return math.inf
-        item_set = objective.quality_of
-        return quality_of_set(report, reference, item_set, chosen).log10_p if item_set in report.sets else 0.0
+        return quality_of_set(report, reference, name, chosen).log10_p if name in report.sets else 0.0
 
-    return {name: bound(name) for name in names}
+    return {objective.name: bound(objective) for objective in objectives}
 
 
 def dominating_rival(stage: str, bound: Mapping[str, float], rivals: Iterable[Rival]) -> dict[str, Any] | None:

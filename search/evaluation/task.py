@@ -6,17 +6,18 @@ none of them.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from search.evaluation.metrics import METRICS, TrialMetrics
+from search.evaluation.metrics import METRICS, TrialMetrics, own_value
 from search.evaluation.pruning import bounds, dominating_rival
-from search.problem.objectives import Objective
+from search.problem.objectives import Objective, composites
 from search.problem.trial import INITIAL, REFERENCE_KINDS, RETAIN, Rival
 from search.spec.corpora import FREE_TEXT, MULTIPLE_CHOICE
-from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, UTILITY_SETS, Corpus
+from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, Corpus
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import ChoiceReport, FloatArray, ScoreReport, set_scores
 
@@ -29,13 +30,39 @@ if TYPE_CHECKING:
     from uipe_core.scoring.scorer import Scorer, ScoringConfig
 
 Report = ScoreReport | ChoiceReport
-Groups = Sequence[str | None] | None
-"""Person or author of each forget item; None where nothing is grouped."""
+Groups = Mapping[str, Sequence[str | None]]
+"""Person, author or document of each item by evaluation set; None for an item that stands for itself."""
 
 References = Mapping[str, Report]
 """Scores of the reference models by name, on the items in question."""
 Arrays = Mapping[str, np.ndarray]
 """Item scores of a trial by ``set/measurement``."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What the scores of a trial are compared with.
+
+    Attributes:
+        references: Scores of the reference models on the same items.
+        definition: Metric definition.
+        objectives: What the study maximises.
+        seed: Of permutations and draws.
+        groups: By evaluation set.
+    """
+
+    references: References
+    definition: str
+    objectives: tuple[Objective, ...]
+    seed: int = 0
+    groups: Groups = field(default_factory=dict)
+
+    def weights(self, report: Report) -> dict[str, FloatArray]:
+        """Draw the items of every set again (`uipe_core.metrics.uncertainty.group_weights`)."""
+        from uipe_core.metrics.uncertainty import group_weights
+
+        counts = {name: len(scores) for name, scores in report.sets.items()}
+        return {name: group_weights(self.groups.get(name) or [None] * count, self.seed) for name, count in counts.items()}
 
 
 class Task(Protocol):
@@ -46,7 +73,6 @@ class Task(Protocol):
         reads_logits: Numbers depend on the scale of the logits: temperatures and matched scale are worth scoring.
         has_item_curves: Item scores follow smooth curves in alpha, which the sampler ``line`` models.
         resamples_groups: Intervals resample what an item is about (a person, an author); otherwise the items themselves.
-        compares_items: Uncertainty needs the item scores of the retain model.
         checked: The numbers an export must reproduce: one of forgetting, one of utility.
     """
 
@@ -54,7 +80,6 @@ class Task(Protocol):
     reads_logits: bool
     has_item_curves: bool
     resamples_groups: bool
-    compares_items: bool
     checked: tuple[str, str]
 
     def scorer(self, corpus: Corpus, prompts: "PromptFormat", config: "ScoringConfig") -> Any:
@@ -72,13 +97,10 @@ class Task(Protocol):
     def numbers(self, metrics: Any) -> dict[str, Any]:
         """Return the metrics as a trial carries them, flat and ready for JSON."""
 
-    def highest_utility(self, references: References, definition: str) -> float:
-        """Return the utility above which a point is flagged; infinity where the task has no such limit."""
-
-    def flagged(self, metrics: Any, highest_utility: float) -> bool:
+    def flagged(self, report: Any, metrics: Any, context: "Comparison") -> bool:
         """Return True if a point is suspicious for the reason `search.problem.objectives.flag_of` gives."""
 
-    def extra(self, report: Any, references: References, definition: str, seed: int, groups: Groups) -> dict[str, Any]:
+    def extra(self, report: Any, context: "Comparison") -> dict[str, Any]:
         """Compute numbers that no objective is made of: collapse, paired test."""
 
     def score(
@@ -89,6 +111,7 @@ class Task(Protocol):
         rivals: Sequence[Rival],
         references: References,
         definition: str,
+        objectives: Sequence[Objective] = (),
     ) -> tuple[Any, dict[str, Any] | None]:
         """Score a model, stage by stage as far as its rivals leave it a chance.
 
@@ -117,7 +140,6 @@ class FreeText:
     reads_logits = True
     has_item_curves = True
     resamples_groups = True
-    compares_items = True
     checked: tuple[str, str] = ("ks_statistic", "model_utility")
 
     def scorer(self, corpus: Corpus, prompts: "PromptFormat", config: "ScoringConfig") -> "Scorer":
@@ -136,42 +158,66 @@ class FreeText:
         write_log(report, path, metadata)
 
     def evaluate(self, report: ScoreReport, reference: ScoreReport | None, definition: str) -> "Metrics":
+        from uipe_core.metrics.composites import composite
         from uipe_core.metrics.tofu import evaluate
 
-        if reference is None:
-            raise ValueError("forget quality needs the scores of a retain model")
-        return evaluate(report, reference, definition)
+        metrics = evaluate(report, reference, definition, required=("forget", "retain"))
+        values = {each.name: composite(report, each.components, definition) for each in composites(report.sets)}
+        return replace(metrics, composites=values)
 
     def numbers(self, metrics: "Metrics") -> dict[str, Any]:
         quality = metrics.forget_quality
-        if quality is None:
-            raise ValueError("a trial is always scored against a reference")
+        compared: dict[str, Any] = (
+            {}
+            if quality is None
+            else {
+                "log10_forget_quality": quality.log10_p,
+                "forget_quality": quality.p_value,
+                "ks_statistic": quality.ks_statistic,
+            }
+        )
         return {
-            "log10_forget_quality": quality.log10_p,
-            "forget_quality": quality.p_value,
-            "ks_statistic": quality.ks_statistic,
-            "model_utility": metrics.model_utility,
+            **compared,
+            **metrics.composites,
             "components": dict(metrics.components),
             "forget_components": dict(metrics.forget),
+            "forget_probability": metrics.forget["Prob Forget"],
+            "forget_rouge": metrics.forget["ROUGE Forget"],
             **{f"{name}_{key}": value for name, each in metrics.memorization.items() for key, value in each.items()},
             **{f"{name}_log10_forget_quality": related.log10_p for name, related in metrics.related.items()},
         }
 
-    def highest_utility(self, references: References, definition: str) -> float:
-        known = [self.evaluate(references[name], references[RETAIN], definition) for name in (INITIAL, RETAIN)]  # type: ignore[arg-type]
-        return max(each.model_utility for each in known)
+    def flagged(self, report: ScoreReport, metrics: "Metrics", context: Comparison) -> bool:
+        utility = context.objectives[1]
+        initial = context.references[INITIAL].logit_scale
+        if not utility.components or not initial or report.logit_scale is None or report.logit_scale <= initial:
+            return False
 
-    def flagged(self, metrics: "Metrics", highest_utility: float) -> bool:
-        return metrics.model_utility > highest_utility
+        def value(scores: Report) -> float:
+            return composite(scores, utility.components, context.definition)  # type: ignore[arg-type]
 
-    def extra(self, report: ScoreReport, references: References, definition: str, seed: int, groups: Groups) -> dict[str, Any]:
+        from uipe_core.metrics.composites import composite
+
+        known = [context.references[name] for name in (INITIAL, RETAIN) if name in context.references]
+        best = max(known, key=value)
+        if value(report) <= value(best):
+            return False
+        # Draws are the same for both, so that their difference is that of the same items.
+        weights = context.weights(report)
+        own, other = (self.draws(each.arrays(), weights, None, (utility,), context.definition)[:, 0] for each in (report, best))
+        return float(np.quantile(own - other, 0.025)) > 0
+
+    def extra(self, report: ScoreReport, context: Comparison) -> dict[str, Any]:
         from uipe_core.metrics.collapse import collapse_reason
         from uipe_core.metrics.tofu import quality_ratios
         from uipe_core.metrics.uncertainty import paired_permutation
 
-        chosen = definition_named(definition)
-        scores, expected = (quality_ratios(each.sets["forget"], chosen) for each in (report, references[RETAIN]))  # type: ignore[arg-type]
-        return {"collapsed": collapse_reason(report), "paired_p": paired_permutation(scores, expected, seed, groups)}
+        found: dict[str, Any] = {"collapsed": collapse_reason(report)}
+        if (retain := context.references.get(RETAIN)) is not None:
+            chosen = definition_named(context.definition)
+            scores, expected = (quality_ratios(each.sets["forget"], chosen) for each in (report, retain))  # type: ignore[arg-type]
+            found["paired_p"] = paired_permutation(scores, expected, context.seed, context.groups.get("forget"))
+        return found
 
     def score(
         self,
@@ -181,6 +227,7 @@ class FreeText:
         rivals: Sequence[Rival],
         references: References,
         definition: str,
+        objectives: Sequence[Objective] = (),
     ) -> tuple[ScoreReport, dict[str, Any] | None]:
         from uipe_core.scoring.scorer import GENERATION
 
@@ -191,7 +238,7 @@ class FreeText:
                 stage = list(report.seconds)[-1]
                 if stage != GENERATION:
                     known = report.without_overflow()
-                    bound = bounds(known, references[RETAIN], definition, rivals[0]["values"])  # type: ignore[arg-type]
+                    bound = bounds(known, references.get(RETAIN), definition, objectives)  # type: ignore[arg-type]
                     if (found := dominating_rival(stage, bound, rivals)) is not None:
                         return report, found
             return report, None
@@ -209,32 +256,38 @@ class FreeText:
         objectives: Sequence[Objective],
         definition: str,
     ) -> FloatArray:
-        from uipe_core.metrics.tofu import item_components, quality_ratios
+        from uipe_core.metrics.tofu import quality_ratios
         from uipe_core.metrics.uncertainty import bootstrap_forget_quality, bootstrap_harmonic_mean
 
-        assert reference is not None
         chosen = definition_named(definition)
         columns = []
         for objective in objectives:
             if (name := objective.quality_of) is not None:
+                assert reference is not None
                 ratios, expected = (quality_ratios(set_scores(each, name), chosen) for each in (arrays, reference))
                 columns.append(bootstrap_forget_quality(ratios, expected, weights[name]))
                 continue
             parts, share = {}, {}
-            for name in UTILITY_SETS:
-                for component, values in item_components(set_scores(arrays, name), name, chosen).items():
-                    parts[component], share[component] = values, weights[name]
+            for number, each in enumerate(objective.components):
+                parts[str(number)] = each.of_items(set_scores(arrays, each.item_set), chosen)
+                share[str(number)] = weights[each.item_set]
             columns.append(bootstrap_harmonic_mean(parts, share))
         return np.stack(columns, axis=1)
 
     def card_rows(self, metrics: "Metrics") -> dict[str, str]:
         quality = metrics.forget_quality
-        assert quality is not None
+        compared = (
+            {}
+            if quality is None
+            else {
+                "forget quality (p)": f"{quality.p_value:.3g}",
+                "log10 forget quality": f"{quality.log10_p:.3f}",
+                "KS statistic": f"{quality.ks_statistic:.4f}",
+            }
+        )
         return {
-            "model utility": f"{metrics.model_utility:.4f}",
-            "forget quality (p)": f"{quality.p_value:.3g}",
-            "log10 forget quality": f"{quality.log10_p:.3f}",
-            "KS statistic": f"{quality.ks_statistic:.4f}",
+            **{name.replace("_", " "): f"{value:.4f}" for name, value in metrics.composites.items()},
+            **compared,
             **{name: f"{value:.4f}" for name, value in {**metrics.components, **metrics.forget}.items()},
         }
 
@@ -246,7 +299,6 @@ class MultipleChoice:
     reads_logits = False  # which letter is most likely does not depend on the scale of the logits
     has_item_curves = False
     resamples_groups = False  # questions on one topic are not draws of one thing, as those about one person are
-    compares_items = False
     checked: tuple[str, str] = ("forget_accuracy", "utility_accuracy")
 
     def scorer(self, corpus: Corpus, prompts: "PromptFormat", config: "ScoringConfig") -> "ChoiceScorer":
@@ -272,13 +324,10 @@ class MultipleChoice:
     def numbers(self, metrics: "ChoiceMetrics") -> dict[str, Any]:
         return {name: value for name, value in metrics.as_dict().items() if name != "definition"}
 
-    def highest_utility(self, references: References, definition: str) -> float:
-        return math.inf
-
-    def flagged(self, metrics: "ChoiceMetrics", highest_utility: float) -> bool:
+    def flagged(self, report: ChoiceReport, metrics: "ChoiceMetrics", context: Comparison) -> bool:
         return metrics.below_chance
 
-    def extra(self, report: ChoiceReport, references: References, definition: str, seed: int, groups: Groups) -> dict[str, Any]:
+    def extra(self, report: ChoiceReport, context: Comparison) -> dict[str, Any]:
         return {"collapsed": None}
 
     def score(
@@ -289,6 +338,7 @@ class MultipleChoice:
         rivals: Sequence[Rival],
         references: References,
         definition: str,
+        objectives: Sequence[Objective] = (),
     ) -> tuple[ChoiceReport, dict[str, Any] | None]:
         return scorer.score(loaded, temperature=temperature), None
 
@@ -325,43 +375,34 @@ def task_of(corpus: Corpus) -> Task:
     return TASKS[MULTIPLE_CHOICE if corpus.choices else FREE_TEXT]
 
 
-def trial_metrics(
-    task: Task,
-    report: Report,
-    references: References,
-    definition: str,
-    highest_utility: float,
-    seed: int,
-    groups: Groups = None,
-) -> TrialMetrics:
+def trial_metrics(task: Task, report: Report, context: Comparison) -> TrialMetrics:
     """Compute everything a complete trial carries about its scores.
 
     Args:
         task: The task of the study.
         report: The scores.
-        references: Scores of the reference models on the same items.
-        definition: Metric definition.
-        highest_utility: `Task.highest_utility` of the references.
-        seed: Seed of the permutation test.
-        groups: Person or author of each forget item, whose differences the test turns together.
+        context: What they are compared with.
 
     Raises:
-        UserError: Scores that are not finite, or a set that is missing.
+        UserError: Scores that are not finite, a set that is missing, or an objective of the user's own that fails.
     """
-    metrics = task.evaluate(report, references.get(RETAIN), definition)
-    initial, extra = references[INITIAL], task.extra(report, references, definition, seed, groups)
+    references, initial = context.references, context.references[INITIAL]
+    metrics = task.evaluate(report, references.get(RETAIN), context.definition)
+    extra = task.extra(report, context)
     collapsed = extra.pop("collapsed")
+    own = [objective for objective in context.objectives if objective.function is not None]
     return TrialMetrics(
-        definition=definition,
+        definition=context.definition,
         numbers={
             **task.numbers(metrics),
             **extra,
             # What a metric cannot tell is left out: NaN is no JSON, which the dashboard reads.
             **{name: value for name, metric in METRICS.items() if math.isfinite(value := float(metric(report, references)))},
+            **{objective.name: own_value(str(objective.function), report, references) for objective in own},
         },
         logit_scale=report.logit_scale / initial.logit_scale
         if report.logit_scale is not None and initial.logit_scale
         else None,
         collapsed=collapsed,
-        flagged=task.flagged(metrics, highest_utility),
+        flagged=task.flagged(report, metrics, context),
     )

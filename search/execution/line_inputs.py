@@ -10,6 +10,7 @@ from optuna.samplers import BaseSampler
 from search.evaluation.evaluator import StudyContext
 from search.execution.base_runs import BaseRuns, problem_of
 from search.execution.workers import grow_gram
+from search.problem.trial import INITIAL, RETAIN
 from search.samplers.gram import FILE, Runs, StudyGram, keep_gram, kept_gram
 from search.samplers.line import LineSampler, LineStudy, UpdateVectors
 from search.samplers.outcomes import OutcomeModel
@@ -114,7 +115,7 @@ def line_sampler(
     spec, rows = store.spec, context.split.select
     hashes = take_items(context.corpus, rows).set_hashes
     reports = {name: report for name, report in context.references.items() if isinstance(report, ScoreReport)}
-    initial, retain = (reports[name].take(rows, hashes).arrays() for name in ("initial", "retain"))
+    known = {name: report.take(rows, hashes).arrays() for name, report in reports.items()}
 
     def reference() -> tuple[Sequence[float], Sequence[float]]:
         point, cap = store.reference_point(), store.noise_ceiling(store.controls_frame())
@@ -124,8 +125,8 @@ def line_sampler(
     world = LineStudy(
         epochs=spec.base_epochs(),
         alpha=(spec.search.alpha.low, spec.search.alpha.high),
-        curves=OutcomeModel(spec.definition, [objective.quality_of for objective in store.objectives], retain),
-        initial=initial,
+        curves=OutcomeModel(spec.definition, store.objectives, known.get(RETAIN)),
+        initial=known[INITIAL],
         reference=reference,
         items=store.items,
         lines=lines,

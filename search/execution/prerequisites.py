@@ -86,6 +86,7 @@ class Prerequisites:
             references=reports,
             scoring=self.preparation.scoring,
             definition=spec.definition,
+            objectives=spec.maximised,
             seed=spec.seed,
             threads=spec.resources.trial.threads,
             trial_minutes=spec.budget.trial_minutes,

@@ -1,11 +1,23 @@
 """Define what a study maximises, the reference point and the noise ceiling of its hypervolume."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from uipe_core.errors import UserError
+from uipe_core.corpora.types import RELATED_SETS, UTILITY_SETS
+from uipe_core.errors import UserError, did_you_mean
+from uipe_core.metrics.composites import (
+    CLOSENESS,
+    EXACT,
+    EXTRACTION,
+    PARAPHRASE,
+    PROBABILITY,
+    ROUGE,
+    TRUTH_SHARE,
+    Component,
+)
 from uipe_core.metrics.tofu import log10_p_floor
 
 if TYPE_CHECKING:
@@ -25,8 +37,12 @@ class Objective:
             and differences above the noise ceiling mean nothing. None for every other number.
         p_value: Key of the p-value behind it, shown next to it in the report's tables.
         companions: Further numbers shown with it: key and head of each. Sentences say the first in its place.
-        worst: Its coordinate in the reference point of hypervolume, for an objective that an extension adds.
-        from_items: A forget quality, or the utility of the task: the sampler ``line`` models it, and intervals resample it.
+        worst: Its coordinate in the reference point of hypervolume, where the study file gives none.
+        from_items: Made of item scores: the sampler ``line`` models it, and intervals resample it.
+        components: What it is the harmonic mean of (`uipe_core.metrics.composites`); empty for every other number.
+        optional: Sets whose components count only where the corpus has the set.
+        function: ``package.module:function`` that computes it, for an objective of the user's own.
+        about: What it measures and its range, in a line of ``uipe objectives``.
     """
 
     name: str
@@ -38,6 +54,27 @@ class Objective:
     companions: tuple[tuple[str, str], ...] = ()
     worst: float | None = None
     from_items: bool = False
+    components: tuple[Component, ...] = ()
+    optional: tuple[str, ...] = ()
+    function: str | None = None
+    about: str = ""
+
+    @property
+    def needs_retain_model(self) -> bool:
+        """Return True if it compares with a retain model."""
+        return self.quality_of is not None
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Evaluation sets it is made of, as far as they are known."""
+        own = () if self.quality_of is None else (self.quality_of,)
+        return tuple(dict.fromkeys([*own, *(each.item_set for each in self.components)]))
+
+    def on(self, sets: Collection[str]) -> "Objective":
+        """Return the objective for a corpus with these evaluation sets."""
+        absent = set(self.optional) - set(sets)
+        kept = tuple(each for each in self.components if each.item_set not in absent)
+        return self if len(kept) == len(self.components) else replace(self, components=kept)
 
     def ceiling(self, forget_quality_cap: float) -> float:
         """The value above which differences are noise, in this objective's unit; infinity where there is none."""
@@ -45,13 +82,67 @@ class Objective:
 
 
 FORGET_QUALITY = Objective(
-    "log10_forget_quality", "log10 forget quality", "log10\nFQ", 2, "forget", "forget_quality", from_items=True
+    "log10_forget_quality",
+    "log10 forget quality",
+    "log10\nFQ",
+    2,
+    "forget",
+    "forget_quality",
+    from_items=True,
+    about="log10 p of TOFU's test against the retain model, at most 0",
 )
 
-MODEL_UTILITY = Objective("model_utility", "model utility", "MU", 4, from_items=True)
+_KEPT = (PROBABILITY, ROUGE, CLOSENESS)
+
+MODEL_UTILITY = Objective(
+    "model_utility",
+    "model utility",
+    "MU",
+    4,
+    worst=0.0,
+    from_items=True,
+    components=tuple(Component(name, measure) for name in UTILITY_SETS for measure in _KEPT),
+    about="TOFU's harmonic mean of nine numbers, in [0, 1]",
+)
 
 RELATED_FORGET_QUALITY = Objective(
-    "related_log10_forget_quality", "log10 forget quality of related facts (K2)", "log10\nFQ K2", 2, "related", from_items=True
+    "related_log10_forget_quality",
+    "log10 forget quality of related facts (K2)",
+    "log10\nFQ K2",
+    2,
+    "related",
+    from_items=True,
+    about="as log10_forget_quality, of related facts (K2)",
+)
+
+
+def _composite(name: str, title: str, head: str, about: str, *components: Component) -> Objective:
+    return Objective(name, title, head, 4, worst=0.0, from_items=True, components=components, about=about)
+
+
+def _forgotten(name: str, item_set: str, title: str, head: str, *measures: str) -> Objective:
+    parts = tuple(Component(item_set, measure, inverted=True) for measure in measures)
+    which = "the forget set" if item_set == "forget" else f"{item_set} facts"
+    return _composite(name, f"{title} ({item_set})", head, f"{title} of {which}, in [0, 1]", *parts)
+
+
+MEMORIZATION = _composite(
+    "memorization_score",
+    "memorisation score (1: nothing memorised)",
+    "memo-\nrisation",
+    "OpenUnlearning's harmonic mean of 1 - ES, 1 - EM, 1 - paraphrase probability, 1 - truth ratio, in [0, 1]",
+    *(Component("forget", measure, inverted=True) for measure in (EXTRACTION, EXACT, PARAPHRASE, TRUTH_SHARE)),
+)
+
+RETAIN_UTILITY = replace(
+    _composite(
+        "retain_utility",
+        "retain utility",
+        "retain\nutility",
+        "harmonic mean of probability and ROUGE on retain and, where the corpus has them, general items, in [0, 1]",
+        *(Component(name, measure) for name in ("retain", "general") for measure in (PROBABILITY, ROUGE)),
+    ),
+    optional=("general",),
 )
 
 CHOICE_FORGETTING = Objective(
@@ -67,8 +158,71 @@ CHOICE_UTILITY = Objective(
     "utility_accuracy", "utility accuracy", "utility\nacc.", 4, companions=(("utility_accuracy_se", "± s.e."),), from_items=True
 )
 
-THIRD_OBJECTIVES: dict[str, Objective] = {objective.name: objective for objective in (RELATED_FORGET_QUALITY,)}
-"""Objectives a study may add, by the name its file gives (``search.third_objective``)."""
+FORGETTING: dict[str, Objective] = {
+    "log10_forget_quality": FORGET_QUALITY,
+    "memorization": MEMORIZATION,
+    "extraction_strength": _forgotten(
+        "one_minus_extraction_strength", "forget", "1 - extraction strength", "1 - ES", EXTRACTION
+    ),
+    "exact_memorization": _forgotten("one_minus_exact_memorization", "forget", "1 - exact memorisation", "1 - EM", EXACT),
+    "answer_probability": _forgotten(
+        "one_minus_answer_probability", "forget", "1 - answer probability", "1 - answer\nprob.", PROBABILITY
+    ),
+    "rouge": _forgotten("one_minus_rouge", "forget", "1 - ROUGE-L recall", "1 - ROUGE", ROUGE),
+    "truth_ratio": _forgotten(
+        "one_minus_truth_share", "forget", "1 - truth ratio p / (p + q)", "1 - truth\nratio", TRUTH_SHARE
+    ),
+}
+"""Objectives of forgetting by the name a study file gives (``objectives.forgetting``)."""
+
+UTILITY: dict[str, Objective] = {"model_utility": MODEL_UTILITY, "retain_utility": RETAIN_UTILITY}
+"""Objectives of utility by the name a study file gives (``objectives.utility``)."""
+
+_RELATED = {
+    f"{name}_extraction_strength": _forgotten(
+        f"one_minus_{name}_extraction_strength", name, "1 - extraction strength", f"1 - ES\n{name}", EXTRACTION
+    )
+    for name in RELATED_SETS
+}
+
+THIRD_OBJECTIVES: dict[str, Objective] = {
+    RELATED_FORGET_QUALITY.name: RELATED_FORGET_QUALITY,
+    "related_extraction_strength": _RELATED["related_extraction_strength"],
+    "unrelated_utility": _composite(
+        "unrelated_utility",
+        "probability of unrelated facts (K0)",
+        "prob. K0",
+        "mean answer probability of unrelated facts, in [0, 1]",
+        Component("unrelated", PROBABILITY),
+    ),
+}
+"""Objectives a study may add, by the name its file gives (``objectives.third``, or ``search.third_objective``)."""
+
+ROLES: dict[str, dict[str, Objective]] = {"forgetting": FORGETTING, "utility": UTILITY, "third": THIRD_OBJECTIVES}
+"""Objectives by the key of section ``objectives``, then by the name the file gives."""
+
+_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+
+
+def objective_named(role: str, name: str) -> Objective:
+    """Return the objective a study file names in a role; ``package.module:function`` makes one of the user's own.
+
+    Raises:
+        UserError: There is none of that name; gives those there are.
+    """
+    if name in ROLES[role]:
+        return ROLES[role][name]
+    if _FUNCTION.fullmatch(name):
+        short = name.rpartition(":")[2]
+        return Objective(short, short.replace("_", " "), short[:12], 4, function=name, about=f"computed by {name}")
+    known = ", ".join(ROLES[role])
+    raise UserError(f"{name!r} is none of {known}, and no package.module:function.{did_you_mean(name, ROLES[role])}")
+
+
+def composites(sets: Collection[str]) -> list[Objective]:
+    """List the composites that scores of these sets tell: numbers of every trial, whatever its study maximises."""
+    named = [each.on(sets) for role in ROLES.values() for each in role.values() if each.components]
+    return [each for each in named if set(each.sets) <= set(sets)]
 
 
 @dataclass(frozen=True)
@@ -81,9 +235,12 @@ class Flag:
 
 def flag_of(objectives: tuple[Objective, ...]) -> Flag:
     """Return what a flag says of the points of a study with these objectives."""
-    if objectives[0] is CHOICE_FORGETTING:
+    if objectives[0].name == CHOICE_FORGETTING.name:
         return Flag("forget accuracy below chance", "which takes knowing the answers and avoiding them: nothing was forgotten")
-    return Flag("utility above both the initial and the retain model", "which sharper logits alone can bring about")
+    return Flag(
+        "utility above every reference model's beyond the 95% interval, with a larger logit scale",
+        "which sharper logits alone can bring about",
+    )
 
 
 DEFAULT_CAP = 0.3

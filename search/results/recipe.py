@@ -109,7 +109,7 @@ def recipe_of(record: StudyRecord, spec: StudySpec, row: Mapping[Any, Any]) -> R
         spec: The study's spec.
         row: The trial as a row of `search.results.study_result.StudyResult.trials`.
     """
-    objectives = spec.objectives
+    objectives = spec.maximised
     p_values = [objective.p_value for objective in objectives if objective.p_value is not None]
     names = dict.fromkeys(
         ["definition", *(objective.name for objective in objectives), *p_values, *TASKS[spec.corpus.task].checked]

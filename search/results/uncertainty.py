@@ -35,8 +35,9 @@ def certainty(store: StudyStore, trials: pd.DataFrame, retain: int | None) -> pd
     kept = {int(number): store.items(int(number)) for number in trials["trial"]}
     scores = {number: arrays for number, arrays in kept.items() if arrays is not None}
     resampled = all(objective.from_items for objective in store.objectives)
+    compares = any(objective.needs_retain_model for objective in store.objectives)
     groups = smallest_groups(store)
-    if not scores or not resampled or groups < FEW_GROUPS or (reference is None and task.compares_items):
+    if not scores or not resampled or groups < FEW_GROUPS or (reference is None and compares):
         return pd.DataFrame(columns=["trial", "front_probability", "alike"])
     weights = {name: group_weights(of_set, store.spec.seed) for name, of_set in store.record.corpus.groups.items()}
     draws = [task.draws(arrays, weights, reference, store.objectives, store.spec.definition) for arrays in scores.values()]

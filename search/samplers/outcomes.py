@@ -8,16 +8,27 @@ those, and KS tests, by the formulas of `uipe_core.metrics.tofu`. Pure.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from search.problem.objectives import Objective
 from search.samplers.gaussian_process import FloatArray
-from uipe_core.corpora.types import UTILITY_SETS
-from uipe_core.metrics.definitions import definition_named
-from uipe_core.metrics.scores import set_scores
-from uipe_core.metrics.tofu import CHOICE_SETS, loss_components, quality_ratios, truth_ratio
+from uipe_core.metrics.composites import (
+    CLOSENESS,
+    EXACT,
+    EXTRACTION,
+    PARAPHRASE,
+    PROBABILITY,
+    ROUGE,
+    TRUTH_SHARE,
+    Component,
+)
+from uipe_core.metrics.definitions import Definition, definition_named
+from uipe_core.metrics.scores import SetScores, set_scores
+from uipe_core.metrics.tofu import CHOICE_SETS, quality_ratios, truth_ratio
 from uipe_core.metrics.uncertainty import log10_p_table
 
 LEAST_LOG = -30.0
@@ -30,8 +41,23 @@ BEND = 0.5
 What happens in a collapse is large and counts for nothing; unbent it would set the scale that all else is judged by.
 """
 
-ANSWER, CHOICE, RATIO, TEXT = "answer", "choice", "ratio", "text"
-"""Curves of a utility set: log odds of the answers, and of them among the choices; truth ratios; text beyond answers."""
+ANSWER, CHOICE, RATIO, SHARE, SHORT = "answer", "choice", "ratio", "share", "paraphrase"
+"""Curves of a set: log odds of the answers, of them among the choices, of the paraphrases; truth ratios, as a utility set has
+them and as a share."""
+
+_BEYOND = {ROUGE: "text", EXTRACTION: "extracted", EXACT: "exact"}
+"""Curves of measures that change in steps, by measure: their mean over the items beyond that of the answers' probability."""
+
+
+_ORDER = (PROBABILITY, PARAPHRASE, CLOSENESS, TRUTH_SHARE, ROUGE, EXTRACTION, EXACT)
+
+
+def _curve(component: Component) -> str:
+    """Return the curve that a component is made of, next to the answers where it is a step."""
+    if component.measure in _BEYOND:
+        return f"{component.item_set}/{_BEYOND[component.measure]}"
+    own = {PROBABILITY: CHOICE if component.item_set in CHOICE_SETS else ANSWER, PARAPHRASE: SHORT, TRUTH_SHARE: SHARE}
+    return f"{component.item_set}/{own.get(component.measure, RATIO)}"
 
 
 class OutcomeModel:
@@ -39,34 +65,39 @@ class OutcomeModel:
 
     Args:
         definition: Metric definition.
-        qualities: The evaluation set of each objective that is a forget quality; None for model utility.
-        reference: Item arrays of the retain model by ``set/measurement``, on the same items.
+        objectives: What is maximised: forget qualities and composites.
+        reference: Item arrays of the retain model by ``set/measurement``, on the same items; None where nothing compares
+            with them.
 
     Raises:
         UserError: The reference lacks what the forget qualities need.
     """
 
-    def __init__(self, definition: str, qualities: Sequence[str | None], reference: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(self, definition: str, objectives: Sequence[Objective], reference: Mapping[str, NDArray[Any]] | None) -> None:
         self._definition = definition
-        self._qualities = tuple(qualities)
+        self._objectives = tuple(objectives)
+        self._components = list(dict.fromkeys(part for each in objectives for part in each.components))
         named = definition_named(definition)
-        ratios = {name: quality_ratios(set_scores(reference, name), named) for name in self._qualities if name is not None}
+        qualities = dict.fromkeys(each.quality_of for each in objectives if each.quality_of is not None)
+        ratios = {name: quality_ratios(set_scores(reference or {}, name), named) for name in qualities}
         self._centre = {name: (float(np.median(each)), BEND * max(float(each.std()), 1e-6)) for name, each in ratios.items()}
         self._expected = {name: np.sort(self._bent(name, each)) for name, each in ratios.items()}
 
     @property
     def noisy(self) -> frozenset[str]:
-        """Curves that are steps: text changes at once."""
-        return frozenset(f"{name}/{TEXT}" for name in UTILITY_SETS)
+        """Curves that are steps: text and most likely tokens change at once."""
+        return frozenset(_curve(each) for each in self._components if each.measure in _BEYOND)
 
     @property
     def names(self) -> frozenset[str]:
         """All curves of a model that was scored as a whole."""
-        found = {f"{name}/quality" for name in self._expected}
-        if None in self._qualities:
-            found |= {f"{name}/{part}" for name in UTILITY_SETS for part in (ANSWER, RATIO, TEXT)}
-            found |= {f"{name}/{CHOICE}" for name in CHOICE_SETS}
-        return frozenset(found)
+        found = {f"{name}/quality" for name in self._expected} | {_curve(each) for each in self._components}
+        return frozenset(found | {f"{name}/{ANSWER}" for name in self._stepped})
+
+    @property
+    def _stepped(self) -> set[str]:
+        """Sets whose answers are needed under a step."""
+        return {each.item_set for each in self._components if each.measure in _BEYOND}
 
     def of(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, FloatArray]:
         """(n,) by curve of one scored model; sets, or the text of a set, may be missing.
@@ -79,30 +110,78 @@ class OutcomeModel:
         for name in self._expected:
             if f"{name}/paraphrase_loss" in arrays:
                 curves[f"{name}/quality"] = self._bent(name, quality_ratios(set_scores(arrays, name), definition))
-        for name in UTILITY_SETS if None in self._qualities else ():
+        # In one order whatever the objectives: the draws of a seed go by it.
+        for name in dict.fromkeys(each.item_set for each in self._components):
             if f"{name}/answer_loss" not in arrays:
                 continue
             scores = set_scores(arrays, name)
-            probability, _ = loss_components(scores, name, definition).values()
-            ratios = truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, self._definition)
-            with np.errstate(divide="ignore"):
-                answer = curves[f"{name}/{ANSWER}"] = _log_odds(scores.answer_loss)
-                if name in CHOICE_SETS:
-                    curves[f"{name}/{CHOICE}"] = _log_odds(-np.log(probability))
-                curves[f"{name}/{RATIO}"] = _bend(np.log(ratios))
-            if scores.rouge_l_recall is not None:
-                # Its mean is all that utility takes of it, so there is nothing to gain by single items.
-                curves[f"{name}/{TEXT}"] = np.array([scores.rouge_l_recall.mean() - _probability(answer).mean()])
+            if name in self._stepped:
+                curves[f"{name}/{ANSWER}"] = _log_odds(scores.answer_loss)
+            own = [each for each in self._components if each.item_set == name and each.is_known(scores)]
+            for each in sorted(own, key=lambda each: _ORDER.index(each.measure)):
+                curves[_curve(each)] = self._measured(each, scores, definition)
         bad = [name for name, values in curves.items() if not np.isfinite(values).all()]
         if bad:
             raise ValueError(f"curves that are not finite: {', '.join(bad)}")
         return curves
 
+    def _measured(self, component: Component, scores: SetScores, definition: Definition) -> FloatArray:
+        measure = component.measure
+        if measure in _BEYOND:
+            # Its mean is all that a composite takes of it, so there is nothing to gain by single items.
+            values = replace(component, inverted=False).of_items(scores, definition)
+            return np.array([values.mean() - _probability(_log_odds(scores.answer_loss)).mean()])
+        if measure == PROBABILITY:
+            if component.item_set not in CHOICE_SETS:
+                return _log_odds(scores.answer_loss)
+            with np.errstate(divide="ignore"):
+                return _log_odds(-np.log(component.of_items(scores, definition)))
+        if measure == PARAPHRASE:
+            return _log_odds(scores.paraphrase_loss)
+        with np.errstate(divide="ignore"):
+            ratios = np.log(truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, self._definition))
+        if measure == TRUTH_SHARE:
+            return np.asarray(np.clip(-ratios, LEAST_LOG, -LEAST_LOG))  # its log odds
+        if component.item_set == "forget":
+            raise ValueError("the truth ratio of the forget set has no curve; its share has one")
+        return _bend(ratios)
+
     def objectives(self, curves: Mapping[str, NDArray[np.floating[Any]]]) -> FloatArray:
         """(..., m) objectives of curves (..., n)."""
-        return np.stack(
-            [self._utility(curves) if name is None else self._quality(curves, name) for name in self._qualities], axis=-1
-        )
+        means: dict[str, FloatArray] = {}
+        found = [
+            self._quality(curves, each.quality_of) if each.quality_of is not None else self._composite(curves, each, means)
+            for each in self._objectives
+        ]
+        return np.stack(found, axis=-1)
+
+    def _composite(
+        self, curves: Mapping[str, NDArray[np.floating[Any]]], objective: Objective, means: dict[str, FloatArray]
+    ) -> FloatArray:
+        """Return the harmonic mean of an objective's components; `means` keeps those of curves that others share."""
+        inverse: FloatArray | float = 0.0
+        for each in objective.components:
+            curve = _curve(each)
+            if curve not in means:
+                means[curve] = self._mean(curves, each, means)
+            value = means[curve]
+            inverse = inverse + 1.0 / np.maximum(1.0 - value if each.inverted else value, 1e-12)
+        return np.asarray(len(objective.components) / inverse)
+
+    def _mean(
+        self, curves: Mapping[str, NDArray[np.floating[Any]]], component: Component, means: dict[str, FloatArray]
+    ) -> FloatArray:
+        """Return (...,) the mean over the items of a component, before it is inverted."""
+        name, curve = component.item_set, _curve(component)
+        if component.measure in _BEYOND:
+            answer = f"{name}/{ANSWER}"
+            if answer not in means:
+                means[answer] = np.asarray(_probability(curves[answer]).mean(axis=-1))
+            return np.asarray(np.clip(curves[curve].mean(axis=-1) + means[answer], 0.0, 1.0))
+        if component.measure == CLOSENESS:
+            ratio = _unbend(curves[curve])
+            return np.asarray(1.0 - np.exp(ratio, out=ratio).mean(axis=-1))
+        return np.asarray(_probability(curves[curve]).mean(axis=-1))
 
     def _bent(self, name: str, ratios: FloatArray) -> FloatArray:
         """Ratios in an order that stays, which is all that a KS test sees of them."""
@@ -118,17 +197,6 @@ class OutcomeModel:
         ahead -= np.arange(count)
         distances = np.maximum(ahead.max(axis=-1), 1 - ahead.min(axis=-1))
         return np.asarray(log10_p_table(count)[np.clip(distances, 0, count)])
-
-    def _utility(self, curves: Mapping[str, NDArray[np.floating[Any]]]) -> FloatArray:
-        inverse: FloatArray | float = 0.0
-        for name in UTILITY_SETS:
-            answer = _probability(curves[f"{name}/{ANSWER}"]).mean(axis=-1)
-            chosen = _probability(curves[f"{name}/{CHOICE}"]).mean(axis=-1) if name in CHOICE_SETS else answer
-            ratio = _unbend(curves[f"{name}/{RATIO}"])
-            truth = 1.0 - np.exp(ratio, out=ratio).mean(axis=-1)
-            text = np.clip(curves[f"{name}/{TEXT}"].mean(axis=-1) + answer, 0.0, 1.0)
-            inverse = inverse + sum(1.0 / np.maximum(part, 1e-12) for part in (chosen, truth, text))
-        return np.asarray(3.0 * len(UTILITY_SETS) / inverse)
 
 
 def _log_odds(losses: FloatArray) -> FloatArray:

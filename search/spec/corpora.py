@@ -16,6 +16,7 @@ from search.spec.errors import KeyPath, rule
 from search.spec.sections import Count, Name, OneOrMore, Section, is_local
 from uipe_core.corpora.files import SUFFIXES, DataSet
 from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice
+from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, RELATED_SETS, UTILITY_SETS
 
 if TYPE_CHECKING:
     from uipe_core.corpora.types import Corpus
@@ -31,7 +32,8 @@ class CorpusSection(Protocol):
     Attributes:
         kind: Name in `CORPORA`.
         task: `FREE_TEXT` or `MULTIPLE_CHOICE`.
-        objectives: Forgetting and utility, in this order.
+        objectives: Forgetting and utility, in this order, of a study that has a retain model and names none.
+        sets: Evaluation sets that the corpus has.
         path_keys: Keys below ``corpus`` whose value may be a path, and the endings of files allowed there.
     """
 
@@ -41,6 +43,9 @@ class CorpusSection(Protocol):
 
     @property
     def kind(self) -> str: ...
+
+    @property
+    def sets(self) -> tuple[str, ...]: ...
 
     def load(self, seed: int) -> "Corpus":
         """Load the corpus.
@@ -99,6 +104,7 @@ class PeopleCorpus(Section):
 
     task: ClassVar = FREE_TEXT
     objectives: ClassVar = (FORGET_QUALITY, MODEL_UTILITY)
+    sets: ClassVar = ("forget", *UTILITY_SETS, *RELATED_SETS)
     path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {}
 
     kind: Literal["people"]
@@ -114,14 +120,14 @@ class PeopleCorpus(Section):
 
     @classmethod
     def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
-        """Require a base stage of a tiny model, and a retain model of any other."""
+        """Require a base stage of a tiny model."""
         if model.get("kind") == "tiny" and model.get("base") is None:
             example = "{epochs: 12, learning_rate: 0.005, batch_size: 64}"
             error = rule(
                 "the people corpus needs a base stage, where the model learns to read", f"Write for example {example}."
             )
             return [{"type": error, "loc": ("model", "base"), "input": None}]
-        return _retain_missing(model)
+        return []
 
     def study_errors(self, third_objective: str | None, methods: Collection[str]) -> list[InitErrorDetails]:
         """Everything else fits."""
@@ -133,6 +139,7 @@ class TofuCorpus(Section):
 
     task: ClassVar = FREE_TEXT
     objectives: ClassVar = (FORGET_QUALITY, MODEL_UTILITY)
+    sets: ClassVar = ("forget", *UTILITY_SETS, *RELATED_SETS)
     path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {("source",): ()}
 
     kind: Literal["tofu"]
@@ -149,8 +156,8 @@ class TofuCorpus(Section):
 
     @classmethod
     def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
-        """Refuse a base stage of a tiny model; require a retain model of any other."""
-        return _base_refused(model, "TOFU has no texts for a base stage") or _retain_missing(model)
+        """Refuse a base stage of a tiny model."""
+        return _base_refused(model, "TOFU has no texts for a base stage")
 
     def study_errors(self, third_objective: str | None, methods: Collection[str]) -> list[InitErrorDetails]:
         """Everything else fits."""
@@ -189,6 +196,7 @@ class MultipleChoiceCorpus(Section):
 
     task: ClassVar = MULTIPLE_CHOICE
     objectives: ClassVar = (CHOICE_FORGETTING, CHOICE_UTILITY)
+    sets: ClassVar = MULTIPLE_CHOICE_SETS
     path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {
         (name, "source"): SUFFIXES for name in ("forget", "utility", "forget_texts", "retain_texts")
     }
@@ -234,13 +242,6 @@ def _base_refused(model: Mapping[str, Any], why: str) -> list[InitErrorDetails]:
     if model.get("kind") != "tiny" or model.get("base") is None:
         return []
     return [{"type": rule(why, "Write base: null."), "loc": ("model", "base"), "input": model["base"]}]
-
-
-def _retain_missing(model: Mapping[str, Any]) -> list[InitErrorDetails]:
-    if model.get("kind") != "pretrained" or model.get("retain") is not None:
-        return []
-    error = rule("forgetting is measured against the retain model", "Give its hub name, folder or evaluation log.")
-    return [{"type": error, "loc": ("model", "retain"), "input": None}]
 
 
 CORPORA: dict[str, Any] = {

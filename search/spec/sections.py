@@ -18,7 +18,7 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticKnownError, core_schema
 
-from search.problem.objectives import THIRD_OBJECTIVES
+from search.problem.objectives import ROLES, THIRD_OBJECTIVES, objective_named
 from search.samplers.registry import SAMPLERS
 from search.spec.bounds import (
     MOST_BASE_EPOCHS,
@@ -33,6 +33,7 @@ from search.spec.bounds import (
     Weight,
 )
 from search.spec.errors import did_you_mean, rule
+from uipe_core.errors import UserError
 from uipe_core.models.prompts import FORMATS
 from uipe_core.unlearning.methods import METHODS
 
@@ -359,6 +360,26 @@ class Search(Section):
     def _sampler_exists(cls, value: str) -> str:
         if value not in SAMPLERS:
             raise rule("there is no such sampler", did_you_mean(value, list(SAMPLERS)))
+        return value
+
+
+class Objectives(Section):
+    """What is maximised, by name (`search.problem.objectives.ROLES`) or as ``package.module:function``; None is the default."""
+
+    forgetting: str | None = None
+    utility: str | None = None
+    third: str | None = None
+
+    @field_validator("forgetting", "utility", "third")
+    @classmethod
+    def _objective_exists(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None:
+            known = ROLES[str(info.field_name)]
+            try:
+                objective_named(str(info.field_name), value)
+            except UserError:
+                remedy = f"{did_you_mean(value, list(known))} An objective of your own is written package.module:function."
+                raise rule(f"there is no such objective of {info.field_name}", remedy) from None
         return value
 
 

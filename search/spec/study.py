@@ -11,19 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
-from search.problem.objectives import (
-    THIRD_OBJECTIVES,
-    Objective,
-)
+from search.problem.objectives import MEMORIZATION, RETAIN_UTILITY, Objective, objective_named
 from search.problem.space import Point, distributions, given_points, grid_points
 from search.samplers.registry import SAMPLERS
-from search.spec.corpora import CORPORA, MULTIPLE_CHOICE, CorpusSection, path_sites
+from search.spec.corpora import CORPORA, FREE_TEXT, MULTIPLE_CHOICE, CorpusSection, path_sites
 from search.spec.errors import KeyPath, Problem, StudyFileError, explain, forget_keys, key_text, rule
 from search.spec.plugins import load_plugins
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
 from search.spec.sections import (
     ByKind,
     Hypervolume,
+    Objectives,
     PretrainedModel,
     Scoring,
     Search,
@@ -90,6 +88,7 @@ class StudySpec(Section):
     checkpoints: dict[str, Folders] = Field(default_factory=dict)
     scoring: Scoring = Field(default_factory=Scoring)
     split: Split | None = None
+    objectives: Objectives = Field(default_factory=Objectives)
     search: Search = Field(default_factory=Search)
     hypervolume: Hypervolume = Field(default_factory=Hypervolume)
     resources: Resources = Field(default_factory=Resources)
@@ -141,7 +140,8 @@ class StudySpec(Section):
     def _fits_the_corpus(self) -> "StudySpec":
         methods = {run.method for run in self.variants()}
         found = self.corpus.model_errors(dict(self.model))
-        found += self.corpus.study_errors(self.search.third_objective, methods)
+        found += self.corpus.study_errors(self.objectives.third or self.search.third_objective, methods)
+        found += self._objective_errors()
         if found:
             raise ValidationError.from_exception_data("study", found)
         return self
@@ -173,10 +173,52 @@ class StudySpec(Section):
         return CHOICE_DEFINITION if self.corpus.task == MULTIPLE_CHOICE else self.scoring.definition
 
     @property
-    def objectives(self) -> tuple[Objective, ...]:
-        """The objectives, all maximised: forgetting, utility, and a third where the study names one."""
-        third = self.search.third_objective
-        return self.corpus.objectives if third is None else (*self.corpus.objectives, THIRD_OBJECTIVES[third])
+    def has_retain_model(self) -> bool:
+        """Return True if a model that never saw the forget set, or its log, is part of the study."""
+        return self.corpus.task == FREE_TEXT and (isinstance(self.model, TinyModel) or self.model.retain is not None)
+
+    @property
+    def maximised(self) -> tuple[Objective, ...]:
+        """The objectives, all maximised: forgetting, utility, and a third where the study names one.
+
+        Where the study names none, a corpus has its own that need a retain model; without one, how much is memorised is held
+        against what is retained (OpenUnlearning, arXiv 2506.12618, advises against choosing by retain models).
+        """
+        free = self.corpus.task == FREE_TEXT and not self.has_retain_model
+        standard = (MEMORIZATION, RETAIN_UTILITY) if free else self.corpus.objectives
+        named = self._named_objectives()
+        roles = zip(("forgetting", "utility"), standard, strict=True)
+        found = [objective_named(role, named[role]) if role in named else default for role, default in roles]
+        found += [objective_named("third", named["third"])] if "third" in named else []
+        return tuple(objective.on(self.corpus.sets) for objective in found)
+
+    def _named_objectives(self) -> dict[str, str]:
+        given = {"third": self.search.third_objective, **self.objectives.model_dump(exclude_none=True)}
+        return {role: name for role, name in given.items() if name is not None}
+
+    def _objective_errors(self) -> list[InitErrorDetails]:
+        """List named objectives that cannot be computed for this corpus and model."""
+        found: list[InitErrorDetails] = []
+
+        def refuse(role: str, why: str, remedy: str) -> None:
+            loc = ("search", "third_objective") if role == "third" and self.objectives.third is None else ("objectives", role)
+            found.append({"type": rule(why, remedy), "loc": loc, "input": self._named_objectives()[role]})
+
+        if self.objectives.third is not None and self.search.third_objective is not None:
+            refuse("third", f"search.third_objective ({self.search.third_objective}) is given too", "Remove one of the two.")
+        for role, name in self._named_objectives().items():
+            objective = objective_named(role, name).on(self.corpus.sets)
+            missing = [each for each in objective.sets if each not in self.corpus.sets]
+            if self.corpus.task == MULTIPLE_CHOICE:
+                if role != "third":  # a third one is refused by the corpus
+                    refuse(role, "a multiple-choice corpus has objectives of its own", "Remove it.")
+            elif missing:
+                remedy = f"Choose another objective (uipe objectives), or give corpus.{missing[0]} where the corpus takes it."
+                refuse(role, f"the corpus has no {' and no '.join(missing)} items, which it is made of", remedy)
+            elif objective.needs_retain_model and not self.has_retain_model:
+                remedy = "Give model.retain, a model or its log, or an objective that needs none (uipe objectives)."
+                refuse(role, "it compares with a retain model, and the study has none", remedy)
+        return found
 
     def search_space(self) -> "dict[str, BaseDistribution]":
         """Return the search space, in the form of ``study.ask(fixed_distributions=...)``."""
@@ -228,6 +270,8 @@ class StudySpec(Section):
         for holder, key in [*holders, (model, "initial"), (model, "retain")]:
             if is_local(holder.get(key) or ""):
                 del holder[key]
+        if not self.objectives.model_dump(exclude_none=True):
+            del payload["objectives"]  # studies from before they could be named stay what they are
         if self.checkpoints:
             payload["checkpoints"] = {label: len(folders) for label, folders in self.checkpoints.items()}
         return payload

@@ -76,7 +76,7 @@ class StudyStore:
     @property
     def objectives(self) -> tuple[Objective, ...]:
         """Objectives of the study, all maximised."""
-        return self.spec.objectives
+        return self.spec.maximised
 
     @property
     def item_counts(self) -> dict[str, int]:

@@ -250,6 +250,7 @@ def study_context(finished, preparation):
         },
         scoring=preparation.scoring,
         definition="tofu",
+        objectives=preparation.spec.maximised,
         seed=0,
         threads=1,
     )

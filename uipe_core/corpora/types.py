@@ -74,6 +74,9 @@ ChoiceSet = tuple[ChoiceItem, ...]
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 """Evaluation sets of model utility, in TOFU's order."""
 
+KEPT_SETS = ("retain", "general", "real_authors", "world_facts")
+"""Evaluation sets of what should stay as it is; a corpus has some of them. Collapse and the logit scale are judged on these."""
+
 RELATED_SETS = ("related", "unrelated")
 """K2 and K0 of UIPE: forgetting wanted, damage not wanted. Not every corpus has them."""
 
@@ -97,7 +100,7 @@ class Corpus:
 
     Attributes:
         name: Readable name with everything that determines the content, for example ``people(seed=0)``.
-        sets: Evaluation sets by name: ``forget``, the three of `UTILITY_SETS`, and if known ``related``, ``unrelated``.
+        sets: Evaluation sets by name: ``forget``, some of `KEPT_SETS`, and if known ``related``, ``unrelated``, ``holdout``.
         forget_train: Question-answer pairs to unlearn.
         retain_train: Question-answer pairs for retain terms.
         build: Training texts for models built here, by stage: ``base`` (may be empty), ``full``, ``retain``.

@@ -27,7 +27,7 @@ import numpy as np
 
 from uipe_core.errors import UserError
 from uipe_core.logs.parts import EXTRA_KEY, MEMORIZATION, Part, check_writable, extra_part, with_extra, write_json
-from uipe_core.metrics.rouge import has_latin_word, rouge_l_f1
+from uipe_core.metrics.answers import has_latin_word, rouge_l_f1
 from uipe_core.metrics.scores import FloatArray, ScoreReport, SetScores
 from uipe_core.metrics.tofu import CHOICE_SETS, SET_TITLES, evaluate, truth_ratio
 

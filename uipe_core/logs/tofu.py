@@ -27,15 +27,15 @@ def write_log(report: ScoreReport, path: str | Path, metadata: Mapping[str, Any]
     """Write a report as an evaluation log atomically, replacing what was there; missing folders are made.
 
     Args:
-        report: Must have the four sets of `PARTS`, none empty, all losses finite.
+        report: Must have the forget set; no set empty, all losses finite. TOFU's scripts need all four sets of `PARTS`.
         path: Target file.
         metadata: JSON-able description of the scored model, for readers.
 
     Raises:
         UserError: A missing or empty set, a loss that is not finite, or a file that cannot be written.
     """
-    check_writable(report, PARTS, path)
-    log = {part: tofu_part(report.sets[name], name) for name, part in PARTS.items()}
+    check_writable(report, ("forget",), path)
+    log = {part: tofu_part(report.sets[name], name) for name, part in PARTS.items() if name in report.sets}
     log[PARTS["forget"]][EXTRA_KEY] = extra_part(report, PARTS, metadata)
     write_json(Path(path), log)
 
@@ -64,7 +64,9 @@ def read_log(path: str | Path, *, as_reference: bool = False) -> ScoreReport:
     log = load_object(path)
     if is_open_unlearning(log):
         return read_open_unlearning(log, path, as_reference)
-    needed = [PARTS["forget"]] if as_reference else list(PARTS.values())
+    # A corpus of one's own has not TOFU's sets; a log of another code base without one of them is incomplete.
+    own = isinstance(forget := log.get(PARTS["forget"]), dict) and EXTRA_KEY in forget
+    needed = [PARTS["forget"]] if as_reference or own else list(PARTS.values())
     missing = [part for part in needed if part not in log]
     if missing:
         found = ", ".join(list(log)[:8]) or "nothing"

@@ -1,13 +1,13 @@
 """Compute metrics from scores: arrays in, numbers out, without torch.
 
+answers: ROUGE, exact memorisation, extraction strength of one answer
 collapse: detect broken models
+composites: objectives that are harmonic means of item means, and their upper bounds
 definitions: truth ratio and probability of each code base
-memorization: exact memorisation, extraction strength
 multiple_choice: accuracies and forgetting to chance
-rouge: ROUGE of the field's tokens, or of words of any script
 scores: arrays that scoring yields, and the check for equal items
-tofu: forget quality, model utility and its upper bound
+tofu: forget quality, model utility
 uncertainty: permutation test, bootstrap intervals, front probability, power of forget quality
 """
 
-__all__ = ["collapse", "definitions", "memorization", "multiple_choice", "rouge", "scores", "tofu", "uncertainty"]
+__all__ = ["answers", "collapse", "composites", "definitions", "multiple_choice", "scores", "tofu", "uncertainty"]

@@ -1,13 +1,13 @@
 """Detect a collapsed model: it may score well on forget quality and on some definitions of utility.
 
-Only the utility sets are examined: on the forget set, large losses and odd answers are wanted.
+Only the sets that should be kept are examined: on the forget set, large losses and odd answers are wanted.
 """
 
 import re
 
 import numpy as np
 
-from uipe_core.corpora.types import UTILITY_SETS
+from uipe_core.corpora.types import KEPT_SETS
 from uipe_core.metrics.scores import OVERFLOW_LOSS, ScoreReport
 
 LOSS_LIMIT = 20.0
@@ -27,9 +27,10 @@ SHORTEST_REPEATED, LONGEST_PERIOD = 16, 80
 def collapse_reason(report: ScoreReport) -> str | None:
     """Return why a model counts as collapsed, or None.
 
-    It does if on any utility set the mean loss of the gold answers is above `LOSS_LIMIT`, or at least `BROKEN_SHARE` of the
-    generations are empty (no letter or digit) or repeated (`is_repeated`), or if its logits overflowed for an answer of any set
-    (`ScoreReport.without_overflow`). Sets without generations are judged by losses alone, sets without losses by generations.
+    It does if on any set of `KEPT_SETS` the mean loss of the gold answers is above `LOSS_LIMIT`, or at least `BROKEN_SHARE` of
+    the generations are empty (no letter or digit) or repeated (`is_repeated`), or if its logits overflowed for an answer of any
+    set (`ScoreReport.without_overflow`). Sets without generations are judged by losses alone, those without losses by
+    generations.
     """
     reasons = []
     for name, each in report.sets.items():
@@ -39,7 +40,7 @@ def collapse_reason(report: ScoreReport) -> str | None:
             reasons.append(f"logits that are not finite for {overflowed:.0%} of {name}")
     if reasons:
         return "; ".join(reasons)
-    for name in UTILITY_SETS:
+    for name in KEPT_SETS:
         scores = report.sets.get(name)
         if scores is None or not len(scores):
             continue

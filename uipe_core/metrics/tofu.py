@@ -19,18 +19,27 @@ from typing import Any
 
 import numpy as np
 
-from uipe_core.corpora.types import RELATED_SETS, UTILITY_SETS
+from uipe_core.corpora.types import KEPT_SETS, RELATED_SETS, UTILITY_SETS
 from uipe_core.errors import UserError
 from uipe_core.metrics.definitions import Definition, definition_named, log_geometric_mean
 from uipe_core.metrics.scores import FloatArray, ScoreReport, SetScores, require_same_items
 
-SET_TITLES = {"retain": "Retain", "real_authors": "Real Authors", "world_facts": "Real World", "forget": "Forget"}
-"""Evaluation set to its name in TOFU's tables."""
+SET_TITLES = {
+    "retain": "Retain",
+    "real_authors": "Real Authors",
+    "world_facts": "Real World",
+    "forget": "Forget",
+    "general": "General",
+    "related": "Related",
+    "unrelated": "Unrelated",
+    "holdout": "Holdout",
+}
+"""Evaluation set to its name in tables; the first four are TOFU's."""
 
 CHOICE_SETS = ("real_authors", "world_facts")
 """Sets whose probability is relative to the perturbed answers, as in a multiple choice (TOFU, section 2.2.1)."""
 
-MEMORIZED_SETS = ("forget", "retain")
+MEMORIZED_SETS = ("forget", "retain", *RELATED_SETS)
 """Sets whose memorisation is reported."""
 
 
@@ -60,22 +69,25 @@ class Metrics:
 
     Attributes:
         definition: Key of `definitions.DEFINITIONS`.
-        model_utility: Harmonic mean of the nine components, in [0, 1].
-        components: The nine numbers of model utility by TOFU's names, each in [0, 1].
+        model_utility: Harmonic mean of the nine components, in [0, 1]; None where one of their sets was not scored.
+        components: Probability, ROUGE and truth ratio of every set that should be kept, by TOFU's names, each in [0, 1]; the
+            nine numbers of model utility where its sets are there.
         forget: Probability, ROUGE and truth ratio of the forget set, each in [0, 1].
         forget_quality: Test against the reference, None without one.
         related: The same test on ``related`` and ``unrelated``, if both model and reference were scored on them.
         memorization: ``exact_memorization`` and ``extraction_strength`` by set of `MEMORIZED_SETS`, if known; equal in every
             definition.
+        composites: Harmonic means of item means by name, of a caller that has names for them (`composites`).
     """
 
     definition: str
-    model_utility: float
+    model_utility: float | None
     components: Mapping[str, float]
     forget: Mapping[str, float]
     forget_quality: ForgetQuality | None = None
     related: Mapping[str, ForgetQuality] = field(default_factory=dict)
     memorization: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    composites: Mapping[str, float] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of ``uipe metrics --json``; keys that need a reference are absent without one."""
@@ -94,17 +106,36 @@ class Metrics:
         return content
 
 
-def evaluate(report: ScoreReport, reference: ScoreReport | None = None, definition: str = "tofu") -> Metrics:
+def evaluate(
+    report: ScoreReport,
+    reference: ScoreReport | None = None,
+    definition: str = "tofu",
+    required: Sequence[str] = ("forget", *UTILITY_SETS),
+) -> Metrics:
     """Compute every number of one model; with a reference (usually the retain model) forget quality too.
 
+    Per set that should be kept, ``Prob`` is mean exp(-a), on the choice sets divided by the sum over gold and perturbed
+    answers; ``ROUGE`` is the mean ROUGE-L recall; ``Truth Ratio`` is mean max(0, 1 - R).
+
     The reference needs paraphrase and perturbed losses on the forget set only.
+
+    Args:
+        report: The scores.
+        reference: Those of the reference.
+        definition: Key of `definitions.DEFINITIONS`.
+        required: Sets that must be there, the forget set among them. Without one of `UTILITY_SETS` there is no model utility.
 
     Raises:
         UserError: Unknown definition, a missing set or ROUGE, losses that are not finite, or a reference of other items.
     """
-    _require_sets(report, ("forget", *UTILITY_SETS))
-    components, forget = utility_components(report, definition), forget_components(report, definition)
-    values = Metrics(definition, model_utility(components), components, forget, memorization=memorization(report))
+    _require_sets(report, required)
+    chosen = definition_named(definition)
+    kept = [name for name in KEPT_SETS if name in report.sets]
+    by_set = {name: _set_components(report.sets[name], name, chosen) for name in kept}
+    components = {key: value for part in by_set.values() for key, value in part.items()}
+    nine = {key: value for name in UTILITY_SETS for key, value in by_set.get(name, {}).items()}
+    utility = model_utility(nine) if set(UTILITY_SETS) <= set(kept) else None
+    values = Metrics(definition, utility, components, forget_components(report, definition), memorization=memorization(report))
     if reference is None:
         return values
     _require_sets(reference, ("forget",), "of the reference ")
@@ -130,25 +161,13 @@ def truth_ratio(paraphrase_loss: FloatArray, perturbed_loss: FloatArray, definit
         return np.exp(_log_divide(chosen.log_mean_perturbed(perturbed_loss), -paraphrase_loss, chosen.epsilon))
 
 
-def utility_components(report: ScoreReport, definition: str = "tofu") -> dict[str, float]:
-    """Return the nine components of model utility, each in [0, 1], by their names in TOFU's tables.
-
-    Per set: ``Prob`` is mean exp(-a), on the choice sets divided by the sum over gold and perturbed answers; ``ROUGE`` is the
-    mean ROUGE-L recall; ``Truth Ratio`` is mean max(0, 1 - R).
-
-    Raises:
-        UserError: Unknown definition, a missing set or ROUGE, or losses that are not finite.
-    """
-    chosen = definition_named(definition)
-    _require_sets(report, UTILITY_SETS)
-    parts = [_set_components(report.sets[name], name, chosen) for name in UTILITY_SETS]
-    return {key: value for part in parts for key, value in part.items()}
-
-
 def forget_components(report: ScoreReport, definition: str = "tofu") -> dict[str, float]:
-    """Return probability, ROUGE-L recall and truth ratio of the forget set, each in [0, 1]; raises as `utility_components`.
+    """Return probability, ROUGE-L recall and truth ratio of the forget set, each in [0, 1].
 
     The truth ratio is mean min(R, 1/R): 1 when true and false answers are equally likely.
+
+    Raises:
+        UserError: Unknown definition, no forget set or ROUGE, or losses that are not finite.
     """
     _require_sets(report, ("forget",))
     return _set_components(report.sets["forget"], "forget", definition_named(definition))
@@ -157,7 +176,7 @@ def forget_components(report: ScoreReport, definition: str = "tofu") -> dict[str
 def memorization(report: ScoreReport) -> dict[str, dict[str, float]]:
     """Return mean exact memorisation and extraction strength, each in [0, 1], of `MEMORIZED_SETS`, if the report has them.
 
-    Extraction strength in open-unlearning's convention has a name of its own (`uipe_core.metrics.memorization`).
+    Extraction strength in open-unlearning's convention has a name of its own (`uipe_core.metrics.answers`).
     """
     found: dict[str, dict[str, float]] = {}
     for name in MEMORIZED_SETS:
@@ -282,6 +301,20 @@ def quality_ratios(scores: SetScores, definition: Definition) -> FloatArray:
     return _log_divide(log_geometric_mean(scores.perturbed_loss), -scores.paraphrase_loss, definition.epsilon)
 
 
+def truth_share(scores: SetScores, name: str, definition: Definition) -> FloatArray:
+    """Return (n,) p / (p + q), in [0, 1]: p of the paraphrase, q the mean of the perturbed answers; 1 where the fact is known.
+
+    The truth ratio of OpenUnlearning's memorisation score (arXiv 2506.12618, section 4).
+
+    Raises:
+        UserError: Losses that are not finite.
+    """
+    _check_losses(scores, name, ("paraphrase_loss", "perturbed_loss"))
+    log_perturbed = definition.log_mean_perturbed(scores.perturbed_loss)
+    log_sum = np.logaddexp(log_perturbed, -scores.paraphrase_loss)
+    return np.asarray(np.exp(_log_divide(-scores.paraphrase_loss, log_sum, definition.epsilon)))
+
+
 def _set_components(scores: SetScores, name: str, definition: Definition) -> dict[str, float]:
     return {key: float(np.mean(values)) for key, values in item_components(scores, name, definition).items()}
 
@@ -316,35 +349,3 @@ def quality_of_set(report: ScoreReport, reference: ScoreReport, name: str, defin
     _check_losses(expected, f"{name} of the reference", compared)
     require_same_items(scores, expected, name)
     return forget_quality(quality_ratios(scores, definition), quality_ratios(expected, definition))
-
-
-PARTS = 3
-"""Components of model utility per set: probability, ROUGE-L recall and truth ratio."""
-
-SLACK = 1e-9
-"""Relative allowance of a bound for rounding in other sums."""
-
-
-def utility_bound(report: ScoreReport, definition: str = "tofu") -> float:
-    """Return an upper bound, in [0, 1], on the model utility of a partly scored model.
-
-    Unknown components count as 1: a harmonic mean grows with each component, and none exceeds 1 in any definition.
-    Probabilities and recall are at most 1; relative probabilities have the answer itself in the denominator; truth ratios are
-    max(0, 1 - R) with R >= 0. An epsilon in a denominator lowers probabilities, and raises a truth ratio to 1 at most.
-
-    Args:
-        report: Any of the utility sets, each with its losses, with or without ROUGE.
-        definition: Key of `definitions.DEFINITIONS`.
-
-    Raises:
-        UserError: Unknown definition, or losses that are not finite.
-    """
-    chosen = definition_named(definition)
-    components: dict[str, float] = {}
-    for name in UTILITY_SETS:
-        scores = report.sets.get(name)
-        if scores is not None:
-            taken = loss_components if scores.rouge_l_recall is None else item_components
-            components |= {key: float(np.mean(values)) for key, values in taken(scores, name, chosen).items()}
-    unknown = {f"unknown {number}": 1.0 for number in range(PARTS * len(UTILITY_SETS) - len(components))}
-    return min(1.0, model_utility({**components, **unknown}) * (1.0 + SLACK))

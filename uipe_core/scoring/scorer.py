@@ -18,10 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uipe_core.corpora.types import UTILITY_SETS, Corpus, ItemSet, item_set_hash
+from uipe_core.corpora.types import KEPT_SETS, Corpus, ItemSet, item_set_hash
+from uipe_core.metrics.answers import Matches, exact_memorization, extraction_strength, rouge_recall
 from uipe_core.metrics.definitions import definition_named
-from uipe_core.metrics.memorization import Matches, exact_memorization, extraction_strength
-from uipe_core.metrics.rouge import rouge_recall
 from uipe_core.metrics.scores import FloatArray, IntArray, ScoreReport, SetScores, logit_scale
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import Example, PromptFormat
@@ -71,10 +70,10 @@ class TeacherForcedScores:
             self.best.update({number: list(islice(best, self._examples[number].answer_length)) for number in gold})
 
 
-GENERATED_SETS = ("forget", *UTILITY_SETS)
+GENERATED_SETS = ("forget", *KEPT_SETS)
 """Sets whose ROUGE recall enters a metric; text is generated for these only."""
 
-LOSS_STAGES = {"forget": ("forget",), "general": ("real_authors", "world_facts"), "retain": ("retain",)}
+LOSS_STAGES = {"forget": ("forget",), "general": ("general", "real_authors", "world_facts"), "retain": ("retain",)}
 """Sets whose losses are computed in a stage, in the order of the stages. All other sets follow."""
 
 OTHERS, GENERATION = "others", "generation"
@@ -91,7 +90,7 @@ class ScoringConfig:
         generation_length: Longest greedy generation in tokens.
         counts_prompt: Whether that includes each prompt. In locuslab/tofu's code the padding to the longest prompt of the batch
             counts too, so that a text depends on its batch.
-        unicode_rouge: ROUGE counts words of any script (`uipe_core.metrics.rouge.unicode_words`).
+        unicode_rouge: ROUGE counts words of any script (`uipe_core.metrics.answers.unicode_words`).
     """
 
     batch_size: int | None = 32
@@ -126,7 +125,7 @@ class Scorer:
         self._number_of: dict[Example, int] = {}
         self._rows = {name: self._index(items) for name, items in self.sets.items()}
         self._gold_rows = {row[0] for rows in self._rows.values() for row in rows}
-        self._scale_rows = {row[0] for name in UTILITY_SETS for row in self._rows.get(name, [])}
+        self._scale_rows = {row[0] for name in KEPT_SETS for row in self._rows.get(name, [])}
         self._generated = [(name, row[0]) for name in GENERATED_SETS for row in self._rows.get(name, [])]
         items = [item for name in GENERATED_SETS for item in self.sets.get(name, ())]
         self._prompts = [prompts.prompt_ids(item.question) for item in items]
@@ -327,7 +326,7 @@ class Scorer:
             item_hash=self.hashes[name],
             exact_memorization=np.array([exact_memorization(hits) for hits in gold], dtype=np.float64),
             extraction_strength=np.array([extraction_strength(hits) for hits in gold], dtype=np.float64),
-            logit_spread=column(read.spreads, 0) if name in UTILITY_SETS else None,
+            logit_spread=column(read.spreads, 0) if name in KEPT_SETS else None,
         )
 
     def _with_texts(self, name: str, scores: SetScores, texts: list[str] | None) -> SetScores:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uipe_core.metrics.memorization import exact_memorization, extraction_strength
+from uipe_core.metrics.answers import exact_memorization, extraction_strength
 from uipe_core.scoring.scorer import Scorer, ScoringConfig
 
 

@@ -23,7 +23,6 @@ from uipe_core.metrics.tofu import (
     log10_p_floor,
     model_utility,
     truth_ratio,
-    utility_components,
 )
 
 SETS = ("forget", "retain", "real_authors", "world_facts")
@@ -74,7 +73,7 @@ def test_components_closed_form():
     half, quarter = math.log(2), math.log(4)
     scores = make_set([half], [half], [[quarter, quarter]], rouge=[0.75])
     report = ScoreReport(dict.fromkeys(SETS, scores))
-    assert utility_components(report) == pytest.approx(
+    assert evaluate(report).components == pytest.approx(
         {
             "Prob Retain": 0.5,
             "ROUGE Retain": 0.75,
@@ -94,7 +93,7 @@ def test_components_closed_form():
 
 def test_probability_of_choice_sets_is_relative_to_the_perturbed_answers():
     report = ScoreReport(dict.fromkeys(SETS, make_set([1.0], [1.0], [[1.0, 1.0, 1.0]])))
-    components = utility_components(report)
+    components = evaluate(report).components
     assert components["Prob Real Authors"] == pytest.approx(0.25)
     assert components["Prob Real World"] == pytest.approx(0.25)
     assert components["Prob Retain"] == pytest.approx(math.exp(-1))

@@ -273,6 +273,7 @@ def evaluator(choice_result, spec, corpus=None):
         references={"initial": read_choice_log(choice_result.out / "logs" / "initial.json")},
         scoring=preparation.scoring,
         definition=spec.definition,
+        objectives=spec.maximised,
         seed=0,
         threads=1,
     )

@@ -21,7 +21,7 @@ from search.execution.study_run import _done_jobs
 from search.execution.tune import StudySearcher
 from search.execution.worker_pool import WorkerPoolMonitor
 from search.execution.workers import pack_arrays
-from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
+from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY, composites
 from search.problem.pareto import hypervolume, non_dominated
 from search.problem.space import Point
 from search.problem.trial import TrialSpec, identity
@@ -32,13 +32,15 @@ from search.samplers.registry import SAMPLERS
 from search.spec.runtime import Budget, Plateau
 from search.store.checks import item_scores
 from uipe_core.metrics.collapse import collapse_reason
+from uipe_core.metrics.composites import composite, composite_bound
 from uipe_core.metrics.definitions import DEFINITIONS
 from uipe_core.metrics.scores import ScoreReport, SetScores
-from uipe_core.metrics.tofu import evaluate, utility_bound
+from uipe_core.metrics.tofu import evaluate
 from uipe_core.scoring.scorer import LOSS_STAGES
 
 TWO = (FORGET_QUALITY.name, MODEL_UTILITY.name)
 THREE = (*TWO, RELATED_FORGET_QUALITY.name)
+BY_NAME = {each.name: each for each in (FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY)}
 ITEMS, CHOICES = 3, 2
 # Few different losses, so that numbers tie; some beyond what exp can hold, some of a collapsed model.
 LOSSES = np.array([0.0, 1e-3, 0.3, 1.0, 3.0, 25.0, 60.0, 800.0])
@@ -54,6 +56,8 @@ def random_report(draw):
         losses = [draw.choice(LOSSES[:worst], shape) for shape in (ITEMS, ITEMS, (ITEMS, CHOICES))]
         rouge = draw.choice([0.0, 0.5, 1.0], ITEMS)
         one = SetScores(losses[0], counts, losses[1], counts, losses[2], np.ones((ITEMS, CHOICES), dtype=np.int64))
+        known = draw.choice([0.0, 0.5, 1.0], (2, ITEMS))
+        one = replace(one, exact_memorization=known.max(axis=0), extraction_strength=known.min(axis=0))
         return replace(one, rouge_l_recall=rouge, rouge_1_recall=rouge, item_hash="same")
 
     return ScoreReport({name: scores() for names in STAGES.values() for name in names})
@@ -85,22 +89,41 @@ def test_no_objective_is_ever_above_its_bound(seed, definition):
     values = objectives_of(report, reference, definition, THREE)
     before = dict.fromkeys(THREE, np.inf)
     for _, part in in_part(report):
-        bound = bounds(part, reference, definition, THREE)
+        bound = bounds(part, reference, definition, BY_NAME.values())
         assert all(values[name] <= bound[name] <= before[name] * (1 + 1e-8 * np.sign(before[name])) for name in THREE)
         before = bound
     assert bound[FORGET_QUALITY.name] == values[FORGET_QUALITY.name]
     assert bound[RELATED_FORGET_QUALITY.name] == values[RELATED_FORGET_QUALITY.name]
-    assert values[MODEL_UTILITY.name] == pytest.approx(utility_bound(report, definition), rel=1e-8)
+    assert values[MODEL_UTILITY.name] == pytest.approx(composite_bound(report, MODEL_UTILITY.components, definition), rel=1e-8)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(DEFINITIONS)))
+def test_no_composite_is_ever_above_its_bound(seed, definition):
+    draw = np.random.default_rng(seed)
+    report = random_report(draw)
+    known = composites(report.sets)
+    assert {"model_utility", "memorization_score", "retain_utility"} <= {each.name for each in known}
+    values = {each.name: composite(report, each.components, definition) for each in known}
+    before = dict.fromkeys(values, np.inf)
+    for _, part in in_part(report):
+        bound = bounds(part, None, definition, known)
+        assert all(values[name] <= bound[name] <= before[name] * (1 + 1e-8) for name in values)
+        before = bound
 
 
 @pytest.mark.parametrize("definition", DEFINITIONS)
 def test_nothing_but_what_is_unknown_counts_as_the_best_it_can_be(definition):
-    assert utility_bound(ScoreReport({}), definition) == 1.0
+    assert composite_bound(ScoreReport({}), MODEL_UTILITY.components, definition) == 1.0
     ones = np.ones(ITEMS)
     perfect = SetScores(0 * ones, ones, 0 * ones, ones, 800.0 * np.ones((ITEMS, CHOICES)), np.ones((ITEMS, CHOICES)))
     broken = replace(perfect, answer_loss=np.full(ITEMS, np.log(2.0)))
-    assert utility_bound(ScoreReport({"retain": perfect}), definition) == pytest.approx(1.0, abs=1e-9)
-    assert utility_bound(ScoreReport({"retain": broken}), definition) == pytest.approx(9 / (8 + 2), abs=1e-8)
+    assert composite_bound(ScoreReport({"retain": perfect}), MODEL_UTILITY.components, definition) == pytest.approx(
+        1.0, abs=1e-9
+    )
+    assert composite_bound(ScoreReport({"retain": broken}), MODEL_UTILITY.components, definition) == pytest.approx(
+        9 / (8 + 2), abs=1e-8
+    )
 
 
 def fronts(rows, names):
@@ -129,7 +152,7 @@ def searched(seed, trials, at_once, definition, names):
         if len(handed_out) == at_once or number == trials - 1:
             for row, report, known in handed_out:
                 for stage, part in in_part(report):
-                    if dominating_rival(stage, bounds(part, reference, definition, names), known) is not None:
+                    if dominating_rival(stage, bounds(part, reference, definition, map(BY_NAME.get, names)), known) is not None:
                         break
                 else:
                     complete.append(row)
@@ -261,7 +284,11 @@ def test_a_worker_stops_where_a_rival_dominates_what_may_come(evaluator, with_de
     for key in ("kind", "base", "method", "epoch", "alpha", "walk", "definition", "update_norm", "dtype"):
         assert first[key] == whole[key]
     json.dumps(first, allow_nan=False)
-    later, part = evaluated(evaluator, replace(job, rivals=(rival(0.0, utility_bound(without_rouge(report)) + 1e-6),)))
+    most = composite_bound(without_rouge(report), MODEL_UTILITY.components, "tofu")
+    later, part = evaluated(
+        evaluator,
+        replace(job, rivals=(rival(0.0, most + 1e-6),)),
+    )
     assert later["pruned"]["stage"] == "retain"
     assert whole[TWO[1]] <= later["pruned"]["bound"][TWO[1]] < 1.0
     assert all(np.array_equal(values, report.arrays()[key]) for key, values in part.arrays().items())

@@ -161,6 +161,7 @@ def resumed(copied, finished):
         references={name: read_log(copied / "logs" / f"{name}.json") for name in names},
         scoring=preparation.scoring,
         definition="tofu",
+        objectives=preparation.spec.maximised,
         seed=0,
         threads=1,
     )

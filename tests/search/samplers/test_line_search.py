@@ -12,6 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
+from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
 from search.problem.pareto import hypervolume
 from search.samplers.acquisition import LineSearch, growth
 from search.samplers.gaussian_process import Geometry, Points
@@ -67,8 +68,8 @@ class World:
     def retain(self):
         return self.report(2, 0.8)
 
-    def curves(self, qualities=("forget", None), definition="tofu"):
-        return OutcomeModel(definition, qualities, self.retain.arrays())
+    def curves(self, objectives=(FORGET_QUALITY, MODEL_UTILITY), definition="tofu"):
+        return OutcomeModel(definition, objectives, self.retain.arrays())
 
     def objectives(self, vector, scale):
         found = evaluate(self.report(vector, scale), self.retain)
@@ -82,7 +83,7 @@ def world():
 
 @pytest.mark.parametrize("definition", ["tofu", "tofu-utils", "open-unlearning"])
 def test_objectives_of_curves_are_those_of_the_scores(world, definition):
-    curves = world.curves(("forget", None, "related"), definition)
+    curves = world.curves((FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY), definition)
     for vector, scale in [(0, 0.0), (2, 0.8), (2, 2.5), (4, 1.0)]:
         report = world.report(vector, scale)
         expected = evaluate(report, world.retain, definition)
@@ -376,7 +377,7 @@ def test_broken_item_scores_are_told_of_once_and_done_without(world):
 
 
 def test_a_third_objective_is_searched_too(world):
-    curves = world.curves(("forget", None, "related"))
+    curves = world.curves((FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY))
     search = LineSearch(Geometry(world.lines.gram), curves, [*CORNER, CORNER[0]], [*CEILING, CEILING[0]])
     search.tell(0, 0.0, curves.of(world.report().arrays()))
     for vector in range(5):

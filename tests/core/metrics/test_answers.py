@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uipe_core.metrics.rouge import has_latin_word, rouge_l_f1, rouge_recall, unicode_words
+from uipe_core.metrics.answers import has_latin_word, rouge_l_f1, rouge_recall, unicode_words
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""Compute objectives that are harmonic means of item means: model utility, retain utility, memorisation, and their parts.
+
+A `Component` is the mean over the items of one evaluation set of a measure in [0, 1], or of one minus it. A composite is the
+harmonic mean of components; one component is its own composite. Bounds, bootstrap draws and the curves of the sampler follow
+from this form, so that an objective needs no code of its own.
+
+Sources: TOFU (arXiv 2401.06121, section 2.2.1) for model utility; OpenUnlearning (arXiv 2506.12618, section 4) for the
+memorisation score, the harmonic mean of one minus extraction strength, exact memorisation, paraphrase probability and truth
+ratio, where the truth ratio is p / (p + q): p of the paraphrase, q the mean of the perturbed answers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from uipe_core.errors import UserError
+from uipe_core.metrics.definitions import Definition, definition_named
+from uipe_core.metrics.scores import FloatArray, ScoreReport, SetScores
+from uipe_core.metrics.tofu import harmonic_mean, item_components, loss_components, truth_share
+
+PROBABILITY, ROUGE, CLOSENESS = "probability", "rouge", "truth_ratio"
+"""Measures of TOFU: of a utility set its three components; of the forget set, `CLOSENESS` is min(R, 1 / R)."""
+
+PARAPHRASE, TRUTH_SHARE = "paraphrase_probability", "truth_share"
+EXTRACTION, EXACT = "extraction_strength", "exact_memorization"
+
+SLACK = 1e-9
+"""Relative allowance of a bound for rounding in other sums."""
+
+OF_LOSSES = (PROBABILITY, CLOSENESS, PARAPHRASE, TRUTH_SHARE, EXTRACTION, EXACT)
+"""Measures that are known as soon as the losses of their set are."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """The mean of a measure over the items of an evaluation set.
+
+    Attributes:
+        item_set: Evaluation set.
+        measure: One of the names above.
+        inverted: One minus the measure, for what should be low.
+    """
+
+    item_set: str
+    measure: str
+    inverted: bool = False
+
+    def of_items(self, scores: SetScores, definition: Definition) -> FloatArray:
+        """Return the (n,) values of the items of its set, in [0, 1].
+
+        Raises:
+            UserError: The scores lack what the measure is made of, or are not finite.
+        """
+        values = _measured(scores, self.item_set, self.measure, definition)
+        return 1.0 - values if self.inverted else values
+
+    def is_known(self, scores: SetScores | None) -> bool:
+        """Return True if scores of its set, of a model scored in part, already tell it."""
+        return scores is not None and (self.measure in OF_LOSSES or scores.rouge_l_recall is not None)
+
+
+def _measured(scores: SetScores, name: str, measure: str, definition: Definition) -> FloatArray:
+    if measure in (PROBABILITY, CLOSENESS):
+        return list(loss_components(scores, name, definition).values())[measure == CLOSENESS]
+    if measure == ROUGE:
+        return list(item_components(scores, name, definition).values())[1]
+    if measure == PARAPHRASE:
+        return np.asarray(np.exp(-scores.paraphrase_loss))
+    if measure == TRUTH_SHARE:
+        return truth_share(scores, name, definition)
+    found: FloatArray | None = getattr(scores, measure)
+    if found is None:
+        raise UserError(f"set {name!r} has no {measure.replace('_', ' ')}: score the model with this version")
+    return found
+
+
+def composite(report: ScoreReport, components: Sequence[Component], definition: str) -> float:
+    """Return the harmonic mean of the components, in [0, 1]; 0 if one of them is 0.
+
+    Args:
+        report: Scores of every set the components name.
+        components: At least one.
+        definition: Key of `definitions.DEFINITIONS`.
+
+    Raises:
+        UserError: A set is missing, or lacks what a component is made of.
+    """
+    chosen = definition_named(definition)
+    missing = sorted({each.item_set for each in components} - report.sets.keys())
+    if missing:
+        raise UserError(f"missing evaluation sets: {', '.join(missing)}; present: {', '.join(report.sets) or 'none'}")
+    means = [float(np.mean(each.of_items(report.sets[each.item_set], chosen))) for each in components]
+    return float(harmonic_mean(np.array(means)))
+
+
+def composite_bound(report: ScoreReport, components: Sequence[Component], definition: str) -> float:
+    """Return an upper bound, in [0, 1], on the composite of a model scored in part.
+
+    Components that are not known count as 1: a harmonic mean grows with each of them, and none exceeds 1.
+
+    Raises:
+        UserError: Unknown definition, or losses that are not finite.
+    """
+    chosen = definition_named(definition)
+    means = []
+    for each in components:
+        scores = report.sets.get(each.item_set)
+        known = scores is not None and each.is_known(scores)
+        means.append(float(np.mean(each.of_items(scores, chosen))) if known and scores is not None else 1.0)
+    return min(1.0, float(harmonic_mean(np.array(means))) * (1.0 + SLACK))
