@@ -90,7 +90,7 @@ def _sources(content: Mapping[str, Any]) -> Iterator[tuple[Any, Any]]:
     for parts, holder, _ in path_sites(corpus):
         yield holder, parts[-1]
     for key in ("retain", "never_finetuned"):
-        if model.get(key):
+        if isinstance(model.get(key), str):  # of a model that is fine-tuned, `retain` is a switch
             yield model, key
     others = model.get("other_retain") or []
     for place in range(len(others)):
@@ -106,7 +106,7 @@ def _travels(value: Any) -> bool:
 def _staying(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return keys and paths of inputs that are not uploaded."""
     model, cache = content["model"], content.get("cache") or {}
-    named = [(f"model.{key}", model.get(key)) for key in ("initial", "retain", "never_finetuned")]
+    named = [(f"model.{key}", model.get(key)) for key in ("initial", "base", "retain", "never_finetuned")]
     named += [(f"model.other_retain[{place}]", value) for place, value in enumerate(model.get("other_retain") or [])]
     named += [(f"cache.{key}", cache.get(key)) for key in ("models", "deltas")]
     for label, folders in (content.get("checkpoints") or {}).items():

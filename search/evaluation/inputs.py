@@ -14,11 +14,12 @@ from search.spec.sections import PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.split import split_corpus
 from uipe_core.corpora.types import UTILITY_SETS, Corpus
-from uipe_core.errors import UserError, did_you_mean
+from uipe_core.errors import UserError
 from uipe_core.logs.tofu import read_log
 from uipe_core.metrics.answers import has_latin_word
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.uncertainty import detectable_shift
+from uipe_core.models.gguf import check_gguf, did_you_mean, is_gguf
 
 if TYPE_CHECKING:
     from uipe_core.models.loading import ModelSource
@@ -34,10 +35,10 @@ def require_trust(spec: StudySpec, granted: bool) -> None:
     Raises:
         UserError: The study asks for trust that is not granted.
     """
-    if isinstance(spec.model, PretrainedModel) and spec.model.trust_remote_code and not granted:
+    if not isinstance(spec.model, TinyModel) and spec.model.trust_remote_code and not granted:
         raise UserError(
             f"model.trust_remote_code: true in a file runs nothing by itself; read the code that comes with "
-            f"{spec.model.initial}, then add --trust-remote-code (in Python: trust_remote_code=True), or set the key to false"
+            f"{spec.model.start}, then add --trust-remote-code (in Python: trust_remote_code=True), or set the key to false"
         )
 
 
@@ -55,12 +56,14 @@ def check_inputs(spec: StudySpec) -> list[str]:
     if not notes:
         corpus = spec.corpus.load(spec.seed)
         notes += check_items(spec, corpus)
-    if isinstance(spec.model, PretrainedModel):
+    if not isinstance(spec.model, TinyModel):
         for key, value in spec.model.places().items():
             if not is_local(value):
                 notes.append(f"model.{key}: {value} {later}")
             elif value.endswith(".json"):
                 read_log(value)
+            elif is_gguf(value):
+                notes.append(f"model.{key}: {check_gguf(Path(value))} from GGUF, dequantised: its quantisation stays lost")
             else:
                 from uipe_core.models.loading import brings_code, check_model_folder
 
@@ -68,6 +71,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
                     notes.append(f"model.{key}: {value} brings code of its own, so it is checked when the study runs")
                 else:
                     check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format)
+    if isinstance(spec.model, PretrainedModel):
         remote = [place for places in spec.checkpoints.values() for place in places if not is_local(place)]
         notes += [f"checkpoints: {place} is on the hub and is fetched when the study runs" for place in remote]
         unseen = remote or any(note.startswith("model.initial:") for note in notes)
@@ -87,8 +91,9 @@ def check_inputs(spec: StudySpec) -> list[str]:
             check_target_modules(spec, partial(_local_skeleton, spec.model.initial))
     if isinstance(spec.model, TinyModel):
         check_target_modules(spec, small_llama)
-    if isinstance(spec.model, TinyModel) or is_local(spec.model.initial):
-        check_steered_layers(spec, None, trusted=False)
+    place = "" if isinstance(spec.model, TinyModel) else spec.model.start
+    if not place or (is_local(place) and not is_gguf(place)):
+        check_steered_layers(spec, place, None, trusted=False)
     return [*notes, *earlier_fronts(spec).notes]
 
 
@@ -162,12 +167,13 @@ def power_of_forget_quality(items: int) -> str:
     )
 
 
-def check_steered_layers(spec: StudySpec, revision: str | None, trusted: bool) -> None:
+def check_steered_layers(spec: StudySpec, place: str, revision: str | None, trusted: bool) -> None:
     """Refuse layers that the initial model lacks, where a method steers one and the number of layers is known.
 
     Args:
         spec: The study.
-        revision: Commit that pins an initial model from the hub.
+        place: Folder or hub name of a model of the initial model's shape; any text for tiny models.
+        revision: Commit that pins one from the hub.
         trusted: Code that comes with the model may run.
 
     Raises:
@@ -179,7 +185,7 @@ def check_steered_layers(spec: StudySpec, revision: str | None, trusted: bool) -
     from uipe_core.unlearning.steering import check_layer, model_depth
 
     model = spec.model
-    depth = model.layers if isinstance(model, TinyModel) else model_depth(model.initial, revision, trusted)
+    depth = model.layers if isinstance(model, TinyModel) else model_depth(place, revision, trusted)
     if depth is not None:
         for layer in layers:
             check_layer(layer, depth)

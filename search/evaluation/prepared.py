@@ -17,7 +17,7 @@ from search.evaluation.inputs import (
     require_trust,
     small_llama,
 )
-from search.evaluation.models import Models, PretrainedModels, models_of
+from search.evaluation.models import Models, PretrainedModels, TinyModels, models_of
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL
 from search.spec.sections import TinyModel
@@ -163,10 +163,11 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     if isinstance(spec.model, TinyModel):
         check_target_modules(spec, small_llama)
     models = models_of(spec, corpus)
-    check_steered_layers(spec, models.revision, models.trust_remote_code)
-    if isinstance(models, PretrainedModels):
+    if not isinstance(models, TinyModels):
         check_target_modules(spec, models.skeleton)
         check_positions(spec, corpus, models.source(INITIAL), models.trust_remote_code)
+    start = None if isinstance(models, TinyModels) else models.source(INITIAL)
+    check_steered_layers(spec, start.location if start else "", start.revision if start else None, models.trust_remote_code)
     if isinstance(models, PretrainedModels) and spec.checkpoints:
         for note in check_checkpoints(spec, models.initial_folder(), models.trust_remote_code):
             logger.warning(note)

@@ -5,18 +5,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from search.evaluation.evaluator import StudyContext
-from search.evaluation.models import PretrainedModels, TinyModels
+from search.evaluation.models import Build, PretrainedModels
 from search.evaluation.prepared import PreparedStudy
 from search.evaluation.task import Report, task_of
 from search.execution.base_runs import POLL_SECONDS, BaseRunEvent, BaseRunTasks, problem_of, train_in_processes
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
-from search.execution.workers import build_tiny, import_and_publish, score_model, train_and_publish
+from search.execution.workers import build_model, import_and_publish, score_model, train_and_publish
 from search.problem.trial import NEVER_FINETUNED, retrained
 from search.report.progress import Bars
 from search.spec.runtime import BaseRunResources, TrialResources
@@ -27,7 +28,6 @@ from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import SetScores, require_same_items
 from uipe_core.models.loading import ModelSource
-from uipe_core.models.tiny import TinyModelConfig
 from uipe_core.unlearning.training import UnlearningConfig
 
 TASK_RETRIES = 5
@@ -122,27 +122,29 @@ class Prerequisites:
             self._show()
 
     def _sources(self) -> dict[str, ModelSource]:
-        """Sources of the reference models, by name; tiny ones are built where the cache lacks them."""
+        """Sources of the reference models, by name; those that a study builds are built where the cache lacks them."""
         models = self.preparation.models
         references = models.references()
         sources = {model.name: model.source for model in references if model.source is not None}
-        if not isinstance(models, TinyModels):
+        if isinstance(models, PretrainedModels):
             return sources
-        wanted = [(model.name, *model.tiny) for model in references if model.tiny is not None]
-        folders = {name: models.store.find(models.key(stage, config)) for name, stage, config in wanted}
-        missing = [(name, stage, config) for name, stage, config in wanted if folders[name] is None]
+        wanted = {model.name: model.build for model in references if model.build is not None}
+        folders = {name: models.store.find(build.key) for name, build in wanted.items()}
+        missing = {name: build for name, build in wanted.items() if folders[name] is None}
         # What others start from first, so that it is built once.
         for first in (True, False):
             tasks = {
-                name: self._build(models, name, stage, config) for name, stage, config in missing if (stage == "base") is first
+                name: self._build(name, build, models.store.root)
+                for name, build in missing.items()
+                if (build.stage == "base") is first
             }
             folders.update(self._gather(tasks))
         return sources | {name: models.source(name, str(folder)) for name, folder in folders.items()}
 
-    def _build(self, models: TinyModels, name: str, stage: str, config: TinyModelConfig) -> Any:
+    def _build(self, name: str, build: Build, root: Path) -> Any:
         title = {NEVER_FINETUNED: "base"}.get(name, name.replace("_", " "))
         needs = self.preparation.spec.resources.base_run
-        return _task(needs, build_tiny, title, stage, config, models.corpus, models.store.root, needs.threads, self.board)
+        return _task(needs, build_model, title, build.make, root, needs.threads, self.board)
 
     def _base_runs(self, initial: ModelSource, further: list[tuple[str, int]]) -> BaseRunTasks:
         """The base runs of the study and further ones (label and seed): which are there, and a task for each that is not."""

@@ -35,7 +35,7 @@ from search.execution.ray_compat import (
 )
 from search.report.progress import Bars
 from search.spec.runtime import Resources
-from search.spec.sections import PretrainedModel
+from search.spec.sections import TinyModel
 from search.spec.study import StudySpec
 from uipe_core.errors import UserError, first_line
 from uipe_core.storage.scratch import scratch_folder
@@ -290,7 +290,7 @@ def _interrupts_held() -> Iterator[None]:
 
 def _capacity(spec: StudySpec, own: bool) -> ClusterCapacity:
     """Return what the cluster holds of the study; see `capacity_of`."""
-    if isinstance(spec.model, PretrainedModel) and spec.model.device == "cuda" and spec.resources.trial.gpus == 0:
+    if not isinstance(spec.model, TinyModel) and spec.model.device == "cuda" and spec.resources.trial.gpus == 0:
         raise UserError("model.device: 'cuda' needs GPUs for the trials; set resources.trial.gpus, for example to 1")
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return capacity_of(spec.resources, nodes, None if own else autoscaler_fleet())

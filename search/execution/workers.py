@@ -26,10 +26,9 @@ from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.checkpoints import import_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import first_line
-from uipe_core.models.loading import ModelSource, set_threads
+from uipe_core.models.loading import ModelSource, Progress, set_threads
 from uipe_core.models.memory import free_memory, is_out_of_memory
 from uipe_core.models.skeleton import open_initial
-from uipe_core.models.tiny import TinyModelConfig, tiny_model
 from uipe_core.scoring.scorer import ScoringConfig
 from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.remote_store import RemoteLocation
@@ -104,11 +103,13 @@ def _reporter(board: Any, name: str) -> Callable[[int, int], None]:
     return note
 
 
-def build_tiny(title: str, stage: str, config: TinyModelConfig, corpus: Corpus, root: Path, threads: int, board: Any) -> Path:
-    """Build a tiny model unless the cache has it; return its folder."""
+def build_model(
+    title: str, make: Callable[[ContentStore, Progress | None], Path], root: Path, threads: int, board: Any
+) -> Path:
+    """Build a model unless the cache has it; return its folder."""
     load_plugins()
     set_threads(threads)
-    return tiny_model(config, corpus, stage, ContentStore(root), _reporter(board, f"training: {title} model"))
+    return make(ContentStore(root), _reporter(board, f"training: {title} model"))
 
 
 def train_and_publish(

@@ -10,21 +10,20 @@ from typing import Any
 
 from search.evaluation.controls import given_controls
 from search.evaluation.inputs import check_items, require_trust
-from search.evaluation.models import PretrainedModels, TinyModels
+from search.evaluation.models import Build, PretrainedModels
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import TASKS
 from search.planning.plan import at_once, make_plan
 from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
 from search.planning.timing import measured_rates, past_rates
 from search.spec.corpora import MULTIPLE_CHOICE, fetched_sources
-from search.spec.sections import PretrainedModel, TinyModel, is_local
+from search.spec.sections import FinetunedModel, PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.adapters import is_adapter
 from uipe_core.deltas.store import DeltaStore
 from uipe_core.errors import UserError, first_line
 from uipe_core.models.loading import DTYPES
-from uipe_core.models.tiny import TinyModelConfig
 from uipe_core.models.transformers_compat import adapter_state, wrap_adapter
 from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.storage.safetensors_files import read_headers, weight_files
@@ -107,8 +106,11 @@ def _absent_models(spec: StudySpec) -> list[str]:
     model = spec.model
     if isinstance(model, TinyModel):
         return []
-    places = [(model.initial, model.revision)]
-    places += [(model.retain, model.retain_revision)] if model.retain else []
+    if isinstance(model, FinetunedModel):
+        places = [(model.base, model.revision)]
+    else:
+        places = [(model.initial, model.revision)]
+        places += [(model.retain, model.retain_revision)] if model.retain else []
     places += [(place, None) for folders in spec.checkpoints.values() for place in folders]
     return list(dict.fromkeys(place for place, revision in places if not is_local(place) and not _is_fetched(place, revision)))
 
@@ -124,13 +126,13 @@ def _is_fetched(name: str, revision: str | None) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
-def _builds(preparation: PreparedStudy) -> tuple[list[tuple[str, TinyModelConfig]], int]:
-    """Return stage and configuration of the small models to build, and how many the cache has."""
+def _builds(preparation: PreparedStudy) -> tuple[list[Build], int]:
+    """Return the models to build, and how many the cache has."""
     models = preparation.models
-    if not isinstance(models, TinyModels):
+    if isinstance(models, PretrainedModels):
         return [], 0
-    wanted = [model.tiny for model in models.references() if model.tiny is not None]
-    missing = [tiny for tiny in wanted if not models.store.holds(models.key(*tiny))]
+    wanted = [model.build for model in models.references() if model.build is not None]
+    missing = [build for build in wanted if not models.store.holds(build.key)]
     return missing, len(wanted) - len(missing)
 
 

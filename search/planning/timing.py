@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from search.evaluation.evaluator import load_for_scoring
-from search.evaluation.models import TinyModels
+from search.evaluation.models import Build, TinyModels
 from search.evaluation.prepared import PreparedStudy
 from search.evaluation.task import task_of
 from search.planning.quantities import MEASURED, PAST, Rates
@@ -26,6 +26,7 @@ from uipe_core.models.loading import ModelSource, set_threads
 from uipe_core.models.tiny import TinyModelConfig, tiny_model
 from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.scratch import scratch_folder
+from uipe_core.unlearning.finetuning import finetune
 from uipe_core.unlearning.training import train_base_run
 
 TIMED_STEPS = 4
@@ -41,14 +42,14 @@ FIRST_SHARE = 1 / 16
 
 
 def measured_rates(
-    preparation: PreparedStudy, trains: Iterable[str], builds: Iterable[tuple[str, TinyModelConfig]], say: Callable[[str], None]
+    preparation: PreparedStudy, trains: Iterable[str], builds: Iterable[Build], say: Callable[[str], None]
 ) -> Rates:
     """Load (or begin to build) the initial model, time a few optimiser steps of every method, and time scoring.
 
     Args:
         preparation: The study.
         trains: Labels of the base runs that are to be trained; runs of the same method are timed once.
-        builds: Stage and configuration of the tiny models that are to be built.
+        builds: Models that are to be built.
         say: Called with what is being timed.
 
     Raises:
@@ -58,9 +59,9 @@ def measured_rates(
     with scratch_folder() as scratch:
         store = ContentStore(scratch)
         seconds = {}
-        for stage, config in builds:
-            say(f"timing a few steps of building a small model ({stage})")
-            seconds[stage, config] = _seconds_to_build(config, preparation.corpus, stage, store)
+        for build in builds:
+            say(f"timing a few steps of building a model ({build.stage})")
+            seconds[build.key] = _seconds_to_build(build, preparation, store)
         source = _initial(preparation, store)
         epochs, update = _epochs(preparation, source, set(trains), say)
         say("timing the scoring of a few items")
@@ -69,7 +70,7 @@ def measured_rates(
 
 
 def _initial(preparation: PreparedStudy, store: ContentStore) -> ModelSource:
-    """Return the initial model; for a tiny one that is not built yet, one of its shape after a few steps."""
+    """Return the initial model, or one of its shape where it is not built yet: the base model, or a tiny one begun."""
     models = preparation.models
     if not isinstance(models, TinyModels):
         return models.source(INITIAL)
@@ -88,11 +89,16 @@ def _begun(config: TinyModelConfig, corpus: Corpus, stage: str, store: ContentSt
     return tiny_model(few, replace(corpus, build={stage: items}), stage, store, note)
 
 
-def _seconds_to_build(config: TinyModelConfig, corpus: Corpus, stage: str, store: ContentStore) -> float:
-    clock = _Clock()
-    _begun(config, corpus, stage, store, clock)
-    settings = config.base if stage == "base" and config.base is not None else config.finetune
-    return clock.step * settings.epochs * -(-len(corpus.build[stage]) // settings.batch_size)
+def _seconds_to_build(build: Build, preparation: PreparedStudy, store: ContentStore) -> float:
+    clock, config, corpus = _Clock(), build.config, preparation.corpus
+    items = corpus.build[build.stage]
+    if isinstance(config, TinyModelConfig):
+        _begun(config, corpus, build.stage, store, clock)
+        settings: Any = config.base if build.stage == "base" and config.base is not None else config.finetune
+    else:
+        few, settings = items[: config.batch_size * (TIMED_STEPS + 1)], config
+        finetune(preparation.models.source(INITIAL).load(dtype="auto"), few, replace(config, epochs=1), progress=clock)
+    return clock.step * settings.epochs * -(-len(items) // settings.batch_size)
 
 
 class _Clock:

@@ -12,6 +12,7 @@ from search.problem.pareto import DEFAULT_FLOOR, RULES
 from search.report.style import counted
 from search.results.study_result import StudyResult
 from search.results.uncertainty import smallest_groups
+from search.spec.sections import FinetunedModel, PretrainedModel
 from search.spec.study import StudySpec
 from search.store.record import StudyRecord
 from uipe_core.errors import UserError
@@ -195,7 +196,9 @@ def _notes(result: StudyResult) -> list[str]:
 
 def _model_title(spec: StudySpec, record: StudyRecord) -> str:
     model = spec.model
-    if model.kind == "pretrained":
+    if isinstance(model, PretrainedModel):
         return f"{model.initial} ({record.models['initial']})"
+    if isinstance(model, FinetunedModel):
+        return f"{model.base}, fine-tuned on the corpus by the study ({record.models['initial'][:12]})"
     shape = f"hidden {model.hidden_size}, {model.layers} layers, {model.heads} heads"
     return f"small Llama built here ({shape}, {model.tokenizer} tokenizer; {record.models['initial'][:12]})"

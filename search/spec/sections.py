@@ -156,6 +156,77 @@ class TinyModel(Section):
         return value
 
 
+def _format_exists(value: str | None) -> str | None:
+    if value is not None and value not in FORMATS:
+        raise rule("there is no such prompt format", did_you_mean(value, list(FORMATS)))
+    return value
+
+
+def _question_has_a_place(value: str | None, info: ValidationInfo) -> str | None:
+    if value is not None and "{question}" not in value:
+        raise rule("must contain {question}", 'Write for example "[INST] {question} [/INST]", or null.')
+    if value is not None and info.data.get("prompt_format") is not None:
+        raise rule(f"model.prompt_format ({info.data['prompt_format']}) is given too", "Remove one of the two.")
+    return value
+
+
+def _revision(value: str | None, model: str, info: ValidationInfo) -> str | None:
+    if value is not None and is_local(info.data.get(model) or ""):
+        raise rule(f"model.{model} is local and has no revisions", "Remove it, or give a hub name.")
+    return value
+
+
+class Adapter(Section):
+    """LoRA in place of full fine-tuning."""
+
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 8
+    alpha: Positive = 16
+    target_modules: Annotated[tuple[str, ...] | str, PlainValidator(_target_modules)] = "all-linear"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+
+
+class Finetuning(Section):
+    """How the initial and the retain model are fine-tuned from a base model; `adapter` trains LoRA and merges it."""
+
+    epochs: Epochs
+    learning_rate: LearningRate
+    batch_size: Count
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = 0.01
+    adapter: Adapter | None = None
+
+
+class FinetunedModel(Section):
+    """A causal language model that the study fine-tunes on its corpus: on all of it (initial), and without the forget set."""
+
+    kind: Literal["finetuned"]
+    base: Name
+    finetune: Finetuning
+    retain: bool = True
+    revision: Name | None = None
+    prompt_format: str | None = None
+    prompt_template: str | None = None
+    trust_remote_code: bool = False
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+    @property
+    def start(self) -> str:
+        """Where the weights come from that everything starts with."""
+        return self.base
+
+    def places(self) -> dict[str, str]:
+        """Return the models that are named, by key."""
+        return {"base": self.base}
+
+    _format_exists = field_validator("prompt_format")(_format_exists)
+    _question_has_a_place = field_validator("prompt_template")(_question_has_a_place)
+
+    @field_validator("revision")
+    @classmethod
+    def _only_the_hub_has_revisions(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return _revision(value, "base", info)
+
+
 class PretrainedModel(Section):
     """A causal language model from the hub or a folder, and the retain model (or its evaluation log, ``*.json``; none for
     multiple choice)."""
@@ -173,44 +244,24 @@ class PretrainedModel(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
+    @property
+    def start(self) -> str:
+        """Where the weights come from that everything starts with."""
+        return self.initial
+
     def places(self) -> dict[str, str]:
         """Return the models and logs that are named, by key."""
         others = {f"other_retain[{number}]": place for number, place in enumerate(self.other_retain)}
         given = {"initial": self.initial, "retain": self.retain, **others, "never_finetuned": self.never_finetuned}
         return {key: place for key, place in given.items() if place}
 
-    @field_validator("prompt_format")
-    @classmethod
-    def _format_exists(cls, value: str | None) -> str | None:
-        if value is not None and value not in FORMATS:
-            raise rule("there is no such prompt format", did_you_mean(value, list(FORMATS)))
-        return value
-
-    @field_validator("prompt_template")
-    @classmethod
-    def _question_has_a_place(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and "{question}" not in value:
-            raise rule("must contain {question}", 'Write for example "[INST] {question} [/INST]", or null.')
-        if value is not None and info.data.get("prompt_format") is not None:
-            raise rule(f"model.prompt_format ({info.data['prompt_format']}) is given too", "Remove one of the two.")
-        return value
+    _format_exists = field_validator("prompt_format")(_format_exists)
+    _question_has_a_place = field_validator("prompt_template")(_question_has_a_place)
 
     @field_validator("revision", "retain_revision")
     @classmethod
     def _only_the_hub_has_revisions(cls, value: str | None, info: ValidationInfo) -> str | None:
-        model = "initial" if info.field_name == "revision" else "retain"
-        if value is not None and is_local(info.data.get(model) or ""):
-            raise rule(f"model.{model} is local and has no revisions", "Remove it, or give a hub name.")
-        return value
-
-
-class Adapter(Section):
-    """LoRA in place of full fine-tuning."""
-
-    rank: Annotated[int, Field(ge=1, le=65_536)] = 8
-    alpha: Positive = 16
-    target_modules: Annotated[tuple[str, ...] | str, PlainValidator(_target_modules)] = "all-linear"
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0
+        return _revision(value, "initial" if info.field_name == "revision" else "retain", info)
 
 
 class Unlearning(Section):

@@ -20,6 +20,7 @@ from search.spec.plugins import load_plugins
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
 from search.spec.sections import (
     ByKind,
+    FinetunedModel,
     Hypervolume,
     Objectives,
     PretrainedModel,
@@ -83,7 +84,7 @@ class StudySpec(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     corpus: Annotated[CorpusSection, ByKind(CORPORA)]
-    model: Annotated[TinyModel | PretrainedModel, Field(discriminator="kind")]
+    model: Annotated[TinyModel | PretrainedModel | FinetunedModel, Field(discriminator="kind")]
     unlearning: Unlearning | None = None
     checkpoints: dict[str, Folders] = Field(default_factory=dict)
     scoring: Scoring = Field(default_factory=Scoring)
@@ -110,7 +111,7 @@ class StudySpec(Section):
         if not value and info.data.get("unlearning", value) is None:
             allowed = "a study needs base runs: a section unlearning, a section checkpoints, or both"
             raise rule(allowed, "Write unlearning: with methods to train, or checkpoints: with folders you have.")
-        if value and isinstance(info.data.get("model"), TinyModel):
+        if value and isinstance(info.data.get("model"), TinyModel | FinetunedModel):
             allowed = "checkpoints belong to a model that exists already"
             raise rule(allowed, "Set model.kind: pretrained with model.initial, the model they were unlearned from.")
         errors: list[Any] = []
@@ -175,7 +176,7 @@ class StudySpec(Section):
     @property
     def has_retain_model(self) -> bool:
         """Return True if a model that never saw the forget set, or its log, is part of the study."""
-        return self.corpus.task == FREE_TEXT and (isinstance(self.model, TinyModel) or self.model.retain is not None)
+        return self.corpus.task == FREE_TEXT and (isinstance(self.model, TinyModel) or bool(self.model.retain))
 
     @property
     def maximised(self) -> tuple[Objective, ...]:
@@ -267,8 +268,8 @@ class StudySpec(Section):
         payload: dict[str, Any] = self.model_dump(mode="json", exclude=left_out)  # type: ignore[arg-type]
         corpus, model = payload["corpus"], payload["model"]
         holders = [(holder, str(key[-1])) for key, holder, _ in path_sites(corpus)]
-        for holder, key in [*holders, (model, "initial"), (model, "retain")]:
-            if is_local(holder.get(key) or ""):
+        for holder, key in [*holders, (model, "initial"), (model, "retain"), (model, "base")]:
+            if isinstance(place := holder.get(key), str) and is_local(place):
                 del holder[key]
         if not self.objectives.model_dump(exclude_none=True):
             del payload["objectives"]  # studies from before they could be named stay what they are

@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,13 +172,20 @@ def _two_readings(value: str) -> str:
     return f"found {value}: YAML 1.2 reads {reading}, YAML 1.1 another number. {remedy}, or put a text in quotes."
 
 
+MODEL_FILES = {"initial": (".gguf",), "base": (".gguf",), "retain": (".json",), "never_finetuned": (".json",)}
+"""Keys of section ``model`` that name a model, and the endings of files allowed there in place of a folder."""
+
+PACKAGE = "package:"
+"""Begins the place of a file that an installed Python package brings along: ``package:NAME/FILE``."""
+
+
 def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, object], list[tuple[KeyPath, str]]]:
     """Make the paths of a study absolute; return it with a message for each path that does not exist.
 
     A value of ``corpus.source``, of the ``source`` of a multiple-choice data set or of a key that names a model is a path when
     it starts with ``./``, ``../``, ``/`` or ``~``, ends as a data file does, cannot be a hub name, or names a folder next
-    to the study file. Everything else is a hub name, which is not looked up. A cache is always a path, and need not exist.
-    The studies of ``warm_start`` are always folders.
+    to the study file. ``package:NAME/FILE`` is a file of an installed package. Everything else is a hub name, which is not
+    looked up. A cache is always a path, and need not exist. The studies of ``warm_start`` are always folders.
     Checkpoints are always folders; one that holds ``checkpoint-*`` folders of a trainer stands for these, in the order of
     their steps.
 
@@ -187,10 +195,10 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
     """
     result = dict(data)
     problems: list[tuple[KeyPath, str]] = []
-    for key in ("initial", "retain", "never_finetuned"):
+    for key, model_endings in MODEL_FILES.items():
         value = _text_at(result, "model", key)
         if value is not None:
-            local, problem = _located("model", value, folder, file_endings=() if key == "initial" else (".json",))
+            local, problem = _located("model", value, folder, file_endings=model_endings)
             _replace(result, "model", key, local)
             problems += [(("model", key), problem)] if problem else []
     corpus = copy.deepcopy(result.get("corpus"))
@@ -269,6 +277,8 @@ def _located(section: str, value: str, folder: Path, file_endings: tuple[str, ..
 
     A path is a folder, or a file where it ends in one of `file_endings`.
     """
+    if value.startswith(PACKAGE):
+        return _of_package(value)
     local = _local_path(value, folder)
     if local is None:
         return value, ""
@@ -276,6 +286,22 @@ def _located(section: str, value: str, folder: Path, file_endings: tuple[str, ..
     if _exists(local, file=is_file):
         return str(local), ""
     return str(local), _missing(section, value, local, "file" if is_file else "folder")
+
+
+def _of_package(value: str) -> tuple[str, str]:
+    """Return the path of a file of an installed package, with what is wrong."""
+    name, _, inner = value.removeprefix(PACKAGE).partition("/")
+    try:
+        # Found without importing it: what it needs to run may be missing.
+        found = find_spec(name) if name.isidentifier() else None
+    except (ImportError, ValueError):
+        found = None
+    if found is None or found.origin is None:
+        return value, f"found {show(value)}; there is no installed package {name!r}. Install it with pip, or give a path."
+    path = Path(found.origin).parent / inner
+    if not inner or ".." in Path(inner).parts or not _exists(path, file=True):
+        return value, f"found {show(value)}; the package {name} has no file {inner!r}. Install another version, or give a path."
+    return str(path), ""
 
 
 def _replace(data: dict[str, object], section: str, key: str, value: object) -> None:
@@ -300,7 +326,7 @@ def _exists(path: Path, *, file: bool) -> bool:
 
 def _local_path(value: str, folder: Path) -> Path | None:
     path = _join(folder, value)
-    marked = value.startswith(("./", "../", "/", "~")) or value.endswith(SUFFIXES)
+    marked = value.startswith(("./", "../", "/", "~")) or value.endswith((*SUFFIXES, ".gguf"))
     return path if marked or not _HUB_NAME.fullmatch(value) or _exists(path, file=False) else None
 
 

@@ -291,13 +291,24 @@ def scale_adapter(model: Any, factor: float) -> None:
                 module.set_scale(name, factor)
 
 
-def make_accelerator(device: torch.device) -> Any:
-    """Return an Accelerator for a model already on `device`: bf16 autocast on GPUs that have it, else fp32."""
+def forget_quantization(model: Any) -> None:
+    """Make a dequantised model one that can be saved: transformers takes what came from a GGUF file for quantised."""
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+
+
+def make_accelerator(device: torch.device, half_precision: bool = False) -> Any:
+    """Return an Accelerator for a model already on `device`: bf16 autocast on GPUs that have it, else fp32.
+
+    Args:
+        device: Where the model is.
+        half_precision: Autocast on a CPU too, where it has instructions for bf16: for weights that are stored so.
+    """
     import torch
     from accelerate import Accelerator
 
     threads = torch.get_num_threads()
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else half_precision and torch.cpu._is_avx512_bf16_supported()
     # Without device_placement=False it would move the model to the first device.
     accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False, mixed_precision="bf16" if bf16 else "no")
     torch.set_num_threads(threads)  # Accelerate sets a number of its own for several processes on the CPU

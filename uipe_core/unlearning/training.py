@@ -127,7 +127,7 @@ def train_base_run(
     processes = current_processes()
     device = processes.device or loaded.device
     # Gradients are accumulated here: Accelerate's fixed divisor would weigh the last, shorter group of an epoch less.
-    accelerator = make_accelerator(device)
+    accelerator = make_accelerator(device, half_precision=loaded.model.dtype == torch.bfloat16)
     forget = encode(loaded, corpus.forget_train)
     retain = encode(loaded, corpus.retain_train) if method.needs_retain(hyperparameters) else []
     epochs_refused = config.epochs if "refusal_logp" in method.needs else 0
