@@ -2,8 +2,9 @@
 
 controls: what trials are compared with, one entry each
 evaluator: score one trial on a resident model
-inputs: check local inputs and load warm-start points
+inputs: check local inputs and items, load warm-start points
 metrics: the numbers of a trial, and metrics that are added
+model_checks (private): layers, modules, positions and checkpoints of a study's models
 models: tiny and pretrained models: references, sources, identities
 prepared: a study with everything that identifies it
 pruning: bounds on objectives, and the rivals that dominate them

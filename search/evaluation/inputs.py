@@ -1,28 +1,21 @@
-"""Check local inputs and load warm-start points before anything is spent."""
+"""Check a study's local inputs and items, and load warm-start points, before anything is spent."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from search.evaluation.model_checks import LATER, check_models
 from search.problem.pareto import non_dominated
 from search.problem.space import Point
 from search.spec.corpora import fetched_sources
-from search.spec.sections import PretrainedModel, TinyModel, is_local
+from search.spec.sections import TinyModel
 from search.spec.study import StudySpec
 from uipe_core.corpora.split import split_corpus
-from uipe_core.corpora.types import UTILITY_SETS, Corpus
+from uipe_core.corpora.types import KEPT_SETS, Corpus
 from uipe_core.errors import UserError
-from uipe_core.logs.tofu import read_log
 from uipe_core.metrics.answers import has_latin_word
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.uncertainty import detectable_shift
-from uipe_core.models.gguf import check_gguf, did_you_mean, is_gguf
-
-if TYPE_CHECKING:
-    from uipe_core.models.loading import ModelSource
 
 
 def require_trust(spec: StudySpec, granted: bool) -> None:
@@ -50,51 +43,12 @@ def check_inputs(spec: StudySpec) -> list[str]:
     Raises:
         UserError: If an input is missing or broken.
     """
-    later = "is on the hub and is fetched when the study runs"
-    notes = [f"corpus.{key}: {source} {later}" for key, source in fetched_sources(spec.corpus)]
+    notes = [f"corpus.{key}: {source} {LATER}" for key, source in fetched_sources(spec.corpus)]
     corpus = None
     if not notes:
         corpus = spec.corpus.load(spec.seed)
         notes += check_items(spec, corpus)
-    if not isinstance(spec.model, TinyModel):
-        for key, value in spec.model.places().items():
-            if not is_local(value):
-                notes.append(f"model.{key}: {value} {later}")
-            elif value.endswith(".json"):
-                read_log(value)
-            elif is_gguf(value):
-                notes.append(f"model.{key}: {check_gguf(Path(value))} from GGUF, dequantised: its quantisation stays lost")
-            else:
-                from uipe_core.models.loading import brings_code, check_model_folder
-
-                if spec.model.trust_remote_code and brings_code(Path(value)):
-                    notes.append(f"model.{key}: {value} brings code of its own, so it is checked when the study runs")
-                else:
-                    check_model_folder(value, spec.model.prompt_template, spec.model.prompt_format)
-    if isinstance(spec.model, PretrainedModel):
-        remote = [place for places in spec.checkpoints.values() for place in places if not is_local(place)]
-        notes += [f"checkpoints: {place} is on the hub and is fetched when the study runs" for place in remote]
-        unseen = remote or any(note.startswith("model.initial:") for note in notes)
-        if spec.checkpoints and unseen:
-            notes.append("checkpoints: they are held against model.initial when the study runs")
-        elif spec.checkpoints:
-            notes += check_checkpoints(spec, Path(spec.model.initial), trusted=False)
-        if corpus is not None and not any(note.startswith("model.initial:") for note in notes):
-            from uipe_core.models.loading import ModelSource
-
-            section = spec.model
-            source = ModelSource(
-                section.initial, "", prompt_template=section.prompt_template, prompt_format=section.prompt_format
-            )
-            check_positions(spec, corpus, source, trusted=False)
-        if is_local(spec.model.initial) and not any(note.startswith("model.initial:") for note in notes):
-            check_target_modules(spec, partial(_local_skeleton, spec.model.initial))
-    if isinstance(spec.model, TinyModel):
-        check_target_modules(spec, small_llama)
-    place = "" if isinstance(spec.model, TinyModel) else spec.model.start
-    if not place or (is_local(place) and not is_gguf(place)):
-        check_steered_layers(spec, place, None, trusted=False)
-    return [*notes, *earlier_fronts(spec).notes]
+    return [*notes, *check_models(spec, corpus), *earlier_fronts(spec).notes]
 
 
 MANY_ITEMS = 100
@@ -145,7 +99,7 @@ def check_words(corpus: Corpus, definition: str) -> None:
     """
     if not corpus.sets or definition_named(definition).unicode_rouge:
         return  # multiple choice has letters, not words
-    for name in (name for name in ("forget", *UTILITY_SETS) if name in corpus.sets):
+    for name in (name for name in ("forget", *KEPT_SETS) if name in corpus.sets):
         items = corpus.sets[name]
         without = [item.answer for item in items if not has_latin_word(item.answer)]
         if without:
@@ -165,148 +119,6 @@ def power_of_forget_quality(items: int) -> str:
         f"Forget quality on {items} items: truth ratios {shift:.2g} standard deviations from the retain model's (KS distance "
         f"{distance:.2f}) are seen (p < 0.05) in nine of ten draws of items; what is closer may pass as unlearned."
     )
-
-
-def check_steered_layers(spec: StudySpec, place: str, revision: str | None, trusted: bool) -> None:
-    """Refuse layers that the initial model lacks, where a method steers one and the number of layers is known.
-
-    Args:
-        spec: The study.
-        place: Folder or hub name of a model of the initial model's shape; any text for tiny models.
-        revision: Commit that pins one from the hub.
-        trusted: Code that comes with the model may run.
-
-    Raises:
-        UserError: A layer the model does not have.
-    """
-    layers = sorted({int(run.hyperparameters["layer"]) for run in spec.variants() if "layer" in run.hyperparameters})
-    if not layers:
-        return
-    from uipe_core.unlearning.steering import check_layer, model_depth
-
-    model = spec.model
-    depth = model.layers if isinstance(model, TinyModel) else model_depth(place, revision, trusted)
-    if depth is not None:
-        for layer in layers:
-            check_layer(layer, depth)
-
-
-def _local_skeleton(folder: str) -> Any:
-    from uipe_core.models.skeleton import meta_model
-
-    return meta_model(folder)
-
-
-def small_llama() -> Any:
-    """Return a model with the module names of tiny models, whatever their size."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 8}
-    with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(**shape))
-
-
-def check_target_modules(spec: StudySpec, skeleton: Callable[[], Any]) -> None:
-    """Refuse names of a LoRA's target modules that the model's linear layers do not have.
-
-    Args:
-        spec: The study.
-        skeleton: Makes the initial model without weights; called only where names are given.
-
-    Raises:
-        UserError: With every such name, and those there are.
-    """
-    adapter = None if spec.unlearning is None else spec.unlearning.adapter
-    if adapter is None or isinstance(adapter.target_modules, str):
-        return
-    from uipe_core.models.transformers_compat import linear_names, unmatched_targets
-
-    try:
-        model = skeleton()
-    except UserError:
-        return  # an adapter, whose base model is elsewhere
-    known = linear_names(model)
-    wrong = [
-        f"{target!r} is " + (f"a {kind}, not a linear layer" if kind else f"no module of it.{did_you_mean(target, known)}")
-        for target, kind in unmatched_targets(model, adapter.target_modules).items()
-    ]
-    if wrong:
-        raise UserError(
-            f"unlearning.adapter.target_modules: {'; '.join(wrong)} The linear layers of the model are {', '.join(known)}; "
-            "choose from these, or write all-linear"
-        )
-
-
-def check_positions(spec: StudySpec, corpus: Corpus, source: "ModelSource", trusted: bool) -> None:
-    """Refuse items, and texts that may be generated, that are longer than the initial model has positions.
-
-    Args:
-        spec: The study.
-        corpus: Its items.
-        source: The initial model; its configuration and tokenizer are read.
-        trusted: Code that comes with the model may run.
-
-    Raises:
-        UserError: With an item, its tokens, and the positions.
-    """
-    from uipe_core.models.skeleton import read_config
-    from uipe_core.models.transformers_compat import position_limit
-    from uipe_core.scoring.lengths import require_positions
-    from uipe_core.scoring.scorer import ScoringConfig
-
-    if is_local(source.location) and not (Path(source.location) / "config.json").is_file():
-        return  # an adapter, whose base model is elsewhere
-    try:
-        limit = position_limit(read_config(source.location, trusted, source.revision))
-    except UserError:
-        return  # an adapter on the hub
-    if limit is not None:
-        scoring = ScoringConfig.of(spec.scoring.definition, spec.scoring.rows, spec.scoring.max_new_tokens)
-        prompts = replace(source, trust_remote_code=trusted).prompts()
-        require_positions(corpus, prompts, scoring, limit, trains=spec.unlearning is not None)
-
-
-def checkpoint_folder(place: str) -> Path:
-    """The folder of a given checkpoint: its own, or the hub's copy on this machine, fetched where it is missing."""
-    if is_local(place):
-        return Path(place)
-    from uipe_core.models.loading import model_folder
-
-    return model_folder(place)
-
-
-def check_checkpoints(spec: StudySpec, initial_folder: Path, trusted: bool) -> list[str]:
-    """Hold every given checkpoint against the initial model by configurations and headers; of adapters all is read.
-
-    Returns:
-        Notes: adapters that say they were trained on another model.
-
-    Raises:
-        UserError: With everything that does not fit.
-    """
-    from uipe_core.deltas.adapters import is_adapter, other_base
-    from uipe_core.deltas.checkpoints import check_checkpoint
-    from uipe_core.models.skeleton import open_initial
-
-    initial = open_initial(initial_folder, trusted)
-    named = [initial.skeleton.config.name_or_path, *([spec.model.initial] if isinstance(spec.model, PretrainedModel) else [])]
-    problems, notes = [], []
-    for label, folders in spec.checkpoints.items():
-        for place, folder in enumerate(folders):
-            try:
-                found = checkpoint_folder(folder)
-                check_checkpoint(initial, found)
-                base = other_base(found, *named) if is_adapter(found) else None
-            except UserError as error:
-                problems.append(f"checkpoints.{label}[{place}]: {error}")
-                continue
-            if base is not None:
-                said = f"by its adapter_config.json it was trained on {base}, and model.initial is {named[-1]}"
-                notes.append(f"checkpoints.{label}[{place}]: {said}; on another model it would be no unlearning")
-    if problems:
-        raise UserError("\n  ".join(problems))
-    return notes
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN, RETAIN
-from search.spec.sections import FinetunedModel, PretrainedModel, TinyModel
+from search.spec.sections import FinetunedModel, PretrainedModel, TinyModel, is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.types import Corpus
@@ -378,3 +378,8 @@ def models_of(spec: StudySpec, corpus: Corpus) -> Models:
 def _log(place: str) -> Path | None:
     """Return the evaluation log a place means; None where it means a model."""
     return Path(place) if place.endswith(".json") else None
+
+
+def checkpoint_folder(place: str) -> Path:
+    """Return the folder of a given checkpoint: its own, or the hub's copy on this machine, fetched where it is missing."""
+    return Path(place) if is_local(place) else model_folder(place)

@@ -8,16 +8,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.inputs import (
+from search.evaluation.inputs import require_trust
+from search.evaluation.model_checks import (
     check_checkpoints,
     check_positions,
     check_steered_layers,
     check_target_modules,
-    checkpoint_folder,
-    require_trust,
     small_llama,
 )
-from search.evaluation.models import Models, PretrainedModels, TinyModels, models_of
+from search.evaluation.models import Models, PretrainedModels, TinyModels, checkpoint_folder, models_of
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL
 from search.spec.sections import TinyModel

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from search.evaluation.evaluator import load_for_scoring
-from search.evaluation.inputs import checkpoint_folder
-from search.evaluation.models import PretrainedModels
+from search.evaluation.models import PretrainedModels, checkpoint_folder
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import TASKS, Report, task_of
 from search.problem.trial import INITIAL, RETAIN

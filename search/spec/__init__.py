@@ -2,6 +2,7 @@
 
 bounds: limits of the numbers of a study
 corpora: one class per kind of corpus section
+data_sources (private): data sets of the hub, folders and files
 errors: `StudyFileError`, and messages with key, value and remedy
 plugins: load extensions of other packages
 redaction: URLs without their passwords

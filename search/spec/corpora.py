@@ -5,17 +5,25 @@ One class per kind. A class knows its data sources, which of its keys may be pat
 """
 
 from collections.abc import Collection, Mapping
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field, field_validator
+from pydantic import Field
 from pydantic_core import InitErrorDetails
 
-from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, FORGET_QUALITY, MODEL_UTILITY, Objective
+from search.problem.objectives import (
+    CHOICE_FORGETTING,
+    CHOICE_UTILITY,
+    FORGET_QUALITY,
+    MODEL_UTILITY,
+    RETAIN_UTILITY,
+    Objective,
+)
+from search.spec.data_sources import DataSource, OwnSource
 from search.spec.errors import KeyPath, rule
-from search.spec.sections import Count, Name, OneOrMore, Section, is_local
-from uipe_core.corpora.files import SUFFIXES, DataSet
+from search.spec.sections import Count, Name, Section, is_local
+from uipe_core.corpora.files import SUFFIXES, TEXTS
 from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice
+from uipe_core.corpora.questions import SETS, load_questions
 from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, RELATED_SETS, UTILITY_SETS
 
 if TYPE_CHECKING:
@@ -34,11 +42,13 @@ class CorpusSection(Protocol):
         task: `FREE_TEXT` or `MULTIPLE_CHOICE`.
         objectives: Forgetting and utility, in this order, of a study that has a retain model and names none.
         sets: Evaluation sets that the corpus has.
+        definition: Metric definition of a study that names none; ``tofu`` for a class without it.
         path_keys: Keys below ``corpus`` whose value may be a path, and the endings of files allowed there.
     """
 
     task: ClassVar[str]
     objectives: ClassVar[tuple[Objective, ...]]
+    definition: ClassVar[str]
     path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]]
 
     @property
@@ -69,8 +79,8 @@ def sources(section: CorpusSection) -> dict[KeyPath, str]:
         value: Any = section
         for part in key:
             value = None if value is None else getattr(value, str(part))
-        if value is not None:
-            found[key] = str(value)
+        if isinstance(value, str):
+            found[key] = value
     return found
 
 
@@ -105,6 +115,7 @@ class PeopleCorpus(Section):
     task: ClassVar = FREE_TEXT
     objectives: ClassVar = (FORGET_QUALITY, MODEL_UTILITY)
     sets: ClassVar = ("forget", *UTILITY_SETS, *RELATED_SETS)
+    definition: ClassVar = "tofu"
     path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {}
 
     kind: Literal["people"]
@@ -140,6 +151,7 @@ class TofuCorpus(Section):
     task: ClassVar = FREE_TEXT
     objectives: ClassVar = (FORGET_QUALITY, MODEL_UTILITY)
     sets: ClassVar = ("forget", *UTILITY_SETS, *RELATED_SETS)
+    definition: ClassVar = "tofu"
     path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {("source",): ()}
 
     kind: Literal["tofu"]
@@ -164,39 +176,13 @@ class TofuCorpus(Section):
         return []
 
 
-class DataSource(Section):
-    """A data set of the hub, a folder laid out as there, or a file (then `source` is an absolute path)."""
-
-    source: Name
-    subset: Annotated[tuple[Name, ...], *OneOrMore] | None = None
-    split: Name = "test"
-
-    @field_validator("subset", "split")
-    @classmethod
-    def _stays_inside(cls, value: tuple[str, ...] | str | None) -> tuple[str, ...] | str | None:
-        for name in (value,) if isinstance(value, str) else value or ():
-            if ".." in PurePath(name).parts or PurePath(name).is_absolute():
-                raise rule(
-                    "must be a name inside the data set", "Write the name of the subset or split, without a way out of it."
-                )
-        return value
-
-    @classmethod
-    def of(cls, data_set: DataSet) -> "DataSource":
-        """Describe a data set as a section."""
-        return cls(source=data_set.source, subset=data_set.subsets, split=data_set.split)
-
-    def data_set(self) -> DataSet:
-        """Return the data set as `uipe_core` reads it."""
-        return DataSet(self.source, self.subset or (), self.split)
-
-
 class MultipleChoiceCorpus(Section):
     """Questions to forget and to keep, and the texts that are trained on; by default WMDP-Bio and MMLU from the hub."""
 
     task: ClassVar = MULTIPLE_CHOICE
     objectives: ClassVar = (CHOICE_FORGETTING, CHOICE_UTILITY)
     sets: ClassVar = MULTIPLE_CHOICE_SETS
+    definition: ClassVar = "tofu"
     path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {
         (name, "source"): SUFFIXES for name in ("forget", "utility", "forget_texts", "retain_texts")
     }
@@ -238,6 +224,50 @@ class MultipleChoiceCorpus(Section):
         return found
 
 
+Words = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+class QuestionsCorpus(Section):
+    """A user's own questions, conversations or texts (`uipe_core.corpora.questions`)."""
+
+    task: ClassVar = FREE_TEXT
+    objectives: ClassVar = (FORGET_QUALITY, RETAIN_UTILITY)
+    definition: ClassVar = "tofu-unicode"
+    path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {
+        key: (*SUFFIXES, *TEXTS) for name in SETS for key in ((name,), (name, "source"))
+    }
+
+    kind: Literal["questions"]
+    forget: OwnSource
+    retain: OwnSource
+    general: OwnSource | None = None
+    holdout: OwnSource | None = None
+    related: OwnSource | None = None
+    unrelated: OwnSource | None = None
+    prompt_words: Words = 150
+    continuation_words: Words = 100
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Evaluation sets that are given."""
+        return tuple(name for name in SETS if getattr(self, name) is not None)
+
+    def load(self, seed: int) -> "Corpus":
+        """Read the corpus; of the answers that may stand in for perturbed ones, `seed` chooses among equally long ones."""
+        given: dict[str, OwnSource | None] = {name: getattr(self, name) for name in SETS}
+        found = {name: source.data_set() for name, source in given.items() if source is not None}
+        return load_questions(found, self.prompt_words, self.continuation_words, seed)
+
+    @classmethod
+    def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
+        """Refuse a base stage of a tiny model; a retain model is not needed."""
+        return _base_refused(model, "own data has no texts for a base stage")
+
+    def study_errors(self, third_objective: str | None, methods: Collection[str]) -> list[InitErrorDetails]:
+        """Everything else fits; an objective on sets that are not given is refused by the study."""
+        return []
+
+
 def _base_refused(model: Mapping[str, Any], why: str) -> list[InitErrorDetails]:
     if model.get("kind") != "tiny" or model.get("base") is None:
         return []
@@ -248,5 +278,6 @@ CORPORA: dict[str, Any] = {
     "people": PeopleCorpus,
     "tofu": TofuCorpus,
     "multiple_choice": MultipleChoiceCorpus,
+    "questions": QuestionsCorpus,
 }
 """Corpus sections by the name a study file gives (``corpus.kind``)."""

@@ -98,6 +98,16 @@ class StudySpec(Section):
     storage: str | None = None
     cache: Cache = Field(default_factory=Cache)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _corpus_has_a_definition(cls, data: object) -> object:
+        corpus, scoring = (data.get("corpus"), data.get("scoring", {})) if isinstance(data, Mapping) else (None, None)
+        kind = CORPORA.get(str(corpus.get("kind"))) if isinstance(corpus, Mapping) else None
+        definition = getattr(kind, "definition", None)
+        if not isinstance(data, Mapping) or definition is None or not isinstance(scoring, Mapping):
+            return data
+        return {**data, "scoring": {"definition": definition, **scoring}}
+
     @field_validator("name")
     @classmethod
     def _is_a_folder_name(cls, value: str) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from search.spec.corpora import path_sites
 from search.spec.errors import KeyPath, Problem, StudyFileError, key_text, show
 from search.spec.redaction import without_password
-from uipe_core.corpora.files import SUFFIXES
+from uipe_core.corpora.files import SUFFIXES, TEXTS
 from uipe_core.errors import first_line
 
 if TYPE_CHECKING:
@@ -182,10 +182,10 @@ PACKAGE = "package:"
 def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, object], list[tuple[KeyPath, str]]]:
     """Make the paths of a study absolute; return it with a message for each path that does not exist.
 
-    A value of ``corpus.source``, of the ``source`` of a multiple-choice data set or of a key that names a model is a path when
-    it starts with ``./``, ``../``, ``/`` or ``~``, ends as a data file does, cannot be a hub name, or names a folder next
-    to the study file. ``package:NAME/FILE`` is a file of an installed package. Everything else is a hub name, which is not
-    looked up. A cache is always a path, and need not exist. The studies of ``warm_start`` are always folders.
+    A value of a key that names a model or a data set (`search.spec.corpora.path_sites`) is a path when it starts with
+    ``./``, ``../``, ``/`` or ``~``, ends as a data file does, cannot be a hub name, or names what is next to the study
+    file. ``package:NAME/FILE`` is a file of an installed package. Everything else is a hub name, which is not looked up. A
+    cache is always a path, and need not exist. The studies of ``warm_start`` are always folders.
     Checkpoints are always folders; one that holds ``checkpoint-*`` folders of a trainer stands for these, in the order of
     their steps.
 
@@ -206,8 +206,7 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
         result["corpus"] = corpus
         for parts, holder, endings in path_sites(corpus):
             name = str(parts[-1])
-            # The name an error uses for the place: the set, or the corpus itself.
-            local, problem = _located(str(("corpus", *parts)[-2]), holder[name], folder, file_endings=endings)
+            local, problem = _located(str(corpus["kind"]), holder[name], folder, file_endings=endings)
             holder[name] = local
             problems += [(("corpus", *parts), problem)] if problem else []
     model = result.get("model")
@@ -285,6 +284,9 @@ def _located(section: str, value: str, folder: Path, file_endings: tuple[str, ..
     is_file = local.suffix in file_endings
     if _exists(local, file=is_file):
         return str(local), ""
+    if file_endings and not is_file and _exists(local, file=True):
+        allowed = f"files here end in {', '.join(file_endings)}"
+        return str(local), without_password(f"found {show(value)}; {allowed}. Give such a file, or a folder.")
     return str(local), _missing(section, value, local, "file" if is_file else "folder")
 
 
@@ -326,13 +328,14 @@ def _exists(path: Path, *, file: bool) -> bool:
 
 def _local_path(value: str, folder: Path) -> Path | None:
     path = _join(folder, value)
-    marked = value.startswith(("./", "../", "/", "~")) or value.endswith((*SUFFIXES, ".gguf"))
-    return path if marked or not _HUB_NAME.fullmatch(value) or _exists(path, file=False) else None
+    marked = value.startswith(("./", "../", "/", "~")) or value.endswith((*SUFFIXES, *TEXTS, ".gguf"))
+    is_path = marked or not _HUB_NAME.fullmatch(value) or _exists(path, file=False) or _exists(path, file=True)
+    return path if is_path else None
 
 
 def _missing(section: str, value: str, path: Path, what: str) -> str:
     remedy = "Correct the path (it is relative to the study file), or give a hub name."
-    if section == "corpus":
+    if section == "tofu":
         command = f"hf download locuslab/TOFU --repo-type dataset --local-dir {path}"
         remedy = f"Put the TOFU files there (`{command}`), correct the path, or write locuslab/TOFU to use the hub."
     return without_password(f"found {show(value)}; there is no {what} {path}. {remedy}")

@@ -7,7 +7,8 @@ the right one) and, in MMLU, ``subject``. Texts to unlearn have a field ``text``
 from pathlib import Path
 from string import ascii_uppercase
 
-from uipe_core.corpora.files import SUFFIXES, DataSet, Row
+from uipe_core.corpora.files import SUFFIXES, DataSet
+from uipe_core.corpora.rows import Row
 from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, ChoiceItem, ChoiceSet, Corpus, Item, ItemSet
 from uipe_core.errors import UserError
 

@@ -6,8 +6,9 @@ Read from the hub (``locuslab/TOFU``) or from a folder with files of the same na
 from dataclasses import replace
 from pathlib import Path
 
-from uipe_core.corpora.files import Row, is_hub_name, read_rows
+from uipe_core.corpora.files import is_hub_name
 from uipe_core.corpora.neighbours import nearest_rows
+from uipe_core.corpora.rows import Row, read_rows
 from uipe_core.corpora.types import Corpus, Item, ItemSet
 from uipe_core.errors import UserError, did_you_mean, first_line
 

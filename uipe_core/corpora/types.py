@@ -105,6 +105,8 @@ class Corpus:
         retain_train: Question-answer pairs for retain terms.
         build: Training texts for models built here, by stage: ``base`` (may be empty), ``full``, ``retain``.
         choices: Multiple-choice sets ``forget`` and ``utility``, in place of `sets`; empty for other corpora.
+        stand_ins: Evaluation set to what its data lacks, so that something else stands in: ``paraphrased`` (the answer
+            itself), ``perturbed`` (answers of other items). Not part of the hash.
     """
 
     name: str
@@ -113,6 +115,7 @@ class Corpus:
     retain_train: ItemSet
     build: Mapping[str, ItemSet] = field(default_factory=dict)
     choices: Mapping[str, ChoiceSet] = field(default_factory=dict)
+    stand_ins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def set_hashes(self) -> dict[str, str]:

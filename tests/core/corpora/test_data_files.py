@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from uipe_core.corpora.files import read_rows
+from uipe_core.corpora.rows import read_rows
 from uipe_core.errors import UserError
 
 

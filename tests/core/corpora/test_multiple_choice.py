@@ -177,7 +177,10 @@ def edit(name, number, **changes):
         (lambda f: (f / "utility.jsonl").write_text("\n"), r"utility\.jsonl: holds no items"),
         (lambda f: (f / "utility.jsonl").write_text("[1]\n"), r"utility\.jsonl, line 1: is a JSON list"),
         (lambda f: (f / "utility.jsonl").write_text('\n{"question"'), r"utility\.jsonl, line 2: not valid JSON"),
-        (lambda f: (f / "utility.jsonl").write_bytes(b'\n{"q": "\xff"}'), r"utility\.jsonl: not UTF-8 text \(byte 8\)"),
+        (
+            lambda f: (f / "utility.jsonl").write_bytes(b'\n{"q": "\xff"}'),
+            r"utility\.jsonl, line 2: not UTF-8 text \(byte 8 of",
+        ),
         (lambda f: (f / "utility.jsonl").unlink(), r"utility\.jsonl': no such file or folder"),
         (edit("texts.jsonl", 2, text="REMOVED", txt="x"), r"texts\.jsonl, line 2: field 'text' is missing; .*Did you mean"),
         (edit("texts.jsonl", 2, text=None), r"texts\.jsonl, line 2: field 'text' is None; give a text"),
@@ -206,9 +209,9 @@ def test_damaged_parquet(folder):
 
 
 def test_other_kinds_of_file_are_refused(folder):
-    (folder / "questions.csv").write_text("question,choices\n")
-    with pytest.raises(UserError, match=r"questions\.csv: a data file ends in \.parquet, \.jsonl, \.json"):
-        load_multiple_choice(DataSet(str(folder / "questions.csv")), DataSet(str(folder / "utility.jsonl")))
+    (folder / "questions.xls").write_text("question,choices\n")
+    with pytest.raises(UserError, match=r"questions\.xls: a data file ends in \.parquet, \.jsonl, \.json"):
+        load_multiple_choice(DataSet(str(folder / "questions.xls")), DataSet(str(folder / "utility.jsonl")))
 
 
 def test_misspelt_subset_and_split(tmp_path):

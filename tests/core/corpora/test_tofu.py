@@ -167,7 +167,7 @@ def edit(name, number, **changes):
             r"retain_perturbed\.json, line 2: perturbed_answer has 2 answers, the first item has 5",
         ),
         (lambda f: (f / "retain99.json").write_text("\n\n"), r"retain99\.json: holds no items"),
-        (lambda f: (f / "retain99.json").write_bytes(b'{"question": "\xff"}'), r"retain99\.json: not UTF-8"),
+        (lambda f: (f / "retain99.json").write_bytes(b'{"question": "\xff"}'), r"retain99\.json, line 1: not UTF-8"),
         (
             lambda f: (f / "retain99.json").unlink(),
             r"retain99\.json: no such file; .* has forget01, forget01_perturbed, ",
