@@ -19,6 +19,7 @@ from search.cli.models import register as register_models
 from search.cli.tables import (
     Address,
     Json,
+    Settings,
     Trust,
     echo,
     print_claims,
@@ -84,6 +85,7 @@ def run(
     ] = None,
     trials: Annotated[int | None, typer.Option(help="Search trials in all, in place of search.trials.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed, in place of the file's.")] = None,
+    settings: Settings = None,
     address: Address = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -93,9 +95,11 @@ def run(
     from search.execution.run import run_study
     from search.report.conclusions import conclusions
     from search.spec.study import load_study, quickstart_path
+    from search.spec.study_file import read_settings
 
     quieten()
-    spec = load_study(study or quickstart_path(), {"seed": seed, "trials": trials})
+    overrides = {**read_settings(settings or ()), "seed": seed, "trials": trials}
+    spec = load_study(study or quickstart_path(), overrides)
     result = run_study(spec, out, address=address, trust_remote_code=trust_remote_code)
     if as_json:
         print_json(result.summary())
@@ -110,12 +114,13 @@ def run(
 
 
 @app.command(epilog="Example: uipe validate studies/quickstart.yaml")
-def validate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")]) -> None:
+def validate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")], settings: Settings = None) -> None:
     """Check a study file and its local inputs; every error at once, nothing is spent, and no code of a model runs."""
     from search.evaluation.inputs import check_inputs
     from search.spec.study import load_study
+    from search.spec.study_file import read_settings
 
-    spec = load_study(study)
+    spec = load_study(study, read_settings(settings or ()))
     for note in check_inputs(spec):
         echo(f"note: {note}")
     epochs = spec.base_epochs()

@@ -23,6 +23,11 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
 ]
 
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A key of the study file with another value; may be given several times."),
+]
+
 Trust = Annotated[
     bool,
     typer.Option(

@@ -9,6 +9,7 @@ import typer
 from search.cli.tables import (
     Address,
     Json,
+    Settings,
     Trust,
     dial_facts,
     echo,
@@ -49,6 +50,7 @@ def plan(
         Path | None,
         typer.Option(help="Folder of a finished study of the same model and corpus: times are taken from it, not measured."),
     ] = None,
+    settings: Settings = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
 ) -> None:
@@ -59,9 +61,10 @@ def plan(
     """
     from search.planning.planner import plan_study
     from search.spec.study import load_study
+    from search.spec.study_file import read_settings
 
     quieten()
-    spec = load_study(study)
+    spec = load_study(study, read_settings(settings or ()))
     place = out or Path("runs", spec.name)
     made = plan_study(spec, place, like, lambda text: echo(f"{text} ...", err=True), trust_remote_code)
     print_json(made.as_dict()) if as_json else print_plan(made)

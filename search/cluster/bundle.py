@@ -11,10 +11,10 @@ from typing import Any
 
 from search.evaluation.inputs import check_inputs
 from search.spec.corpora import path_sites
-from search.spec.redaction import without_password
+from search.spec.errors import without_password
 from search.spec.sections import is_local
-from search.spec.study import StudySpec, load_study
-from search.spec.study_file import absolute_paths, read_study_file, write_study_file
+from search.spec.study import StudySpec, load_study, travelling_content
+from search.spec.study_file import read_study_file, write_study_file
 from uipe_core.errors import UserError
 
 LIMIT_BYTES = 20 * 2**20
@@ -59,7 +59,7 @@ def build_bundle(study: Path, folder: Path) -> JobBundle:
     for where, text in _texts(data, ""):
         if where != "storage" and without_password(text) != text:
             raise UserError(f"{where}: a password would travel in this URL; give it to the nodes by their environment")
-    content, _ = absolute_paths(data, study.resolve().parent)
+    content = travelling_content(data, study.resolve().parent)
     inputs = [(holder, key) for holder, key in _sources(content) if is_local(str(holder[key])) and _travels(holder[key])]
     _check_size({str(holder[key]) for holder, key in inputs})
     moved: dict[str, str] = {}

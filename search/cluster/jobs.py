@@ -25,7 +25,7 @@ from search.evaluation.inputs import require_trust
 from search.execution.ray_cluster import code_environment
 from search.execution.ray_compat import ADDRESS, ADVICE, cluster_token
 from search.results.status import is_noise, last_status
-from search.spec.redaction import without_password
+from search.spec.errors import without_password
 from uipe_core.errors import StudyInterrupted, UserError
 from uipe_core.storage.scratch import scratch_folder
 

@@ -8,7 +8,7 @@ from search.evaluation.model_checks import LATER, check_models
 from search.problem.pareto import non_dominated
 from search.problem.space import Point
 from search.spec.corpora import fetched_sources
-from search.spec.sections import TinyModel
+from search.spec.models import TinyModel
 from search.spec.study import StudySpec
 from uipe_core.corpora.split import split_corpus
 from uipe_core.corpora.types import KEPT_SETS, Corpus

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.spec.sections import PretrainedModel, TinyModel, is_local
+from search.spec.models import PretrainedModel, TinyModel
+from search.spec.sections import is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus
 from uipe_core.errors import UserError, did_you_mean

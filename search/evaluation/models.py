@@ -13,7 +13,8 @@ from typing import Any
 
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN, RETAIN
-from search.spec.sections import FinetunedModel, PretrainedModel, TinyModel, is_local
+from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
+from search.spec.sections import is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.types import Corpus
@@ -25,7 +26,7 @@ from uipe_core.models.skeleton import meta_model
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model, tiny_model_inputs, tiny_skeleton
 from uipe_core.storage.content_store import ContentStore, content_key
 from uipe_core.storage.files import cache_folder, file_hash
-from uipe_core.unlearning.finetuning import FinetuneConfig, finetuned_inputs, finetuned_model
+from uipe_core.unlearning.finetuning import FinetuneConfig, finetuned_inputs, finetuned_model, stage_items
 from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.training import AdapterConfig
 
@@ -278,7 +279,7 @@ class FinetunedModels:
         Raises:
             UserError: The base model cannot be found, or the corpus has nothing to learn.
         """
-        if not corpus.build.get("full"):
+        if not corpus.forget_train or not corpus.retain_train:
             raise UserError("model.kind: finetuned needs a corpus with texts to learn; this one has none")
         store = ContentStore(Path(spec.cache.models or cache_folder("models")))
         location, identity, revision = _identified(section.base, section.revision, store)
@@ -305,7 +306,7 @@ class FinetunedModels:
         return {model.name: model.build.key for model in self.references() if model.build is not None}
 
     def _build(self, stage: str) -> Build:
-        key = content_key(finetuned_inputs(self.base, self.corpus.build[stage], self.config))
+        key = content_key(finetuned_inputs(self.base, stage_items(self.corpus, stage), self.config))
         return Build(key, stage, partial(finetuned_model, self.base, self.corpus, stage, self.config), self.config)
 
     def references(self) -> list[ReferenceModel]:

@@ -19,7 +19,7 @@ from search.evaluation.model_checks import (
 from search.evaluation.models import Models, PretrainedModels, TinyModels, checkpoint_folder, models_of
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL
-from search.spec.sections import TinyModel
+from search.spec.models import TinyModel
 from search.spec.study import BaseRunSpec, StudySpec
 from search.store.record import fingerprint
 from uipe_core.corpora.split import Split, split_corpus, take_items

@@ -34,8 +34,8 @@ from search.execution.ray_compat import (
     start_local,
 )
 from search.report.progress import Bars
+from search.spec.models import TinyModel
 from search.spec.runtime import Resources
-from search.spec.sections import TinyModel
 from search.spec.study import StudySpec
 from uipe_core.errors import UserError, first_line
 from uipe_core.storage.scratch import scratch_folder

@@ -17,7 +17,8 @@ from search.planning.plan import at_once, make_plan
 from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
 from search.planning.timing import measured_rates, past_rates
 from search.spec.corpora import MULTIPLE_CHOICE, fetched_sources
-from search.spec.sections import FinetunedModel, PretrainedModel, TinyModel, is_local
+from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
+from search.spec.sections import is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.adapters import is_adapter

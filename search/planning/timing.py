@@ -26,7 +26,7 @@ from uipe_core.models.loading import ModelSource, set_threads
 from uipe_core.models.tiny import TinyModelConfig, tiny_model
 from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.scratch import scratch_folder
-from uipe_core.unlearning.finetuning import finetune
+from uipe_core.unlearning.finetuning import finetune, stage_items
 from uipe_core.unlearning.training import train_base_run
 
 TIMED_STEPS = 4
@@ -91,11 +91,12 @@ def _begun(config: TinyModelConfig, corpus: Corpus, stage: str, store: ContentSt
 
 def _seconds_to_build(build: Build, preparation: PreparedStudy, store: ContentStore) -> float:
     clock, config, corpus = _Clock(), build.config, preparation.corpus
-    items = corpus.build[build.stage]
     if isinstance(config, TinyModelConfig):
+        items = corpus.build[build.stage]
         _begun(config, corpus, build.stage, store, clock)
         settings: Any = config.base if build.stage == "base" and config.base is not None else config.finetune
     else:
+        items = stage_items(corpus, build.stage)
         few, settings = items[: config.batch_size * (TIMED_STEPS + 1)], config
         finetune(preparation.models.source(INITIAL).load(dtype="auto"), few, replace(config, epochs=1), progress=clock)
     return clock.step * settings.epochs * -(-len(items) // settings.batch_size)

@@ -12,7 +12,7 @@ from search.problem.pareto import DEFAULT_FLOOR, RULES
 from search.report.style import counted
 from search.results.study_result import StudyResult
 from search.results.uncertainty import smallest_groups
-from search.spec.sections import FinetunedModel, PretrainedModel
+from search.spec.models import FinetunedModel, PretrainedModel
 from search.spec.study import StudySpec
 from search.store.record import StudyRecord
 from uipe_core.errors import UserError

@@ -14,7 +14,7 @@ from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import TASKS, Report, task_of
 from search.problem.trial import INITIAL, RETAIN
 from search.results.recipe import RECIPE_FILE, Recipe, read_recipe
-from search.spec.sections import PretrainedModel
+from search.spec.models import PretrainedModel
 from search.spec.study import BaseRunSpec, StudySpec
 from uipe_core.corpora.split import take_items
 from uipe_core.corpora.types import Corpus

@@ -3,13 +3,14 @@
 bounds: limits of the numbers of a study
 corpora: one class per kind of corpus section
 data_sources (private): data sets of the hub, folders and files
-errors: `StudyFileError`, and messages with key, value and remedy
+errors: `StudyFileError`, messages with key, value and remedy; URLs without their passwords
+models: one class per kind of model section
+paths (private): paths of a study made absolute
 plugins: load extensions of other packages
-redaction: URLs without their passwords
 runtime: sections that may change from run to run: resources, budget, cache
-sections: the other sections: model, unlearning, scoring, search
+sections: the other sections: unlearning, scoring, search
 study: `StudySpec`, `load_study`, `parse_study`
-study_file: YAML with line numbers, paths made absolute
+study_file: YAML with line numbers, settings of a command line
 """
 
-__all__ = ["corpora", "errors", "plugins", "redaction", "runtime", "sections", "study", "study_file"]
+__all__ = ["corpora", "errors", "models", "plugins", "runtime", "sections", "study", "study_file"]

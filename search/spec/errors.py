@@ -1,16 +1,17 @@
-"""Explain what is wrong with a study: key, value found, what is allowed, remedy."""
+"""Explain what is wrong with a study: key, value found, what is allowed, remedy; without the secrets in its URLs."""
 
+import re
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, get_args
+from urllib.parse import unquote, unquote_plus
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from search.spec.redaction import without_password
 from uipe_core.errors import UserError, closest
 
 KeyPath = tuple[str | int, ...]
@@ -286,3 +287,28 @@ def _known_instead(parts: KeyPath, root: type[BaseModel], data: object) -> str:
     close = closest(name, elsewhere)
     hint = f"Did you mean {elsewhere[close]}? " if close else ""
     return f"{hint}Allowed here: {', '.join(allowed)}."
+
+
+HIDDEN = "***"
+"""Stands for a password."""
+
+_USER_SECRET = re.compile(r"(:/{1,2}[^:/@\s]*):(\S*)@")
+"""One slash is what a path makes of two."""
+_QUERY_SECRET = re.compile(r"([?&][^=&#\s]*(?:password|secret|token|key|sig|credential)[^=&#\s]*=)([^&#\s]*)", re.IGNORECASE)
+
+
+def without_password(url: str) -> str:
+    """Hide passwords, keys and tokens in a URL of a database or an object store.
+
+    Hides too much rather than too little where an ``@`` or a ``:`` stands unquoted.
+    """
+    hidden = _USER_SECRET.sub(rf"\1:{HIDDEN}@", url)
+    return _QUERY_SECRET.sub(rf"\1{HIDDEN}", hidden)
+
+
+def without_secrets_of(text: str, url: str) -> str:
+    """Hide the secrets of a URL in a text such as an error, encoded as in the URL or plain."""
+    secrets = [found[2] for pattern in (_USER_SECRET, _QUERY_SECRET) for found in pattern.finditer(url)]
+    for form in {change(secret) for secret in secrets if secret for change in (str, unquote, unquote_plus)}:
+        text = text.replace(form, HIDDEN)
+    return without_password(text)

@@ -5,8 +5,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from search.spec.errors import rule
-from search.spec.redaction import without_password
+from search.spec.errors import rule, without_password
 from search.spec.sections import Count, Name, Positive, Section
 from uipe_core.storage.remote_folder import SCHEMES
 

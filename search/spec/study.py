@@ -16,23 +16,12 @@ from search.problem.space import Point, distributions, given_points, grid_points
 from search.samplers.registry import SAMPLERS
 from search.spec.corpora import CORPORA, FREE_TEXT, MULTIPLE_CHOICE, CorpusSection, path_sites
 from search.spec.errors import KeyPath, Problem, StudyFileError, explain, forget_keys, key_text, rule
+from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
+from search.spec.paths import PACKAGE, absolute_paths
 from search.spec.plugins import load_plugins
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
-from search.spec.sections import (
-    ByKind,
-    FinetunedModel,
-    Hypervolume,
-    Objectives,
-    PretrainedModel,
-    Scoring,
-    Search,
-    Section,
-    Split,
-    TinyModel,
-    Unlearning,
-    is_local,
-)
-from search.spec.study_file import LineNumbers, absolute_paths, read_study_file
+from search.spec.sections import ByKind, Hypervolume, Objectives, Scoring, Search, Section, Split, Unlearning, is_local
+from search.spec.study_file import LineNumbers, read_study_file
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import CHOICE_DEFINITION
 from uipe_core.unlearning.methods import METHODS
@@ -40,7 +29,8 @@ from uipe_core.unlearning.methods import METHODS
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-_OVERRIDES: dict[str, KeyPath] = {"seed": ("seed",), "trials": ("search", "trials")}
+_OVERRIDES = {"trials": "search.trials"}
+"""Options of the command line that are named otherwise than the key they stand for."""
 
 MOST_HINTS = 100
 """Errors of a study with a guess at what was meant: with more of them it is another program's file."""
@@ -224,7 +214,8 @@ class StudySpec(Section):
                 if role != "third":  # a third one is refused by the corpus
                     refuse(role, "a multiple-choice corpus has objectives of its own", "Remove it.")
             elif missing:
-                remedy = f"Choose another objective (uipe objectives), or give corpus.{missing[0]} where the corpus takes it."
+                give = f"Give corpus.{missing[0]}, or choose" if hasattr(self.corpus, missing[0]) else "Choose"
+                remedy = f"{give} another objective (uipe objectives)."
                 refuse(role, f"the corpus has no {' and no '.join(missing)} items, which it is made of", remedy)
             elif objective.needs_retain_model and not self.has_retain_model:
                 remedy = "Give model.retain, a model or its log, or an objective that needs none (uipe objectives)."
@@ -311,7 +302,8 @@ def load_study(path: Path | str, overrides: Mapping[str, object] | None = None) 
 
     Args:
         path: The YAML file; relative paths in it are relative to its folder.
-        overrides: ``seed`` and ``trials`` given on the command line; None leaves the file's value.
+        overrides: Values given on the command line, by key: ``search.trials``, or ``trials`` for short; None leaves the
+            file's value.
 
     Raises:
         StudyFileError: With everything that is wrong.
@@ -321,13 +313,30 @@ def load_study(path: Path | str, overrides: Mapping[str, object] | None = None) 
     return _build(data, path.resolve().parent, str(path), lines, overrides or {})
 
 
+def travelling_content(data: Mapping[str, object], folder: Path) -> dict[str, Any]:
+    """Return what a study file contains with absolute paths; files of installed packages keep their names.
+
+    Args:
+        data: What the file contains.
+        folder: What relative paths are relative to.
+    """
+    content, _ = absolute_paths(data, folder)
+    given, model = data.get("model"), content.get("model")
+    if isinstance(given, Mapping) and isinstance(model, dict):
+        # Another machine has the package elsewhere.
+        model |= {key: value for key, value in given.items() if isinstance(value, str) and value.startswith(PACKAGE)}
+    return content
+
+
 def _build(
     data: Mapping[str, object], folder: Path, source: str, lines: LineNumbers, overrides: Mapping[str, object]
 ) -> StudySpec:
     load_plugins()
     if not isinstance(data, Mapping):
         raise StudyFileError([Problem("", "a study is a mapping of keys to values. Give a dict.")], source)
-    given = {_OVERRIDES[name]: value for name, value in overrides.items() if value is not None}
+    given: dict[KeyPath, object] = {
+        tuple(_OVERRIDES.get(name, name).split(".")): value for name, value in overrides.items() if value is not None
+    }
     study, found = absolute_paths(_with(data, given), folder)
     try:
         spec = StudySpec.model_validate(study)
@@ -346,12 +355,16 @@ def _build(
 def _with(data: Mapping[str, object], given: Mapping[KeyPath, object]) -> dict[str, object]:
     result = dict(data)
     for path, value in given.items():
-        if len(path) == 1:
-            result[str(path[0])] = value
-            continue
-        section = result.get(str(path[0]), {})
-        if isinstance(section, Mapping):
-            result[str(path[0])] = {**section, path[1]: value}
+        holder = result
+        for part in path[:-1]:
+            inner = holder.get(str(part))
+            # What is no section is told by the checks, with its own key.
+            if inner is not None and not isinstance(inner, Mapping):
+                break
+            holder[str(part)] = section = dict(inner or {})
+            holder = section
+        else:
+            holder[str(path[-1])] = value
     return result
 
 

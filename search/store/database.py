@@ -17,7 +17,7 @@ from sqlalchemy import URL, Connection, Engine, NullPool, create_engine, event, 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
-from search.spec.redaction import without_password, without_secrets_of
+from search.spec.errors import without_password, without_secrets_of
 from search.store.sqlite_reading import BUSY_SECONDS, PATIENCE_SECONDS
 from uipe_core.errors import UserError, first_line
 from uipe_core.storage.files import is_free

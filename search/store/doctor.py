@@ -7,7 +7,7 @@ from pathlib import Path
 
 from optuna.trial import TrialState
 
-from search.spec.redaction import without_password
+from search.spec.errors import without_password
 from search.store import checks as findings
 from search.store.checks import ADVICE, FIXED, OK, PROBLEM, Finding, Repairable
 from search.store.folder import LOCK, is_running

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from search.spec.redaction import without_password
+from search.spec.errors import without_password
 from uipe_core.errors import UserError, without_colours
 from uipe_core.storage.files import is_free, write_atomic
 

@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from tenacity import RetryError, Retrying, retry_if_result, stop_after_attempt, wait_incrementing
 
-from search.spec.redaction import without_password
+from search.spec.errors import without_password
 from uipe_core.errors import UserError
 from uipe_core.storage.files import cache_folder, file_hash, parse_json, read_json, write_atomic
 from uipe_core.storage.remote_folder import RemoteFolder

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from search.spec.redaction import HIDDEN, without_password
+from search.spec.errors import HIDDEN, without_password
 from search.spec.study import RUNNING_KEYS, StudySpec
 from uipe_core.errors import UserError, first_line
 from uipe_core.storage.files import read_json, write_atomic

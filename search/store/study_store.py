@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 from search.problem.objectives import Objective, forget_quality_cap, reference_point
 from search.problem.space import own_epoch, sampled_epoch
 from search.problem.trial import TrialSpec, identity
-from search.spec.redaction import without_password
+from search.spec.errors import without_password
 from search.spec.study import StudySpec
 from search.store import optuna_compat
 from search.store.ask_tell import InMemoryStudy

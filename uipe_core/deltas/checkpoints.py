@@ -28,9 +28,8 @@ from uipe_core.deltas.files import save_streamed, save_update
 from uipe_core.deltas.store import BaseRun, DeltaStore, join_runs
 from uipe_core.errors import UserError
 from uipe_core.models.loading import Progress
-from uipe_core.models.skeleton import InitialModel, dense_weights
+from uipe_core.models.skeleton import InitialModel, Weight, dense_weights
 from uipe_core.models.transformers_compat import loaded_dtypes
-from uipe_core.models.weights import Weight
 from uipe_core.storage.files import file_hash
 from uipe_core.storage.safetensors_files import PART, ShardReader, weight_files
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from uipe_core.deltas.files import RESIDENT
 from uipe_core.deltas.update_vectors import snapshot
 from uipe_core.errors import UserError
-from uipe_core.models.weights import find_weights
+from uipe_core.models.skeleton import find_weights
 from uipe_core.storage.safetensors_files import LazyTensors, ShardReader, parts, read_headers, weight_files
 
 

@@ -1,14 +1,14 @@
 """Load and prompt causal language models.
 
+gguf: GGUF files as model folders
 likelihood: log-likelihoods of answers from logits
 loading: models by name or folder, their identity
 memory: out-of-memory errors of all devices
 prompts: questions and answers as tokens
-skeleton: names and shapes of a model without its weights
+skeleton: a model without its weights: names, shapes, and where a folder stores them
 tiny: small Llamas built and trained here
 transformers_compat: internals of transformers, accelerate and peft
-weights: where a folder stores a model's parameters
 configurations (private): whether two configurations compute alike
 """
 
-__all__ = ["likelihood", "loading", "memory", "prompts", "skeleton", "tiny", "transformers_compat", "weights"]
+__all__ = ["gguf", "likelihood", "loading", "memory", "prompts", "skeleton", "tiny", "transformers_compat"]

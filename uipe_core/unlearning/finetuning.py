@@ -25,7 +25,12 @@ SCHEMA = 1
 """Raised with every change here that alters the weights."""
 
 STAGES = ("full", "retain")
-"""What a model is fine-tuned on: everything, or everything but the forget set (keys of `Corpus.build`)."""
+"""What a model is fine-tuned on: everything, or everything but the forget set."""
+
+
+def stage_items(corpus: Corpus, stage: str) -> ItemSet:
+    """Return the items of a stage (`STAGES`): a pretrained model knows the rest of a corpus already."""
+    return corpus.retain_train if stage == "retain" else (*corpus.forget_train, *corpus.retain_train)
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def finetuned_model(
     Raises:
         UserError: The base model cannot be loaded, or the training diverges.
     """
-    items = corpus.build[stage]
+    items = stage_items(corpus, stage)
 
     def make(folder: Path) -> None:
         loaded = base.load(dtype="auto")

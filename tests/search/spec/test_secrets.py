@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from search.problem.space import Point
-from search.spec.redaction import without_password, without_secrets_of
+from search.spec.errors import without_password, without_secrets_of
 from search.store.study_store import StudyStore
 
 SECRET = "hunter2-9f3c"

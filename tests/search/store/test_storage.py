@@ -22,7 +22,7 @@ from sqlalchemy.exc import OperationalError
 import search
 from search.problem.space import Point
 from search.results.study_result import StudyResult
-from search.spec.redaction import without_password, without_secrets_of
+from search.spec.errors import without_password, without_secrets_of
 from search.store import database as storage
 from search.store.database import STORAGE_ERRORS, open_storage
 from search.store.study_store import StudyStore

@@ -10,7 +10,7 @@ from optuna.trial import TrialState
 
 from search.problem.space import Point
 from search.problem.trial import TrialSpec
-from search.spec.redaction import without_password
+from search.spec.errors import without_password
 from search.spec.study import parse_study
 from search.store.record import read_record
 from search.store.study_store import StudyStore
