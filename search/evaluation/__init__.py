@@ -1,6 +1,7 @@
 """Prepare and score trials. Knows no Ray; everything here runs on the driver or on a worker.
 
 controls: what trials are compared with, one entry each
+data_notes (private): counts, lengths, repetitions and stand-ins of a user's own data
 evaluator: score one trial on a resident model
 inputs: check local inputs and items, load warm-start points
 metrics: the numbers of a trial, and metrics that are added

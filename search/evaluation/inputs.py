@@ -4,10 +4,11 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from search.evaluation.data_notes import data_notes
 from search.evaluation.model_checks import LATER, check_models
 from search.problem.pareto import non_dominated
 from search.problem.space import Point
-from search.spec.corpora import fetched_sources
+from search.spec.corpora import QuestionsCorpus, fetched_sources
 from search.spec.models import TinyModel
 from search.spec.study import StudySpec
 from uipe_core.corpora.split import split_corpus
@@ -16,6 +17,7 @@ from uipe_core.errors import UserError
 from uipe_core.metrics.answers import has_latin_word
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.uncertainty import detectable_shift
+from uipe_core.unlearning.methods import METHODS
 
 
 def require_trust(spec: StudySpec, granted: bool) -> None:
@@ -48,7 +50,10 @@ def check_inputs(spec: StudySpec) -> list[str]:
     if not notes:
         corpus = spec.corpus.load(spec.seed)
         notes += check_items(spec, corpus)
-    return [*notes, *check_models(spec, corpus), *earlier_fronts(spec).notes]
+    notes += check_models(spec, corpus)
+    if corpus is not None and isinstance(spec.corpus, QuestionsCorpus):
+        notes += data_notes(spec, corpus)
+    return [*notes, *earlier_fronts(spec).notes]
 
 
 MANY_ITEMS = 100
@@ -59,9 +64,15 @@ def check_items(spec: StudySpec, corpus: Corpus) -> list[str]:
     """Check what a study that begins asks of its items; one that has begun is read, resumed and exported as it is.
 
     Raises:
-        UserError: As `check_split` and `check_words`.
+        UserError: As `check_split` and `check_words`, or a method that answers questions is to unlearn texts.
     """
     check_words(corpus, spec.definition)
+    refusing = [run.label for run in spec.variants() if "refusal_logp" in METHODS[run.method].needs]
+    if refusing and any(item.plain for item in corpus.forget_train):
+        raise UserError(
+            f"unlearning.methods: {refusing[0]} answers questions, and corpus.forget has texts; remove the method, or give "
+            "questions with answers"
+        )
     return check_split(spec, corpus)
 
 
@@ -95,19 +106,25 @@ def check_words(corpus: Corpus, definition: str) -> None:
     """Refuse answers in which ROUGE sees no word: their recall is 0, and with it model utility, whatever a model answers.
 
     Raises:
-        UserError: An evaluation set with such answers, where the definition counts runs of a-z and 0-9 alone.
+        UserError: An evaluation set with such answers: most definitions count runs of a-z and 0-9 alone.
     """
-    if not corpus.sets or definition_named(definition).unicode_rouge:
+    if not corpus.sets:
         return  # multiple choice has letters, not words
+    counted, has_word, remedy = "letter a-z", has_latin_word, "set scoring.definition (--definition) to tofu-unicode"
+    if definition_named(definition).unicode_rouge:
+        counted, has_word, remedy = "letter", _has_word, "give answers with words, or leave these items out"
     for name in (name for name in ("forget", *KEPT_SETS) if name in corpus.sets):
         items = corpus.sets[name]
-        without = [item.answer for item in items if not has_latin_word(item.answer)]
+        without = [item.answer for item in items if not has_word(item.answer)]
         if without:
             raise UserError(
-                f"corpus: {len(without)} of {len(items)} {name} answers ({without[0]!r}) have no letter a-z and no digit, all "
-                f"that ROUGE of the definition {definition} counts, so their recall is 0 for every model; set "
-                "scoring.definition (--definition) to tofu-unicode"
+                f"corpus: {len(without)} of {len(items)} {name} answers ({without[0]!r}) have no {counted} and no digit, all "
+                f"that ROUGE of the definition {definition} counts, so their recall is 0 for every model; {remedy}"
             )
+
+
+def _has_word(text: str) -> bool:
+    return any(map(str.isalnum, text))
 
 
 def power_of_forget_quality(items: int) -> str:

@@ -106,4 +106,4 @@ def test_what_else_does_not_fit_the_data(study, tmp_path):
     parse_study(study({"model": {**tiny, "base": None}}), tmp_path)
     third = {"search": {"third_objective": "related_log10_forget_quality"}}
     assert "Give corpus.related" in problems(study(third), tmp_path)["search.third_objective"]
-    parse_study(study(third, related="forget.jsonl"), tmp_path)
+    parse_study(study({"objectives": {"third": "related_extraction_strength"}}, related="forget.jsonl"), tmp_path)
