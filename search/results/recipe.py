@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from search.evaluation.task import TASKS
 from search.spec.study import RUNNING_KEYS, StudySpec
 from search.store.record import StudyRecord
@@ -26,7 +28,8 @@ class Recipe:
         spec: The study.
         fingerprint: Its fingerprint, by which a changed corpus or model is found out.
         trial, base, epoch, alpha: Which point.
-        expected: The trial's numbers: model_utility, log10_forget_quality, forget_quality, ks_statistic, definition.
+        expected: The trial's numbers: model_utility, log10_forget_quality, forget_quality, ks_statistic, definition; its
+            batch_size where that is not what the study asks for; losses: probabilities and truth ratios of the sets, by name.
         provenance: Models, corpus, delta key and versions, for people to read.
     """
 
@@ -115,6 +118,11 @@ def recipe_of(record: StudyRecord, spec: StudySpec, row: Mapping[Any, Any]) -> R
         ["definition", *(objective.name for objective in objectives), *p_values, *TASKS[spec.corpus.task].checked]
     )
     expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}
+    if not pd.isna(size := row.get("batch_size")):
+        expected["batch_size"] = int(size)
+    means = {name: value for name, value in row.items() if str(name).startswith(("Prob ", "Truth Ratio "))}
+    if means:
+        expected["losses"] = {name: float(value) for name, value in means.items() if not pd.isna(value)}
     run = record.base_runs.get(row["base"])  # none where the folder was lost, and its trials came with their database
     delta = None if run is None else run.delta
     provenance = {"models": record.models, "versions": record.versions, "corpus": record.corpus.name, "delta": delta}

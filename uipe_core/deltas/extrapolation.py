@@ -65,8 +65,8 @@ class Extrapolator:
     """Move one model along update vectors, always from its pristine weights.
 
     Dense updates are written into the weights. GPUs with room keep theta_init and the last update, so that another alpha copies
-    nothing; elsewhere both are streamed. Low-rank updates are loaded as a PEFT adapter, never merged: 1 + alpha is multiplied into
-    the B factors in fp32, and factors are rounded to the dtype of the weights, as transformers loads a saved adapter.
+    nothing; elsewhere both are streamed. Low-rank updates are loaded as a PEFT adapter, never merged: 1 + alpha is multiplied
+    into the B factors in fp32, and factors are rounded to the dtype of the weights, as transformers loads a saved adapter.
 
     Args:
         model: A transformers model holding theta_init; changed in place (and wrapped for low-rank updates).

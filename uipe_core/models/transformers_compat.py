@@ -272,7 +272,7 @@ def wrap_adapter(model: Any, adapter: Mapping[str, Any], *, rounded: bool = Fals
     Args:
         model: A transformers model.
         adapter: Arguments of PEFT's LoraConfig.
-        rounded: Hold the factors in the dtype of the weights, as transformers loads a saved adapter; else in fp32, to be trained.
+        rounded: Hold the factors in the dtype of the weights, as transformers loads a saved adapter; else in fp32, to train.
     """
     from peft import LoraConfig, get_peft_model
 
