@@ -22,7 +22,7 @@ from uipe_core.deltas.checkpoints import import_checkpoints
 from uipe_core.deltas.extrapolation import merge
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
-from uipe_core.models.loading import LoadedModel, ModelSource
+from uipe_core.models.loading import LoadedModel, ModelSource, set_threads
 from uipe_core.models.skeleton import open_initial
 from uipe_core.unlearning.training import train_base_run
 
@@ -73,6 +73,7 @@ def export(
     low_rank = _is_low_rank(recipe)
     if exporter.low_rank_only and not low_rank:
         raise UserError(f"--as {form}: {recipe.base} changed all weights, so there is no adapter; use --as model or recipe")
+    set_threads(recipe.spec.resources.trial.threads)
     temporary = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
         temporary.mkdir(parents=True)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from search.evaluation.evaluator import Evaluator, StudyContext
 from search.evaluation.prepared import prepare
@@ -160,6 +161,19 @@ def test_an_export_that_is_not_checked_says_so(trial, tmp_path, monkeypatch):
     card = (trial.export(tmp_path / "adapter", "adapter", verify="none", watch=heard) / "README.md").read_text()
     assert "was not checked" in card and f"| model_utility | {trial.recipe.expected['model_utility']:.6g} |" in card
     assert heard.bars == {}
+
+
+def test_an_export_takes_the_threads_of_a_trial(trial, tmp_path):
+    before, threads = torch.get_num_threads(), []
+    resources = trial.recipe.spec.resources
+    chosen = resources.model_copy(update={"trial": resources.trial.model_copy(update={"threads": 3})})
+    recipe = replace(trial.recipe, spec=trial.recipe.spec.model_copy(update={"resources": chosen}))
+    try:
+        export(recipe, tmp_path / "out", "adapter", trial.reference, verify="none")
+        threads.append(torch.get_num_threads())
+    finally:
+        torch.set_num_threads(before)
+    assert threads == [3]
 
 
 def test_an_unknown_check_is_refused(trial, tmp_path):
