@@ -9,6 +9,10 @@ _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]"
 """Control characters but tab and line feed, and those that turn the direction of what follows."""
 
 
+LONGEST_REASON = 500
+"""Characters of a reason that goes over several lines."""
+
+
 class UserError(ValueError):
     """Bad input: the message names key, value and remedy. The command line exits with 2, without traceback."""
 
@@ -35,8 +39,16 @@ def printable(text: str) -> str:
 
 
 def first_line(error: object) -> str:
-    """Return the first line of an error's message, or its type where the message is empty."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """Return the first line of an error's message, or its type where the message is empty.
+
+    A line that ends in a colon announces the next ones, which are taken with it: one line of at most `LONGEST_REASON`
+    characters.
+    """
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    if not first.rstrip().endswith(":"):
+        return first
+    whole = " ".join(line.strip() for line in (first, *rest) if line.strip())
+    return whole if len(whole) <= LONGEST_REASON else f"{whole[: LONGEST_REASON - 4].rstrip()} ..."
 
 
 def closest(name: str, known: Iterable[str]) -> str | None:

@@ -17,10 +17,12 @@ import typer
 from search.cli.cluster import register as register_clusters
 from search.cli.models import register as register_models
 from search.cli.tables import (
+    CHECKED,
     Address,
     Json,
     Settings,
     Trust,
+    Verify,
     echo,
     print_claims,
     print_confirmations,
@@ -184,9 +186,11 @@ def export(
     rule: Rule = None,
     floor: Floor = 0.95,
     allow_collapsed: AllowCollapsed = False,
+    verify: Verify = "loss",
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a trial as a recipe, an adapter or a full model; load it again and check its numbers."""
+    from search.report.progress import Bars
     from search.results.study_result import StudyResult
 
     if (trial is None) == (rule is None):
@@ -197,8 +201,9 @@ def export(
         row = result.trial(trial)
     else:
         row = result.select(str(rule), floor, allow_collapsed=allow_collapsed)
-    path = result.export(row, to, form, trust_remote_code)
-    checked = "" if form == "recipe" else "; loaded again, its numbers are the trial's"
+    with Bars() as bars:
+        path = result.export(row, to, form, trust_remote_code, verify, bars)
+    checked = "" if form == "recipe" else f"; {CHECKED[verify]}"
     echo(f"trial {row['trial']} ({row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}) as {form}: {path}{checked}")
 
 
@@ -207,14 +212,18 @@ def rebuild(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="recipe.yaml of an export.")],
     to: Annotated[Path, typer.Option(help="Folder to write; must not exist yet.")],
     form: Annotated[str, typer.Option("--as", help="adapter or model.")] = "model",
+    verify: Verify = "loss",
     trust_remote_code: Trust = False,
 ) -> None:
     """Rebuild an exported model from its recipe, training what the caches lack, and check its numbers."""
+    from search.report.progress import Bars
     from search.results.export import export as export_recipe
     from search.results.recipe import read_recipe
 
     quieten()
-    echo(f"rebuilt and checked: {export_recipe(read_recipe(recipe), to, form, trust_remote_code=trust_remote_code)}")
+    with Bars() as bars:
+        path = export_recipe(read_recipe(recipe), to, form, trust_remote_code=trust_remote_code, verify=verify, watch=bars)
+    echo(f"rebuilt {'and checked' if verify != 'none' else 'without a check'}: {path}")
 
 
 @app.command(epilog="Example: uipe confirm runs/quickstart --top 3 --seeds 2")

@@ -36,6 +36,20 @@ Trust = Annotated[
     ),
 ]
 
+Verify = Annotated[
+    str,
+    typer.Option(
+        help="How the written model is checked: loss reads the losses of the items, full generates its texts too, none checks "
+        "nothing and says so on the card."
+    ),
+]
+CHECKED = {
+    "loss": "loaded again, its losses were compared with the trial's",
+    "full": "loaded again, its numbers were compared with the trial's",
+    "none": "it was not checked",
+}
+"""What is said of an export, by the value of --verify."""
+
 SHOWN_REASONS = 8
 """How many reasons of failure a terminal shows."""
 

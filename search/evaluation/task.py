@@ -73,14 +73,12 @@ class Task(Protocol):
         reads_logits: Numbers depend on the scale of the logits: temperatures and matched scale are worth scoring.
         has_item_curves: Item scores follow smooth curves in alpha, which the sampler ``line`` models.
         resamples_groups: Intervals resample what an item is about (a person, an author); otherwise the items themselves.
-        checked: The numbers an export must reproduce: one of forgetting, one of utility.
     """
 
     reference_kinds: tuple[str, ...]
     reads_logits: bool
     has_item_curves: bool
     resamples_groups: bool
-    checked: tuple[str, str]
 
     def scorer(self, corpus: Corpus, prompts: "PromptFormat", config: "ScoringConfig") -> Any:
         """Make the scorer of a corpus."""
@@ -129,6 +127,9 @@ class Task(Protocol):
     ) -> FloatArray:
         """Compute the (d, m) objectives of a trial in each of d bootstrap draws; `weights` are (d, n) by evaluation set."""
 
+    def checked(self, objectives: Sequence[Objective]) -> tuple[str, ...]:
+        """Return the numbers that an export must reproduce: what the objectives are made of, without logarithms."""
+
     def card_rows(self, metrics: Any) -> dict[str, str]:
         """Return the rows of a model card: metric and value."""
 
@@ -140,7 +141,6 @@ class FreeText:
     reads_logits = True
     has_item_curves = True
     resamples_groups = True
-    checked: tuple[str, str] = ("ks_statistic", "model_utility")
 
     def scorer(self, corpus: Corpus, prompts: "PromptFormat", config: "ScoringConfig") -> "Scorer":
         from uipe_core.scoring.scorer import Scorer
@@ -274,6 +274,10 @@ class FreeText:
             columns.append(bootstrap_harmonic_mean(parts, share))
         return np.stack(columns, axis=1)
 
+    def checked(self, objectives: Sequence[Objective]) -> tuple[str, ...]:
+        tests = ("ks_statistic",) if any(each.quality_of == "forget" for each in objectives) else ()
+        return (*tests, *(each.name for each in objectives if each.components))
+
     def card_rows(self, metrics: "Metrics") -> dict[str, str]:
         quality = metrics.forget_quality
         compared = (
@@ -299,7 +303,6 @@ class MultipleChoice:
     reads_logits = False  # which letter is most likely does not depend on the scale of the logits
     has_item_curves = False
     resamples_groups = False  # questions on one topic are not draws of one thing, as those about one person are
-    checked: tuple[str, str] = ("forget_accuracy", "utility_accuracy")
 
     def scorer(self, corpus: Corpus, prompts: "PromptFormat", config: "ScoringConfig") -> "ChoiceScorer":
         from uipe_core.scoring.multiple_choice import ChoiceScorer
@@ -356,6 +359,9 @@ class MultipleChoice:
         accuracy = {name: mean(name, arrays[f"{name}/correct"]) for name in MULTIPLE_CHOICE_SETS}
         chance = mean("forget", 1.0 / arrays["forget/choices"])
         return np.stack([-np.maximum(0.0, accuracy["forget"] - chance), accuracy["utility"]], axis=1)
+
+    def checked(self, objectives: Sequence[Objective]) -> tuple[str, ...]:
+        return ("forget_accuracy", "utility_accuracy")
 
     def card_rows(self, metrics: "ChoiceMetrics") -> dict[str, str]:
         rows = {

@@ -1,12 +1,14 @@
 """Read a study's folder: tables, front, selection, intervals, export, status.
 
 constrained: search for the strongest forgetting at a utility floor
-export: forms of export, one entry each; loaded afresh and scored again
+export: forms of export, one entry each
 finalists: what was scored of front points afterwards
 recipe: everything needed to rebuild a trial's model, as a file
 status: how far a study is
 study_result: ``StudyResult``
 uncertainty: bootstrap intervals and the probability of being on the front
+verification: exports loaded afresh, scored, and compared with their trials
+card (private): the model card of an export
 """
 
-__all__ = ["constrained", "export", "recipe", "status", "study_result", "uncertainty"]
+__all__ = ["constrained", "export", "recipe", "status", "study_result", "uncertainty", "verification"]

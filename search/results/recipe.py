@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from search.evaluation.task import TASKS
 from search.spec.study import RUNNING_KEYS, StudySpec
 from search.store.record import StudyRecord
@@ -26,7 +28,8 @@ class Recipe:
         spec: The study.
         fingerprint: Its fingerprint, by which a changed corpus or model is found out.
         trial, base, epoch, alpha: Which point.
-        expected: The trial's numbers: model_utility, log10_forget_quality, forget_quality, ks_statistic, definition.
+        expected: The trial's numbers: model_utility, log10_forget_quality, forget_quality, ks_statistic, definition; its
+            batch_size where that is not what the study asks for; losses: probabilities and truth ratios of the sets, by name.
         provenance: Models, corpus, delta key and versions, for people to read.
     """
 
@@ -96,7 +99,10 @@ def _require_whole(recipe: Recipe) -> None:
         raise ValueError(f"point.base is {recipe.base!r}, its study has {', '.join(epochs)}")
     if not 1 <= recipe.epoch <= epochs[recipe.base]:
         raise ValueError(f"point.epoch is {recipe.epoch}, its study has 1 to {epochs[recipe.base]}")
-    numbers = [recipe.alpha, *(float(recipe.expected[name]) for name in TASKS[recipe.spec.corpus.task].checked)]
+    numbers = [
+        recipe.alpha,
+        *(float(recipe.expected[name]) for name in TASKS[recipe.spec.corpus.task].checked(recipe.spec.maximised)),
+    ]
     if not all(math.isfinite(number) for number in numbers):
         raise ValueError("alpha or an expected number is not finite")
 
@@ -112,9 +118,14 @@ def recipe_of(record: StudyRecord, spec: StudySpec, row: Mapping[Any, Any]) -> R
     objectives = spec.maximised
     p_values = [objective.p_value for objective in objectives if objective.p_value is not None]
     names = dict.fromkeys(
-        ["definition", *(objective.name for objective in objectives), *p_values, *TASKS[spec.corpus.task].checked]
+        ["definition", *(objective.name for objective in objectives), *p_values, *TASKS[spec.corpus.task].checked(objectives)]
     )
     expected = {name: row[name] if isinstance(row[name], str) else float(row[name]) for name in names}
+    if not pd.isna(size := row.get("batch_size")):
+        expected["batch_size"] = int(size)
+    means = {name: value for name, value in row.items() if str(name).startswith(("Prob ", "Truth Ratio "))}
+    if means:
+        expected["losses"] = {name: float(value) for name, value in means.items() if not pd.isna(value)}
     run = record.base_runs.get(row["base"])  # none where the folder was lost, and its trials came with their database
     delta = None if run is None else run.delta
     provenance = {"models": record.models, "versions": record.versions, "corpus": record.corpus.name, "delta": delta}

@@ -300,14 +300,23 @@ class StudyResult:
         """Where `search.report.html.write_report` writes the page."""
         return self.out / "report" / "report.html"
 
-    def export(self, row: pd.Series, to: Path | str, form: str, trust_remote_code: bool = False) -> Path:
+    def export(
+        self,
+        row: pd.Series,
+        to: Path | str,
+        form: str,
+        trust_remote_code: bool = False,
+        verify: str = "loss",
+        watch: Any = None,
+    ) -> Path:
         """Export a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see
         `search.results.export`."""
         from search.results.export import export  # only exporting needs torch, which takes a second to import
 
         log = self.out / "logs" / "retain.json"
         recipe = recipe_of(self.store.record, self.spec, row.to_dict())
-        return export(recipe, Path(to), form, read_log(log) if log.is_file() else None, trust_remote_code)
+        reference, items = read_log(log) if log.is_file() else None, self.store.items(int(row["trial"]))
+        return export(recipe, Path(to), form, reference, trust_remote_code, verify=verify, items=items, watch=watch)
 
 
 def _plain(value: Any) -> Any:

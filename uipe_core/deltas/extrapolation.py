@@ -13,11 +13,14 @@ from torch import Tensor
 
 from uipe_core.deltas.device_copies import HostToDeviceCopier
 from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector, snapshot
-from uipe_core.models.transformers_compat import adapter_state, scale_adapter, wrap_adapter
+from uipe_core.models.transformers_compat import LORA_B, adapter_state, merge_adapter, wrap_adapter
 from uipe_core.storage.safetensors_files import parts, shapes_of
 
 PIECE = 1 << 16
 """Elements widened at once on the CPU: 256 KiB in fp32."""
+
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+"""Integers by the bytes of a float."""
 
 
 @torch.no_grad()
@@ -62,7 +65,8 @@ class Extrapolator:
     """Move one model along update vectors, always from its pristine weights.
 
     Dense updates are written into the weights. GPUs with room keep theta_init and the last update, so that another alpha copies
-    nothing; elsewhere both are streamed. Low-rank updates are loaded as a PEFT adapter whose scale is set, never merged.
+    nothing; elsewhere both are streamed. Low-rank updates are loaded as a PEFT adapter, never merged: 1 + alpha is multiplied
+    into the B factors in fp32, and factors are rounded to the dtype of the weights, as transformers loads a saved adapter.
 
     Args:
         model: A transformers model holding theta_init; changed in place (and wrapped for low-rank updates).
@@ -115,9 +119,8 @@ class Extrapolator:
 
     def reset(self) -> Any:
         """Set the model back to theta_init and return it."""
-        if self._adapter is not None:
-            scale_adapter(self.model, 0.0)
-        elif self._moved:
+        self._unwrap()
+        if self._moved:
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters():
                     for target, start in zip(parts(parameter), parts(self._initial[name]), strict=True):
@@ -129,16 +132,14 @@ class Extrapolator:
         from peft import set_peft_model_state_dict
 
         if self._adapter is None or self._adapter != update.adapter:
-            self._unwrap()
             self.reset()
-            self.model = wrap_adapter(self.model, update.adapter or {})
+            self.model = wrap_adapter(self.model, update.adapter or {}, rounded=True)
             self.model.eval()
             self._adapter = update.adapter
         if self._loaded is not update:
             _check_fit(update.shapes, shapes_of(adapter_state(self.model)))
-            set_peft_model_state_dict(self.model, dict(update.tensors))
             self._loaded = update
-        scale_adapter(self.model, 1.0 + alpha)
+        set_peft_model_state_dict(self.model, scaled_factors(update, alpha))
         return self.model
 
     def _unwrap(self) -> None:
@@ -146,6 +147,36 @@ class Extrapolator:
         if self._adapter is not None:
             self.model = self.model.unload()
             self._adapter, self._loaded = None, None
+
+
+def scaled_factors(update: UpdateVector, alpha: float) -> dict[str, Tensor]:
+    """Return the factors of theta(alpha) in fp32: 1 + alpha is multiplied into B; at alpha = 0 they are the update's own."""
+    return {name: tensor * (1.0 + alpha) if name.endswith(LORA_B) else tensor for name, tensor in update.tensors.items()}
+
+
+def merge(model: Any, seed: int | None = None) -> Any:
+    """Merge the adapter of a model at theta(alpha) and return the plain model.
+
+    Args:
+        model: As `Extrapolator.apply` returns it for a low-rank update; its weights are changed.
+        seed: Round each sum up or down at random, on average to the sum itself, and not to the nearest number. What differs
+            between two such models is rounding alone.
+    """
+    if seed is None:
+        return merge_adapter(model, lambda total, dtype: total.to(dtype))
+    generator = torch.Generator().manual_seed(seed)
+    return merge_adapter(model, lambda total, dtype: _round_at_random(total, dtype, generator))
+
+
+def _round_at_random(total: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    nearest = total.to(dtype)
+    missing = total - nearest
+    # Floats of one sign are ordered as their bits are: the next integer is the next number away from zero.
+    away = (missing.sign() * nearest.sign()).to(_INTEGERS[nearest.element_size()])
+    other = (nearest.view(away.dtype) + away).view(dtype)
+    gap = (other.double() - nearest).abs()
+    drawn = torch.rand(total.shape, dtype=torch.float64, generator=generator).to(total.device)
+    return torch.where(drawn * gap < missing.abs(), other, nearest)
 
 
 Shapes = Mapping[str, tuple[int, ...]]

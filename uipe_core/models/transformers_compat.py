@@ -266,11 +266,17 @@ def lora_defaults() -> dict[str, Any]:
     return {field.name: field.default for field in fields(LoraConfig)}
 
 
-def wrap_adapter(model: Any, adapter: Mapping[str, Any]) -> Any:
-    """Wrap a model with a LoRA adapter of the given configuration."""
+def wrap_adapter(model: Any, adapter: Mapping[str, Any], *, rounded: bool = False) -> Any:
+    """Wrap a model with a LoRA adapter of the given configuration.
+
+    Args:
+        model: A transformers model.
+        adapter: Arguments of PEFT's LoraConfig.
+        rounded: Hold the factors in the dtype of the weights, as transformers loads a saved adapter; else in fp32, to train.
+    """
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(**adapter))
+    return get_peft_model(model, LoraConfig(**adapter), autocast_adapter_dtype=not rounded)
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:
@@ -281,14 +287,40 @@ def adapter_state(model: Any) -> dict[str, Tensor]:
     return dict(get_peft_model_state_dict(model, save_embedding_layers=False))
 
 
-def scale_adapter(model: Any, factor: float) -> None:
-    """Multiply B A of every adapted module by `factor`, on top of PEFT's lora_alpha / r."""
+@contextmanager
+def _wide_factors(layer: Any) -> Iterator[None]:
+    """Hold the factors of a LoRA layer in double precision inside the block."""
+    factors = [parameter for kind in (layer.lora_A, layer.lora_B) for parameter in kind.parameters()]
+    before = [factor.data for factor in factors]
+    for factor in factors:
+        factor.data = factor.data.double()
+    try:
+        yield
+    finally:
+        for factor, data in zip(factors, before, strict=True):
+            factor.data = data
+
+
+def merge_adapter(model: Any, rounding: Callable[[Tensor, torch.dtype], Tensor]) -> Any:
+    """Add the adapter's products to the weights and return the plain model; each sum is computed in double precision.
+
+    PEFT's own merge rounds the product and then the sum.
+
+    Args:
+        model: A model from `wrap_adapter`.
+        rounding: Rounds a sum to the dtype of its weight.
+    """
+    import torch
     from peft.tuners.lora import LoraLayer
 
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name in module.lora_A:
-                module.set_scale(name, factor)
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, LoraLayer):
+                weight = layer.get_base_layer().weight
+                with _wide_factors(layer):
+                    total = layer.get_delta_weight("default").add_(weight)
+                weight.copy_(rounding(total, weight.dtype))
+    return model.unload()
 
 
 def forget_quantization(model: Any) -> None:

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from uipe_core.deltas.extrapolation import Extrapolator
+from uipe_core.deltas.extrapolation import Extrapolator, merge, scaled_factors
 from uipe_core.deltas.files import load_update, save_update
 from uipe_core.deltas.update_vectors import (
     DENSE,
@@ -21,7 +21,7 @@ from uipe_core.deltas.update_vectors import (
     snapshot,
     take_update,
 )
-from uipe_core.models.transformers_compat import adapter_state, wrap_adapter
+from uipe_core.models.transformers_compat import LORA_A, LORA_B, adapter_state, wrap_adapter
 
 ALPHAS = st.floats(-1, 5, allow_nan=False)
 SEEDS = st.integers(0, 2**31)
@@ -273,11 +273,41 @@ def test_dense_and_low_rank_updates_can_follow_each_other():
     assert_same(snapshot(walker.reset()), snapshot(llama()))
 
 
-def test_low_rank_on_a_bf16_model_keeps_its_factors_in_fp32():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("alpha", [-1.0, -0.3, 0.0, 0.7])
+def test_a_saved_adapter_has_the_numbers_of_the_walk_to_the_bit(tmp_path, dtype, alpha):
+    """transformers rounds factors to the dtype of the weights, so the walk does: its adapter is scored as it is loaded."""
     update = low_rank_update()
-    model = Extrapolator(llama().bfloat16()).apply(update, 0.0)
+    llama().to(dtype).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    before = logits(base)
+    model = Extrapolator(base).apply(update, alpha)
+    walked = logits(model)
     state = adapter_state(model)
-    assert all(torch.equal(state[name], tensor) for name, tensor in update.tensors.items())
+    assert {tensor.dtype for tensor in state.values()} == {dtype}
+    assert all(torch.equal(state[name], tensor.to(dtype)) for name, tensor in scaled_factors(update, alpha).items())
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=dtype).eval()
+    assert torch.equal(logits(again), walked)
+    assert torch.equal(walked, before) == (alpha == -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_merged_weight_is_the_sum_rounded_once_and_at_random_to_one_of_its_neighbours(dtype):
+    update, module = low_rank_update(), "model.layers.0.self_attn.q_proj"
+    start = llama().to(dtype).get_submodule(module).weight
+    name = f"base_model.model.{module}"
+    a, b = (scaled_factors(update, 0.5)[name + end].to(dtype).double() for end in (LORA_A, LORA_B))
+    total = start.double() + adapter_scale(update) * (b @ a)
+    merges = {
+        seed: merge(Extrapolator(llama().to(dtype)).apply(update, 0.5), seed).get_submodule(module).weight
+        for seed in (None, 1, 2)
+    }
+    assert torch.equal(merges[None], total.to(dtype))
+    assert not torch.equal(merges[1], merges[2])
+    gap = 2 * torch.finfo(dtype).eps * total.abs()
+    assert all(((weight.double() - total).abs() <= gap).all() for weight in merges.values())
+    assert torch.equal(merge(Extrapolator(llama().to(dtype)).apply(update, -1.0), 1).get_submodule(module).weight, start)
 
 
 def test_low_rank_norm_is_that_of_the_explicit_product():

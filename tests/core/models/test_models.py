@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
 
 from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError
@@ -314,3 +315,10 @@ def test_a_json_file_of_a_model_that_holds_no_object_is_named(tmp_path, name, co
     for check in (lambda: check_model_folder(str(tmp_path), None, None), lambda: load_model(str(tmp_path))):
         with pytest.raises(UserError, match=f"its {name} {said}.*; save the model again"):
             check()
+
+
+def test_the_whole_reason_why_a_tokenizer_cannot_be_loaded_is_given(tmp_path):
+    LlamaConfig(vocab_size=9, hidden_size=8, num_attention_heads=1, num_hidden_layers=1).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"backend tokenizer from one of: \(1\) .*sentencepiece or tiktoken.*\); fetch or save"):
+        check_model_folder(str(tmp_path), None, None)

@@ -153,16 +153,25 @@ def test_adapter_states_have_the_expected_names_and_no_embeddings(wrapped):
     assert compat.weight_name(module) in dict(llama().named_parameters())
 
 
-def test_an_adapters_scale_multiplies_alpha_over_rank():
-    model = compat.wrap_adapter(llama(), LORA).eval()
-    layer = model.get_base_model().model.layers[0].self_attn.q_proj
-    with torch.no_grad():
-        layer.lora_B["default"].weight.normal_()
-        x = torch.randn(1, 16)
-        for factor in (0.0, 1.0, 2.5):
-            compat.scale_adapter(model, factor)
-            product = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
-            torch.testing.assert_close(layer(x) - layer.base_layer(x), 3.0 * factor * (x @ product.T))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_are_in_fp32_to_be_trained_and_in_the_dtype_of_the_weights_else(dtype):
+    for rounded, expected in ((False, torch.float32), (True, dtype)):
+        state = compat.adapter_state(compat.wrap_adapter(llama().to(dtype), LORA, rounded=rounded))
+        assert {tensor.dtype for tensor in state.values()} == {expected}
+
+
+def test_merging_adds_the_product_of_the_factors_by_alpha_over_rank_for_linear_and_transposed_layers():
+    for plain, target in ((llama, "q_proj"), (gpt2, "c_attn")):
+        model = compat.wrap_adapter(plain(), {**LORA, "target_modules": [target]}).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_()
+        adapted = model(IDS).logits
+        merged = compat.merge_adapter(model, lambda total, dtype: total.to(dtype))
+        assert type(merged) is type(plain())
+        torch.testing.assert_close(merged(IDS).logits, adapted)
+        assert not torch.allclose(merged(IDS).logits, plain()(IDS).logits)
 
 
 def test_plain_starts_leave_the_base_weights_and_the_defaults_are_lora_configs():

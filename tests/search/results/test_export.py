@@ -88,6 +88,7 @@ def test_a_recipe_rebuilds_the_same_weights_from_nothing(exported, row, result, 
     code, output, error = call("rebuild", recipe, "--to", tmp_path / "rebuilt")
     assert code == 0, error
     assert "rebuilt and checked" in output
+    assert "scoring the export ..." in error and "scoring the held-out items: " in error and "ks_statistic: trial " in error
     again = weights(tmp_path / "rebuilt")
     assert again.keys() == weights(exported).keys()
     assert all(torch.equal(tensor, again[name]) for name, tensor in weights(exported).items())
@@ -157,7 +158,14 @@ print(json.dumps({"apart": max(float((a - b).abs().max()) for a, b in pairs), "m
     assert seen["apart"] < 1e-6 < 1e-3 < seen["moved"]
 
 
-def test_one_altered_weight_withdraws_the_export_and_says_by_how_much(recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("verify", "said"),
+    [
+        ("full", r"model_utility: trial 0\.\d+, export 0\.\d+, apart by \d"),
+        ("loss", r"item losses.*: apart by \d.*allowed 0\.0001"),
+    ],
+)
+def test_one_altered_weight_withdraws_the_export_and_says_by_how_much(result, row, recipe, tmp_path, monkeypatch, verify, said):
     model = exporting.EXPORTERS["model"]
 
     def sabotaged(*arguments):
@@ -170,7 +178,9 @@ def test_one_altered_weight_withdraws_the_export_and_says_by_how_much(recipe, tm
         save_file(tensors, path, metadata={"format": "pt"})
 
     monkeypatch.setitem(exporting.EXPORTERS, "model", replace(model, write=sabotaged))
-    with pytest.raises(ExportMismatchError, match=r"model_utility: trial 0\.\d+, export 0\.\d+, apart by \d"):
+    with pytest.raises(ExportMismatchError, match=said):
+        result.export(row, tmp_path / "out", "model", verify=verify)
+    with pytest.raises(ExportMismatchError, match=r"Prob Retain: trial 0\.\d+, export"):
         export(recipe, tmp_path / "out", "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -186,7 +196,7 @@ def test_a_mismatch_ends_the_command_with_1_and_no_traceback(result, row, call, 
     content = yaml.safe_load(path.read_text())
     content["expected"]["model_utility"] += 0.01
     path.write_text(yaml.safe_dump(content))
-    code, _, error = call("rebuild", path, "--to", tmp_path / "out")
+    code, _, error = call("rebuild", path, "--to", tmp_path / "out", "--verify", "full")
     assert code == 1
     assert "apart by 0.01" in error
     assert not (tmp_path / "out").exists()
