@@ -37,7 +37,8 @@ def data_notes(spec: StudySpec, corpus: Corpus) -> list[str]:
         parts += [_STANDS_IN[lacking] for lacking in corpus.stand_ins.get(name, ())]
         notes.append(f"corpus.{name}: {'; '.join(parts)}")
         twice = len(items) - len({(item.question, item.answer) for item in items})
-        if twice and name != "forget":  # `check_split` has these
+        # Where forget quality is maximised, `check_split` says it of forget.
+        if twice and (name != "forget" or spec.maximised[0].quality_of is None):
             notes.append(f"corpus.{name}: {twice} items stand there more than once; each counts")
         if prompts is not None:
             notes += _cut_short(spec, name, items, prompts)

@@ -61,7 +61,7 @@ def test_few_items_and_repeated_ones_are_noted(validate):
     code, notes, error = validate([*pairs(5), *pairs(1)], [*pairs(20)[10:], *pairs(12)[10:]])
     assert code == 0, error
     assert "corpus.forget: 6 items are too few for a test; give at least 20" in notes
-    assert "1 forget items stand there more than once" in notes
+    assert "corpus.forget: 1 items stand there more than once" in notes
     assert "corpus.retain: 2 items stand there more than once; each counts" in notes
 
 
