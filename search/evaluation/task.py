@@ -41,7 +41,7 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Comparison:
-    """What the scores of a trial are compared with.
+    """Hold what the scores of a trial are compared with.
 
     Attributes:
         references: Scores of the reference models on the same items.

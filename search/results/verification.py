@@ -229,11 +229,11 @@ class Verifier:
         return tests | self._composites(report)
 
     def _composites(self, report: Report) -> dict[str, float]:
-        """Return the objectives that losses tell."""
+        """Return the objectives that losses give."""
         assert isinstance(report, ScoreReport)
         definition, objectives = self._preparation.spec.definition, self._preparation.spec.maximised
-        told = [each for each in objectives if each.components and all(part.measure != ROUGE for part in each.components)]
-        return {each.name: composite(report, each.components, definition) for each in told}
+        known = [each for each in objectives if each.components and all(part.measure != ROUGE for part in each.components)]
+        return {each.name: composite(report, each.components, definition) for each in known}
 
     def _rows(self, report: Report, rows: Rows) -> Mapping[str, str]:
         """Return the rows of a model card: without texts, those that losses give."""

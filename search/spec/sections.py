@@ -268,7 +268,7 @@ class Search(Section):
 
 
 class Objectives(Section):
-    """What is maximised, by name (`search.problem.objectives.ROLES`) or as ``package.module:function``; None is the default."""
+    """Section ``objectives``: what is maximised, by name (`search.problem.objectives.ROLES`) or as ``package.module:function``; None is the default."""
 
     forgetting: str | None = None
     utility: str | None = None

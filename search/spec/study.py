@@ -358,7 +358,7 @@ def _with(data: Mapping[str, object], given: Mapping[KeyPath, object]) -> dict[s
         holder = result
         for part in path[:-1]:
             inner = holder.get(str(part))
-            # What is no section is told by the checks, with its own key.
+            # What is no section is reported by the checks, with its own key.
             if inner is not None and not isinstance(inner, Mapping):
                 break
             holder[str(part)] = section = dict(inner or {})

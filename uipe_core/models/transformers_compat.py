@@ -341,8 +341,13 @@ def make_accelerator(device: torch.device, half_precision: bool = False) -> Any:
 
     threads = torch.get_num_threads()
     bf16 = torch.cuda.is_bf16_supported() if device.type == "cuda" else half_precision and torch.cpu._is_avx512_bf16_supported()
+    from accelerate.state import AcceleratorState
+
+    wanted = "bf16" if bf16 else "no"
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        AcceleratorState._reset_state()  # one per process, and a worker trains models of other dtypes one after another
     # Without device_placement=False it would move the model to the first device.
-    accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False, mixed_precision="bf16" if bf16 else "no")
+    accelerator = Accelerator(cpu=device.type == "cpu", device_placement=False, mixed_precision=wanted)
     torch.set_num_threads(threads)  # Accelerate sets a number of its own for several processes on the CPU
     return accelerator
 

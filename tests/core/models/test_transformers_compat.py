@@ -226,3 +226,12 @@ def test_logits_are_kept_at_a_list_of_places(places):
         for model in (llama(), gpt2()):
             whole = model(input_ids=IDS).logits
             torch.testing.assert_close(model(input_ids=IDS, logits_to_keep=places).logits, whole[:, places])
+
+
+def test_a_process_trains_in_one_precision_after_another():
+    """Accelerate keeps one precision a process; a worker trains models of other dtypes one after another."""
+    if not torch.cpu._is_avx512_bf16_supported():
+        pytest.skip("this processor has no instructions for bf16")
+    cpu = torch.device("cpu")
+    found = [compat.make_accelerator(cpu, half_precision=half).mixed_precision for half in (False, True, False)]
+    assert found == ["no", "bf16", "no"]
