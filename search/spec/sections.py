@@ -268,7 +268,7 @@ class Search(Section):
 
 
 class Objectives(Section):
-    """Section ``objectives``: what is maximised, by name (`search.problem.objectives.ROLES`) or as ``package.module:function``; None is the default."""
+    """What to maximise, by name or as ``package.module:function``; None is the default (`search.problem.objectives.ROLES`)."""
 
     forgetting: str | None = None
     utility: str | None = None
