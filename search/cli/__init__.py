@@ -3,6 +3,8 @@
 cluster: submit, status, logs, stop, studies, cluster validate
 main: the app, exit codes, --log-level, and the commands of a study (run, pareto, select, export, ...)
 models: score, metrics
+objectives: objectives
+schema: schema
 score_once: score one model, or read one evaluation log, outside any study
 tables: tables and JSON on standard output
 upkeep: dial, plan, doctor

@@ -14,8 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from search.cli.cluster import register as register_clusters
-from search.cli.models import register as register_models
+from search.cli import cluster, models, objectives, schema, upkeep
 from search.cli.tables import (
     CHECKED,
     Address,
@@ -31,7 +30,6 @@ from search.cli.tables import (
     print_stop,
     quieten,
 )
-from search.cli.upkeep import register as register_upkeep
 from search.execution.ray_compat import configure_ray
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 from uipe_core.storage.signals import REQUESTS_TO_END
@@ -301,9 +299,8 @@ def paper(
     echo(f"page     {result['page']}")
 
 
-register_models(app)
-register_clusters(app)
-register_upkeep(app)
+for commands in (objectives, schema, models, cluster, upkeep):
+    commands.register(app)
 
 
 def _writable(what: Path | str, action: Any) -> None:

@@ -12,6 +12,7 @@ from uipe_core.metrics.composites import (
     CLOSENESS,
     EXACT,
     EXTRACTION,
+    OF_LOSSES,
     PARAPHRASE,
     PROBABILITY,
     ROUGE,
@@ -69,6 +70,11 @@ class Objective:
         """Evaluation sets it is made of, as far as they are known."""
         own = () if self.quality_of is None else (self.quality_of,)
         return tuple(dict.fromkeys([*own, *(each.item_set for each in self.components)]))
+
+    @property
+    def reads_text(self) -> bool:
+        """Return True if it needs generated text; every other measure is known from losses."""
+        return any(each.measure not in OF_LOSSES for each in self.components)
 
     def on(self, sets: Collection[str]) -> "Objective":
         """Return the objective for a corpus with these evaluation sets."""
@@ -152,10 +158,17 @@ CHOICE_FORGETTING = Objective(
     4,
     companions=(("forget_accuracy", "forget accuracy"), ("forget_accuracy_se", "± s.e.")),
     from_items=True,
+    about="minus the accuracy on forget above chance, in [-1, 0]",
 )
 
 CHOICE_UTILITY = Objective(
-    "utility_accuracy", "utility accuracy", "utility\nacc.", 4, companions=(("utility_accuracy_se", "± s.e."),), from_items=True
+    "utility_accuracy",
+    "utility accuracy",
+    "utility\nacc.",
+    4,
+    companions=(("utility_accuracy_se", "± s.e."),),
+    from_items=True,
+    about="accuracy on utility, in [0, 1]",
 )
 
 FORGETTING: dict[str, Objective] = {
@@ -201,7 +214,8 @@ THIRD_OBJECTIVES: dict[str, Objective] = {
 ROLES: dict[str, dict[str, Objective]] = {"forgetting": FORGETTING, "utility": UTILITY, "third": THIRD_OBJECTIVES}
 """Objectives by the key of section ``objectives``, then by the name the file gives."""
 
-_FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
+"""How an objective of the user's own is named."""
 
 
 def objective_named(role: str, name: str) -> Objective:
@@ -212,7 +226,7 @@ def objective_named(role: str, name: str) -> Objective:
     """
     if name in ROLES[role]:
         return ROLES[role][name]
-    if _FUNCTION.fullmatch(name):
+    if FUNCTION.fullmatch(name):
         short = name.rpartition(":")[2]
         return Objective(short, short.replace("_", " "), short[:12], 4, function=name, about=f"computed by {name}")
     known = ", ".join(ROLES[role])

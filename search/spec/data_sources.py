@@ -1,9 +1,9 @@
 """Validate where the items of a corpus come from: data sets of the hub, folders and files."""
 
 from pathlib import PurePath
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import field_validator, model_validator
+from pydantic import GetJsonSchemaHandler, field_validator, model_validator
 
 from search.spec.errors import rule
 from search.spec.sections import Name, OneOrMore, Section, is_local
@@ -41,6 +41,10 @@ class OwnSource(DataSource):
     """A data set as in `DataSource`, or a folder of documents; a text alone is the source."""
 
     split: Name = "train"
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"anyOf": [{"type": "string", "minLength": 1}, super().__get_pydantic_json_schema__(schema, handler)]}
 
     @model_validator(mode="before")
     @classmethod

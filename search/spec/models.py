@@ -6,7 +6,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from search.spec.bounds import MOST_CONTROLS, Count, Epochs, LearningRate
 from search.spec.errors import did_you_mean, rule
-from search.spec.sections import Adapter, Name, Section, all_different, as_tuple, is_local
+from search.spec.sections import Adapter, Name, Section, all_different, as_tuple, is_local, names_of
 from uipe_core.models.prompts import FORMATS
 
 
@@ -95,7 +95,7 @@ class FinetunedModel(Section):
     finetune: Finetuning
     retain: bool = True
     revision: Name | None = None
-    prompt_format: str | None = None
+    prompt_format: Annotated[str | None, Field(json_schema_extra=names_of(FORMATS))] = None
     prompt_template: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -130,7 +130,7 @@ class PretrainedModel(Section):
     never_finetuned: Name | None = None
     revision: Name | None = None
     retain_revision: Name | None = None
-    prompt_format: str | None = None
+    prompt_format: Annotated[str | None, Field(json_schema_extra=names_of(FORMATS))] = None
     prompt_template: str | None = None
     trust_remote_code: bool = False
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

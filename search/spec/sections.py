@@ -1,9 +1,11 @@
 """The parts of a study: one immutable model per section of the file, each checked against the code that will use it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -12,13 +14,14 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainValidator,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
 )
 from pydantic_core import InitErrorDetails, PydanticKnownError, core_schema
 
-from search.problem.objectives import ROLES, THIRD_OBJECTIVES, objective_named
+from search.problem.objectives import FUNCTION, ROLES, THIRD_OBJECTIVES, objective_named
 from search.samplers.registry import SAMPLERS
 from search.spec.bounds import (
     MOST_BASE_EPOCHS,
@@ -34,7 +37,8 @@ from search.spec.bounds import (
 )
 from search.spec.errors import did_you_mean, rule
 from uipe_core.errors import UserError
-from uipe_core.unlearning.methods import METHODS
+from uipe_core.metrics.definitions import DEFINITIONS
+from uipe_core.unlearning.methods import BOUNDS, METHODS
 
 
 def is_local(source: str) -> bool:
@@ -57,6 +61,10 @@ class ByKind:
     def __get_pydantic_core_schema__(self, source: object, handler: object) -> core_schema.CoreSchema:
         return core_schema.no_info_plain_validator_function(self._validate)
 
+    def __get_pydantic_json_schema__(self, schema: object, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        any_of: Any = reduce(or_, self.registry.values())
+        return handler(TypeAdapter(any_of).core_schema)
+
     def _validate(self, value: object) -> BaseModel:
         if isinstance(value, BaseModel) and type(value) in self.registry.values():
             return value
@@ -68,6 +76,48 @@ class ByKind:
             context = {"discriminator": "kind", "tag": str(value["kind"]), "expected_tags": ", ".join(self.registry)}
             raise PydanticKnownError("union_tag_invalid", context)
         return self.registry[value["kind"]].model_validate(value)
+
+
+def names_of(registry: Mapping[str, object]) -> Callable[[dict[str, Any]], None]:
+    """Return a `json_schema_extra` that offers the names of a registry, those that are added later too."""
+
+    def offer(schema: dict[str, Any]) -> None:
+        nullable = any(each.get("type") == "null" for each in schema.pop("anyOf", ()))
+        schema.pop("type", None)
+        schema["enum"] = [*registry, *([None] if nullable else [])]
+
+    return offer
+
+
+def _objectives_of(role: str) -> Callable[[dict[str, Any]], None]:
+    """Return a `json_schema_extra` that offers the objectives of a role, and functions of the user's own."""
+
+    def offer(schema: dict[str, Any]) -> None:
+        own = {"type": "string", "pattern": f"^{FUNCTION.pattern}$", "description": "package.module:function"}
+        schema["anyOf"] = [{"enum": [*ROLES[role], None]}, own]
+
+    return offer
+
+
+def _methods_by_name(schema: dict[str, Any]) -> None:
+    """Offer every method with its hyperparameters, as `json_schema_extra`; nothing stands for the defaults."""
+
+    def value(key: str, default: float) -> dict[str, Any]:
+        bound = BOUNDS[key]
+        limit = "exclusiveMinimum" if bound.above else "minimum"
+        one = {"type": "integer" if bound.whole else "number", limit: bound.low}
+        return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}], "default": default}
+
+    schema["additionalProperties"] = False
+    schema["minProperties"] = 1
+    schema["properties"] = {
+        name: {
+            "type": ["object", "null"],
+            "additionalProperties": False,
+            "properties": {key: value(key, default) for key, default in method.hyperparameters.items()},
+        }
+        for name, method in METHODS.items()
+    }
 
 
 def as_tuple(value: object) -> object:
@@ -94,6 +144,9 @@ def _batch_size(value: object) -> int | str:
     raise rule("must be a whole number of at most 1000000 and at least 1, or auto", "Write for example 32.")
 
 
+_Targets = Literal["all-linear"] | Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=1)]
+_Rows = Literal["auto"] | Count
+
 OneOrMore = (BeforeValidator(as_tuple), Field(min_length=1), AfterValidator(all_different))
 
 Name = Annotated[str, Field(min_length=1)]
@@ -113,7 +166,9 @@ class Adapter(Section):
 
     rank: Annotated[int, Field(ge=1, le=65_536)] = 8
     alpha: Positive = 16
-    target_modules: Annotated[tuple[str, ...] | str, PlainValidator(_target_modules)] = "all-linear"
+    target_modules: Annotated[tuple[str, ...] | str, PlainValidator(_target_modules, json_schema_input_type=_Targets)] = (
+        "all-linear"
+    )
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0
 
 
@@ -123,7 +178,9 @@ class Unlearning(Section):
     `methods` comes out in the order of `uipe_core.unlearning.methods.METHODS`, with defaults filled in, however it was written.
     """
 
-    methods: dict[str, dict[str, Annotated[tuple[Weight, ...], *OneOrMore]]]
+    methods: Annotated[
+        dict[str, dict[str, Annotated[tuple[Weight, ...], *OneOrMore]]], Field(json_schema_extra=_methods_by_name)
+    ]
     epochs: Epochs
     learning_rate: Annotated[tuple[LearningRate, ...], *OneOrMore]
     batch_size: Count = 8
@@ -171,8 +228,6 @@ class Unlearning(Section):
 
 
 def _method_errors(name: str, settings: dict[str, tuple[float, ...]]) -> list[InitErrorDetails]:
-    from uipe_core.unlearning.methods import BOUNDS, METHODS
-
     if name not in METHODS:
         error = rule(f"there is no method {name}", did_you_mean(name, list(METHODS)))
         return [{"type": error, "loc": (name,), "input": name}]
@@ -194,8 +249,8 @@ def _method_errors(name: str, settings: dict[str, tuple[float, ...]]) -> list[In
 class Scoring(Section):
     """How a model is scored, and the temperatures of the controls. `max_new_tokens` is None for the definition's length."""
 
-    definition: str = "tofu"
-    batch_size: Annotated[int | str, PlainValidator(_batch_size)] = 32
+    definition: Annotated[str, Field(json_schema_extra=names_of(DEFINITIONS))] = "tofu"
+    batch_size: Annotated[int | str, PlainValidator(_batch_size, json_schema_input_type=_Rows)] = 32
     max_new_tokens: Count | None = None
     temperatures: Annotated[
         tuple[Temperature, ...], BeforeValidator(as_tuple), Field(max_length=MOST_CONTROLS), AfterValidator(all_different)
@@ -209,8 +264,6 @@ class Scoring(Section):
     @field_validator("definition")
     @classmethod
     def _definition_exists(cls, value: str) -> str:
-        from uipe_core.metrics.definitions import DEFINITIONS
-
         if value not in DEFINITIONS:
             names = list(DEFINITIONS)
             raise rule("there is no such definition", did_you_mean(value, names))
@@ -247,8 +300,8 @@ class Search(Section):
 
     alpha: AlphaRange = Field(default_factory=AlphaRange)
     trials: Annotated[int, Field(ge=0, le=1_000_000)] = 25
-    sampler: str = "line"
-    third_objective: str | None = None
+    sampler: Annotated[str, Field(json_schema_extra=names_of(SAMPLERS))] = "line"
+    third_objective: Annotated[str | None, Field(json_schema_extra=names_of(THIRD_OBJECTIVES))] = None
     prune: bool | None = None
 
     @field_validator("third_objective")
@@ -268,11 +321,11 @@ class Search(Section):
 
 
 class Objectives(Section):
-    """What to maximise, by name or as ``package.module:function``; None is the default (`search.problem.objectives.ROLES`)."""
+    """Objectives, by name or as ``package.module:function``; None is the default (`search.problem.objectives.ROLES`)."""
 
-    forgetting: str | None = None
-    utility: str | None = None
-    third: str | None = None
+    forgetting: Annotated[str | None, Field(json_schema_extra=_objectives_of("forgetting"))] = None
+    utility: Annotated[str | None, Field(json_schema_extra=_objectives_of("utility"))] = None
+    third: Annotated[str | None, Field(json_schema_extra=_objectives_of("third"))] = None
 
     @field_validator("forgetting", "utility", "third")
     @classmethod
