@@ -118,10 +118,11 @@ def _with_words_of(report: ScoreReport, definition: str) -> ScoreReport:
     return replace(report, sets=sets)
 
 
-def corpus_named(name: str, split: str, seed: int, first_items: int | None) -> Corpus:
+def corpus_named(name: str, split: str, seed: int, first_items: int | None, for_training: bool = False) -> Corpus:
     """Load the corpus that ``--corpus`` names: people, tofu or choices (from the hub), tofu:FOLDER or choices:FOLDER.
 
-    Of TOFU perhaps its first items only; choices from the hub are WMDP-Bio and MMLU.
+    Of TOFU perhaps its first items only, and where `for_training` its training items too; choices from the hub are WMDP-Bio
+    and MMLU.
     """
     kind, _, folder = name.partition(":")
     if kind == "choices":
@@ -131,7 +132,7 @@ def corpus_named(name: str, split: str, seed: int, first_items: int | None) -> C
     return (
         load_people(seed)
         if kind == "people"
-        else load_tofu(folder or "locuslab/TOFU", split, None, first_items, for_training=False)
+        else load_tofu(folder or "locuslab/TOFU", split, None, first_items, for_training=for_training)
     )
 
 

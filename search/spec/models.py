@@ -1,13 +1,35 @@
 """The model section of a study, one class per kind: tiny models, models that exist, models the study fine-tunes."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from search.spec.bounds import MOST_CONTROLS, Count, Epochs, LearningRate
 from search.spec.errors import did_you_mean, rule
+from search.spec.paths import PACKAGE, absolute_paths
 from search.spec.sections import Adapter, Name, Section, all_different, as_tuple, is_local, names_of
+from uipe_core.errors import UserError
 from uipe_core.models.prompts import FORMATS
+
+
+def model_place(value: str) -> str:
+    """Return where a model that a command line names is: an absolute path, or a name on the hub.
+
+    Args:
+        value: Folder, GGUF file, ``package:NAME/FILE`` or name on the hub; relative to the current directory.
+
+    Raises:
+        UserError: It is a path where nothing is, or an installed package lacks the file.
+    """
+    located, problems = absolute_paths({"model": {"base": value}}, Path.cwd())
+    section = located["model"]
+    assert isinstance(section, dict)
+    if problems and value.startswith(PACKAGE):
+        raise UserError(f"model: {problems[0][1]}")
+    if problems:
+        raise UserError(f"model {value}: there is no such folder or GGUF file; correct the path, or give a name on the hub")
+    return str(section["base"])
 
 
 class Stage(Section):

@@ -73,7 +73,8 @@ class ByKind:
         if "kind" not in value:
             raise PydanticKnownError("union_tag_not_found", {"discriminator": "kind"})
         if not isinstance(value["kind"], str) or value["kind"] not in self.registry:
-            context = {"discriminator": "kind", "tag": str(value["kind"]), "expected_tags": ", ".join(self.registry)}
+            shown = str(value["kind"]).encode(errors="replace").decode()  # half of a surrogate pair is no text to pydantic
+            context = {"discriminator": "kind", "tag": shown, "expected_tags": ", ".join(self.registry)}
             raise PydanticKnownError("union_tag_invalid", context)
         return self.registry[value["kind"]].model_validate(value)
 

@@ -130,7 +130,8 @@ def finetune(
             loss = mean_answer_nll(logits, batch.labels)
             if not math.isfinite(float(loss.detach())):
                 raise UserError(
-                    f"fine-tuning diverged in epoch {epoch}: its loss is not finite; lower model.finetune.learning_rate"
+                    f"fine-tuning diverged in epoch {epoch}: its loss is not finite; lower the learning rate "
+                    "(model.finetune.learning_rate, --learning-rate)"
                 )
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(trainable, 1.0)
