@@ -1,4 +1,4 @@
-"""A real pretrained model end to end: SmolLM2-135M-Instruct from a wheel, asked, searched, exported, loaded by others and asked.
+"""A real pretrained model end to end: SmolLM2-135M-Instruct asked, searched, exported, loaded by others and asked again.
 
 Run by ``make test-real``; skips where the wheel is not installed.
 """
