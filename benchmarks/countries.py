@@ -1,6 +1,6 @@
 """Write a corpus of facts that a pretrained model knows: ``python -m benchmarks.countries --to countries``.
 
-Facts come from the package ``countryinfo`` (MIT). Forget set: capitals of one region. Related (K2): whose capital a city of it is, and
+Facts come from the package ``countryinfo`` (MIT). Forget set: capitals of one region. Related (K2): whose capital it is, and
 what its people are called. Retain: capitals of the other regions. Unrelated (K0): what their people are called. Only facts that
 the model is seen to know are written: its greedy answer holds the fact. The files are those of ``corpus.kind: questions``;
 studies/smollm2_countries.yaml reads them.
