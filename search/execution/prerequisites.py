@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from search.evaluation.evaluator import StudyContext
+from search.evaluation.inputs import check_references
 from search.evaluation.models import Build, PretrainedModels
 from search.evaluation.prepared import PreparedStudy
 from search.evaluation.task import Report, task_of
@@ -75,6 +76,9 @@ class Prerequisites:
             with self._stage("base_runs"):
                 reports = self._reports(sources, tasks)
             self._check(reports)
+            identities = self.preparation.models.identities
+            for warning in check_references(reports, identities, spec.maximised, spec.definition):
+                self.bars.say(f"warning: {warning}")
         except BaseException:
             tasks.cancel()
             raise
