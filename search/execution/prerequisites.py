@@ -73,7 +73,7 @@ class Prerequisites:
             sources = self._sources()
         tasks = self._base_runs(sources["initial"], [(label, seed) for seed in seeds for label in labels])
         try:
-            with self._stage("base_runs"):
+            with self._stage("references"):
                 reports = self._reports(sources, tasks)
             self._check(reports)
             identities = self.preparation.models.identities
@@ -99,7 +99,7 @@ class Prerequisites:
 
     def wait(self, tasks: BaseRunTasks, enough: Callable[[], bool]) -> None:
         """Train base runs, without trials at the same time, until `enough` returns True or none is missing."""
-        with self._stage("base_runs"):
+        with self._stage("training"):
             self._record(tasks)
             while tasks.runs.missing and not enough():
                 tasks.start(with_trials=False)
