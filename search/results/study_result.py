@@ -38,6 +38,10 @@ CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "o
 POINT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk")
 
 
+KNEE_POINTS = 3
+"""A knee is a point between the ends of a front."""
+
+
 def _names(store: StudyStore) -> list[str]:
     return [objective.name for objective in store.objectives]
 
@@ -192,11 +196,17 @@ class StudyResult:
         return rows.iloc[0]
 
     def select(self, rule: str, floor: float = DEFAULT_FLOOR, *, allow_collapsed: bool = False) -> pd.Series:
-        """One trial of the front by a rule; of the front without collapsed trials, unless they are allowed.
+        """One trial of the front by a rule, as `choose`."""
+        return self.choose(rule, floor, allow_collapsed=allow_collapsed)[0]
+
+    def choose(self, rule: str, floor: float = DEFAULT_FLOOR, *, allow_collapsed: bool = False) -> tuple[pd.Series, str | None]:
+        """One trial of the front by a rule, and what is to be said of the choice; of the front without collapsed trials, unless
+        they are allowed.
 
         Args:
             rule: ``utility-floor`` (strongest forgetting with at least `floor` of the initial model's utility) or ``knee``
-                (farthest from the chord between the front's ends).
+                (farthest from the chord between the front's ends). A front of fewer than three points has no knee: then the
+                utility floor chooses, and where no point reaches it, the highest utility.
             floor: Share of the initial model's utility, above 0 and at most 1.
             allow_collapsed: Whether a collapsed model (`uipe_core.metrics.collapse`) may be chosen.
 
@@ -208,14 +218,24 @@ class StudyResult:
         front = self.front if allow_collapsed else self.healthy_front
         if front.empty:
             raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
-        points = front[_names(self.store)].to_numpy()
-        if rule == "knee":
-            return front.iloc[knee(points)]
+        if rule == "utility-floor":
+            return self._at_floor(front, floor), None
+        if len(front) >= KNEE_POINTS:
+            return front.iloc[knee(front[_names(self.store)].to_numpy())], None
+        have = f"a knee needs three points, and this front has {('one', 'two')[len(front) - 1]}"
+        try:
+            return self._at_floor(front, floor), f"{have}: chosen by utility-floor {floor:g}"
+        except UserError:
+            best = front.iloc[int(front[self.objectives[1].name].to_numpy().argmax())]
+            return best, f"{have}, none of them known to reach utility-floor {floor:g}: the one with the highest utility"
+
+    def _at_floor(self, front: pd.DataFrame, floor: float) -> pd.Series:
         if not 0 < floor <= 1:
             raise UserError(f"--floor: {floor:g} is not a share of the initial model's utility; give a number above 0, up to 1")
         initial = self.control(INITIAL)
         if initial is None:
             raise UserError(f"{self.out}: the initial model has not been scored yet; finish the study with `uipe run`")
+        points = front[_names(self.store)].to_numpy()
         return front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
 
     def reference_point(self) -> dict[str, float]:

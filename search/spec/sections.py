@@ -322,7 +322,7 @@ class Search(Section):
 
 
 class Objectives(Section):
-    """Objectives, by name or as ``package.module:function``; None is the default (`search.problem.objectives.ROLES`)."""
+    """Name what is maximised (`search.problem.objectives.ROLES`), or ``package.module:function``; None is the default."""
 
     forgetting: Annotated[str | None, Field(json_schema_extra=_objectives_of("forgetting"))] = None
     utility: Annotated[str | None, Field(json_schema_extra=_objectives_of("utility"))] = None
