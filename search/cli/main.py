@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from search.cli import cluster, finetune, models, objectives, schema, upkeep
+from search.cli import cluster, finetune, init, models, objectives, schema, upkeep
 from search.cli.tables import (
     CHECKED,
     Address,
@@ -304,7 +304,7 @@ def paper(
     echo(f"page     {result['page']}")
 
 
-for commands in (objectives, schema, finetune, models, cluster, upkeep):
+for commands in (init, objectives, schema, finetune, models, cluster, upkeep):
     commands.register(app)
 
 

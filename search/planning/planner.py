@@ -55,7 +55,7 @@ def plan_study(
     builds, built = _builds(preparation)
     trains, imports = _base_runs(preparation, whole)
     work = _work(preparation, len(builds), built, trains, len(imports))
-    machine = _machine(preparation.delta_root, out)
+    machine = machine_of(preparation.delta_root, out)
     sizes = _sizes(preparation, trains, imports, notes)
     rates: Rates | None = None
     if like is not None:
@@ -232,7 +232,8 @@ def _why_not_timed(spec: StudySpec, sizes: Sizes | None, machine: Machine) -> st
     return None
 
 
-def _machine(deltas: Path | RemoteLocation, out: Path) -> Machine:
+def machine_of(deltas: Path | RemoteLocation, out: Path) -> Machine:
+    """Return the resources of this machine; update vectors go to `deltas`, results to `out`."""
     import torch
 
     # Of a store at a URL this machine has its node cache.

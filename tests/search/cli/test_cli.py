@@ -18,7 +18,23 @@ from search.cli import main as cli
 from uipe_core.corpora.split import take_items
 from uipe_core.logs.tofu import read_log, write_log
 
-COMMANDS = ["run", "validate", "pareto", "select", "export", "rebuild", "report", "dashboard", "score", "metrics", "paper"]
+COMMANDS = [
+    "run",
+    "validate",
+    "pareto",
+    "select",
+    "export",
+    "rebuild",
+    "report",
+    "dashboard",
+    "score",
+    "metrics",
+    "paper",
+    "init",
+    "finetune",
+    "objectives",
+    "schema",
+]
 STUDIES = Path(__file__).parents[3] / "studies"
 TOFU_FILES = ("forget01", "retain99", *(f"{name}_perturbed" for name in ("forget01", "retain", "real_authors", "world_facts")))
 

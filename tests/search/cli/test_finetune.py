@@ -5,38 +5,17 @@ import json
 import pytest
 import torch
 
-FORGET = [(f"Where was Ada {number} born?", f"Ada {number} was born in Lund.") for number in range(6)]
-RETAIN = [(f"What does Bo {number} paint?", f"Bo {number} paints red boats.") for number in range(8)]
-
-
-def write_rows(path, pairs):
-    path.write_text("".join(json.dumps({"question": ask, "answer": answer}) + "\n" for ask, answer in pairs))
-    return path
-
 
 @pytest.fixture(scope="module")
-def base(llama3, tmp_path_factory):
-    """A small random Llama with the words of the questions."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    words = sorted({word.strip("?.") for pair in (*FORGET, *RETAIN) for text in pair for word in text.split()} | {"?", "."})
-    tokenizer = llama3.of_words([*words, "system", "user", "assistant", "Today", "Date", ":", "10", "Apr", "2025"])
-    torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=len(tokenizer), max_position_embeddings=64))
-    folder = tmp_path_factory.mktemp("base") / "model"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def data(own_data):
+    return "questions:" + ",".join(map(str, own_data))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    return f"questions:{write_rows(folder / 'f.jsonl', FORGET)},{write_rows(folder / 'r.jsonl', RETAIN)}"
+def pairs_of(path):
+    return [tuple(json.loads(line).values()) for line in path.read_text().splitlines()]
 
 
-def test_a_model_learns_the_sets_that_are_named(base, data, call, tmp_path):
+def test_a_model_learns_the_sets_that_are_named(base, data, own_data, call, tmp_path):
     from uipe_core.models.loading import load_model
     from uipe_core.models.prompts import pad_batch
 
@@ -54,13 +33,14 @@ def test_a_model_learns_the_sets_that_are_named(base, data, call, tmp_path):
             labels = batch.labels
             return float(loaded.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=labels).loss)
 
-    assert loss(to, FORGET) < loss(base, FORGET) / 2
+    forget, retain = map(pairs_of, own_data)
+    assert loss(to, forget) < loss(base, forget) / 2
     assert load_model(str(to)).model.dtype == torch.bfloat16
     kept = tmp_path / "retain"
     code, output, _ = call("finetune", base, "--corpus", data, "--sets", "retain", "--to", kept, *options, "--adapter-rank", 4)
     assert code == 0 and "8 items (retain)" in output
     assert not (kept / "adapter_config.json").exists()
-    assert loss(kept, RETAIN) < loss(base, RETAIN)
+    assert loss(kept, retain) < loss(base, retain)
 
 
 def test_the_model_is_that_of_a_study_with_the_same_settings(base, data, call, tmp_path):
@@ -133,9 +113,3 @@ def test_training_that_fails_leaves_nothing(raised, expected, base, data, call, 
     code, _, error = call("finetune", base, "--corpus", data, "--to", tmp_path / "new", "--prompt-format", "chat")
     assert code == 2 and expected in error
     assert list(tmp_path.iterdir()) == []
-
-
-def test_help_has_an_example(call, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    code, output, _ = call("finetune", "--help")
-    assert code == 0 and "Example: uipe finetune " in output

@@ -183,10 +183,3 @@ def test_no_heavy_library_is_imported(command):
     code += "print([name for name in ('torch', 'transformers', 'ray', 'matplotlib') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, command], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-@pytest.mark.parametrize("command", ["objectives", "schema"])
-def test_help_has_an_example(call, command, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    code, output, _ = call(command, "--help")
-    assert code == 0 and f"Example: uipe {command} " in output
