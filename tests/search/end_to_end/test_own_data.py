@@ -112,7 +112,7 @@ def test_a_point_is_exported_loaded_again_and_compared(ran, own):
     assert "retain model" not in card
 
 
-def test_an_objective_of_ones_own_is_computed_on_the_workers(place, study, own, monkeypatch):
+def test_an_objective_of_ones_own_is_computed_on_the_workers(ran, place, study, own, monkeypatch):
     import search
 
     (own / "house_objectives.py").write_text(
@@ -126,6 +126,8 @@ def test_an_objective_of_ones_own_is_computed_on_the_workers(place, study, own, 
     result = search.run_study(spec, own / "mine", quiet=True)
     assert [objective.name for objective in result.objectives] == ["memorization_score", "kept"]
     retain = [np.exp(-result.store.items(int(number))["retain/answer_loss"]).mean() for number in result.trials["trial"]]
+    # The reference models were scored by the first study: the same model on the same items.
+    assert (own / "mine" / "logs" / "initial.json").read_bytes() == (own / "out" / "logs" / "initial.json").read_bytes()
     initial = np.exp(-result.store.items(int(result.control("initial")["trial"]), control=True)["retain/answer_loss"]).mean()
     assert result.trials["kept"].to_numpy() == pytest.approx(np.array(retain) / initial, rel=1e-6)
 
