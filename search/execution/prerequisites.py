@@ -98,6 +98,7 @@ class Prerequisites:
             seed=spec.seed,
             threads=spec.resources.trial.threads,
             trial_minutes=spec.budget.trial_minutes,
+            harness=self.preparation.harness,
         )
         return context, tasks
 
