@@ -20,7 +20,7 @@ from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
 from search.spec.paths import PACKAGE, absolute_paths
 from search.spec.plugins import load_plugins
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
-from search.spec.sections import ByKind, Hypervolume, Objectives, Scoring, Search, Section, Split, Unlearning, is_local
+from search.spec.sections import ByKind, Harness, Hypervolume, Objectives, Scoring, Search, Section, Split, Unlearning, is_local
 from search.spec.study_file import LineNumbers, read_study_file
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import CHOICE_DEFINITION
