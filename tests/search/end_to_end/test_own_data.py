@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from uipe_core.errors import UserError
+
 COLOURS = ("red", "green", "blue", "white", "black", "brown")
 PLACES = ("north", "south", "east", "west", "hill", "lake", "wood", "town")
 
@@ -153,3 +155,36 @@ def test_data_that_lacks_a_set_is_told_with_the_objective(study, call):
     code, _, error = call("validate", study("quality", objectives={"forgetting": "log10_forget_quality"}))
     assert code == 2
     assert "it compares with a retain model, and the study has none" in error
+
+
+def test_utility_may_be_accuracy_in_the_harness(ran, place, study, own):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra lm-eval)")
+    import search
+
+    tasks = own / "tasks"
+    tasks.mkdir()
+    (tasks / "rows.jsonl").write_text(
+        "".join(json.dumps({"q": f"Where does person {n} live ?", "label": n % 2}) + "\n" for n in range(8))
+    )
+    (tasks / "houses.yaml").write_text(
+        "task: houses\ndataset_path: json\ntest_split: test\noutput_type: multiple_choice\n"
+        f"dataset_kwargs: {{data_files: {{test: {tasks / 'rows.jsonl'}}}}}\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: ["In the red house", "In the green house"]\ndoc_to_target: label\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    changes = {"objectives": {"utility": "lm_eval"}, "lm_eval": {"tasks": ["houses"], "include_path": "./tasks"}}
+    spec = search.load_study(study("harness", search={"trials": 1}, **changes))
+    result = search.run_study(spec, own / "harness", quiet=True)
+    assert [objective.name for objective in result.objectives] == ["memorization_score", "lm_eval_accuracy"]
+    assert result.trials["lm_eval_accuracy"].between(0, 1).all()
+    assert set(result.controls["kind"]) >= {"initial"}
+    assert result.control("initial")["lm_eval_accuracy"] >= 0
+    wrong = study("unknown", **{**changes, "lm_eval": {"tasks": ["no_such_task"]}})
+    with pytest.raises(UserError, match="knows no task no_such_task"):
+        search.run_study(search.load_study(wrong), own / "unknown", quiet=True)
+
+
+def test_the_objective_and_the_section_of_the_harness_belong_together(study, call):
+    for changes in ({"objectives": {"utility": "lm_eval"}}, {"lm_eval": {"tasks": ["arc_easy"]}}):
+        code, _, error = call("validate", study("apart", **changes))
+        assert (code, "belong together" in error) == (2, True), error
