@@ -338,9 +338,12 @@ def main() -> None:
             app()
         finally:
             sys.stdout.flush()  # now, and not when the interpreter ends
+        _ignore_requests()  # whose end, too, takes a moment: the default would report a finished command as killed
+    except SystemExit:
+        _ignore_requests()
+        raise
     except (Exception, KeyboardInterrupt) as error:
-        for number in REQUESTS_TO_END:
-            signal.signal(number, signal.SIG_IGN)  # what is left is a sentence
+        _ignore_requests()  # what is left is a sentence
         if isinstance(error, StudyInterrupted):
             _end(130, f"interrupted: {error}")
         if heard:  # compiled code that is hit by an interrupt may raise an error of its own for it
@@ -354,6 +357,11 @@ def main() -> None:
             reader_left = error.errno == errno.EPIPE
             _end(1, "" if reader_left else f"error: standard output: {error.strerror}; only what was to be printed is lost")
         raise
+
+
+def _ignore_requests() -> None:
+    for number in REQUESTS_TO_END:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end(code: int, sentence: str) -> NoReturn:

@@ -62,6 +62,8 @@ class Control:
 
 def _reference(kind: str) -> "Callable[[PreparedStudy], list[TrialSpec]]":
     def given(prepared: "PreparedStudy") -> list[TrialSpec]:
+        if prepared.harness is not None and kind != INITIAL:
+            return []  # workers hold no other model for the harness to run on
         return [TrialSpec(model.kind, model=model.name) for model in prepared.models.references() if model.kind == kind]
 
     return given
@@ -70,9 +72,8 @@ def _reference(kind: str) -> "Callable[[PreparedStudy], list[TrialSpec]]":
 def _held_out_references(prepared: "PreparedStudy") -> list[TrialSpec]:
     if prepared.spec.split is None:
         return []
-    return [
-        TrialSpec("held_out", model=model.name) for model in prepared.models.references() if model.name in (INITIAL, RETAIN)
-    ]
+    scored = (INITIAL,) if prepared.harness is not None else (INITIAL, RETAIN)
+    return [TrialSpec("held_out", model=model.name) for model in prepared.models.references() if model.name in scored]
 
 
 def _temperatures(prepared: "PreparedStudy") -> list[TrialSpec]:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from search.evaluation.controls import CONTROLS
+from search.evaluation.harness import HarnessTasks, harness_accuracy
 from search.evaluation.metrics import TrialMetrics
 from search.evaluation.task import Comparison, Report, Task, task_of, trial_metrics
-from search.problem.objectives import Objective
-from search.problem.trial import TrialSpec
+from search.problem.objectives import LM_EVAL, Objective
+from search.problem.trial import INITIAL, TrialSpec
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.extrapolation import Extrapolator
@@ -36,6 +37,7 @@ class StudyContext:
         scoring: Batch size and generation length.
         definition: Metric definition.
         objectives: What the study maximises.
+        harness: Tasks of the objective ``lm_eval``; None where it is not maximised.
         seed: Seed of the random directions.
         threads: Torch threads per worker.
         trial_minutes: Longest a trial may take; None without a limit.
@@ -52,6 +54,7 @@ class StudyContext:
     seed: int
     threads: int
     trial_minutes: float | None = None
+    harness: HarnessTasks | None = None
 
 
 def load_for_scoring(source: ModelSource) -> tuple[LoadedModel, Extrapolator]:
@@ -105,6 +108,8 @@ class Evaluator:
         report, norm, dominated = self._report(job, half)
         if dominated is None:
             found = trial_metrics(self.task, report, half.comparison)
+            if self.context.harness is not None:
+                found = replace(found, numbers={**found.numbers, LM_EVAL.name: self._harness_accuracy(job)})
         else:
             found = TrialMetrics(self.context.definition, pruned=dominated)
         size = half.scorer.batch_size
@@ -117,6 +122,14 @@ class Evaluator:
             seconds_by_stage=dict(report.seconds),
             batch_size=None if size == self.context.scoring.batch_size else size,
         ), report
+
+    def _harness_accuracy(self, job: TrialSpec) -> float:
+        """Return the accuracy of the model as it was just scored; reference models but the initial one are not loaded here."""
+        assert self.context.harness is not None
+        if job.model not in (None, INITIAL):
+            raise ValueError(f"the harness runs on the initial model and what is made of it, not on {job.model}")
+        model = self._walker.reset() if job.model == INITIAL else self.loaded.model
+        return harness_accuracy(self._on(model), self.context.harness)
 
     def _half(self, held_out: bool) -> _Half:
         if held_out not in self._halves:

@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from search.evaluation.data_notes import data_notes
+from search.evaluation.harness import HarnessTasks, require_harness
+from search.evaluation.metrics import own_function
 from search.evaluation.model_checks import LATER, check_models
 from search.evaluation.task import Report
 from search.problem.objectives import Objective
@@ -53,6 +55,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
     Raises:
         UserError: If an input is missing or broken.
     """
+    check_objectives(spec)
     notes = [f"corpus.{key}: {source} {LATER}" for key, source in fetched_sources(spec.corpus)]
     corpus = None
     if not notes:
@@ -62,6 +65,19 @@ def check_inputs(spec: StudySpec) -> list[str]:
     if corpus is not None and isinstance(spec.corpus, QuestionsCorpus):
         notes += data_notes(spec, corpus)
     return [*notes, *earlier_fronts(spec).notes]
+
+
+def check_objectives(spec: StudySpec) -> None:
+    """Import the objectives of the user's own, and look for the tasks of the harness.
+
+    Raises:
+        UserError: One cannot be imported, or is no function; the harness or a task is missing.
+    """
+    if spec.lm_eval is not None:
+        require_harness(HarnessTasks(**spec.lm_eval.model_dump()))
+    for objective in spec.maximised:
+        if objective.function is not None:
+            own_function(objective.function)
 
 
 MANY_ITEMS = 100

@@ -3,12 +3,13 @@
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.inputs import require_trust
+from search.evaluation.harness import HarnessTasks
+from search.evaluation.inputs import check_objectives, require_trust
 from search.evaluation.model_checks import (
     check_checkpoints,
     check_positions,
@@ -16,7 +17,7 @@ from search.evaluation.model_checks import (
     check_target_modules,
     small_llama,
 )
-from search.evaluation.models import Models, PretrainedModels, TinyModels, checkpoint_folder, models_of
+from search.evaluation.models import Models, PretrainedModels, ReferenceModel, TinyModels, checkpoint_folder, models_of
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL
 from search.spec.models import TinyModel
@@ -25,7 +26,8 @@ from search.store.record import fingerprint
 from uipe_core.corpora.split import Split, split_corpus, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.checkpoints import checkpoint_identity, checkpoint_inputs
-from uipe_core.scoring.scorer import ScoringConfig
+from uipe_core.scoring.scorer import SCORING_SCHEMA, ScoringConfig
+from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.files import cache_folder
 from uipe_core.storage.node_cache import GIGABYTE
 from uipe_core.storage.remote_store import RemoteLocation
@@ -71,6 +73,34 @@ class PreparedStudy:
         """Batch size, and the generation length of the metric definition unless the study gives its own."""
         settings = self.spec.scoring
         return ScoringConfig.of(settings.definition, settings.rows, settings.max_new_tokens)
+
+    @property
+    def harness(self) -> HarnessTasks | None:
+        """Tasks of the objective ``lm_eval``; None where it is not maximised."""
+        section = self.spec.lm_eval
+        return None if section is None else HarnessTasks(**section.model_dump())
+
+    @property
+    def model_cache(self) -> ContentStore:
+        """Cache of models that studies build, and of the scores of reference models."""
+        return ContentStore(Path(self.spec.cache.models or cache_folder("models")))
+
+    def score_inputs(self, model: ReferenceModel) -> dict[str, Any] | None:
+        """Return everything that determines the scores of a reference model; None where its weights are not identified."""
+        identity = self.models.identities.get(model.name)
+        if model.build is not None:
+            identity = model.build.key
+        if identity is None:
+            return None
+        settings = self.spec.model.model_dump(mode="json", include={"dtype", "device", "prompt_format", "prompt_template"})
+        return {
+            "kind": "scores",
+            "schema": SCORING_SCHEMA,
+            "model": identity,
+            "loading": {**settings, "gpus": self.spec.resources.trial.gpus > 0},
+            "sets": self.corpus.set_hashes,
+            "scoring": asdict(self.scoring),
+        }
 
     @property
     def split(self) -> Split:
@@ -158,6 +188,7 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
         UserError: If the corpus or a model cannot be had, or the study asks for trust that is not granted.
     """
     require_trust(spec, trust_remote_code)
+    check_objectives(spec)
     corpus = spec.corpus.load(spec.seed)
     if isinstance(spec.model, TinyModel):
         check_target_modules(spec, small_llama)

@@ -12,7 +12,7 @@ import ray
 
 from search.evaluation.evaluator import StudyContext
 from search.evaluation.inputs import check_references
-from search.evaluation.models import Build, PretrainedModels
+from search.evaluation.models import Build, PretrainedModels, ReferenceModel
 from search.evaluation.prepared import PreparedStudy
 from search.evaluation.task import Report, task_of
 from search.execution.base_runs import POLL_SECONDS, BaseRunEvent, BaseRunTasks, problem_of, train_in_processes
@@ -29,10 +29,14 @@ from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import SetScores, require_same_items
 from uipe_core.models.loading import ModelSource
+from uipe_core.storage.content_store import content_key
+from uipe_core.storage.files import write_atomic
 from uipe_core.unlearning.training import UnlearningConfig
 
 TASK_RETRIES = 5
 """How often Ray runs a task again whose worker or node died: a machine that may be taken away is, while a model trains."""
+SCORES = "scores.json"
+"""Evaluation log of a reference model in the cache."""
 BOARD_SECONDS = 5.0
 """How long an answer about progress is waited for."""
 
@@ -94,6 +98,7 @@ class Prerequisites:
             seed=spec.seed,
             threads=spec.resources.trial.threads,
             trial_minutes=spec.budget.trial_minutes,
+            harness=self.preparation.harness,
         )
         return context, tasks
 
@@ -205,6 +210,8 @@ class Prerequisites:
         tasks = {}
         for model in preparation.models.references():
             log = model.log or self.store.out / "logs" / f"{model.name}.json"
+            if model.log is None and not log.is_file():
+                self._take_known_scores(model, log)
             if log.is_file():
                 reports[model.name] = task.read_log(log)
             else:
@@ -223,8 +230,25 @@ class Prerequisites:
             name = title.removeprefix("score ")
             reports[name] = scored
             facts = {"study": preparation.spec.name, "model": name}
-            task.write_log(scored, self.store.out / "logs" / f"{name}.json", facts)
+            log = self.store.out / "logs" / f"{name}.json"
+            task.write_log(scored, log, facts)
+            self._keep_scores(next(model for model in preparation.models.references() if model.name == name), log)
         return reports
+
+    def _take_known_scores(self, model: ReferenceModel, log: Path) -> None:
+        """Copy the scores of a reference model from the cache, if another study has scored it on the same items."""
+        inputs = self.preparation.score_inputs(model)
+        found = None if inputs is None else self.preparation.model_cache.find(content_key(inputs))
+        if found is not None:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(log, (found / SCORES).read_bytes())
+            self.bars.say(f"scoring: {model.name.replace('_', ' ')} model: known from an earlier study")
+
+    def _keep_scores(self, model: ReferenceModel, log: Path) -> None:
+        """Keep the scores of a reference model for other studies."""
+        inputs = self.preparation.score_inputs(model)
+        if inputs is not None:
+            self.preparation.model_cache.get_or_make(inputs, lambda folder: write_atomic(folder / SCORES, log.read_bytes()))
 
     def _check(self, reports: Mapping[str, Report]) -> None:
         """Return True if given logs will do, found out once here: in the workers they would fail every trial."""

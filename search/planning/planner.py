@@ -10,7 +10,7 @@ from typing import Any
 
 from search.evaluation.controls import given_controls
 from search.evaluation.inputs import check_items, require_trust
-from search.evaluation.models import Build, PretrainedModels
+from search.evaluation.models import Build, PretrainedModels, ReferenceModel
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import TASKS
 from search.planning.plan import at_once, make_plan
@@ -26,6 +26,7 @@ from uipe_core.deltas.store import DeltaStore
 from uipe_core.errors import UserError, first_line
 from uipe_core.models.loading import DTYPES
 from uipe_core.models.transformers_compat import adapter_state, wrap_adapter
+from uipe_core.storage.content_store import content_key
 from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.storage.safetensors_files import read_headers, weight_files
 from uipe_core.unlearning.loss_inputs import INITIAL_ON_RETAIN
@@ -169,13 +170,19 @@ def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str
         imports=imports,
         epochs=preparation.trained_epochs,
         steps=steps,
-        references=sum(model.log is None for model in preparation.models.references()),
+        references=sum(_is_to_be_scored(preparation, model) for model in preparation.models.references()),
         controls=len(controls),
         from_logs=sum(job.model is not None for job in controls),
         given=len(spec.given_points()),
         search=spec.search.trials,
         walks=walks,
     )
+
+
+def _is_to_be_scored(preparation: PreparedStudy, model: ReferenceModel) -> bool:
+    """Return True for a reference model without a log whose scores the cache lacks."""
+    inputs = None if model.log is not None else preparation.score_inputs(model)
+    return model.log is None and (inputs is None or not preparation.model_cache.holds(content_key(inputs)))
 
 
 def _sizes(preparation: PreparedStudy, trains: tuple[str, ...], imports: list[Path | None], notes: list[str]) -> Sizes | None:

@@ -26,11 +26,16 @@ from uipe_core.models.loading import ModelSource, set_threads
 from uipe_core.models.tiny import TinyModelConfig, tiny_model
 from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.scratch import scratch_folder
-from uipe_core.unlearning.finetuning import finetune, stage_items
-from uipe_core.unlearning.training import train_base_run
+from uipe_core.unlearning.finetuning import FinetuneConfig, finetune, stage_items
+from uipe_core.unlearning.training import UnlearningConfig, train_base_run
 
 TIMED_STEPS = 4
 """Optimiser steps that are timed, after a first one that is not."""
+
+PROBE_ITEMS = 2
+"""Items of a step that is tried first; where it takes `SLOW_SECONDS`, the step's duration follows from it."""
+SLOW_SECONDS = 0.5
+"""Seconds from which on a step of a few items takes as long as its arithmetic does."""
 
 RETAIN_ITEMS = 256
 """Retain items that a timed base run draws from; tokenizing all of them would take longer than the steps."""
@@ -58,10 +63,18 @@ def measured_rates(
     set_threads(preparation.spec.resources.trial.threads)
     with scratch_folder() as scratch:
         store = ContentStore(scratch)
-        seconds = {}
+        seconds: dict[str, float] = {}
+        known: dict[FinetuneConfig, float] = {}
         for build in builds:
-            say(f"timing a few steps of building a model ({build.stage})")
-            seconds[build.key] = _seconds_to_build(build, preparation, store)
+            config = build.config
+            if isinstance(config, FinetuneConfig):  # one duration for both models: of an item
+                if config not in known:
+                    say("timing a few steps of fine-tuning")
+                    known[config] = _seconds_to_learn(config, preparation)
+                seconds[build.key] = known[config] * config.epochs * len(stage_items(preparation.corpus, build.stage))
+                continue
+            say(f"timing a few steps of building a small model ({build.stage})")
+            seconds[build.key] = _seconds_to_build(config, preparation.corpus, build.stage, store)
         source = _initial(preparation, store)
         epochs, update = _epochs(preparation, source, set(trains), say)
         say("timing the scoring of a few items")
@@ -89,17 +102,20 @@ def _begun(config: TinyModelConfig, corpus: Corpus, stage: str, store: ContentSt
     return tiny_model(few, replace(corpus, build={stage: items}), stage, store, note)
 
 
-def _seconds_to_build(build: Build, preparation: PreparedStudy, store: ContentStore) -> float:
-    clock, config, corpus = _Clock(), build.config, preparation.corpus
-    if isinstance(config, TinyModelConfig):
-        items = corpus.build[build.stage]
-        _begun(config, corpus, build.stage, store, clock)
-        settings: Any = config.base if build.stage == "base" and config.base is not None else config.finetune
-    else:
-        items = stage_items(corpus, build.stage)
-        few, settings = items[: config.batch_size * (TIMED_STEPS + 1)], config
-        finetune(preparation.models.source(INITIAL).load(dtype="auto"), few, replace(config, epochs=1), progress=clock)
-    return clock.step * settings.epochs * -(-len(items) // settings.batch_size)
+def _seconds_to_build(config: TinyModelConfig, corpus: Corpus, stage: str, store: ContentStore) -> float:
+    clock = _Clock()
+    _begun(config, corpus, stage, store, clock)
+    settings = config.base if stage == "base" and config.base is not None else config.finetune
+    return clock.step * settings.epochs * -(-len(corpus.build[stage]) // settings.batch_size)
+
+
+def _seconds_to_learn(config: FinetuneConfig, preparation: PreparedStudy) -> float:
+    """Return seconds of fine-tuning on an item: of two steps, the second."""
+    clock = _Clock()
+    items = stage_items(preparation.corpus, "full")[: 2 * config.batch_size]
+    source = preparation.models.source(INITIAL)
+    finetune(source.load(dtype="auto"), items, replace(config, epochs=1), source.dtype, clock)
+    return clock.step / config.batch_size
 
 
 class _Clock:
@@ -135,17 +151,29 @@ def _epochs(
         say(f"timing a few steps of {run.method}")
         config = replace(preparation.unlearning(run), epochs=1)
         step_items = config.batch_size * config.gradient_accumulation
-        items = corpus.forget_train[: step_items * (TIMED_STEPS + 1)]
-        few = replace(corpus, forget_train=items, retain_train=corpus.retain_train[:RETAIN_ITEMS])
-        clock = _Clock()
-        started = time.perf_counter()
-        update = next(train_base_run(source.load(dtype="auto"), few, config, clock)).update
-        ended = time.perf_counter()
-        steps = -(-len(corpus.forget_train) // step_items)
-        # Where an epoch is a single step there is nothing to leave out.
-        step = clock.step or clock.last - started
-        by_method[run.method] = steps * step + (ended - clock.last)
+        probe = min(PROBE_ITEMS, step_items)
+        step, rest, update = _timed_steps(source, corpus, replace(config, batch_size=probe, gradient_accumulation=1), probe, 1)
+        if step < SLOW_SECONDS:
+            step, rest, update = _timed_steps(source, corpus, config, step_items, TIMED_STEPS)
+        else:
+            step *= step_items / probe
+        by_method[run.method] = -(-len(corpus.forget_train) // step_items) * step + rest
     return {run.label: by_method[run.method] for run in runs}, update
+
+
+def _timed_steps(
+    source: ModelSource, corpus: Corpus, config: UnlearningConfig, items: int, steps: int
+) -> tuple[float, float, UpdateVector]:
+    """Return seconds of a step, of taking the update vector after the last, and that vector."""
+    few = replace(
+        corpus, forget_train=corpus.forget_train[: items * (steps + 1)], retain_train=corpus.retain_train[:RETAIN_ITEMS]
+    )
+    clock = _Clock()
+    started = time.perf_counter()
+    update = next(train_base_run(source.load(dtype="auto"), few, config, clock)).update
+    ended = time.perf_counter()
+    # Where an epoch is a single step there is nothing to leave out.
+    return clock.step or clock.last - started, ended - clock.last, update
 
 
 def _scoring(preparation: PreparedStudy, source: ModelSource, update: UpdateVector | None) -> tuple[float, float, float, float]:

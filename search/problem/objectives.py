@@ -188,7 +188,16 @@ FORGETTING: dict[str, Objective] = {
 }
 """Objectives of forgetting by the name a study file gives (``objectives.forgetting``)."""
 
-UTILITY: dict[str, Objective] = {"model_utility": MODEL_UTILITY, "retain_utility": RETAIN_UTILITY}
+LM_EVAL = Objective(
+    "lm_eval_accuracy",
+    "accuracy in lm-evaluation-harness",
+    "harness\nacc.",
+    4,
+    worst=0.0,
+    about="mean accuracy of the tasks in section lm_eval, in [0, 1]; as many further passes as these have items",
+)
+
+UTILITY: dict[str, Objective] = {"model_utility": MODEL_UTILITY, "retain_utility": RETAIN_UTILITY, "lm_eval": LM_EVAL}
 """Objectives of utility by the name a study file gives (``objectives.utility``)."""
 
 _RELATED = {

@@ -56,6 +56,9 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
         located = [_located("model", value, folder, file_endings=(".json",)) for value in others]
         _replace(result, "model", "other_retain", [local for local, _ in located])
         problems += [(("model", "other_retain", place), text) for place, (_, text) in enumerate(located) if text]
+    tasks = _text_at(result, "lm_eval", "include_path")
+    if tasks is not None:
+        _replace(result, "lm_eval", "include_path", str(_join(folder, tasks)))
     for key in ("models", "deltas"):
         value = _text_at(result, "cache", key)
         if value is not None and "://" not in value:

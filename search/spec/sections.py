@@ -341,6 +341,16 @@ class Objectives(Section):
         return value
 
 
+class Harness(Section):
+    """Section ``lm_eval``: tasks of lm-evaluation-harness, whose accuracy the objective ``lm_eval`` is."""
+
+    tasks: Annotated[tuple[Name, ...], *OneOrMore]
+    limit: Count | None = None
+    batch_size: Count = 8
+    include_path: Name | None = None
+    chat: bool = False
+
+
 class Split(Section):
     """Halves of every evaluation set: `select` is the share of items that trials are scored on, the rest is for reporting."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, ValidationError, ValidationInfo, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
-from search.problem.objectives import MEMORIZATION, RETAIN_UTILITY, Objective, objective_named
+from search.problem.objectives import LM_EVAL, MEMORIZATION, RETAIN_UTILITY, Objective, objective_named
 from search.problem.space import Point, distributions, given_points, grid_points
 from search.samplers.registry import SAMPLERS
 from search.spec.corpora import CORPORA, FREE_TEXT, MULTIPLE_CHOICE, CorpusSection, path_sites
@@ -20,7 +20,7 @@ from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
 from search.spec.paths import PACKAGE, absolute_paths
 from search.spec.plugins import load_plugins
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
-from search.spec.sections import ByKind, Hypervolume, Objectives, Scoring, Search, Section, Split, Unlearning, is_local
+from search.spec.sections import ByKind, Harness, Hypervolume, Objectives, Scoring, Search, Section, Split, Unlearning, is_local
 from search.spec.study_file import LineNumbers, read_study_file
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import CHOICE_DEFINITION
@@ -80,6 +80,7 @@ class StudySpec(Section):
     scoring: Scoring = Field(default_factory=Scoring)
     split: Split | None = None
     objectives: Objectives = Field(default_factory=Objectives)
+    lm_eval: Harness | None = None
     search: Search = Field(default_factory=Search)
     hypervolume: Hypervolume = Field(default_factory=Hypervolume)
     resources: Resources = Field(default_factory=Resources)
@@ -207,6 +208,11 @@ class StudySpec(Section):
 
         if self.objectives.third is not None and self.search.third_objective is not None:
             refuse("third", f"search.third_objective ({self.search.third_objective}) is given too", "Remove one of the two.")
+        if (LM_EVAL.name in [each.name for each in self.maximised]) != (self.lm_eval is not None):
+            key = "objectives" if self.lm_eval is None else "lm_eval"
+            why = "the objective lm_eval and the section lm_eval belong together"
+            remedy = "Write lm_eval: {tasks: [arc_easy], limit: 100} and objectives: {utility: lm_eval}, or neither."
+            found.append({"type": rule(why, remedy), "loc": (key,), "input": self.objectives.utility})
         for role, name in self._named_objectives().items():
             objective = objective_named(role, name).on(self.corpus.sets)
             missing = [each for each in objective.sets if each not in self.corpus.sets]
@@ -272,8 +278,11 @@ class StudySpec(Section):
         for holder, key in [*holders, (model, "initial"), (model, "retain"), (model, "base")]:
             if isinstance(place := holder.get(key), str) and is_local(place):
                 del holder[key]
+        # Studies from before these could be named stay what they are.
         if not self.objectives.model_dump(exclude_none=True):
-            del payload["objectives"]  # studies from before they could be named stay what they are
+            del payload["objectives"]
+        if self.lm_eval is None:
+            del payload["lm_eval"]
         if self.checkpoints:
             payload["checkpoints"] = {label: len(folders) for label, folders in self.checkpoints.items()}
         return payload

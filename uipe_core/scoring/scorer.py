@@ -70,6 +70,9 @@ class TeacherForcedScores:
             self.best.update({number: list(islice(best, self._examples[number].answer_length)) for number in gold})
 
 
+SCORING_SCHEMA = 1
+"""Raised with every change that alters scores by more than rounding, so that those of earlier versions are not reused."""
+
 GENERATED_SETS = ("forget", *KEPT_SETS)
 """Sets whose ROUGE recall enters a metric; text is generated for these only."""
 
