@@ -53,6 +53,7 @@ def test_objectives_as_json_say_what_each_needs_and_costs(call):
     assert (quality["needs_retain_model"], quality["sets"], quality["price"]) == (True, ["forget"], "losses")
     assert by_name["forgetting", "rouge"]["price"] == "generated text"
     assert by_name["forgetting", "memorization"]["price"] == "losses"
+    assert by_name["utility", "lm_eval"]["price"] == "other"
     kept = by_name["utility", "retain_utility"]
     assert (kept["sets"], kept["optional_sets"], kept["price"]) == (["retain"], ["general"], "generated text")
     assert by_name["third", "related_log10_forget_quality"]["needs_retain_model"]
