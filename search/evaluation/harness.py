@@ -5,10 +5,12 @@ Needs the extra ``uipe-search[lm-eval]``. The model is not loaded again: the har
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uipe_core.errors import UserError, first_line
-from uipe_core.models.loading import LoadedModel
+
+if TYPE_CHECKING:
+    from uipe_core.models.loading import LoadedModel
 
 ACCURACIES = ("acc,none", "acc_norm,none", "exact_match,none", "exact_match,strict-match")
 """Results of a task that count as its accuracy; the first that it has."""
@@ -41,7 +43,7 @@ def require_harness(tasks: HarnessTasks) -> None:
         raise UserError(f"lm_eval.tasks: the harness knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
 
 
-def harness_accuracy(loaded: LoadedModel, tasks: HarnessTasks) -> float:
+def harness_accuracy(loaded: "LoadedModel", tasks: HarnessTasks) -> float:
     """Return the mean accuracy of the tasks, in [0, 1].
 
     Raises:

@@ -283,7 +283,18 @@ class FinetunedModels:
             raise UserError("model.kind: finetuned needs a corpus with texts to learn; this one has none")
         store = ContentStore(Path(spec.cache.models or cache_folder("models")))
         location, identity, revision = _identified(section.base, section.revision, store)
-        base = ModelSource(location, identity, revision, **_loading(section))
+        return cls._from(spec, section, corpus, ModelSource(location, identity, revision, **_loading(section)), store)
+
+    @classmethod
+    def unseen(cls, spec: StudySpec, section: FinetunedModel, corpus: Corpus) -> "FinetunedModels":
+        """Describe models made of one that is not on this machine: its name stands in for its identity."""
+        base = ModelSource(section.base, section.base, section.revision, **_loading(section))
+        return cls._from(spec, section, corpus, base, ContentStore(Path(spec.cache.models or cache_folder("models"))))
+
+    @classmethod
+    def _from(
+        cls, spec: StudySpec, section: FinetunedModel, corpus: Corpus, base: ModelSource, store: ContentStore
+    ) -> "FinetunedModels":
         given, adapter = section.finetune, section.finetune.adapter
         config = FinetuneConfig(
             epochs=given.epochs,

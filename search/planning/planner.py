@@ -10,14 +10,14 @@ from typing import Any
 
 from search.evaluation.controls import given_controls
 from search.evaluation.inputs import check_items, require_trust
-from search.evaluation.models import Build, PretrainedModels, ReferenceModel
+from search.evaluation.models import Build, FinetunedModels, PretrainedModels, ReferenceModel
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import TASKS
 from search.planning.plan import at_once, make_plan
 from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
 from search.planning.timing import measured_rates, past_rates
 from search.spec.corpora import MULTIPLE_CHOICE, fetched_sources
-from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
+from search.spec.models import FinetunedModel, TinyModel
 from search.spec.sections import is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus
@@ -99,7 +99,9 @@ def _prepared(spec: StudySpec, notes: list[str], trust_remote_code: bool) -> tup
         prepared = prepare(spec, trust_remote_code)
         notes += check_items(spec, prepared.corpus)
         return prepared, True
-    assert isinstance(model, PretrainedModel)
+    assert not isinstance(model, TinyModel)
+    if isinstance(model, FinetunedModel):
+        return PreparedStudy(spec, corpus, FinetunedModels.unseen(spec, model, corpus)), False
     return PreparedStudy(spec, corpus, PretrainedModels.unseen(model)), False
 
 
