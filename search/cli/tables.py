@@ -120,6 +120,8 @@ def print_front(result: Any) -> None:
         cells["trial"] += " x" if isinstance(row["collapsed"], str) else ""
         table.add_row(*(escape(printable(cell)) for cell in cells.values()))
     console.print(table)
+    if result.front.empty:
+        console.print("the front has no point: the initial model is at least as good as every trial in every objective")
     if result.front["flagged"].any():
         flag = flag_of(result.objectives)
         console.print(f"! {flag.meaning}, {flag.caution}")
@@ -318,7 +320,9 @@ def print_dial(answer: dict[str, Any]) -> None:
             )
             echo(f"  {title.replace('_', ' '):17} alpha {point['alpha']:7.4f}  {numbers}  {named}")
     if answer["best"] is None:
-        echo("\nno trial keeps so much utility; give a lower --floor")
+        noise = any(line["state"] == "ceiling" for line in answer["lines"])
+        why = ": that one is at the noise ceiling itself" if noise else "; give a lower --floor"
+        echo(f"\nno trial that keeps so much utility forgets more than the initial model{why}")
         return
     best = answer["best"]
     where = f"trial {best['trial']} ({best['base']}, epoch {best['epoch']}, alpha {best['alpha']:.4f})"

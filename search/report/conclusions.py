@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from search.problem.objectives import Objective
-from search.problem.pareto import DEFAULT_FLOOR, utility_floor
+from search.problem.pareto import DEFAULT_FLOOR, non_dominated, utility_floor
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN
 from search.report.data import ReportData, report_data
 from search.report.style import alpha, count, decimal, number, probability
@@ -29,20 +29,23 @@ def conclude(view: ReportData) -> list[str]:
 
     Gains are hypervolumes over what is given without a search: the initial model and every epoch at alpha = 0.
     """
-    front = view.trials[view.trials["on_front"]]
-    if front.empty:
+    if view.trials.empty:
         return ["No trial is complete yet, so there is no front to judge."]
+    front = view.trials[view.trials["on_front"]]
     walks = front["walk"].value_counts()
     longer, shorter = int(walks.get("extrapolation", 0)), int(walks.get("interpolation", 0))
     given = len(front) - longer - shorter
+    nothing = _nothing_sentences(view)
+    won, floor = (nothing, []) if nothing else (_gain_sentences(view), _floor_sentences(view))
     sentences = [
-        *_gain_sentences(view),
+        *won,
         *_next_epoch_sentences(view),
-        *_floor_sentences(view),
+        *floor,
         *_held_out_sentences(view),
         *_noise_sentences(view),
         f"The front has {count(len(front), 'point')}: {given} given at alpha = 0, {shorter} by interpolation "
         f"(alpha below 0) and {longer} by extrapolation (alpha above 0).",
+        *_beaten_sentences(view),
     ]
     flagged = int(front["flagged"].sum())
     if flagged:
@@ -63,6 +66,52 @@ def _collapse_sentences(front: pd.DataFrame) -> list[str]:
         f"whatever the metrics say, and {'is' if len(broken) == 1 else 'are'} never selected unless asked for; "
         f"trial {int(first['trial'])}: {first['collapsed']}."
     ]
+
+
+def _nothing_sentences(view: ReportData) -> list[str]:
+    """Say so where no sound trial forgets more than the initial model, beyond noise where that is known."""
+    forgetting = view.objectives[0]
+    start = _initial(view, forgetting)
+    sound = view.trials[~collapsed(view.trials)].dropna(subset=[forgetting.name])
+    if start is None:
+        return []
+    ahead = sound[sound[forgetting.name] > start]
+    broken = " that has not collapsed" if len(sound) < len(view.trials) else ""
+    nothing = f"Nothing was won: no trial{broken} forgets more than the initial model"
+    if ahead.empty:
+        return [f"{nothing}."]
+    if (ahead[forgetting.name].clip(upper=view.ceiling) <= min(start, view.ceiling)).all():
+        return [f"{nothing}, because it is at the noise ceiling of {forgetting.title} itself."]
+    if "beats_initial" not in view.certainty:
+        return []
+    known = view.certainty[view.certainty["trial"].isin(ahead["trial"])]["beats_initial"].dropna()
+    if len(known) < len(ahead) or known.astype(bool).any():
+        return []
+    best = ahead.sort_values(forgetting.name).iloc[-1]
+    return [
+        f"{nothing}, beyond noise: the strongest, trial {int(best['trial'])}, has {_strength(forgetting, best)}, and "
+        "another draw of items may take that away (95%, corrected for the number of trials)."
+    ]
+
+
+def _beaten_sentences(view: ReportData) -> list[str]:
+    """Trials that no other trial beats, and the initial model does: Optuna's own front has them."""
+    start = [_initial(view, objective) for objective in view.objectives]
+    points = view.trials[[objective.name for objective in view.objectives]].dropna()
+    if None in start or points.empty:
+        return []
+    beaten = int((non_dominated(points) & (points <= start).all(axis=1).to_numpy()).sum())
+    if not beaten:
+        return []
+    return [
+        f"{count(beaten, 'trial')} that no other trial beats {'is' if beaten == 1 else 'are'} not on it, because the initial "
+        "model is at least as good in everything."
+    ]
+
+
+def _initial(view: ReportData, objective: Objective) -> float | None:
+    known = view.controls.loc[view.controls["kind"] == INITIAL, objective.name].dropna()
+    return None if known.empty else float(known.iloc[0])
 
 
 def _gain_sentences(view: ReportData) -> list[str]:
@@ -106,7 +155,8 @@ def _next_epoch_sentences(view: ReportData) -> list[str]:
     further = controls[objectives].dropna().to_numpy(dtype=float)
     if len(further) == 0:
         return []
-    front = view.trials.loc[view.trials["on_front"], objectives].to_numpy(dtype=float)
+    initial = view.controls.loc[view.controls["kind"] == INITIAL, objectives].dropna()
+    front = pd.concat([view.trials.loc[view.trials["on_front"], objectives], initial]).to_numpy(dtype=float)
     beyond = sum(not any((point >= other).all() for point in front) for other in further)
     of_all = f"of {count(len(further), 'next epoch')} of plain training"
     if beyond == 0:
@@ -117,20 +167,25 @@ def _next_epoch_sentences(view: ReportData) -> list[str]:
 def _floor_sentences(view: ReportData) -> list[str]:
     """The gain as one deployable point: the strongest forgetting at nearly the initial model's utility."""
     forgetting, utility = view.objectives[:2]
-    initial = view.controls.loc[view.controls["kind"] == INITIAL, utility.name].dropna()
+    initial, start = _initial(view, utility), _initial(view, forgetting)
     scored = view.trials[~collapsed(view.trials)].dropna(subset=[forgetting.name, utility.name])
-    if initial.empty:
+    if initial is None or start is None:
         return []
     picks = []
     for table in (scored, scored[scored["kind"] == "alpha_zero"]):
         try:
-            row = utility_floor(table[forgetting.name], table[utility.name], DEFAULT_FLOOR * float(initial.iloc[0]))
+            row = utility_floor(table[forgetting.name], table[utility.name], DEFAULT_FLOOR * initial)
         except UserError:
             break
         picks.append(table.iloc[row])
     if not picks:
         return [f"No trial keeps {DEFAULT_FLOOR:.0%} of the initial {utility.title}."]
     best = picks[0]
+    if best[forgetting.name] <= start:
+        return [
+            f"No trial that keeps {DEFAULT_FLOOR:.0%} of the initial {utility.title} forgets more than the initial model: "
+            "nothing was won at that floor."
+        ]
     point = f"{best['base']}, epoch {int(best['epoch'])}, alpha {alpha(best['alpha'])}"
     sentence = (
         f"At {DEFAULT_FLOOR:.0%} or more of the initial {utility.title} the strongest forgetting is "
@@ -138,6 +193,8 @@ def _floor_sentences(view: ReportData) -> list[str]:
     )
     if len(picks) == 1:
         return [f"{sentence}; no unlearned epoch as trained keeps that much."]
+    if picks[1][forgetting.name] <= start:
+        return [f"{sentence}; no unlearned epoch as trained that keeps that much forgets more than the initial model."]
     if picks[1][forgetting.name] >= best[forgetting.name]:
         return [f"{sentence}; no other alpha forgets more than the best unlearned epoch there."]
     reached = f"{sentence}; the best unlearned epoch as trained reaches {_strength(forgetting, picks[1], named=False)}."

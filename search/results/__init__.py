@@ -4,6 +4,7 @@ constrained: search for the strongest forgetting at a utility floor
 export: forms of export, one entry each
 finalists: what was scored of front points afterwards
 recipe: everything needed to rebuild a trial's model, as a file
+selection (private): choose a trial of the front by a rule
 status: how far a study is
 study_result: ``StudyResult``
 uncertainty: bootstrap intervals and the probability of being on the front

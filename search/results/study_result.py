@@ -14,15 +14,16 @@ import pandas as pd
 from search.evaluation.metrics import METRICS
 from search.evaluation.pruning import pruned_table, savings
 from search.problem.objectives import Objective, quality_floor
-from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
-from search.problem.trial import INITIAL, RETAIN
+from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume
+from search.problem.trial import INITIAL
 from search.results import finalists
 from search.results.recipe import recipe_of
+from search.results.selection import chosen_row
 from search.results.uncertainty import certainty
 from search.spec.study import StudySpec
 from search.store.mirror import readable_folder
 from search.store.study_store import StudyStore
-from search.store.trials import searched
+from search.store.trials import on_front, searched
 from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.errors import UserError
 from uipe_core.logs.parts import MEMORIZATION
@@ -49,7 +50,8 @@ class StudyResult:
     Attributes:
         out: The study's folder.
         store: Its open store.
-        trials: A row per complete trial, by number, with all evidence; column ``on_front`` marks the Pareto front.
+        trials: A row per complete trial, by number, with all evidence; column ``on_front`` marks the Pareto front: what neither
+            another trial nor the initial model beats (`search.store.trials.on_front`).
         controls: A row per scored control.
     """
 
@@ -83,7 +85,7 @@ class StudyResult:
             for column in (*CONTROL_COLUMNS, *_names(store), "logit_scale", "walk", "collapsed"):
                 if column not in frame:
                     frame[column] = None
-        trials["on_front"] = non_dominated(trials[_names(store)].to_numpy())
+        trials["on_front"] = on_front(trials, controls, _names(store))
         return cls(store.out, store, trials.sort_values("trial", ignore_index=True), controls)
 
     @property
@@ -138,8 +140,7 @@ class StudyResult:
     @cached_property
     def certainty(self) -> pd.DataFrame:
         """How sure every trial's objectives are (`search.results.uncertainty.certainty`)."""
-        retain = self.control(RETAIN)
-        return certainty(self.store, self.trials, None if retain is None else int(retain["trial"]))
+        return certainty(self.store, self.trials, self.controls)
 
     @cached_property
     def confirmations(self) -> pd.DataFrame:
@@ -169,7 +170,7 @@ class StudyResult:
         if not collapsed(self.trials).any():
             return self.front
         healthy = self.trials[~collapsed(self.trials)]
-        chosen = healthy[non_dominated(healthy[_names(self.store)].to_numpy())] if len(healthy) else healthy
+        chosen = healthy[on_front(healthy, self.controls, _names(self.store))] if len(healthy) else healthy
         return chosen.sort_values(_names(self.store), ascending=False, ignore_index=True)
 
     def control(self, kind: str) -> pd.Series | None:
@@ -201,22 +202,13 @@ class StudyResult:
             allow_collapsed: Whether a collapsed model (`uipe_core.metrics.collapse`) may be chosen.
 
         Raises:
-            UserError: If the rule is unknown, no trial has so much utility, or every trial has collapsed.
+            UserError: If the rule is unknown, no trial beats the initial model, none that forgets more than it has so much
+                utility, or every trial has collapsed.
         """
-        if rule not in RULES:
-            raise UserError(f"--rule: {rule!r} is unknown; choose one of {', '.join(RULES)}")
         front = self.front if allow_collapsed else self.healthy_front
-        if front.empty:
+        if not allow_collapsed and collapsed(self.trials).all():
             raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
-        points = front[_names(self.store)].to_numpy()
-        if rule == "knee":
-            return front.iloc[knee(points)]
-        if not 0 < floor <= 1:
-            raise UserError(f"--floor: {floor:g} is not a share of the initial model's utility; give a number above 0, up to 1")
-        initial = self.control(INITIAL)
-        if initial is None:
-            raise UserError(f"{self.out}: the initial model has not been scored yet; finish the study with `uipe run`")
-        return front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
+        return front.iloc[chosen_row(front, self.control(INITIAL), self.objectives, rule, floor)]
 
     def reference_point(self) -> dict[str, float]:
         """Return the reference point of hypervolume, by objective (`search.problem.objectives`)."""

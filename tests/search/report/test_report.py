@@ -255,7 +255,7 @@ def test_the_verdict_on_the_synthetic_study(view):
     assert f"The front has {view.trials['on_front'].sum()} points" in text
     assert "the strongest forgetting is trial" in text
     flagged = view.trials.assign(flagged=True)
-    assert "flagged: utility above both" in " ".join(conclude(dataclasses.replace(view, trials=flagged)))
+    assert "flagged: utility above every" in " ".join(conclude(dataclasses.replace(view, trials=flagged)))
 
 
 def test_the_verdict_says_where_training_on_beats_every_alpha(view):
@@ -271,6 +271,35 @@ def test_the_verdict_says_where_training_on_beats_every_alpha(view):
     assert f"None of {count} next epochs of plain training is beyond the front" in text
     best = view.trials[["log10_forget_quality", "model_utility"]].max() + 0.1
     assert f"{count} of {count} next epochs of plain training are beyond the front" in said(*best)[1]
+
+
+def beaten(view, **certain):
+    """The synthetic study with an initial model that has forgotten more than any trial, but for those named."""
+    controls = view.controls.copy()
+    controls.loc[controls["kind"] == "initial", "log10_forget_quality"] = (
+        view.trials["log10_forget_quality"].nlargest(2).iloc[1]
+    )
+    summary = {**view.summary, "forget_quality_cap": 1.0}
+    certainty = pd.DataFrame({"trial": view.trials["trial"], **certain})
+    return dataclasses.replace(view, controls=controls, summary=summary, certainty=certainty)
+
+
+@pytest.mark.parametrize(
+    ("beats", "said"), [({"beats_initial": False}, True), ({"beats_initial": True}, False), ({"beats_initial": None}, False)]
+)
+def test_what_beats_the_initial_model_within_noise_only_has_won_nothing(view, beats, said):
+    strongest = int(view.trials.loc[view.trials["log10_forget_quality"].idxmax(), "trial"])
+    first, *others = conclude(beaten(view, **beats))
+    assert first.startswith("Nothing was won: no trial forgets more than the initial model, beyond noise") == said
+    assert (f"the strongest, trial {strongest}," in first) == said
+    assert any("Choosing alpha won" in words for words in (first, *others)) != said
+
+
+def test_an_initial_model_at_the_noise_ceiling_leaves_nothing_to_win(view):
+    controls = view.controls.copy()
+    controls.loc[controls["kind"] == "initial", "log10_forget_quality"] = math.log10(CAP)
+    first, *_ = conclude(dataclasses.replace(view, controls=controls))
+    assert first.startswith("Nothing was won") and "noise ceiling" in first
 
 
 def test_a_search_above_zero_only_does_not_split_its_gain():

@@ -119,7 +119,7 @@ def test_the_floor_of_the_sample_is_the_reference_point_otherwise(study):
 @pytest.mark.parametrize("seed", range(5))
 def test_the_front_is_what_nothing_dominates_strongest_first(study, seed):
     points = random_points(seed)
-    result = study(points)
+    result = study(points, initial=None)
     best = {
         number
         for number, (_, x, y) in enumerate(points)
@@ -128,6 +128,46 @@ def test_the_front_is_what_nothing_dominates_strongest_first(study, seed):
     assert set(result.front["trial"]) == best
     assert result.front["log10_forget_quality"].is_monotonic_decreasing
     assert {trial.number for trial in result.study.best_trials} == best
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_front_has_nothing_that_the_initial_model_beats(study, seed):
+    points, start = random_points(seed), (-9.0, 0.6)
+    best = {
+        number
+        for number, (_, x, y) in enumerate(points)
+        if (x > start[0] or y > start[1]) and not any(a >= x and b >= y and (a > x or b > y) for _, a, b in points)
+    }
+    assert set(study(points, initial=start).front["trial"]) == best
+
+
+def test_a_point_that_the_initial_model_beats_is_recommended_nowhere(study, call):
+    # As much forgotten as by the initial model, with less utility; no other trial beats the first.
+    result = study([(0, -6.0, 0.79), (0.5, -6.0, 0.7), (1.0, -7.0, 0.5)])
+    assert result.front.empty and result.healthy_front.empty and result.finalists(3).empty
+    for rule in ("knee", "utility-floor"):
+        for allowed in (False, True):
+            with pytest.raises(UserError, match="the initial model is at least as good as every trial"):
+                result.select(rule, allow_collapsed=allowed)
+    said = conclusions(result)
+    assert said[0] == "Nothing was won: no trial forgets more than the initial model."
+    assert any(words.startswith("1 trial that no other trial beats is not on it") for words in said)
+    assert not any("strongest forgetting" in words or "Choosing alpha won" in words for words in said)
+    assert write_report(result).is_file() and result.summary()["front"] == []
+    assert [job.kind for job in follow_up_trials(result.store)] == []
+    code, output, _ = call("pareto", result.out)
+    assert code == 0 and "the initial model is at least as good as every trial" in " ".join(output.split())
+    code, _, error = call("select", result.out)
+    assert code == 2 and "nothing to choose" in error
+
+
+def test_more_utility_alone_is_on_the_front_and_no_strongest_forgetting(study):
+    result = study([(0, -6.5, 0.85), (0.5, -3.0, 0.4)])
+    assert sorted(result.front["trial"]) == [0, 1]
+    with pytest.raises(UserError, match=r"at least 0.95 .* forgets more than the initial model; give a lower --floor"):
+        result.select("utility-floor")
+    assert result.select("utility-floor", 0.5)["trial"] == 1
+    assert "nothing was won at that floor" in " ".join(conclusions(result))
 
 
 def test_a_front_of_one_point_serves_every_rule(study):
