@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from search.cli.cluster import register as register_clusters
+from search.cli.front_table import print_front
 from search.cli.models import register as register_models
 from search.cli.tables import (
     CHECKED,
@@ -26,7 +27,6 @@ from search.cli.tables import (
     echo,
     print_claims,
     print_confirmations,
-    print_front,
     print_json,
     print_stop,
     quieten,

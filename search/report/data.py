@@ -9,8 +9,9 @@ import pandas as pd
 from search.evaluation.inputs import power_of_forget_quality
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, flag_of
 from search.problem.pareto import DEFAULT_FLOOR, RULES
+from search.problem.trial import INITIAL
 from search.report.style import counted
-from search.results.study_result import StudyResult
+from search.results.study_result import FORGET_NUMBERS, StudyResult
 from search.results.uncertainty import smallest_groups
 from search.spec.models import FinetunedModel, PretrainedModel
 from search.spec.study import StudySpec
@@ -67,7 +68,7 @@ class ReportData:
 
     @property
     def columns(self) -> list[Column]:
-        """The numbers that tables show of every trial and control: objectives, p-values, logit scale."""
+        """The numbers that tables show of every trial and control: objectives, p-values, ROUGE and probability of forget answers."""
         found = []
         for objective in self.objectives:
             if objective.p_value is not None:
@@ -76,7 +77,8 @@ class ReportData:
             else:
                 found.append(Column(objective.name, objective.title, "decimal", objective.places))
             found += [Column(key, head, "decimal", objective.places) for key, head in objective.companions]
-        return [*found, Column("logit_scale", "logit scale", "decimal", 3)]
+        named = [Column(key, head, "decimal", 3) for key, head in FORGET_NUMBERS.items() if key in self.trials.columns]
+        return [*found, *named, Column("logit_scale", "logit scale", "decimal", 3)]
 
     @property
     def related(self) -> list[Column]:
@@ -89,6 +91,12 @@ class ReportData:
             for name, head in names.items()
             if name in self.trials.columns and name not in shown
         ]
+
+    @property
+    def initial(self) -> dict[str, Any] | None:
+        """The initial model as a control, what every point is held against; None before it is scored."""
+        rows = self.controls[self.controls["kind"] == INITIAL] if "kind" in self.controls else self.controls
+        return None if rows.empty else {str(key): value for key, value in rows.iloc[0].items()}
 
     def finalists(self) -> list[dict[str, Any]]:
         """The front from best kept to best forgotten, each point with what was found out about it afterwards."""

@@ -110,6 +110,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         gains=_gain_bars(view.summary),
         front=front.to_dict("records"),
         columns=view.columns,
+        initial=view.initial,
         finalists=view.finalists(),
         certain=not view.certainty.empty,
         few_groups=FEW_GROUPS,

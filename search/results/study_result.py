@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "of_trial")
 """Columns that the table of controls always has."""
 
+FORGET_NUMBERS = {"forget_rouge": "forget ROUGE", "forget_probability": "forget prob."}
+"""Mean ROUGE-L recall and answer probability of the forget set, with their heads: whether answers are still given."""
+
+_OLDER_NAMES = {"forget_rouge": "ROUGE Forget", "forget_probability": "Prob Forget"}
+
 POINT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk")
 
 
@@ -85,6 +90,9 @@ class StudyResult:
             for column in (*CONTROL_COLUMNS, *_names(store), "logit_scale", "walk", "collapsed"):
                 if column not in frame:
                     frame[column] = None
+            for column, older in _OLDER_NAMES.items():
+                if older in frame:
+                    frame[column] = frame[column].fillna(frame[older]) if column in frame else frame[older]
         trials["on_front"] = on_front(trials, controls, _names(store))
         return cls(store.out, store, trials.sort_values("trial", ignore_index=True), controls)
 
@@ -277,7 +285,7 @@ class StudyResult:
         """Rows of `trials` or `front` as plain JSON values: point, objectives and their definition, and what qualifies them."""
         p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
         companions = [key for objective in self.objectives for key, _ in objective.companions]
-        more = [*companions, *METRICS, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
+        more = [*companions, *FORGET_NUMBERS, *METRICS, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
         more += [f"{name}_log10_forget_quality" for name in RELATED_SETS]
         more += [f"{name}_{key}" for name in MEMORIZED_SETS for key in MEMORIZATION]
         keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]

@@ -186,6 +186,22 @@ def test_every_front_trial_is_in_the_table(view, page):
     assert len(page.front) > 3
 
 
+def test_the_initial_model_stands_under_the_front_with_what_the_forget_set_still_gets(view, tmp_path):
+    known = dataclasses.replace(
+        view,
+        trials=view.trials.assign(forget_rouge=0.25, forget_probability=0.125),
+        controls=view.controls.assign(forget_rouge=0.875, forget_probability=0.75),
+    )
+    page = render_report(known, tmp_path).read_text()
+    table = re.search(r'<section id="front-table">.*?</table>', page, re.S)[0]
+    assert "forget ROUGE" in table and "forget prob." in table and "forget answers are still given" in table
+    last = table.split("<tr")[-1]
+    assert "initial model" in last and "data-trial" not in last
+    assert [text in last for text in ("−14.20", "0.7720", "0.875", "0.750")] == [True] * 4
+    assert table.count("0.250") == int(view.trials["on_front"].sum())
+    assert "forget ROUGE" not in render_report(view, tmp_path / "older").read_text()
+
+
 def test_all_sections_are_there_in_order(page):
     order = [name for name in page.words if name]
     assert order == ["verdict", "front", "front-table", "alpha", "controls", "cost", "details"]

@@ -7,6 +7,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import pytest
 
+from search.cli.front_table import print_front
 from search.evaluation.controls import follow_up_trials
 from search.problem.space import Point
 from search.problem.trial import TrialSpec
@@ -285,6 +286,36 @@ def with_collapse(new_store, made_up_evidence):
         return StudyResult.of(store)
 
     return make
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_table_shows_what_the_forget_set_still_gets_and_the_initial_model(study, made_up_evidence, capsys, older):
+    def told(job, strength, utility, **more):
+        numbers = (1.0, 0.875) if job.kind == "initial" else (0.25, 0.125)
+        names = ("ROUGE Forget", "Prob Forget") if older else ("forget_rouge", "forget_probability")
+        values = dict(zip(names, numbers, strict=True))
+        values = {"forget_components": values} if older else values
+        long = {f"{name}_log10_forget_quality": -3.0 for name in ("related", "unrelated")}
+        return made_up_evidence(job, strength, utility, **long, **values, **more)
+
+    result = study([(0, -5.0, 0.79), (0.5, -3.0, 0.77)], evidence=told)
+    assert result.rows(result.front)[0]["forget_rouge"] == 0.25
+    print_front(result)
+    wide = capsys.readouterr().out
+    last = next(line for line in wide.splitlines() if "initial model" in line).split()
+    assert last == ["initial", "model", "-6.00", "1e-06", "0.8000", "1.000", "0.875", "1.000", "-3.00", "-3.00"]
+    print_front(result, 80)
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 80
+    heads = narrow.splitlines()[3]
+    assert "ROUGE" in heads and "prob." in heads and "0.8000" in narrow
+    assert "left out, because the terminal is narrow: log10 FQ K0, log10 FQ K2, logit scale, walk" in narrow.replace("\n", " ")
+    assert sum("npo" in line for line in narrow.splitlines()) == 2
+
+
+def test_before_the_initial_model_is_scored_it_has_no_line(study, capsys):
+    print_front(study([(0, -5.0, 0.79)], initial=None))
+    assert "initial" not in capsys.readouterr().out
 
 
 def test_no_rule_selects_a_collapsed_point_unless_told_to(with_collapse):
