@@ -202,14 +202,16 @@ def _floor_sentences(view: ReportData) -> list[str]:
 
 
 def _held_out_gain(view: ReportData, best: pd.Series, trained: pd.Series) -> list[str]:
-    """Compare the two points on items that nothing was chosen by, where both were scored on them."""
+    """Compare the two points on items that nothing was chosen by, or say which of them was not scored on those."""
     forgetting = view.objectives[0]
     column = f"{forgetting.name}_held_out"
     if column not in view.held_out:
         return []
     known = view.held_out.drop_duplicates("trial").set_index("trial")[column].astype(float)
-    if not {best["trial"], trained["trial"]} <= set(known.index):
-        return []
+    missing = [f"trial {int(row['trial'])}" for row in (best, trained) if row["trial"] not in known.index]
+    if missing:
+        were = "was" if len(missing) == 1 else "were"
+        return [f"Whether that holds on the held-out items is not known: {' and '.join(missing)} {were} not scored on them."]
     here, there = (float(known[int(row["trial"])]) for row in (best, trained))
     if here <= there:
         return ["On the held-out items that gain is nothing: there the unlearned epoch as trained forgets as much."]
@@ -218,16 +220,36 @@ def _held_out_gain(view: ReportData, best: pd.Series, trained: pd.Series) -> lis
 
 
 def _held_out_sentences(view: ReportData) -> list[str]:
-    """How far front points fall back on the items nothing was chosen by."""
+    """How far front points fall back on the items nothing was chosen by, and how far the initial model itself does."""
     if view.held_out.empty:
         return []
     utility = view.objectives[1]
+    here, there = _initial(view, utility), _initial_held_out(view, utility)
+    if here and there:
+        shares = view.held_out[utility.name].astype(float) / here
+        again = view.held_out[f"{utility.name}_held_out"].astype(float) / there
+        row = int((again - shares).argmin())
+        return [
+            f"On the held-out items the initial model's {utility.title} is {decimal(there, utility.places)}, against "
+            f"{decimal(here, utility.places)} on those for selection. Of that the front has {again.mean():.0%} on average, "
+            f"against {shares.mean():.0%}; trial {int(view.held_out['trial'].iloc[row])} goes from {shares.iloc[row]:.0%} to "
+            f"{again.iloc[row]:.0%}, the worst change."
+        ]
     change = view.held_out[f"{utility.name}_difference"].astype(float)
     worst = int(view.held_out["trial"].iloc[int(change.argmin())])
     return [
         f"On the held-out items the front's {utility.title} changes by {decimal(change.mean(), utility.places)} on average, "
         f"at worst by {decimal(change.min(), utility.places)} (trial {worst})."
     ]
+
+
+def _initial_held_out(view: ReportData, objective: Objective) -> float | None:
+    """Return the initial model's value on the held-out items; None where it was not scored on them."""
+    if "model" not in view.controls:
+        return None
+    own = (view.controls["kind"] == "held_out") & (view.controls["model"] == INITIAL)
+    known = view.controls.loc[own, objective.name].dropna()
+    return None if known.empty else float(known.iloc[0])
 
 
 def _noise_sentences(view: ReportData) -> list[str]:

@@ -68,7 +68,7 @@ class ReportData:
 
     @property
     def columns(self) -> list[Column]:
-        """The numbers that tables show of every trial and control: objectives, p-values, ROUGE and probability of forget answers."""
+        """The numbers that tables show of every trial and control: objectives, p-values, forget answers, logit scale."""
         found = []
         for objective in self.objectives:
             if objective.p_value is not None:

@@ -400,6 +400,30 @@ def test_the_verdict_tells_of_held_out_items_and_of_noise(view):
     assert "held-out" not in " ".join(conclude(view))
 
 
+def test_a_fall_on_held_out_items_is_told_as_a_share_of_the_initial_models(view):
+    seen = with_afterthoughts(view)
+    own = {"kind": "held_out", "model": "initial", **metrics(-13.0, 0.5 * INITIAL["model_utility"], 1.0)}
+    controls = pd.concat([seen.controls, pd.DataFrame([own])], ignore_index=True)
+    held = seen.held_out.assign(model_utility_held_out=0.5 * seen.held_out["model_utility"])
+    worst = held.index[0]
+    held.loc[worst, "model_utility_held_out"] *= 0.9
+    said = " ".join(conclude(dataclasses.replace(seen, controls=controls, held_out=held)))
+    assert "the initial model's model utility is 0.3860, against 0.7720 on those for selection" in said
+    share = held.loc[worst, "model_utility"] / INITIAL["model_utility"]
+    assert f"trial {held.loc[worst, 'trial']} goes from {share:.0%} to {0.9 * share:.0%}, the worst change" in said
+    assert "changes by" not in said
+
+
+def test_the_verdict_says_which_point_of_the_gain_was_not_scored_on_held_out_items(view):
+    seen = with_afterthoughts(view)
+    whole = " ".join(conclude(seen))
+    best = int(re.search(r"strongest forgetting is trial (\d+)", whole)[1])
+    without = dataclasses.replace(seen, held_out=seen.held_out[seen.held_out["trial"] != best])
+    said = " ".join(conclude(without))
+    assert "Whether that holds on the held-out items is not known: trial" in said
+    assert re.search(rf"not known: trial {best}( and trial \d+ were| was) not scored on them", said)
+
+
 def test_columns_of_base_runs_are_limited():
     trials = synthetic(methods=plots.MAX_BASES + 6).trials
     shown = plots.shown_bases(trials)
