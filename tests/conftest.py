@@ -30,6 +30,7 @@ LLAMA3_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", default=False, help="run tests marked slow too")
     parser.addoption("--faults", action="store_true", default=False, help="run the fault suite too")
+    parser.addoption("--real", action="store_true", default=False, help="run tests of a real pretrained model too")
     parser.addoption("--fault-repeats", type=int, default=1, help="how often every fault is tried, each time at another moment")
     parser.addoption("--fault-seed", type=int, default=0, help="seed of the moments")
 
@@ -48,6 +49,8 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "faults" in item.keywords and not config.getoption("--faults"):
             item.add_marker(pytest.mark.skip(reason="fault suite: run with --faults"))
+        if "real" in item.keywords and not config.getoption("--real"):
+            item.add_marker(pytest.mark.skip(reason="a real model: run with make test-real"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 

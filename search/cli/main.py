@@ -95,7 +95,7 @@ def run(
     """Run a study; the same command resumes an interrupted one and extends a finished one."""
     configure_ray(address)
     from search.execution.run import run_study
-    from search.report.conclusions import conclusions
+    from search.report.conclusions import conclusions, next_step
     from search.spec.study import load_study, quickstart_path
     from search.spec.study_file import read_settings
 
@@ -112,7 +112,7 @@ def run(
     print_stop(result)
     echo(f"\nreport   {result.report_path}")
     echo(f"browse   uipe dashboard {result.out}")
-    echo(f"export   uipe export {result.out} --rule knee --to {result.out}/export/knee --as model")
+    echo(f"export   {next_step(result)}")
 
 
 @app.command(epilog="Example: uipe validate studies/quickstart.yaml")
@@ -168,11 +168,14 @@ def select(
     from search.results.study_result import StudyResult
 
     result = StudyResult.open(out)
-    picked = result.select(rule or "utility-floor", floor, allow_collapsed=allow_collapsed)
+    picked, note = result.choose(rule or "utility-floor", floor, allow_collapsed=allow_collapsed)
     chosen = result.rows(picked.to_frame().T)[0]
     if as_json:
-        print_json({"rule": rule, **({"floor": floor} if rule == "utility-floor" else {}), **chosen})
+        said = {"floor": floor} if rule == "utility-floor" else {} if note is None else {"note": note}
+        print_json({"rule": rule, **said, **chosen})
         return
+    if note is not None:
+        echo(note, err=True)
     for key, value in chosen.items():
         echo(f"{key:32} {value:.6g}" if isinstance(value, float) else f"{key:32} {value}")
 
@@ -200,7 +203,9 @@ def export(
     if trial is not None:
         row = result.trial(trial)
     else:
-        row = result.select(str(rule), floor, allow_collapsed=allow_collapsed)
+        row, note = result.choose(str(rule), floor, allow_collapsed=allow_collapsed)
+        if note is not None:
+            echo(note, err=True)
     with Bars() as bars:
         path = result.export(row, to, form, trust_remote_code, verify, bars)
     checked = "" if form == "recipe" else f"; {CHECKED[verify]}"

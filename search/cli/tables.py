@@ -82,7 +82,7 @@ def print_metrics(values: dict[str, Any], as_json: bool) -> None:
 
 
 def print_stop(result: Any) -> None:
-    """Print why a study stopped early, what pruning saved, and which trials failed."""
+    """Print why a study stopped early, what pruning saved, and which trials were interrupted or failed."""
     from search.report.style import counted
 
     stopped = result.store.record.stopped
@@ -93,6 +93,9 @@ def print_stop(result: Any) -> None:
         stages = ", ".join(f"{count} after {stage}" for stage, count in saved["stages"].items())
         seconds = f"about {saved['seconds']:.3g} s, {saved['share']:.0%} of their scoring"
         echo(f"\npruned trials: {saved['trials']} ({stages}), which saved {seconds}")
+    interrupted = result.store.counts()["interrupted"]
+    if interrupted:
+        echo(f"\ninterrupted trials: {interrupted}, by the end of a run; the same command makes up for them")
     failures = result.store.failures()
     if failures:
         echo(f"\nfailed trials: {len(failures)}")

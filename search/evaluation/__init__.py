@@ -3,7 +3,7 @@
 controls: what trials are compared with, one entry each
 data_notes (private): counts, lengths, repetitions and stand-ins of a user's own data
 evaluator: score one trial on a resident model
-inputs: check local inputs and items, load warm-start points
+inputs: check local inputs, items and reference models, load warm-start points
 metrics: the numbers of a trial, and metrics that are added
 model_checks (private): layers, modules, positions and checkpoints of a study's models
 models: tiny and pretrained models: references, sources, identities

@@ -54,7 +54,7 @@ def _cut_short(spec: StudySpec, name: str, items: ItemSet, prompts: "PromptForma
 
     config = ScoringConfig.of(spec.scoring.definition, spec.scoring.rows, spec.scoring.max_new_tokens)
     longer = []
-    for item in items:
+    for item in (each for each in items if not each.plain):  # a text is generated as long as its continuation
         example = prompts.encode_item(item)
         room = config.generation_length - (example.prompt_length if config.counts_prompt else 0)
         if example.answer_length > max(1, room):

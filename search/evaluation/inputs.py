@@ -1,12 +1,19 @@
-"""Check a study's local inputs and items, and load warm-start points, before anything is spent."""
+"""Check a study's local inputs, items and reference models, and load warm-start points, before anything is spent."""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from search.evaluation.data_notes import data_notes
+from search.evaluation.metrics import own_function
 from search.evaluation.model_checks import LATER, check_models
+from search.evaluation.task import Report
+from search.problem.objectives import Objective
 from search.problem.space import Point
+from search.problem.trial import INITIAL, RETAIN
 from search.spec.corpora import QuestionsCorpus, fetched_sources
 from search.spec.models import TinyModel
 from search.spec.study import StudySpec
@@ -15,7 +22,9 @@ from uipe_core.corpora.split import split_corpus
 from uipe_core.corpora.types import KEPT_SETS, Corpus
 from uipe_core.errors import UserError
 from uipe_core.metrics.answers import has_latin_word
+from uipe_core.metrics.composites import composite
 from uipe_core.metrics.definitions import definition_named
+from uipe_core.metrics.scores import ScoreReport, SetScores
 from uipe_core.metrics.uncertainty import detectable_shift
 from uipe_core.unlearning.methods import METHODS
 
@@ -45,6 +54,7 @@ def check_inputs(spec: StudySpec) -> list[str]:
     Raises:
         UserError: If an input is missing or broken.
     """
+    check_objectives(spec)
     notes = [f"corpus.{key}: {source} {LATER}" for key, source in fetched_sources(spec.corpus)]
     corpus = None
     if not notes:
@@ -54,6 +64,17 @@ def check_inputs(spec: StudySpec) -> list[str]:
     if corpus is not None and isinstance(spec.corpus, QuestionsCorpus):
         notes += data_notes(spec, corpus)
     return [*notes, *earlier_fronts(spec).notes]
+
+
+def check_objectives(spec: StudySpec) -> None:
+    """Import the objectives of the user's own.
+
+    Raises:
+        UserError: One cannot be imported, or is no function.
+    """
+    for objective in spec.maximised:
+        if objective.function is not None:
+            own_function(objective.function)
 
 
 MANY_ITEMS = 100
@@ -209,3 +230,78 @@ def _misfit(spec: StudySpec, point: Point) -> str | None:
     if not alpha.low <= point.alpha <= alpha.high:
         return f"search.alpha goes from {alpha.low:g} to {alpha.high:g}"
     return "it is scored anyway" if point.alpha == 0 else None
+
+
+UNKNOWN = 0.05
+"""Mean answer probability and extraction strength below which a model does not know a set."""
+
+AS_WELL = 0.9
+"""Share of the initial model's answer probability from which on a retain model knows the forget set as well."""
+
+
+def check_references(
+    references: Mapping[str, Report], identities: Mapping[str, str], objectives: Sequence[Objective], definition: str
+) -> list[str]:
+    """Return warnings about the reference models of free text, each with its numbers.
+
+    Args:
+        references: Scores of the reference models on all items.
+        identities: Of their weights, by name.
+        objectives: What the study maximises.
+        definition: Metric definition.
+
+    Raises:
+        UserError: The initial and the retain model are the same.
+    """
+    initial, retain = references.get(INITIAL), references.get(RETAIN)
+    if not isinstance(initial, ScoreReport) or "forget" not in initial.sets:
+        return []
+    found = []
+    forget = initial.sets["forget"]
+    known, extracted = _probability(forget), _extraction(forget)
+    if known < UNKNOWN and extracted < UNKNOWN:
+        found.append(
+            f"the initial model does not know the forget set (mean answer probability {known:.3f}, extraction strength "
+            f"{extracted:.3f}): there is nothing to unlearn; check model.initial and model.prompt_format"
+        )
+    if isinstance(retain, ScoreReport) and "forget" in retain.sets:
+        _require_another(forget, retain.sets["forget"], identities)
+        other = _probability(retain.sets["forget"])
+        if known < other:
+            found.append(
+                f"the retain model knows the forget set better than the initial model (mean answer probability {other:.3f} "
+                f"against {known:.3f}): have the two been exchanged?"
+            )
+        elif np.isfinite(other) and known >= UNKNOWN and other > AS_WELL * known:
+            found.append(
+                f"the retain model knows the forget set nearly as well as the initial model (mean answer probability "
+                f"{other:.3f} against {known:.3f}): was it trained without the forget set?"
+            )
+    utility = objectives[1]
+    if utility.components and set(utility.sets) <= initial.sets.keys():
+        value = composite(initial, utility.components, definition)
+        if value < UNKNOWN:
+            found.append(
+                f"the {utility.title} of the initial model is {value:.3f}, so there is nothing to keep: look at its answers in "
+                "logs/initial.json, at model.prompt_format and at scoring.definition"
+            )
+    return found
+
+
+def _probability(scores: SetScores) -> float:
+    return float(np.exp(-scores.answer_loss).mean())
+
+
+def _extraction(scores: SetScores) -> float:
+    return 0.0 if scores.extraction_strength is None else float(scores.extraction_strength.mean())
+
+
+def _require_another(initial: SetScores, retain: SetScores, identities: Mapping[str, str]) -> None:
+    """Refuse a retain model that is the initial one: by its weights, or by every loss."""
+    losses = [(getattr(initial, name), getattr(retain, name)) for name in ("answer_loss", "paraphrase_loss", "perturbed_loss")]
+    same = all(one.shape == two.shape and np.array_equal(one, two) for one, two in losses)
+    if same or (INITIAL in identities and identities[INITIAL] == identities.get(RETAIN)):
+        raise UserError(
+            "model.retain: it is the initial model, or one that answers every item alike; give the model trained without the "
+            "forget set, or none"
+        )

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.inputs import require_trust
+from search.evaluation.inputs import check_objectives, require_trust
 from search.evaluation.model_checks import (
     check_checkpoints,
     check_positions,
@@ -158,6 +158,7 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
         UserError: If the corpus or a model cannot be had, or the study asks for trust that is not granted.
     """
     require_trust(spec, trust_remote_code)
+    check_objectives(spec)
     corpus = spec.corpus.load(spec.seed)
     if isinstance(spec.model, TinyModel):
         check_target_modules(spec, small_llama)

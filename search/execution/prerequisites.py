@@ -11,6 +11,7 @@ from typing import Any
 import ray
 
 from search.evaluation.evaluator import StudyContext
+from search.evaluation.inputs import check_references
 from search.evaluation.models import Build, PretrainedModels
 from search.evaluation.prepared import PreparedStudy
 from search.evaluation.task import Report, task_of
@@ -72,9 +73,12 @@ class Prerequisites:
             sources = self._sources()
         tasks = self._base_runs(sources["initial"], [(label, seed) for seed in seeds for label in labels])
         try:
-            with self._stage("base_runs"):
+            with self._stage("references"):
                 reports = self._reports(sources, tasks)
             self._check(reports)
+            identities = self.preparation.models.identities
+            for warning in check_references(reports, identities, spec.maximised, spec.definition):
+                self.bars.say(f"warning: {warning}")
         except BaseException:
             tasks.cancel()
             raise
@@ -95,7 +99,7 @@ class Prerequisites:
 
     def wait(self, tasks: BaseRunTasks, enough: Callable[[], bool]) -> None:
         """Train base runs, without trials at the same time, until `enough` returns True or none is missing."""
-        with self._stage("base_runs"):
+        with self._stage("training"):
             self._record(tasks)
             while tasks.runs.missing and not enough():
                 tasks.start(with_trials=False)

@@ -38,16 +38,21 @@ from search.store.trials import searched
 
 
 class StageProgress:
-    """Show the progress of trials and book their time to the stage they belong to."""
+    """Show the progress of trials and book their time to the stage they belong to.
+
+    Attributes:
+        trains: Base runs were missing at some time since the last trial ended; set from outside.
+    """
 
     def __init__(self, bars: Bars, store: StudyStore, jobs: Iterable[TrialSpec], proposals: int) -> None:
         self._bars, self._store = bars, store
-        self._totals = Counter({"baselines": 0, "trials": proposals}) + Counter(_stage(job) for job in jobs)
+        self._totals = Counter({"given": 0, "trials": proposals}) + Counter(_stage(job) for job in jobs)
         self._done: Counter[str] = Counter()
-        self._seconds = {"baselines": 0.0, "trials": 0.0}
-        self._stage = "baselines"
+        self._seconds = {"training": 0.0, "given": 0.0, "trials": 0.0}
+        self._stage = "given"
+        self.trains = False
         self.begin()
-        for stage in ("baselines", "trials"):
+        for stage in ("given", "trials"):
             self._show(stage)
 
     def begin(self) -> None:
@@ -60,15 +65,19 @@ class StageProgress:
         self._show("trials")
         return jobs
 
-    def ended(self, job: TrialSpec, reason: str | None, again: bool) -> None:
-        """Count a job, unless it is run again; since trials overlap, the time since the last one ended goes to its stage."""
+    def ended(self, job: TrialSpec, reason: str | None, again: bool, took: float | None = None) -> None:
+        """Count a job, unless it is run again, and book the time since the last one ended.
+
+        Trials overlap, so that time goes to the job's stage. Where base runs were missing meanwhile, what it is longer than the
+        job took is training.
+        """
         self._stage = _stage(job)
         self._done[self._stage] += not again
         if reason is not None:
             where = " ".join(str(part) for part in (job.kind, job.base, job.epoch, job.alpha) if part is not None)
             self._bars.say(f"failed: {where}: {reason}{'; it is run again' if again else ''}")
         self._show(self._stage)
-        self._count()
+        self._count(took)
 
     def close(self) -> None:
         """Book the time, also of a run that was interrupted."""
@@ -76,19 +85,22 @@ class StageProgress:
         for stage, seconds in self._seconds.items():
             self._store.add_seconds(stage, seconds)
 
-    def _count(self) -> None:
+    def _count(self, took: float | None = None) -> None:
         now = time.perf_counter()
-        self._seconds[self._stage] += now - self._since
-        self._since = now
+        passed = now - self._since
+        trained = max(passed - took, 0.0) if self.trains and took is not None else 0.0
+        self._seconds["training"] += trained
+        self._seconds[self._stage] += passed - trained
+        self._since, self.trains = now, False
 
     def _show(self, stage: str) -> None:
-        names = {"baselines": "scoring: alpha = 0 and controls", "trials": "searching: (method, epoch, alpha)"}
+        names = {"given": "scoring: alpha = 0 and controls", "trials": "searching: (method, epoch, alpha)"}
         if self._totals[stage]:
             self._bars.show(names[stage], self._done[stage], self._totals[stage])
 
 
 def _stage(job: TrialSpec) -> str:
-    return "trials" if job.kind in ("search", "dial") or job.of_trial is not None else "baselines"
+    return "trials" if job.kind in ("search", "dial") or job.of_trial is not None else "given"
 
 
 @dataclass
@@ -229,6 +241,7 @@ class StudyRun:
         self.store.use_sampler(sampler)
 
         def poll() -> None:
+            progress.trains |= bool(base_runs.runs.missing)
             prerequisites.poll(base_runs)
             if products is not None:
                 products.poll()
@@ -243,7 +256,7 @@ class StudyRun:
             base_runs.runs,
             poll,
             self._rounds(progress, rounds),
-            progress.ended,
+            lambda job, reason, again: progress.ended(job, reason, again, searcher.took),
             pool,
             prerequisites.guard,
         )

@@ -57,6 +57,7 @@ class StudySearcher(Searcher):
     Attributes:
         done: Nothing is left to hand out. While base runs are missing, Tune may get FINISHED without that, so that idle
             workers release their resources; start it again as soon as `has_work`.
+        took: Seconds that the last trial took its worker; None if it failed or died.
         error: What the study's storage or folder raised; the search has then stopped, and its caller raises it.
     """
 
@@ -92,6 +93,7 @@ class StudySearcher(Searcher):
         self._idle_since: float | None = None
         self._handed_out = 0
         self.done = False
+        self.took: float | None = None
         self.error: Exception | None = None
 
     def set_max_concurrency(self, max_concurrent: int) -> bool:
@@ -239,6 +241,7 @@ class StudySearcher(Searcher):
 
     def _end(self, trial_id: str, result: Mapping[str, Any] | None, error: bool) -> None:
         number, job = self._running.pop(trial_id)
+        self.took = None
         if error or result is None:
             death = self._pool.death(trial_id)
             reason, again, details = death.reason, not death.timed_out and self._again(job), death.details
@@ -252,6 +255,7 @@ class StudySearcher(Searcher):
             self._fail(job, number, reason, again, details)
             return
         metrics = TrialMetrics.from_text(result["metrics"])
+        self.took = metrics.seconds
         evidence = {**self._store.identity(job), **metrics.as_dict()}
         items = base64.b64decode(result["items"]) if "items" in result else None
         if metrics.pruned is not None:

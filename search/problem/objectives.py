@@ -214,7 +214,7 @@ def objective_named(role: str, name: str) -> Objective:
         return ROLES[role][name]
     if _FUNCTION.fullmatch(name):
         short = name.rpartition(":")[2]
-        return Objective(short, short.replace("_", " "), short[:12], 4, function=name, about=f"computed by {name}")
+        return Objective(short, short.replace("_", " "), short[:12], 4, worst=0.0, function=name, about=f"computed by {name}")
     known = ", ".join(ROLES[role])
     raise UserError(f"{name!r} is none of {known}, and no package.module:function.{did_you_mean(name, ROLES[role])}")
 

@@ -9,6 +9,7 @@ from search.problem.pareto import DEFAULT_FLOOR, non_dominated, utility_floor
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN
 from search.report.data import ReportData, report_data
 from search.report.style import alpha, count, decimal, number, probability
+from search.results.selection import KNEE_POINTS
 from search.results.study_result import StudyResult, collapsed
 from uipe_core.errors import UserError
 
@@ -22,6 +23,26 @@ _GAMED = 0.05
 def conclusions(result: StudyResult) -> list[str]:
     """Conclude from a study's results what won, in plain sentences."""
     return conclude(report_data(result))
+
+
+def next_step(result: StudyResult) -> str:
+    """Return the command that exports a point, or what can be done where no rule can choose one."""
+    if result.healthy_front.empty and not collapsed(result.trials).all():
+        return (
+            "no trial beats the initial model, so no rule chooses one: train more (a higher unlearning.learning_rate, more "
+            "epochs) or search alpha above 0"
+        )
+    if result.healthy_front.empty:
+        return (
+            "every trial has collapsed, so no rule chooses one: train less (a lower unlearning.learning_rate, fewer epochs) or "
+            "search alpha below 0; --allow-collapsed exports a collapsed one"
+        )
+    rule = "knee" if len(result.healthy_front) >= KNEE_POINTS else "utility-floor"
+    try:
+        result.select(rule)
+    except UserError:  # no point has so much utility
+        return f"uipe export {result.out} --trial N --to {result.out}/export/N --as model"
+    return f"uipe export {result.out} --rule {rule} --to {result.out}/export/{rule} --as model"
 
 
 def conclude(view: ReportData) -> list[str]:

@@ -46,7 +46,7 @@ class ReportData:
         controls: a row per scored control, likewise (`CONTROL_COLUMNS`), NaN or None where one does not apply.
             `kind` is a key of `CONTROLS`; `of_trial` is the front point a control belongs to.
         summary: study, definition, corpus, model, seed, dtype, forget_items, log10_floor, reference_point,
-            forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, running}, hypervolume, gain
+            forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, interrupted, running}, hypervolume, gain
             {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage,
             created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}],
@@ -179,9 +179,10 @@ def _selections(result: StudyResult) -> list[dict[str, Any]]:
     for rule in RULES:
         title = f"{rule}, floor {DEFAULT_FLOOR}" if rule == "utility-floor" else rule
         try:
-            found.append({"rule": title, "trial": int(result.select(rule)["trial"])})
+            row, note = result.choose(rule)
         except UserError:
             continue
+        found.append({"rule": title if note is None else f"{title} ({note})", "trial": int(row["trial"])})
     return found
 
 

@@ -20,11 +20,16 @@ from uipe_core.errors import UserError
 from uipe_core.storage.files import write_atomic
 
 STAGES = {
-    "models": "models: load or train the initial and the retain model",
-    "base_runs": "base runs: train each unlearning method once",
-    "baselines": "baselines: score alpha = 0 and the controls",
+    "models": "models: find or train the initial and the retain model",
+    "references": "reference models: score them",
+    "base_runs": "reference models: score them, and wait for base runs",
+    "training": "base runs: wait while unlearning methods are trained, each once",
+    "baselines": "given points: score alpha = 0 and the controls, and train base runs meanwhile",
+    "given": "given points: score alpha = 0 and the controls",
     "trials": "trials: re-apply cached updates and score",
 }
+"""Stages by their key in a record; those of older records, in which scoring and training are mixed, say so."""
+MIXED_STAGES = ("base_runs", "baselines")
 NONE_YET: dict[str, Any] = {
     **{key: [] for key in ("selections", "notes", "failures", "failure_reasons", "pruned")},
     **dict.fromkeys(("usage", "saved")),
@@ -172,6 +177,7 @@ def _cost(view: ReportData) -> dict[str, Any]:
         "stages": [
             {"label": label, "seconds": spent[stage], "share": 100 * spent[stage] / total if total else 0.0}
             for stage, label in STAGES.items()
+            if stage not in MIXED_STAGES or spent[stage]
         ],
         "total": total,
         "saved": saved,

@@ -71,12 +71,12 @@ def _comparison(verified: Verified) -> str:
         values = ["" if value is None else f"{value:.6g}" for value in (each.trial, each.export)]
         allowed = "numbers of its own" if each.allowed is None else f"{each.allowed:.2g}"
         lines.append([each.name, *values, f"{each.apart:.2g}", allowed])
-    merged = any(each.allowed is None for each in verified.compared)
+    unread = "" if verified.unread is None else f"; {verified.unread}"
     note = (
         "\nMerging an adapter rounds the sums, so this model has numbers of its own. Its item losses may be away from the "
-        "trial's by twice what rounding the same sums up or down at random does.\n"
+        f"trial's by twice what rounding the same sums up or down at random does{unread}.\n"
     )
-    return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + (note if merged else "")
+    return "\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n" + (note if verified.merged else "")
 
 
 def _prompts(spec: StudySpec) -> str:

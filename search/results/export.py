@@ -90,6 +90,8 @@ def export(
         if watch is not None:
             for each in verified.compared:
                 watch.say(str(each))
+            if verified.unread is not None:
+                watch.say(verified.unread)
         if to.exists():
             to.rmdir()
         temporary.rename(to)

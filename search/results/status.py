@@ -18,7 +18,7 @@ from search.results.study_result import StudyResult
 from search.samplers.registry import SAMPLERS
 from search.store.folder import is_running
 from search.store.mirror import is_url, is_worked_on, readable_folder
-from search.store.study_store import INTERRUPTED, StudyStore
+from search.store.study_store import StudyStore, is_interrupted
 from uipe_core.errors import UserError
 from uipe_core.storage.files import parse_json
 
@@ -67,7 +67,7 @@ def status_of(
     kinds = [trial.user_attrs.get("kind") for trial in done]
     missing = sum(max(0, wanted - kinds.count(kind)) for kind, wanted in asked.items())
     running = states.count(TrialState.RUNNING)
-    interrupted = sum(trial.user_attrs.get("reason") == INTERRUPTED for trial in trials if trial.state == TrialState.FAIL)
+    interrupted = sum(map(is_interrupted, trials))
     now = datetime.now()
     left = _seconds_left(done, missing, running) if state == "running" else None
     usage = store.record.usage or {}

@@ -201,11 +201,17 @@ class StudyResult:
         return rows.iloc[0]
 
     def select(self, rule: str, floor: float = DEFAULT_FLOOR, *, allow_collapsed: bool = False) -> pd.Series:
-        """One trial of the front by a rule; of the front without collapsed trials, unless they are allowed.
+        """One trial of the front by a rule, as `choose`."""
+        return self.choose(rule, floor, allow_collapsed=allow_collapsed)[0]
+
+    def choose(self, rule: str, floor: float = DEFAULT_FLOOR, *, allow_collapsed: bool = False) -> tuple[pd.Series, str | None]:
+        """One trial of the front by a rule, and what is to be said of the choice; of the front without collapsed trials, unless
+        they are allowed.
 
         Args:
             rule: ``utility-floor`` (strongest forgetting with at least `floor` of the initial model's utility) or ``knee``
-                (farthest from the chord between the front's ends).
+                (farthest from the chord between the front's ends). A front of fewer than three points has no knee: then the
+                utility floor chooses, and where no point reaches it, the highest utility.
             floor: Share of the initial model's utility, above 0 and at most 1.
             allow_collapsed: Whether a collapsed model (`uipe_core.metrics.collapse`) may be chosen.
 
@@ -216,7 +222,8 @@ class StudyResult:
         front = self.front if allow_collapsed else self.healthy_front
         if not allow_collapsed and collapsed(self.trials).all():
             raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
-        return front.iloc[chosen_row(front, self.control(INITIAL), self.objectives, rule, floor)]
+        row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, floor)
+        return front.iloc[row], note
 
     def reference_point(self) -> dict[str, float]:
         """Return the reference point of hypervolume, by objective (`search.problem.objectives`)."""

@@ -102,6 +102,18 @@ class Verified:
     export: Mapping[str, str] = field(default_factory=dict)
     held_out: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def merged(self) -> bool:
+        """Return True if the form has numbers of its own."""
+        return any(each.allowed is None for each in self.compared)
+
+    @property
+    def unread(self) -> str | None:
+        """Return what is to be said where the form has a utility of its own that was not read."""
+        if not self.merged or any("utility" in each.name for each in self.compared):
+            return None
+        return "the utility of the merged model was not read; --verify full reads it"
+
 
 class Verifier:
     """Check exports of a trial.

@@ -9,6 +9,7 @@ from pathlib import Path
 from search.spec.corpora import path_sites
 from search.spec.errors import KeyPath, show, without_password
 from uipe_core.corpora.files import SUFFIXES, TEXTS
+from uipe_core.errors import UserError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
@@ -128,6 +129,20 @@ def _located(section: str, value: str, folder: Path, file_endings: tuple[str, ..
         allowed = f"files here end in {', '.join(file_endings)}"
         return str(local), without_password(f"found {show(value)}; {allowed}. Give such a file, or a folder.")
     return str(local), _missing(section, value, local, "file" if is_file else "folder")
+
+
+def located_package(place: str) -> str:
+    """Return a place with ``package:NAME/FILE`` as the path it means; others as they are.
+
+    Raises:
+        UserError: There is no such package or file.
+    """
+    if not place.startswith(PACKAGE):
+        return place
+    path, problem = _of_package(place)
+    if problem:
+        raise UserError(f"model: {problem}")
+    return path
 
 
 def _of_package(value: str) -> tuple[str, str]:

@@ -268,7 +268,7 @@ class Search(Section):
 
 
 class Objectives(Section):
-    """What to maximise, by name or as ``package.module:function``; None is the default (`search.problem.objectives.ROLES`)."""
+    """Name what is maximised (`search.problem.objectives.ROLES`), or ``package.module:function``; None is the default."""
 
     forgetting: str | None = None
     utility: str | None = None

@@ -14,7 +14,7 @@ from search.store.item_scores import ITEMS_HASH, content_hash, read_arrays
 from search.store.optuna_compat import METRIC_NAMES, study_facts
 from search.store.record import StudyRecord, fingerprint
 from search.store.sqlite_reading import SQLiteFile
-from search.store.study_store import StudyStore
+from search.store.study_store import StudyStore, is_interrupted
 from search.store.trials import evidence_flaw, on_front
 from uipe_core.errors import UserError
 from uipe_core.logs.multiple_choice import read_choice_log
@@ -297,8 +297,12 @@ def repeats(store: StudyStore) -> Iterator[Finding]:
 
 
 def failures(store: StudyStore) -> Iterator[Finding]:
-    """Count failed trials by their reason; numbers in reasons do not make them differ."""
-    failed = _trials(store, TrialState.FAIL)
+    """Count failed trials by their reason; numbers in reasons do not make them differ. Interrupted ones are counted apart."""
+    ended = _trials(store, TrialState.FAIL)
+    failed = [trial for trial in ended if not is_interrupted(trial)]
+    if len(failed) < len(ended):
+        what = f"{len(ended) - len(failed)} trials were interrupted by the end of a run"
+        yield Finding("interrupted", ADVICE, what, "they have no values", "the same `uipe run` makes up for them")
     reasons = Counter(re.sub(r"\d+(\.\d+)?", "N", str(trial.user_attrs.get("reason", "unknown"))) for trial in failed)
     if not reasons:
         yield Finding("failures", OK, "no trial failed")

@@ -19,7 +19,7 @@ from uipe_core.storage.files import read_json, write_atomic
 
 RECORD = "study.json"
 RECORD_SCHEMA = 1
-STAGES = ("models", "base_runs", "baselines", "trials")
+STAGES = ("models", "references", "training", "given", "trials")
 """Stages of a run whose time is recorded."""
 
 RECORD_KEYS = ("name", "fingerprint", "created", "seconds", "spec", "storage", "corpus", "models", "versions")
@@ -61,7 +61,8 @@ class StudyRecord(_Part):
 
     Attributes:
         name, fingerprint, created: Its name, its identity, when it began (ISO 8601).
-        seconds: Time that each stage has taken over all runs.
+        seconds: Time that each stage has taken over all runs. Older records have ``base_runs`` and ``baselines``, in which
+            scoring and training are mixed.
         spec: The study file as it was checked (`study_spec`).
         storage: URL of its database, without password.
         corpus: The corpus.
@@ -112,7 +113,7 @@ class StudyRecord(_Part):
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add to the time that a stage has taken over all runs."""
-        self.seconds[stage] = round(self.seconds[stage] + seconds, 3)
+        self.seconds[stage] = round(self.seconds.get(stage, 0.0) + seconds, 3)
 
     def note_base_run(self, label: str, delta: str, epochs: Sequence[Mapping[str, Any]]) -> None:
         """Record a finished base run."""

@@ -51,6 +51,11 @@ if TYPE_CHECKING:
 INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
 
 
+def is_interrupted(trial: FrozenTrial) -> bool:
+    """Return True for a trial that did not fail by itself: its run ended first, and the next one makes up for it."""
+    return trial.state == TrialState.FAIL and trial.user_attrs.get("reason") == INTERRUPTED
+
+
 class StudyStore:
     """One study's folder and storage.
 
@@ -304,16 +309,24 @@ class StudyStore:
         return self._readers[controls].read(states, names)
 
     def counts(self) -> dict[str, int]:
-        """Return the number of trials by state."""
-        states = [trial.state for trial in self.trials(names=())]
-        names = {"complete": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}
-        return {**{name: states.count(state) for name, state in names.items()}, "running": states.count(TrialState.RUNNING)}
+        """Return the number of trials by state; those that the end of a run interrupted are counted apart from failures."""
+        trials = list(self.trials(names=("reason",)))
+        states = [trial.state for trial in trials]
+        interrupted = sum(map(is_interrupted, trials))
+        return {
+            "complete": states.count(TrialState.COMPLETE),
+            "pruned": states.count(TrialState.PRUNED),
+            "failed": states.count(TrialState.FAIL) - interrupted,
+            "interrupted": interrupted,
+            "running": states.count(TrialState.RUNNING),
+        }
 
     def failures(self) -> list[dict[str, Any]]:
-        """Return number and reason of every failed trial."""
+        """Return number and reason of every failed trial, interrupted ones aside."""
         return [
             {"trial": trial.number, "reason": trial.user_attrs.get("reason", "unknown")}
             for trial in self.trials((TrialState.FAIL,), ("reason",))
+            if not is_interrupted(trial)
         ]
 
     def trials_frame(self, names: Collection[str] | None = None) -> pd.DataFrame:

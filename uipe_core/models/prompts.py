@@ -206,7 +206,15 @@ class PromptFormat:
 
     def encode_item(self, item: Item) -> Example:
         """Tokenize an item's question and answer; a plain item without prompt format and end token."""
-        return self.encode_plain(item.question, item.answer) if item.plain else self.encode(item.question, item.answer)
+        return self.encode_answer(item, item.answer)
+
+    def encode_answer(self, item: Item, answer: str) -> Example:
+        """Tokenize an item's question with any answer, as `encode_item`."""
+        return self.encode_plain(item.question, answer) if item.plain else self.encode(item.question, answer)
+
+    def item_prompt_ids(self, item: Item) -> list[int]:
+        """Return the token ids that an item's answer follows."""
+        return self._ids(item.question, special=True) if item.plain else self.prompt_ids(item.question)
 
     def encode_plain(self, text: str, continuation: str) -> Example:
         """Tokenize a text and its continuation without prompt format, with the tokenizer's special tokens in front.

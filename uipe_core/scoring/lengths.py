@@ -34,7 +34,10 @@ def require_positions(corpus: Corpus, prompts: PromptFormat, config: ScoringConf
             "leave out the item, or take a model with more positions (nothing is truncated)"
         )
     asked = [
-        (len(prompts.prompt_ids(item.question)), item.question) for name in GENERATED_SETS for item in corpus.sets.get(name, ())
+        (len(prompts.prompt_ids(item.question)), item.question)
+        for name in GENERATED_SETS
+        for item in corpus.sets.get(name, ())
+        if not item.plain  # the text of one is as long as its answer, which was looked at above
     ]
     tokens, question = max(asked, default=(0, ""))
     longest = max(config.generation_length, tokens + 1) if config.counts_prompt else tokens + config.generation_length
@@ -51,7 +54,7 @@ def _lengths(corpus: Corpus, prompts: PromptFormat, trains: bool) -> Iterator[tu
     for name, items in corpus.sets.items():
         for item in items:
             for answer in (item.answer, item.paraphrase, *item.perturbed_answers):
-                yield f"corpus: {name}", item.question, len(prompts.encode(item.question, answer).input_ids) - 1
+                yield f"corpus: {name}", item.question, len(prompts.encode_answer(item, answer).input_ids) - 1
     for name, questions in corpus.choices.items():
         for question in questions:
             prompt = letter_prompt(question)

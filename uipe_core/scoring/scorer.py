@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uipe_core.corpora.types import KEPT_SETS, Corpus, ItemSet, item_set_hash
+from uipe_core.corpora.types import KEPT_SETS, Corpus, Item, ItemSet, item_set_hash
 from uipe_core.metrics.answers import Matches, exact_memorization, extraction_strength, rouge_recall
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import FloatArray, IntArray, ScoreReport, SetScores, logit_scale
@@ -128,7 +128,9 @@ class Scorer:
         self._scale_rows = {row[0] for name in KEPT_SETS for row in self._rows.get(name, [])}
         self._generated = [(name, row[0]) for name in GENERATED_SETS for row in self._rows.get(name, [])]
         items = [item for name in GENERATED_SETS for item in self.sets.get(name, ())]
-        self._prompts = [prompts.prompt_ids(item.question) for item in items]
+        self._prompts = [prompts.item_prompt_ids(item) for item in items]
+        # A text goes on for ever: as many tokens of it are generated as there are to compare with.
+        self._lengths = [self._longest(item, prompt) for item, prompt in zip(items, self._prompts, strict=True)]
         named = {name for names in LOSS_STAGES.values() for name in names}
         wanted = {**LOSS_STAGES, OTHERS: tuple(name for name in self.sets if name not in named)}
         present = {stage: tuple(name for name in names if name in self.sets) for stage, names in wanted.items()}
@@ -163,7 +165,7 @@ class Scorer:
         for item in items:
             row = []
             for text in (item.answer, item.paraphrase, *item.perturbed_answers):
-                example = self.prompts.encode(item.question, text)
+                example = self.prompts.encode_answer(item, text)
                 number = self._number_of.setdefault(example, len(self.examples))
                 if number == len(self.examples):
                     self.examples.append(example)
@@ -277,18 +279,23 @@ class Scorer:
         scores.record(rows, logits if temperature == 1.0 else logits.float() / temperature)
         step(len(rows.owners))
 
-    def _matches(self, number: int, best: list[int]) -> Matches:
-        """Return where the most likely token is the answer's own, its end token left out."""
+    def _longest(self, item: Item, prompt: list[int]) -> int:
+        """Return how many tokens of text are generated for an item, at least one."""
+        if item.plain:
+            return max(1, self.prompts.encode_item(item).answer_length)
+        return max(1, self.config.generation_length - (len(prompt) if self.config.counts_prompt else 0))
+
+    def _matches(self, item: Item, number: int, best: list[int]) -> Matches:
+        """Return where the most likely token is the answer's own, its end token left out; a text has none."""
         example = self.examples[number]
-        return np.array(best[:-1]) == np.array(example.input_ids[example.prompt_length : -1])
+        hits: Matches = np.array(best) == np.array(example.input_ids[example.prompt_length :])
+        return hits if item.plain else hits[:-1]
 
     def _generate(self, model: Any, best: dict[int, list[int]]) -> list[str]:
         """Return the greedy text of every question of `GENERATED_SETS`, starting from what the losses show."""
         texts = []
-        for (_, number), prompt in zip(self._generated, self._prompts, strict=True):
-            # A prompt of full length still gets one token.
-            used = len(prompt) if self.config.counts_prompt else 0
-            text = GreedyText(prompt, max(1, self.config.generation_length - used), [])
+        for (_, number), prompt, longest in zip(self._generated, self._prompts, self._lengths, strict=True):
+            text = GreedyText(prompt, longest, [])
             example = self.examples[number]
             if list(example.input_ids[: example.prompt_length]) == prompt:
                 text.verify(example.input_ids[example.prompt_length :], best[number], self.prompts.stop_ids)
@@ -305,7 +312,7 @@ class Scorer:
     def _set_scores(self, name: str, read: TeacherForcedScores) -> SetScores:
         """Return the scores of a set whose losses are known, without ROUGE."""
         items, rows = self.sets[name], self._rows[name]
-        gold = [self._matches(row[0], read.best[row[0]]) for row in rows]
+        gold = [self._matches(item, row[0], read.best[row[0]]) for item, row in zip(items, rows, strict=True)]
         tokens = np.array([example.answer_length for example in self.examples], dtype=np.int64)
 
         def column(values: Any, which: int) -> Any:

@@ -190,7 +190,7 @@ def test_the_front_reaches_from_knowing_to_chance(ran, choice_result):
     assert (choice_result.trials["forgetting_to_chance"] <= 0).all()
     summary = ran[1]
     assert summary["definition"] == "letters"
-    assert summary["trials"] == {"complete": 9, "pruned": 0, "failed": 0, "running": 0}
+    assert summary["trials"] == {"complete": 9, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}
     assert summary["front"][0].keys() >= {"forgetting_to_chance", "forget_accuracy", "utility_accuracy", "flagged"}
     assert summary["hypervolume"]["front"] >= summary["hypervolume"]["alpha_zero"] > 0
 

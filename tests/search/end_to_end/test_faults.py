@@ -120,8 +120,8 @@ def test_killed_drivers_and_workers_lose_only_what_was_running(slower_study, lau
     result = StudyResult.open(out)
     assert result.trials["kind"].value_counts().to_dict() == {"search": SEARCHED, "alpha_zero": GIVEN}
     reasons = [failure["reason"] for failure in result.store.failures()]
-    assert any("interrupted" in reason for reason in reasons)
-    assert all(reason.startswith(("interrupted", "the worker died")) for reason in reasons)
+    assert result.store.counts()["interrupted"] > 0
+    assert all(reason.startswith("the worker died") for reason in reasons)
     assert {trial.number for trial in result.study.best_trials} == set(result.front["trial"])
     moved = set(result.front.loc[result.front["alpha"] != 0, "trial"])
     mirrored = result.controls.loc[result.controls["kind"] == "random_direction", "of_trial"]

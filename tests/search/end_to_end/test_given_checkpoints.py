@@ -94,7 +94,7 @@ def test_every_checkpoint_is_a_given_point_under_its_own_number(ran):
         ("mine", "mine", 1),
         ("mine", "mine", 2),
     }
-    assert ran.store.counts() == {"complete": 7, "pruned": 0, "failed": 0, "running": 0}
+    assert ran.store.counts() == {"complete": 7, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}
     counts = ran.spec.base_epochs()
     assert counts == {"lora": 1, "mine": 2}
     assert all(1 <= row["epoch"] <= counts[row["base"]] for row in ran.trials.to_dict("records"))

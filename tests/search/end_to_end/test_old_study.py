@@ -35,7 +35,7 @@ def test_it_is_read_as_it_was_written(old, expected):
     from search.results.study_result import StudyResult
 
     summary = StudyResult.open(old / "out").summary()
-    assert summary["trials"] == expected["trials"]
+    assert summary["trials"] == {**expected["trials"], "interrupted": 0}  # counted apart since
     assert summary["hypervolume"] == pytest.approx(expected["hypervolume"], rel=1e-12)
     assert [{key: row.get(key) for key in point} for row, point in zip(summary["front"], expected["front"], strict=True)] == (
         expected["front"]

@@ -123,7 +123,7 @@ def ran(place, study, tmp_path_factory):
 
 
 def test_a_study_of_given_models_runs_to_its_end(ran):
-    assert ran.store.counts() == {"complete": 4, "pruned": 0, "failed": 0, "running": 0}
+    assert ran.store.counts() == {"complete": 4, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}
     assert set(ran.trials["dtype"]) == {"bfloat16"}
     assert ran.trials["update_norm"].min() > 0
 

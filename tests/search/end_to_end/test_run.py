@@ -39,11 +39,11 @@ def test_prints_one_json_object_with_the_promised_keys(finished):
     assert finished.stdout.count("\n") == 1
     assert summary["study"] == "tiny"
     assert summary["out"] == str(finished.out)
-    assert summary["trials"] == {"complete": GIVEN + 5, "pruned": 0, "failed": 0, "running": 0}
+    assert summary["trials"] == {"complete": GIVEN + 5, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}
     assert {"trial", "method", "epoch", "alpha", *OBJECTIVES, "forget_quality"} <= summary["front"][0].keys()
     assert summary["hypervolume"].keys() == {"front", "alpha_zero", "extrapolation_only", "random_direction"}
-    assert summary["seconds"].keys() == {"models", "base_runs", "baselines", "trials"}
-    assert min(summary["seconds"].values()) > 0
+    assert summary["seconds"].keys() == {"models", "references", "training", "given", "trials"}
+    assert min(seconds for stage, seconds in summary["seconds"].items() if stage != "training") > 0  # it may be over in time
     assert Path(summary["report"]).is_file()
     assert summary["storage"].startswith("sqlite:///")
 
@@ -257,7 +257,7 @@ def adapted(finished, write_study, tmp_path_factory):
 
 @pytest.mark.slow
 def test_adapters_are_searched_as_low_rank_updates(adapted):
-    assert adapted.store.counts() == {"complete": 5, "pruned": 0, "failed": 0, "running": 0}
+    assert adapted.store.counts() == {"complete": 5, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}
     from search.evaluation.prepared import prepare
 
     preparation = prepare(adapted.spec)

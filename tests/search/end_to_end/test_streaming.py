@@ -69,7 +69,7 @@ def test_trials_run_while_base_runs_train_and_a_killed_one_is_trained_again_alon
     assert not (deltas / "quarantine").exists()
     assert list((deltas / "tmp").iterdir()) == []
     result = StudyResult.open(out)
-    assert result.store.counts() == {"complete": TRIALS, "pruned": 0, "failed": 0, "running": 0}
+    assert result.store.counts() == {"complete": TRIALS, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}
     assert result.store.record.failed_base_runs == {}
     # Trials ran before the last base run was there, and of each that was there no more than its share.
     last = max(when for path, (_, when) in after.items() if path.name == "manifest.json") / 1e9
@@ -88,7 +88,7 @@ def test_a_base_run_that_fails_ends_its_own_points_and_not_the_study(finished, w
     assert code == 0, error
     assert f"failed: base run {bad}: " in error
     result = StudyResult.open(tmp_path / "out")
-    assert json.loads(output)["trials"] == {"complete": 2 + 3, "pruned": 0, "failed": 2, "running": 0}
+    assert json.loads(output)["trials"] == {"complete": 2 + 3, "pruned": 0, "failed": 2, "interrupted": 0, "running": 0}
     assert set(result.trials["base"]) == {good}
     assert all(failure["reason"].startswith(f"base run {bad} failed: ") for failure in result.store.failures())
     assert set(result.store.record.failed_base_runs) == {bad}

@@ -376,7 +376,7 @@ def half_pruned(new_store, made_up_evidence):
 
 def test_a_pruned_trial_is_done_without_values_and_keeps_its_certificate(half_pruned):
     store, seen, driver = half_pruned
-    assert store.counts() == {"complete": 7, "pruned": 3, "failed": 0, "running": 0}
+    assert store.counts() == {"complete": 7, "pruned": 3, "failed": 0, "interrupted": 0, "running": 0}
     pruned = list(store.trials((TrialState.PRUNED,)))
     assert all(trial.values is None and trial.user_attrs["pruned"] == BOUND for trial in pruned)
     assert all(list(store.items(trial.number)) == ["forget/answer_loss"] for trial in pruned)
@@ -459,7 +459,7 @@ def test_samplers_go_on_after_pruned_trials(new_store, made_up_evidence, tmp_pat
                 store.prune(point, pruned_evidence(job))
             else:
                 store.complete(job, point, made_up_evidence(job, -5.0 - job.alpha, 0.5 + 0.1 * job.alpha))
-        assert store.counts() == {"complete": 12, "pruned": 16, "failed": 0, "running": 0}
+        assert store.counts() == {"complete": 12, "pruned": 16, "failed": 0, "interrupted": 0, "running": 0}
 
 
 def test_the_doctor_wants_no_item_scores_of_pruned_trials_but_whole_ones(half_pruned):

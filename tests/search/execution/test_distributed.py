@@ -34,7 +34,7 @@ def test_a_study_trained_by_two_processes_has_the_base_runs_of_one(adapter, writ
         "run", write_study(tmp_path / "2.yaml", **changes, resources=PROCESSES), "--out", tmp_path / "out", "--json"
     )
     assert driver.wait(900) == 0, driver.stderr
-    assert json.loads(driver.stdout)["trials"] == {"complete": 4 + 2, "pruned": 0, "failed": 0, "running": 0}
+    assert json.loads(driver.stdout)["trials"] == {"complete": 4 + 2, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}
     assert "unlearning: kl_min" in driver.stderr
     single = prepare(load_study(write_study(tmp_path / "1.yaml", **changes)))
     folder = tiny_model(single.models.config, single.corpus, "full", single.models.store)

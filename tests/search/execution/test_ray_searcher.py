@@ -127,7 +127,7 @@ def test_a_job_without_full_evidence_ends_failed_with_a_reason(harness, result, 
     study = harness(proposals=1)
     job = study.next()
     study.searcher.on_trial_complete("1", result, error)
-    assert study.store.counts() == {"complete": 0, "pruned": 0, "failed": 1, "running": 0}
+    assert study.store.counts() == {"complete": 0, "pruned": 0, "failed": 1, "interrupted": 0, "running": 0}
     assert said in study.store.failures()[0]["reason"]
     assert study.ends[0][0] == job and said in study.ends[0][1]
 
@@ -235,7 +235,7 @@ def test_without_a_base_run_that_failed_the_others_are_searched_evenly(harness, 
     assert study.ends[:3] == [(job, reason, False) for job in lost]
     assert [failure["reason"] for failure in study.store.failures()] == [reason] * 2
     assert [trial.user_attrs["reason"] for trial in study.store.controls.trials] == [reason]
-    assert study.store.counts() == {"complete": 4, "pruned": 0, "failed": 2, "running": 0}
+    assert study.store.counts() == {"complete": 4, "pruned": 0, "failed": 2, "interrupted": 0, "running": 0}
 
 
 def test_a_job_whose_worker_died_is_run_again_as_it_was_and_not_for_ever(harness, made_up_evidence):
@@ -311,7 +311,7 @@ def test_tune_is_begun_anew_after_so_many_trials(harness, monkeypatch, made_up_e
     study.finish(study.asked, made_up_evidence(job))
     assert study.next() == StudySearcher.FINISHED
     assert study.searcher.done
-    assert study.store.counts() == {"complete": 4, "pruned": 0, "failed": 0, "running": 0}
+    assert study.store.counts() == {"complete": 4, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}
 
 
 def test_a_grid_is_handed_out_once_each_and_less_of_it_without_a_base_run(new_store):
@@ -335,7 +335,7 @@ def test_a_trial_may_end_before_its_worker_is_let_go(harness, made_up_evidence):
     assert study.searcher.suggest("2") is None
     assert study.store.counts()["running"] == 0
     study.searcher.on_trial_complete("1", {})
-    assert study.store.counts() == {"complete": 1, "pruned": 0, "failed": 0, "running": 0}
+    assert study.store.counts() == {"complete": 1, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}
     assert len(study.ends) == 1
     assert isinstance(study.searcher.suggest("3"), dict)
 
@@ -412,7 +412,7 @@ def test_a_machine_without_memory_ends_the_run_with_what_to_lower(harness, monke
         deaths += 1
         study.kill(deaths)
     assert deaths == 2 * (1 + TIMES_AGAIN)
-    assert study.store.counts() == {"complete": 0, "pruned": 0, "failed": deaths, "running": 0}
+    assert study.store.counts() == {"complete": 0, "pruned": 0, "failed": deaths, "interrupted": 0, "running": 0}
     (said,) = study.said
     assert "2 trials in a row found no memory" in said and "9.0GB of 9.1GB in use" in said
     assert "lower resources.max_concurrent, scoring.batch_size" in said

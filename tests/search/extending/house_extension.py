@@ -55,6 +55,7 @@ class Village(Section):
 
     task: ClassVar = FREE_TEXT
     objectives: ClassVar = (FORGET_QUALITY, MODEL_UTILITY)
+    sets: ClassVar = ("forget", "retain", "real_authors", "world_facts", "related", "unrelated")
     path_keys: ClassVar[Mapping[Any, Any]] = {}
 
     kind: Literal["village"]

@@ -60,7 +60,7 @@ def trial_rows(call_extended, out):
 def test_method_definition_sampler_and_corpus(extended):
     out, summary = extended
     record = json.loads((out / "study.json").read_text())
-    assert summary["trials"] == {"complete": 4, "pruned": 0, "failed": 0, "running": 0}
+    assert summary["trials"] == {"complete": 4, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}
     assert summary["definition"] == "short"
     assert {row["method"] for row in summary["front"]} == {"bounded_ascent"}
     assert record["spec"]["corpus"] == {"kind": "village", "people": 14}

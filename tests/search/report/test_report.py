@@ -121,11 +121,11 @@ def synthetic_summary(trials, controls, low):
         "reference_point": {"log10_forget_quality": REFERENCE[0], "model_utility": REFERENCE[1]},
         "forget_quality_cap": CAP,
         "alpha": {"low": low, "high": 2.0},
-        "trials": {"complete": len(trials), "pruned": 3, "failed": 1, "running": 0},
+        "trials": {"complete": len(trials), "pruned": 3, "failed": 1, "interrupted": 0, "running": 0},
         "hypervolume": volumes,
         "gain": {"all": volumes["front"] - volumes["alpha_zero"], **gain},
         "base_run_seconds": [1.0, 2.0],
-        "seconds": {"models": 22.4, "base_runs": 41.0, "baselines": 18.3, "trials": 33.1},
+        "seconds": {"models": 22.4, "references": 12.5, "training": 28.5, "given": 18.3, "trials": 33.1},
         "storage": "sqlite:///study.db",
         "created": "2025-11-03T14:05:00+00:00",
         "versions": {"torch": "2.9.0", "optuna": "5.0.0", "ray": "2.60.0"},
@@ -209,6 +209,29 @@ def test_all_sections_are_there_in_order(page):
     assert "sqlite:///study.db" in page.words["details"]
     assert "knee" in page.words["front-table"]
     assert "floor 0.95" in page.words["front-table"]
+
+
+def test_interrupted_trials_are_called_that(view, page, tmp_path):
+    assert "1 failed, 0 running" in page.words["details"]
+    trials = {**view.summary["trials"], "interrupted": 4}
+    cut = dataclasses.replace(view, summary={**view.summary, "trials": trials})
+    words = Page(render_report(cut, tmp_path / "report").read_text(encoding="utf-8")).words["details"]
+    assert "1 failed, 4 interrupted by the end of a run, 0 running" in words
+
+
+def test_times_are_named_by_what_was_done(view, page, tmp_path):
+    for said in (
+        "reference models: score them",
+        "wait while unlearning methods are trained, each once",
+        "given points: score",
+    ):
+        assert said in page.words["cost"]
+    assert "wait for base runs" not in page.words["cost"]
+    seconds = {"models": 22.4, "base_runs": 41.0, "baselines": 18.3, "trials": 33.1, "given": 5.0}
+    older = dataclasses.replace(view, summary={**view.summary, "seconds": seconds})
+    words = Page(render_report(older, tmp_path / "report").read_text(encoding="utf-8")).words["cost"]
+    assert "reference models: score them, and wait for base runs" in words
+    assert "score alpha = 0 and the controls, and train base runs meanwhile" in words
 
 
 def test_one_file_without_addresses(written, page):

@@ -11,7 +11,7 @@ from search.cli.front_table import print_front
 from search.evaluation.controls import follow_up_trials
 from search.problem.space import Point
 from search.problem.trial import TrialSpec
-from search.report.conclusions import conclusions
+from search.report.conclusions import conclusions, next_step
 from search.report.data import report_data
 from search.report.html import write_report
 from search.results.study_result import StudyResult
@@ -191,6 +191,39 @@ def test_the_knee_bulges_farthest_from_the_chord(study):
     assert study([(0, -5.0, 0.8), (0.5, -1.5, 0.78), (1.0, -1.0, 0.4)]).select("knee")["trial"] == 1
 
 
+@pytest.mark.parametrize(
+    ("points", "chosen", "said"),
+    [
+        ([(0, -5.0, 0.79), (1.0, -1.0, 0.14)], 0, "this front has two: chosen by utility-floor 0.95"),
+        (
+            [(0, -5.0, 0.3), (1.0, -1.0, 0.14)],
+            0,
+            "none of them known to reach utility-floor 0.95: the one with the highest utility",
+        ),
+        ([(0, -1.0, 0.79)], 0, "this front has one: chosen by utility-floor 0.95"),
+    ],
+    ids=["two", "below the floor", "one"],
+)
+def test_a_front_of_fewer_than_three_points_has_no_knee_and_says_what_chose(study, points, chosen, said):
+    result = study(points)
+    row, note = result.choose("knee")
+    assert row["trial"] == chosen and note.startswith("a knee needs three points") and said in note
+    (selected,) = [each["rule"] for each in report_data(result).summary["selections"] if each["rule"].startswith("knee")]
+    assert selected == f"knee ({note})"
+
+
+@pytest.mark.parametrize(
+    ("points", "named"),
+    [
+        ([(0, -5.0, 0.8), (0.5, -1.5, 0.78), (1.0, -1.0, 0.4)], "--rule knee"),
+        ([(0, -5.0, 0.79), (1.0, -1.0, 0.14)], "--rule utility-floor"),
+        ([(0, -5.0, 0.3), (1.0, -1.0, 0.14)], "--trial N"),
+    ],
+)
+def test_the_last_line_of_a_run_names_a_rule_that_can_choose(study, points, named):
+    assert named in next_step(study(points))
+
+
 @pytest.mark.parametrize("floor", [0.0, -0.1, 1.01, math.nan, math.inf])
 def test_a_floor_that_is_no_share_is_refused(study, floor):
     with pytest.raises(UserError, match="--floor"):
@@ -336,6 +369,7 @@ def test_where_every_trial_has_collapsed_the_way_out_is_named(with_collapse):
             result.select(rule)
         assert result.select(rule, allow_collapsed=True)["collapsed"] == "broken"
     assert result.finalists(3).empty
+    assert next_step(result).startswith("every trial has collapsed") and "--allow-collapsed" in next_step(result)
 
 
 def test_rows_say_why_a_point_has_collapsed_and_name_the_definition(with_collapse):

@@ -10,10 +10,12 @@ from datetime import datetime, timedelta
 import pytest
 from filelock import FileLock
 
+from search.cli.tables import print_stop
 from search.evaluation.prepared import prepare
 from search.problem.trial import TrialSpec
 from search.report.progress import Bars
 from search.results.status import PREFIX, StatusLines, is_running, last_status, read_status, status_of, without_status
+from search.results.study_result import StudyResult
 from search.spec.study import load_study
 from search.store.study_store import StudyStore
 
@@ -54,6 +56,15 @@ def test_an_unfinished_study_tells_counts_front_and_hypervolume(begun):
     assert status["hypervolume"]["now"] > status["hypervolume"]["given"] > 0
     assert status["expected_end"] is None
     json.dumps(status, allow_nan=False)
+
+
+def test_interrupted_trials_are_no_failures_for_status_and_terminal(begun, capsys):
+    begun.fail_orphaned_trials()
+    assert status_of(begun)["trials"] == {"done": 3, "total": 9, "running": 0, "failed": 1, "interrupted": 1, "pruned": 0}
+    print_stop(StudyResult.of(begun))
+    printed = capsys.readouterr().out
+    assert "interrupted trials: 1, by the end of a run; the same command makes up for them" in printed
+    assert "failed trials: 1\n  1 x broken" in printed
 
 
 def test_usage_comes_from_the_record_and_is_nothing_where_nobody_kept_it(begun):

@@ -133,6 +133,8 @@ def test_a_merged_model_passes_and_its_own_numbers_are_on_the_card_next_to_the_t
     ks = trial.recipe.expected["ks_statistic"]
     assert f"| KS statistic | {ks:.4f} | " in card and f"| ks_statistic | {ks:.6g} | " in card
     assert "numbers of its own" in card
+    assert ("utility of the merged model was not read" in card) == (verify == "loss")
+    assert ("the utility of the merged model was not read; --verify full reads it" in heard.lines) == (verify == "loss")
     assert list(heard.bars)[:3] == ["scoring the adapter", "measuring the rounding", "scoring the export"]
     apart = trial.score(folder)["retain/answer_loss"] - trial.items["retain/answer_loss"]
     assert np.abs(apart).max() < {"float32": 1e-4, "float16": 2e-2, "bfloat16": 2e-1}[trial.preparation.spec.model.dtype]

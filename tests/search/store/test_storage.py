@@ -278,7 +278,7 @@ def test_opening_a_locked_file_waits_and_opening_nothing_does_not(new_store, tmp
         thread.start()
         time.sleep(0.5)
     thread.join(30)
-    assert opened == [{"complete": 0, "pruned": 0, "failed": 0, "running": 0}]
+    assert opened == [{"complete": 0, "pruned": 0, "failed": 0, "interrupted": 0, "running": 0}]
     started = time.monotonic()
     with pytest.raises(UserError, match="cannot be opened: OperationalError"):
         new_store(tmp_path / "elsewhere", storage=f"sqlite:///{tmp_path / 'no such folder' / 'a.db'}")
