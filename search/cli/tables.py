@@ -314,7 +314,13 @@ def _bytes(count: float) -> str:
     return f"{count:.4g} TB"
 
 
-_AMOUNTS = {"": "{:,.0f}".format, "s": _duration, "bytes": _bytes, "GPU-hours": "{:.3g} GPU-hours".format}
+_AMOUNTS = {
+    "": "{:,.0f}".format,
+    "s": _duration,
+    "bytes": _bytes,
+    "share": "{:.2f}".format,
+    "GPU-hours": "{:.3g} GPU-hours".format,
+}
 
 
 def print_findings(study: str, findings: Any) -> None:

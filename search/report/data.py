@@ -47,8 +47,8 @@ class ReportData:
             `kind` is a key of `CONTROLS`; `of_trial` is the front point a control belongs to.
         summary: study, definition, corpus, model, seed, dtype, forget_items, log10_floor, reference_point,
             forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, interrupted, running}, hypervolume, gain
-            {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage,
-            created (ISO time), versions; and,
+            {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds and epoch_seconds by label
+            [training only], storage, created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}],
             failure_reasons [(reason, count)], saved (`search.evaluation.pruning.savings`), pruned [{trial, base, ...}]
             (`pruned_table`), usage {hours, cpu_hours, gpu_hours}.
@@ -131,7 +131,7 @@ class ReportData:
 def report_data(result: StudyResult) -> ReportData:
     """Tables and summary of the report."""
     record, spec = result.store.record, result.spec
-    trained = [run.epochs for label, run in record.base_runs.items() if label not in spec.checkpoints]
+    trained = {label: run.epochs for label, run in record.base_runs.items() if label not in spec.checkpoints}
     summary = {
         **result.summary(),
         "corpus": record.corpus.name,
@@ -143,7 +143,8 @@ def report_data(result: StudyResult) -> ReportData:
         "alpha": spec.search.alpha.model_dump(),
         "created": record.created,
         "versions": record.versions,
-        "base_run_seconds": [sum(epoch["seconds"] for epoch in epochs) for epochs in trained],
+        "base_run_seconds": [sum(epoch["seconds"] for epoch in epochs) for epochs in trained.values()],
+        "epoch_seconds": {label: [epoch["seconds"] for epoch in epochs] for label, epochs in trained.items()},
         "selections": _selections(result),
         "failures": result.store.failures(),
         "pruned": result.pruned.to_dict("records"),

@@ -485,6 +485,16 @@ def test_collapsed_points_are_marked_counted_and_not_chosen(tmp_path):
     assert best["on_front"]
 
 
+def test_the_cost_of_one_more_alpha_is_a_share_of_training_to_the_same_epoch(view, tmp_path):
+    search = view.trials["kind"] == "search"
+    trials = view.trials.assign(epoch=view.trials["epoch"].where(~search, 2), seconds=2.0)
+    epochs = {base: [1.0, 2.0, 40.0] for base in trials["base"].unique()}
+    timed = dataclasses.replace(view, trials=trials, summary={**view.summary, "epoch_seconds": epochs})
+    assert "One more alpha costs 0.40 of training a base run to the same epoch" in render_report(timed, tmp_path).read_text()
+    given = dataclasses.replace(view, summary={**view.summary, "epoch_seconds": {}})
+    assert "One more alpha costs" not in render_report(given, tmp_path).read_text()
+
+
 def test_why_a_study_stopped_and_what_failed_stand_in_the_page(view, tmp_path):
     reason = "out of memory also with batches of 4"
     failures = [{"trial": number, "reason": reason} for number in (3, 5, 8)]
