@@ -1,6 +1,6 @@
 """Print the Pareto front as a table that fits the terminal, the initial model as its last line."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from search.cli.tables import new_table
@@ -72,11 +72,14 @@ def print_front(result: Any, width: int = 140) -> None:
     from rich.markup import escape
 
     from search.problem.objectives import flag_of
+    from search.problem.stand_ins import MARK, marked, stand_in_note
     from search.results.study_result import collapsed
 
     title = f"Pareto front of {result.store.record.name} (metrics: {result.spec.definition})"
     table, console = new_table(title, width)
     columns = front_columns(result)
+    marks = marked(result.objectives, result.store.record.corpus.stand_ins, [column.key for column in columns])
+    columns = [replace(column, head=f"{column.head} {MARK}") if column.key in marks else column for column in columns]
     rows = [_cells(columns, row, result.objectives[1].name) for row in result.front.to_dict("records")]
     initial = result.control("initial")
     if initial is not None:
@@ -97,6 +100,8 @@ def print_front(result: Any, width: int = 140) -> None:
         console.print(f"left out, because the terminal is narrow: {heads}", markup=False)
     if result.front.empty:
         console.print("the front has no point: the initial model is at least as good as every trial in every objective")
+    if (note := stand_in_note(marks)) is not None:
+        console.print(note, markup=False)
     if result.front["flagged"].any():
         flag = flag_of(result.objectives)
         console.print(f"! {flag.meaning}, {flag.caution}")

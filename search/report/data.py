@@ -1,6 +1,6 @@
 """Collect what the report shows from a study result."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import pandas as pd
 from search.evaluation.inputs import power_of_forget_quality
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, flag_of
 from search.problem.pareto import DEFAULT_FLOOR, RULES
+from search.problem.stand_ins import MARK, marked, stand_in_note
 from search.problem.trial import INITIAL
 from search.report.style import counted
 from search.results.study_result import FORGET_NUMBERS, StudyResult
@@ -78,7 +79,7 @@ class ReportData:
                 found.append(Column(objective.name, objective.title, "decimal", objective.places))
             found += [Column(key, head, "decimal", objective.places) for key, head in objective.companions]
         named = [Column(key, head, "decimal", 3) for key, head in FORGET_NUMBERS.items() if key in self.trials.columns]
-        return [*found, *named, Column("logit_scale", "logit scale", "decimal", 3)]
+        return [*map(self._with_mark, found), *named, Column("logit_scale", "logit scale", "decimal", 3)]
 
     @property
     def related(self) -> list[Column]:
@@ -87,10 +88,29 @@ class ReportData:
         shown = {objective.name for objective in self.objectives}
         names = {f"{name}_log10_forget_quality": head for name, head in heads.items()}
         return [
-            Column(name, head, "decimal", 2)
+            self._with_mark(Column(name, head, "decimal", 2))
             for name, head in names.items()
             if name in self.trials.columns and name not in shown
         ]
+
+    @property
+    def _marks(self) -> dict[str, dict[str, list[str]]]:
+        return marked(self.objectives, self.summary.get("stand_ins", {}), self.trials.columns)
+
+    def _with_mark(self, column: Column) -> Column:
+        return replace(column, head=f"{column.head} {MARK}") if column.key in self._marks else column
+
+    @property
+    def chosen_by(self) -> str:
+        """Return a sentence: which objectives chose, and whether they looked at a retain model."""
+        compared = [objective.title for objective in self.objectives if objective.needs_retain_model]
+        looked = f"{' and '.join(compared)} compares with a retain model" if compared else "none looked at a retain model"
+        return f"Chosen by {', '.join(objective.title for objective in self.objectives)}; {looked}."
+
+    @property
+    def stand_in_note(self) -> str | None:
+        """Return the note on numbers made with stand-ins; None where there are none."""
+        return stand_in_note(self._marks)
 
     @property
     def initial(self) -> dict[str, Any] | None:
@@ -154,6 +174,7 @@ def report_data(result: StudyResult) -> ReportData:
         "smallest_groups": smallest_groups(result.store),
         "power": _power(result),
         "forget_groups": _forget_groups(result),
+        "stand_ins": record.corpus.stand_ins,
     }
     tables = (result.certainty, result.held_out, result.matched_scale, result.confirmations)
     return ReportData(result.trials, result.controls, summary, result.objectives, *tables)

@@ -118,6 +118,8 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         front=front.to_dict("records"),
         columns=view.columns,
         initial=view.initial,
+        chosen_by=view.chosen_by,
+        stand_in_note=view.stand_in_note,
         finalists=view.finalists(),
         certain=not view.certainty.empty,
         few_groups=FEW_GROUPS,

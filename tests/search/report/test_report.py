@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from search.evaluation.inputs import power_of_forget_quality
+from search.problem.objectives import FORGETTING, UTILITY
 from search.problem.pareto import hypervolume, knee, non_dominated, utility_floor
 from search.report import figures as plots
 from search.report.conclusions import conclude
@@ -493,6 +494,26 @@ def test_the_cost_of_one_more_alpha_is_a_share_of_training_to_the_same_epoch(vie
     assert "One more alpha costs 0.40 of training a base run to the same epoch" in render_report(timed, tmp_path).read_text()
     given = dataclasses.replace(view, summary={**view.summary, "epoch_seconds": {}})
     assert "One more alpha costs" not in render_report(given, tmp_path).read_text()
+
+
+def test_the_first_lines_say_what_chose_and_what_stands_in(view, tmp_path):
+    text = render_report(view, tmp_path / "compared").read_text()
+    assert "Chosen by log10 forget quality, model utility; log10 forget quality compares with a retain model." in text
+    assert text.index("Chosen by log10") < text.index("What won") and "stand-ins" not in text
+    objectives = (FORGETTING["memorization"], UTILITY["retain_utility"])
+    names = {"log10_forget_quality": objectives[0].name, "model_utility": objectives[1].name}
+    lacking = {"forget": ["paraphrased"], "retain": ["perturbed"]}
+    own = dataclasses.replace(
+        view,
+        trials=view.trials.rename(columns=names),
+        controls=view.controls.rename(columns=names),
+        objectives=objectives,
+        summary={**view.summary, "stand_ins": lacking, "reference_point": dict.fromkeys(names.values(), 0.0)},
+    )
+    text = render_report(own, tmp_path / "own").read_text()
+    assert "none looked at a retain model" in text
+    assert "memorisation score (1: nothing memorised) *</th>" in text and "retain utility *" not in text
+    assert "made with stand-ins" in text and "the answer itself stands in" in text and "answers of other items" not in text
 
 
 def test_why_a_study_stopped_and_what_failed_stand_in_the_page(view, tmp_path):

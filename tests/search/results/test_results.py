@@ -346,6 +346,18 @@ def test_the_table_shows_what_the_forget_set_still_gets_and_the_initial_model(st
     assert sum("npo" in line for line in narrow.splitlines()) == 2
 
 
+def test_numbers_made_with_stand_ins_are_marked(study, capsys):
+    result = study([(0, -5.0, 0.79)])
+    assert result.store.record.corpus.stand_ins == {}
+    print_front(result)
+    assert "*" not in capsys.readouterr().out
+    result.store.record.corpus.stand_ins = {"forget": ["perturbed"]}
+    print_front(result)
+    text = capsys.readouterr().out
+    assert "FQ *" in text and "MU *" not in text
+    assert "* made with stand-ins" in text and "answers of other items stand in" in " ".join(text.split())
+
+
 def test_before_the_initial_model_is_scored_it_has_no_line(study, capsys):
     print_front(study([(0, -5.0, 0.79)], initial=None))
     assert "initial" not in capsys.readouterr().out
