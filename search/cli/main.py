@@ -170,12 +170,13 @@ def select(
     result = StudyResult.open(out)
     picked, note = result.choose(rule or "utility-floor", floor, allow_collapsed=allow_collapsed)
     chosen = result.rows(picked.to_frame().T)[0]
+    # What chose in place of a knee that is not there stands in the note.
+    reason = note or result.reason(picked, rule or "utility-floor", floor)
     if as_json:
         said = {"floor": floor} if rule == "utility-floor" else {} if note is None else {"note": note}
-        print_json({"rule": rule, **said, **chosen})
+        print_json({"rule": rule, **said, "reason": reason, **chosen})
         return
-    if note is not None:
-        echo(note, err=True)
+    echo(f"trial {chosen['trial']}: {reason}")
     for key, value in chosen.items():
         echo(f"{key:32} {value:.6g}" if isinstance(value, float) else f"{key:32} {value}")
 

@@ -226,7 +226,7 @@ def _held_out_gain(view: ReportData, best: pd.Series, trained: pd.Series) -> lis
     """Compare the two points on items that nothing was chosen by, or say which of them was not scored on those."""
     forgetting = view.objectives[0]
     column = f"{forgetting.name}_held_out"
-    if column not in view.held_out:
+    if view.held_out.empty:
         return []
     known = view.held_out.drop_duplicates("trial").set_index("trial")[column].astype(float)
     missing = [f"trial {int(row['trial'])}" for row in (best, trained) if row["trial"] not in known.index]

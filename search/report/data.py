@@ -105,7 +105,7 @@ class ReportData:
         """Return a sentence: which objectives chose, and whether they looked at a retain model."""
         compared = [objective.title for objective in self.objectives if objective.needs_retain_model]
         looked = f"{' and '.join(compared)} compares with a retain model" if compared else "none looked at a retain model"
-        return f"Chosen by {', '.join(objective.title for objective in self.objectives)}; {looked}."
+        return f"Chosen by {' and '.join(objective.title for objective in self.objectives)}; {looked}."
 
     @property
     def stand_in_note(self) -> str | None:

@@ -50,6 +50,36 @@ def chosen_row(
         return best, f"{have}, none of them known to reach utility-floor {floor:g}: the one with the highest utility"
 
 
+def reason_of(
+    row: pd.Series,
+    initial: pd.Series | None,
+    objectives: tuple[Objective, ...],
+    rule: str,
+    floor: float,
+    beats_initial: bool | None,
+) -> str:
+    """Return why a rule chose a trial, in a line.
+
+    Args:
+        row: The trial.
+        initial, objectives, rule, floor: As `chosen_row`.
+        beats_initial: Whether it forgets more than the initial model beyond noise; None where that is not known.
+    """
+    forgetting, utility = objectives[:2]
+
+    def shown(objective: Objective) -> str:
+        start = "" if initial is None else f" (initial model {initial[objective.name]:.{objective.places}f})"
+        return f"{objective.title} {row[objective.name]:.{objective.places}f}{start}"
+
+    if rule == "knee":
+        reason = "bulges farthest beyond the line between the ends of the front"
+    else:
+        reason = f"strongest forgetting with {floor:g} or more of the initial {utility.title}"
+    sure = {True: "; it forgets more than the initial model beyond noise", None: ""}
+    numbers = f"{shown(forgetting)}, {shown(utility)}"
+    return f"{reason}: {numbers}" + sure.get(beats_initial, "; within noise it forgets no more than the initial model")
+
+
 def _at_floor(points: FloatArray, initial: pd.Series | None, objectives: tuple[Objective, ...], floor: float) -> int:
     if not 0 < floor <= 1:
         raise UserError(f"--floor: {floor:g} is not a share of the initial model's utility; give a number above 0, up to 1")

@@ -18,7 +18,7 @@ from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume
 from search.problem.trial import INITIAL
 from search.results import finalists
 from search.results.recipe import recipe_of
-from search.results.selection import chosen_row
+from search.results.selection import chosen_row, reason_of
 from search.results.uncertainty import certainty
 from search.spec.study import StudySpec
 from search.store.mirror import readable_folder
@@ -224,6 +224,12 @@ class StudyResult:
             raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
         row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, floor)
         return front.iloc[row], note
+
+    def reason(self, row: pd.Series, rule: str, floor: float = DEFAULT_FLOOR) -> str:
+        """Why a rule chose a trial, in a line, and whether it beats the initial model beyond noise where that is known."""
+        known = self.certainty[self.certainty["trial"] == row["trial"]]["beats_initial"].dropna()
+        beats = None if known.empty else bool(known.iloc[0])
+        return reason_of(row, self.control(INITIAL), self.objectives, rule, floor, beats)
 
     def reference_point(self) -> dict[str, float]:
         """Return the reference point of hypervolume, by objective (`search.problem.objectives`)."""

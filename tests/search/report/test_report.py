@@ -444,6 +444,8 @@ def test_the_verdict_says_which_point_of_the_gain_was_not_scored_on_held_out_ite
     best = int(re.search(r"strongest forgetting is trial (\d+)", whole)[1])
     without = dataclasses.replace(seen, held_out=seen.held_out[seen.held_out["trial"] != best])
     said = " ".join(conclude(without))
+    unsplit = " ".join(conclude(dataclasses.replace(seen, held_out=seen.held_out.iloc[:0])))
+    assert "held-out" not in unsplit
     assert "Whether that holds on the held-out items is not known: trial" in said
     assert re.search(rf"not known: trial {best}( and trial \d+ were| was) not scored on them", said)
 
@@ -498,7 +500,7 @@ def test_the_cost_of_one_more_alpha_is_a_share_of_training_to_the_same_epoch(vie
 
 def test_the_first_lines_say_what_chose_and_what_stands_in(view, tmp_path):
     text = render_report(view, tmp_path / "compared").read_text()
-    assert "Chosen by log10 forget quality, model utility; log10 forget quality compares with a retain model." in text
+    assert "Chosen by log10 forget quality and model utility; log10 forget quality compares with a retain model." in text
     assert text.index("Chosen by log10") < text.index("What won") and "stand-ins" not in text
     objectives = (FORGETTING["memorization"], UTILITY["retain_utility"])
     names = {"log10_forget_quality": objectives[0].name, "model_utility": objectives[1].name}

@@ -5,6 +5,7 @@ import math
 from itertools import combinations, pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from search.cli.front_table import print_front
@@ -160,6 +161,24 @@ def test_a_point_that_the_initial_model_beats_is_recommended_nowhere(study, call
     assert code == 0 and "the initial model is at least as good as every trial" in " ".join(output.split())
     code, _, error = call("select", result.out)
     assert code == 2 and "nothing to choose" in error
+
+
+def test_select_gives_its_reason_in_a_line(study, call):
+    out = study([(0, -5.0, 0.79), (0.5, -3.0, 0.77), (1.0, -1.0, 0.3)]).out
+    first = call("select", out)[1].splitlines()[0]
+    assert first == (
+        "trial 1: strongest forgetting with 0.95 or more of the initial model utility: log10 forget quality -3.00 "
+        "(initial model -6.00), model utility 0.7700 (initial model 0.8000)"
+    )
+    knee = json.loads(call("select", out, "--rule", "knee", "--json")[1])
+    assert knee["reason"].startswith("bulges farthest beyond the line between the ends of the front: log10 forget quality")
+
+
+@pytest.mark.parametrize(("beats", "said"), [(True, "more than the initial model beyond noise"), (False, "within noise")])
+def test_the_reason_says_whether_it_is_beyond_noise(study, beats, said):
+    result = study([(0, -5.0, 0.79), (0.5, -3.0, 0.77)])
+    result.certainty = pd.DataFrame({"trial": [0, 1], "beats_initial": beats})
+    assert said in result.reason(result.select("utility-floor"), "utility-floor")
 
 
 def test_more_utility_alone_is_on_the_front_and_no_strongest_forgetting(study):
