@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from search.cli import cluster, finetune, init, models, objectives, schema, upkeep
+from search.cli import cluster, finetune, init, models, reference, upkeep
+from search.cli.front_table import print_front
 from search.cli.tables import (
     CHECKED,
     Address,
@@ -25,7 +26,6 @@ from search.cli.tables import (
     echo,
     print_claims,
     print_confirmations,
-    print_front,
     print_json,
     print_stop,
     quieten,
@@ -168,12 +168,13 @@ def select(
     result = StudyResult.open(out)
     picked, note = result.choose(rule or "utility-floor", floor, allow_collapsed=allow_collapsed)
     chosen = result.rows(picked.to_frame().T)[0]
+    # What chose in place of a knee that is not there stands in the note.
+    reason = note or result.reason(picked, rule or "utility-floor", floor)
     if as_json:
         said = {"floor": floor} if rule == "utility-floor" else {} if note is None else {"note": note}
-        print_json({"rule": rule, **said, **chosen})
+        print_json({"rule": rule, **said, "reason": reason, **chosen})
         return
-    if note is not None:
-        echo(note, err=True)
+    echo(f"trial {chosen['trial']}: {reason}")
     for key, value in chosen.items():
         echo(f"{key:32} {value:.6g}" if isinstance(value, float) else f"{key:32} {value}")
 
@@ -304,7 +305,7 @@ def paper(
     echo(f"page     {result['page']}")
 
 
-for commands in (init, objectives, schema, finetune, models, cluster, upkeep):
+for commands in (init, reference, finetune, models, cluster, upkeep):
     commands.register(app)
 
 

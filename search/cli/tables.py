@@ -81,52 +81,6 @@ def print_metrics(values: dict[str, Any], as_json: bool) -> None:
         echo(f"note: {note}")
 
 
-SHORT_WALKS = {
-    "unlearned epoch": "trained",
-    "interpolation": "interp.",
-    "extrapolation": "extrap.",
-    "initial model": "initial",
-}
-
-
-def print_front(result: Any) -> None:
-    """Print the front as a table that fits a terminal."""
-    from rich.markup import escape
-
-    from search.problem.objectives import flag_of
-    from search.results.study_result import collapsed
-
-    definition = result.spec.definition
-    table, console = _table(f"Pareto front of {result.store.record.name} (metrics: {definition})")
-    columns = {
-        "trial": ("trial", "{}"),
-        "base": ("base run", "{}"),
-        "epoch": ("epoch", "{}"),
-        "alpha": ("alpha", "{:.3f}"),
-        "walk": ("walk", "{}"),
-        **_objective_columns(result.objectives),
-        "logit_scale": ("logit\nscale", "{:.3f}"),
-        "related_log10_forget_quality": ("log10\nFQ K2", "{:.2f}"),
-        "unrelated_log10_forget_quality": ("log10\nFQ K0", "{:.2f}"),
-    }
-    columns = {key: column for key, column in columns.items() if key in result.front}
-    utility = result.objectives[1].name
-    for key, (head, _) in columns.items():
-        table.add_column(head, justify="left" if key in ("base", "walk") else "right", overflow="fold")
-    for row in result.front.to_dict("records"):
-        row["walk"] = SHORT_WALKS[row["walk"]]
-        cells = {key: "" if row[key] is None else form.format(row[key]) for key, (_, form) in columns.items()}
-        cells[utility] += " !" if row["flagged"] else ""
-        cells["trial"] += " x" if isinstance(row["collapsed"], str) else ""
-        table.add_row(*(escape(printable(cell)) for cell in cells.values()))
-    console.print(table)
-    if result.front["flagged"].any():
-        flag = flag_of(result.objectives)
-        console.print(f"! {flag.meaning}, {flag.caution}")
-    for row in result.front[collapsed(result.front)].to_dict("records"):
-        console.print(f"x trial {row['trial']} has collapsed ({printable(row['collapsed'])}): no rule selects it", markup=False)
-
-
 def print_stop(result: Any) -> None:
     """Print why a study stopped early, what pruning saved, and which trials were interrupted or failed."""
     from search.report.style import counted
@@ -152,23 +106,12 @@ def print_stop(result: Any) -> None:
             echo(f"  and {len(kinds) - SHOWN_REASONS} other reasons: see the report")
 
 
-def _objective_columns(objectives: Any) -> dict[str, tuple[str, str]]:
-    columns = {}
-    for objective in objectives:
-        columns[objective.name] = (objective.head, f"{{:.{objective.places}f}}")
-        if objective.p_value is not None:
-            columns[objective.p_value] = (objective.head.removeprefix("log10\n"), "{:.2g}")
-        for key, head in objective.companions:
-            columns[key] = (head.replace(" ", "\n", 1), f"{{:.{objective.places}f}}")
-    return columns
-
-
 def print_claims(result: dict[str, Any]) -> None:
     from search.paper.page import effect_text
     from search.paper.settings import TUNINGS
 
     title = f"What holds here (metrics: {result['definition']}; seeds: {len(result['seeds'])})"
-    table, console = _table(title, width=160)
+    table, console = new_table(title, width=160)
     table.add_column("about")
     table.add_column("claim", overflow="fold")
     table.add_column("unit")
@@ -229,7 +172,7 @@ def print_studies(studies: list[dict[str, Any]]) -> None:
     if not studies:
         echo("no studies")
         return
-    table, console = _table(width=160)
+    table, console = new_table(width=160)
     names = ("job", "study", "state", "trials", "started", "ended", "out")
     columns = [key for key in names if any(key in row for row in studies)]
     for key in columns:
@@ -321,7 +264,9 @@ def print_dial(answer: dict[str, Any]) -> None:
             )
             echo(f"  {title.replace('_', ' '):17} alpha {point['alpha']:7.4f}  {numbers}  {named}")
     if answer["best"] is None:
-        echo("\nno trial keeps so much utility; give a lower --floor")
+        noise = any(line["state"] == "ceiling" for line in answer["lines"])
+        why = ": that one is at the noise ceiling itself" if noise else "; give a lower --floor"
+        echo(f"\nno trial that keeps so much utility forgets more than the initial model{why}")
         return
     best = answer["best"]
     where = f"trial {best['trial']} ({best['base']}, epoch {best['epoch']}, alpha {best['alpha']:.4f})"
@@ -337,7 +282,7 @@ def print_plan(plan: Any) -> None:
     """Print a plan as a table, then what cannot fit and what is not known."""
     from rich.markup import escape
 
-    table, console = _table(f"Plan of {plan.study}")
+    table, console = new_table(f"Plan of {plan.study}")
     for head in ("", "what", "amount", "how it is known"):
         table.add_column(head, justify="right" if head == "amount" else "left", overflow="fold")
     section = ""
@@ -369,14 +314,20 @@ def _bytes(count: float) -> str:
     return f"{count:.4g} TB"
 
 
-_AMOUNTS = {"": "{:,.0f}".format, "s": _duration, "bytes": _bytes, "GPU-hours": "{:.3g} GPU-hours".format}
+_AMOUNTS = {
+    "": "{:,.0f}".format,
+    "s": _duration,
+    "bytes": _bytes,
+    "share": "{:.2f}".format,
+    "GPU-hours": "{:.3g} GPU-hours".format,
+}
 
 
 def print_findings(study: str, findings: Any) -> None:
     """Print findings, a row each: what was found, what it means, the remedy."""
     from rich.markup import escape
 
-    table, console = _table(f"Findings about {study}")
+    table, console = new_table(f"Findings about {study}")
     for head in ("", "finding", "what it means", "remedy"):
         table.add_column(head, overflow="fold")
     for finding in findings:
@@ -385,7 +336,7 @@ def print_findings(study: str, findings: Any) -> None:
     console.print(table)
 
 
-def _table(title: str | None = None, width: int = 140) -> tuple[Any, Any]:
+def new_table(title: str | None = None, width: int = 140) -> tuple[Any, Any]:
     """Return an empty table, and a console that is `width` columns wide where standard output is no terminal."""
     from rich import box
     from rich.console import Console

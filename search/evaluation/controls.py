@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from search.evaluation.task import TASKS, task_of
-from search.problem.pareto import non_dominated
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN, RETAIN, TrialSpec
+from search.store.trials import on_front
 
 if TYPE_CHECKING:
     from search.evaluation.prepared import PreparedStudy
@@ -177,7 +177,7 @@ def follow_up_trials(store: "StudyStore") -> list[TrialSpec]:
     if not controls.empty and "of_trial" in controls:
         known = controls.dropna(subset=["of_trial"])
         done = set(zip(known["kind"], known["of_trial"].astype(int), strict=True))
-    front = trials[non_dominated(trials[[objective.name for objective in store.objectives]].to_numpy())]
+    front = trials[on_front(trials, controls, [objective.name for objective in store.objectives])]
     found = []
     for row in front.to_dict("records"):
         point = {"base": row["base"], "epoch": int(row["epoch"]), "alpha": float(row["alpha"]), "of_trial": int(row["trial"])}

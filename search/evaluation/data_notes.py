@@ -4,6 +4,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING
 
+from search.problem.stand_ins import STANDS_IN
 from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
 from search.spec.sections import is_local
 from search.spec.study import StudySpec
@@ -15,11 +16,6 @@ if TYPE_CHECKING:
 
 FEW_ITEMS = 20
 """Forget items below which a test tells next to nothing."""
-
-_STANDS_IN = {
-    "paraphrased": "where a paraphrased answer is missing, the answer itself stands in",
-    "perturbed": "where perturbed answers are missing, answers of other items stand in",
-}
 
 
 def data_notes(spec: StudySpec, corpus: Corpus) -> list[str]:
@@ -34,7 +30,7 @@ def data_notes(spec: StudySpec, corpus: Corpus) -> list[str]:
         if prompts is not None:
             lengths = [len(prompts.encode_item(item).input_ids) for item in items]
             parts.append(f"{median(lengths):g} tokens each in the median, {max(lengths)} in the longest")
-        parts += [_STANDS_IN[lacking] for lacking in corpus.stand_ins.get(name, ())]
+        parts += [STANDS_IN[lacking] for lacking in corpus.stand_ins.get(name, ())]
         notes.append(f"corpus.{name}: {'; '.join(parts)}")
         twice = len(items) - len({(item.question, item.answer) for item in items})
         # Where forget quality is maximised, `check_split` says it of forget.

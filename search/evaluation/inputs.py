@@ -13,12 +13,12 @@ from search.evaluation.metrics import own_function
 from search.evaluation.model_checks import LATER, check_models
 from search.evaluation.task import Report
 from search.problem.objectives import Objective
-from search.problem.pareto import non_dominated
 from search.problem.space import Point
 from search.problem.trial import INITIAL, RETAIN
 from search.spec.corpora import QuestionsCorpus, fetched_sources
 from search.spec.models import TinyModel
 from search.spec.study import StudySpec
+from search.store.trials import on_front
 from uipe_core.corpora.split import split_corpus
 from uipe_core.corpora.types import KEPT_SETS, Corpus
 from uipe_core.errors import UserError
@@ -212,12 +212,12 @@ def _front_of(spec: StudySpec, where: str, folder: Path) -> tuple[str, list[Poin
             f"{where}{folder}: its study maximises {', '.join(theirs)}, this one {', '.join(ours)}; give studies with the same "
             "objectives, or remove it"
         )
-    trials = store.trials_frame()
+    trials, controls = store.trials_frame(), store.controls_frame()
     store.close()
     if trials.empty:
         raise UserError(f"{where}{folder}: no trial of this study is complete yet; finish it, or remove it")
     name = store.record.name
-    front = trials[non_dominated(trials[ours].to_numpy())]
+    front = trials[on_front(trials, controls, ours)]
     return name, [
         Point(str(row["base"]), int(row["epoch"]), float(row["alpha"]), warm_start=name) for row in front.to_dict("records")
     ]

@@ -170,6 +170,7 @@ class PreparedStudy:
                 "sets": self.corpus.set_hashes,
                 "items": items,
                 "groups": self._groups(),
+                "stand_ins": {name: list(lacking) for name, lacking in self.corpus.stand_ins.items()},
             },
             "models": dict(self.models.identities),
             "checkpoints": {label: list(keys) for label, keys in self.checkpoints.items()},

@@ -76,9 +76,12 @@ def confirm_study(
             raise UserError(f"{name}: {value} is too few; give at least 1")
     result = StudyResult.open(out)
     spec = result.runnable_spec()
+    top_points = result.finalists(top)
+    if top_points.empty:
+        raise UserError(f"{out}: nothing to confirm: no trial beats the initial model, or those that do have collapsed")
     jobs = [
         TrialSpec("confirm", row["base"], int(row["epoch"]), float(row["alpha"]), of_trial=int(row["trial"]))
-        for row in result.finalists(top).to_dict("records")
+        for row in top_points.to_dict("records")
         if row["base"] not in spec.checkpoints
     ]
     if not jobs:

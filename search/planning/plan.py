@@ -122,6 +122,10 @@ def _time(
     if work.trains:
         mean = training / (work.epochs * len(work.trains))
         lines.append(PlanEntry("time", "one epoch of a base run, on average", mean, "s", rates.how))
+        if spec.unlearning is not None:
+            epochs = spec.unlearning.epochs
+            what = f"one more alpha, as a share of training {epochs} epochs and scoring"
+            lines.append(PlanEntry("time", what, rates.trial / (epochs * mean + rates.trial), "share", CALCULATED))
     lines += [
         PlanEntry("time", "one trial", rates.trial, "s", rates.how),
         PlanEntry("time", "one reference model, all items", rates.reference, "s", rates.how),

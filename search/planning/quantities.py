@@ -153,7 +153,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One number of a plan; `value` is None where it is not known. Units: ``""``, ``s``, ``bytes`` or ``GPU-hours``."""
+    """One number of a plan, None where it is not known. Units: ``""``, ``s``, ``bytes``, ``share`` or ``GPU-hours``."""
 
     section: str
     what: str

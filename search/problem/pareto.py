@@ -45,6 +45,20 @@ def non_dominated(points: ArrayLike) -> NDArray[np.bool_]:
     return mask
 
 
+def non_dominated_from(points: ArrayLike, start: ArrayLike | None) -> NDArray[np.bool_]:
+    """The points that no other point dominates, and that are better than a starting point somewhere.
+
+    Args:
+        points: shape (n, m), n may be 0.
+        start: shape (m,), what was there before any of them; None for nothing to compare with.
+
+    Returns:
+        A mask of shape (n,). A point equal to the start is left out, because it is no way from it.
+    """
+    mask = non_dominated(points)
+    return mask if start is None else mask & np.any(_as_points(points) > _finite(start, "start"), axis=1)
+
+
 class IncrementalFront:
     """A Pareto front that is kept up to date as points are added; a thousand points are compared at once.
 

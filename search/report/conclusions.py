@@ -5,11 +5,12 @@ import math
 import pandas as pd
 
 from search.problem.objectives import Objective
-from search.problem.pareto import DEFAULT_FLOOR, utility_floor
+from search.problem.pareto import DEFAULT_FLOOR, non_dominated, utility_floor
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN
 from search.report.data import ReportData, report_data
 from search.report.style import alpha, count, decimal, number, probability
-from search.results.study_result import KNEE_POINTS, StudyResult, collapsed
+from search.results.selection import KNEE_POINTS
+from search.results.study_result import StudyResult, collapsed
 from uipe_core.errors import UserError
 
 # Gains below this share of the hypervolume at alpha = 0 are rounding, not results.
@@ -26,6 +27,11 @@ def conclusions(result: StudyResult) -> list[str]:
 
 def next_step(result: StudyResult) -> str:
     """Return the command that exports a point, or what can be done where no rule can choose one."""
+    if result.healthy_front.empty and not collapsed(result.trials).all():
+        return (
+            "no trial beats the initial model, so no rule chooses one: train more (a higher unlearning.learning_rate, more "
+            "epochs) or search alpha above 0"
+        )
     if result.healthy_front.empty:
         return (
             "every trial has collapsed, so no rule chooses one: train less (a lower unlearning.learning_rate, fewer epochs) or "
@@ -44,20 +50,23 @@ def conclude(view: ReportData) -> list[str]:
 
     Gains are hypervolumes over what is given without a search: the initial model and every epoch at alpha = 0.
     """
-    front = view.trials[view.trials["on_front"]]
-    if front.empty:
+    if view.trials.empty:
         return ["No trial is complete yet, so there is no front to judge."]
+    front = view.trials[view.trials["on_front"]]
     walks = front["walk"].value_counts()
     longer, shorter = int(walks.get("extrapolation", 0)), int(walks.get("interpolation", 0))
     given = len(front) - longer - shorter
+    nothing = _nothing_sentences(view)
+    won, floor = (nothing, []) if nothing else (_gain_sentences(view), _floor_sentences(view))
     sentences = [
-        *_gain_sentences(view),
+        *won,
         *_next_epoch_sentences(view),
-        *_floor_sentences(view),
+        *floor,
         *_held_out_sentences(view),
         *_noise_sentences(view),
         f"The front has {count(len(front), 'point')}: {given} given at alpha = 0, {shorter} by interpolation "
         f"(alpha below 0) and {longer} by extrapolation (alpha above 0).",
+        *_beaten_sentences(view),
     ]
     flagged = int(front["flagged"].sum())
     if flagged:
@@ -78,6 +87,52 @@ def _collapse_sentences(front: pd.DataFrame) -> list[str]:
         f"whatever the metrics say, and {'is' if len(broken) == 1 else 'are'} never selected unless asked for; "
         f"trial {int(first['trial'])}: {first['collapsed']}."
     ]
+
+
+def _nothing_sentences(view: ReportData) -> list[str]:
+    """Say so where no sound trial forgets more than the initial model, beyond noise where that is known."""
+    forgetting = view.objectives[0]
+    start = _initial(view, forgetting)
+    sound = view.trials[~collapsed(view.trials)].dropna(subset=[forgetting.name])
+    if start is None:
+        return []
+    ahead = sound[sound[forgetting.name] > start]
+    broken = " that has not collapsed" if len(sound) < len(view.trials) else ""
+    nothing = f"Nothing was won: no trial{broken} forgets more than the initial model"
+    if ahead.empty:
+        return [f"{nothing}."]
+    if (ahead[forgetting.name].clip(upper=view.ceiling) <= min(start, view.ceiling)).all():
+        return [f"{nothing}, because it is at the noise ceiling of {forgetting.title} itself."]
+    if "beats_initial" not in view.certainty:
+        return []
+    known = view.certainty[view.certainty["trial"].isin(ahead["trial"])]["beats_initial"].dropna()
+    if len(known) < len(ahead) or known.astype(bool).any():
+        return []
+    best = ahead.sort_values(forgetting.name).iloc[-1]
+    return [
+        f"{nothing}, beyond noise: the strongest, trial {int(best['trial'])}, has {_strength(forgetting, best)}, and "
+        "another draw of items may take that away (95%, corrected for the number of trials)."
+    ]
+
+
+def _beaten_sentences(view: ReportData) -> list[str]:
+    """Trials that no other trial beats, and the initial model does: Optuna's own front has them."""
+    start = [_initial(view, objective) for objective in view.objectives]
+    points = view.trials[[objective.name for objective in view.objectives]].dropna()
+    if None in start or points.empty:
+        return []
+    beaten = int((non_dominated(points) & (points <= start).all(axis=1).to_numpy()).sum())
+    if not beaten:
+        return []
+    return [
+        f"{count(beaten, 'trial')} that no other trial beats {'is' if beaten == 1 else 'are'} not on it, because the initial "
+        "model is at least as good in everything."
+    ]
+
+
+def _initial(view: ReportData, objective: Objective) -> float | None:
+    known = view.controls.loc[view.controls["kind"] == INITIAL, objective.name].dropna()
+    return None if known.empty else float(known.iloc[0])
 
 
 def _gain_sentences(view: ReportData) -> list[str]:
@@ -121,7 +176,8 @@ def _next_epoch_sentences(view: ReportData) -> list[str]:
     further = controls[objectives].dropna().to_numpy(dtype=float)
     if len(further) == 0:
         return []
-    front = view.trials.loc[view.trials["on_front"], objectives].to_numpy(dtype=float)
+    initial = view.controls.loc[view.controls["kind"] == INITIAL, objectives].dropna()
+    front = pd.concat([view.trials.loc[view.trials["on_front"], objectives], initial]).to_numpy(dtype=float)
     beyond = sum(not any((point >= other).all() for point in front) for other in further)
     of_all = f"of {count(len(further), 'next epoch')} of plain training"
     if beyond == 0:
@@ -132,20 +188,25 @@ def _next_epoch_sentences(view: ReportData) -> list[str]:
 def _floor_sentences(view: ReportData) -> list[str]:
     """The gain as one deployable point: the strongest forgetting at nearly the initial model's utility."""
     forgetting, utility = view.objectives[:2]
-    initial = view.controls.loc[view.controls["kind"] == INITIAL, utility.name].dropna()
+    initial, start = _initial(view, utility), _initial(view, forgetting)
     scored = view.trials[~collapsed(view.trials)].dropna(subset=[forgetting.name, utility.name])
-    if initial.empty:
+    if initial is None or start is None:
         return []
     picks = []
     for table in (scored, scored[scored["kind"] == "alpha_zero"]):
         try:
-            row = utility_floor(table[forgetting.name], table[utility.name], DEFAULT_FLOOR * float(initial.iloc[0]))
+            row = utility_floor(table[forgetting.name], table[utility.name], DEFAULT_FLOOR * initial)
         except UserError:
             break
         picks.append(table.iloc[row])
     if not picks:
         return [f"No trial keeps {DEFAULT_FLOOR:.0%} of the initial {utility.title}."]
     best = picks[0]
+    if best[forgetting.name] <= start:
+        return [
+            f"No trial that keeps {DEFAULT_FLOOR:.0%} of the initial {utility.title} forgets more than the initial model: "
+            "nothing was won at that floor."
+        ]
     point = f"{best['base']}, epoch {int(best['epoch'])}, alpha {alpha(best['alpha'])}"
     sentence = (
         f"At {DEFAULT_FLOOR:.0%} or more of the initial {utility.title} the strongest forgetting is "
@@ -153,6 +214,8 @@ def _floor_sentences(view: ReportData) -> list[str]:
     )
     if len(picks) == 1:
         return [f"{sentence}; no unlearned epoch as trained keeps that much."]
+    if picks[1][forgetting.name] <= start:
+        return [f"{sentence}; no unlearned epoch as trained that keeps that much forgets more than the initial model."]
     if picks[1][forgetting.name] >= best[forgetting.name]:
         return [f"{sentence}; no other alpha forgets more than the best unlearned epoch there."]
     reached = f"{sentence}; the best unlearned epoch as trained reaches {_strength(forgetting, picks[1], named=False)}."
@@ -160,14 +223,16 @@ def _floor_sentences(view: ReportData) -> list[str]:
 
 
 def _held_out_gain(view: ReportData, best: pd.Series, trained: pd.Series) -> list[str]:
-    """Compare the two points on items that nothing was chosen by, where both were scored on them."""
+    """Compare the two points on items that nothing was chosen by, or say which of them was not scored on those."""
     forgetting = view.objectives[0]
     column = f"{forgetting.name}_held_out"
-    if column not in view.held_out:
+    if view.held_out.empty:
         return []
     known = view.held_out.drop_duplicates("trial").set_index("trial")[column].astype(float)
-    if not {best["trial"], trained["trial"]} <= set(known.index):
-        return []
+    missing = [f"trial {int(row['trial'])}" for row in (best, trained) if row["trial"] not in known.index]
+    if missing:
+        were = "was" if len(missing) == 1 else "were"
+        return [f"Whether that holds on the held-out items is not known: {' and '.join(missing)} {were} not scored on them."]
     here, there = (float(known[int(row["trial"])]) for row in (best, trained))
     if here <= there:
         return ["On the held-out items that gain is nothing: there the unlearned epoch as trained forgets as much."]
@@ -176,16 +241,36 @@ def _held_out_gain(view: ReportData, best: pd.Series, trained: pd.Series) -> lis
 
 
 def _held_out_sentences(view: ReportData) -> list[str]:
-    """How far front points fall back on the items nothing was chosen by."""
+    """How far front points fall back on the items nothing was chosen by, and how far the initial model itself does."""
     if view.held_out.empty:
         return []
     utility = view.objectives[1]
+    here, there = _initial(view, utility), _initial_held_out(view, utility)
+    if here and there:
+        shares = view.held_out[utility.name].astype(float) / here
+        again = view.held_out[f"{utility.name}_held_out"].astype(float) / there
+        row = int((again - shares).argmin())
+        return [
+            f"On the held-out items the initial model's {utility.title} is {decimal(there, utility.places)}, against "
+            f"{decimal(here, utility.places)} on those for selection. Of that the front has {again.mean():.0%} on average, "
+            f"against {shares.mean():.0%}; trial {int(view.held_out['trial'].iloc[row])} goes from {shares.iloc[row]:.0%} to "
+            f"{again.iloc[row]:.0%}, the worst change."
+        ]
     change = view.held_out[f"{utility.name}_difference"].astype(float)
     worst = int(view.held_out["trial"].iloc[int(change.argmin())])
     return [
         f"On the held-out items the front's {utility.title} changes by {decimal(change.mean(), utility.places)} on average, "
         f"at worst by {decimal(change.min(), utility.places)} (trial {worst})."
     ]
+
+
+def _initial_held_out(view: ReportData, objective: Objective) -> float | None:
+    """Return the initial model's value on the held-out items; None where it was not scored on them."""
+    if "model" not in view.controls:
+        return None
+    own = (view.controls["kind"] == "held_out") & (view.controls["model"] == INITIAL)
+    known = view.controls.loc[own, objective.name].dropna()
+    return None if known.empty else float(known.iloc[0])
 
 
 def _noise_sentences(view: ReportData) -> list[str]:

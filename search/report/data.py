@@ -1,6 +1,6 @@
 """Collect what the report shows from a study result."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +9,10 @@ import pandas as pd
 from search.evaluation.inputs import power_of_forget_quality
 from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, flag_of
 from search.problem.pareto import DEFAULT_FLOOR, RULES
+from search.problem.stand_ins import MARK, marked, stand_in_note
+from search.problem.trial import INITIAL
 from search.report.style import counted
-from search.results.study_result import StudyResult
+from search.results.study_result import FORGET_NUMBERS, StudyResult
 from search.results.uncertainty import smallest_groups
 from search.spec.models import FinetunedModel, PretrainedModel
 from search.spec.study import StudySpec
@@ -46,8 +48,8 @@ class ReportData:
             `kind` is a key of `CONTROLS`; `of_trial` is the front point a control belongs to.
         summary: study, definition, corpus, model, seed, dtype, forget_items, log10_floor, reference_point,
             forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, interrupted, running}, hypervolume, gain
-            {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds [training only], storage,
-            created (ISO time), versions; and,
+            {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds and epoch_seconds by label
+            [training only], storage, created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}],
             failure_reasons [(reason, count)], saved (`search.evaluation.pruning.savings`), pruned [{trial, base, ...}]
             (`pruned_table`), usage {hours, cpu_hours, gpu_hours}.
@@ -67,7 +69,7 @@ class ReportData:
 
     @property
     def columns(self) -> list[Column]:
-        """The numbers that tables show of every trial and control: objectives, p-values, logit scale."""
+        """The numbers that tables show of every trial and control: objectives, p-values, forget answers, logit scale."""
         found = []
         for objective in self.objectives:
             if objective.p_value is not None:
@@ -76,7 +78,8 @@ class ReportData:
             else:
                 found.append(Column(objective.name, objective.title, "decimal", objective.places))
             found += [Column(key, head, "decimal", objective.places) for key, head in objective.companions]
-        return [*found, Column("logit_scale", "logit scale", "decimal", 3)]
+        named = [Column(key, head, "decimal", 3) for key, head in FORGET_NUMBERS.items() if key in self.trials.columns]
+        return [*map(self._with_mark, found), *named, Column("logit_scale", "logit scale", "decimal", 3)]
 
     @property
     def related(self) -> list[Column]:
@@ -85,10 +88,35 @@ class ReportData:
         shown = {objective.name for objective in self.objectives}
         names = {f"{name}_log10_forget_quality": head for name, head in heads.items()}
         return [
-            Column(name, head, "decimal", 2)
+            self._with_mark(Column(name, head, "decimal", 2))
             for name, head in names.items()
             if name in self.trials.columns and name not in shown
         ]
+
+    @property
+    def _marks(self) -> dict[str, dict[str, list[str]]]:
+        return marked(self.objectives, self.summary.get("stand_ins", {}), self.trials.columns)
+
+    def _with_mark(self, column: Column) -> Column:
+        return replace(column, head=f"{column.head} {MARK}") if column.key in self._marks else column
+
+    @property
+    def chosen_by(self) -> str:
+        """Return a sentence: which objectives chose, and whether they looked at a retain model."""
+        compared = [objective.title for objective in self.objectives if objective.needs_retain_model]
+        looked = f"{' and '.join(compared)} compares with a retain model" if compared else "none looked at a retain model"
+        return f"Chosen by {' and '.join(objective.title for objective in self.objectives)}; {looked}."
+
+    @property
+    def stand_in_note(self) -> str | None:
+        """Return the note on numbers made with stand-ins; None where there are none."""
+        return stand_in_note(self._marks)
+
+    @property
+    def initial(self) -> dict[str, Any] | None:
+        """The initial model as a control, what every point is held against; None before it is scored."""
+        rows = self.controls[self.controls["kind"] == INITIAL] if "kind" in self.controls else self.controls
+        return None if rows.empty else {str(key): value for key, value in rows.iloc[0].items()}
 
     def finalists(self) -> list[dict[str, Any]]:
         """The front from best kept to best forgotten, each point with what was found out about it afterwards."""
@@ -123,7 +151,7 @@ class ReportData:
 def report_data(result: StudyResult) -> ReportData:
     """Tables and summary of the report."""
     record, spec = result.store.record, result.spec
-    trained = [run.epochs for label, run in record.base_runs.items() if label not in spec.checkpoints]
+    trained = {label: run.epochs for label, run in record.base_runs.items() if label not in spec.checkpoints}
     summary = {
         **result.summary(),
         "corpus": record.corpus.name,
@@ -135,7 +163,8 @@ def report_data(result: StudyResult) -> ReportData:
         "alpha": spec.search.alpha.model_dump(),
         "created": record.created,
         "versions": record.versions,
-        "base_run_seconds": [sum(epoch["seconds"] for epoch in epochs) for epochs in trained],
+        "base_run_seconds": [sum(epoch["seconds"] for epoch in epochs) for epochs in trained.values()],
+        "epoch_seconds": {label: [epoch["seconds"] for epoch in epochs] for label, epochs in trained.items()},
         "selections": _selections(result),
         "failures": result.store.failures(),
         "pruned": result.pruned.to_dict("records"),
@@ -145,6 +174,7 @@ def report_data(result: StudyResult) -> ReportData:
         "smallest_groups": smallest_groups(result.store),
         "power": _power(result),
         "forget_groups": _forget_groups(result),
+        "stand_ins": record.corpus.stand_ins,
     }
     tables = (result.certainty, result.held_out, result.matched_scale, result.confirmations)
     return ReportData(result.trials, result.controls, summary, result.objectives, *tables)

@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import jinja2
@@ -33,6 +34,7 @@ MIXED_STAGES = ("base_runs", "baselines")
 NONE_YET: dict[str, Any] = {
     **{key: [] for key in ("selections", "notes", "failures", "failure_reasons", "pruned")},
     **dict.fromkeys(("usage", "saved")),
+    "epoch_seconds": {},
 }
 """What a summary may lack."""
 
@@ -115,6 +117,9 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         gains=_gain_bars(view.summary),
         front=front.to_dict("records"),
         columns=view.columns,
+        initial=view.initial,
+        chosen_by=view.chosen_by,
+        stand_in_note=view.stand_in_note,
         finalists=view.finalists(),
         certain=not view.certainty.empty,
         few_groups=FEW_GROUPS,
@@ -163,6 +168,18 @@ def _gain_bars(summary: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"label": labels[key], "gain": gains[key], "share": 100 * shares[key]} for key in labels]
 
 
+def _share_of_training(view: ReportData) -> float:
+    """Return what one more alpha costs, as a share of training a base run to the same epoch and scoring it; a median."""
+    search = view.trials[view.trials["kind"] == "search"]
+    epochs, trial = view.summary.get("epoch_seconds", {}), float(search["seconds"].median())
+    trained = [
+        sum(epochs[row["base"]][: int(row["epoch"])])
+        for row in search.to_dict("records")
+        if len(epochs.get(row["base"], ())) >= row["epoch"]
+    ]
+    return median(trial / (seconds + trial) for seconds in trained) if trained else math.nan
+
+
 def _cost(view: ReportData) -> dict[str, Any]:
     spent = {stage: number(view.summary["seconds"].get(stage), 0.0) for stage in STAGES}
     total = sum(spent.values())
@@ -182,6 +199,7 @@ def _cost(view: ReportData) -> dict[str, Any]:
         "saved": saved,
         "trials_per_second": scored / spent["trials"] if spent["trials"] else math.nan,
         "trial": trial,
+        "share": _share_of_training(view),
         "base_run": base_run,
         "ratio": base_run / trial if trial > 0 and base_run > 0 else math.nan,
     }

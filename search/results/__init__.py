@@ -4,6 +4,7 @@ constrained: search for the strongest forgetting at a utility floor
 export: forms of export, one entry each
 finalists: what was scored of front points afterwards
 recipe: everything needed to rebuild a trial's model, as a file
+selection: choose a trial of the front by a rule
 status: how far a study is
 study_result: ``StudyResult``
 uncertainty: bootstrap intervals and the probability of being on the front
@@ -11,4 +12,4 @@ verification: exports loaded afresh, scored, and compared with their trials
 card (private): the model card of an export
 """
 
-__all__ = ["constrained", "export", "recipe", "status", "study_result", "uncertainty", "verification"]
+__all__ = ["constrained", "export", "recipe", "selection", "status", "study_result", "uncertainty", "verification"]

@@ -198,7 +198,8 @@ class Answer:
     Attributes:
         floor: Least share of the initial model's utility.
         question: The same as a number, with the range of alpha and the noise ceiling.
-        best: The trial of strongest forgetting among all that keep so much utility and have not collapsed; None without any.
+        best: The trial of strongest forgetting among all that keep so much utility, have not collapsed and forget more than the
+            initial model; None without any.
         lines: What was looked at, best first.
     """
 
@@ -260,9 +261,9 @@ class Dial:
         return [AlphaSweep(*place, stand(points[place], self.question), counts[place]) for place in self._places]
 
     def best(self) -> int | None:
-        """The strongest of all trials that keep enough utility, looked at or not."""
+        """The strongest of all trials that keep enough utility, looked at or not; None if it forgets no more than the start."""
         scored = [point for points in self._points(self._store.trials_frame()).values() for point in points[1:]]
-        feasible = [point for point in scored if self.question.feasible(point)]
+        feasible = [point for point in scored if self.question.feasible(point) and point.forgetting > self._start.forgetting]
         return None if not feasible else max(feasible, key=lambda point: (point.forgetting, point.utility)).trial
 
     def _points(self, trials: pd.DataFrame) -> dict[tuple[str, int], list[ScoredPoint]]:

@@ -14,15 +14,16 @@ import pandas as pd
 from search.evaluation.metrics import METRICS
 from search.evaluation.pruning import pruned_table, savings
 from search.problem.objectives import Objective, quality_floor
-from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume, knee, non_dominated, utility_floor
-from search.problem.trial import INITIAL, RETAIN
+from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume
+from search.problem.trial import INITIAL
 from search.results import finalists
 from search.results.recipe import recipe_of
+from search.results.selection import chosen_row, reason_of
 from search.results.uncertainty import certainty
 from search.spec.study import StudySpec
 from search.store.mirror import readable_folder
 from search.store.study_store import StudyStore
-from search.store.trials import searched
+from search.store.trials import on_front, searched
 from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.errors import UserError
 from uipe_core.logs.parts import MEMORIZATION
@@ -35,11 +36,12 @@ if TYPE_CHECKING:
 CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "of_trial")
 """Columns that the table of controls always has."""
 
+FORGET_NUMBERS = {"forget_rouge": "forget ROUGE", "forget_probability": "forget prob."}
+"""Mean ROUGE-L recall and answer probability of the forget set, with their heads: whether answers are still given."""
+
+_OLDER_NAMES = {"forget_rouge": "ROUGE Forget", "forget_probability": "Prob Forget"}
+
 POINT_KEYS = ("trial", "method", "base", "epoch", "alpha", "walk")
-
-
-KNEE_POINTS = 3
-"""A knee is a point between the ends of a front."""
 
 
 def _names(store: StudyStore) -> list[str]:
@@ -53,7 +55,8 @@ class StudyResult:
     Attributes:
         out: The study's folder.
         store: Its open store.
-        trials: A row per complete trial, by number, with all evidence; column ``on_front`` marks the Pareto front.
+        trials: A row per complete trial, by number, with all evidence; column ``on_front`` marks the Pareto front: what neither
+            another trial nor the initial model beats (`search.store.trials.on_front`).
         controls: A row per scored control.
     """
 
@@ -87,7 +90,10 @@ class StudyResult:
             for column in (*CONTROL_COLUMNS, *_names(store), "logit_scale", "walk", "collapsed"):
                 if column not in frame:
                     frame[column] = None
-        trials["on_front"] = non_dominated(trials[_names(store)].to_numpy())
+            for column, older in _OLDER_NAMES.items():
+                if older in frame:
+                    frame[column] = frame[column].fillna(frame[older]) if column in frame else frame[older]
+        trials["on_front"] = on_front(trials, controls, _names(store))
         return cls(store.out, store, trials.sort_values("trial", ignore_index=True), controls)
 
     @property
@@ -142,8 +148,7 @@ class StudyResult:
     @cached_property
     def certainty(self) -> pd.DataFrame:
         """How sure every trial's objectives are (`search.results.uncertainty.certainty`)."""
-        retain = self.control(RETAIN)
-        return certainty(self.store, self.trials, None if retain is None else int(retain["trial"]))
+        return certainty(self.store, self.trials, self.controls)
 
     @cached_property
     def confirmations(self) -> pd.DataFrame:
@@ -173,7 +178,7 @@ class StudyResult:
         if not collapsed(self.trials).any():
             return self.front
         healthy = self.trials[~collapsed(self.trials)]
-        chosen = healthy[non_dominated(healthy[_names(self.store)].to_numpy())] if len(healthy) else healthy
+        chosen = healthy[on_front(healthy, self.controls, _names(self.store))] if len(healthy) else healthy
         return chosen.sort_values(_names(self.store), ascending=False, ignore_index=True)
 
     def control(self, kind: str) -> pd.Series | None:
@@ -211,32 +216,20 @@ class StudyResult:
             allow_collapsed: Whether a collapsed model (`uipe_core.metrics.collapse`) may be chosen.
 
         Raises:
-            UserError: If the rule is unknown, no trial has so much utility, or every trial has collapsed.
+            UserError: If the rule is unknown, no trial beats the initial model, none that forgets more than it has so much
+                utility, or every trial has collapsed.
         """
-        if rule not in RULES:
-            raise UserError(f"--rule: {rule!r} is unknown; choose one of {', '.join(RULES)}")
         front = self.front if allow_collapsed else self.healthy_front
-        if front.empty:
+        if not allow_collapsed and collapsed(self.trials).all():
             raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
-        if rule == "utility-floor":
-            return self._at_floor(front, floor), None
-        if len(front) >= KNEE_POINTS:
-            return front.iloc[knee(front[_names(self.store)].to_numpy())], None
-        have = f"a knee needs three points, and this front has {('one', 'two')[len(front) - 1]}"
-        try:
-            return self._at_floor(front, floor), f"{have}: chosen by utility-floor {floor:g}"
-        except UserError:
-            best = front.iloc[int(front[self.objectives[1].name].to_numpy().argmax())]
-            return best, f"{have}, none of them known to reach utility-floor {floor:g}: the one with the highest utility"
+        row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, floor)
+        return front.iloc[row], note
 
-    def _at_floor(self, front: pd.DataFrame, floor: float) -> pd.Series:
-        if not 0 < floor <= 1:
-            raise UserError(f"--floor: {floor:g} is not a share of the initial model's utility; give a number above 0, up to 1")
-        initial = self.control(INITIAL)
-        if initial is None:
-            raise UserError(f"{self.out}: the initial model has not been scored yet; finish the study with `uipe run`")
-        points = front[_names(self.store)].to_numpy()
-        return front.iloc[utility_floor(points[:, 0], points[:, 1], floor * initial[self.objectives[1].name])]
+    def reason(self, row: pd.Series, rule: str, floor: float = DEFAULT_FLOOR) -> str:
+        """Why a rule chose a trial, in a line, and whether it beats the initial model beyond noise where that is known."""
+        known = self.certainty[self.certainty["trial"] == row["trial"]]["beats_initial"].dropna()
+        beats = None if known.empty else bool(known.iloc[0])
+        return reason_of(row, self.control(INITIAL), self.objectives, rule, floor, beats)
 
     def reference_point(self) -> dict[str, float]:
         """Return the reference point of hypervolume, by objective (`search.problem.objectives`)."""
@@ -305,7 +298,7 @@ class StudyResult:
         """Rows of `trials` or `front` as plain JSON values: point, objectives and their definition, and what qualifies them."""
         p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
         companions = [key for objective in self.objectives for key, _ in objective.companions]
-        more = [*companions, *METRICS, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
+        more = [*companions, *FORGET_NUMBERS, *METRICS, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
         more += [f"{name}_log10_forget_quality" for name in RELATED_SETS]
         more += [f"{name}_{key}" for name in MEMORIZED_SETS for key in MEMORIZATION]
         keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]

@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 
 from search.evaluation.task import TASKS
+from search.problem.trial import INITIAL, RETAIN
 from search.store.study_store import StudyStore
 from uipe_core.metrics.uncertainty import (
+    exceeds,
     front_probability,
     group_weights,
     indistinguishable,
@@ -16,41 +18,57 @@ FEW_GROUPS = 5
 """With fewer groups to resample, no interval covers the truth as often as it says (``benchmarks/coverage.py``)."""
 
 
-def certainty(store: StudyStore, trials: pd.DataFrame, retain: int | None) -> pd.DataFrame:
+def certainty(store: StudyStore, trials: pd.DataFrame, controls: pd.DataFrame) -> pd.DataFrame:
     """How sure every trial's objectives are, by resampling people or authors (1,000 draws, the same for all trials).
 
     Args:
         store: The open study.
         trials: Its complete trials, with ``on_front``.
-        retain: Number of the control that holds the retain model's scores; None where it has not been scored.
+        controls: Its scored controls, of which the initial and the retain model are compared with.
 
     Returns:
         A row per trial whose item scores are kept: ``trial``, per objective ``<name>_low`` and ``<name>_high`` (95% expanded
-        percentile interval), ``front_probability`` (share of draws in which no other trial dominates it), and for front points
-        ``alike`` (a number from 1: points of one number cannot be distinguished). Empty where forget quality lacks the retain
-        model's item scores, and with fewer than `FEW_GROUPS` groups in a set.
+        percentile interval), ``front_probability`` (share of draws in which neither another trial nor the initial model
+        dominates it), ``beats_initial`` (whether it forgets more than the initial model beyond noise; None where that one's
+        item scores are not kept), and for front points ``alike`` (a number from 1: points of one number cannot be
+        distinguished). Empty where forget quality lacks the retain model's item scores, and with fewer than `FEW_GROUPS` groups
+        in a set.
     """
     task = TASKS[store.spec.corpus.task]
-    reference = None if retain is None else store.items(retain, control=True)
+    reference, start = (_items_of(store, controls, kind) for kind in (RETAIN, INITIAL))
     kept = {int(number): store.items(int(number)) for number in trials["trial"]}
     scores = {number: arrays for number, arrays in kept.items() if arrays is not None}
     resampled = all(objective.from_items for objective in store.objectives)
     compares = any(objective.needs_retain_model for objective in store.objectives)
     groups = smallest_groups(store)
     if not scores or not resampled or groups < FEW_GROUPS or (reference is None and compares):
-        return pd.DataFrame(columns=["trial", "front_probability", "alike"])
+        return pd.DataFrame(columns=["trial", "front_probability", "beats_initial", "alike"])
     weights = {name: group_weights(of_set, store.spec.seed) for name, of_set in store.record.corpus.groups.items()}
-    draws = [task.draws(arrays, weights, reference, store.objectives, store.spec.definition) for arrays in scores.values()]
-    values = np.stack(draws, axis=1)
+    models = [*scores.values(), *([] if start is None else [start])]
+    draws = [task.draws(arrays, weights, reference, store.objectives, store.spec.definition) for arrays in models]
+    every = np.stack(draws, axis=1)
+    values = every[:, : len(scores)]
     low, high = intervals(values, groups)
-    table = pd.DataFrame({"trial": list(scores), "front_probability": front_probability(values)})
+    table = pd.DataFrame({"trial": list(scores), "front_probability": front_probability(every)[: len(scores)]})
+    table["beats_initial"] = None
+    if start is not None:
+        forgetting = np.minimum(every[:, :, 0], store.objectives[0].ceiling(store.noise_ceiling(controls)))
+        table["beats_initial"] = exceeds(forgetting[:, :-1], forgetting[:, -1], groups)
     for place, objective in enumerate(store.objectives):
         table[f"{objective.name}_low"], table[f"{objective.name}_high"] = low[:, place], high[:, place]
     order = [objective.name for objective in store.objectives]
     front = trials[trials["on_front"] & trials["trial"].isin(list(scores))].sort_values(order, ascending=False)
     rows = [list(scores).index(int(number)) for number in front["trial"]]
+    if not rows:
+        return table.assign(alike=None)
     alike = dict(zip(front["trial"], indistinguishable(values[:, rows], groups) + 1, strict=True))
     return table.assign(alike=table["trial"].map(alike))
+
+
+def _items_of(store: StudyStore, controls: pd.DataFrame, kind: str) -> "dict[str, np.ndarray] | None":
+    """Return the item scores of the first control of a kind."""
+    rows = controls[controls["kind"] == kind] if "kind" in controls else controls
+    return None if rows.empty else store.items(int(rows["trial"].iloc[0]), control=True)
 
 
 def smallest_groups(store: StudyStore) -> int:

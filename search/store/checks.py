@@ -9,14 +9,13 @@ from pathlib import Path
 
 from optuna.trial import FrozenTrial, TrialState
 
-from search.problem.pareto import non_dominated
 from search.spec.corpora import MULTIPLE_CHOICE
 from search.store.item_scores import ITEMS_HASH, content_hash, read_arrays
 from search.store.optuna_compat import METRIC_NAMES, study_facts
 from search.store.record import StudyRecord, fingerprint
 from search.store.sqlite_reading import SQLiteFile
 from search.store.study_store import StudyStore, is_interrupted
-from search.store.trials import evidence_flaw
+from search.store.trials import evidence_flaw, on_front
 from uipe_core.errors import UserError
 from uipe_core.logs.multiple_choice import read_choice_log
 from uipe_core.logs.tofu import read_log
@@ -252,7 +251,7 @@ def bounds(store: StudyStore) -> Iterator[Finding]:
     if trials.empty:
         return
     names = [objective.name for objective in store.objectives]
-    front = trials[non_dominated(trials[names].to_numpy())]
+    front = trials[on_front(trials, store.controls_frame(), names)]
     alpha, epochs = store.spec.search.alpha, store.spec.base_epochs()
     margin = NEAR_BOUND * (alpha.high - alpha.low)
     high = int((front["alpha"] >= alpha.high - margin).sum())

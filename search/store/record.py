@@ -40,6 +40,7 @@ class CorpusRecord(_Part):
         sets: Item-set hash by evaluation set.
         items: Number of items by half (``select``, ``report``) and evaluation set.
         groups: Per evaluation set, the person or author of each item; None where it has none.
+        stand_ins: What evaluation sets lack, so that something else stands in (`search.problem.stand_ins`).
     """
 
     name: str = ""
@@ -47,6 +48,7 @@ class CorpusRecord(_Part):
     sets: dict[str, str] = Field(default_factory=dict)
     items: dict[str, dict[str, int]] = Field(default_factory=dict)
     groups: dict[str, list[str | None]] = Field(default_factory=dict)
+    stand_ins: dict[str, list[str]] = Field(default_factory=dict)
 
 
 class BaseRunRecord(_Part):

@@ -8,10 +8,14 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from search.problem.pareto import non_dominated_from
+from search.problem.trial import INITIAL
 from search.store import optuna_compat
 from uipe_core.errors import UserError
 
@@ -222,6 +226,20 @@ def evidence_flaw(
 def damaged(number: int, flaw: str) -> UserError:
     """Return the error of a trial that is not as its driver wrote it."""
     return UserError(f"trial {number} is damaged: {flaw}; `uipe doctor` lists what is wrong, restore the database from a copy")
+
+
+def on_front(trials: pd.DataFrame, controls: pd.DataFrame, objectives: Sequence[str]) -> NDArray[np.bool_]:
+    """Return which trials are on the Pareto front: no other trial dominates them, and they beat the initial model somewhere.
+
+    Before the initial model is scored, trials are compared with each other alone.
+
+    Args:
+        trials, controls: Tables of a study.
+        objectives: Names of its objectives.
+    """
+    initial = controls[controls["kind"] == INITIAL] if "kind" in controls else controls
+    start = None if initial.empty else initial.iloc[0][list(objectives)].to_numpy(dtype=float)
+    return non_dominated_from(trials[list(objectives)].to_numpy(dtype=float), start)
 
 
 def searched(table: pd.DataFrame) -> pd.DataFrame:

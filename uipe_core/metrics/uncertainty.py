@@ -196,6 +196,26 @@ def indistinguishable(values: FloatArray, groups: int) -> NDArray[np.int64]:
     return numbers
 
 
+def exceeds(values: FloatArray, start: FloatArray, groups: int) -> NDArray[np.bool_]:
+    """Return (t,) whether each trial's value is above the start's beyond noise.
+
+    The mean difference must exceed, in its standard deviations, what the largest of all trials' exceeds in 5% of the draws: of
+    trials that are all like the start, one is found above it in 5% of studies, however many there are.
+
+    Args:
+        values: (d, t) of the same draws for all trials.
+        start: (d,) of these draws, for what the trials are compared with.
+        groups: Groups that were drawn, at least 2.
+    """
+    differences = values - start[:, None]
+    means, spreads = differences.mean(axis=0), differences.std(axis=0)
+    known = spreads > 1e-12 * (1 + np.abs(means))
+    scale = np.where(known, spreads, np.inf)
+    largest = ((differences - means) / scale).max(axis=1, initial=0.0)
+    limit = _expanded(float(np.quantile(largest, LEVEL)), groups)
+    return np.where(known, means / scale > limit, means > 1e-12)
+
+
 @cache
 def detectable_shift(items: int, power: float = 0.9) -> tuple[float, float]:
     """Return the effect that forget quality sees (p < 0.05) in nine of ten draws of items: (shift, KS distance).

@@ -16,6 +16,7 @@ from uipe_core.metrics.uncertainty import (
     bootstrap_forget_quality,
     bootstrap_harmonic_mean,
     detectable_shift,
+    exceeds,
     front_probability,
     group_weights,
     indistinguishable,
@@ -30,6 +31,25 @@ def test_permutation_p_is_that_of_all_sign_changes():
     exact = np.mean([mean >= abs(differences.mean()) - 1e-12 for mean in means])
     reference = np.linspace(-1, 1, 8)
     assert paired_permutation(reference + differences, reference, seed=0) == pytest.approx(exact, abs=0.01)
+
+
+def test_trials_like_the_start_rarely_exceed_it_and_better_ones_do():
+    generator = np.random.default_rng(0)
+    found = 0
+    for _ in range(200):
+        items = generator.normal(0, 1, (21, 60))  # the start and twenty trials that are no better
+        draws = generator.multinomial(60, np.full(60, 1 / 60), 400) @ items.T / 60
+        found += exceeds(draws[:, 1:], draws[:, 0], 60).any()
+    assert found / 200 < 0.1
+    above = exceeds(draws[:, 1:] + np.where(np.arange(20) == 3, 2.0, 0.0), draws[:, 0], 60)
+    assert np.flatnonzero(above).tolist() == [3]
+
+
+def test_a_difference_without_any_spread_is_certain():
+    draws = np.random.default_rng(0).normal(0, 1, 100)
+    values = np.stack([draws, draws + 0.5, draws - 0.5], axis=1)
+    assert exceeds(values, draws, 10).tolist() == [False, True, False]
+    assert exceeds(np.empty((100, 0)), draws, 10).tolist() == []
 
 
 def test_permutation_sees_what_a_ks_test_does_not():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from search.cli.schema import study_schema
+from search.cli.reference import study_schema
 from search.problem.objectives import ROLES, objective_named
 from search.spec.errors import StudyFileError
 from search.spec.study import parse_study

@@ -50,6 +50,8 @@ def test_time_and_sizes_are_what_they_are_by_hand(spec):
     assert found["base runs and references, 1 at once"] == 940
     assert found["trials, 2 at once"] == 250
     assert found["from start to end"] == 15 + 2 * 4 + 50 + 940 + 250
+    # An epoch takes 150 s on average, and two are searched.
+    assert found["one more alpha, as a share of training 2 epochs and scoring"] == 10 / (2 * 150 + 10)
     how = {line.what: line.how for line in plan.lines}
     assert how["one trial"] == MEASURED and how["from start to end"] == CALCULATED
     assert how["base runs to train"] == COUNTED and how["start of Ray, report"] == ASSUMED

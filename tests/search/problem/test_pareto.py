@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.problem.pareto import dominates, hypervolume, knee, non_dominated, utility_floor
+from search.problem.pareto import dominates, hypervolume, knee, non_dominated, non_dominated_from, utility_floor
 from uipe_core.errors import UserError
 
 SIDE = 5
@@ -33,6 +33,14 @@ def counted_cells(points):
 
 def beats(a, b):
     return all(x >= y for x, y in zip(a, b, strict=True)) and any(x > y for x, y in zip(a, b, strict=True))
+
+
+@given(integer_points(min_size=1))
+def test_a_start_takes_what_it_beats_or_equals_by_brute_force(points):
+    start, others = points[0], points[1:]
+    expected = [not any(beats(other, point) for other in others) and not all(point <= start) for point in others]
+    assert non_dominated_from(others, start).tolist() == expected
+    assert non_dominated_from(others, None).tolist() == non_dominated(others).tolist()
 
 
 @given(integer_points(min_size=2))

@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 
 from search.evaluation.inputs import power_of_forget_quality
+from search.problem.objectives import FORGETTING, UTILITY
 from search.problem.pareto import hypervolume, knee, non_dominated, utility_floor
 from search.report import figures as plots
 from search.report.conclusions import conclude
@@ -186,6 +187,22 @@ def test_every_front_trial_is_in_the_table(view, page):
     assert len(page.front) > 3
 
 
+def test_the_initial_model_stands_under_the_front_with_what_the_forget_set_still_gets(view, tmp_path):
+    known = dataclasses.replace(
+        view,
+        trials=view.trials.assign(forget_rouge=0.25, forget_probability=0.125),
+        controls=view.controls.assign(forget_rouge=0.875, forget_probability=0.75),
+    )
+    page = render_report(known, tmp_path).read_text()
+    table = re.search(r'<section id="front-table">.*?</table>', page, re.S)[0]
+    assert "forget ROUGE" in table and "forget prob." in table and "forget answers are still given" in table
+    last = table.split("<tr")[-1]
+    assert "initial model" in last and "data-trial" not in last
+    assert [text in last for text in ("−14.20", "0.7720", "0.875", "0.750")] == [True] * 4
+    assert table.count("0.250") == int(view.trials["on_front"].sum())
+    assert "forget ROUGE" not in render_report(view, tmp_path / "older").read_text()
+
+
 def test_all_sections_are_there_in_order(page):
     order = [name for name in page.words if name]
     assert order == ["verdict", "front", "front-table", "alpha", "controls", "cost", "details"]
@@ -278,7 +295,7 @@ def test_the_verdict_on_the_synthetic_study(view):
     assert f"The front has {view.trials['on_front'].sum()} points" in text
     assert "the strongest forgetting is trial" in text
     flagged = view.trials.assign(flagged=True)
-    assert "flagged: utility above both" in " ".join(conclude(dataclasses.replace(view, trials=flagged)))
+    assert "flagged: utility above every" in " ".join(conclude(dataclasses.replace(view, trials=flagged)))
 
 
 def test_the_verdict_says_where_training_on_beats_every_alpha(view):
@@ -294,6 +311,35 @@ def test_the_verdict_says_where_training_on_beats_every_alpha(view):
     assert f"None of {count} next epochs of plain training is beyond the front" in text
     best = view.trials[["log10_forget_quality", "model_utility"]].max() + 0.1
     assert f"{count} of {count} next epochs of plain training are beyond the front" in said(*best)[1]
+
+
+def beaten(view, **certain):
+    """The synthetic study with an initial model that has forgotten more than any trial, but for those named."""
+    controls = view.controls.copy()
+    controls.loc[controls["kind"] == "initial", "log10_forget_quality"] = (
+        view.trials["log10_forget_quality"].nlargest(2).iloc[1]
+    )
+    summary = {**view.summary, "forget_quality_cap": 1.0}
+    certainty = pd.DataFrame({"trial": view.trials["trial"], **certain})
+    return dataclasses.replace(view, controls=controls, summary=summary, certainty=certainty)
+
+
+@pytest.mark.parametrize(
+    ("beats", "said"), [({"beats_initial": False}, True), ({"beats_initial": True}, False), ({"beats_initial": None}, False)]
+)
+def test_what_beats_the_initial_model_within_noise_only_has_won_nothing(view, beats, said):
+    strongest = int(view.trials.loc[view.trials["log10_forget_quality"].idxmax(), "trial"])
+    first, *others = conclude(beaten(view, **beats))
+    assert first.startswith("Nothing was won: no trial forgets more than the initial model, beyond noise") == said
+    assert (f"the strongest, trial {strongest}," in first) == said
+    assert any("Choosing alpha won" in words for words in (first, *others)) != said
+
+
+def test_an_initial_model_at_the_noise_ceiling_leaves_nothing_to_win(view):
+    controls = view.controls.copy()
+    controls.loc[controls["kind"] == "initial", "log10_forget_quality"] = math.log10(CAP)
+    first, *_ = conclude(dataclasses.replace(view, controls=controls))
+    assert first.startswith("Nothing was won") and "noise ceiling" in first
 
 
 def test_a_search_above_zero_only_does_not_split_its_gain():
@@ -378,6 +424,32 @@ def test_the_verdict_tells_of_held_out_items_and_of_noise(view):
     assert "held-out" not in " ".join(conclude(view))
 
 
+def test_a_fall_on_held_out_items_is_told_as_a_share_of_the_initial_models(view):
+    seen = with_afterthoughts(view)
+    own = {"kind": "held_out", "model": "initial", **metrics(-13.0, 0.5 * INITIAL["model_utility"], 1.0)}
+    controls = pd.concat([seen.controls, pd.DataFrame([own])], ignore_index=True)
+    held = seen.held_out.assign(model_utility_held_out=0.5 * seen.held_out["model_utility"])
+    worst = held.index[0]
+    held.loc[worst, "model_utility_held_out"] *= 0.9
+    said = " ".join(conclude(dataclasses.replace(seen, controls=controls, held_out=held)))
+    assert "the initial model's model utility is 0.3860, against 0.7720 on those for selection" in said
+    share = held.loc[worst, "model_utility"] / INITIAL["model_utility"]
+    assert f"trial {held.loc[worst, 'trial']} goes from {share:.0%} to {0.9 * share:.0%}, the worst change" in said
+    assert "changes by" not in said
+
+
+def test_the_verdict_says_which_point_of_the_gain_was_not_scored_on_held_out_items(view):
+    seen = with_afterthoughts(view)
+    whole = " ".join(conclude(seen))
+    best = int(re.search(r"strongest forgetting is trial (\d+)", whole)[1])
+    without = dataclasses.replace(seen, held_out=seen.held_out[seen.held_out["trial"] != best])
+    said = " ".join(conclude(without))
+    unsplit = " ".join(conclude(dataclasses.replace(seen, held_out=seen.held_out.iloc[:0])))
+    assert "held-out" not in unsplit
+    assert "Whether that holds on the held-out items is not known: trial" in said
+    assert re.search(rf"not known: trial {best}( and trial \d+ were| was) not scored on them", said)
+
+
 def test_columns_of_base_runs_are_limited():
     trials = synthetic(methods=plots.MAX_BASES + 6).trials
     shown = plots.shown_bases(trials)
@@ -414,6 +486,36 @@ def test_collapsed_points_are_marked_counted_and_not_chosen(tmp_path):
         assert "1 of" in sentences and "has collapsed" in sentences
         assert "90% empty &lt;b&gt;" in page
     assert best["on_front"]
+
+
+def test_the_cost_of_one_more_alpha_is_a_share_of_training_to_the_same_epoch(view, tmp_path):
+    search = view.trials["kind"] == "search"
+    trials = view.trials.assign(epoch=view.trials["epoch"].where(~search, 2), seconds=2.0)
+    epochs = {base: [1.0, 2.0, 40.0] for base in trials["base"].unique()}
+    timed = dataclasses.replace(view, trials=trials, summary={**view.summary, "epoch_seconds": epochs})
+    assert "One more alpha costs 0.40 of training a base run to the same epoch" in render_report(timed, tmp_path).read_text()
+    given = dataclasses.replace(view, summary={**view.summary, "epoch_seconds": {}})
+    assert "One more alpha costs" not in render_report(given, tmp_path).read_text()
+
+
+def test_the_first_lines_say_what_chose_and_what_stands_in(view, tmp_path):
+    text = render_report(view, tmp_path / "compared").read_text()
+    assert "Chosen by log10 forget quality and model utility; log10 forget quality compares with a retain model." in text
+    assert text.index("Chosen by log10") < text.index("What won") and "stand-ins" not in text
+    objectives = (FORGETTING["memorization"], UTILITY["retain_utility"])
+    names = {"log10_forget_quality": objectives[0].name, "model_utility": objectives[1].name}
+    lacking = {"forget": ["paraphrased"], "retain": ["perturbed"]}
+    own = dataclasses.replace(
+        view,
+        trials=view.trials.rename(columns=names),
+        controls=view.controls.rename(columns=names),
+        objectives=objectives,
+        summary={**view.summary, "stand_ins": lacking, "reference_point": dict.fromkeys(names.values(), 0.0)},
+    )
+    text = render_report(own, tmp_path / "own").read_text()
+    assert "none looked at a retain model" in text
+    assert "memorisation score (1: nothing memorised) *</th>" in text and "retain utility *" not in text
+    assert "made with stand-ins" in text and "the answer itself stands in" in text and "answers of other items" not in text
 
 
 def test_why_a_study_stopped_and_what_failed_stand_in_the_page(view, tmp_path):

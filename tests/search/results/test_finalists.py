@@ -90,6 +90,24 @@ def test_certainty_of_really_scored_trials(result, monkeypatch):
     assert table.loc[~trials["on_front"], "alike"].isna().all()
 
 
+def test_trials_are_held_against_the_initial_model_beyond_noise(result, monkeypatch):
+    monkeypatch.setattr("search.results.uncertainty.FEW_GROUPS", 2)
+    store, real = result.store, result.store.items
+    initial = int(result.control("initial")["trial"])
+    table = StudyResult.of(store).certainty
+    assert not table["beats_initial"].any()  # nothing above the noise ceiling beats what is above it
+    monkeypatch.setattr(store, "noise_ceiling", lambda controls: 1.0)
+    # A trial with the initial model's own scores is no better; one with the retain model's is.
+    same, forgotten = (int(number) for number in result.trials["trial"].iloc[:2])
+    retain = int(result.control("retain")["trial"])
+    others = {(same, False): (initial, True), (forgotten, False): (retain, True)}
+    monkeypatch.setattr(store, "items", lambda n, control=False: real(*others.get((n, control), (n, control))))
+    beats = StudyResult.of(store).certainty.set_index("trial")["beats_initial"]
+    assert not beats[same]
+    monkeypatch.setattr(store, "items", lambda n, control=False: None if (n, control) == (initial, True) else real(n, control))
+    assert StudyResult.of(store).certainty["beats_initial"].isna().all()
+
+
 def test_without_item_scores_there_is_no_certainty(copied, monkeypatch):
     monkeypatch.setattr("search.results.uncertainty.FEW_GROUPS", 2)
     (copied / "items" / "trials" / "00000.npz").unlink()

@@ -5,8 +5,10 @@ import math
 from itertools import combinations, pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 
+from search.cli.front_table import print_front
 from search.evaluation.controls import follow_up_trials
 from search.problem.space import Point
 from search.problem.trial import TrialSpec
@@ -119,7 +121,7 @@ def test_the_floor_of_the_sample_is_the_reference_point_otherwise(study):
 @pytest.mark.parametrize("seed", range(5))
 def test_the_front_is_what_nothing_dominates_strongest_first(study, seed):
     points = random_points(seed)
-    result = study(points)
+    result = study(points, initial=None)
     best = {
         number
         for number, (_, x, y) in enumerate(points)
@@ -128,6 +130,64 @@ def test_the_front_is_what_nothing_dominates_strongest_first(study, seed):
     assert set(result.front["trial"]) == best
     assert result.front["log10_forget_quality"].is_monotonic_decreasing
     assert {trial.number for trial in result.study.best_trials} == best
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_front_has_nothing_that_the_initial_model_beats(study, seed):
+    points, start = random_points(seed), (-9.0, 0.6)
+    best = {
+        number
+        for number, (_, x, y) in enumerate(points)
+        if (x > start[0] or y > start[1]) and not any(a >= x and b >= y and (a > x or b > y) for _, a, b in points)
+    }
+    assert set(study(points, initial=start).front["trial"]) == best
+
+
+def test_a_point_that_the_initial_model_beats_is_recommended_nowhere(study, call):
+    # As much forgotten as by the initial model, with less utility; no other trial beats the first.
+    result = study([(0, -6.0, 0.79), (0.5, -6.0, 0.7), (1.0, -7.0, 0.5)])
+    assert result.front.empty and result.healthy_front.empty and result.finalists(3).empty
+    for rule in ("knee", "utility-floor"):
+        for allowed in (False, True):
+            with pytest.raises(UserError, match="the initial model is at least as good as every trial"):
+                result.select(rule, allow_collapsed=allowed)
+    said = conclusions(result)
+    assert said[0] == "Nothing was won: no trial forgets more than the initial model."
+    assert any(words.startswith("1 trial that no other trial beats is not on it") for words in said)
+    assert not any("strongest forgetting" in words or "Choosing alpha won" in words for words in said)
+    assert write_report(result).is_file() and result.summary()["front"] == []
+    assert [job.kind for job in follow_up_trials(result.store)] == []
+    code, output, _ = call("pareto", result.out)
+    assert code == 0 and "the initial model is at least as good as every trial" in " ".join(output.split())
+    code, _, error = call("select", result.out)
+    assert code == 2 and "nothing to choose" in error
+
+
+def test_select_gives_its_reason_in_a_line(study, call):
+    out = study([(0, -5.0, 0.79), (0.5, -3.0, 0.77), (1.0, -1.0, 0.3)]).out
+    first = call("select", out)[1].splitlines()[0]
+    assert first == (
+        "trial 1: strongest forgetting with 0.95 or more of the initial model utility: log10 forget quality -3.00 "
+        "(initial model -6.00), model utility 0.7700 (initial model 0.8000)"
+    )
+    knee = json.loads(call("select", out, "--rule", "knee", "--json")[1])
+    assert knee["reason"].startswith("bulges farthest beyond the line between the ends of the front: log10 forget quality")
+
+
+@pytest.mark.parametrize(("beats", "said"), [(True, "more than the initial model beyond noise"), (False, "within noise")])
+def test_the_reason_says_whether_it_is_beyond_noise(study, beats, said):
+    result = study([(0, -5.0, 0.79), (0.5, -3.0, 0.77)])
+    result.certainty = pd.DataFrame({"trial": [0, 1], "beats_initial": beats})
+    assert said in result.reason(result.select("utility-floor"), "utility-floor")
+
+
+def test_more_utility_alone_is_on_the_front_and_no_strongest_forgetting(study):
+    result = study([(0, -6.5, 0.85), (0.5, -3.0, 0.4)])
+    assert sorted(result.front["trial"]) == [0, 1]
+    with pytest.raises(UserError, match=r"at least 0.95 .* forgets more than the initial model; give a lower --floor"):
+        result.select("utility-floor")
+    assert result.select("utility-floor", 0.5)["trial"] == 1
+    assert "nothing was won at that floor" in " ".join(conclusions(result))
 
 
 def test_a_front_of_one_point_serves_every_rule(study):
@@ -278,6 +338,48 @@ def with_collapse(new_store, made_up_evidence):
         return StudyResult.of(store)
 
     return make
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_table_shows_what_the_forget_set_still_gets_and_the_initial_model(study, made_up_evidence, capsys, older):
+    def told(job, strength, utility, **more):
+        numbers = (1.0, 0.875) if job.kind == "initial" else (0.25, 0.125)
+        names = ("ROUGE Forget", "Prob Forget") if older else ("forget_rouge", "forget_probability")
+        values = dict(zip(names, numbers, strict=True))
+        values = {"forget_components": values} if older else values
+        long = {f"{name}_log10_forget_quality": -3.0 for name in ("related", "unrelated")}
+        return made_up_evidence(job, strength, utility, **long, **values, **more)
+
+    result = study([(0, -5.0, 0.79), (0.5, -3.0, 0.77)], evidence=told)
+    assert result.rows(result.front)[0]["forget_rouge"] == 0.25
+    print_front(result)
+    wide = capsys.readouterr().out
+    last = next(line for line in wide.splitlines() if "initial model" in line).split()
+    assert last == ["initial", "model", "-6.00", "1e-06", "0.8000", "1.000", "0.875", "1.000", "-3.00", "-3.00"]
+    print_front(result, 80)
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 80
+    heads = narrow.splitlines()[3]
+    assert "ROUGE" in heads and "prob." in heads and "0.8000" in narrow
+    assert "left out, because the terminal is narrow: log10 FQ K0, log10 FQ K2, logit scale, walk" in narrow.replace("\n", " ")
+    assert sum("npo" in line for line in narrow.splitlines()) == 2
+
+
+def test_numbers_made_with_stand_ins_are_marked(study, capsys):
+    result = study([(0, -5.0, 0.79)])
+    assert result.store.record.corpus.stand_ins == {}
+    print_front(result)
+    assert "*" not in capsys.readouterr().out
+    result.store.record.corpus.stand_ins = {"forget": ["perturbed"]}
+    print_front(result)
+    text = capsys.readouterr().out
+    assert "FQ *" in text and "MU *" not in text
+    assert "* made with stand-ins" in text and "answers of other items stand in" in " ".join(text.split())
+
+
+def test_before_the_initial_model_is_scored_it_has_no_line(study, capsys):
+    print_front(study([(0, -5.0, 0.79)], initial=None))
+    assert "initial" not in capsys.readouterr().out
 
 
 def test_no_rule_selects_a_collapsed_point_unless_told_to(with_collapse):

@@ -1,0 +1,95 @@
+"""Choose a trial of the front by a rule, and give the reason in a line."""
+
+import numpy as np
+import pandas as pd
+
+from search.problem.objectives import Objective
+from search.problem.pareto import RULES, FloatArray, knee, utility_floor
+from uipe_core.errors import UserError
+
+KNEE_POINTS = 3
+"""A knee is a point between the ends of a front."""
+
+
+def chosen_row(
+    front: pd.DataFrame, initial: pd.Series | None, objectives: tuple[Objective, ...], rule: str, floor: float
+) -> tuple[int, str | None]:
+    """Return the row of the front that a rule chooses, and what is to be said of the choice.
+
+    A front of fewer than three points has no knee: then the utility floor chooses, and where no point reaches it, the highest
+    utility among those that forget more than the initial model.
+
+    Args:
+        front: The front; the initial model beats no point of it.
+        initial: The initial model as a control; None before it is scored.
+        objectives: What the study maximises.
+        rule: One of `RULES`.
+        floor: For ``utility-floor``: share of the initial model's utility, above 0 and at most 1.
+
+    Raises:
+        UserError: The rule is unknown, the front is empty, or no point has so much utility and forgets more than the initial
+            model.
+    """
+    if rule not in RULES:
+        raise UserError(f"--rule: {rule!r} is unknown; choose one of {', '.join(RULES)}")
+    if front.empty:
+        raise UserError("nothing to choose: the initial model is at least as good as every trial in every objective; run more")
+    points = front[[objective.name for objective in objectives]].to_numpy(dtype=float)
+    if rule == "utility-floor":
+        return _at_floor(points, initial, objectives, floor), None
+    if len(front) >= KNEE_POINTS:
+        return knee(points), None
+    have = f"a knee needs three points, and this front has {('one', 'two')[len(front) - 1]}"
+    try:
+        return _at_floor(points, initial, objectives, floor), f"{have}: chosen by utility-floor {floor:g}"
+    except UserError:
+        start = -np.inf if initial is None else float(initial[objectives[0].name])
+        if not (points[:, 0] > start).any():
+            raise
+        best = int(np.where(points[:, 0] > start, points[:, 1], -np.inf).argmax())
+        return best, f"{have}, none of them known to reach utility-floor {floor:g}: the one with the highest utility"
+
+
+def reason_of(
+    row: pd.Series,
+    initial: pd.Series | None,
+    objectives: tuple[Objective, ...],
+    rule: str,
+    floor: float,
+    beats_initial: bool | None,
+) -> str:
+    """Return why a rule chose a trial, in a line.
+
+    Args:
+        row: The trial.
+        initial, objectives, rule, floor: As `chosen_row`.
+        beats_initial: Whether it forgets more than the initial model beyond noise; None where that is not known.
+    """
+    forgetting, utility = objectives[:2]
+
+    def shown(objective: Objective) -> str:
+        start = "" if initial is None else f" (initial model {initial[objective.name]:.{objective.places}f})"
+        return f"{objective.title} {row[objective.name]:.{objective.places}f}{start}"
+
+    if rule == "knee":
+        reason = "bulges farthest beyond the line between the ends of the front"
+    else:
+        reason = f"strongest forgetting with {floor:g} or more of the initial {utility.title}"
+    sure = {True: "; it forgets more than the initial model beyond noise", None: ""}
+    numbers = f"{shown(forgetting)}, {shown(utility)}"
+    return f"{reason}: {numbers}" + sure.get(beats_initial, "; within noise it forgets no more than the initial model")
+
+
+def _at_floor(points: FloatArray, initial: pd.Series | None, objectives: tuple[Objective, ...], floor: float) -> int:
+    if not 0 < floor <= 1:
+        raise UserError(f"--floor: {floor:g} is not a share of the initial model's utility; give a number above 0, up to 1")
+    if initial is None:
+        raise UserError("the initial model has not been scored yet; finish the study with `uipe run`")
+    forgetting, utility = (objective.name for objective in objectives[:2])
+    row = utility_floor(points[:, 0], points[:, 1], floor * float(initial[utility]))
+    if points[row, 0] <= initial[forgetting]:
+        raise UserError(
+            f"no trial with at least {floor:g} of the initial model's utility forgets more than the initial model; "
+            "give a lower --floor"
+        )
+    return row
