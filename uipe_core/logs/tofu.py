@@ -64,9 +64,7 @@ def read_log(path: str | Path, *, as_reference: bool = False) -> ScoreReport:
     log = load_object(path)
     if is_open_unlearning(log):
         return read_open_unlearning(log, path, as_reference)
-    # A corpus of one's own has not TOFU's sets; a log of another code base without one of them is incomplete.
-    own = isinstance(forget := log.get(PARTS["forget"]), dict) and EXTRA_KEY in forget
-    needed = [PARTS["forget"]] if as_reference or own else list(PARTS.values())
+    needed = [PARTS["forget"]] if as_reference else _parts_of(log)
     missing = [part for part in needed if part not in log]
     if missing:
         found = ", ".join(list(log)[:8]) or "nothing"
@@ -80,3 +78,13 @@ def read_log(path: str | Path, *, as_reference: bool = False) -> ScoreReport:
         parts = {name: part for name, part in parts.items() if name == "forget" or part.content.keys() >= set(needed)}
     sets = {name: part.scores(losses_needed=not as_reference) for name, part in parts.items()}
     return with_extra(parts["forget"].part(EXTRA_KEY), sets)
+
+
+def _parts_of(log: Mapping[str, Any]) -> list[str]:
+    """Return the parts that a log must have: TOFU's, or those of the sets that a log of this project says it is of."""
+    forget = log.get(PARTS["forget"])
+    extra = forget.get(EXTRA_KEY) if isinstance(forget, dict) else None
+    hashes = extra.get("item_hashes") if isinstance(extra, dict) else None
+    if not isinstance(hashes, dict) or "forget" not in hashes:
+        return list(PARTS.values())
+    return [part for name, part in PARTS.items() if name in hashes]

@@ -69,7 +69,7 @@ def test_defaults_are_wmdp_bio_and_mmlu(world):
     assert str(spec.corpus.utility.data_set()) == "cais/mmlu:all:test"
     assert spec.model.retain is None
     assert spec.definition == "letters"
-    assert spec.objectives == (CHOICE_FORGETTING, CHOICE_UTILITY)
+    assert spec.maximised == (CHOICE_FORGETTING, CHOICE_UTILITY)
     notes = check_inputs(spec)
     assert [note.partition(":")[0] for note in notes] == ["corpus.forget.source", "corpus.utility.source", "model.initial"]
 
@@ -124,15 +124,18 @@ def test_bad_value_is_named_with_allowed_values_and_remedy(world, tmp_path, key,
         assert part in next(iter(found.values()))
 
 
-def test_a_retain_model_belongs_to_the_other_corpora_and_they_need_one(world):
+def test_a_retain_model_belongs_to_the_other_corpora_and_objectives_that_compare_need_one(world):
     found = problems(pretrained(world, retain="org/retain"))
     assert "held against chance" in found["model.retain"]
     assert "Remove it" in found["model.retain"]
-    found = problems(pretrained(world) | {"corpus": {"kind": "tofu"}})
-    assert "Give its hub name, folder or evaluation log" in found["model.retain"]
-    # Told too where something else is wrong.
-    found = problems(pretrained(world) | {"corpus": {"kind": "tofu"}, "seed": -1})
-    assert set(found) == {"model.retain", "seed"}
+    without = pretrained(world) | {"corpus": {"kind": "tofu"}}
+    assert [each.name for each in parse_study(without).maximised] == ["memorization_score", "retain_utility"]
+    found = problems(without | {"objectives": {"forgetting": "log10_forget_quality"}})
+    assert "Give model.retain, a model or its log" in found["objectives.forgetting"]
+    assert (
+        "has objectives of its own"
+        in problems(study(world) | {"objectives": {"utility": "retain_utility"}})["objectives.utility"]
+    )
 
 
 def test_validate_reads_the_questions(world, tmp_path, call):
