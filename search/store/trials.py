@@ -22,6 +22,9 @@ from uipe_core.errors import UserError
 if TYPE_CHECKING:
     from search.store.database import Database
 
+SHOWN_FIRST = ("definition", "logit_scale", "collapsed", "ks_statistic", "components")
+"""Evidence that the dashboard should show: it cuts an attribute off after 1024 characters."""
+
 EVIDENCE = "evidence"
 """The attribute that holds everything else that is known of a trial."""
 
@@ -140,6 +143,7 @@ class TrialTable:
         known = {name: value for name, value in attributes.items() if value is not None}
         own = {name: known.pop(name) for name in [*known] if name in READABLE or known[name] is True}
         evidence = {name: value for name, value in known.items() if written.get(name) != value}
+        evidence = {name: evidence[name] for name in (*SHOWN_FIRST, *evidence) if name in evidence}
         try:
             for name, value in own.items():
                 if written.get(name) != value:
