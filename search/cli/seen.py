@@ -68,7 +68,7 @@ def look_at(value: str) -> SeenModel:
     folder = str(gguf_folder(Path(place), ContentStore(cache_folder("models")))) if is_gguf(place) else place
     try:
         skeleton = meta_model(folder)
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except UserError:
         if is_local(place):
             raise

@@ -79,9 +79,12 @@ def gguf_folder(file: Path, store: ContentStore) -> Path:
 
         from uipe_core.models.transformers_compat import forget_quantization
 
-        settings: dict[str, Any] = {"gguf_file": file.name}
+        settings: dict[str, Any] = {"gguf_file": file.name, "trust_remote_code": False}
         try:
-            model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **settings)
+            # Should there be no GGUF after all, no pickle is read in its place.
+            model = AutoModelForCausalLM.from_pretrained(
+                str(file.parent), dtype=torch.float32, use_safetensors=True, **settings
+            )
             tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **settings)
         except Exception as error:  # readers of a damaged file raise many things
             raise UserError(f"model {file}: cannot be dequantised ({type(error).__name__}: {first_line(error)})") from error

@@ -232,10 +232,20 @@ def test_damaged_log_names_file_and_key(log, tmp_path, change, message):
 # Refused writing
 
 
-def test_writing_needs_the_four_sets(report, tmp_path):
-    with pytest.raises(UserError, match="lacks the sets retain, real_authors, world_facts"):
-        write_log(ScoreReport({"forget": report.sets["forget"]}), tmp_path / "log.json")
+def test_writing_needs_the_forget_set(report, tmp_path):
+    with pytest.raises(UserError, match="lacks the sets forget"):
+        write_log(ScoreReport({"retain": report.sets["retain"]}), tmp_path / "log.json")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_corpus_without_tofus_sets_has_a_log_too(report, tmp_path):
+    """Of questions of one's own there are forget and retain items, and perhaps general ones."""
+    own = {name: report.sets[name] for name in ("forget", "retain")} | {"general": report.sets["world_facts"]}
+    own = {name: replace(scores, item_hash=f"hash of {name}") for name, scores in own.items()}
+    write_log(ScoreReport(own), tmp_path / "log.json")
+    found = read_log(tmp_path / "log.json")
+    assert set(found.sets) == {"forget", "retain", "general"}
+    assert np.array_equal(found.sets["general"].answer_loss, report.sets["world_facts"].answer_loss)
 
 
 def test_writing_needs_items(report, tmp_path):

@@ -65,6 +65,7 @@ class Trial:
             references={"retain": self.reference, "initial": read_log(finished.out / "logs" / "initial.json")},
             scoring=self.preparation.scoring,
             definition="tofu",
+            objectives=self.preparation.spec.maximised,
             seed=0,
             threads=1,
         )
