@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search.spec.models import PretrainedModel, TinyModel
+from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
 from search.spec.sections import is_local
 from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus
@@ -35,25 +35,13 @@ def check_models(spec: StudySpec, corpus: Corpus | None) -> list[str]:
     Raises:
         UserError: A model, a log or a checkpoint is missing, broken or does not fit.
     """
-    from uipe_core.models.gguf import check_gguf
-    from uipe_core.models.loading import ModelSource, brings_code, check_model_folder
-
     if isinstance(spec.model, TinyModel):
         check_target_modules(spec, small_llama)
         check_steered_layers(spec, "", None, trusted=False)
         return []
-    section, notes = spec.model, []
-    for key, value in section.places().items():
-        if not is_local(value):
-            notes.append(f"model.{key}: {value} {LATER}")
-        elif value.endswith(".json"):
-            read_log(value)
-        elif is_gguf(value):
-            notes.append(f"model.{key}: {check_gguf(Path(value))} from GGUF, dequantised: what quantisation took stays lost")
-        elif section.trust_remote_code and brings_code(Path(value)):
-            notes.append(f"model.{key}: {value} brings code of its own, so it is checked when the study runs")
-        else:
-            check_model_folder(value, section.prompt_template, section.prompt_format)
+    section = spec.model
+    found = [_checked_place(key, value, section) for key, value in section.places().items()]
+    notes = [note for note in found if note is not None]
     # What the checks below read: a folder here, without code of its own.
     start = section.start
     readable = is_local(start) and not any(f": {start} " in note for note in notes) and not is_gguf(start)
@@ -65,12 +53,33 @@ def check_models(spec: StudySpec, corpus: Corpus | None) -> list[str]:
         notes += check_checkpoints(spec, Path(start), trusted=False)
     if readable:
         if corpus is not None:
+            from uipe_core.models.loading import ModelSource
+
             source = ModelSource(start, "", prompt_template=section.prompt_template, prompt_format=section.prompt_format)
             check_positions(spec, corpus, source, trusted=False)
         check_target_modules(spec, partial(_local_skeleton, start))
     if is_local(start) and not is_gguf(start):
         check_steered_layers(spec, start, None, trusted=False)
     return notes
+
+
+def _checked_place(key: str, place: str, section: PretrainedModel | FinetunedModel) -> str | None:
+    """Check a model or log that is on this machine; return a note on what only the run can check."""
+    if not is_local(place):
+        return f"model.{key}: {place} {LATER}"
+    if place.endswith(".json"):
+        read_log(place)
+        return None
+    if is_gguf(place):
+        from uipe_core.models.gguf import check_gguf
+
+        return f"model.{key}: {check_gguf(Path(place))} from GGUF, dequantised: what quantisation took stays lost"
+    from uipe_core.models.loading import brings_code, check_model_folder
+
+    if section.trust_remote_code and brings_code(Path(place)):
+        return f"model.{key}: {place} brings code of its own, so it is checked when the study runs"
+    check_model_folder(place, section.prompt_template, section.prompt_format)
+    return None
 
 
 def check_steered_layers(spec: StudySpec, place: str, revision: str | None, trusted: bool) -> None:
