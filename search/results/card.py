@@ -4,6 +4,7 @@ from pathlib import Path
 
 from search.results.recipe import RECIPE_FILE, Recipe
 from search.results.verification import FULL, LOSS, NONE, Verified
+from search.spec.corpora import MULTIPLE_CHOICE
 from search.spec.models import TinyModel
 from search.spec.study import StudySpec
 
@@ -25,7 +26,8 @@ def card(recipe: Recipe, verified: Verified, form: str, title: str, library: str
         title, library: What the form is called, and the library that loads it.
     """
     retain = recipe.provenance["models"].get("retain")
-    reference = "chance" if retain is None else f"retain model `{retain}`"
+    without = "chance" if recipe.spec.corpus.task == MULTIPLE_CHOICE else "none: no number compares with a retain model"
+    reference = without if retain is None else f"retain model `{retain}`"
     return f"""---
 tags: [unlearning, uipe]
 library_name: {library}

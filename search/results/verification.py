@@ -14,6 +14,7 @@ import numpy as np
 
 from search.evaluation.prepared import PreparedStudy
 from search.evaluation.task import Arrays, Report, task_of
+from search.problem.objectives import composites
 from search.problem.trial import INITIAL, RETAIN
 from search.results.recipe import Recipe
 from uipe_core.corpora.split import Rows, take_items
@@ -241,10 +242,10 @@ class Verifier:
         return tests | self._composites(report)
 
     def _composites(self, report: Report) -> dict[str, float]:
-        """Return the objectives that losses give."""
+        """Return the harmonic means that losses give, objectives of the study or not."""
         assert isinstance(report, ScoreReport)
-        definition, objectives = self._preparation.spec.definition, self._preparation.spec.maximised
-        known = [each for each in objectives if each.components and all(part.measure != ROUGE for part in each.components)]
+        definition = self._preparation.spec.definition
+        known = [each for each in composites(report.sets) if all(part.measure != ROUGE for part in each.components)]
         return {each.name: composite(report, each.components, definition) for each in known}
 
     def _rows(self, report: Report, rows: Rows) -> Mapping[str, str]:

@@ -111,7 +111,7 @@ def test_a_point_is_exported_loaded_again_and_compared(ran, own):
     assert AutoModelForCausalLM.from_pretrained(folder).num_parameters() > 0
     card = (folder / "README.md").read_text()
     assert "memorization score" in card
-    assert "retain model" not in card
+    assert "reference: none" in card
 
 
 def test_an_objective_of_ones_own_is_computed_on_the_workers(ran, place, study, own, monkeypatch):
