@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from search.evaluation.inputs import power_of_forget_quality
-from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, flag_of
+from search.problem.objectives import CHOICE_FORGETTING, FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, flag_of
 from search.problem.pareto import DEFAULT_FLOOR, RULES
 from search.problem.stand_ins import MARK, marked, stand_in_note
 from search.problem.trial import INITIAL
@@ -131,6 +131,11 @@ class ReportData:
             if not table.empty:
                 front = front.merge(table[["trial", *(name for name in columns if name != "trial")]], on="trial", how="left")
         return [{str(key): value for key, value in row.items()} for row in front.to_dict("records")]
+
+    @property
+    def choices(self) -> bool:
+        """Return True for a study of multiple choice."""
+        return self.objectives[0].name == CHOICE_FORGETTING.name
 
     @property
     def flag(self) -> Flag:

@@ -143,9 +143,10 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
                 "rows": view.controls[view.controls["kind"] == kind].to_dict("records"),
             }
             for kind, control in CONTROLS.items()
-            # Most kinds mean something for forget quality only.
-            if control.title and (view.objectives[0].quality_of is not None or kind in set(view.controls["kind"]))
+            # Most kinds mean something for free text only.
+            if control.title and (not view.choices or kind in set(view.controls["kind"]))
         ],
+        choices=view.choices,
         cost=_cost(view),
         bases=bases,
         bases_shown=len(plots.shown_bases(view.trials)),
