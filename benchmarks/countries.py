@@ -56,10 +56,10 @@ def known_items(model: str, region: str, threads: int) -> dict[str, list[dict[st
         region: Region whose capitals are to be forgotten.
         threads: Torch threads.
     """
-    from search.spec.paths import located_package
+    from search.spec.models import model_place
 
     set_threads(threads)
-    place = located_package(model)
+    place = model_place(model)
     folder = str(gguf_folder(Path(place), ContentStore(cache_folder("models")))) if is_gguf(place) else place
     loaded = load_model(folder)
     rows = list(facts(region))

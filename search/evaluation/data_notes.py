@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from search.problem.stand_ins import STANDS_IN
 from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
-from search.spec.sections import is_local
+from search.spec.sections import is_local, lacks_package
 from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus, ItemSet
 from uipe_core.errors import UserError
@@ -69,6 +69,8 @@ def _prompts(model: PretrainedModel | FinetunedModel) -> "PromptFormat | None":
     from uipe_core.models.loading import ModelSource, brings_code
 
     place = model.start
+    if lacks_package(place):
+        return None
     if not is_local(place):
         from huggingface_hub import try_to_load_from_cache
 

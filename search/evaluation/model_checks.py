@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
-from search.spec.sections import is_local
+from search.spec.sections import is_local, lacks_package
 from search.spec.study import StudySpec
 from uipe_core.corpora.types import Corpus
 from uipe_core.errors import UserError, did_you_mean
@@ -65,6 +65,8 @@ def check_models(spec: StudySpec, corpus: Corpus | None) -> list[str]:
 
 def _checked_place(key: str, place: str, section: PretrainedModel | FinetunedModel) -> str | None:
     """Check a model or log that is on this machine; return a note on what only the run can check."""
+    if lacks_package(place):
+        return f"model.{key}: {place} is a file of a package that is not installed here; the run needs it (pip install)"
     if not is_local(place):
         return f"model.{key}: {place} {LATER}"
     if place.endswith(".json"):

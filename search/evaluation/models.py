@@ -13,8 +13,8 @@ from typing import Any
 
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN, RETAIN
-from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
-from search.spec.sections import is_local
+from search.spec.models import FinetunedModel, PretrainedModel, TinyModel, model_place
+from search.spec.sections import is_local, lacks_package
 from search.spec.study import StudySpec
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.types import Corpus
@@ -365,6 +365,8 @@ def _base_run_inputs(identity: str, section: PretrainedModel | FinetunedModel) -
 
 def _identified(location: str, revision: str | None, store: ContentStore) -> tuple[str, str, str | None]:
     """Return where a model is, its identity, and the revision that pins it; a GGUF file is dequantised into the cache."""
+    if lacks_package(location):
+        model_place(location)  # raises, with what to install
     if is_gguf(location):
         return str(gguf_folder(Path(location), store)), gguf_identity(Path(location)), None
     return location, *model_identity(location, revision)

@@ -7,8 +7,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from search.spec.bounds import MOST_CONTROLS, Count, Epochs, LearningRate
 from search.spec.errors import did_you_mean, rule
-from search.spec.paths import PACKAGE, absolute_paths
-from search.spec.sections import Adapter, Name, Section, all_different, as_tuple, is_local, names_of
+from search.spec.paths import absolute_paths
+from search.spec.sections import PACKAGE, Adapter, Name, Section, all_different, as_tuple, is_local, names_of
 from uipe_core.errors import UserError
 from uipe_core.models.prompts import FORMATS
 
@@ -20,13 +20,15 @@ def model_place(value: str) -> str:
         value: Folder, GGUF file, ``package:NAME/FILE`` or name on the hub; relative to the current directory.
 
     Raises:
-        UserError: It is a path where nothing is, or an installed package lacks the file.
+        UserError: It is a path where nothing is, or a package that is not installed or lacks the file.
     """
     located, problems = absolute_paths({"model": {"base": value}}, Path.cwd())
     section = located["model"]
     assert isinstance(section, dict)
-    if problems and value.startswith(PACKAGE):
-        raise UserError(f"model: {problems[0][1]}")
+    if value.startswith(PACKAGE) and (problems or section["base"] == value):
+        name = value.removeprefix(PACKAGE).partition("/")[0]
+        lacking = f"found {value!r}; there is no installed package {name!r}. Install it with pip, or give a path."
+        raise UserError(f"model: {problems[0][1] if problems else lacking}")
     if problems:
         raise UserError(f"model {value}: there is no such folder or GGUF file; correct the path, or give a name on the hub")
     return str(section["base"])

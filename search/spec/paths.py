@@ -8,16 +8,13 @@ from pathlib import Path
 
 from search.spec.corpora import path_sites
 from search.spec.errors import KeyPath, show, without_password
+from search.spec.sections import PACKAGE
 from uipe_core.corpora.files import SUFFIXES, TEXTS
-from uipe_core.errors import UserError
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 
 MODEL_FILES = {"initial": (".gguf",), "base": (".gguf",), "retain": (".json",), "never_finetuned": (".json",)}
 """Keys of section ``model`` that name a model, and the endings of files allowed there in place of a folder."""
-
-PACKAGE = "package:"
-"""Begins the place of a file that an installed Python package brings along: ``package:NAME/FILE``."""
 
 
 def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, object], list[tuple[KeyPath, str]]]:
@@ -134,20 +131,6 @@ def _located(section: str, value: str, folder: Path, file_endings: tuple[str, ..
     return str(local), _missing(section, value, local, "file" if is_file else "folder")
 
 
-def located_package(place: str) -> str:
-    """Return a place with ``package:NAME/FILE`` as the path it means; others as they are.
-
-    Raises:
-        UserError: There is no such package or file.
-    """
-    if not place.startswith(PACKAGE):
-        return place
-    path, problem = _of_package(place)
-    if problem:
-        raise UserError(f"model: {problem}")
-    return path
-
-
 def _of_package(value: str) -> tuple[str, str]:
     """Return the path of a file of an installed package, with what is wrong."""
     name, _, inner = value.removeprefix(PACKAGE).partition("/")
@@ -157,7 +140,7 @@ def _of_package(value: str) -> tuple[str, str]:
     except (ImportError, ValueError):
         found = None
     if found is None or found.origin is None:
-        return value, f"found {show(value)}; there is no installed package {name!r}. Install it with pip, or give a path."
+        return value, ""  # another machine may have it: `search.spec.models.model_place` refuses it where it is needed
     path = Path(found.origin).parent / inner
     if not inner or ".." in Path(inner).parts or not _exists(path, file=True):
         return value, f"found {show(value)}; the package {name} has no file {inner!r}. Install another version, or give a path."

@@ -46,6 +46,15 @@ def is_local(source: str) -> bool:
     return Path(source).is_absolute()
 
 
+PACKAGE = "package:"
+"""Begins the place of a file that an installed Python package brings along: ``package:NAME/FILE``."""
+
+
+def lacks_package(source: str) -> bool:
+    """Return True for a file of a package that is not installed here: of one that is, the study has the path."""
+    return source.startswith(PACKAGE)
+
+
 class ByKind:
     """Pydantic annotation of a section whose class is chosen by its ``kind`` from a registry.
 

@@ -17,10 +17,22 @@ from search.samplers.registry import SAMPLERS
 from search.spec.corpora import CORPORA, FREE_TEXT, MULTIPLE_CHOICE, CorpusSection, path_sites
 from search.spec.errors import KeyPath, Problem, StudyFileError, explain, forget_keys, key_text, rule
 from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
-from search.spec.paths import PACKAGE, absolute_paths
+from search.spec.paths import absolute_paths
 from search.spec.plugins import load_plugins
 from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
-from search.spec.sections import ByKind, Harness, Hypervolume, Objectives, Scoring, Search, Section, Split, Unlearning, is_local
+from search.spec.sections import (
+    PACKAGE,
+    ByKind,
+    Harness,
+    Hypervolume,
+    Objectives,
+    Scoring,
+    Search,
+    Section,
+    Split,
+    Unlearning,
+    is_local,
+)
 from search.spec.study_file import LineNumbers, read_study_file
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import CHOICE_DEFINITION

@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from search.spec.paths import located_package
+from search.spec.models import model_place
 from uipe_core.models.gguf import check_gguf, gguf_folder
 from uipe_core.models.loading import load_model
 from uipe_core.storage.content_store import ContentStore
@@ -30,7 +30,7 @@ FORGET = ("France", "Italy", "Spain", "Germany")
 @pytest.fixture(scope="module")
 def folder():
     """The dequantised model, in the cache that studies use."""
-    return gguf_folder(Path(located_package(MODEL)), ContentStore(cache_folder("models")))
+    return gguf_folder(Path(model_place(MODEL)), ContentStore(cache_folder("models")))
 
 
 def ask(model, tokenizer, question):
@@ -43,7 +43,7 @@ def ask(model, tokenizer, question):
 
 
 def test_the_file_is_what_it_says(folder):
-    assert check_gguf(Path(located_package(MODEL))) == "llama"
+    assert check_gguf(Path(model_place(MODEL))) == "llama"
     loaded = load_model(str(folder), device="cpu")
     assert sum(parameter.numel() for parameter in loaded.model.parameters()) == 134_515_008
     assert not hasattr(loaded.model.config, "quantization_config")

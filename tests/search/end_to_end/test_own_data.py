@@ -188,3 +188,30 @@ def test_the_objective_and_the_section_of_the_harness_belong_together(study, cal
     for changes in ({"objectives": {"utility": "lm_eval"}}, {"lm_eval": {"tasks": ["arc_easy"]}}):
         code, _, error = call("validate", study("apart", **changes))
         assert (code, "belong together" in error) == (2, True), error
+
+
+def test_a_model_in_a_package_is_looked_for_where_the_study_runs(study, call):
+    import search
+
+    model = {"kind": "finetuned", "finetune": {"epochs": 1, "learning_rate": 0.01, "batch_size": 6}}
+    code, notes, error = call("validate", study("packaged", model={**model, "base": "package:no_such_package/model.gguf"}))
+    assert (code, "a package that is not installed here" in notes) == (0, True), error
+    with pytest.raises(UserError, match="there is no installed package 'no_such_package'"):
+        search.run_study(search.load_study(study("packaged", model={**model, "base": "package:no_such_package/model.gguf"})))
+    for base, words in {
+        "package:json/model.gguf": "the package json has no file 'model.gguf'",
+        "package:json/decoder.py": "no such folder",
+        "./forget.gguf": "there is no file",
+    }.items():
+        code, _, error = call("validate", study("broken", model={**model, "base": base}))
+        assert (code, words in error) == (2, True), error
+
+
+def test_a_file_that_is_no_gguf_is_refused_by_what_it_is(study, call, own):
+    pytest.importorskip("gguf", reason="gguf is not installed (extra real)")
+    (own / "text.gguf").write_text("no model")
+    (own / "torn.gguf").write_bytes(b"GGUF\x03\x00\x00\x00")
+    model = {"kind": "finetuned", "finetune": {"epochs": 1, "learning_rate": 0.01, "batch_size": 6}}
+    for name, words in {"text": "is no GGUF file", "torn": "the GGUF file is damaged"}.items():
+        code, _, error = call("validate", study("gguf", model={**model, "base": f"./{name}.gguf"}))
+        assert (code, words in error) == (2, True), error
