@@ -24,8 +24,10 @@ Group = tuple[int, ...]
 
 IntArray = NDArray[np.int64]
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-"""Largest rounding difference between two ways to compute a logit, as a share of the logits' standard deviation."""
+TOLERANCE = {torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+"""Root mean square difference between two ways to compute logits up to which it is rounding, as a share of their standard
+deviation. SmolLM2 in bf16 has 0.009 to 0.015, and a wrong mask 1.1. The largest difference crosses any limit with the weights:
+one scorer then read trees and another did not, and an export was not its trial."""
 
 PROBED = 3
 """Groups tried to find out whether a model reads trees."""
@@ -272,9 +274,9 @@ def reads_trees(model: Any, examples: Sequence[Example], pad_id: int, device: to
     except Exception as problem:
         # Remote code may raise anything. Out of memory shows nothing, so answers are scored alone this time.
         return None if is_out_of_memory(problem) else False
-    spread = float(read[1].std()) or 1.0
-    error, difference = (float((other - read[1]).abs().max()) / spread for other in (read[0], read[2]))
+    spread = float(read[1].detach().std()) or 1.0
+    error, difference = (float((other - read[1]).detach().square().mean().sqrt()) / spread for other in (read[0], read[2]))
     allowed = TOLERANCE[model.dtype]
     if not error <= allowed:
         return False
-    return True if difference > 10 * allowed else None
+    return True if difference > 5 * allowed else None
