@@ -52,7 +52,7 @@ def finetune(
 ) -> None:
     """Fine-tune a base model on items of a corpus, into a folder that transformers loads.
 
-    The recipe is TOFU's: loss on answers only, AdamW, one epoch of warm-up, then linear decay. A study does the same by
+    The recipe is TOFU's: loss on answers only, AdamW, a tenth of the steps as warm-up, linear decay. A study does the same by
     itself with model.kind: finetuned. Code that comes with a model is not run.
     """
     chosen = _chosen_sets(sets)

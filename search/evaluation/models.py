@@ -7,14 +7,14 @@ base run.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN, RETAIN
 from search.spec.models import FinetunedModel, PretrainedModel, TinyModel, model_place
-from search.spec.sections import is_local, lacks_package
+from search.spec.sections import Adapter, is_local, lacks_package
 from search.spec.study import StudySpec
 from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.types import Corpus
@@ -29,6 +29,16 @@ from uipe_core.storage.files import cache_folder, file_hash
 from uipe_core.unlearning.finetuning import FinetuneConfig, finetuned_inputs, finetuned_model, stage_items
 from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.training import AdapterConfig
+
+
+def model_cache(spec: StudySpec) -> ContentStore:
+    """Return the cache of what a study builds: models, dequantised GGUF files, scores of reference models."""
+    return ContentStore(Path(spec.cache.models or cache_folder("models")))
+
+
+def adapter_config(section: Adapter | None) -> AdapterConfig | None:
+    """Return a section ``adapter`` as training takes it; None for full fine-tuning."""
+    return None if section is None else AdapterConfig(**section.model_dump())
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ class TinyModels:
             seed=spec.seed,
             extra_texts=REFUSALS if any("refusal_logp" in METHODS[run.method].needs for run in spec.variants()) else (),
         )
-        return cls(section, config, corpus, ContentStore(Path(spec.cache.models or cache_folder("models"))))
+        return cls(section, config, corpus, model_cache(spec))
 
     @property
     def identities(self) -> dict[str, str]:
@@ -281,39 +291,36 @@ class FinetunedModels:
         """
         if not corpus.forget_train or not corpus.retain_train:
             raise UserError("model.kind: finetuned needs a corpus with texts to learn; this one has none")
-        store = ContentStore(Path(spec.cache.models or cache_folder("models")))
-        location, identity, revision = _identified(section.base, section.revision, store)
-        return cls._from(spec, section, corpus, ModelSource(location, identity, revision, **_loading(section)), store)
+        location, identity, revision = _identified(section.base, section.revision, model_cache(spec))
+        return cls._from(spec, section, corpus, ModelSource(location, identity, revision, **_loading(section)))
 
     @classmethod
     def unseen(cls, spec: StudySpec, section: FinetunedModel, corpus: Corpus) -> "FinetunedModels":
         """Describe models made of one that is not on this machine: its name stands in for its identity."""
         base = ModelSource(section.base, section.base, section.revision, **_loading(section))
-        return cls._from(spec, section, corpus, base, ContentStore(Path(spec.cache.models or cache_folder("models"))))
+        return cls._from(spec, section, corpus, base)
 
     @classmethod
-    def _from(
-        cls, spec: StudySpec, section: FinetunedModel, corpus: Corpus, base: ModelSource, store: ContentStore
-    ) -> "FinetunedModels":
-        given, adapter = section.finetune, section.finetune.adapter
+    def _from(cls, spec: StudySpec, section: FinetunedModel, corpus: Corpus, base: ModelSource) -> "FinetunedModels":
+        given = section.finetune
         config = FinetuneConfig(
             epochs=given.epochs,
             learning_rate=given.learning_rate,
             batch_size=given.batch_size,
             weight_decay=given.weight_decay,
-            adapter=None if adapter is None else AdapterConfig(**adapter.model_dump()),
+            adapter=adapter_config(given.adapter),
             seed=spec.seed,
         )
-        return cls(section, base, config, corpus, store)
+        return cls(section, base, config, corpus, model_cache(spec))
 
     @property
     def trust_remote_code(self) -> bool:
         """Return True if the study lets code of the base model's folder run."""
         return self.section.trust_remote_code
 
-    @property
+    @cached_property
     def identities(self) -> dict[str, str]:
-        """Cache keys of the models that determine the study."""
+        """Cache keys of the models that determine the study; every item enters them, so they are computed once."""
         return {model.name: model.build.key for model in self.references() if model.build is not None}
 
     def _build(self, stage: str) -> Build:
@@ -386,7 +393,7 @@ def models_of(spec: StudySpec, corpus: Corpus) -> Models:
         return TinyModels.of(spec, section, corpus)
     if isinstance(section, FinetunedModel):
         return FinetunedModels.of(spec, section, corpus)
-    return PretrainedModels.of(section, ContentStore(Path(spec.cache.models or cache_folder("models"))))
+    return PretrainedModels.of(section, model_cache(spec))
 
 
 def _log(place: str) -> Path | None:

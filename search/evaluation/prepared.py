@@ -17,7 +17,15 @@ from search.evaluation.model_checks import (
     check_target_modules,
     small_llama,
 )
-from search.evaluation.models import Models, PretrainedModels, ReferenceModel, TinyModels, checkpoint_folder, models_of
+from search.evaluation.models import (
+    Models,
+    PretrainedModels,
+    ReferenceModel,
+    TinyModels,
+    adapter_config,
+    checkpoint_folder,
+    models_of,
+)
 from search.evaluation.task import task_of
 from search.problem.trial import INITIAL
 from search.spec.models import TinyModel
@@ -27,11 +35,10 @@ from uipe_core.corpora.split import Split, split_corpus, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.checkpoints import checkpoint_identity, checkpoint_inputs
 from uipe_core.scoring.scorer import SCORING_SCHEMA, ScoringConfig
-from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.files import cache_folder
 from uipe_core.storage.node_cache import GIGABYTE
 from uipe_core.storage.remote_store import RemoteLocation
-from uipe_core.unlearning.training import AdapterConfig, UnlearningConfig
+from uipe_core.unlearning.training import UnlearningConfig
 
 logger = logging.getLogger(__name__)
 
@@ -80,11 +87,6 @@ class PreparedStudy:
         section = self.spec.lm_eval
         return None if section is None else HarnessTasks(**section.model_dump())
 
-    @property
-    def model_cache(self) -> ContentStore:
-        """Cache of models that studies build, and of the scores of reference models."""
-        return ContentStore(Path(self.spec.cache.models or cache_folder("models")))
-
     def score_inputs(self, model: ReferenceModel) -> dict[str, Any] | None:
         """Return everything that determines the scores of a reference model; None where its weights are not identified."""
         identity = self.models.identities.get(model.name)
@@ -116,7 +118,6 @@ class PreparedStudy:
         """
         settings = self.spec.unlearning
         assert settings is not None
-        adapter = settings.adapter
         return UnlearningConfig(
             method=run.method,
             hyperparameters=run.loss_hyperparameters,
@@ -128,9 +129,7 @@ class PreparedStudy:
             schedule=settings.schedule,
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
-            adapter=None
-            if adapter is None
-            else AdapterConfig(adapter.rank, adapter.alpha, adapter.target_modules, adapter.dropout),
+            adapter=adapter_config(settings.adapter),
             seed=self.spec.seed,
         )
 

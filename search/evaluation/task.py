@@ -188,6 +188,8 @@ class FreeText:
         }
 
     def flagged(self, report: ScoreReport, metrics: "Metrics", context: Comparison) -> bool:
+        from uipe_core.metrics.composites import composite
+
         utility = context.objectives[1]
         initial = context.references[INITIAL].logit_scale
         if not utility.components or not initial or report.logit_scale is None or report.logit_scale <= initial:
@@ -195,8 +197,6 @@ class FreeText:
 
         def value(scores: Report) -> float:
             return composite(scores, utility.components, context.definition)  # type: ignore[arg-type]
-
-        from uipe_core.metrics.composites import composite
 
         known = [context.references[name] for name in (INITIAL, RETAIN) if name in context.references]
         best = max(known, key=value)

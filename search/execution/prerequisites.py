@@ -12,7 +12,7 @@ import ray
 
 from search.evaluation.evaluator import StudyContext
 from search.evaluation.inputs import check_references
-from search.evaluation.models import Build, PretrainedModels, ReferenceModel
+from search.evaluation.models import Build, PretrainedModels, ReferenceModel, model_cache
 from search.evaluation.prepared import PreparedStudy
 from search.evaluation.task import Report, task_of
 from search.execution.base_runs import POLL_SECONDS, BaseRunEvent, BaseRunTasks, problem_of, train_in_processes
@@ -208,7 +208,8 @@ class Prerequisites:
         task = task_of(preparation.corpus)
         reports: dict[str, Report] = {}
         tasks = {}
-        for model in preparation.models.references():
+        references = {model.name: model for model in preparation.models.references()}
+        for model in references.values():
             log = model.log or self.store.out / "logs" / f"{model.name}.json"
             if model.log is None and not log.is_file():
                 self._take_known_scores(model, log)
@@ -232,13 +233,13 @@ class Prerequisites:
             facts = {"study": preparation.spec.name, "model": name}
             log = self.store.out / "logs" / f"{name}.json"
             task.write_log(scored, log, facts)
-            self._keep_scores(next(model for model in preparation.models.references() if model.name == name), log)
+            self._keep_scores(references[name], log)
         return reports
 
     def _take_known_scores(self, model: ReferenceModel, log: Path) -> None:
         """Copy the scores of a reference model from the cache, if another study has scored it on the same items."""
         inputs = self.preparation.score_inputs(model)
-        found = None if inputs is None else self.preparation.model_cache.find(content_key(inputs))
+        found = None if inputs is None else model_cache(self.preparation.spec).find(content_key(inputs))
         if found is not None:
             log.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(log, (found / SCORES).read_bytes())
@@ -248,7 +249,9 @@ class Prerequisites:
         """Keep the scores of a reference model for other studies."""
         inputs = self.preparation.score_inputs(model)
         if inputs is not None:
-            self.preparation.model_cache.get_or_make(inputs, lambda folder: write_atomic(folder / SCORES, log.read_bytes()))
+            model_cache(self.preparation.spec).get_or_make(
+                inputs, lambda folder: write_atomic(folder / SCORES, log.read_bytes())
+            )
 
     def _check(self, reports: Mapping[str, Report]) -> None:
         """Return True if given logs will do, found out once here: in the workers they would fail every trial."""

@@ -1,9 +1,10 @@
 """Tell which of several ways to run a study fits on a machine, by sizes alone: nothing is loaded, trained or timed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
+from search.evaluation.models import adapter_config
 from search.planning.plan import at_once, disk_misfits, memory_misfits
 from search.planning.quantities import Machine, Misfit, Sizes, Work
 from search.spec.models import TinyModel
@@ -13,7 +14,6 @@ from uipe_core.models.skeleton import meta_model
 from uipe_core.models.transformers_compat import adapter_state, wrap_adapter
 from uipe_core.unlearning.loss_inputs import INITIAL_ON_RETAIN
 from uipe_core.unlearning.methods import METHODS
-from uipe_core.unlearning.training import AdapterConfig
 
 WEIGHTS_SHARE = 0.8
 """Share of a memory that weights and optimiser states may take: the rest is for activations, which are not counted."""
@@ -43,18 +43,30 @@ def first_fitting(specs: Sequence[StudySpec], folder: str, machine: Machine) -> 
     return len(specs) - 1, misfits
 
 
+def model_sizes(spec: StudySpec, skeleton: Any, trains: Collection[str], imports: Callable[[int], int] = lambda _: 0) -> Sizes:
+    """Return the sizes of a study's model.
+
+    Args:
+        spec: The study.
+        skeleton: The initial model without weights.
+        trains: Labels of the base runs that are to be trained.
+        imports: Bytes of the update vectors to be made of given checkpoints, by the number of parameters.
+    """
+    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
+    stored = (getattr(skeleton.config, "dtype", None) or next(skeleton.parameters()).dtype).itemsize
+    dtype = "auto" if isinstance(spec.model, TinyModel) else spec.model.dtype
+    lora, adapter = adapter_config(None if spec.unlearning is None else spec.unlearning.adapter), None
+    if lora is not None:
+        adapter = sum(tensor.numel() for tensor in adapter_state(wrap_adapter(skeleton, lora.as_peft())).values())
+    second = {run.label for run in spec.variants() if METHODS[run.method].needs & INITIAL_ON_RETAIN}
+    scored = stored if dtype == "auto" else DTYPES[dtype].itemsize
+    return Sizes(parameters, adapter, stored, scored, imports(parameters), bool(second & set(trains)))
+
+
 def _misfits(spec: StudySpec, skeleton: Any, machine: Machine) -> list[Misfit]:
     """Return what does not fit of a study without entries in the caches."""
     assert spec.unlearning is not None and not isinstance(spec.model, TinyModel)
-    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    stored = (getattr(skeleton.config, "dtype", None) or next(skeleton.parameters()).dtype).itemsize
-    scored = stored if spec.model.dtype == "auto" else DTYPES[spec.model.dtype].itemsize
-    lora, adapter = spec.unlearning.adapter, None
-    if lora is not None:
-        given = AdapterConfig(lora.rank, lora.alpha, lora.target_modules, lora.dropout)
-        adapter = sum(tensor.numel() for tensor in adapter_state(wrap_adapter(skeleton, given.as_peft())).values())
-    second = any(METHODS[run.method].needs & INITIAL_ON_RETAIN for run in spec.variants())
-    sizes = Sizes(parameters, adapter, stored, scored, second_model=second)
+    sizes = model_sizes(spec, skeleton, [run.label for run in spec.variants()])
     # One epoch more than is searched is trained: the control.
     trains, epochs = tuple(run.label for run in spec.variants()), spec.unlearning.epochs + 1
     given_points, search = len(spec.given_points()), spec.search.trials

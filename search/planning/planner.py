@@ -10,9 +10,10 @@ from typing import Any
 
 from search.evaluation.controls import given_controls
 from search.evaluation.inputs import check_items, require_trust
-from search.evaluation.models import Build, FinetunedModels, PretrainedModels, ReferenceModel
+from search.evaluation.models import Build, FinetunedModels, PretrainedModels, ReferenceModel, model_cache
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import TASKS
+from search.planning.fitting import model_sizes
 from search.planning.plan import at_once, make_plan
 from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
 from search.planning.timing import measured_rates, past_rates
@@ -24,13 +25,9 @@ from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.adapters import is_adapter
 from uipe_core.deltas.store import DeltaStore
 from uipe_core.errors import UserError, first_line
-from uipe_core.models.loading import DTYPES
-from uipe_core.models.transformers_compat import adapter_state, wrap_adapter
 from uipe_core.storage.content_store import content_key
 from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.storage.safetensors_files import read_headers, weight_files
-from uipe_core.unlearning.loss_inputs import INITIAL_ON_RETAIN
-from uipe_core.unlearning.methods import METHODS
 
 
 def plan_study(
@@ -184,7 +181,7 @@ def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str
 def _is_to_be_scored(preparation: PreparedStudy, model: ReferenceModel) -> bool:
     """Return True for a reference model without a log whose scores the cache lacks."""
     inputs = None if model.log is not None else preparation.score_inputs(model)
-    return model.log is None and (inputs is None or not preparation.model_cache.holds(content_key(inputs)))
+    return model.log is None and (inputs is None or not model_cache(preparation.spec).holds(content_key(inputs)))
 
 
 def _sizes(preparation: PreparedStudy, trains: tuple[str, ...], imports: list[Path | None], notes: list[str]) -> Sizes | None:
@@ -195,24 +192,7 @@ def _sizes(preparation: PreparedStudy, trains: tuple[str, ...], imports: list[Pa
     except UserError as error:
         notes.append(f"memory and disk are not known: {error}")
         return None
-    parameters = sum(parameter.numel() for parameter in skeleton.parameters())
-    stored = (getattr(skeleton.config, "dtype", None) or next(skeleton.parameters()).dtype).itemsize
-    dtype = "auto" if isinstance(spec.model, TinyModel) else spec.model.dtype
-    adapter = None
-    if spec.unlearning is not None and spec.unlearning.adapter is not None:
-        run = spec.variants()[0]
-        lora = preparation.unlearning(run).adapter
-        assert lora is not None
-        adapter = sum(tensor.numel() for tensor in adapter_state(wrap_adapter(skeleton, lora.as_peft())).values())
-    second = {run.label for run in spec.variants() if METHODS[run.method].needs & INITIAL_ON_RETAIN}
-    return Sizes(
-        parameters,
-        adapter,
-        stored,
-        stored if dtype == "auto" else DTYPES[dtype].itemsize,
-        sum(_import_bytes(folder, parameters) for folder in imports),
-        bool(second & set(trains)),
-    )
+    return model_sizes(spec, skeleton, trains, lambda parameters: sum(_import_bytes(folder, parameters) for folder in imports))
 
 
 def _import_bytes(folder: Path | None, parameters: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from uipe_core.corpora.types import RELATED_SETS, UTILITY_SETS
+from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.errors import UserError, did_you_mean
 from uipe_core.metrics.composites import (
     CLOSENESS,
@@ -200,16 +200,11 @@ LM_EVAL = Objective(
 UTILITY: dict[str, Objective] = {"model_utility": MODEL_UTILITY, "retain_utility": RETAIN_UTILITY, "lm_eval": LM_EVAL}
 """Objectives of utility by the name a study file gives (``objectives.utility``)."""
 
-_RELATED = {
-    f"{name}_extraction_strength": _forgotten(
-        f"one_minus_{name}_extraction_strength", name, "1 - extraction strength", f"1 - ES\n{name}", EXTRACTION
-    )
-    for name in RELATED_SETS
-}
-
 THIRD_OBJECTIVES: dict[str, Objective] = {
     RELATED_FORGET_QUALITY.name: RELATED_FORGET_QUALITY,
-    "related_extraction_strength": _RELATED["related_extraction_strength"],
+    "related_extraction_strength": _forgotten(
+        "one_minus_related_extraction_strength", "related", "1 - extraction strength", "1 - ES\nrelated", EXTRACTION
+    ),
     "unrelated_utility": _composite(
         "unrelated_utility",
         "probability of unrelated facts (K0)",

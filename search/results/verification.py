@@ -22,7 +22,7 @@ from uipe_core.corpora.types import KEPT_SETS
 from uipe_core.deltas.extrapolation import merge
 from uipe_core.errors import ExportMismatchError
 from uipe_core.logs.tofu import read_log
-from uipe_core.metrics.composites import ROUGE, composite
+from uipe_core.metrics.composites import composite
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import ChoiceReport, ChoiceScores, ScoreReport, set_scores
 from uipe_core.metrics.tofu import ForgetQuality, loss_components, quality_of_set
@@ -245,7 +245,7 @@ class Verifier:
         """Return the harmonic means that losses give, objectives of the study or not."""
         assert isinstance(report, ScoreReport)
         definition = self._preparation.spec.definition
-        known = [each for each in composites(report.sets) if all(part.measure != ROUGE for part in each.components)]
+        known = [each for each in composites(report.sets) if not each.reads_text]
         return {each.name: composite(report, each.components, definition) for each in known}
 
     def _rows(self, report: Report, rows: Rows) -> Mapping[str, str]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
 from search.spec.bounds import MOST_CONTROLS, Count, Epochs, LearningRate
 from search.spec.errors import did_you_mean, rule
@@ -95,6 +95,12 @@ def _question_has_a_place(value: str | None, info: ValidationInfo) -> str | None
     return value
 
 
+FormatName = Annotated[str | None, AfterValidator(_format_exists), Field(json_schema_extra=names_of(FORMATS))]
+Template = Annotated[str | None, AfterValidator(_question_has_a_place)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
 def _revision(value: str | None, model: str, info: ValidationInfo) -> str | None:
     if value is not None and is_local(info.data.get(model) or ""):
         raise rule(f"model.{model} is local and has no revisions", "Remove it, or give a hub name.")
@@ -119,11 +125,11 @@ class FinetunedModel(Section):
     finetune: Finetuning
     retain: bool = True
     revision: Name | None = None
-    prompt_format: Annotated[str | None, Field(json_schema_extra=names_of(FORMATS))] = None
-    prompt_template: str | None = None
+    prompt_format: FormatName = None
+    prompt_template: Template = None
     trust_remote_code: bool = False
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
 
     @property
     def start(self) -> str:
@@ -133,9 +139,6 @@ class FinetunedModel(Section):
     def places(self) -> dict[str, str]:
         """Return the models that are named, by key."""
         return {"base": self.base}
-
-    _format_exists = field_validator("prompt_format")(_format_exists)
-    _question_has_a_place = field_validator("prompt_template")(_question_has_a_place)
 
     @field_validator("revision")
     @classmethod
@@ -154,11 +157,11 @@ class PretrainedModel(Section):
     never_finetuned: Name | None = None
     revision: Name | None = None
     retain_revision: Name | None = None
-    prompt_format: Annotated[str | None, Field(json_schema_extra=names_of(FORMATS))] = None
-    prompt_template: str | None = None
+    prompt_format: FormatName = None
+    prompt_template: Template = None
     trust_remote_code: bool = False
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Dtype = "auto"
+    device: Device = "auto"
 
     @property
     def start(self) -> str:
@@ -170,9 +173,6 @@ class PretrainedModel(Section):
         others = {f"other_retain[{number}]": place for number, place in enumerate(self.other_retain)}
         given = {"initial": self.initial, "retain": self.retain, **others, "never_finetuned": self.never_finetuned}
         return {key: place for key, place in given.items() if place}
-
-    _format_exists = field_validator("prompt_format")(_format_exists)
-    _question_has_a_place = field_validator("prompt_template")(_question_has_a_place)
 
     @field_validator("revision", "retain_revision")
     @classmethod

@@ -10,7 +10,7 @@ from itertools import islice
 from typing import Any
 
 from uipe_core.corpora.rows import Report, Row
-from uipe_core.corpora.types import Item
+from uipe_core.corpora.types import UNSPACED, Item
 from uipe_core.errors import UserError, did_you_mean
 from uipe_core.storage.files import parse_json
 
@@ -213,17 +213,10 @@ def _listed(value: object) -> object:
     return value
 
 
-_UNSPACED = (
-    *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF)),
-    *((0xF900, 0xFAFF), (0x20000, 0x2FA1F)),
-)
-"""Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces: each of their characters counts as a word."""
-
-
 @cache
 def _word_pattern() -> re.Pattern[str]:
     """Return a pattern of one word: characters between spaces, or one of an unspaced script with its marks."""
-    unspaced = "".join(f"{chr(first)}-{chr(last)}" for first, last in _UNSPACED)
-    points = (point for first, last in _UNSPACED[:4] for point in range(first, last + 1))
+    unspaced = "".join(f"{chr(first)}-{chr(last)}" for first, last in UNSPACED)
+    points = (point for first, last in UNSPACED[:4] for point in range(first, last + 1))
     marks = "".join(chr(point) for point in points if unicodedata.category(chr(point))[0] == "M")
     return re.compile(rf"[{unspaced}][{marks}]*|[^\s{unspaced}]+")

@@ -71,6 +71,13 @@ class ChoiceItem:
 ItemSet = tuple[Item, ...]
 ChoiceSet = tuple[ChoiceItem, ...]
 
+UNSPACED = (
+    *((0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF)),
+    *((0xF900, 0xFAFF), (0x20000, 0x2FA1F)),
+)
+"""Code points, first and last, of Thai, Lao, Burmese, Khmer, Japanese and Chinese, which are written without spaces: where
+words end is not known there, so that each character counts as one."""
+
 UTILITY_SETS = ("retain", "real_authors", "world_facts")
 """Evaluation sets of model utility, in TOFU's order."""
 

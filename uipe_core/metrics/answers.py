@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from uipe_core.corpora.types import UNSPACED
+
 _LATIN = re.compile(r"[a-z0-9]")
 
-_UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f]"
-)
-"""Thai, Lao, Burmese, Khmer, Japanese and Chinese are written without spaces: where words end is not known there."""
+_UNSPACED = re.compile(f"[{''.join(f'{chr(first)}-{chr(last)}' for first, last in UNSPACED)}]")
 
 
 @cache

@@ -1,8 +1,8 @@
 """Fine-tune a base model on items of a corpus: the initial model on all of them, the retain model without the forget set.
 
-TOFU's recipe (arXiv 2401.06121, section 3): answer tokens only, AdamW, linear warm-up over the first epoch, then linear decay.
-Weights are trained in fp32, in bf16 autocast where they are stored in bf16 and the processor has instructions for it, and saved
-in the dtype the study scores in.
+TOFU's recipe (arXiv 2401.06121, section 3): answer tokens only, AdamW, linear decay. The warm-up takes a tenth of the steps, an
+epoch at most, where TOFU's takes an epoch. Weights are trained in fp32, in bf16 autocast where they are stored in bf16 and the
+processor has instructions for it, and saved in the dtype the study scores in.
 """
 
 import math
