@@ -81,12 +81,10 @@ def test_model_utility_is_tofus():
     assert composite(report, MODEL_UTILITY.components, "tofu") == evaluate(report).model_utility
 
 
-@pytest.mark.parametrize("name", [*FORGETTING, *UTILITY])
+@pytest.mark.parametrize("name", [name for name, each in (FORGETTING | UTILITY).items() if each.components])
 def test_forgetting_grows_as_answers_get_less_likely(name):
     """Every objective of forgetting is larger for a model that has forgotten, every one of utility smaller."""
     objective = (FORGETTING | UTILITY)[name]
-    if not objective.components:
-        pytest.skip("compares with a retain model")
     names = ("forget", "retain", "real_authors", "world_facts", "general")
     knows = ScoreReport(dict.fromkeys(names, scored(0.9, 0.9, [0.1, 0.2], 0.9, 0.9, 0.9)))
     forgot = ScoreReport(dict.fromkeys(names, scored(0.1, 0.1, [0.2, 0.3], 0.1, 0.1, 0.1)))
