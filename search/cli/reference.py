@@ -2,13 +2,15 @@
 
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from search.cli.tables import Json, echo, new_table, print_json
-from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, ROLES, Objective
 from uipe_core.errors import printable
+
+if TYPE_CHECKING:
+    from search.problem.objectives import Objective
 
 OWN = {
     "name": "package.module:function",
@@ -34,7 +36,7 @@ class Listed:
 
     role: str
     name: str
-    objective: Objective
+    objective: "Objective"
 
     @property
     def price(self) -> str:
@@ -71,6 +73,8 @@ class Listed:
 
 def listed() -> list[Listed]:
     """Return every objective there is, those of installed extensions too."""
+    from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, ROLES
+
     found = [Listed(role, name, each) for role, known in ROLES.items() for name, each in known.items()]
     return [*found, *(Listed(_CHOICES, each.name, each) for each in (CHOICE_FORGETTING, CHOICE_UTILITY))]
 
@@ -91,6 +95,8 @@ def objectives(as_json: Json = False) -> None:
 
 def _print_objectives(found: list[Listed]) -> None:
     from rich.markup import escape
+
+    from search.problem.objectives import ROLES
 
     titles = {role: f"objectives.{role}" for role in ROLES}
     titles["third"] += " (optional)"

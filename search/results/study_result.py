@@ -19,7 +19,7 @@ from search.problem.trial import INITIAL
 from search.results import finalists
 from search.results.recipe import recipe_of
 from search.results.selection import chosen_row, reason_of
-from search.results.uncertainty import certainty
+from search.results.uncertainty import beats_initial, certainty
 from search.spec.study import StudySpec
 from search.store.mirror import readable_folder
 from search.store.study_store import StudyStore
@@ -227,8 +227,7 @@ class StudyResult:
 
     def reason(self, row: pd.Series, rule: str, floor: float = DEFAULT_FLOOR) -> str:
         """Why a rule chose a trial, in a line, and whether it beats the initial model beyond noise where that is known."""
-        known = self.certainty[self.certainty["trial"] == row["trial"]]["beats_initial"].dropna()
-        beats = None if known.empty else bool(known.iloc[0])
+        beats = beats_initial(self.store, self.trials, self.controls).get(int(row["trial"]))
         return reason_of(row, self.control(INITIAL), self.objectives, rule, floor, beats)
 
     def reference_point(self) -> dict[str, float]:

@@ -36,8 +36,8 @@ MOST_BYTES = 2**30
 """What a trial's file may unpack to; those of thousands of items take some megabytes."""
 
 
-def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
-    """Return the arrays of a numpy archive.
+def read_arrays(content: bytes, start: str = "") -> dict[str, NDArray[Any]]:
+    """Return the arrays of a numpy archive whose names start so.
 
     Raises:
         ValueError: It unpacks to too much, or holds Python objects.
@@ -47,7 +47,7 @@ def read_arrays(content: bytes) -> dict[str, NDArray[Any]]:
         if sum(entry.file_size for entry in archive.infolist()) > MOST_BYTES:
             raise ValueError(f"it unpacks to more than {MOST_BYTES >> 30} GiB")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return dict(arrays)
+        return {name: arrays[name] for name in arrays.files if name.startswith(start)}
 
 
 class ItemFiles:
@@ -74,15 +74,15 @@ class ItemFiles:
         self._pending.append(self._disk.submit(_flush, path))
         return content_hash(content)
 
-    def read(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
-        """Read a trial's arrays by ``set/measurement``; None where it has none.
+    def read(self, number: int, control: bool = False, item_set: str | None = None) -> dict[str, NDArray[Any]] | None:
+        """Read a trial's arrays by ``set/measurement``, of one set if it is named; None where it has none.
 
         Raises:
             UserError: If the file is damaged.
         """
         path = self._path(number, control)
         try:
-            return read_arrays(path.read_bytes())
+            return read_arrays(path.read_bytes(), f"{item_set}/" if item_set else "")
         except FileNotFoundError:
             return None
         except Exception as error:  # a damaged archive fails in zipfile, zlib, numpy or the system

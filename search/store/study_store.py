@@ -277,12 +277,13 @@ class StudyStore:
             attributes["traceback"] = keep_traceback(self.out, name, traceback)
         self._end(job.is_control, number, TrialState.FAIL, attributes)
 
-    def items(self, number: int, control: bool = False) -> dict[str, NDArray[Any]] | None:
-        """Return the per-item arrays of a complete trial by ``set/measurement``; None where it has none (older versions).
+    def items(self, number: int, control: bool = False, item_set: str | None = None) -> dict[str, NDArray[Any]] | None:
+        """Return the per-item arrays of a complete trial by ``set/measurement``, of one set if it is named; None where it has
+        none (older versions).
 
         A pruned trial has those of the stages that were scored.
         """
-        return self._items.read(number, control)
+        return self._items.read(number, control, item_set)
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add to the time that a stage has taken over all runs, and save the record."""

@@ -11,7 +11,7 @@ from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY
 from search.problem.pareto import hypervolume
 from search.results.finalists import best_first, confirmations, held_out, matched_scale
 from search.results.study_result import StudyResult
-from search.results.uncertainty import smallest_groups
+from search.results.uncertainty import beats_initial, smallest_groups
 from uipe_core.logs.tofu import read_log
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.tofu import evaluate, quality_ratios
@@ -101,11 +101,20 @@ def test_trials_are_held_against_the_initial_model_beyond_noise(result, monkeypa
     same, forgotten = (int(number) for number in result.trials["trial"].iloc[:2])
     retain = int(result.control("retain")["trial"])
     others = {(same, False): (initial, True), (forgotten, False): (retain, True)}
-    monkeypatch.setattr(store, "items", lambda n, control=False: real(*others.get((n, control), (n, control))))
-    beats = StudyResult.of(store).certainty.set_index("trial")["beats_initial"]
+    monkeypatch.setattr(
+        store, "items", lambda n, control=False, **given: real(*others.get((n, control), (n, control)), **given)
+    )
+    again = StudyResult.of(store)
+    beats = again.certainty.set_index("trial")["beats_initial"]
     assert not beats[same]
-    monkeypatch.setattr(store, "items", lambda n, control=False: None if (n, control) == (initial, True) else real(n, control))
-    assert StudyResult.of(store).certainty["beats_initial"].isna().all()
+    # The sentence of a selection reads the forget set alone, and says the same.
+    assert beats_initial(store, again.trials, again.controls) == beats.to_dict()
+    monkeypatch.setattr(
+        store, "items", lambda n, control=False, **given: None if (n, control) == (initial, True) else real(n, control, **given)
+    )
+    again = StudyResult.of(store)
+    assert again.certainty["beats_initial"].isna().all()
+    assert beats_initial(store, again.trials, again.controls) == {}
 
 
 def test_without_item_scores_there_is_no_certainty(copied, monkeypatch):

@@ -175,9 +175,9 @@ def test_select_gives_its_reason_in_a_line(study, call):
 
 
 @pytest.mark.parametrize(("beats", "said"), [(True, "more than the initial model beyond noise"), (False, "within noise")])
-def test_the_reason_says_whether_it_is_beyond_noise(study, beats, said):
+def test_the_reason_says_whether_it_is_beyond_noise(study, monkeypatch, beats, said):
     result = study([(0, -5.0, 0.79), (0.5, -3.0, 0.77)])
-    result.certainty = pd.DataFrame({"trial": [0, 1], "beats_initial": beats})
+    monkeypatch.setattr("search.results.study_result.beats_initial", lambda *_: {0: beats, 1: beats})
     assert said in result.reason(result.select("utility-floor"), "utility-floor")
 
 
