@@ -5,7 +5,6 @@ import math
 from itertools import combinations, pairwise
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from search.cli.front_table import print_front
