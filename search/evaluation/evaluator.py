@@ -135,7 +135,10 @@ class Evaluator:
         if held_out not in self._halves:
             split = self.context.split
             rows = split.report if held_out else split.select
-            self._halves[held_out] = _Half(self.context, self.task, rows, self.loaded.prompts)
+            half = _Half(self.context, self.task, rows, self.loaded.prompts)
+            if any(objective.compares_with_initial for objective in self.context.objectives):
+                half.scorer.keep_initial(self._on(self._walker.reset()))
+            self._halves[held_out] = half
         return self._halves[held_out]
 
     def _report(self, job: TrialSpec, half: _Half) -> tuple[Report, float | None, dict[str, Any] | None]:

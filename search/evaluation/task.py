@@ -198,6 +198,8 @@ class FreeText:
         def value(scores: Report) -> float:
             return composite(scores, utility.components, context.definition)  # type: ignore[arg-type]
 
+        if utility.compares_with_initial:
+            return False  # it has no reference model to be above: 1 is the initial model itself
         known = [context.references[name] for name in (INITIAL, RETAIN) if name in context.references]
         best = max(known, key=value)
         if value(report) <= value(best):
@@ -213,6 +215,8 @@ class FreeText:
         from uipe_core.metrics.uncertainty import paired_permutation
 
         found: dict[str, Any] = {"collapsed": collapse_reason(report)}
+        compared = {name: each.initial_kl for name, each in report.sets.items() if each.initial_kl is not None}
+        found |= {f"{name}_kl_from_initial": float(values.mean()) for name, values in compared.items()}
         if (retain := context.references.get(RETAIN)) is not None:
             chosen = definition_named(context.definition)
             scores, expected = (quality_ratios(each.sets["forget"], chosen) for each in (report, retain))  # type: ignore[arg-type]

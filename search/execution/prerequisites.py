@@ -19,7 +19,7 @@ from search.execution.base_runs import POLL_SECONDS, BaseRunEvent, BaseRunTasks,
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
 from search.execution.workers import build_model, import_and_publish, score_model, train_and_publish
-from search.problem.trial import NEVER_FINETUNED, retrained
+from search.problem.trial import INITIAL, NEVER_FINETUNED, retrained
 from search.report.progress import Bars
 from search.spec.runtime import BaseRunResources, TrialResources
 from search.store.folder import keep_traceback
@@ -27,8 +27,9 @@ from search.store.study_store import StudyStore
 from uipe_core.deltas.checkpoints import find_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
-from uipe_core.metrics.scores import SetScores, require_same_items
+from uipe_core.metrics.scores import ScoreReport, SetScores, require_same_items
 from uipe_core.models.loading import ModelSource
+from uipe_core.scoring.scorer import COMPARED_SETS
 from uipe_core.storage.content_store import content_key
 from uipe_core.storage.files import write_atomic
 from uipe_core.unlearning.training import UnlearningConfig
@@ -79,6 +80,10 @@ class Prerequisites:
         try:
             with self._stage("references"):
                 reports = self._reports(sources, tasks)
+            if any(objective.compares_with_initial for objective in spec.maximised):
+                initial = reports[INITIAL]
+                assert isinstance(initial, ScoreReport)
+                reports[INITIAL] = initial.compared_with_itself(COMPARED_SETS)
             self._check(reports)
             identities = self.preparation.models.identities
             for warning in check_references(reports, identities, spec.maximised, spec.definition):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from uipe_core.corpora.types import UTILITY_SETS
 from uipe_core.errors import UserError, did_you_mean
 from uipe_core.metrics.composites import (
+    AGREEMENT,
     CLOSENESS,
     EXACT,
     EXTRACTION,
@@ -19,6 +20,7 @@ from uipe_core.metrics.composites import (
     TRUTH_SHARE,
     Component,
 )
+from uipe_core.metrics.scores import SetScores
 from uipe_core.metrics.tofu import log10_p_floor
 
 if TYPE_CHECKING:
@@ -70,6 +72,11 @@ class Objective:
         """Evaluation sets it is made of, as far as they are known."""
         own = () if self.quality_of is None else (self.quality_of,)
         return tuple(dict.fromkeys([*own, *(each.item_set for each in self.components)]))
+
+    @property
+    def compares_with_initial(self) -> bool:
+        """Return True if it needs what the initial model says at every token: one more pass per worker."""
+        return any(each.measure == AGREEMENT for each in self.components)
 
     @property
     def reads_text(self) -> bool:
@@ -151,6 +158,17 @@ RETAIN_UTILITY = replace(
     optional=("general",),
 )
 
+AGREEMENT_WITH_INITIAL = replace(
+    _composite(
+        "agreement_with_initial",
+        "agreement with the initial model, exp(-KL)",
+        "exp(-KL)",
+        "exp(-KL from the initial model per answer token) on retain and, where there, general items, in [0, 1]",
+        *(Component(name, AGREEMENT) for name in ("retain", "general")),
+    ),
+    optional=("general",),
+)
+
 CHOICE_FORGETTING = Objective(
     "forgetting_to_chance",
     "minus forget accuracy above chance",
@@ -197,7 +215,12 @@ LM_EVAL = Objective(
     about="mean accuracy of the tasks in section lm_eval, in [0, 1]; as many further passes as these have items",
 )
 
-UTILITY: dict[str, Objective] = {"model_utility": MODEL_UTILITY, "retain_utility": RETAIN_UTILITY, "lm_eval": LM_EVAL}
+UTILITY: dict[str, Objective] = {
+    "model_utility": MODEL_UTILITY,
+    "retain_utility": RETAIN_UTILITY,
+    "kl_from_initial": AGREEMENT_WITH_INITIAL,
+    "lm_eval": LM_EVAL,
+}
 """Objectives of utility by the name a study file gives (``objectives.utility``)."""
 
 THIRD_OBJECTIVES: dict[str, Objective] = {
@@ -237,10 +260,18 @@ def objective_named(role: str, name: str) -> Objective:
     raise UserError(f"{name!r} is none of {known}, and no package.module:function.{did_you_mean(name, ROLES[role])}")
 
 
-def composites(sets: Collection[str]) -> list[Objective]:
-    """List the composites that scores of these sets tell: numbers of every trial, whatever its study maximises."""
+def composites(sets: Mapping[str, SetScores]) -> list[Objective]:
+    """List the composites that scores tell: numbers of every trial, whatever its study maximises.
+
+    Those of generated text are listed whether it was generated or not.
+    """
     named = [each.on(sets) for role in ROLES.values() for each in role.values() if each.components]
-    return [each for each in named if set(each.sets) <= set(sets)]
+    return [
+        each
+        for each in named
+        if set(each.sets) <= set(sets)
+        and all(part.measure != AGREEMENT or part.is_known(sets[part.item_set]) for part in each.components)
+    ]
 
 
 @dataclass(frozen=True)

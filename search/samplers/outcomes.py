@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from search.problem.objectives import Objective
 from search.samplers.gaussian_process import FloatArray
 from uipe_core.metrics.composites import (
+    AGREEMENT,
     CLOSENESS,
     EXACT,
     EXTRACTION,
@@ -44,12 +45,14 @@ What happens in a collapse is large and counts for nothing; unbent it would set 
 ANSWER, CHOICE, RATIO, SHARE, SHORT = "answer", "choice", "ratio", "share", "paraphrase"
 """Curves of a set: log odds of the answers, of them among the choices, of the paraphrases; truth ratios, as a utility set has
 them and as a share."""
+ROOT = "divergence"
+"""Curve of the divergence from the initial model: its square root, since near that model it is quadratic in the weights."""
 
 _BEYOND = {ROUGE: "text", EXTRACTION: "extracted", EXACT: "exact"}
 """Curves of measures that change in steps, by measure: their mean over the items beyond that of the answers' probability."""
 
 
-_ORDER = (PROBABILITY, PARAPHRASE, CLOSENESS, TRUTH_SHARE, ROUGE, EXTRACTION, EXACT)
+_ORDER = (PROBABILITY, PARAPHRASE, CLOSENESS, TRUTH_SHARE, ROUGE, EXTRACTION, EXACT, AGREEMENT)
 
 
 def _curve(component: Component) -> str:
@@ -57,6 +60,7 @@ def _curve(component: Component) -> str:
     if component.measure in _BEYOND:
         return f"{component.item_set}/{_BEYOND[component.measure]}"
     own = {PROBABILITY: CHOICE if component.item_set in CHOICE_SETS else ANSWER, PARAPHRASE: SHORT, TRUTH_SHARE: SHARE}
+    own[AGREEMENT] = ROOT
     return f"{component.item_set}/{own.get(component.measure, RATIO)}"
 
 
@@ -138,6 +142,8 @@ class OutcomeModel:
                 return _log_odds(-np.log(component.of_items(scores, definition)))
         if measure == PARAPHRASE:
             return _log_odds(scores.paraphrase_loss)
+        if measure == AGREEMENT:
+            return _bend(np.sqrt(np.asarray(scores.initial_kl)))
         with np.errstate(divide="ignore"):
             ratios = np.log(truth_ratio(scores.paraphrase_loss, scores.perturbed_loss, self._definition))
         if measure == TRUTH_SHARE:
@@ -181,6 +187,9 @@ class OutcomeModel:
         if component.measure == CLOSENESS:
             ratio = _unbend(curves[curve])
             return np.asarray(1.0 - np.exp(ratio, out=ratio).mean(axis=-1))
+        if component.measure == AGREEMENT:
+            root = -_unbend(-np.asarray(curves[curve]))
+            return np.asarray(np.exp(-(root**2)).mean(axis=-1))
         return np.asarray(_probability(curves[curve]).mean(axis=-1))
 
     def _bent(self, name: str, ratios: FloatArray) -> FloatArray:

@@ -25,10 +25,13 @@ PROBABILITY, ROUGE, CLOSENESS = "probability", "rouge", "truth_ratio"
 PARAPHRASE, TRUTH_SHARE = "paraphrase_probability", "truth_share"
 EXTRACTION, EXACT = "extraction_strength", "exact_memorization"
 
+AGREEMENT = "agreement_with_initial"
+"""exp(-KL(initial || model)) of an item, in [0, 1]: 1 where the model says what the initial one says."""
+
 SLACK = 1e-9
 """Relative allowance of a bound for rounding in other sums."""
 
-OF_LOSSES = (PROBABILITY, CLOSENESS, PARAPHRASE, TRUTH_SHARE, EXTRACTION, EXACT)
+OF_LOSSES = (PROBABILITY, CLOSENESS, PARAPHRASE, TRUTH_SHARE, EXTRACTION, EXACT, AGREEMENT)
 """Measures that are known as soon as the losses of their set are."""
 
 
@@ -57,6 +60,8 @@ class Component:
 
     def is_known(self, scores: SetScores | None) -> bool:
         """Return True if scores of its set, of a model scored in part, already tell it."""
+        if self.measure == AGREEMENT:
+            return scores is not None and scores.initial_kl is not None
         return scores is not None and (self.measure in OF_LOSSES or scores.rouge_l_recall is not None)
 
 
@@ -69,10 +74,10 @@ def _measured(scores: SetScores, name: str, measure: str, definition: Definition
         return np.asarray(np.exp(-scores.paraphrase_loss))
     if measure == TRUTH_SHARE:
         return truth_share(scores, name, definition)
-    found: FloatArray | None = getattr(scores, measure)
+    found: FloatArray | None = scores.initial_kl if measure == AGREEMENT else getattr(scores, measure)
     if found is None:
         raise UserError(f"set {name!r} has no {measure.replace('_', ' ')}: score the model with this version")
-    return found
+    return np.asarray(np.exp(-found)) if measure == AGREEMENT else found
 
 
 def composite(report: ScoreReport, components: Sequence[Component], definition: str) -> float:

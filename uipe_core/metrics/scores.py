@@ -57,6 +57,8 @@ class SetScores(_Items):
         exact_memorization, extraction_strength: (n,) in [0, 1] of the gold answer, see `memorization`; None if unknown.
         logit_spread: (n,) standard deviation of the logits over the vocabulary, mean over the gold answer's tokens; utility
             sets only.
+        initial_kl: (n,) KL(initial || model) over the vocabulary, mean over the gold answer's tokens in nats; None if not
+            measured.
         extraction_strength_open_unlearning: (n,) as `extraction_strength`, but at least 1 / tokens; of logs that have it alone.
     """
 
@@ -76,6 +78,7 @@ class SetScores(_Items):
     extraction_strength: FloatArray | None = None
     logit_spread: FloatArray | None = None
     extraction_strength_open_unlearning: FloatArray | None = None
+    initial_kl: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.paraphrase_loss)
@@ -83,7 +86,7 @@ class SetScores(_Items):
     @property
     def is_finite(self) -> bool:
         """Return True if every loss and every logit spread is finite."""
-        measured = (self.answer_loss, self.paraphrase_loss, self.perturbed_loss, self.logit_spread)
+        measured = (self.answer_loss, self.paraphrase_loss, self.perturbed_loss, self.logit_spread, self.initial_kl)
         return all(values is None or bool(np.isfinite(values).all()) for values in measured)
 
     def without_overflow(self) -> "SetScores":
@@ -98,6 +101,7 @@ class SetScores(_Items):
             answer_loss=bounded(self.answer_loss),
             paraphrase_loss=bounded(self.paraphrase_loss),
             perturbed_loss=bounded(self.perturbed_loss),
+            initial_kl=None if self.initial_kl is None else bounded(self.initial_kl),
             logit_spread=self.logit_spread if known else None,
         )
 
@@ -140,6 +144,11 @@ class ScoreReport:
             return self
         scale = self.logit_scale if self.logit_scale is not None and np.isfinite(self.logit_scale) else None
         return replace(self, sets={name: scores.without_overflow() for name, scores in self.sets.items()}, logit_scale=scale)
+
+    def compared_with_itself(self, names: Sequence[str]) -> "ScoreReport":
+        """Return the initial model's scores with its divergence from itself, 0, for the items of these sets."""
+        zeros = {name: replace(scores, initial_kl=np.zeros(len(scores))) for name, scores in self.sets.items() if name in names}
+        return replace(self, sets={**self.sets, **zeros})
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return every per-item array by ``set/measurement``."""

@@ -27,6 +27,7 @@ from uipe_core.models.prompts import Example, PromptFormat
 from uipe_core.models.transformers_compat import accepts_logits_to_keep
 from uipe_core.scoring import packing
 from uipe_core.scoring.batch_sizes import BatchSize, find_batch_size
+from uipe_core.scoring.divergence import InitialAnswers
 from uipe_core.scoring.generation import GreedyText, complete, verify_drafts
 from uipe_core.scoring.half_precision import fast_products
 from uipe_core.scoring.packing import Group, Rows
@@ -39,15 +40,24 @@ class TeacherForcedScores:
         examples: All examples.
         gold: Numbers of the gold answers.
         scaled: Numbers of the examples whose logit spread is wanted.
+        initial: What the initial model says of some gold answers, if divergences from it are wanted.
 
     Attributes:
         losses: (n,) mean loss, nats per answer token.
         spreads: (n,) standard deviation of the logits over the vocabulary, mean over the answer's tokens.
         best: Of each gold answer the most likely token at every position.
+        divergences: KL(initial || model), nats per answer token, of each answer that `initial` keeps.
     """
 
-    def __init__(self, examples: Sequence[Example], gold: Collection[int], scaled: Collection[int]) -> None:
-        self._examples, self._gold, self._scaled = examples, gold, scaled
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        gold: Collection[int],
+        scaled: Collection[int],
+        initial: InitialAnswers | None = None,
+    ) -> None:
+        self._examples, self._gold, self._scaled, self._initial = examples, gold, scaled, initial
+        self.divergences: dict[int, float] = {}
         self.losses = np.zeros(len(examples))
         self.spreads = np.zeros(len(examples))
         self.best: dict[int, list[int]] = {}
@@ -57,6 +67,8 @@ class TeacherForcedScores:
         which = rows.which
         nll = logits.float().logsumexp(dim=-1)[which] - logits[which, rows.targets].float()
         self.losses[list(rows.owners)] = _means(nll, rows.lengths)
+        if self._initial is not None:
+            self.divergences |= self._initial.divergences(rows, logits)
         tokens = np.repeat(rows.owners, rows.lengths)
         scaled = [pair for pair in zip(rows.owners, rows.lengths, strict=True) if pair[0] in self._scaled]
         if scaled:
@@ -78,6 +90,9 @@ GENERATED_SETS = ("forget", *KEPT_SETS)
 
 LOSS_STAGES = {"forget": ("forget",), "general": ("general", "real_authors", "world_facts"), "retain": ("retain",)}
 """Sets whose losses are computed in a stage, in the order of the stages. All other sets follow."""
+
+COMPARED_SETS = ("retain", "general")
+"""Sets on whose answers a model is compared with the initial one, token by token, where that is wanted."""
 
 OTHERS, GENERATION = "others", "generation"
 """The last stages: losses of all other sets, and greedy text for `GENERATED_SETS`."""
@@ -145,6 +160,7 @@ class Scorer:
             self._numbers[stage] = sorted({number for name in names for row in self._rows[name] for number in row} - read)
             read.update(self._numbers[stage])
         self._reads_trees: dict[type, bool] = {}
+        self._initial: InitialAnswers | None = None
         self._size = None if config.batch_size is None else BatchSize(config.batch_size)
         self._texts_size = None if config.batch_size is None else BatchSize(4 * config.batch_size)
         # Drafts: texts of the last model scored, which at another alpha are similar.
@@ -158,6 +174,26 @@ class Scorer:
     def forget_texts(self) -> None:
         """Drop the last model's texts as drafts; the next numbers are the same, computed from scratch."""
         self._drafts = [[] for _ in self._drafts]
+
+    @torch.inference_mode()
+    def keep_initial(self, loaded: LoadedModel) -> None:
+        """Keep the initial model's distributions over the answers of `COMPARED_SETS`: one more pass over these.
+
+        Scores from then on have `SetScores.initial_kl`.
+        """
+        loaded.model.eval()
+        initial = InitialAnswers([row[0] for name in COMPARED_SETS for row in self._rows.get(name, [])])
+        self._size = self._size or BatchSize(self._find_batch_size(loaded.model, loaded.device))
+        trees = self._may_read_trees(loaded.model, loaded.device)
+        groups = (packing.group_by_prompt if trees else packing.one_per_row)(self.examples, sorted(initial.numbers))
+
+        def read(batch: list[Group]) -> None:
+            rows = self._batch(batch, trees, loaded.device)
+            initial.keep(rows, packing.predicting_logits(loaded.model, rows, accepts_logits_to_keep(loaded.model)))
+
+        with fast_products(loaded.model.dtype, loaded.device):
+            self._size.run(groups, read, split=packing.batched, count_rows=lambda batch: sum(map(len, batch)))
+        self._initial = initial
 
     def _index(self, items: ItemSet) -> list[list[int]]:
         """Return per item the example numbers of its answer, paraphrase and perturbed answers, and add new examples.
@@ -217,7 +253,7 @@ class Scorer:
             if progress is not None:
                 progress(done, total)
 
-        read = TeacherForcedScores(self.examples, self._gold_rows, self._scale_rows)
+        read = TeacherForcedScores(self.examples, self._gold_rows, self._scale_rows, self._initial)
         sets: dict[str, SetScores] = {}
         seconds: dict[str, float] = {}
         for stage, names in self._stages.items():
@@ -273,14 +309,16 @@ class Scorer:
         groups: list[Group],
     ) -> None:
         """Run a batch of answers and record it."""
-        numbers = [number for group in groups for number in group]
-        if trees:
-            rows = packing.tree_row(numbers, self.examples, device)
-        else:
-            rows = packing.plain_rows(numbers, self.examples, self.prompts.pad_id, device)
+        rows = self._batch(groups, trees, device)
         logits = packing.predicting_logits(model, rows, accepts_logits_to_keep(model))
         scores.record(rows, logits if temperature == 1.0 else logits.float() / temperature)
         step(len(rows.owners))
+
+    def _batch(self, groups: list[Group], trees: bool, device: torch.device) -> Rows:
+        numbers = [number for group in groups for number in group]
+        if trees:
+            return packing.tree_row(numbers, self.examples, device)
+        return packing.plain_rows(numbers, self.examples, self.prompts.pad_id, device)
 
     def _longest(self, item: Item, prompt: list[int]) -> int:
         """Return how many tokens of text are generated for an item, at least one."""
@@ -337,6 +375,9 @@ class Scorer:
             exact_memorization=np.array([exact_memorization(hits) for hits in gold], dtype=np.float64),
             extraction_strength=np.array([extraction_strength(hits) for hits in gold], dtype=np.float64),
             logit_spread=column(read.spreads, 0) if name in KEPT_SETS else None,
+            initial_kl=np.array([read.divergences[row[0]] for row in rows])
+            if self._initial is not None and name in COMPARED_SETS
+            else None,
         )
 
     def _with_texts(self, name: str, scores: SetScores, texts: list[str] | None) -> SetScores:

@@ -28,12 +28,12 @@ from uipe_core.metrics.tofu import evaluate, harmonic_mean, truth_ratio, truth_s
 SHARED = Path(os.environ.get("UIPE_SHARED_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
 
 
-def scored(answer, paraphrase, perturbed, rouge=1.0, exact=0.5, extraction=0.25):
+def scored(answer, paraphrase, perturbed, rouge=1.0, exact=0.5, extraction=0.25, kl=0.0):
     """One item's scores, given probabilities."""
     one = np.ones(1, dtype=np.int64)
     return SetScores(
         -np.log([answer]), one, -np.log([paraphrase]), one, -np.log([perturbed]), np.ones((1, len(perturbed)), dtype=np.int64),
-        rouge_l_recall=np.array([rouge]), exact_memorization=np.array([exact]), extraction_strength=np.array([extraction]),
+        rouge_l_recall=np.array([rouge]), exact_memorization=np.array([exact]), extraction_strength=np.array([extraction]), initial_kl=np.array([kl]),
     )  # fmt: skip
 
 
@@ -86,8 +86,8 @@ def test_forgetting_grows_as_answers_get_less_likely(name):
     """Every objective of forgetting is larger for a model that has forgotten, every one of utility smaller."""
     objective = (FORGETTING | UTILITY)[name]
     names = ("forget", "retain", "real_authors", "world_facts", "general")
-    knows = ScoreReport(dict.fromkeys(names, scored(0.9, 0.9, [0.1, 0.2], 0.9, 0.9, 0.9)))
-    forgot = ScoreReport(dict.fromkeys(names, scored(0.1, 0.1, [0.2, 0.3], 0.1, 0.1, 0.1)))
+    knows = ScoreReport(dict.fromkeys(names, scored(0.9, 0.9, [0.1, 0.2], 0.9, 0.9, 0.9, 0.1)))
+    forgot = ScoreReport(dict.fromkeys(names, scored(0.1, 0.1, [0.2, 0.3], 0.1, 0.1, 0.1, 2.0)))
     values = [composite(each, objective.components, "tofu") for each in (knows, forgot)]
     assert (values[0] < values[1]) == (name in FORGETTING)
 
@@ -99,6 +99,9 @@ def test_what_is_missing_is_named():
                         "paraphrase_tokens", "perturbed_loss", "perturbed_tokens")))  # fmt: skip
     with pytest.raises(UserError, match="no extraction strength"):
         composite(ScoreReport({"forget": without}), (Component("forget", "extraction_strength"),), "tofu")
+    with pytest.raises(UserError, match="no agreement with initial"):
+        composite(ScoreReport({"retain": without}), (Component("retain", "agreement_with_initial"),), "tofu")
+    assert composite_bound(ScoreReport({"retain": without}), (Component("retain", "agreement_with_initial"),), "tofu") == 1.0
     assert composite_bound(ScoreReport({}), MEMORIZATION.components, "tofu") == 1.0
 
 

@@ -134,6 +134,30 @@ def test_an_objective_of_ones_own_is_computed_on_the_workers(ran, place, study, 
     assert result.trials["kept"].to_numpy() == pytest.approx(np.array(retain) / initial, rel=1e-6)
 
 
+def test_the_divergence_from_the_initial_model_is_a_utility(ran, place, study, own):
+    import search
+
+    spec = search.load_study(study("budget", objectives={"utility": "kl_from_initial"}, search={"trials": 3}))
+    result = search.run_study(spec, own / "budget", quiet=True)
+    assert [objective.name for objective in result.objectives] == ["memorization_score", "agreement_with_initial"]
+    initial = result.control("initial")
+    assert initial["agreement_with_initial"] == 1
+    assert initial["retain_kl_from_initial"] == 0
+    for row in result.trials.to_dict("records"):
+        kept = result.store.items(int(row["trial"]))["retain/initial_kl"]
+        assert row["agreement_with_initial"] == pytest.approx(np.exp(-kept).mean())
+        assert 0 < row["agreement_with_initial"] < 1
+    # `line` modelled it: it proposed what was searched, and says nothing of a missing input.
+    assert result.store.counts()["complete"] == 2 + 3
+    # An epoch walked further is farther from the initial model.
+    by_alpha = result.trials.sort_values("alpha")[["base", "epoch", "alpha", "update_norm", "retain_kl_from_initial"]]
+    assert by_alpha["update_norm"].corr(by_alpha["retain_kl_from_initial"], method="spearman") > 0.5
+    picked = result.select("utility-floor", 0.5)
+    assert picked["agreement_with_initial"] >= 0.5
+    folder = result.export(picked, own / "budget_exported", "model")
+    assert "memorization score" in (folder / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

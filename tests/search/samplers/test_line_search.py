@@ -12,7 +12,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
-from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
+from search.problem.objectives import AGREEMENT_WITH_INITIAL, FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
 from search.problem.pareto import hypervolume
 from search.samplers.acquisition import LineSearch, growth
 from search.samplers.gaussian_process import Geometry, Points
@@ -20,6 +20,7 @@ from search.samplers.line import LineSampler, LineStudy, UpdateVectors
 from search.samplers.outcomes import OutcomeModel
 from search.samplers.registry import SAMPLERS
 from uipe_core.errors import UserError
+from uipe_core.metrics.composites import composite
 from uipe_core.metrics.scores import ScoreReport, SetScores
 from uipe_core.metrics.tofu import evaluate, log10_p_floor
 
@@ -90,6 +91,24 @@ def test_objectives_of_curves_are_those_of_the_scores(world, definition):
         found = curves.objectives(curves.of(report.arrays()))
         truth = [expected.forget_quality.log10_p, expected.model_utility, expected.related["related"].log10_p]
         assert found == pytest.approx(truth, abs=1e-9)
+
+
+def test_the_divergence_from_the_initial_model_has_a_curve_that_gives_it_back(world):
+    objective = AGREEMENT_WITH_INITIAL.on(["retain"])
+    rng = np.random.default_rng(5)
+    for spread in (0.01, 1.0, 20.0):
+        report = world.report(2, 0.8)
+        kl = spread * rng.random(ITEMS)
+        report = replace(report, sets={**report.sets, "retain": replace(report.sets["retain"], initial_kl=kl)})
+        curves = world.curves((FORGET_QUALITY, objective))
+        found = curves.objectives(curves.of(report.arrays()))
+        assert found[1] == pytest.approx(composite(report, objective.components, "tofu"), rel=1e-9)
+    # Near the initial model the divergence is quadratic in the weights, and the curve straight.
+    steps = np.array([0.01, 0.02, 0.03])
+    roots = [
+        curves.of({**report.arrays(), "retain/initial_kl": np.full(ITEMS, step**2)})["retain/divergence"][0] for step in steps
+    ]
+    assert roots == pytest.approx(steps, rel=1e-3)
 
 
 def test_what_is_modelled_goes_straight_where_logits_go_straight(world):
