@@ -9,7 +9,7 @@ from torch import Tensor
 
 from uipe_core.scoring.packing import Rows
 
-LIKELIEST = 64
+KEPT_TOKENS = 64
 """Tokens kept of each distribution; all others count as one."""
 
 _LEAST = 1e-9
@@ -32,7 +32,7 @@ class Distributions:
 class InitialAnswers:
     """Keep the initial model's distributions over some answers, and compare those of other models with them.
 
-    Of each distribution the `LIKELIEST` tokens are kept and the rest as one outcome: 1 kB a token where a vocabulary of 128,000
+    Of each distribution the `KEPT_TOKENS` tokens are kept and the rest as one outcome: 1 kB a token where a vocabulary of 128,000
     takes 512. Merging outcomes never enlarges a divergence, so what is computed is a lower bound, and exact for a vocabulary no
     larger than that.
 
@@ -48,7 +48,7 @@ class InitialAnswers:
         """Keep the distributions of a batch. Logits are (predicting positions, vocabulary)."""
         for number, own in self._own(rows).items():
             found = logits[rows.which[own]].float().log_softmax(dim=-1)
-            log_probabilities, tokens = found.topk(min(LIKELIEST, found.shape[-1]), dim=-1)
+            log_probabilities, tokens = found.topk(min(KEPT_TOKENS, found.shape[-1]), dim=-1)
             self._kept[number] = Distributions(tokens, _with_rest(log_probabilities))
 
     def divergences(self, rows: Rows, logits: Tensor) -> dict[int, float]:

@@ -33,7 +33,8 @@ def scored(answer, paraphrase, perturbed, rouge=1.0, exact=0.5, extraction=0.25,
     one = np.ones(1, dtype=np.int64)
     return SetScores(
         -np.log([answer]), one, -np.log([paraphrase]), one, -np.log([perturbed]), np.ones((1, len(perturbed)), dtype=np.int64),
-        rouge_l_recall=np.array([rouge]), exact_memorization=np.array([exact]), extraction_strength=np.array([extraction]), initial_kl=np.array([kl]),
+        rouge_l_recall=np.array([rouge]), exact_memorization=np.array([exact]), extraction_strength=np.array([extraction]),
+        initial_kl=np.array([kl]),
     )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def measured(initial, moved, corpus):
 
 
 def test_it_is_the_sum_over_the_vocabulary_where_all_of_it_is_kept(pair, corpus, monkeypatch):
-    monkeypatch.setattr(divergence, "LIKELIEST", len(pair[0].tokenizer))
+    monkeypatch.setattr(divergence, "KEPT_TOKENS", len(pair[0].tokenizer))
     found = measured(*pair, corpus).sets["retain"].initial_kl
     expected = [whole_sum(*pair, item) for item in corpus.sets["retain"]]
     assert min(expected) > 1e-3
@@ -64,7 +64,7 @@ def test_it_is_a_lower_bound_that_grows_with_the_tokens_kept(pair, corpus, monke
     expected = np.array([whole_sum(*pair, item) for item in corpus.sets["retain"]])
     found = []
     for kept in (1, 4, 64):
-        monkeypatch.setattr(divergence, "LIKELIEST", kept)
+        monkeypatch.setattr(divergence, "KEPT_TOKENS", kept)
         found.append(measured(*pair, corpus).sets["retain"].initial_kl)
     assert all((fewer <= more + 1e-9).all() for fewer, more in zip(found, [*found[1:], expected], strict=True))
 
