@@ -32,9 +32,9 @@ class Distributions:
 class InitialAnswers:
     """Keep the initial model's distributions over some answers, and compare those of other models with them.
 
-    Of each distribution the `KEPT_TOKENS` tokens are kept and the rest as one outcome: 1 kB a token where a vocabulary of 128,000
-    takes 512. Merging outcomes never enlarges a divergence, so what is computed is a lower bound, and exact for a vocabulary no
-    larger than that.
+    Of each distribution `KEPT_TOKENS` tokens are kept and the rest as one outcome: 1 kB a token where a vocabulary of
+    128,000 takes 512. Merging outcomes never enlarges a divergence, so what is computed is a lower bound, and exact for a
+    vocabulary no larger than that.
 
     Args:
         numbers: Example numbers of the answers.

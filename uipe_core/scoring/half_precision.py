@@ -4,6 +4,7 @@ There torch multiplies element by element, 4 to 6 times slower than fp32. Here o
 product is rounded: sums in fp32 and one rounding, as such instructions do it. What is scored stays the model in its own dtype.
 """
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -15,6 +16,13 @@ from torch.overrides import TorchFunctionMode
 
 FEW = 16
 """With fewer rows than this, widening the weights takes longer than it saves."""
+
+
+TIMED, REPEATS = 1024, 5
+"""Rows and columns of the products that are timed, and how often each is: 0.2 s in all on a slow core."""
+
+LARGE, CLEARLY = 20_000_000, 1.5
+"""Parameters from which on products take most of the time, and how many times as fast a dtype is worth its rounding."""
 
 
 class _Widened(TorchFunctionMode):
@@ -29,6 +37,29 @@ class _Widened(TorchFunctionMode):
 def fast_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which linear layers of that dtype multiply as fast as the device can."""
     return _Widened() if device.type == "cpu" and lacks_instructions(dtype) else nullcontext()
+
+
+def faster_in_bfloat16(parameters: int) -> float | None:
+    """Return how many times as fast this processor multiplies in bfloat16, for a model of so many parameters; None where that
+    is not worth the rounding."""
+    speed = bfloat16_speed() if parameters >= LARGE else 0.0
+    return speed if speed >= CLEARLY else None
+
+
+def bfloat16_speed() -> float:
+    """Return how many times as fast this processor multiplies bfloat16 matrices as float32 ones, by timing products of both."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        rows, weight = torch.ones(TIMED, TIMED, dtype=dtype), torch.ones(TIMED, TIMED, dtype=dtype)
+        times = []
+        with torch.inference_mode(), fast_products(dtype, rows.device):
+            for _ in range(REPEATS):
+                started = time.perf_counter()
+                F.linear(rows, weight)
+                times.append(time.perf_counter() - started)
+        return min(times)
+
+    return seconds(torch.float32) / seconds(torch.bfloat16)
 
 
 def lacks_instructions(dtype: torch.dtype) -> bool:

@@ -57,3 +57,12 @@ def test_a_bf16_model_is_scored_as_torch_multiplies_it_and_callers_are_left_alon
         reports.append(list(stages)[-1])
     for name, scores in reports[0].sets.items():
         np.testing.assert_allclose(scores.answer_loss, reports[1].sets[name].answer_loss, rtol=0.05, atol=0.02)
+
+
+def test_bfloat16_is_proposed_for_large_models_that_it_makes_clearly_faster(monkeypatch):
+    assert half_precision.bfloat16_speed() > 0
+    monkeypatch.setattr(half_precision, "bfloat16_speed", lambda: 2.25)
+    assert half_precision.faster_in_bfloat16(half_precision.LARGE) == 2.25
+    assert half_precision.faster_in_bfloat16(half_precision.LARGE - 1) is None
+    monkeypatch.setattr(half_precision, "bfloat16_speed", lambda: 1.2)
+    assert half_precision.faster_in_bfloat16(half_precision.LARGE) is None

@@ -11,6 +11,7 @@ from ruamel.yaml import YAML
 from search.cli.draft import Draft
 from search.cli.seen import SeenModel
 from search.spec.study import load_study
+from uipe_core.scoring import half_precision
 
 
 class Terminal(io.StringIO):
@@ -57,11 +58,28 @@ def test_what_can_be_seen_is_written_and_validates(world, call):
     assert study["scoring"]["max_new_tokens"] == 8  # seven words and the end
     assert study["search"]["trials"] == 25
     assert "note: corpus.forget: 6 items" in output
-    assert f"uipe plan {world / 'study.yaml'}" in output
+    assert "Plan of study" in output and "from start to end" in output
+    assert f"uipe run {world / 'study.yaml'}" in output
     code, output, error = call("validate", world / "study.yaml")
     assert code == 0, error
     assert "valid; 3 base runs of 5 epochs" in output
     assert sorted(path.name for path in world.iterdir()) == ["forget.jsonl", "model", "retain.jsonl", "study.yaml"]
+
+
+@pytest.mark.parametrize(("speed", "dtype"), [(2.25, "bfloat16"), (1.1, "float32")])
+def test_a_processor_that_is_faster_in_bfloat16_gets_it(world, call, monkeypatch, speed, dtype):
+    monkeypatch.setattr(half_precision, "LARGE", 1000)
+    monkeypatch.setattr(half_precision, "bfloat16_speed", lambda: speed)
+    code, _, error = call("init", *options(world), "--yes")
+    assert code == 0, error
+    assert content(world / "study.yaml")["model"]["dtype"] == dtype
+    assert ("measured here: 2.2 times as fast as float32" in (world / "study.yaml").read_text()) == (dtype == "bfloat16")
+    # The plan of a study in float32 says so.
+    text = (world / "study.yaml").read_text().replace("dtype: bfloat16", "dtype: float32")
+    (world / "study.yaml").write_text(text)
+    code, output, error = call("plan", world / "study.yaml")
+    assert code == 0, error
+    assert ("multiplies bfloat16 2.2 times as fast" in " ".join(output.split())) == (dtype == "bfloat16")
 
 
 def test_a_retain_model_is_compared_with(world, base, call):
