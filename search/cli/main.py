@@ -74,7 +74,10 @@ def _settings(
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")]
 Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]
 AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
-Floor = Annotated[float, typer.Option(help="For utility-floor: least share of the initial model's utility.")]
+Floor = Annotated[
+    float | None,
+    typer.Option(help="For utility-floor: least share of the initial model's utility; objectives.floor of the study, or 0.95."),
+]
 
 
 @app.command(epilog="Example: uipe run studies/quickstart.yaml --out runs/first --trials 30")
@@ -158,7 +161,7 @@ def pareto(
 def select(
     out: Out,
     rule: Rule = "utility-floor",
-    floor: Floor = 0.95,
+    floor: Floor = None,
     allow_collapsed: AllowCollapsed = False,
     as_json: Json = False,
 ) -> None:
@@ -171,7 +174,13 @@ def select(
     # What chose in place of a knee that is not there stands in the note.
     reason = note or result.reason(picked, rule or "utility-floor", floor)
     if as_json:
-        said = {"floor": floor} if rule == "utility-floor" else {} if note is None else {"note": note}
+        said = (
+            {"floor": result.floor if floor is None else floor}
+            if rule == "utility-floor"
+            else {}
+            if note is None
+            else {"note": note}
+        )
         print_json({"rule": rule, **said, "reason": reason, **chosen})
         return
     echo(f"trial {chosen['trial']}: {reason}")
@@ -186,7 +195,7 @@ def export(
     form: Annotated[str, typer.Option("--as", help="recipe, adapter, model, or a form that an extension adds.")],
     trial: Annotated[int | None, typer.Option(help="Number of the trial; or give --rule.")] = None,
     rule: Rule = None,
-    floor: Floor = 0.95,
+    floor: Floor = None,
     allow_collapsed: AllowCollapsed = False,
     verify: Verify = "loss",
     trust_remote_code: Trust = False,

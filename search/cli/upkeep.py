@@ -24,7 +24,10 @@ from search.execution.ray_compat import configure_ray
 
 def dial(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
-    floor: Annotated[float, typer.Option(help="Least share of the initial model's utility.")] = 0.95,
+    floor: Annotated[
+        float | None,
+        typer.Option(help="Least share of the initial model's utility; objectives.floor of the study, or 0.95."),
+    ] = None,
     address: Address = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,

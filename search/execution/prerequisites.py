@@ -19,11 +19,12 @@ from search.execution.base_runs import POLL_SECONDS, BaseRunEvent, BaseRunTasks,
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
 from search.execution.workers import build_model, import_and_publish, score_model, train_and_publish
-from search.problem.trial import INITIAL, NEVER_FINETUNED, retrained
+from search.problem.trial import INITIAL, NEVER_FINETUNED, RETAIN, retrained
 from search.report.progress import Bars
 from search.spec.runtime import BaseRunResources, TrialResources
 from search.store.folder import keep_traceback
 from search.store.study_store import StudyStore
+from uipe_core.corpora.split import take_items
 from uipe_core.deltas.checkpoints import find_checkpoints
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
@@ -91,6 +92,7 @@ class Prerequisites:
         except BaseException:
             tasks.cancel()
             raise
+        self.store.least_utility = self._least_utility(reports)
         context = StudyContext(
             corpus=self.preparation.corpus,
             split=self.preparation.split,
@@ -106,6 +108,21 @@ class Prerequisites:
             harness=self.preparation.harness,
         )
         return context, tasks
+
+    def _least_utility(self, reports: Mapping[str, Report]) -> float | None:
+        """Return the utility below which a trial is infeasible; None without a floor, or where scores do not tell utility."""
+        preparation, utility = self.preparation, self.preparation.spec.maximised[1]
+        floor = preparation.spec.objectives.floor
+        if floor is None:
+            return None
+        rows = preparation.split.select
+        hashes, task = take_items(preparation.corpus, rows).set_hashes, task_of(preparation.corpus)
+        taken = {name: reports[name].take(rows, hashes) for name in (INITIAL, RETAIN) if name in reports}
+        numbers = task.numbers(task.evaluate(taken[INITIAL], taken.get(RETAIN), preparation.spec.definition))
+        if utility.name not in numbers:
+            self.bars.say(f"objectives.floor: {utility.title} is not known before the search, so no trial is called infeasible")
+            return None
+        return floor * float(numbers[utility.name])
 
     def wait(self, tasks: BaseRunTasks, enough: Callable[[], bool]) -> None:
         """Train base runs, without trials at the same time, until `enough` returns True or none is missing."""

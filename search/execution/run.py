@@ -92,13 +92,18 @@ def confirm_study(
 
 
 def dial_study(
-    out: Path | str, floor: float, *, quiet: bool = False, address: str | None = None, trust_remote_code: bool = False
+    out: Path | str,
+    floor: float | None = None,
+    *,
+    quiet: bool = False,
+    address: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[StudyResult, Answer]:
     """Look for the strongest forgetting that keeps a share of the initial model's utility, by scoring points for just that.
 
     Args:
         out: Folder of a study.
-        floor: Least share of the initial model's utility, above 0 and at most 1.
+        floor: Least share of the initial model's utility, above 0 and at most 1; None is the study's own.
         quiet, address, trust_remote_code: As `run_study`.
 
     Returns:
@@ -109,11 +114,12 @@ def dial_study(
         StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
     """
     result = StudyResult.open(out)
-    Dial(result.store, floor)  # tells what is wrong before anything is opened for writing
+    share = result.floor if floor is None else floor
+    Dial(result.store, share)  # tells what is wrong before anything is opened for writing
     spec = result.runnable_spec()
     with working_folder(out) as folder:
-        result = _at_work(spec, folder, quiet, address, trust_remote_code, lambda run: run.dial(floor))
-    return result, answer_of(result, floor)
+        result = _at_work(spec, folder, quiet, address, trust_remote_code, lambda run: run.dial(share))
+    return result, answer_of(result, share)
 
 
 def _at_work(

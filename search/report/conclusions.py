@@ -5,7 +5,7 @@ import math
 import pandas as pd
 
 from search.problem.objectives import Objective
-from search.problem.pareto import DEFAULT_FLOOR, non_dominated, utility_floor
+from search.problem.pareto import non_dominated, utility_floor
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN
 from search.report.data import ReportData, report_data
 from search.report.style import alpha, count, decimal, number, probability
@@ -195,21 +195,21 @@ def _floor_sentences(view: ReportData) -> list[str]:
     picks = []
     for table in (scored, scored[scored["kind"] == "alpha_zero"]):
         try:
-            row = utility_floor(table[forgetting.name], table[utility.name], DEFAULT_FLOOR * initial)
+            row = utility_floor(table[forgetting.name], table[utility.name], view.floor * initial)
         except UserError:
             break
         picks.append(table.iloc[row])
     if not picks:
-        return [f"No trial keeps {DEFAULT_FLOOR:.0%} of the initial {utility.title}."]
+        return [f"No trial keeps {view.floor:.0%} of the initial {utility.title}."]
     best = picks[0]
     if best[forgetting.name] <= start:
         return [
-            f"No trial that keeps {DEFAULT_FLOOR:.0%} of the initial {utility.title} forgets more than the initial model: "
+            f"No trial that keeps {view.floor:.0%} of the initial {utility.title} forgets more than the initial model: "
             "nothing was won at that floor."
         ]
     point = f"{best['base']}, epoch {int(best['epoch'])}, alpha {alpha(best['alpha'])}"
     sentence = (
-        f"At {DEFAULT_FLOOR:.0%} or more of the initial {utility.title} the strongest forgetting is "
+        f"At {view.floor:.0%} or more of the initial {utility.title} the strongest forgetting is "
         f"trial {int(best['trial'])} ({point}) with {_strength(forgetting, best)}"
     )
     if len(picks) == 1:

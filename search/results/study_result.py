@@ -200,11 +200,16 @@ class StudyResult:
             raise UserError(f"--trial: {number} is not a complete trial of {self.out}; numbers go from 0 to {last}")
         return rows.iloc[0]
 
-    def select(self, rule: str, floor: float = DEFAULT_FLOOR, *, allow_collapsed: bool = False) -> pd.Series:
+    @property
+    def floor(self) -> float:
+        """Least share of the initial model's utility where none is given: the study's own, or `DEFAULT_FLOOR`."""
+        return self.spec.objectives.floor or DEFAULT_FLOOR
+
+    def select(self, rule: str, floor: float | None = None, *, allow_collapsed: bool = False) -> pd.Series:
         """One trial of the front by a rule, as `choose`."""
         return self.choose(rule, floor, allow_collapsed=allow_collapsed)[0]
 
-    def choose(self, rule: str, floor: float = DEFAULT_FLOOR, *, allow_collapsed: bool = False) -> tuple[pd.Series, str | None]:
+    def choose(self, rule: str, floor: float | None = None, *, allow_collapsed: bool = False) -> tuple[pd.Series, str | None]:
         """One trial of the front by a rule, and what is to be said of the choice; of the front without collapsed trials, unless
         they are allowed.
 
@@ -212,7 +217,7 @@ class StudyResult:
             rule: ``utility-floor`` (strongest forgetting with at least `floor` of the initial model's utility) or ``knee``
                 (farthest from the chord between the front's ends). A front of fewer than three points has no knee: then the
                 utility floor chooses, and where no point reaches it, the highest utility.
-            floor: Share of the initial model's utility, above 0 and at most 1.
+            floor: Share of the initial model's utility, above 0 and at most 1; None is the study's own.
             allow_collapsed: Whether a collapsed model (`uipe_core.metrics.collapse`) may be chosen.
 
         Raises:
@@ -222,13 +227,14 @@ class StudyResult:
         front = self.front if allow_collapsed else self.healthy_front
         if not allow_collapsed and collapsed(self.trials).all():
             raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
-        row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, floor)
+        row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, self.floor if floor is None else floor)
         return front.iloc[row], note
 
-    def reason(self, row: pd.Series, rule: str, floor: float = DEFAULT_FLOOR) -> str:
+    def reason(self, row: pd.Series, rule: str, floor: float | None = None) -> str:
         """Why a rule chose a trial, in a line, and whether it beats the initial model beyond noise where that is known."""
         beats = beats_initial(self.store, self.trials, self.controls).get(int(row["trial"]))
-        return reason_of(row, self.control(INITIAL), self.objectives, rule, floor, beats)
+        share = self.floor if floor is None else floor
+        return reason_of(row, self.control(INITIAL), self.objectives, rule, share, beats)
 
     def reference_point(self) -> dict[str, float]:
         """Return the reference point of hypervolume, by objective (`search.problem.objectives`)."""

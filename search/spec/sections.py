@@ -331,11 +331,15 @@ class Search(Section):
 
 
 class Objectives(Section):
-    """Name what is maximised (`search.problem.objectives.ROLES`), or ``package.module:function``; None is the default."""
+    """Name what is maximised (`search.problem.objectives.ROLES`), or ``package.module:function``; None is the default.
+
+    With a ``floor``, a share of the initial model's utility, trials below it are infeasible to Optuna: a constraint of each.
+    """
 
     forgetting: Annotated[str | None, Field(json_schema_extra=_objectives_of("forgetting"))] = None
     utility: Annotated[str | None, Field(json_schema_extra=_objectives_of("utility"))] = None
     third: Annotated[str | None, Field(json_schema_extra=_objectives_of("third"))] = None
+    floor: Annotated[float, Field(gt=0, le=1)] | None = None
 
     @field_validator("forgetting", "utility", "third")
     @classmethod

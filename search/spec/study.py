@@ -207,7 +207,7 @@ class StudySpec(Section):
         return tuple(objective.on(self.corpus.sets) for objective in found)
 
     def _named_objectives(self) -> dict[str, str]:
-        given = {"third": self.search.third_objective, **self.objectives.model_dump(exclude_none=True)}
+        given = {"third": self.search.third_objective, **self.objectives.model_dump(exclude_none=True, exclude={"floor"})}
         return {role: name for role, name in given.items() if name is not None}
 
     def _objective_errors(self) -> list[InitErrorDetails]:
@@ -293,6 +293,8 @@ class StudySpec(Section):
         # Studies from before these could be named stay what they are.
         if not self.objectives.model_dump(exclude_none=True):
             del payload["objectives"]
+        elif self.objectives.floor is None:
+            del payload["objectives"]["floor"]
         if self.lm_eval is None:
             del payload["lm_eval"]
         if self.checkpoints:

@@ -75,6 +75,8 @@ class StudyStore:
         self._items = ItemFiles(out)
         self._lock = lock
         self._proposer: InMemoryStudy | None = None
+        self.least_utility: float | None = None
+        """What the utility of a trial must reach to be feasible, where the study has a floor; a run sets it."""
         self.spec = record.study_spec
         self._methods = self.spec.methods()
 
@@ -390,7 +392,10 @@ class StudyStore:
         attributes: Mapping[str, Any],
         values: list[float] | None = None,
     ) -> None:
-        self._tables[control].end(number, state, attributes, values)
+        missing = None
+        if values is not None and not control and self.least_utility is not None:
+            missing = self.least_utility - values[1]
+        self._tables[control].end(number, state, attributes, values, missing)
         if not control and self._proposer is not None:
             self._proposer.end(number, state, values)
 

@@ -28,6 +28,9 @@ SHOWN_FIRST = ("definition", "logit_scale", "collapsed", "ks_statistic", "compon
 EVIDENCE = "evidence"
 """The attribute that holds everything else that is known of a trial."""
 
+CONSTRAINTS = "constraints"
+"""System attribute in which Optuna and its dashboard look for constraints; at most 0 is feasible."""
+
 READABLE = frozenset(("kind", "base", "method", "epoch", "alpha", "walk", "collapsed", "reason", "traceback"))
 """Attributes of their own, as are flags that are set, for those who read the dashboard: it cuts long values."""
 
@@ -124,7 +127,14 @@ class TrialTable:
         number = 0 if newest is None else newest[1] + 1
         return self.begin(number, create_trial(state=TrialState.RUNNING, user_attrs=dict(attributes)))
 
-    def end(self, number: int, state: TrialState, attributes: Mapping[str, object], values: list[float] | None = None) -> None:
+    def end(
+        self,
+        number: int,
+        state: TrialState,
+        attributes: Mapping[str, object],
+        values: list[float] | None = None,
+        constraint: float | None = None,
+    ) -> None:
         """Write what is known of a trial, then its state with its values. Ending it in the same state again changes nothing.
 
         Args:
@@ -132,6 +142,7 @@ class TrialTable:
             state: How it ended.
             attributes: JSON-able values by name; None is not written.
             values: Its objectives, finite; None where it has none.
+            constraint: Above 0 where the trial is infeasible; None where nothing is constrained.
 
         Raises:
             UpdateFinishedTrialError: If it has ended in another state.
@@ -150,6 +161,9 @@ class TrialTable:
                     storage.set_trial_user_attr(identifier, name, value)
             if evidence:
                 storage.set_trial_user_attr(identifier, EVIDENCE, evidence)
+            if constraint is not None:
+                # A list, as before Optuna 5, which reads both: the dashboard knows no other.
+                storage.set_trial_system_attr(identifier, CONSTRAINTS, [constraint])
             storage.set_trial_state_values(identifier, state, values)
         except UpdateFinishedTrialError:
             if storage.get_trial(identifier).state != state:

@@ -137,7 +137,8 @@ def test_an_objective_of_ones_own_is_computed_on_the_workers(ran, place, study, 
 def test_the_divergence_from_the_initial_model_is_a_utility(ran, place, study, own):
     import search
 
-    spec = search.load_study(study("budget", objectives={"utility": "kl_from_initial"}, search={"trials": 3}))
+    chosen = {"utility": "kl_from_initial", "floor": 0.5}
+    spec = search.load_study(study("budget", objectives=chosen, search={"trials": 3}))
     result = search.run_study(spec, own / "budget", quiet=True)
     assert [objective.name for objective in result.objectives] == ["memorization_score", "agreement_with_initial"]
     initial = result.control("initial")
@@ -152,8 +153,15 @@ def test_the_divergence_from_the_initial_model_is_a_utility(ran, place, study, o
     # An epoch walked further is farther from the initial model.
     by_alpha = result.trials.sort_values("alpha")[["base", "epoch", "alpha", "update_norm", "retain_kl_from_initial"]]
     assert by_alpha["update_norm"].corr(by_alpha["retain_kl_from_initial"], method="spearman") > 0.5
-    picked = result.select("utility-floor", 0.5)
+    # Optuna knows which trials keep the floor, and its own front is of those.
+    utility = result.trials.set_index("trial")["agreement_with_initial"]
+    for trial in result.study.trials:
+        assert list(trial.constraints.values()) == pytest.approx([0.5 - utility[trial.number]])
+    feasible = {trial.number for trial in result.study.best_trials}
+    assert feasible == {number for number in result.front["trial"] if utility[number] >= 0.5}
+    picked = result.select("utility-floor")  # the study's own floor
     assert picked["agreement_with_initial"] >= 0.5
+    assert not search.run_study(search.load_study(study()), own / "out", quiet=True).study.trials[0].constraints
     folder = result.export(picked, own / "budget_exported", "model")
     assert "memorization score" in (folder / "README.md").read_text()
 
