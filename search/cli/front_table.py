@@ -71,7 +71,7 @@ def print_front(result: Any, width: int = 140) -> None:
     """
     from rich.markup import escape
 
-    from search.problem.objectives import flag_of
+    from search.problem.objectives import chosen_by, flag_of
     from search.problem.stand_ins import MARK, marked, stand_in_note
     from search.results.study_result import collapsed
 
@@ -95,6 +95,7 @@ def print_front(result: Any, width: int = 140) -> None:
             end_section=initial is not None and place == len(rows) - 2,
         )
     console.print(table)
+    console.print(chosen_by(result.objectives), markup=False)
     if left_out:
         heads = ", ".join(column.head.replace("\n", " ") for column in left_out)
         console.print(f"left out, because the terminal is narrow: {heads}", markup=False)

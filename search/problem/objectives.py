@@ -274,6 +274,13 @@ def composites(sets: Mapping[str, SetScores]) -> list[Objective]:
     ]
 
 
+def chosen_by(objectives: Sequence[Objective]) -> str:
+    """Return a sentence: which objectives choose, and whether they look at a retain model."""
+    compared = [objective.title for objective in objectives if objective.needs_retain_model]
+    looked = f"{' and '.join(compared)} compares with a retain model" if compared else "none looked at a retain model"
+    return f"Chosen by {' and '.join(objective.title for objective in objectives)}; {looked}."
+
+
 @dataclass(frozen=True)
 class Flag:
     """Why a point is marked as not to be believed at first sight: what holds of it, and what that may mean."""

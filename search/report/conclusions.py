@@ -16,6 +16,8 @@ from uipe_core.errors import UserError
 # Gains below this share of the hypervolume at alpha = 0 are rounding, not results.
 _NOTHING = 1e-6
 _AS_MUCH = 0.9
+_NEAR = 0.02
+"""Share of the range of alpha that counts as its edge."""
 _GAMED = 0.05
 """Forget quality that passes the usual test, reached by a model that was never taught."""
 
@@ -67,6 +69,7 @@ def conclude(view: ReportData) -> list[str]:
         f"The front has {count(len(front), 'point')}: {given} given at alpha = 0, {shorter} by interpolation "
         f"(alpha below 0) and {longer} by extrapolation (alpha above 0).",
         *_beaten_sentences(view),
+        *_edge_sentences(view, front),
     ]
     flagged = int(front["flagged"].sum())
     if flagged:
@@ -86,6 +89,20 @@ def _collapse_sentences(front: pd.DataFrame) -> list[str]:
         f"{len(broken)} of {count(len(front), 'front point')} {'has' if len(broken) == 1 else 'have'} collapsed, "
         f"whatever the metrics say, and {'is' if len(broken) == 1 else 'are'} never selected unless asked for; "
         f"trial {int(first['trial'])}: {first['collapsed']}."
+    ]
+
+
+def _edge_sentences(view: ReportData, front: pd.DataFrame) -> list[str]:
+    """Say where the front ends because the search did: sound points near the highest alpha that was allowed."""
+    low, high = (float(view.summary["alpha"][end]) for end in ("low", "high"))
+    sound = front[~collapsed(front)]
+    ends = sound[sound["alpha"] >= high - _NEAR * (high - low)]
+    if ends.empty:
+        return []
+    names = ", ".join(str(int(number)) for number in sorted(ends["trial"]))
+    return [
+        f"{'Trial' if len(ends) == 1 else 'Trials'} {names} of the front {'is' if len(ends) == 1 else 'are'} at the edge of the "
+        f"search, alpha {alpha(high)}: what is beyond it is not known; raise search.alpha.high."
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from search.evaluation.inputs import power_of_forget_quality
-from search.problem.objectives import CHOICE_FORGETTING, FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, flag_of
+from search.problem.objectives import CHOICE_FORGETTING, FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, chosen_by, flag_of
 from search.problem.pareto import DEFAULT_FLOOR, RULES
 from search.problem.stand_ins import MARK, marked, stand_in_note
 from search.problem.trial import INITIAL
@@ -105,9 +105,7 @@ class ReportData:
     @property
     def chosen_by(self) -> str:
         """Return a sentence: which objectives chose, and whether they looked at a retain model."""
-        compared = [objective.title for objective in self.objectives if objective.needs_retain_model]
-        looked = f"{' and '.join(compared)} compares with a retain model" if compared else "none looked at a retain model"
-        return f"Chosen by {' and '.join(objective.title for objective in self.objectives)}; {looked}."
+        return chosen_by(self.objectives)
 
     @property
     def stand_in_note(self) -> str | None:

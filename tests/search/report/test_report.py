@@ -313,6 +313,19 @@ def test_the_verdict_says_where_training_on_beats_every_alpha(view):
     assert f"{count} of {count} next epochs of plain training are beyond the front" in said(*best)[1]
 
 
+def test_a_front_that_ends_where_the_search_did_is_said_to(view):
+    def said(high):
+        text = " ".join(conclude(dataclasses.replace(view, summary={**view.summary, "alpha": {"low": -1.0, "high": high}})))
+        return re.search(r"Trials? ([\d, ]+) of the front (?:is|are) at the edge of the search, alpha ([\d.]+)", text)
+
+    front = view.trials[view.trials["on_front"] & view.trials["collapsed"].isna()]
+    farthest = front.loc[front["alpha"].idxmax()]
+    assert farthest["alpha"] > -1
+    found = said(float(farthest["alpha"]))
+    assert str(int(farthest["trial"])) in found[1].split(", ")
+    assert said(float(farthest["alpha"]) + 0.5) is None
+
+
 def beaten(view, **certain):
     """The synthetic study with an initial model that has forgotten more than any trial, but for those named."""
     controls = view.controls.copy()
