@@ -101,8 +101,8 @@ def _edge_sentences(view: ReportData, front: pd.DataFrame) -> list[str]:
         return []
     names = ", ".join(str(int(number)) for number in sorted(ends["trial"]))
     return [
-        f"{'Trial' if len(ends) == 1 else 'Trials'} {names} of the front {'is' if len(ends) == 1 else 'are'} at the edge of the "
-        f"search, alpha {alpha(high)}: what is beyond it is not known; raise search.alpha.high."
+        f"{'Trial' if len(ends) == 1 else 'Trials'} {names} of the front {'is' if len(ends) == 1 else 'are'} at the edge of "
+        f"the search, alpha {alpha(high)}: what is beyond it is not known; raise search.alpha.high."
     ]
 
 
