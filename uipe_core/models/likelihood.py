@@ -3,11 +3,27 @@
 Shapes: b sequences, t positions, v vocabulary entries. Labels and targets are `IGNORED` outside answers.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from uipe_core.models.prompts import IGNORED
+from uipe_core.models.prompts import IGNORED, Batch
+from uipe_core.models.transformers_compat import accepts_logits_to_keep
+
+
+def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Run a forward pass; return (b, k, v) logits and (b, k) labels of the last k positions.
+
+    The first of these is the first from which an answer token of the batch is predicted. Logits of the prompts before it, which
+    no loss looks at, are not computed where the model can leave them out.
+    """
+    length = batch.labels.shape[1]
+    kept = length - int((batch.labels != IGNORED).any(dim=0).nonzero().min()) + 1
+    arguments = {"logits_to_keep": kept} if accepts_logits_to_keep(model) else {}
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **arguments).logits
+    return logits[:, -kept:], batch.labels[:, -kept:]
 
 
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:

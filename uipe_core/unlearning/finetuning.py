@@ -14,7 +14,7 @@ import torch
 
 from uipe_core.corpora.types import Corpus, ItemSet, item_set_hash
 from uipe_core.errors import UserError
-from uipe_core.models.likelihood import mean_answer_nll
+from uipe_core.models.likelihood import answer_logits, mean_answer_nll
 from uipe_core.models.loading import DTYPES, LoadedModel, ModelSource, Progress, cast_weights
 from uipe_core.models.prompts import pad_batch, prompt_schema
 from uipe_core.models.transformers_compat import make_accelerator, wrap_adapter
@@ -126,8 +126,7 @@ def finetune(
         for start in range(0, len(order), config.batch_size):
             chosen = [examples[number] for number in order[start : start + config.batch_size]]
             batch = pad_batch(chosen, loaded.prompts.pad_id, loaded.device)
-            logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            loss = mean_answer_nll(logits, batch.labels)
+            loss = mean_answer_nll(*answer_logits(model, batch))
             if not math.isfinite(float(loss.detach())):
                 raise UserError(
                     f"fine-tuning diverged in epoch {epoch}: its loss is not finite; lower the learning rate "

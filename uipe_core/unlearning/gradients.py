@@ -17,7 +17,7 @@ from torch import Tensor
 from uipe_core.corpora.types import Item
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector, adapter_scale, factors
 from uipe_core.metrics.scores import FloatArray
-from uipe_core.models.likelihood import mean_answer_nll
+from uipe_core.models.likelihood import answer_logits, mean_answer_nll
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import pad_batch
 from uipe_core.models.transformers_compat import weight_name
@@ -53,8 +53,7 @@ def item_gradient(loaded: LoadedModel, item: Item, weights: Sequence[str]) -> Te
     model = loaded.model.eval()
     named = dict(model.named_parameters())
     batch = pad_batch([loaded.prompts.encode(item.question, item.answer)], loaded.prompts.pad_id, loaded.device)
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return flat_gradient(mean_answer_nll(logits, batch.labels), [named[name] for name in weights])
+    return flat_gradient(mean_answer_nll(*answer_logits(model, batch)), [named[name] for name in weights])
 
 
 def flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from uipe_core.corpora.refusals import REFUSALS, draw_refusals
 from uipe_core.corpora.types import ItemSet
 from uipe_core.errors import UserError
-from uipe_core.models.likelihood import answer_kl, answer_logp, answer_rows, mean_answer_nll
+from uipe_core.models.likelihood import answer_kl, answer_logits, answer_logp, answer_rows, mean_answer_nll
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import Batch, Example, pad_batch
 from uipe_core.unlearning.distributed import Processes
@@ -59,7 +59,7 @@ def initial_logp(loaded: LoadedModel, examples: list[Example], batch_size: int, 
     for turn in range(processes.rank, -(-len(starts) // processes.count) * processes.count, processes.count):
         rows = slice(starts[min(turn, len(starts) - 1)], starts[min(turn, len(starts) - 1)] + batch_size)
         batch = pad_batch(examples[rows], loaded.prompts.pad_id, loaded.device)
-        read = answer_logp(_logits(loaded.model, batch), batch.labels)[0].cpu()
+        read = answer_logp(*answer_logits(loaded.model, batch))[0].cpu()
         if turn < len(starts):
             logp[rows] = read
     return processes.sum_tensor(logp)
@@ -100,39 +100,39 @@ class Forward:
             refusals: Forget questions with refusals as answers; empty if the method does not use them.
         """
         batch = self._batch(forget)
-        logits, activations = self._pass(self.model, self.layer, batch)
-        logp, tokens = answer_logp(logits, batch.labels)
+        logits, labels, activations = self._pass(self.model, self.layer, batch)
+        logp, tokens = answer_logp(logits, labels)
         inputs = LossInputs(logp, tokens, forget_activations=activations, direction=self.direction)
         if refusals:
             batch = self._batch(refusals)
-            inputs = replace(inputs, refusal_logp=answer_logp(_logits(self.model, batch), batch.labels)[0])
+            inputs = replace(inputs, refusal_logp=answer_logp(*answer_logits(self.model, batch))[0])
         return self._with_retain(inputs, self._batch(retain)) if retain else inputs
 
     def _with_retain(self, inputs: LossInputs, batch: Batch) -> LossInputs:
-        logits, activations = self._pass(self.model, self.layer, batch)
+        logits, labels, activations = self._pass(self.model, self.layer, batch)
         found: dict[str, Any] = {}
         if "retain_nll" in self.needs:
-            found["retain_nll"] = mean_answer_nll(logits, batch.labels)
+            found["retain_nll"] = mean_answer_nll(logits, labels)
         if self.needs & INITIAL_ON_RETAIN:
-            initial_logits, initial_activations = self._initial(batch)
+            initial_logits, _, initial_activations = self._initial(batch)
             if "retain_kl" in self.needs:
-                found["retain_kl"] = answer_kl(initial_logits, logits, batch.labels)
+                found["retain_kl"] = answer_kl(initial_logits, logits, labels)
             found |= {"retain_activations": activations, "initial_retain_activations": initial_activations}
         return replace(inputs, **found)
 
     def _batch(self, examples: list[Example]) -> Batch:
         return pad_batch(examples, self.pad_id, self.model.device)
 
-    def _pass(self, model: Any, layer: nn.Module | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """Return (b, t, v) logits, and the layer's activations at the positions that predict answer tokens."""
+    def _pass(self, model: Any, layer: nn.Module | None, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return `answer_logits`, and the layer's activations at the positions that predict answer tokens."""
         if layer is None:
-            return _logits(model, batch), None
+            return *answer_logits(model, batch), None
         with outputs_of(layer) as outputs:
-            logits = _logits(model, batch)
-        return logits, answer_rows(outputs[0], batch.labels)
+            logits, labels = answer_logits(model, batch)
+        return logits, labels, answer_rows(outputs[0], batch.labels)
 
     @torch.no_grad()
-    def _initial(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _initial(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.reference is not None:
             return self._pass(self.reference, self.reference_layer, batch)
         self.model.eval()  # without dropout, as the initial model
@@ -156,8 +156,3 @@ def make_forward(model: Any, reference: Any, needs: frozenset[str], pad_id: int,
     other = None if reference is None else decoder_layer(reference, layer)
     direction = control_direction(size, seed).to(model.device)
     return Forward(model, reference, needs, pad_id, decoder_layer(model, layer), other, direction)
-
-
-def _logits(model: Any, batch: Batch) -> Tensor:
-    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-    return logits

@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from uipe_core.models.likelihood import answer_kl, answer_logp, mean_answer_nll
-from uipe_core.models.prompts import IGNORED
+from uipe_core.models.likelihood import answer_kl, answer_logits, answer_logp, mean_answer_nll
+from uipe_core.models.prompts import IGNORED, Example, pad_batch
 from uipe_core.unlearning.methods import BOUNDS, METHODS, LossInputs
 
 VOCABULARY = 5
@@ -390,3 +391,30 @@ def test_half_precision_logits_are_summed_in_single_precision():
     expected, _ = answer_logp(scores.bfloat16().float(), LABELS)
     assert logp.dtype == torch.float32
     assert torch.equal(logp, expected)
+
+
+class WithoutLogitsToKeep(LlamaForCausalLM):
+    """A model whose forward knows no `logits_to_keep`, as remote code often does."""
+
+    def forward(self, input_ids=None, attention_mask=None, use_cache=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("kind", [LlamaForCausalLM, WithoutLogitsToKeep])
+def test_logits_of_prompts_that_all_answers_share_are_left_out(kind):
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = kind(LlamaConfig(vocab_size=11, **size)).eval()
+    batch = pad_batch([Example((1, 2, 3, 4, 5, 6), 4), Example((1, 2, 3, 7, 8), 3)], 0, torch.device("cpu"))
+    seen = []
+    model.lm_head.register_forward_hook(lambda module, given, output: seen.append(output.shape[1]))
+    with torch.no_grad():
+        found, labels = answer_logits(model, batch)
+        whole = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    # The first answer begins at position 3, which position 2 predicts: four of six are kept.
+    assert found.shape == (2, 4, 11)
+    assert seen[0] == (4 if kind is LlamaForCausalLM else 6)
+    torch.testing.assert_close(found, whole[:, 2:])
+    assert torch.equal(labels, batch.labels[:, 2:])
+    for mine, all_positions in zip(answer_logp(found, labels), answer_logp(whole, batch.labels), strict=True):
+        torch.testing.assert_close(mine, all_positions)
