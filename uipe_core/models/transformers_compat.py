@@ -279,6 +279,13 @@ def wrap_adapter(model: Any, adapter: Mapping[str, Any], *, rounded: bool = Fals
     return get_peft_model(model, LoraConfig(**adapter), autocast_adapter_dtype=not rounded)
 
 
+def has_adapter(model: Any) -> bool:
+    """Return True if a model carries a LoRA adapter that is not merged."""
+    from peft.tuners.lora import LoraLayer
+
+    return any(isinstance(module, LoraLayer) for module in model.modules())
+
+
 def adapter_state(model: Any) -> dict[str, Tensor]:
     """Return the adapter weights of a PEFT model by PEFT's names, without embeddings."""
     from peft import get_peft_model_state_dict

@@ -5,9 +5,9 @@ generation: greedy text by draft and verify
 half_precision: bf16 and fp16 products on processors without instructions for them, and how fast bf16 is
 lengths: items that a model has too few positions for
 multiple_choice: log-likelihood of every letter
+packing: a tree of answers in one row, each common beginning once
 scorer: losses, greedy text, ROUGE recall and logit scale of a corpus
 divergence (private): divergence of a model from the initial one
-packing (private): a tree of answers in one row, each common beginning once
 """
 
-__all__ = ["batch_sizes", "generation", "half_precision", "lengths", "multiple_choice", "scorer"]
+__all__ = ["batch_sizes", "generation", "half_precision", "lengths", "multiple_choice", "packing", "scorer"]

@@ -1,0 +1,130 @@
+"""Tell members of the training data from others by per-token log-probabilities: LOSS, ZLib, Min-K% and Min-K%++.
+
+Shows whether the forget set still looks like data that the model was trained on, compared with holdout items of the same kind.
+Cannot show that a stronger attack (shadow models, likelihood ratios) learns nothing. Where forget and holdout items differ in
+kind, an AUC means nothing without the retain model's. Costs one teacher-forced pass over the answers of forget and holdout
+items (`uipe_core.audits.token_scores`), no training and no text.
+
+Scores are higher the less a text looks like a member, as in open-unlearning. An AUC near 1 says that forget items still look
+like members. Near 0 they look stranger than texts never seen: unlearning too much is as visible as too little.
+
+Sources: LOSS, Yeom et al. 2018 (arXiv 1709.01604); ZLib, Carlini et al. 2021 (arXiv 2012.07805, section 5.2); Min-K%, Shi et
+al. 2024 (arXiv 2310.16789, equation 1); Min-K%++, Zhang et al. 2024 (arXiv 2404.02936, equation 3); PrivLeak, MUSE (arXiv
+2407.06460, section 3.2). Reductions are those of open-unlearning (d3d7cf9): ZLib divides the mean loss, not its sum. Min-K%
+leaves out the last token of an answer, which is its end token.
+"""
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from uipe_core.errors import UserError
+from uipe_core.metrics.scores import FloatArray
+
+SHARE = 0.4
+"""K of Min-K% and Min-K%++: the share of the least likely tokens that counts."""
+
+LEAST_DEVIATION = 1e-3
+"""Standard deviations are kept above: open-unlearning keeps variances above 1e-6."""
+
+EPSILON = 1e-10
+"""Added to PrivLeak's denominator by open-unlearning."""
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Log-probabilities a model gives the t tokens of an answer, end token included; nats.
+
+    Attributes:
+        log_probabilities: (t,) of the answer's tokens.
+        means: (t,) mean log-probability over the vocabulary, weighted by probability: minus the entropy.
+        deviations: (t,) standard deviation of it, weighted alike.
+    """
+
+    log_probabilities: FloatArray
+    means: FloatArray
+    deviations: FloatArray
+
+
+def loss(log_probabilities: FloatArray) -> float:
+    """Return the mean negative log-likelihood of (t,) tokens, nats per token."""
+    return -float(np.mean(log_probabilities))
+
+
+def zlib_ratio(log_probabilities: FloatArray, text: str) -> float:
+    """Return the mean negative log-likelihood of (t,) tokens over the compressed size of their text, nats per byte."""
+    return loss(log_probabilities) / len(zlib.compress(text.encode()))
+
+
+def min_k(log_probabilities: FloatArray, share: float = SHARE) -> float:
+    """Return the mean negative log-likelihood of the least likely of (t,) tokens, at least one; nats per token."""
+    return -_mean_of_least(log_probabilities, share)
+
+
+def min_k_plus_plus(log_probabilities: FloatArray, means: FloatArray, deviations: FloatArray, share: float = SHARE) -> float:
+    """Return minus the mean of the lowest standardised log-probabilities; all (t,), the result without unit.
+
+    Args:
+        log_probabilities, means, deviations: As in `TokenScores`.
+        share: Share of the tokens that counts, in (0, 1]; at least one does.
+    """
+    return -_mean_of_least((log_probabilities - means) / np.maximum(deviations, LEAST_DEVIATION), share)
+
+
+def _mean_of_least(values: FloatArray, share: float) -> float:
+    return float(np.mean(np.sort(values)[: max(1, int(len(values) * share))]))
+
+
+def membership_scores(tokens: Sequence[TokenScores], texts: Sequence[str], share: float = SHARE) -> dict[str, FloatArray]:
+    """Return (n,) scores of n answers by name: ``loss``, ``zlib``, ``min_k``, ``min_k_plus_plus``.
+
+    Args:
+        tokens: What the model says of each answer.
+        texts: The answers.
+        share: As in `min_k`. The last token of an answer does not enter, unless it is the only one.
+    """
+    inner = [(each, slice(0, max(1, len(each.log_probabilities) - 1))) for each in tokens]
+    plus = [min_k_plus_plus(each.log_probabilities[own], each.means[own], each.deviations[own], share) for each, own in inner]
+    return {
+        "loss": np.array([loss(each.log_probabilities) for each in tokens]),
+        "zlib": np.array([zlib_ratio(each.log_probabilities, text) for each, text in zip(tokens, texts, strict=True)]),
+        "min_k": np.array([min_k(each.log_probabilities[own], share) for each, own in inner]),
+        "min_k_plus_plus": np.array(plus),
+    }
+
+
+def auc(members: FloatArray, others: FloatArray) -> float:
+    """Return the probability that a random other scores higher than a random member, ties counted half; in [0, 1].
+
+    Args:
+        members: (m,) scores of forget items.
+        others: (n,) scores of holdout items.
+
+    Returns:
+        The area under the ROC curve; NaN if a score is NaN, as those of a broken model are.
+
+    Raises:
+        UserError: One of them is empty.
+    """
+    if not len(members) or not len(others):
+        raise UserError("membership: needs at least one forget and one holdout item; give a corpus with a holdout set")
+    if np.isnan(members).any() or np.isnan(others).any():
+        return float("nan")
+    ordered = np.sort(members)
+    below, until = (np.searchsorted(ordered, others, side=side) for side in ("left", "right"))
+    return float((below + until).sum() / (2 * len(members) * len(others)))
+
+
+def privleak(found: float, reference: float = 0.5) -> float:
+    """Return PrivLeak in percent: how much less (below 0) or more (above 0) private than the reference a model is.
+
+    Args:
+        found: AUC of the unlearned model, as `auc` returns it.
+        reference: That of the retain model, or 0.5 without one. Towards 1 the result has no bound.
+
+    Returns:
+        100 * ((1 - found) - (1 - reference)) / (1 - reference); 0 is ideal.
+    """
+    return 100.0 * ((1.0 - found) - (1.0 - reference)) / (1.0 - reference + EPSILON)
