@@ -75,6 +75,17 @@ def unicode_words(text: str) -> list[str]:
     return words
 
 
+def contains_answer(gold: str, text: str) -> bool:
+    """Return True if all words of the gold answer stand in a text, one after the other (`unicode_words`).
+
+    An answer without words, such as a sign, is looked for as it is; an empty one is in no text.
+    """
+    wanted, words = unicode_words(gold), unicode_words(text)
+    if not wanted:
+        return bool(gold.strip()) and gold.strip() in text
+    return any(words[start : start + len(wanted)] == wanted for start in range(len(words) - len(wanted) + 1))
+
+
 @cache
 def _scorer(unicode: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer

@@ -62,6 +62,9 @@ FORMATS: dict[str, NamedFormat] = {
 CHAT_DATE = "10 Apr 2025"
 """Date given to every chat template, open-unlearning's ``date_string``: a prompt must not change overnight."""
 
+BETWEEN_TURNS = "\n\n"
+"""Text between an answer and the next question where a plain template writes several."""
+
 _PROBE = "Quokka"
 """An answer that occurs in no chat template."""
 
@@ -196,13 +199,35 @@ class PromptFormat:
 
     def _encode(self, question: str, answer: str) -> Example:
         prompt_text, prompt = self._prompt(question)
-        answer_text = self._answer_text(prompt_text, question, answer)
-        ids = self._ids(prompt_text + answer_text)
-        if ids[: len(prompt)] != prompt and not self.format.counted:
-            ids = prompt + self._ids(answer_text, special=False)
+        ids = self._joined(prompt_text, prompt, self._answer_text(prompt_text, question, answer))
         if ids[-1] != self.end_id:
             ids.append(self.end_id)
         return Example(tuple(ids), min(len(prompt), len(ids) - 1))
+
+    def _joined(self, prompt_text: str, prompt: list[int], answer_text: str) -> list[int]:
+        """Tokenize prompt and answer as one text, or apart where they would merge and the format does not count so."""
+        ids = self._ids(prompt_text + answer_text)
+        if ids[: len(prompt)] != prompt and not self.format.counted:
+            return prompt + self._ids(answer_text, special=False)
+        return ids
+
+    def begun_ids(self, question: str, beginning: str) -> list[int]:
+        """Return the token ids of a prompt and the beginning of an answer, for a model to go on with."""
+        prompt_text, prompt = self._prompt(question)
+        written = self._answer_text(prompt_text, question, beginning)
+        if self.format.template is None:
+            written = written.removesuffix(self._closing)
+        return self._joined(prompt_text, prompt, written)
+
+    def conversation_ids(self, turns: Sequence[tuple[str, str]], question: str) -> list[int]:
+        """Return the token ids of the prompt of a question that follows other questions with their answers.
+
+        Plain templates have one turn, so theirs is repeated, with `BETWEEN_TURNS` after each answer.
+        """
+        if self.format.template is None:
+            return self._ids(self._chat(question, turns=turns))
+        before = [self.prompt_text(asked) + self.format.answer_tag + answer + BETWEEN_TURNS for asked, answer in turns]
+        return self._ids("".join(before) + self.prompt_text(question))
 
     def encode_item(self, item: Item) -> Example:
         """Tokenize an item's question and answer; a plain item without prompt format and end token."""
@@ -236,9 +261,11 @@ class PromptFormat:
         written = conversation.removeprefix(prompt) if conversation.startswith(prompt) else answer + self._tail
         return written.removesuffix(self._tail) + self._closing
 
-    def _chat(self, question: str, answer: str | None = None) -> str:
-        """Return the chat template's prompt for a question or, with an answer, the whole conversation."""
+    def _chat(self, question: str, answer: str | None = None, turns: Sequence[tuple[str, str]] = ()) -> str:
+        """Return the chat template's prompt for a question or, with an answer, the whole conversation; earlier turns first."""
         messages = [{"role": "user", "content": question}]
+        for asked, given in reversed(turns):
+            messages[:0] = [{"role": "user", "content": asked}, {"role": "assistant", "content": given}]
         if self.format.system is not None:
             messages.insert(0, {"role": "system", "content": self.format.system})
         if answer is not None:

@@ -1,4 +1,4 @@
-"""Generate greedy text by draft and verify.
+"""Generate text: greedy by draft and verify, or token by token with any other choice of tokens.
 
 A draft is a guess at the greedy text. One forward pass over prompt and draft gives the most likely token at every position; up
 to and including the first difference these are the greedy text. Only the rest is generated token by token.
@@ -6,7 +6,7 @@ to and including the first difference these are the greedy text. Only the rest i
 Source: blockwise parallel decoding (Stern et al. 2018, arXiv 1811.03115), with drafts that scoring yields anyway.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ CROWDED = 0.75
 
 @dataclass
 class GreedyText:
-    """A greedy text in progress.
+    """A greedy text, or one by another choice of tokens, in progress.
 
     Attributes:
         prompt: Token ids of the prompt.
@@ -73,7 +73,24 @@ class GreedyText:
                 break
 
 
-def complete(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_id: int, size: BatchSize) -> None:
+Choose = Callable[[Tensor, Sequence[GreedyText], int], Tensor]
+"""Chooses the next tokens (b,) of b texts from (b, v) logits; the number is that of the tokens chosen since that the texts do
+not have yet."""
+
+
+def most_likely(logits: Tensor, texts: Sequence[GreedyText], ahead: int) -> Tensor:
+    """Choose the most likely tokens."""
+    return logits.argmax(dim=-1)
+
+
+def complete(
+    model: Any,
+    texts: Sequence[GreedyText],
+    stops: Sequence[int],
+    pad_id: int,
+    size: BatchSize,
+    choose: Choose = most_likely,
+) -> None:
     """Generate the rest of every unfinished text, in batches of similar lengths.
 
     Args:
@@ -82,6 +99,7 @@ def complete(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_
         stops: End tokens.
         pad_id: Padding id.
         size: Rows per batch; tokens of a batch that runs out of memory are kept.
+        choose: Chooses the next tokens.
     """
     unfinished = sorted((text for text in texts if not text.finished), key=lambda text: len(text.prompt) + len(text.tokens))
     by_hand = forward_parameters(model).keys() >= BY_HAND
@@ -89,7 +107,7 @@ def complete(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_
     def work(batch: list[GreedyText]) -> None:
         left = [text for text in batch if not text.finished]
         if left:
-            (_decode if by_hand else _generate)(model, left, stops, pad_id)
+            (_decode if by_hand else _generate)(model, left, stops, pad_id, choose)
 
     size.run(unfinished, work, split=slices)
 
@@ -129,7 +147,7 @@ def _left_padded(texts: Sequence[GreedyText], pad_id: int, device: torch.device)
     return torch.from_numpy(ids).to(device), torch.from_numpy(mask).to(device)
 
 
-def _decode(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_id: int) -> None:
+def _decode(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_id: int, choose: Choose) -> None:
     """Decode token by token with a cache, dropping finished rows."""
     from transformers import DynamicCache
 
@@ -142,7 +160,7 @@ def _decode(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_i
         output = model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, **keep
         )
-        best = output.logits[:, -1].argmax(dim=-1)
+        best = choose(output.logits[:, -1], rows, 0)
         for text, token in zip(rows, best.tolist(), strict=True):
             if not text.finished:
                 text.add(token, stops)
@@ -158,13 +176,25 @@ def _decode(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_i
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
 
 
-def _generate(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_id: int) -> None:
+class _Chosen:
+    """Leave a model's own greedy `generate` nothing but the tokens that `choose` takes."""
+
+    def __init__(self, texts: Sequence[GreedyText], start: int, choose: Choose) -> None:
+        self._texts, self._start, self._choose = texts, start, choose
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return (b, v) logits with one token of each row left."""
+        chosen = self._choose(scores, self._texts, input_ids.shape[1] - self._start)
+        return torch.full_like(scores, float("-inf")).scatter(1, chosen[:, None], 0.0)
+
+
+def _generate(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad_id: int, choose: Choose = most_likely) -> None:
     """Decode with the model's own `generate`."""
     from transformers import GenerationConfig
 
     if generates_alone(model) and len(texts) > 1:
         for text in texts:
-            _generate(model, [text], stops, pad_id)
+            _generate(model, [text], stops, pad_id, choose)
         return
     ids, mask = _left_padded(texts, pad_id, model.device)
     settings = GenerationConfig(
@@ -173,8 +203,10 @@ def _generate(model: Any, texts: Sequence[GreedyText], stops: Sequence[int], pad
         pad_token_id=pad_id,
         eos_token_id=list(stops),
     )
+    # For greedy text a pass over the vocabulary less.
+    processors: dict[str, Any] = {} if choose is most_likely else {"logits_processor": [_Chosen(texts, ids.shape[1], choose)]}
     with no_generation_defaults(model):
-        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings)
+        output = model.generate(input_ids=ids, attention_mask=mask, generation_config=settings, **processors)
     for text, row in zip(texts, output[:, ids.shape[1] :].tolist(), strict=True):
         for token in row:
             if not text.finished:

@@ -279,3 +279,43 @@ def test_an_answer_is_tokenized_once_and_a_question_once_for_all_its_answers():
     assert prompts.prompt_ids(QUESTION) == list(first.input_ids[: first.prompt_length])
     assert len(texts) == 3
     assert prompts.encode("Who?", "Zoe").input_ids != first.input_ids
+
+
+def test_a_begun_answer_is_the_beginning_of_that_answer(llama3):
+    for prompts in (
+        PromptFormat(llama3.of_words(WORDS), name="llama3"),
+        PromptFormat(llama2(adds_eos=True), name="llama2"),
+        PromptFormat(pieces(PHI_PIECES, "<|endoftext|>"), name="phi"),
+    ):
+        prompt, answer = prompt_and_answer(prompts, "Zoe")
+        assert prompts.begun_ids(QUESTION, "Zoe") == prompt + answer[:-1]
+
+
+def test_a_begun_answer_has_nothing_of_what_closes_it(llama3):
+    tokenizer = llama3.of_words(WORDS)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|eot_id|>", ".<|eot_id|>")
+    prompts = PromptFormat(tokenizer, name="llama3")
+    assert prompts.begun_ids(QUESTION, "Zoe Lee")[-3:] == [BLANK_LINE, 26, 27]
+
+
+def test_earlier_turns_are_those_of_the_chat_template(llama3):
+    tokenizer = llama3.of_words(WORDS)
+    chat = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        *({"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}),
+        *({"role": "user", "content": "Who are it?"}, {"role": "assistant", "content": "Lee."}),
+        {"role": "user", "content": "Who?"},
+    ]
+    whole = tokenizer.apply_chat_template(
+        chat, tokenize=True, return_dict=False, add_generation_prompt=True, date_string="10 Apr 2025"
+    )
+    prompts = PromptFormat(tokenizer, name="llama3")
+    assert prompts.conversation_ids([(QUESTION, ANSWER), ("Who are it?", "Lee.")], "Who?") == whole
+
+
+def test_a_plain_template_is_repeated_for_earlier_turns():
+    tokenizer = pieces(PHI_PIECES, "<|endoftext|>")
+    prompts = PromptFormat(tokenizer, name="phi")
+    ids = prompts.conversation_ids([(QUESTION, "Zoe Lee.")], QUESTION)
+    assert ids == tokenizer("Question: Who wrote it?\nAnswer: Zoe Lee.\n\nQuestion: Who wrote it?\n")["input_ids"]
+    assert prompts.conversation_ids([], QUESTION) == prompts.prompt_ids(QUESTION)
