@@ -18,7 +18,7 @@ from uipe_core.logs.multiple_choice import is_choice_log, read_choice_log, write
 from uipe_core.logs.open_unlearning import write_open_unlearning
 from uipe_core.logs.tofu import is_log, read_log, write_log
 from uipe_core.metrics.answers import rouge_recall
-from uipe_core.metrics.collapse import collapse_reason
+from uipe_core.metrics.collapse import choice_collapse_reason, collapse_reason
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.multiple_choice import evaluate_choices
 from uipe_core.metrics.scores import ChoiceReport, ScoreReport
@@ -173,7 +173,7 @@ def _choices_once(
 
 
 def _choice_values(scores: ChoiceReport) -> dict[str, Any]:
-    return {**evaluate_choices(scores).as_dict(), "collapsed": None}
+    return {**evaluate_choices(scores).as_dict(), "collapsed": choice_collapse_reason(scores)}
 
 
 def _scored(
