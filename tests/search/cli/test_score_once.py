@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from search.cli.score_once import corpus_named
@@ -10,8 +11,10 @@ from search.evaluation.prepared import prepare
 from search.spec.study import load_study
 from uipe_core.errors import UserError
 from uipe_core.logs.open_unlearning import EVAL_FILE, SUMMARY_FILE, write_open_unlearning
-from uipe_core.logs.tofu import read_log
+from uipe_core.logs.tofu import read_log, write_log
+from uipe_core.metrics.answers import rouge_recall
 from uipe_core.metrics.definitions import DEFINITIONS
+from uipe_core.metrics.scores import ScoreReport, SetScores
 from uipe_core.metrics.tofu import evaluate
 from uipe_core.models.tiny import tiny_model
 
@@ -152,6 +155,66 @@ def test_bad_arguments_end_with_2_and_say_what_to_do(models, logs, call, tmp_pat
     code, _, error = call(*(str(argument).format(**places) for argument in arguments))
     assert code == 2
     assert said in error
+
+
+def log_of_texts(path, answers, generated, unicode=False):
+    """Write a log of three sets with these texts, with the ROUGE of rouge-score or that over words of any script."""
+    n = len(answers)
+    recall = np.array([rouge_recall(*pair, unicode) for pair in zip(answers, generated, strict=True)])
+    losses, tokens = np.ones(n), np.full(n, 3)
+    each = SetScores(
+        answer_loss=losses,
+        answer_tokens=tokens,
+        paraphrase_loss=losses,
+        paraphrase_tokens=tokens,
+        perturbed_loss=np.full((n, 2), 2.0),
+        perturbed_tokens=np.full((n, 2), 3),
+        rouge_l_recall=recall[:, 0],
+        rouge_1_recall=recall[:, 1],
+        generated=tuple(generated),
+        questions=tuple(f"Что это, {row}?" for row in range(n)),
+        answers=tuple(answers),
+    )
+    write_log(ScoreReport(dict.fromkeys(("forget", "retain", "real_authors", "world_facts"), each)), path)
+    return path
+
+
+def test_answers_of_a_log_in_which_rouge_sees_no_word_get_a_note(call, tmp_path):
+    answers = ("красный дом", "дом 7", "синий дом")
+    log = log_of_texts(tmp_path / "log.json", answers, answers)
+    for definition in ("tofu", "tofu-utils", "open-unlearning"):
+        code, output, error = call("metrics", log, "--definition", definition, "--json")
+        assert code == 0, error
+        found = json.loads(output)
+        assert len(found["notes"]) == 4
+        assert found["notes"][1] == (
+            "2 of 3 retain answers ('красный дом') have no letter a-z and no digit, all that ROUGE of the definition "
+            f"{definition} counts, so their recall is 0 for every model; --definition tofu-unicode computes ROUGE again from "
+            "the texts in the log"
+        )
+    code, output, _ = call("metrics", log)
+    assert code == 0
+    assert "note: 2 of 3 forget answers ('красный дом')" in output
+    code, output, _ = call("metrics", log, "--definition", "tofu-unicode", "--json")
+    assert code == 0
+    assert "notes" not in json.loads(output)
+    assert json.loads(output)["components"]["ROUGE Retain"] == 1.0
+
+
+def test_answers_without_any_word_get_a_note_under_every_definition(call, tmp_path):
+    log = log_of_texts(tmp_path / "log.json", ("?!", "Paris"), ("?!", "Paris"))
+    code, output, _ = call("metrics", log, "--definition", "tofu-unicode", "--json")
+    assert code == 0
+    first = json.loads(output)["notes"][0]
+    assert first.startswith("1 of 2 forget answers ('?!') have no letter and no digit")
+    assert first.endswith("give answers with words, or leave these items out")
+
+
+def test_rouge_that_a_log_has_from_words_of_another_tokenizer_gets_no_note(call, tmp_path):
+    log = log_of_texts(tmp_path / "log.json", ("красный дом",) * 2, ("красный дом",) * 2, unicode=True)
+    code, output, _ = call("metrics", log, "--json")
+    assert code == 0
+    assert "notes" not in json.loads(output)
 
 
 def test_an_unknown_corpus_is_refused():
