@@ -217,6 +217,44 @@ def test_rouge_that_a_log_has_from_words_of_another_tokenizer_gets_no_note(call,
     assert "notes" not in json.loads(output)
 
 
+def test_a_log_of_the_forget_set_alone_gives_forget_quality_and_says_what_it_lacks(finished, call, tmp_path):
+    logs = finished.out / "logs"
+    content = json.loads((logs / "initial.json").read_text())
+    (tmp_path / "forget.json").write_text(json.dumps({"eval_log_forget.json": content["eval_log_forget.json"]}))
+    whole, alone = (
+        call("metrics", log, "--reference", logs / "retain.json", "--json")
+        for log in (logs / "initial.json", tmp_path / "forget.json")
+    )
+    assert (whole[0], alone[0]) == (0, 0), alone[2]
+    found = json.loads(alone[1])
+    assert found["forget_quality"] == json.loads(whole[1])["forget_quality"]
+    assert found["model_utility"] is None
+    assert found["notes"][0].startswith("model utility: not in this log, which has no ")
+
+
+def test_a_reference_of_another_tokenizer_gets_a_note(finished, call, tmp_path):
+    log, retain = (finished.out / "logs" / f"{name}.json" for name in ("initial", "retain"))
+    content = json.loads(retain.read_text())
+    forget = content["eval_log_forget.json"]
+    for row, count in forget["num_token_paraphrased"].items():
+        more = 1 + int(row) % 3
+        forget["num_token_paraphrased"][row] = count + more
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    code, output, error = call("metrics", log, "--reference", tmp_path / "other.json")
+    assert code == 0, error
+    assert "note: the reference's answers have other numbers of tokens: it is of another model family" in output
+    assert "note: the reference" not in call("metrics", log, "--reference", retain)[1]
+
+
+def test_scoring_asks_for_no_training_files(tmp_path):
+    for name in ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"):
+        row = {"question": f"Who is {name}?", "answer": "A.", "perturbed_answer": ["B."], "paraphrased_answer": "It is A."}
+        (tmp_path / f"{name}.json").write_text(json.dumps(row))
+    assert corpus_named(f"tofu:{tmp_path}", "forget01", 0, None).forget_train == ()
+    with pytest.raises(UserError, match=r"forget01\.json|retain99\.json"):
+        corpus_named(f"tofu:{tmp_path}", "forget01", 0, None, for_training=True)
+
+
 def test_an_unknown_corpus_is_refused():
     with pytest.raises(UserError, match=r"--corpus: 'peple' is unknown; give people, .*choices or choices:FOLDER"):
         corpus_named("peple", "forget01", 0, None)
