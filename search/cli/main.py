@@ -72,7 +72,7 @@ def _settings(
 
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")]
-Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]
+Rule = Annotated[str | None, typer.Option(help="utility-floor, knee or chance.")]
 AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
 Floor = Annotated[
     float | None,
@@ -205,7 +205,7 @@ def export(
     from search.results.study_result import StudyResult
 
     if (trial is None) == (rule is None):
-        raise UserError("export: give either --trial N or --rule utility-floor|knee")
+        raise UserError("export: give either --trial N or --rule utility-floor|knee|chance")
     quieten()
     result = StudyResult.open(out)
     if trial is not None:
