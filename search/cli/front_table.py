@@ -95,14 +95,14 @@ def print_front(result: Any, width: int = 140) -> None:
             end_section=initial is not None and place == len(rows) - 2,
         )
     console.print(table)
-    console.print(chosen_by(result.objectives), markup=False)
+    console.print(printable(chosen_by(result.objectives)), markup=False)
     if left_out:
         heads = ", ".join(column.head.replace("\n", " ") for column in left_out)
         console.print(f"left out, because the terminal is narrow: {heads}", markup=False)
     if result.front.empty:
         console.print("the front has no point: the initial model is at least as good as every trial in every objective")
     if (note := stand_in_note(marks)) is not None:
-        console.print(note, markup=False)
+        console.print(printable(note), markup=False)
     if result.front["flagged"].any():
         flag = flag_of(result.objectives)
         console.print(f"! {flag.meaning}, {flag.caution}")

@@ -72,7 +72,7 @@ def _settings(
 
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")]
-Rule = Annotated[str | None, typer.Option(help="utility-floor or knee.")]
+Rule = Annotated[str | None, typer.Option(help="utility-floor, knee or chance.")]
 AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
 Floor = Annotated[
     float | None,
@@ -205,7 +205,7 @@ def export(
     from search.results.study_result import StudyResult
 
     if (trial is None) == (rule is None):
-        raise UserError("export: give either --trial N or --rule utility-floor|knee")
+        raise UserError("export: give either --trial N or --rule utility-floor|knee|chance")
     quieten()
     result = StudyResult.open(out)
     if trial is not None:
@@ -243,9 +243,9 @@ def rebuild(
 def confirm(
     out: Out,
     top: Annotated[
-        int, typer.Option(help="How many finalists: what the rules select, then by the hypervolume only they add.")
+        int, typer.Option(help="How many finalists, 1 to 1000: what the rules select, then by the hypervolume only they add.")
     ] = 3,
-    seeds: Annotated[int, typer.Option(help="How many further seeds their base runs are trained with.")] = 2,
+    seeds: Annotated[int, typer.Option(help="How many further seeds their base runs are trained with, 1 to 1000.")] = 2,
     address: Address = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -295,7 +295,9 @@ def dashboard(
 
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")
 def paper(
-    seeds: Annotated[int, typer.Option(help="Worlds to run; more narrow the intervals, and those run before are kept.")] = 3,
+    seeds: Annotated[
+        int, typer.Option(help="Worlds to run, 1 to 1000; more narrow the intervals, and those run before are kept.")
+    ] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the page, its pictures and the finished parts.")] = Path("runs/paper"),
     as_json: Json = False,
 ) -> None:

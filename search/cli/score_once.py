@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from search.evaluation.inputs import check_words
+from search.evaluation.inputs import NEED_WORDS, check_words, described_without_words, rows_without_words
 from search.report.progress import Bars
 from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice, sets_in_folder
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.tofu import load_tofu
-from uipe_core.corpora.types import RELATED_SETS, UTILITY_SETS, Corpus, ItemSet
+from uipe_core.corpora.types import KEPT_SETS, RELATED_SETS, UTILITY_SETS, Corpus, ItemSet
 from uipe_core.errors import UserError
 from uipe_core.logs.multiple_choice import is_choice_log, read_choice_log, write_choice_log
 from uipe_core.logs.open_unlearning import write_open_unlearning
 from uipe_core.logs.tofu import is_log, read_log, write_log
 from uipe_core.metrics.answers import rouge_recall
-from uipe_core.metrics.collapse import collapse_reason
+from uipe_core.metrics.collapse import choice_collapse_reason, collapse_reason
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.multiple_choice import evaluate_choices
 from uipe_core.metrics.scores import ChoiceReport, ScoreReport
@@ -100,7 +100,26 @@ def metrics_of_log(log: Path, reference: Path | None, definition: str) -> dict[s
         lacking = f"model utility: not in this log, which has no {', '.join(UTILITY_SETS)}"
         notes = [lacking, *_notes_on_reference(forget, against)]
         return {"definition": definition, "model_utility": None, **quality.as_dict(), "collapsed": None, "notes": notes}
-    return _values(_with_words_of(read_log(log), definition), against, definition)
+    scores = _with_words_of(read_log(log), definition)
+    values, notes = _values(scores, against, definition), _notes_on_words(scores, definition)
+    return {**values, "notes": [*values.get("notes", ()), *notes]} if notes else values
+
+
+def _notes_on_words(report: ScoreReport, definition: str) -> list[str]:
+    """Say of which answers the ROUGE in a log is 0 whatever the model answered: no remedy is left but another definition."""
+    remedy = NEED_WORDS
+    if not definition_named(definition).unicode_rouge:
+        remedy = "--definition tofu-unicode computes ROUGE again from the texts in the log"
+    notes = []
+    for name in ("forget", *KEPT_SETS):
+        scores = report.sets.get(name)
+        if scores is None or scores.answers is None or scores.rouge_l_recall is None:
+            continue
+        without = rows_without_words(scores.answers, definition)
+        # Where it is not 0, the log's ROUGE counts other words than the definition's.
+        if without and not scores.rouge_l_recall[without].any():
+            notes.append(f"{described_without_words(name, scores.answers, without, definition)}; {remedy}")
+    return notes
 
 
 def _with_words_of(report: ScoreReport, definition: str) -> ScoreReport:
@@ -173,7 +192,7 @@ def _choices_once(
 
 
 def _choice_values(scores: ChoiceReport) -> dict[str, Any]:
-    return {**evaluate_choices(scores).as_dict(), "collapsed": None}
+    return {**evaluate_choices(scores).as_dict(), "collapsed": choice_collapse_reason(scores)}
 
 
 def _scored(

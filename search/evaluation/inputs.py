@@ -134,17 +134,30 @@ def check_words(corpus: Corpus, definition: str) -> None:
     """
     if not corpus.sets:
         return  # multiple choice has letters, not words
-    counted, has_word, remedy = "letter a-z", has_latin_word, "set scoring.definition (--definition) to tofu-unicode"
-    if definition_named(definition).unicode_rouge:
-        counted, has_word, remedy = "letter", _has_word, "give answers with words, or leave these items out"
+    any_script = definition_named(definition).unicode_rouge
+    remedy = NEED_WORDS if any_script else "set scoring.definition (--definition) to tofu-unicode"
     for name in (name for name in ("forget", *KEPT_SETS) if name in corpus.sets):
-        items = corpus.sets[name]
-        without = [item.answer for item in items if not has_word(item.answer)]
-        if without:
-            raise UserError(
-                f"corpus: {len(without)} of {len(items)} {name} answers ({without[0]!r}) have no {counted} and no digit, all "
-                f"that ROUGE of the definition {definition} counts, so their recall is 0 for every model; {remedy}"
-            )
+        answers = [item.answer for item in corpus.sets[name]]
+        if without := rows_without_words(answers, definition):
+            raise UserError(f"corpus: {described_without_words(name, answers, without, definition)}; {remedy}")
+
+
+NEED_WORDS = "give answers with words, or leave these items out"
+
+
+def rows_without_words(answers: Sequence[str], definition: str) -> list[int]:
+    """Return the places of answers in which ROUGE of a definition sees no word."""
+    has_word = _has_word if definition_named(definition).unicode_rouge else has_latin_word
+    return [row for row, answer in enumerate(answers) if not has_word(answer)]
+
+
+def described_without_words(name: str, answers: Sequence[str], without: Sequence[int], definition: str) -> str:
+    """Say what the answers found by `rows_without_words` do to the numbers of their set."""
+    counted = "letter" if definition_named(definition).unicode_rouge else "letter a-z"
+    return (
+        f"{len(without)} of {len(answers)} {name} answers ({answers[without[0]]!r}) have no {counted} and no digit, all that "
+        f"ROUGE of the definition {definition} counts, so their recall is 0 for every model"
+    )
 
 
 def _has_word(text: str) -> bool:

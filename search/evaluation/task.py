@@ -335,7 +335,9 @@ class MultipleChoice:
         return metrics.below_chance
 
     def extra(self, report: ChoiceReport, context: Comparison) -> dict[str, Any]:
-        return {"collapsed": None}
+        from uipe_core.metrics.collapse import choice_collapse_reason
+
+        return {"collapsed": choice_collapse_reason(report)}
 
     def score(
         self,
@@ -347,7 +349,10 @@ class MultipleChoice:
         definition: str,
         objectives: Sequence[Objective] = (),
     ) -> tuple[ChoiceReport, dict[str, Any] | None]:
-        return scorer.score(loaded, temperature=temperature), None
+        report = scorer.score(loaded, temperature=temperature)
+        if not report.is_finite:
+            report = scorer.score(loaded, temperature=temperature)  # a slip of the machine does not repeat itself
+        return report.without_overflow(), None
 
     def draws(
         self,

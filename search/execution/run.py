@@ -16,6 +16,7 @@ from search.report.progress import Bars
 from search.results.constrained import Answer, Dial, answer_of
 from search.results.status import StatusLines
 from search.results.study_result import StudyResult
+from search.spec.errors import require_number_asked
 from search.spec.study import StudySpec
 from search.store.database import STORAGE_ERRORS, explain_storage_error
 from search.store.mirror import working_folder
@@ -68,12 +69,11 @@ def confirm_study(
         The study, with the confirmations among its controls (`StudyResult.confirmations`).
 
     Raises:
-        UserError: As `run_study`; or fewer than one finalist or seed, or finalists that are all given checkpoints.
+        UserError: As `run_study`; or too few or too many finalists or seeds, or finalists that are all given checkpoints.
         StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
     """
-    for name, value in (("--top", top), ("--seeds", seeds)):
-        if value < 1:
-            raise UserError(f"{name}: {value} is too few; give at least 1")
+    require_number_asked("--top", top)
+    require_number_asked("--seeds", seeds)
     result = StudyResult.open(out)
     spec = result.runnable_spec()
     top_points = result.finalists(top)

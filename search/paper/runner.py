@@ -13,6 +13,7 @@ from typing import Any
 from search.paper.experiment import run_task
 from search.paper.settings import PaperSettings, Task, tasks
 from search.report.progress import Bars
+from search.spec.errors import require_number_asked
 from uipe_core.errors import StudyInterrupted, UserError
 from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.files import cache_folder, read_json, write_atomic
@@ -48,17 +49,16 @@ def run_parts(settings: PaperSettings, seeds: int, out: Path, bars: Bars, worker
 
     Args:
         settings: What to run.
-        seeds: How many seeds, at least 1.
+        seeds: How many seeds, 1 to 1000.
         out: Output folder; made if it is missing.
         bars: Where progress is shown.
         workers: Processes; None is one per core that this process may use.
 
     Raises:
-        UserError: No seed, a folder that cannot be written, or a kept part that is damaged or of other settings.
+        UserError: No seed or too many, a folder that cannot be written, or a kept part that is damaged or of other settings.
         StudyInterrupted: On Ctrl-C; finished parts stay, and the same command goes on from there.
     """
-    if seeds < 1:
-        raise UserError(f"--seeds: {seeds} is too few; give at least 1, or 2 and more for standard errors")
+    require_number_asked("--seeds", seeds)
     folder = out / PARTS
     try:
         folder.mkdir(parents=True, exist_ok=True)

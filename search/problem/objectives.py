@@ -46,6 +46,7 @@ class Objective:
         optional: Sets whose components count only where the corpus has the set.
         function: ``package.module:function`` that computes it, for an objective of the user's own.
         about: What it measures and its range, in a line of ``uipe objectives``.
+        chance: What a model has that cannot tell true answers from false ones; None where that is not known.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Objective:
     optional: tuple[str, ...] = ()
     function: str | None = None
     about: str = ""
+    chance: float | None = None
 
     @property
     def needs_retain_model(self) -> bool:
@@ -177,6 +179,7 @@ CHOICE_FORGETTING = Objective(
     companions=(("forget_accuracy", "forget accuracy"), ("forget_accuracy_se", "± s.e.")),
     from_items=True,
     about="minus the accuracy on forget above chance, in [-1, 0]",
+    chance=0.0,
 )
 
 CHOICE_UTILITY = Objective(
@@ -187,6 +190,10 @@ CHOICE_UTILITY = Objective(
     companions=(("utility_accuracy_se", "± s.e."),),
     from_items=True,
     about="accuracy on utility, in [0, 1]",
+)
+
+TRUTH_RATIO = replace(
+    _forgotten("one_minus_truth_share", "forget", "1 - truth ratio p / (p + q)", "1 - truth\nratio", TRUTH_SHARE), chance=0.5
 )
 
 FORGETTING: dict[str, Objective] = {
@@ -200,9 +207,7 @@ FORGETTING: dict[str, Objective] = {
         "one_minus_answer_probability", "forget", "1 - answer probability", "1 - answer\nprob.", PROBABILITY
     ),
     "rouge": _forgotten("one_minus_rouge", "forget", "1 - ROUGE-L recall", "1 - ROUGE", ROUGE),
-    "truth_ratio": _forgotten(
-        "one_minus_truth_share", "forget", "1 - truth ratio p / (p + q)", "1 - truth\nratio", TRUTH_SHARE
-    ),
+    "truth_ratio": TRUTH_RATIO,
 }
 """Objectives of forgetting by the name a study file gives (``objectives.forgetting``)."""
 

@@ -12,7 +12,7 @@ from uipe_core.errors import UserError
 
 FloatArray = NDArray[np.float64]
 
-RULES = ("utility-floor", "knee")
+RULES = ("utility-floor", "knee", "chance")
 """Rules that pick one point of a front, by the name users give."""
 
 DEFAULT_FLOOR = 0.95
@@ -179,6 +179,43 @@ def utility_floor(forgetting: ArrayLike, utility: ArrayLike, floor: float) -> in
         found = f"the best there is has {kept.max():.6g}; lower the floor" if len(kept) else "there is no complete trial"
         raise UserError(f"no point has a utility of at least {floor:.6g}: {found} or run more trials")
     return int(enough[np.lexsort((enough, -kept[enough], -strength[enough]))[0]])
+
+
+def balance_at_chance(forgetting: ArrayLike, utility: ArrayLike, initial: tuple[float, float], chance: float) -> int:
+    """The point nearest to chance at the utility it keeps.
+
+    Two shares in [0, 1] are multiplied. One is how much of the way from the initial model's forgetting to chance is gone,
+    where what is overshot counts as not gone. The other is the share of the initial model's utility, at most 1.
+    `benchmarks/selection_regret.py` compares it with other rules on published models.
+
+    Args:
+        forgetting: shape (n,), larger is stronger.
+        utility: shape (n,).
+        initial: The initial model's forgetting, below chance, and its utility, above 0.
+        chance: What a model has that cannot tell true answers from false ones.
+
+    Returns:
+        An index; equal products go to the stronger forgetting, then to the lower index.
+
+    Raises:
+        UserError: no product is above 0, or the initial model leaves no way to chance or has no utility.
+        ValueError: a value is NaN or infinite, or the shapes disagree.
+    """
+    strength, kept = _finite(forgetting, "forgetting"), _finite(utility, "utility")
+    start, whole, target = _finite([*initial, chance], "initial and chance")
+    if strength.ndim != 1 or strength.shape != kept.shape:
+        raise ValueError(f"forgetting and utility must both have shape (n,), got {strength.shape} and {kept.shape}")
+    if start >= target or whole <= 0:
+        raise UserError(
+            f"the initial model must be below chance and have some utility: it has {start:.6g} (chance {target:.6g}) and a "
+            f"utility of {whole:.6g}; choose by another rule"
+        )
+    gone = np.maximum(0.0, 1 - np.abs(target - strength) / (target - start))
+    # Rounding lets points tie that are equal but for the unit they are given in.
+    product = np.round(gone * np.clip(kept / whole, 0.0, 1.0), 12)
+    if not np.any(product > 0):
+        raise UserError("no point is nearer to chance than the initial model and keeps some utility; run more trials")
+    return int(np.lexsort((np.arange(len(product)), -strength, -product))[0])
 
 
 def _volume(heights: FloatArray) -> float:

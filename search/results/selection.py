@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from search.problem.objectives import Objective
-from search.problem.pareto import RULES, FloatArray, knee, utility_floor
+from search.problem.objectives import TRUTH_RATIO, Objective
+from search.problem.pareto import RULES, FloatArray, balance_at_chance, knee, utility_floor
 from uipe_core.errors import UserError
 
 KNEE_POINTS = 3
@@ -27,8 +27,7 @@ def chosen_row(
         floor: For ``utility-floor``: share of the initial model's utility, above 0 and at most 1.
 
     Raises:
-        UserError: The rule is unknown, the front is empty, or no point has so much utility and forgets more than the initial
-            model.
+        UserError: The rule is unknown, the front is empty, or no point is what the rule asks for.
     """
     if rule not in RULES:
         raise UserError(f"--rule: {rule!r} is unknown; choose one of {', '.join(RULES)}")
@@ -37,6 +36,8 @@ def chosen_row(
     points = front[[objective.name for objective in objectives]].to_numpy(dtype=float)
     if rule == "utility-floor":
         return _at_floor(points, initial, objectives, floor), None
+    if rule == "chance":
+        return _nearest_to_chance(front, initial, objectives), None
     if len(front) >= KNEE_POINTS:
         return knee(points), None
     have = f"a knee needs three points, and this front has {('one', 'two')[len(front) - 1]}"
@@ -48,6 +49,11 @@ def chosen_row(
             raise
         best = int(np.where(points[:, 0] > start, points[:, 1], -np.inf).argmax())
         return best, f"{have}, none of them known to reach utility-floor {floor:g}: the one with the highest utility"
+
+
+def measure_of_chance(objectives: tuple[Objective, ...]) -> Objective:
+    """Return what the rule ``chance`` reads: the forgetting a study maximises if its chance is known, else the truth ratio."""
+    return TRUTH_RATIO if objectives[0].chance is None else objectives[0]
 
 
 def reason_of(
@@ -66,6 +72,8 @@ def reason_of(
         beats_initial: Whether it forgets more than the initial model beyond noise; None where that is not known.
     """
     forgetting, utility = objectives[:2]
+    if rule == "chance":
+        forgetting = measure_of_chance(objectives)
 
     def shown(objective: Objective) -> str:
         start = "" if initial is None else f" (initial model {initial[objective.name]:.{objective.places}f})"
@@ -73,11 +81,26 @@ def reason_of(
 
     if rule == "knee":
         reason = "bulges farthest beyond the line between the ends of the front"
+    elif rule == "chance":
+        reason = f"nearest to chance ({forgetting.chance:g}) at the {utility.title} it keeps"
     else:
         reason = f"strongest forgetting with {floor:g} or more of the initial {utility.title}"
     sure = {True: "; it forgets more than the initial model beyond noise", None: ""}
     numbers = f"{shown(forgetting)}, {shown(utility)}"
     return f"{reason}: {numbers}" + sure.get(beats_initial, "; within noise it forgets no more than the initial model")
+
+
+def _nearest_to_chance(front: pd.DataFrame, initial: pd.Series | None, objectives: tuple[Objective, ...]) -> int:
+    measure, utility = measure_of_chance(objectives), objectives[1]
+    if initial is None:
+        raise UserError("the initial model has not been scored yet; finish the study with `uipe run`")
+    columns = [measure.name, utility.name]
+    known = all(name in front and name in initial.index for name in columns)
+    values = front[columns].to_numpy(dtype=float) if known else np.empty((0, 2))
+    start = initial[columns].to_numpy(dtype=float) if known else np.empty(2)
+    if not known or not np.isfinite(values).all() or not np.isfinite(start).all():
+        raise UserError(f"--rule chance: {measure.title} is not known of every trial; choose by utility-floor or knee")
+    return balance_at_chance(values[:, 0], values[:, 1], (float(start[0]), float(start[1])), float(measure.chance or 0.0))
 
 
 def _at_floor(points: FloatArray, initial: pd.Series | None, objectives: tuple[Objective, ...], floor: float) -> int:

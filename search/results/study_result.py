@@ -214,8 +214,9 @@ class StudyResult:
         they are allowed.
 
         Args:
-            rule: ``utility-floor`` (strongest forgetting with at least `floor` of the initial model's utility) or ``knee``
-                (farthest from the chord between the front's ends). A front of fewer than three points has no knee: then the
+            rule: ``utility-floor`` (strongest forgetting with at least `floor` of the initial model's utility), ``knee``
+                (farthest from the chord between the front's ends) or ``chance`` (nearest to a model that cannot tell true
+                answers from false ones, at the utility it keeps). A front of fewer than three points has no knee: then the
                 utility floor chooses, and where no point reaches it, the highest utility.
             floor: Share of the initial model's utility, above 0 and at most 1; None is the study's own.
             allow_collapsed: Whether a collapsed model (`uipe_core.metrics.collapse`) may be chosen.

@@ -210,7 +210,7 @@ class Verifier:
 
         if not read_only:
             scored: Report = scorer.score(loaded, progress=progress)
-            return scored.without_overflow() if isinstance(scored, ScoreReport) else scored
+            return scored.without_overflow()
         # The stages before the last: all sets are known then, and no text.
         read = next(each for each in scorer.stages(loaded, progress=progress) if each.sets.keys() == corpus.sets.keys())
         return read.without_overflow()

@@ -20,6 +20,9 @@ Weight = Annotated[float, Field(ge=-1e9, le=1e9)]
 MOST_CONTROLS = 100
 """Entries of a list that each become a model to train or to score."""
 
+MOST_ASKED = 1000
+"""Finalists, or seeds of trainings, that one command may ask for."""
+
 MOST_BASE_RUNS = 1000
 """Base runs of one study: lists multiply, and a slip must not ask for a million trainings."""
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from search.spec.bounds import MOST_ASKED
 from uipe_core.errors import UserError, closest
 
 KeyPath = tuple[str | int, ...]
@@ -312,3 +313,14 @@ def without_secrets_of(text: str, url: str) -> str:
     for form in {change(secret) for secret in secrets if secret for change in (str, unquote, unquote_plus)}:
         text = text.replace(form, HIDDEN)
     return without_password(text)
+
+
+def require_number_asked(option: str, value: int) -> None:
+    """Refuse a number of finalists or seeds of a command that is no sane one.
+
+    Raises:
+        UserError: Names the option, the value and the range.
+    """
+    if not 1 <= value <= MOST_ASKED:
+        wrong = "few" if value < 1 else "many"
+        raise UserError(f"{option}: {value} is too {wrong}; give at least 1 and at most {MOST_ASKED}")

@@ -51,7 +51,7 @@ def study_facts(rows: Rows, study_id: int) -> tuple[dict[str, Any], list[str]]:
         ):
             try:
                 facts[str(key)] = json.loads(value)
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, RecursionError) as error:
                 raise UserError(f"attribute {key} of the study cannot be read ({first_line(error)})") from None
     directions = "SELECT direction FROM study_directions WHERE study_id = :study ORDER BY objective"
     return facts, [str(row[0]) for row in rows(directions, {"study": study_id})]

@@ -1,7 +1,8 @@
 """Write and read results on multiple-choice questions as a JSON file, question by question.
 
 The object has ``definition``, ``seconds``, ``metadata`` and ``sets``. A set has ``item_hash`` and, in the order of its
-questions, ``log_likelihood`` (a list per question, a number per choice), ``answers``, ``correct`` and ``logit_spread``.
+questions, ``log_likelihood`` (a list per question, a number per choice), ``answers``, ``correct`` and ``logit_spread`` (null
+where logits overflowed).
 """
 
 import json
@@ -83,7 +84,7 @@ def _written(scores: ChoiceScores) -> dict[str, Any]:
         "log_likelihood": [row[:count] for row, count in rows],
         "answers": scores.answers.tolist(),
         "correct": scores.correct.tolist(),
-        "logit_spread": scores.logit_spread.tolist(),
+        "logit_spread": None if scores.logit_spread is None else scores.logit_spread.tolist(),
     }
 
 
@@ -103,7 +104,8 @@ def _read(path: str | Path, name: str, part: Any) -> ChoiceScores:
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(row):
             raise _broken(path, f"{where}/answers/{index}", f"is {answer!r}, expected an index from 0 to {len(row) - 1}")
     spread = part.get("logit_spread")
-    if not isinstance(spread, list) or len(spread) != len(rows) or not all(map(is_number, spread)):
+    known = isinstance(spread, list) and len(spread) == len(rows) and all(map(is_number, spread))
+    if not known and not ("logit_spread" in part and spread is None):
         raise _broken(path, f"{where}/logit_spread", f"is not a list of {len(rows)} finite numbers, one per question")
     if item_hash is not None and not isinstance(item_hash, str):
         raise _broken(path, f"{where}/item_hash", f"is {item_hash!r}, expected a text or null")
@@ -112,7 +114,7 @@ def _read(path: str | Path, name: str, part: Any) -> ChoiceScores:
         log_likelihood=np.array([row + [-math.inf] * (most - len(row)) for row in rows], dtype=np.float64),
         answers=np.array(answers, dtype=np.int64),
         choices=np.array([len(row) for row in rows], dtype=np.int64),
-        logit_spread=np.array(spread, dtype=np.float64),
+        logit_spread=None if spread is None else np.array(spread, dtype=np.float64),
         item_hash=item_hash,
     )
 

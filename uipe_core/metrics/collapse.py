@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from uipe_core.corpora.types import KEPT_SETS
-from uipe_core.metrics.scores import OVERFLOW_LOSS, ScoreReport
+from uipe_core.metrics.scores import OVERFLOW_LOSS, ChoiceReport, ScoreReport
 
 LOSS_LIMIT = 20.0
 """Mean nats per token of the gold answers. Guessing among 128 thousand tokens costs 11.8; from about 20 (probability 2e-9) the
@@ -37,7 +37,7 @@ def collapse_reason(report: ScoreReport) -> str | None:
         losses = np.column_stack([each.answer_loss, each.paraphrase_loss, each.perturbed_loss])
         overflowed = float(np.mean((losses == OVERFLOW_LOSS).any(axis=1))) if len(each) else 0.0
         if overflowed:
-            reasons.append(f"logits that are not finite for {overflowed:.0%} of {name}")
+            reasons.append(_overflow(overflowed, name))
     if reasons:
         return "; ".join(reasons)
     for name in KEPT_SETS:
@@ -56,6 +56,19 @@ def collapse_reason(report: ScoreReport) -> str | None:
                 shares = " and ".join(f"{share:.0%} {what}" for what, share in parts.items() if share)
                 reasons.append(f"generations on {name}: {shares} (limit {BROKEN_SHARE:.0%})")
     return "; ".join(reasons) or None
+
+
+def choice_collapse_reason(report: ChoiceReport) -> str | None:
+    """Return why a model that answered multiple-choice questions counts as collapsed, or None.
+
+    It does if its logits overflowed for any question (`ChoiceReport.without_overflow`).
+    """
+    shares = {name: float(np.mean(scores.overflowed)) for name, scores in report.sets.items() if len(scores)}
+    return "; ".join(_overflow(share, name) for name, share in shares.items() if share) or None
+
+
+def _overflow(share: float, name: str) -> str:
+    return f"logits that are not finite for {share:.0%} of {name}"
 
 
 def is_empty(text: str) -> bool:

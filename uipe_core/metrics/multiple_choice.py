@@ -120,8 +120,7 @@ def _accuracy(report: ChoiceReport, name: str) -> Accuracy:
 
 
 def _check_finite(scores: ChoiceScores, name: str) -> None:
-    offered = np.arange(scores.log_likelihood.shape[1]) < scores.choices[:, None]
-    bad = np.argwhere(offered & ~np.isfinite(scores.log_likelihood))
+    bad = np.argwhere(scores.offered & ~np.isfinite(scores.log_likelihood))
     if len(bad):
         question, choice = bad[0]
         value = scores.log_likelihood[question, choice]

@@ -37,7 +37,8 @@ class _Items:
 
 
 OVERFLOW_LOSS = 1000.0
-"""Nats per token in place of a loss that is not finite: its probability is 0 in double precision."""
+"""Nats per token in place of a loss that is not finite: its probability is 0 in double precision. Letters of multiple choice
+have twice of it, but the one that counts as the answer."""
 
 
 @dataclass(frozen=True)
@@ -182,18 +183,43 @@ class ChoiceScores(_Items):
         log_likelihood: (n, k) log-likelihood of each choice's letter after the question, nats; -inf beyond its choices.
         answers: (n,) index of the right choice.
         choices: (n,) number of choices.
-        logit_spread: (n,) standard deviation of the logits over the vocabulary at the position that predicts the letter.
+        logit_spread: (n,) standard deviation of the logits over the vocabulary at the position that predicts the letter; None
+            if unknown.
         item_hash: Item-set hash of the questions; None if unknown.
     """
 
     log_likelihood: FloatArray
     answers: IntArray
     choices: IntArray
-    logit_spread: FloatArray
+    logit_spread: FloatArray | None
     item_hash: str | None = None
 
     def __len__(self) -> int:
         return len(self.answers)
+
+    @property
+    def offered(self) -> NDArray[np.bool_]:
+        """(n, k) whether the question has this choice."""
+        return np.arange(self.log_likelihood.shape[1]) < self.choices[:, None]
+
+    @property
+    def is_finite(self) -> bool:
+        """Return True if every log-likelihood and every logit spread is finite."""
+        spreads = self.logit_spread is None or bool(np.isfinite(self.logit_spread).all())
+        return spreads and bool((np.isfinite(self.log_likelihood) | ~self.offered).all())
+
+    @property
+    def overflowed(self) -> NDArray[np.bool_]:
+        """(n,) whether `without_overflow` replaced the log-likelihoods of the question."""
+        return np.equal(self.log_likelihood.max(axis=1, initial=-np.inf), -OVERFLOW_LOSS)
+
+    def without_overflow(self, right: bool) -> "ChoiceScores":
+        """Return the scores as `ChoiceReport.without_overflow` says; questions that overflowed count as right or wrong."""
+        broken = np.asarray((self.offered & ~np.isfinite(self.log_likelihood)).any(axis=1))
+        table = np.where(broken[:, None] & self.offered, -2 * OVERFLOW_LOSS, self.log_likelihood)
+        table[broken, (self.answers if right else (self.answers + 1) % self.choices)[broken]] = -OVERFLOW_LOSS
+        known = self.logit_spread is not None and bool(np.isfinite(self.logit_spread).all())
+        return replace(self, log_likelihood=table, logit_spread=self.logit_spread if known else None)
 
     @property
     def correct(self) -> NDArray[np.bool_]:
@@ -220,9 +246,26 @@ class ChoiceReport:
 
     @property
     def logit_scale(self) -> float | None:
-        """Mean logit spread over the utility questions; None without any."""
+        """Mean logit spread over the utility questions; None without any, or where logits overflowed."""
         utility = self.sets.get("utility")
-        return None if utility is None or not len(utility) else float(np.mean(utility.logit_spread))
+        return (
+            None if utility is None or utility.logit_spread is None or not len(utility) else float(utility.logit_spread.mean())
+        )
+
+    @property
+    def is_finite(self) -> bool:
+        """Return True if every log-likelihood and every logit spread is finite."""
+        return all(scores.is_finite for scores in self.sets.values())
+
+    def without_overflow(self) -> "ChoiceReport":
+        """Return the scores with finite numbers for questions whose logits overflowed.
+
+        Such a model has collapsed. So that it looks good nowhere, these questions count as known in the forget set, where
+        accuracy 0 would be the best forgetting there is, and as failed in the others. Spreads of its logits are unknown.
+        """
+        if self.is_finite:
+            return self
+        return replace(self, sets={name: each.without_overflow(right=name == "forget") for name, each in self.sets.items()})
 
     def take(self, rows: Mapping[str, Sequence[int]], hashes: Mapping[str, str]) -> "ChoiceReport":
         """Return the scores of some questions of the sets in `rows`, with the item-set hashes of those questions."""

@@ -8,6 +8,7 @@ import pytest
 
 from uipe_core.errors import UserError
 from uipe_core.logs.multiple_choice import read_choice_log, write_choice_log
+from uipe_core.metrics.collapse import choice_collapse_reason
 from uipe_core.metrics.multiple_choice import evaluate_choices
 from uipe_core.metrics.scores import ChoiceReport, ChoiceScores
 
@@ -83,6 +84,40 @@ def test_numbers_that_are_not_finite_are_refused(value):
         evaluate_choices(report(broken))
     with pytest.raises(UserError, match="not finite"):
         write_choice_log(report(broken), "nowhere.json")
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.inf])
+def test_questions_whose_logits_overflowed_count_against_the_model_alone(value):
+    forget, utility = scores(3, 5), scores(6, 2, choices=2)
+    forget.log_likelihood[[0, 6], [2, 0]] = value
+    utility.log_likelihood[[1, 7], [1, 1]] = value
+    broken = report(forget, utility)
+    bounded = broken.without_overflow()
+    assert bounded.is_finite and not broken.is_finite
+    assert list(bounded.sets["forget"].correct) == [True] * 3 + [False] * 3 + [True, False]
+    assert list(bounded.sets["utility"].correct) == [True, False, *[True] * 4, False, False]
+    assert list(np.flatnonzero(bounded.sets["forget"].overflowed)) == [0, 6]
+    assert choice_collapse_reason(bounded) == (
+        "logits that are not finite for 25% of forget; logits that are not finite for 25% of utility"
+    )
+    rest = [1, 2, 3, 4, 5, 7]
+    assert np.array_equal(bounded.sets["forget"].log_likelihood[rest], forget.log_likelihood[rest])
+
+
+def test_choices_that_a_question_has_not_are_no_overflow():
+    table = np.array([[-1.0, -2.0, -3.0], [-0.1, -0.25, -np.inf]])
+    sound = report(ChoiceScores(table, np.array([2, 0]), np.array([3, 2]), np.array([0.5, 0.7])))
+    assert sound.without_overflow() is sound
+    assert choice_collapse_reason(sound) is None
+
+
+def test_results_without_the_spread_of_logits_are_read_as_they_were_written(tmp_path):
+    forget = scores(2, 2)
+    forget.logit_spread[0] = np.nan
+    before = report(forget).without_overflow()
+    assert before.sets["forget"].logit_spread is None
+    write_choice_log(before, tmp_path / "log.json")
+    assert read_choice_log(tmp_path / "log.json").sets["forget"].logit_spread is None
 
 
 def test_a_missing_or_empty_set_is_refused():

@@ -130,6 +130,23 @@ def test_a_report_names_its_items_and_the_spread_of_its_logits():
     assert ChoiceScorer(CORPUS, loaded.prompts).score(loaded).logit_scale == pytest.approx(2 * np.mean(spreads), rel=1e-5)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_overflow_become_finite_scores_that_look_good_nowhere(value):
+    loaded = load_random("mixed")
+    with torch.no_grad():
+        loaded.model.lm_head.weight.fill_(value)
+    report = ChoiceScorer(CORPUS, loaded.prompts).score(loaded)
+    assert not report.is_finite
+    bounded = report.without_overflow()
+    assert bounded.is_finite
+    assert bounded.logit_scale is None
+    metrics = evaluate_choices(bounded)
+    assert (metrics.forget.accuracy, metrics.forget.answer_probability) == (1.0, 1.0)
+    assert (metrics.utility.accuracy, metrics.utility.answer_probability) == (0.0, 0.0)
+    assert metrics.forgetting_to_chance == -0.75
+    assert not metrics.below_chance
+
+
 def test_plain_items_are_tokenized_as_they_stand():
     prompts = load_random("one token after bos").prompts
     words = prompts.tokenizer.convert_ids_to_tokens

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from search.cli.score_once import corpus_named
@@ -10,8 +11,10 @@ from search.evaluation.prepared import prepare
 from search.spec.study import load_study
 from uipe_core.errors import UserError
 from uipe_core.logs.open_unlearning import EVAL_FILE, SUMMARY_FILE, write_open_unlearning
-from uipe_core.logs.tofu import read_log
+from uipe_core.logs.tofu import read_log, write_log
+from uipe_core.metrics.answers import rouge_recall
 from uipe_core.metrics.definitions import DEFINITIONS
+from uipe_core.metrics.scores import ScoreReport, SetScores
 from uipe_core.metrics.tofu import evaluate
 from uipe_core.models.tiny import tiny_model
 
@@ -152,6 +155,104 @@ def test_bad_arguments_end_with_2_and_say_what_to_do(models, logs, call, tmp_pat
     code, _, error = call(*(str(argument).format(**places) for argument in arguments))
     assert code == 2
     assert said in error
+
+
+def log_of_texts(path, answers, generated, unicode=False):
+    """Write a log of three sets with these texts, with the ROUGE of rouge-score or that over words of any script."""
+    n = len(answers)
+    recall = np.array([rouge_recall(*pair, unicode) for pair in zip(answers, generated, strict=True)])
+    losses, tokens = np.ones(n), np.full(n, 3)
+    each = SetScores(
+        answer_loss=losses,
+        answer_tokens=tokens,
+        paraphrase_loss=losses,
+        paraphrase_tokens=tokens,
+        perturbed_loss=np.full((n, 2), 2.0),
+        perturbed_tokens=np.full((n, 2), 3),
+        rouge_l_recall=recall[:, 0],
+        rouge_1_recall=recall[:, 1],
+        generated=tuple(generated),
+        questions=tuple(f"Что это, {row}?" for row in range(n)),
+        answers=tuple(answers),
+    )
+    write_log(ScoreReport(dict.fromkeys(("forget", "retain", "real_authors", "world_facts"), each)), path)
+    return path
+
+
+def test_answers_of_a_log_in_which_rouge_sees_no_word_get_a_note(call, tmp_path):
+    answers = ("красный дом", "дом 7", "синий дом")
+    log = log_of_texts(tmp_path / "log.json", answers, answers)
+    for definition in ("tofu", "tofu-utils", "open-unlearning"):
+        code, output, error = call("metrics", log, "--definition", definition, "--json")
+        assert code == 0, error
+        found = json.loads(output)
+        assert len(found["notes"]) == 4
+        assert found["notes"][1] == (
+            "2 of 3 retain answers ('красный дом') have no letter a-z and no digit, all that ROUGE of the definition "
+            f"{definition} counts, so their recall is 0 for every model; --definition tofu-unicode computes ROUGE again from "
+            "the texts in the log"
+        )
+    code, output, _ = call("metrics", log)
+    assert code == 0
+    assert "note: 2 of 3 forget answers ('красный дом')" in output
+    code, output, _ = call("metrics", log, "--definition", "tofu-unicode", "--json")
+    assert code == 0
+    assert "notes" not in json.loads(output)
+    assert json.loads(output)["components"]["ROUGE Retain"] == 1.0
+
+
+def test_answers_without_any_word_get_a_note_under_every_definition(call, tmp_path):
+    log = log_of_texts(tmp_path / "log.json", ("?!", "Paris"), ("?!", "Paris"))
+    code, output, _ = call("metrics", log, "--definition", "tofu-unicode", "--json")
+    assert code == 0
+    first = json.loads(output)["notes"][0]
+    assert first.startswith("1 of 2 forget answers ('?!') have no letter and no digit")
+    assert first.endswith("give answers with words, or leave these items out")
+
+
+def test_rouge_that_a_log_has_from_words_of_another_tokenizer_gets_no_note(call, tmp_path):
+    log = log_of_texts(tmp_path / "log.json", ("красный дом",) * 2, ("красный дом",) * 2, unicode=True)
+    code, output, _ = call("metrics", log, "--json")
+    assert code == 0
+    assert "notes" not in json.loads(output)
+
+
+def test_a_log_of_the_forget_set_alone_gives_forget_quality_and_says_what_it_lacks(finished, call, tmp_path):
+    logs = finished.out / "logs"
+    content = json.loads((logs / "initial.json").read_text())
+    (tmp_path / "forget.json").write_text(json.dumps({"eval_log_forget.json": content["eval_log_forget.json"]}))
+    whole, alone = (
+        call("metrics", log, "--reference", logs / "retain.json", "--json")
+        for log in (logs / "initial.json", tmp_path / "forget.json")
+    )
+    assert (whole[0], alone[0]) == (0, 0), alone[2]
+    found = json.loads(alone[1])
+    assert found["forget_quality"] == json.loads(whole[1])["forget_quality"]
+    assert found["model_utility"] is None
+    assert found["notes"][0].startswith("model utility: not in this log, which has no ")
+
+
+def test_a_reference_of_another_tokenizer_gets_a_note(finished, call, tmp_path):
+    log, retain = (finished.out / "logs" / f"{name}.json" for name in ("initial", "retain"))
+    content = json.loads(retain.read_text())
+    forget = content["eval_log_forget.json"]
+    for row, count in forget["num_token_paraphrased"].items():
+        more = 1 + int(row) % 3
+        forget["num_token_paraphrased"][row] = count + more
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    code, output, error = call("metrics", log, "--reference", tmp_path / "other.json")
+    assert code == 0, error
+    assert "note: the reference's answers have other numbers of tokens: it is of another model family" in output
+    assert "note: the reference" not in call("metrics", log, "--reference", retain)[1]
+
+
+def test_scoring_asks_for_no_training_files(tmp_path):
+    for name in ("forget01_perturbed", "retain_perturbed", "real_authors_perturbed", "world_facts_perturbed"):
+        row = {"question": f"Who is {name}?", "answer": "A.", "perturbed_answer": ["B."], "paraphrased_answer": "It is A."}
+        (tmp_path / f"{name}.json").write_text(json.dumps(row))
+    assert corpus_named(f"tofu:{tmp_path}", "forget01", 0, None).forget_train == ()
+    with pytest.raises(UserError, match=r"forget01\.json|retain99\.json"):
+        corpus_named(f"tofu:{tmp_path}", "forget01", 0, None, for_training=True)
 
 
 def test_an_unknown_corpus_is_refused():

@@ -272,9 +272,9 @@ def test_a_part_that_cannot_be_read_is_an_error(tmp_path):
         read_part(MADE_UP, Task(0, FULL), tmp_path)
 
 
-@pytest.mark.parametrize("seeds", ["0", "-1"])
-def test_no_seeds_are_refused(tmp_path, seeds):
-    with pytest.raises(UserError, match=r"--seeds: .* at least 1"):
+@pytest.mark.parametrize(("seeds", "wrong"), [("0", "few"), ("-1", "few"), ("1001", "many"), ("1" + "0" * 18, "many")])
+def test_no_seeds_and_too_many_are_refused(tmp_path, seeds, wrong):
+    with pytest.raises(UserError, match=rf"--seeds: {seeds} is too {wrong}; give at least 1 and at most 1000"):
         CliRunner().invoke(cli.app, ["paper", "--seeds", seeds, "--out", str(tmp_path)], catch_exceptions=False)
 
 

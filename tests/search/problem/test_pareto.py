@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from search.problem.pareto import dominates, hypervolume, knee, non_dominated, non_dominated_from, utility_floor
+from search.problem.pareto import (
+    balance_at_chance,
+    dominates,
+    hypervolume,
+    knee,
+    non_dominated,
+    non_dominated_from,
+    utility_floor,
+)
 from uipe_core.errors import UserError
 
 SIDE = 5
@@ -163,3 +171,54 @@ def test_utility_floor_rule():
 def test_no_points_no_volume():
     assert hypervolume(np.empty((0, 2)), [0, 0]) == 0.0
     assert hypervolume([[0, 5], [-1, 9]], [0, 0]) == 0.0
+
+
+def test_chance_takes_what_is_nearest_at_the_utility_it_keeps():
+    # Shares of the way 0.5, 1, 0.5 (overshot by as much); of the utility 1, 0.4, 1.
+    forgetting, utility, initial = [0.3, 0.5, 0.7], [0.9, 0.36, 0.95], (0.1, 0.9)
+    assert balance_at_chance(forgetting[:2], utility[:2], initial, 0.5) == 0
+    assert balance_at_chance(forgetting, utility, initial, 0.5) == 2  # equal products: the stronger forgetting
+    assert balance_at_chance(forgetting, [0.9, 0.5, 0.9], initial, 0.5) == 1
+    assert balance_at_chance([-0.5, -0.05, 0.4], [0.9, 0.9, 0.9], (-0.6, 0.9), 0.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("forgetting", "utility", "initial", "message"),
+    [
+        ([0.3], [0.9], (0.5, 0.9), "must be below chance"),
+        ([0.3], [0.9], (0.1, 0.0), "have some utility"),
+        ([0.1, 0.9], [0.9, 0.9], (0.1, 0.9), "no point is nearer to chance"),
+        ([0.3], [0.0], (0.1, 0.9), "no point is nearer to chance"),
+        ([], [], (0.1, 0.9), "run more trials"),
+    ],
+)
+def test_chance_refuses_where_there_is_no_way_to_it(forgetting, utility, initial, message):
+    with pytest.raises(UserError, match=message):
+        balance_at_chance(forgetting, utility, initial, 0.5)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 15), st.integers(1, 20)), min_size=1, max_size=12),
+    st.integers(1, 64),
+    st.integers(-5, 5),
+    st.integers(1, 64),
+    st.randoms(use_true_random=False),
+)
+def test_chance_ignores_units_and_order_and_beats_every_other_product(points, unit, zero, scale, random):
+    forgetting, utility = np.array(points, dtype=float).T
+    chosen = balance_at_chance(forgetting, utility, (0.0, 20.0), 8.0)
+    product = (8 - np.abs(8 - forgetting)) * utility
+    moved = balance_at_chance(forgetting * unit + zero, utility * scale, (float(zero), 20.0 * scale), 8.0 * unit + zero)
+    assert moved == chosen
+    order = random.sample(range(len(points)), len(points))
+    again = balance_at_chance(forgetting[order], utility[order], (0.0, 20.0), 8.0)
+    assert points[order[again]] == points[chosen]
+    assert product[chosen] == product.max()
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), st.integers(1, 20)), min_size=1, max_size=12))
+def test_short_of_chance_its_choice_is_on_the_front(points):
+    values = np.array(points, dtype=float)
+    chosen = balance_at_chance(*values.T, (0.0, 20.0), 8.0)
+    # Up to chance and up to the initial utility both shares grow, so no other point can be better in both.
+    assert non_dominated(values)[chosen]

@@ -290,6 +290,12 @@ def test_the_verdict_says_who_won(view, gains, said, unsaid):
     assert not any(words in text for words in unsaid), text
 
 
+def test_the_gain_is_said_as_a_share_of_the_given_front(view):
+    given = view.summary["hypervolume"]["alpha_zero"]
+    assert given > 0
+    assert f"won 0.5000 of hypervolume ({0.5 / given:.1%} of theirs)" in " ".join(conclude(with_gain(view, 0.5, 0.0, 0.0)))
+
+
 def test_the_verdict_on_the_synthetic_study(view):
     text = " ".join(conclude(view))
     assert f"The front has {view.trials['on_front'].sum()} points" in text

@@ -189,11 +189,14 @@ def test_confirm_trains_from_other_seeds_and_is_not_done_twice(copied, launch):
     assert "starting Ray" not in again.stderr
 
 
-@pytest.mark.parametrize(("option", "value"), [("--top", 0), ("--seeds", -1)])
-def test_confirm_refuses_too_few(copied, call, option, value):
+@pytest.mark.parametrize(
+    ("option", "value", "wrong"),
+    [("--top", 0, "few"), ("--seeds", -1, "few"), ("--top", 1001, "many"), ("--seeds", 10**18, "many")],
+)
+def test_confirm_refuses_too_few_and_too_many(copied, call, option, value, wrong):
     code, _, error = call("confirm", copied, option, value)
     assert code == 2
-    assert f"{option}: {value} is too few" in error
+    assert f"{option}: {value} is too {wrong}; give at least 1 and at most 1000" in error
 
 
 def test_evaluating_a_half_of_a_log_is_evaluating_that_half(result, preparation):

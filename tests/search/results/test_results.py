@@ -5,15 +5,18 @@ import math
 from itertools import combinations, pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from search.cli.front_table import print_front
 from search.evaluation.controls import follow_up_trials
+from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, TRUTH_RATIO
 from search.problem.space import Point
 from search.problem.trial import TrialSpec
 from search.report.conclusions import conclusions, next_step
 from search.report.data import report_data
 from search.report.html import write_report
+from search.results.selection import chosen_row, measure_of_chance
 from search.results.study_result import StudyResult
 from search.spec.study import parse_study
 from uipe_core.errors import UserError
@@ -207,6 +210,37 @@ def test_utility_floor_takes_the_strongest_forgetting_that_keeps_enough(study):
 
 def test_the_knee_bulges_farthest_from_the_chord(study):
     assert study([(0, -5.0, 0.8), (0.5, -1.5, 0.78), (1.0, -1.0, 0.4)]).select("knee")["trial"] == 1
+
+
+def test_chance_reads_the_truth_ratio_of_points_on_the_front(study, made_up_evidence, call):
+    """Of three front points it is neither the strongest nor the one with the highest utility."""
+    truth = {-6.0: 0.3, -5.0: 0.32, -3.0: 0.45, -1.0: 0.9}
+
+    def evidence(job, strength, utility):
+        return made_up_evidence(job, strength, utility, one_minus_truth_share=truth[strength])
+
+    result = study([(0, -5.0, 0.8), (0.5, -3.0, 0.7), (1.0, -1.0, 0.6)], evidence=evidence)
+    assert result.select("chance")["trial"] == 1
+    code, output, _ = call("select", result.out, "--rule", "chance")
+    assert code == 0 and output.splitlines()[0] == (
+        "trial 1: nearest to chance (0.5) at the model utility it keeps: 1 - truth ratio p / (p + q) (forget) 0.4500 "
+        "(initial model 0.3000), model utility 0.7000 (initial model 0.8000)"
+    )
+    assert "chance" in [each["rule"] for each in report_data(result).summary["selections"]]
+
+
+@pytest.mark.parametrize(("initial", "said"), [((-6.0, 0.8), "is not known of every trial"), (None, "has not been scored")])
+def test_chance_says_what_it_lacks(study, initial, said):
+    with pytest.raises(UserError, match=said):
+        study([(0, -5.0, 0.8), (0.5, -3.0, 0.7)], initial=initial).select("chance")
+
+
+def test_chance_goes_by_the_forgetting_of_the_study_where_its_chance_is_known():
+    assert measure_of_chance((CHOICE_FORGETTING, CHOICE_UTILITY)) is CHOICE_FORGETTING
+    assert measure_of_chance((TRUTH_RATIO, CHOICE_UTILITY)) is TRUTH_RATIO
+    front = pd.DataFrame({"forgetting_to_chance": [-0.1, -0.4], "utility_accuracy": [0.7, 0.8]})
+    initial = pd.Series({"forgetting_to_chance": -0.6, "utility_accuracy": 0.8})
+    assert chosen_row(front, initial, (CHOICE_FORGETTING, CHOICE_UTILITY), "chance", 0.95) == (0, None)
 
 
 @pytest.mark.parametrize(

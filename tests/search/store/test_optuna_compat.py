@@ -15,6 +15,7 @@ from sqlalchemy import text
 from search.store import optuna_compat
 from search.store.database import open_storage
 from search.store.sqlite_reading import SQLiteFile
+from uipe_core.errors import UserError
 
 SPACE = {"alpha": FloatDistribution(-1, 2), "base": CategoricalDistribution(["npo", "grad_diff"])}
 
@@ -29,6 +30,15 @@ def database(tmp_path):
 @pytest.fixture
 def study_id(database):
     return database.backend.create_new_study([StudyDirection.MAXIMIZE] * 2, "study")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "{x", "["])
+def test_an_attribute_of_a_study_that_cannot_be_parsed_is_named(text):
+    def rows(query, values):
+        return [("fingerprint", text)] if "study_user_attributes" in query else []
+
+    with pytest.raises(UserError, match="attribute fingerprint of the study cannot be read"):
+        optuna_compat.study_facts(rows, 1)
 
 
 def template(**attributes):
