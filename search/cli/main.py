@@ -72,7 +72,7 @@ def _settings(
 
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")]
-Rule = Annotated[str | None, typer.Option(help="utility-floor, knee or chance.")]
+Rule = Annotated[str | None, typer.Option(help="utility-floor, knee, chance or robust (after an audit).")]
 AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
 Floor = Annotated[
     float | None,
@@ -172,7 +172,9 @@ def select(
     picked, note = result.choose(rule or "utility-floor", floor, allow_collapsed=allow_collapsed)
     chosen = result.rows(picked.to_frame().T)[0]
     # What chose in place of a knee that is not there stands in the note.
-    reason = note or result.reason(picked, rule or "utility-floor", floor)
+    reason = result.reason(picked, rule or "utility-floor", floor) if note is None or rule == "robust" else note
+    if rule == "robust" and note is not None:
+        reason += f" ({note})"
     if as_json:
         said = (
             {"floor": result.floor if floor is None else floor}
@@ -205,7 +207,7 @@ def export(
     from search.results.study_result import StudyResult
 
     if (trial is None) == (rule is None):
-        raise UserError("export: give either --trial N or --rule utility-floor|knee|chance")
+        raise UserError("export: give either --trial N or --rule utility-floor|knee|chance|robust")
     quieten()
     result = StudyResult.open(out)
     if trial is not None:

@@ -278,6 +278,45 @@ def _interval(ends: list[float] | None) -> str:
     return "" if ends is None else f" [{ends[0]:.4f}, {ends[1]:.4f}]"
 
 
+def print_audits(facts: dict[str, Any]) -> None:
+    """Print what audits found: a row per number, a column per model."""
+    names = [name for name in facts["models"] if name != "retain" or facts["retain"] is None]
+    table, console = new_table(f"Audits of {facts['study']}", width=140)
+    for head in ("audit", "number"):
+        table.add_column(head, overflow="fold")
+    for name in names:
+        table.add_column(f"trial\n{name}" if isinstance(name, int) else f"{name}\nmodel", justify="right")
+    for audit in facts["audits"]:
+        if audit["state"] != "done":
+            table.add_row(audit["title"], "not tested", *("" for _ in names))
+            continue
+        for place, number in enumerate(audit["numbers"]):
+            cells = [_audited(number, str(name)) for name in names]
+            table.add_row(audit["title"] if place == 0 else "", number["title"], *cells)
+    console.print(table, markup=False)
+    if facts["retain"] is not None:
+        echo("retain model: there is none")
+    for audit in facts["audits"]:
+        for name, reason in audit["reasons"].items():
+            whom = {"all": "", **{known: f" on the {known} model" for known in ("initial", "retain")}}.get(
+                name, f" on trial {name}"
+            )
+            echo(f"{audit['title']}: not tested{whom}: {reason}")
+    for row in facts["after_attacks"]:
+        echo(
+            f"trial {row['trial']}: {row['worst']:.4g} after the worst of {row['attacks']} changes of its weights "
+            f"({row['attack'].replace('_', ' ')})"
+        )
+
+
+def _audited(number: dict[str, Any], name: str) -> str:
+    value = number["values"][name]
+    if value is None:
+        # What an attack undid is a share of what a trial forgot; reference models forgot nothing.
+        return "-" if number["key"] == "recovered" and not name.isdigit() else "not tested"
+    return f"{value:.{number['places']}f}"
+
+
 def print_plan(plan: Any) -> None:
     """Print a plan as a table, then what cannot fit and what is not known."""
     from rich.markup import escape

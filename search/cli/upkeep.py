@@ -1,4 +1,4 @@
-"""Plan a study, check and repair its folder, search at a utility floor: `uipe plan`, `doctor`, `dial`."""
+"""Plan a study, repair its folder, search at a utility floor, attack trials: `uipe plan`, `doctor`, `dial`, `audit`."""
 
 import sys
 from pathlib import Path
@@ -13,6 +13,7 @@ from search.cli.tables import (
     Trust,
     dial_facts,
     echo,
+    print_audits,
     print_dial,
     print_findings,
     print_json,
@@ -20,6 +21,8 @@ from search.cli.tables import (
     quieten,
 )
 from search.execution.ray_compat import configure_ray
+from search.problem.trial import AUDITS
+from uipe_core.errors import UserError
 
 
 def dial(
@@ -44,6 +47,42 @@ def dial(
     result, answer = dial_study(out, floor, address=address, trust_remote_code=trust_remote_code)
     facts = dial_facts(result, answer)
     print_json(facts) if as_json else print_dial(facts)
+
+
+def audit(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
+    trial: Annotated[list[int] | None, typer.Option(help="Number of a trial; may be given several times.")] = None,
+    rule: Annotated[str | None, typer.Option(help="Audit the trial that a rule chooses, as in uipe select.")] = None,
+    top: Annotated[int | None, typer.Option(help="Audit so many finalists; audit.top of the study, or 3.")] = None,
+    tests: Annotated[
+        str | None,
+        typer.Option(help=f"Which, separated by commas: {', '.join(AUDITS)}; audit.tests of the study, or all."),
+    ] = None,
+    address: Address = None,
+    trust_remote_code: Trust = False,
+    as_json: Json = False,
+) -> None:
+    """Attack trials: does what was forgotten come back, and is it seen that it was there?
+
+    Weights are rounded to 8 and 4 bits, the facts are trained back, the questions are asked otherwise and many times, and
+    membership is guessed. Each number stands next to that of the initial and of the retain model. Audits are controls of the
+    study: what is known is not done again, and the same command resumes. What was not done is called not tested.
+    """
+    from search.results.study_result import StudyResult
+
+    if sum(given is not None for given in (trial or None, rule, top)) > 1:
+        raise UserError("audit: give --trial, --rule or --top, one of them")
+    configure_ray(address)
+    from search.execution.run import audit_study
+
+    quieten()
+    trials = list(trial or ())
+    if rule is not None:
+        trials = [int(StudyResult.open(out).select(rule)["trial"])]
+    names = [name.strip() for name in tests.split(",") if name.strip()] if tests else []
+    result = audit_study(out, trials, top, names, address=address, trust_remote_code=trust_remote_code)
+    facts = result.audits or {}
+    print_json(facts) if as_json else print_audits(facts)
 
 
 def plan(
@@ -104,5 +143,6 @@ def doctor(
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(epilog="Example: uipe dial runs/quickstart --floor 0.95")(dial)
+    app.command(epilog="Example: uipe audit runs/quickstart --top 3 --tests quantisation,membership")(audit)
     app.command(epilog="Example: uipe plan studies/quickstart.yaml")(plan)
     app.command(epilog="Example: uipe doctor runs/quickstart --fix")(doctor)

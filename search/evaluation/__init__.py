@@ -1,5 +1,6 @@
 """Prepare and score trials. Knows no Ray; everything here runs on the driver or on a worker.
 
+audits (private): attacks on models, one entry each
 controls: what trials are compared with, one entry each
 data_notes (private): counts, lengths, repetitions and stand-ins of a user's own data
 evaluator: score one trial on a resident model

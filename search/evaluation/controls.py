@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from search.evaluation.audits import AUDITS, Audit
 from search.evaluation.task import TASKS, task_of
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN, RETAIN, TrialSpec
 from search.store.trials import on_front
@@ -49,6 +50,7 @@ class Control:
             `StudyStore.trials_frame`, as `base`, `epoch`, `alpha` and `of_trial` of a `TrialSpec`.
         held_out: Scored on the items kept for reporting; every other trial is scored on those for selection.
         update: Replaces the update vector before it is applied; gets the update and the study's seed.
+        audit: The attack that the model is held against (`search.evaluation.audits`); None for every other control.
     """
 
     title: str = ""
@@ -58,6 +60,7 @@ class Control:
     follow_up: "Callable[[StudyStore, Mapping[str, Any], dict[str, Any]], TrialSpec | None] | None" = None
     held_out: bool = False
     update: "Callable[[UpdateVector, int], UpdateVector] | None" = None
+    audit: Audit | None = None
 
 
 def _reference(kind: str) -> "Callable[[PreparedStudy], list[TrialSpec]]":
@@ -158,8 +161,14 @@ CONTROLS: dict[str, Control] = {
     "held_out": Control(given=_held_out_references, follow_up=_held_out, held_out=True),
     "matched_scale": Control(follow_up=_matched_scale),
     "confirm": Control(held_out=True),
+    **{kind: Control(audit=audit) for kind, audit in AUDITS.items()},
 }
 """Controls by kind (`TrialSpec.kind`), in the order of the report."""
+
+
+def is_audit(job: TrialSpec) -> bool:
+    """Return True for an attack on a model (`search.evaluation.audits`)."""
+    return job.is_control and CONTROLS[job.kind].audit is not None
 
 
 def given_controls(prepared: "PreparedStudy") -> list[TrialSpec]:

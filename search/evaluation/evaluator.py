@@ -2,22 +2,25 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from search.evaluation.audits import Audit, AuditInputs
 from search.evaluation.controls import CONTROLS
 from search.evaluation.harness import HarnessTasks, harness_accuracy
 from search.evaluation.metrics import TrialMetrics
 from search.evaluation.task import Comparison, Report, Task, task_of, trial_metrics
 from search.problem.objectives import LM_EVAL, Objective
-from search.problem.trial import INITIAL, TrialSpec
+from search.problem.trial import INITIAL, RETAIN, UNTESTED, TrialSpec
+from search.spec.runtime import Audit as AuditSection
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.extrapolation import Extrapolator
 from uipe_core.deltas.initial_weights import read_initial_weights, saved_folder
 from uipe_core.deltas.store import DeltaStore
 from uipe_core.deltas.update_vectors import UpdateVector
+from uipe_core.errors import UserError
 from uipe_core.models.loading import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
 from uipe_core.models.prompts import PromptFormat
 from uipe_core.scoring.scorer import ScoringConfig
@@ -38,6 +41,8 @@ class StudyContext:
         definition: Metric definition.
         objectives: What the study maximises.
         harness: Tasks of the objective ``lm_eval``; None where it is not maximised.
+        retain: The retain model, for audits; None where there is none, or its evaluation log alone.
+        audits: Section ``audit`` of the study, or its defaults.
         seed: Seed of the random directions.
         threads: Torch threads per worker.
         trial_minutes: Longest a trial may take; None without a limit.
@@ -55,6 +60,8 @@ class StudyContext:
     threads: int
     trial_minutes: float | None = None
     harness: HarnessTasks | None = None
+    retain: ModelSource | None = None
+    audits: AuditSection = field(default_factory=AuditSection)
 
 
 def load_for_scoring(source: ModelSource) -> tuple[LoadedModel, Extrapolator]:
@@ -97,13 +104,16 @@ class Evaluator:
         self._deltas = DeltaStore(context.deltas)
         self._last: tuple[tuple[tuple[str, ...], int], UpdateVector, float] | None = None
 
-    def evaluate(self, job: TrialSpec) -> tuple[TrialMetrics, Report]:
-        """Score one trial; return its metrics and the scores they are made of.
+    def evaluate(self, job: TrialSpec) -> tuple[TrialMetrics, Report | None]:
+        """Score one trial; return its metrics and the scores they are made of, None for an audit that scores nothing.
 
         A trial whose bound one of its rivals dominates is not scored to its end: its metrics have the bound in place of
         numbers, and the scores are those of the stages that were scored.
         """
         started = time.perf_counter()
+        if job.is_control and (audit := CONTROLS[job.kind].audit) is not None:
+            metrics, scores = self._audit(job, audit)
+            return replace(metrics, seconds=time.perf_counter() - started), scores
         half = self._half(job.is_control and CONTROLS[job.kind].held_out)
         report, norm, dominated = self._report(job, half)
         if dominated is None:
@@ -122,6 +132,41 @@ class Evaluator:
             seconds_by_stage=dict(report.seconds),
             batch_size=None if size == self.context.scoring.batch_size else size,
         ), report
+
+    def _audit(self, job: TrialSpec, audit: Audit) -> tuple[TrialMetrics, Report | None]:
+        """Audit a model; the scores are those of a model that an attack changed, None where numbers alone are measured."""
+        half = self._half(False)
+        scored = take_items(self.context.corpus, self.context.split.select)
+        inputs = AuditInputs(
+            self.context.corpus,
+            scored,
+            half.scorer,
+            half.comparison.references[INITIAL],
+            self.context.scoring.generation_length,
+            self.context.scoring.unicode_rouge,
+            self.context.audits,
+            self.context.seed,
+        )
+        loaded = self._audited(job)
+        try:
+            if audit.measured is not None:
+                return TrialMetrics(self.context.definition, dict(audit.measured(loaded, inputs))), None
+            assert audit.changed is not None
+            with audit.changed(loaded, inputs) as attacked:
+                report, _ = self.task.score(half.scorer, attacked, 1.0, (), {}, self.context.definition)
+        except UserError as error:
+            # Known for good, and no failure of the study: the table says it, and the other audits go on.
+            return TrialMetrics(self.context.definition, {UNTESTED: str(error)}), None
+        return trial_metrics(self.task, report, half.comparison), report
+
+    def _audited(self, job: TrialSpec) -> LoadedModel:
+        """Return the model that an audit is about: a reference model, or theta_init moved."""
+        if job.model == RETAIN:
+            assert self.context.retain is not None
+            return load_for_scoring(self.context.retain)[0]
+        if job.base is None or job.epoch is None or job.alpha is None:
+            return self._on(self._walker.reset())
+        return self._on(self._walker.apply(self._update(job.delta, job.epoch)[0], job.alpha))
 
     def _harness_accuracy(self, job: TrialSpec) -> float:
         """Return the accuracy of the model as it was just scored; reference models but the initial one are not loaded here."""

@@ -21,7 +21,7 @@ from search.execution.capacity import ClusterCapacity
 from search.execution.workers import build_model, import_and_publish, score_model, train_and_publish
 from search.problem.trial import INITIAL, NEVER_FINETUNED, RETAIN, retrained
 from search.report.progress import Bars
-from search.spec.runtime import BaseRunResources, TrialResources
+from search.spec.runtime import Audit, BaseRunResources, TrialResources
 from search.store.folder import keep_traceback
 from search.store.study_store import StudyStore
 from uipe_core.corpora.split import take_items
@@ -106,6 +106,8 @@ class Prerequisites:
             threads=spec.resources.trial.threads,
             trial_minutes=spec.budget.trial_minutes,
             harness=self.preparation.harness,
+            retain=None if RETAIN not in sources else _spread(sources[RETAIN], spec.resources.trial),
+            audits=spec.audit or Audit(),
         )
         return context, tasks
 

@@ -1,7 +1,7 @@
 """Run a study on Ray: models and base runs as tasks, trials through Tune with warm, reused actors."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from search.evaluation.inputs import check_items
@@ -89,6 +89,39 @@ def confirm_study(
     others = [spec.seed + step for step in range(1, seeds + 1)]
     with working_folder(out) as folder:
         return _at_work(spec, folder, quiet, address, trust_remote_code, lambda run: run.confirm(jobs, others))
+
+
+def audit_study(
+    out: Path | str,
+    trials: Sequence[int] = (),
+    top: int | None = None,
+    tests: Sequence[str] = (),
+    *,
+    quiet: bool = False,
+    address: str | None = None,
+    trust_remote_code: bool = False,
+) -> StudyResult:
+    """Hold trials of a study against audits: does the knowledge come back, and is it seen that it was there?
+
+    Args:
+        out: Folder of a study.
+        trials: Numbers of the trials; none for the finalists (`StudyResult.finalists`).
+        top: How many finalists; None is the study's own number (section ``audit``).
+        tests: Names of `search.problem.trial.AUDITS`; none for the study's own, or all.
+        quiet, address, trust_remote_code: As `run_study`.
+
+    Returns:
+        The study, with the audits among its controls (`StudyResult.audits`).
+
+    Raises:
+        UserError: As `run_study`; or an audit that does not exist or lacks every item it needs, or nothing to audit.
+        StudyInterrupted: On Ctrl-C or SIGTERM; what was scored is kept.
+    """
+    result = StudyResult.open(out)
+    spec = result.runnable_spec()
+    jobs = result.audit_jobs(trials, top, tests)
+    with working_folder(out) as folder:
+        return _at_work(spec, folder, quiet, address, trust_remote_code, lambda run: run.audit(jobs))
 
 
 def dial_study(

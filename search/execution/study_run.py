@@ -14,7 +14,7 @@ from optuna.trial import TrialState
 from ray import tune
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from search.evaluation.controls import follow_up_trials, given_controls
+from search.evaluation.controls import follow_up_trials, given_controls, is_audit
 from search.evaluation.evaluator import StudyContext
 from search.evaluation.inputs import earlier_fronts
 from search.evaluation.prepared import PreparedStudy
@@ -31,10 +31,19 @@ from search.execution.workers import ScoringTrial
 from search.problem.trial import TrialSpec
 from search.report.progress import Bars, ProgressActor
 from search.results.constrained import Dial
+from search.results.study_result import StudyResult
 from search.samplers.registry import SAMPLERS
 from search.spec.runtime import Budget
 from search.store.study_store import StudyStore
 from search.store.trials import searched
+from uipe_core.errors import UserError
+
+TITLES = {
+    "given": "scoring: alpha = 0 and controls",
+    "trials": "searching: (method, epoch, alpha)",
+    "audits": "auditing: attacks on finalists",
+}
+"""Stages of scoring, and how progress names them."""
 
 
 class StageProgress:
@@ -46,13 +55,13 @@ class StageProgress:
 
     def __init__(self, bars: Bars, store: StudyStore, jobs: Iterable[TrialSpec], proposals: int) -> None:
         self._bars, self._store = bars, store
-        self._totals = Counter({"given": 0, "trials": proposals}) + Counter(_stage(job) for job in jobs)
+        self._totals = Counter({"trials": proposals}) + Counter(_stage(job) for job in jobs)
         self._done: Counter[str] = Counter()
-        self._seconds = {"training": 0.0, "given": 0.0, "trials": 0.0}
+        self._seconds = {"training": 0.0, **dict.fromkeys(TITLES, 0.0)}
         self._stage = "given"
         self.trains = False
         self.begin()
-        for stage in ("given", "trials"):
+        for stage in TITLES:
             self._show(stage)
 
     def begin(self) -> None:
@@ -61,8 +70,9 @@ class StageProgress:
 
     def more(self, jobs: list[TrialSpec]) -> list[TrialSpec]:
         """Add trials to the total and return them."""
-        self._totals["trials"] += len(jobs)
-        self._show("trials")
+        self._totals.update(_stage(job) for job in jobs)
+        for stage in {_stage(job) for job in jobs}:
+            self._show(stage)
         return jobs
 
     def ended(self, job: TrialSpec, reason: str | None, again: bool, took: float | None = None) -> None:
@@ -94,12 +104,13 @@ class StageProgress:
         self._since, self.trains = now, False
 
     def _show(self, stage: str) -> None:
-        names = {"given": "scoring: alpha = 0 and controls", "trials": "searching: (method, epoch, alpha)"}
         if self._totals[stage]:
-            self._bars.show(names[stage], self._done[stage], self._totals[stage])
+            self._bars.show(TITLES[stage], self._done[stage], self._totals[stage])
 
 
 def _stage(job: TrialSpec) -> str:
+    if is_audit(job):
+        return "audits"
     return "trials" if job.kind in ("search", "dial") or job.of_trial is not None else "given"
 
 
@@ -132,7 +143,7 @@ class StudyRun:
             earlier = self._earlier(done)[:proposals]
             jobs, proposals = jobs + earlier, proposals - len(earlier)
         searched_for = [job for job in jobs if job.kind == "search"]
-        controls_missing = len(jobs) > len(searched_for) or bool(follow_up_trials(self.store))
+        controls_missing = len(jobs) > len(searched_for) or bool(follow_up_trials(self.store) or self._audits())
         if controls_missing or searched_for or proposals:
             with self._guarded(spec.budget) as guard:
                 stop = guard.stop()
@@ -159,6 +170,14 @@ class StudyRun:
         if jobs:
             with self._asked_for() as prerequisites:
                 self._score(prerequisites, *prerequisites.begin(seeds, sorted({str(job.base) for job in jobs})), jobs, 0)
+
+    def audit(self, jobs: list[TrialSpec]) -> None:
+        """Score what audits ask for and what is not known yet."""
+        done = _done_jobs(self.store)
+        missing = [job for job in jobs if job not in done]
+        if missing:
+            with self._asked_for() as prerequisites:
+                self._score(prerequisites, *prerequisites.begin(), missing, 0)
 
     def dial(self, floor: float) -> None:
         """Score what `search.results.constrained` asks for, round by round."""
@@ -215,6 +234,17 @@ class StudyRun:
         for jobs in asked:
             yield progress.more(jobs)
         yield progress.more(follow_up_trials(self.store))
+        yield progress.more(self._audits())
+
+    def _audits(self) -> list[TrialSpec]:
+        """List the audits that the study asks for by itself and that are not done, once its front is known."""
+        if self.preparation.spec.audit is None or not any(self.store.trials((TrialState.COMPLETE,), ())):
+            return []
+        done = _done_jobs(self.store)
+        try:
+            return [job for job in StudyResult.of(self.store).audit_jobs((), None, ()) if job not in done]
+        except UserError:  # nothing on the front, which the report says
+            return []
 
     def _score(
         self,

@@ -14,6 +14,7 @@ from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
+from search.evaluation.controls import is_audit
 from search.evaluation.metrics import TrialMetrics
 from search.evaluation.pruning import Rivals, prunes
 from search.execution.base_runs import LOST, BaseRuns
@@ -257,6 +258,9 @@ class StudySearcher(Searcher):
         metrics = TrialMetrics.from_text(result["metrics"])
         self.took = metrics.seconds
         evidence = {**self._store.identity(job), **metrics.as_dict()}
+        if is_audit(job):
+            # One that scores nothing has the objectives of the model it is about: no trial is complete without any.
+            evidence = {**self._store.objectives_of(job), **evidence}
         items = base64.b64decode(result["items"]) if "items" in result else None
         if metrics.pruned is not None:
             self._store.prune(number, evidence, items)

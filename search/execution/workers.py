@@ -71,7 +71,8 @@ class ScoringTrial(tune.Trainable):
         try:
             with time_limit(self._context.trial_minutes):
                 metrics, report = score_within_memory(self._evaluator, job)
-                return {"metrics": metrics.as_text(), "items": pack_arrays(report.arrays())}
+                items = {} if report is None else {"items": pack_arrays(report.arrays())}
+                return {"metrics": metrics.as_text(), **items}
         except Exception as error:
             logger.exception("trial failed: %s", job)
             reason = str(error) if isinstance(error, OutOfMemory) else f"{type(error).__name__}: {error}"
@@ -188,7 +189,7 @@ def time_limit(minutes: float | None) -> Iterator[None]:
         faulthandler.cancel_dump_traceback_later()
 
 
-def score_within_memory(evaluator: Callable[[], Evaluator], job: TrialSpec) -> tuple[TrialMetrics, Report]:
+def score_within_memory(evaluator: Callable[[], Evaluator], job: TrialSpec) -> tuple[TrialMetrics, Report | None]:
     """Score a trial. Where memory runs out, release what is in use and try once more.
 
     Scoring halves its batches by itself. What fails here is loading or moving the model, or a single row.

@@ -12,7 +12,7 @@ from uipe_core.errors import UserError
 
 FloatArray = NDArray[np.float64]
 
-RULES = ("utility-floor", "knee", "chance")
+RULES = ("utility-floor", "knee", "chance", "robust")
 """Rules that pick one point of a front, by the name users give."""
 
 DEFAULT_FLOOR = 0.95

@@ -17,6 +17,19 @@ INITIAL, RETAIN, OTHER_RETAIN, NEVER_FINETUNED = "initial", "retain", "other_ret
 REFERENCE_KINDS = (INITIAL, RETAIN, OTHER_RETAIN, NEVER_FINETUNED)
 """Models scored as they are. Every kind of trial that is no point is a control (`search.evaluation.controls.CONTROLS`)."""
 
+AUDITS: dict[str, tuple[str, ...]] = {
+    "quantisation": ("int8", "int4", "nf4"),
+    "relearning": ("relearn_forget", "relearn_few", "relearn_retain"),
+    "membership": ("membership",),
+    "prompts": ("prompts",),
+    "sampling": ("sampling",),
+    "fluency": ("fluency",),
+}
+"""Audits by the name that a study file or command line gives, and the kinds of control that each consists of."""
+
+UNTESTED = "untested"
+"""What a control carries in place of numbers where an audit could not be done: the reason."""
+
 
 @dataclass(frozen=True)
 class TrialSpec:

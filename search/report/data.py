@@ -54,6 +54,7 @@ class ReportData:
             failure_reasons [(reason, count)], saved (`search.evaluation.pruning.savings`), pruned [{trial, base, ...}]
             (`pruned_table`), usage {hours, cpu_hours, gpu_hours}.
         objectives: what the study maximises.
+        audits: `search.results.audits.audit_facts`; None where nothing was audited.
         floor: least share of the initial model's utility that sentences speak of.
         certainty, held_out, matched_scale, confirmations: tables of `search.results.uncertainty` and
             `search.results.finalists`; empty where nothing of the kind was scored.
@@ -64,6 +65,7 @@ class ReportData:
     summary: dict[str, Any]
     objectives: tuple[Objective, ...] = (FORGET_QUALITY, MODEL_UTILITY)
     floor: float = DEFAULT_FLOOR
+    audits: dict[str, Any] | None = None
     certainty: pd.DataFrame = field(default_factory=pd.DataFrame)
     held_out: pd.DataFrame = field(default_factory=pd.DataFrame)
     matched_scale: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -182,7 +184,7 @@ def report_data(result: StudyResult) -> ReportData:
         "stand_ins": record.corpus.stand_ins,
     }
     tables = (result.certainty, result.held_out, result.matched_scale, result.confirmations)
-    return ReportData(result.trials, result.controls, summary, result.objectives, result.floor, *tables)
+    return ReportData(result.trials, result.controls, summary, result.objectives, result.floor, result.audits, *tables)
 
 
 MOST_SIMULATED = 1000

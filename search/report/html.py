@@ -28,6 +28,7 @@ STAGES = {
     "baselines": "given points: score alpha = 0 and the controls, and train base runs meanwhile",
     "given": "given points: score alpha = 0 and the controls",
     "trials": "trials: re-apply cached updates and score",
+    "audits": "audits: attack finalists",
 }
 """Stages by their key in a record; those of older records, in which scoring and training are mixed, say so."""
 MIXED_STAGES = ("base_runs", "baselines")
@@ -147,6 +148,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
             if control.title and (not view.choices or kind in set(view.controls["kind"]))
         ],
         choices=view.choices,
+        audits=view.audits,
         cost=_cost(view),
         bases=bases,
         bases_shown=len(plots.shown_bases(view.trials)),
@@ -194,7 +196,7 @@ def _cost(view: ReportData) -> dict[str, Any]:
         "stages": [
             {"label": label, "seconds": spent[stage], "share": 100 * spent[stage] / total if total else 0.0}
             for stage, label in STAGES.items()
-            if stage not in MIXED_STAGES or spent[stage]
+            if stage not in (*MIXED_STAGES, "audits") or spent[stage]
         ],
         "total": total,
         "saved": saved,

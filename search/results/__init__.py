@@ -1,5 +1,6 @@
 """Read a study's folder: tables, front, selection, intervals, export, status.
 
+audits (private): what audits are to be done, and what they found
 constrained: search for the strongest forgetting at a utility floor
 export: forms of export, one entry each
 finalists: what was scored of front points afterwards

@@ -1,5 +1,8 @@
 """Choose a trial of the front by a rule, and give the reason in a line."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import pandas as pd
 
@@ -12,7 +15,12 @@ KNEE_POINTS = 3
 
 
 def chosen_row(
-    front: pd.DataFrame, initial: pd.Series | None, objectives: tuple[Objective, ...], rule: str, floor: float
+    front: pd.DataFrame,
+    initial: pd.Series | None,
+    objectives: tuple[Objective, ...],
+    rule: str,
+    floor: float,
+    after_attacks: Mapping[int, float] = MappingProxyType({}),
 ) -> tuple[int, str | None]:
     """Return the row of the front that a rule chooses, and what is to be said of the choice.
 
@@ -24,7 +32,8 @@ def chosen_row(
         initial: The initial model as a control; None before it is scored.
         objectives: What the study maximises.
         rule: One of `RULES`.
-        floor: For ``utility-floor``: share of the initial model's utility, above 0 and at most 1.
+        floor: For ``utility-floor`` and ``robust``: share of the initial model's utility, above 0 and at most 1.
+        after_attacks: Forgetting after the worst attack, by the number of each trial that was audited.
 
     Raises:
         UserError: The rule is unknown, the front is empty, or no point is what the rule asks for.
@@ -36,6 +45,8 @@ def chosen_row(
     points = front[[objective.name for objective in objectives]].to_numpy(dtype=float)
     if rule == "utility-floor":
         return _at_floor(points, initial, objectives, floor), None
+    if rule == "robust":
+        return _robust(front, points, initial, objectives, floor, after_attacks)
     if rule == "chance":
         return _nearest_to_chance(front, initial, objectives), None
     if len(front) >= KNEE_POINTS:
@@ -81,6 +92,8 @@ def reason_of(
 
     if rule == "knee":
         reason = "bulges farthest beyond the line between the ends of the front"
+    elif rule == "robust":
+        reason = f"strongest forgetting after the worst attack, with {floor:g} or more of the initial {utility.title}"
     elif rule == "chance":
         reason = f"nearest to chance ({forgetting.chance:g}) at the {utility.title} it keeps"
     else:
@@ -88,6 +101,26 @@ def reason_of(
     sure = {True: "; it forgets more than the initial model beyond noise", None: ""}
     numbers = f"{shown(forgetting)}, {shown(utility)}"
     return f"{reason}: {numbers}" + sure.get(beats_initial, "; within noise it forgets no more than the initial model")
+
+
+def _robust(
+    front: pd.DataFrame,
+    points: FloatArray,
+    initial: pd.Series | None,
+    objectives: tuple[Objective, ...],
+    floor: float,
+    after_attacks: Mapping[int, float],
+) -> tuple[int, str | None]:
+    audited = np.flatnonzero(front["trial"].isin(list(after_attacks)).to_numpy())
+    if not len(audited):
+        raise UserError(
+            "--rule robust: no point of the front was audited; run `uipe audit OUT --tests quantisation,relearning` first"
+        )
+    attacked = points[audited]
+    attacked[:, 0] = [after_attacks[int(front["trial"].iloc[row])] for row in audited]
+    chosen = int(audited[_at_floor(attacked, initial, objectives, floor)])
+    note = f"of the {len(audited)} of {len(front)} points that were audited" if len(audited) < len(front) else None
+    return chosen, note
 
 
 def _nearest_to_chance(front: pd.DataFrame, initial: pd.Series | None, objectives: tuple[Objective, ...]) -> int:

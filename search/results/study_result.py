@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,7 @@ from search.evaluation.metrics import METRICS
 from search.evaluation.pruning import pruned_table, savings
 from search.problem.objectives import Objective, quality_floor
 from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume
-from search.problem.trial import INITIAL
+from search.problem.trial import INITIAL, TrialSpec
 from search.results import finalists
 from search.results.recipe import recipe_of
 from search.results.selection import chosen_row, reason_of
@@ -216,7 +217,8 @@ class StudyResult:
         Args:
             rule: ``utility-floor`` (strongest forgetting with at least `floor` of the initial model's utility), ``knee``
                 (farthest from the chord between the front's ends) or ``chance`` (nearest to a model that cannot tell true
-                answers from false ones, at the utility it keeps). A front of fewer than three points has no knee: then the
+                answers from false ones, at the utility it keeps) or ``robust`` (as utility-floor, after the worst attack of an
+                audit). A front of fewer than three points has no knee: then the
                 utility floor chooses, and where no point reaches it, the highest utility.
             floor: Share of the initial model's utility, above 0 and at most 1; None is the study's own.
             allow_collapsed: Whether a collapsed model (`uipe_core.metrics.collapse`) may be chosen.
@@ -228,8 +230,29 @@ class StudyResult:
         front = self.front if allow_collapsed else self.healthy_front
         if not allow_collapsed and collapsed(self.trials).all():
             raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
-        row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, self.floor if floor is None else floor)
+        share = self.floor if floor is None else floor
+        row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, share, self.after_attacks)
         return front.iloc[row], note
+
+    def audit_jobs(self, trials: Sequence[int], top: int | None, tests: Sequence[str]) -> list[TrialSpec]:
+        """List the audits of some trials and of the reference models (`search.results.audits.audit_jobs`)."""
+        from search.results.audits import audit_jobs
+
+        return audit_jobs(self, trials, top, tests)
+
+    @cached_property
+    def audits(self) -> dict[str, Any] | None:
+        """Findings of audits (`search.results.audits.audit_facts`); None where nothing was audited."""
+        from search.results.audits import AUDITS, audit_facts
+
+        return audit_facts(self) if self.controls["kind"].isin(AUDITS).any() else None
+
+    @cached_property
+    def after_attacks(self) -> dict[int, float]:
+        """Forgetting after the worst attack that changed weights, of each trial that was audited (`search.results.audits`)."""
+        from search.results.audits import after_attacks
+
+        return {int(row["trial"]): float(row["worst"]) for row in after_attacks(self).to_dict("records")}
 
     def reason(self, row: pd.Series, rule: str, floor: float | None = None) -> str:
         """Why a rule chose a trial, in a line, and whether it beats the initial model beyond noise where that is known."""

@@ -7,7 +7,7 @@ errors: `StudyFileError`, messages with key, value and remedy; URLs without thei
 models: one class per kind of model section
 paths (private): paths of a study made absolute
 plugins: load extensions of other packages
-runtime: sections that may change from run to run: resources, budget, cache
+runtime: sections that may change from run to run: audit, resources, budget, cache
 sections: the other sections: unlearning, scoring, search
 study: `StudySpec`, `load_study`, `parse_study`
 study_file: YAML with line numbers, settings of a command line

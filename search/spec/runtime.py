@@ -1,12 +1,14 @@
-"""Validate the sections on resources, budget and caches, which may change from run to run."""
+"""Validate the sections on audits, resources, budget and caches, which may change from run to run."""
 
 import math
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from search.spec.errors import rule, without_password
-from search.spec.sections import Count, Name, Positive, Section
+from search.problem.trial import AUDITS
+from search.spec.bounds import Count, Epochs, LearningRate, Positive
+from search.spec.errors import did_you_mean, rule, without_password
+from search.spec.sections import Name, Section
 from uipe_core.storage.remote_folder import SCHEMES
 
 
@@ -36,6 +38,35 @@ Folders = Annotated[tuple[Name, ...], BeforeValidator(_as_list), Field(min_lengt
 """Folders in order, each once."""
 
 FoldersOrNone = Annotated[tuple[Name, ...], BeforeValidator(_as_list), AfterValidator(_each_once)]
+
+
+class Relearning(Section):
+    """Key ``relearning`` of section ``audit``: how knowledge is trained back; `few` is the number of forget items of the second
+    of three trainings."""
+
+    epochs: Epochs = 1
+    learning_rate: LearningRate = 2e-5
+    batch_size: Count = 4
+    few: Count = 5
+
+
+class Audit(Section):
+    """Section ``audit``: the attacks that the `top` finalists of a study are held against once its front is known."""
+
+    top: Annotated[int, Field(ge=1, le=100)] = 3
+    tests: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_each_once)] = tuple(
+        AUDITS
+    )
+    samples: Annotated[int, Field(ge=1, le=1000)] = 10
+    relearning: Relearning = Field(default_factory=Relearning)
+
+    @field_validator("tests")
+    @classmethod
+    def _tests_exist(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in AUDITS:
+                raise rule(f"{name!r} is none of {', '.join(AUDITS)}", did_you_mean(name, list(AUDITS)))
+        return value
 
 
 class TrialResources(Section):

@@ -19,7 +19,7 @@ from search.spec.errors import KeyPath, Problem, StudyFileError, explain, forget
 from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
 from search.spec.paths import absolute_paths
 from search.spec.plugins import load_plugins
-from search.spec.runtime import Budget, Cache, Folders, FoldersOrNone, Resources
+from search.spec.runtime import Audit, Budget, Cache, Folders, FoldersOrNone, Resources
 from search.spec.sections import (
     PACKAGE,
     ByKind,
@@ -50,7 +50,7 @@ MOST_HINTS = 100
 DATABASES = ("sqlite", "postgresql", "mysql", "mariadb")
 """Databases that trials may be kept in, by SQLAlchemy's names: Optuna reads and writes JSON there."""
 
-RUNNING_KEYS = ("resources", "budget", "warm_start", "storage", "cache")
+RUNNING_KEYS = ("audit", "resources", "budget", "warm_start", "storage", "cache")
 """How a study runs, which does not make it another study."""
 
 
@@ -95,6 +95,7 @@ class StudySpec(Section):
     lm_eval: Harness | None = None
     search: Search = Field(default_factory=Search)
     hypervolume: Hypervolume = Field(default_factory=Hypervolume)
+    audit: Audit | None = None
     resources: Resources = Field(default_factory=Resources)
     budget: Budget = Field(default_factory=Budget)
     warm_start: FoldersOrNone = ()

@@ -287,6 +287,20 @@ class StudyStore:
         """
         return self._items.read(number, control, item_set)
 
+    def objectives_of(self, job: TrialSpec) -> dict[str, float]:
+        """Return the objectives of the model that a control is about: a trial, or a reference model by name."""
+        if job.of_trial is None:
+            found = (
+                trial
+                for trial in self.trials((TrialState.COMPLETE,), ("kind",), True)
+                if trial.user_attrs.get("kind") == job.model
+            )
+        else:
+            found = (trial for trial in self.trials((TrialState.COMPLETE,), ()) if trial.number == job.of_trial)
+        trial = next(found, None)
+        values = [] if trial is None else trial.values
+        return dict(zip([objective.name for objective in self.objectives], values, strict=False))
+
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add to the time that a stage has taken over all runs, and save the record."""
         self.record.add_seconds(stage, seconds)
