@@ -4,9 +4,10 @@ fluency: shares of empty, repeated and garbled texts
 membership: whether forget items look like training data, against holdout items, by their log-probabilities
 prompts: items asked in other ways
 quantisation: weights rounded to int8, int4 or NF4
+relearning: a copy fine-tuned again, and how much comes back
 sampling: several samples of each item, leak@k
 texts: texts of a model, and what they have of gold answers
 token_scores: per-token log-probabilities of answers
 """
 
-__all__ = ["fluency", "membership", "prompts", "quantisation", "sampling", "texts", "token_scores"]
+__all__ = ["fluency", "membership", "prompts", "quantisation", "relearning", "sampling", "texts", "token_scores"]

@@ -6,8 +6,7 @@ that scoring has generated already.
 
 - empty: no letter or digit of any script.
 - repeated: the entropy of word 2-grams and 3-grams is low for the number of words. Entropy of n-grams is that of Zhang et al.
-  2018 (arXiv 1809.05972, section 4.1), weighted as the "generation entropy" of ROME (Meng et al. 2022, arXiv 2202.05262,
-  appendix): (H2 + 2 * H3) / 3 in bits. It grows with the logarithm of a text's length, so it is divided here by the largest
+  2018 (arXiv 1809.05972), weighted as the "generation entropy" of ROME (Meng et al. 2022, arXiv 2202.05262): (H2 + 2 * H3) / 3 in bits. It grows with the logarithm of a text's length, so it is divided here by the largest
   value that so many words allow.
 - garbled: the cross-entropy of characters, each given the one before it, is high under the characters of the initial model's
   texts. Pairs are smoothed by single characters (Dirichlet prior, MacKay and Peto 1995).

@@ -8,9 +8,9 @@ items (`uipe_core.audits.token_scores`), no training and no text.
 Scores are higher the less a text looks like a member, as in open-unlearning. An AUC near 1 says that forget items still look
 like members. Near 0 they look stranger than texts never seen: unlearning too much is as visible as too little.
 
-Sources: LOSS, Yeom et al. 2018 (arXiv 1709.01604); ZLib, Carlini et al. 2021 (arXiv 2012.07805, section 5.2); Min-K%, Shi et
-al. 2024 (arXiv 2310.16789, equation 1); Min-K%++, Zhang et al. 2024 (arXiv 2404.02936, equation 3); PrivLeak, MUSE (arXiv
-2407.06460, section 3.2). Reductions are those of open-unlearning (d3d7cf9): ZLib divides the mean loss, not its sum. Min-K%
+Sources: LOSS, Yeom et al. 2018 (arXiv 1709.01604); ZLib, Carlini et al. 2021 (arXiv 2012.07805); Min-K%, Shi et
+al. 2024 (arXiv 2310.16789); Min-K%++, Zhang et al. 2024 (arXiv 2404.02936); PrivLeak, MUSE (arXiv
+2407.06460). Reductions are those of open-unlearning (d3d7cf9): ZLib divides the mean loss, not its sum. Min-K%
 leaves out the last token of an answer, which is its end token.
 """
 

@@ -5,7 +5,7 @@ Cannot show what a determined attacker finds (searched prompts, access to weight
 here may still be there. Questions are put in other words by templates only, as corpora have no paraphrased ones. Costs one
 greedy text for each item and way: at most items * ways * limit generated tokens.
 
-Sources: affirmative beginnings, Zou et al. 2023 (arXiv 2307.15043, section 2.1) and, for unlearning, Lynch et al. 2024 (arXiv
+Sources: affirmative beginnings, Zou et al. 2023 (arXiv 2307.15043) and, for unlearning, Lynch et al. 2024 (arXiv
 2402.16835, section 4.2: other phrasings, in-context examples).
 """
 

@@ -9,7 +9,7 @@ default: not the output head, nor a layer that shares its weight with an embeddi
 experts that are stacked in one parameter; `rounded_share` says how much of a model that leaves.
 
 Sources: int8 by rows as in LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339, section 2) without outliers; int4 round to
-nearest in groups as in ZeroQuant (arXiv 2206.01861, section 4.1); NF4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314,
+nearest in groups as in ZeroQuant (arXiv 2206.01861); NF4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314,
 appendix E).
 """
 

@@ -7,7 +7,7 @@ tokens, and the prompt is read once for each text.
 Each text has random numbers of its own, drawn before: a token is where the cumulated probabilities pass its number. So a text
 depends neither on its batch nor, up to rounding, on the device, and the first k of more samples are the same k.
 
-Source: leak@k of Reisizadeh et al. 2025 (arXiv 2511.04934, section 3): the expected highest score of k samples.
+Source: leak@k of Reisizadeh et al. 2025 (arXiv 2511.04934): the expected highest score of k samples.
 """
 
 from collections.abc import Sequence

@@ -33,6 +33,10 @@ def stage_items(corpus: Corpus, stage: str) -> ItemSet:
     return corpus.retain_train if stage == "retain" else (*corpus.forget_train, *corpus.retain_train)
 
 
+class FinetuningDivergedError(UserError):
+    """The loss of a fine-tuning is no longer finite."""
+
+
 @dataclass(frozen=True)
 class FinetuneConfig:
     """How a model is fine-tuned.
@@ -100,7 +104,7 @@ def finetune(
         progress: Called with (steps done, steps in all).
 
     Raises:
-        UserError: The loss is not finite.
+        FinetuningDivergedError: The loss is not finite.
     """
     from accelerate.utils import set_seed
     from transformers import get_linear_schedule_with_warmup
@@ -128,7 +132,7 @@ def finetune(
             batch = pad_batch(chosen, loaded.prompts.pad_id, loaded.device)
             loss = mean_answer_nll(*answer_logits(model, batch))
             if not math.isfinite(float(loss.detach())):
-                raise UserError(
+                raise FinetuningDivergedError(
                     f"fine-tuning diverged in epoch {epoch}: its loss is not finite; lower the learning rate "
                     "(model.finetune.learning_rate, --learning-rate)"
                 )
