@@ -19,6 +19,7 @@ from search.report.conclusions import conclude
 from search.report.data import ReportData
 from search.report.html import render_report
 from search.report.style import counted
+from search.results.study_result import collapsed
 from uipe_core.errors import UserError
 
 FLOOR, CAP = -22.73, 0.3
@@ -322,9 +323,9 @@ def test_the_verdict_says_where_training_on_beats_every_alpha(view):
 def test_a_front_that_ends_where_the_search_did_is_said_to(view):
     def said(high):
         text = " ".join(conclude(dataclasses.replace(view, summary={**view.summary, "alpha": {"low": -1.0, "high": high}})))
-        return re.search(r"Trials? ([\d, ]+) of the front (?:is|are) at the edge of the search, alpha ([\d.]+)", text)
+        return re.search(r"Trials? ([\d, ]+) of the front (?:is|are) at the edge of the search, alpha ([+\d.]+)", text)
 
-    front = view.trials[view.trials["on_front"] & view.trials["collapsed"].isna()]
+    front = view.trials[view.trials["on_front"] & ~collapsed(view.trials)]
     farthest = front.loc[front["alpha"].idxmax()]
     assert farthest["alpha"] > -1
     found = said(float(farthest["alpha"]))
