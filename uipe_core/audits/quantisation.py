@@ -8,8 +8,8 @@ Rounded are the weights of linear layers (``nn.Linear``, and transformers' ``Con
 default: not the output head, nor a layer that shares its weight with an embedding. Biases, norms and embeddings stay, and so do
 experts that are stacked in one parameter; `rounded_share` says how much of a model that leaves.
 
-Sources: int8 by rows as in LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) without outliers; int4 round to nearest in groups
-as in ZeroQuant (arXiv 2206.01861); NF4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
+Sources: int8 by rows as in LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) without outliers; int4 round to nearest in
+groups as in ZeroQuant (arXiv 2206.01861); NF4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
 """
 
 from collections.abc import Callable, Iterator
@@ -71,7 +71,8 @@ def to_nf4(weight: Tensor) -> Tensor:
     blocks = F.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4_LEVELS, device=weight.device)
-    nearest = torch.bucketize(blocks / scale.masked_fill(scale == 0, 1.0), (levels[1:] + levels[:-1]) / 2)
+    middles = (levels[1:] + levels[:-1]) / 2
+    nearest = torch.bucketize(blocks / scale.masked_fill(scale == 0, 1.0), middles, out_int32=True)
     return (levels[nearest] * scale).view(-1)[: len(flat)].view(weight.shape)
 
 
