@@ -71,7 +71,8 @@ def to_nf4(weight: Tensor) -> Tensor:
     blocks = F.pad(flat, (0, -len(flat) % NF4_BLOCK)).view(-1, NF4_BLOCK)
     scale = blocks.abs().amax(dim=1, keepdim=True)
     levels = torch.tensor(NF4_LEVELS, device=weight.device)
-    nearest = torch.bucketize(blocks / scale.masked_fill(scale == 0, 1.0), (levels[1:] + levels[:-1]) / 2)
+    middles = (levels[1:] + levels[:-1]) / 2
+    nearest = torch.bucketize(blocks / scale.masked_fill(scale == 0, 1.0), middles, out_int32=True)
     return (levels[nearest] * scale).view(-1)[: len(flat)].view(weight.shape)
 
 

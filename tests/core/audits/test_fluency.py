@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uipe_core.audits.fluency import (
@@ -27,6 +27,7 @@ TEXTS = [f"The {trade} was born in {city} and later moved abroad." for city in C
 words = st.lists(st.sampled_from("abcd"), max_size=30)
 
 
+@settings(deadline=None)
 @given(words=words, length=st.integers(1, 4))
 def test_entropy_is_that_of_the_shares(words, length):
     grams = [tuple(words[start : start + length]) for start in range(len(words) - length + 1)]
@@ -42,6 +43,7 @@ def test_generation_entropy_weighs_two_and_three_words():
     assert generation_entropy(text) == pytest.approx(np.mean([h2 * 2 / 3, h3 * 4 / 3]))
 
 
+@settings(deadline=None)
 @given(words=words)
 def test_evenness_is_a_share_and_1_without_repetition(words):
     found = evenness(" ".join(words))
@@ -100,6 +102,7 @@ def test_scripts_without_spaces_are_judged_by_characters():
     assert fault("xq zvw kkjq pqzx wvv jxq", limits) == "garbled"
 
 
+@settings(deadline=None)
 @given(st.lists(st.text(alphabet="ab c", max_size=10), min_size=1, max_size=6))
 def test_characters_without_a_text_are_those_counted_without_it(texts):
     whole = CharacterModel(texts)

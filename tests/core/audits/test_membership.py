@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uipe_core.audits.membership import (
@@ -93,12 +93,14 @@ def test_privleak_against_chance_is_the_distance_from_it():
 numbers = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12).map(np.array)
 
 
+@settings(deadline=None)
 @given(members=numbers, others=numbers)
 def test_auc_counts_pairs_and_half_of_ties(members, others):
     pairs = [(other > member) + (other == member) / 2 for member, other in product(members, others)]
     assert auc(members, others) == pytest.approx(np.mean(pairs), abs=1e-12)
 
 
+@settings(deadline=None)
 @given(members=numbers, others=numbers)
 def test_auc_is_one_minus_itself_with_the_two_exchanged_and_blind_to_scale(members, others):
     assert auc(members, others) + auc(others, members) == pytest.approx(1.0)
@@ -119,6 +121,7 @@ def test_auc_needs_both_sets(members, others):
 tokens = st.lists(st.floats(-20, 0), min_size=1, max_size=30).map(np.array)
 
 
+@settings(deadline=None)
 @given(values=tokens, share=st.floats(0.01, 1))
 def test_the_least_likely_tokens_lose_at_least_the_mean(values, share):
     assert min_k(values, share) >= loss(values) - 1e-9
@@ -126,6 +129,7 @@ def test_the_least_likely_tokens_lose_at_least_the_mean(values, share):
     assert min_k(values, share) == pytest.approx(-np.mean(sorted(values)[: max(1, math.floor(len(values) * share))]))
 
 
+@settings(deadline=None)
 @given(values=tokens, share=st.floats(0.01, 1), shift=st.floats(-3, 3))
 def test_min_k_plus_plus_is_min_k_of_standardised_values(values, share, shift):
     found = min_k_plus_plus(values, np.full(len(values), shift), np.full(len(values), 2.0), share)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uipe_core.audits.prompts import BEGINNING, SMALL_TALK, WAYS, answers, ask, choose_shots
@@ -122,6 +122,7 @@ def test_an_answer_is_contained_word_for_word(gold, text, expected):
 words = st.lists(st.sampled_from(["a", "b", "c"]), max_size=6).map(" ".join)
 
 
+@settings(deadline=None)
 @given(gold=words.filter(bool), before=words, after=words)
 def test_an_answer_between_other_words_is_contained(gold, before, after):
     text = f"{before} {gold} {after}"

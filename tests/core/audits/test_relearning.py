@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from uipe_core.audits import relearning
@@ -187,6 +187,7 @@ def test_recovered_share(before, after, initial, expected):
 finite = st.floats(-100, 100)
 
 
+@settings(deadline=None)
 @given(before=finite, lost=st.floats(0.01, 100), share=st.floats(-2, 2))
 def test_the_share_is_what_came_back(before, lost, share):
     assert recovered_share(before, before + share * lost, before + lost) == pytest.approx(share, abs=1e-6, rel=1e-6)

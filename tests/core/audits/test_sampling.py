@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -108,6 +108,7 @@ def test_models_with_a_generation_of_their_own_take_the_same_draws(kind):
         assert text.tokens == again.tokens
 
 
+@settings(deadline=None)
 @given(values=st.lists(st.lists(st.integers(0, 5), min_size=5, max_size=5), min_size=1, max_size=3), count=st.integers(1, 5))
 def test_the_expected_highest_is_the_mean_over_all_choices(values, count):
     array = np.array(values)
