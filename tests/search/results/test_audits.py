@@ -1,0 +1,161 @@
+"""`uipe audit`: attacks on trials of a really run study, held against computing them by hand; what cannot be done is said."""
+
+import json
+
+import numpy as np
+import pytest
+
+import search
+from search.evaluation.controls import CONTROLS
+from search.problem.trial import AUDITS, UNTESTED, TrialSpec
+from search.results.audits import after_attacks, audit_table
+from search.results.study_result import StudyResult
+from uipe_core.errors import UserError
+
+TESTS = ("quantisation", "membership", "fluency")
+
+
+@pytest.fixture(scope="module")
+def audited(finished, place, tmp_path_factory):
+    """The finished study, one of its trials audited."""
+    import shutil
+
+    out = tmp_path_factory.mktemp("audited") / "copied"
+    shutil.copytree(finished.out, out, ignore=shutil.ignore_patterns("ray"))
+    best = int(StudyResult.open(out).healthy_front["trial"].iloc[0])
+    return search.audit_study(out, [best], tests=TESTS, quiet=True), best
+
+
+def test_every_kind_of_a_test_is_a_control_that_says_what_it_shows_and_what_not():
+    kinds = [kind for kinds in AUDITS.values() for kind in kinds]
+    assert kinds == [kind for kind, control in CONTROLS.items() if control.audit is not None]
+    for kind in kinds:
+        audit = CONTROLS[kind].audit
+        assert audit.shows.endswith("?") and audit.cannot_show.endswith(".") and audit.scorings > 0
+        assert (audit.changed is None) != (audit.measured is None)
+        assert bool(audit.numbers) == (audit.measured is not None)
+
+
+def test_rounded_weights_are_scored_as_by_hand(audited, preparation):
+    """NF4 of the same trial: exported, rounded and scored here."""
+    from uipe_core.audits.quantisation import round_weights
+    from uipe_core.corpora.split import take_items
+    from uipe_core.models.loading import load_model
+    from uipe_core.scoring.scorer import Scorer
+
+    result, best = audited
+    folder = result.export(result.trial(best), result.out / "exported", "model", verify="none")
+    loaded = load_model(str(folder), device="cpu")
+    round_weights(loaded.model, "nf4")
+    corpus = take_items(preparation.corpus, preparation.split.select)
+    report = Scorer(corpus, loaded.prompts, preparation.scoring).score(loaded)
+    rows = result.controls[(result.controls["kind"] == "nf4") & (result.controls["of_trial"] == best)]
+    items = result.store.items(int(rows["trial"].iloc[0]), control=True)
+    np.testing.assert_allclose(items["forget/answer_loss"], report.sets["forget"].answer_loss, atol=1e-5)
+    trial = result.store.items(best)
+    assert not np.allclose(items["forget/answer_loss"], trial["forget/answer_loss"], atol=1e-5)
+
+
+def test_the_table_has_every_audit_and_names_what_was_not_tested(audited):
+    result, best = audited
+    table = audit_table(result)
+    assert list(dict.fromkeys(table["kind"])) == [kind for kinds in AUDITS.values() for kind in kinds]
+    by_kind = {each["kind"]: each for each in result.audits["audits"]}
+    assert by_kind["nf4"]["state"] == "done" and by_kind["relearn_few"]["state"] == "not tested"
+    assert by_kind["membership"]["state"] == "not tested"
+    assert by_kind["membership"]["reasons"] == {"all": "needs holdout items, and the corpus has none"}
+    forgetting = result.objectives[0].name
+    values = next(number["values"] for number in by_kind["nf4"]["numbers"] if number["key"] == forgetting)
+    assert set(values) == {"initial", "retain", str(best)} and all(value is not None for value in values.values())
+    recovered = next(number["values"] for number in by_kind["nf4"]["numbers"] if number["key"] == "recovered")
+    before, start = result.trial(best)[forgetting], result.control("initial")[forgetting]
+    assert recovered[str(best)] == pytest.approx((before - values[str(best)]) / (before - start))
+    assert recovered["initial"] is None
+
+
+def test_the_initial_models_texts_are_within_its_own_limits(audited):
+    fluency = next(each for each in audited[0].audits["audits"] if each["kind"] == "fluency")
+    faulty = next(number["values"] for number in fluency["numbers"] if number["key"] == "faulty_kept")
+    assert faulty["initial"] <= 0.1
+
+
+def test_what_is_known_is_not_done_again_and_the_rest_is(audited, monkeypatch):
+    result, best = audited
+    before = len(result.controls)
+
+    def refuse(*_, **__):
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("search.execution.study_run.connected", refuse)
+    again = search.audit_study(result.out, [best], tests=TESTS, quiet=True)
+    assert len(again.controls) == before
+    with pytest.raises(AssertionError, match="Ray was started"):
+        search.audit_study(result.out, [best], tests=("prompts",), quiet=True)
+
+
+def test_the_front_and_what_is_made_of_it_are_as_they_were(audited, finished):
+    result, _ = audited
+    plain = StudyResult.open(finished.out)
+    assert list(result.front["trial"]) == list(plain.front["trial"])
+    assert result.hypervolume == plain.hypervolume
+    assert result.forget_quality_cap == plain.forget_quality_cap
+
+
+def test_the_robust_rule_takes_the_strongest_after_the_worst_attack(audited, call):
+    result, best = audited
+    attacked = after_attacks(result)
+    forgetting = result.objectives[0].name
+    rows = result.controls[result.controls["kind"].isin(AUDITS["quantisation"]) & (result.controls["of_trial"] == best)]
+    assert attacked["worst"].tolist() == [rows[forgetting].min()]
+    code, output, error = call("select", result.out, "--rule", "robust", "--floor", "0.01", "--json")
+    assert code == 0, error
+    chosen = json.loads(output)
+    assert chosen["trial"] == best and "after the worst attack" in chosen["reason"]
+
+
+def test_without_an_audit_the_robust_rule_says_what_to_run(finished, call):
+    code, _, error = call("select", finished.out, "--rule", "robust")
+    assert code == 2 and "uipe audit" in error
+
+
+def test_the_report_and_the_command_show_them(audited, call):
+    result, best = audited
+    code, output, error = call("audit", result.out, "--trial", best, "--tests", "quantisation,membership")
+    assert code == 0, error
+    assert "weights in 4 bits (NF4)" in output and "needs holdout items" in output and "not tested" in output
+    page = (result.out / "report" / "report.html").read_text()
+    assert '<section id="audits">' in page and "weights in 4 bits (NF4)" in page and "not tested" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--tests", "quantization"), "'quantization' is none of quantisation"),
+        (("--tests", "membership"), "membership: needs holdout items, and the corpus has none"),
+        (("--top", "0"), "--top: 0"),
+        (("--trial", "999"), "is not a complete trial"),
+        (("--trial", "0", "--rule", "knee"), "one of them"),
+    ],
+)
+def test_what_cannot_be_audited_is_refused(finished, call, options, said):
+    code, _, error = call("audit", finished.out, *options)
+    assert code == 2 and said in error
+
+
+def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, made_up_evidence):
+    store = new_store()
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
+    point = {"base": "npo", "epoch": 1, "alpha": 0.0}
+    number, job = store.ask_point(store.spec.search_space(), point, "alpha_zero")
+    store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+    audit = TrialSpec("relearn_few", **point, of_trial=number)
+    evidence = {**store.objectives_of(audit), **store.identity(audit), UNTESTED: "training diverged: its loss is not finite"}
+    assert store.complete(audit, store.ask_control(audit), evidence) is None
+    result = StudyResult.of(store)
+    facts = next(each for each in result.audits["audits"] if each["kind"] == "relearn_few")
+    assert facts["state"] == "not tested"
+    assert facts["reasons"] == {str(number): "training diverged: its loss is not finite"}
+    assert result.after_attacks == {}
+    with pytest.raises(UserError, match="uipe audit"):
+        result.select("robust")
