@@ -73,7 +73,10 @@ def _work_lines(work: Work) -> list[PlanEntry]:
     if work.trains:
         lines.append(PlanEntry("work", "optimiser steps", steps, "", UNKNOWN if steps is None else CALCULATED))
     what = f"trials: {work.walks} controls of each of {work.front} front points"
-    return [*lines, PlanEntry("work", what, work.walks * work.front, "", ASSUMED)]
+    lines.append(PlanEntry("work", what, work.walks * work.front, "", ASSUMED))
+    if work.audits:
+        lines.append(PlanEntry("work", "audits of finalists, in scorings", work.audits, "", CALCULATED))
+    return lines
 
 
 def _size_lines(work: Work, sizes: Sizes | None, rates: Rates | None, machine: Machine) -> list[PlanEntry]:

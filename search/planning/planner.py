@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.controls import given_controls
+from search.evaluation.controls import CONTROLS, given_controls
 from search.evaluation.inputs import check_items, require_trust
 from search.evaluation.models import Build, FinetunedModels, PretrainedModels, ReferenceModel, model_cache
 from search.evaluation.prepared import PreparedStudy, prepare
@@ -17,6 +17,7 @@ from search.planning.fitting import model_sizes
 from search.planning.plan import at_once, make_plan
 from search.planning.quantities import Machine, Plan, Rates, Sizes, Work
 from search.planning.timing import measured_rates, past_rates
+from search.problem.trial import AUDITS
 from search.spec.corpora import MULTIPLE_CHOICE, fetched_sources
 from search.spec.models import FinetunedModel, TinyModel
 from search.spec.sections import is_local
@@ -179,6 +180,7 @@ def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str
         given=len(spec.given_points()),
         search=spec.search.trials,
         walks=walks,
+        audits=_audits(preparation),
     )
 
 
@@ -186,6 +188,17 @@ def _is_to_be_scored(preparation: PreparedStudy, model: ReferenceModel) -> bool:
     """Return True for a reference model without a log whose scores the cache lacks."""
     inputs = None if model.log is not None else preparation.score_inputs(model)
     return model.log is None and (inputs is None or not model_cache(preparation.spec).holds(content_key(inputs)))
+
+
+def _audits(preparation: PreparedStudy) -> int:
+    """Return the scorings that the study's audits take: of its finalists, the initial and the retain model."""
+    section = preparation.spec.audit
+    if section is None:
+        return 0
+    kinds = [CONTROLS[kind].audit for test in section.tests for kind in AUDITS[test]]
+    sets = preparation.corpus.sets
+    scorings = sum(audit.scorings for audit in kinds if audit is not None and all(name in sets for name in audit.needs))
+    return math.ceil(scorings * (section.top + 1 + preparation.spec.has_retain_model))
 
 
 def _sizes(preparation: PreparedStudy, trains: tuple[str, ...], imports: list[Path | None], notes: list[str]) -> Sizes | None:

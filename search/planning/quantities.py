@@ -41,6 +41,8 @@ class Work:
         controls, given, search: Trials by kind.
         from_logs: Controls whose scores are those of a reference model.
         walks: Controls of each front point: random direction, held-out items, matched scale.
+        audits: What audits of finalists take, in scorings of a trial; relearning takes training steps too, which are not
+            counted.
     """
 
     builds: int
@@ -56,6 +58,7 @@ class Work:
     given: int
     search: int
     walks: int
+    audits: int = 0
 
     @property
     def front(self) -> int:
@@ -65,7 +68,7 @@ class Work:
     @property
     def trials(self) -> int:
         """Everything that a worker of the search has to score."""
-        return self.controls - self.from_logs + self.given + self.search + self.walks * self.front
+        return self.controls - self.from_logs + self.given + self.search + self.walks * self.front + self.audits
 
 
 @dataclass(frozen=True)

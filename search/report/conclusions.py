@@ -70,6 +70,7 @@ def conclude(view: ReportData) -> list[str]:
         f"(alpha below 0) and {longer} by extrapolation (alpha above 0).",
         *_beaten_sentences(view),
         *_edge_sentences(view, front),
+        *_audit_sentences(view),
     ]
     flagged = int(front["flagged"].sum())
     if flagged:
@@ -103,6 +104,26 @@ def _edge_sentences(view: ReportData, front: pd.DataFrame) -> list[str]:
     return [
         f"{'Trial' if len(ends) == 1 else 'Trials'} {names} of the front {'is' if len(ends) == 1 else 'are'} at the edge of "
         f"the search, alpha {alpha(high)}: what is beyond it is not known; raise search.alpha.high."
+    ]
+
+
+def _audit_sentences(view: ReportData) -> list[str]:
+    """Say how much of a finalist's forgetting the worst change of its weights undid."""
+    undone = [
+        (value, name, audit["title"])
+        for audit in (view.audits or {}).get("audits", ())
+        for number in audit["numbers"]
+        if number["key"] == "recovered"
+        for name, value in number["values"].items()
+        if value is not None
+    ]
+    if not undone:
+        return []
+    share, trial, title = max(undone)
+    attacks, trials = len({title for *_, title in undone}), len({name for _, name, _ in undone})
+    return [
+        f"Of the forgetting of {count(trials, 'audited trial')} the worst of {count(attacks, 'attack')} on the weights undid "
+        f"{max(share, 0.0):.0%} (trial {trial}, {title})."
     ]
 
 

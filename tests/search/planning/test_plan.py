@@ -57,6 +57,14 @@ def test_time_and_sizes_are_what_they_are_by_hand(spec):
     assert how["base runs to train"] == COUNTED and how["start of Ray, report"] == ASSUMED
 
 
+def test_audits_are_scorings_and_a_line_of_their_own(spec):
+    plan = make_plan(spec, replace(WORK, audits=20), SIZES, RATES, MACHINE)
+    found = amounts(plan)
+    assert found["audits of finalists, in scorings"] == 20
+    assert found["trials, 2 at once"] == 250 + 100
+    assert "audits of finalists, in scorings" not in amounts(make_plan(spec, WORK, SIZES, RATES, MACHINE))
+
+
 def test_gpu_hours_are_gpus_held_times_hours(write_study, tmp_path):
     resources = {"trial": {"gpus": 0.5}, "base_run": {"gpus": 1, "processes": 2}}
     spec = study(write_study, tmp_path, resources=resources)
