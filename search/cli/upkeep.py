@@ -85,6 +85,31 @@ def audit(
     print_json(facts) if as_json else print_audits(facts)
 
 
+def dossier(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
+    to: Annotated[Path, typer.Option(help="Page to write (.html); the same facts go next to it as .json.")],
+    trial: Annotated[int | None, typer.Option(help="Number of the trial; or give --rule.")] = None,
+    rule: Annotated[str | None, typer.Option(help="The trial that a rule chooses, as in uipe select.")] = None,
+    texts: Annotated[
+        bool, typer.Option("--texts", help="List the items to forget; otherwise counts and hashes alone.")
+    ] = False,
+) -> None:
+    """Write the record of one model: the request, the procedure, numbers before and after, audits, and what was not tested.
+
+    It certifies nothing. Run uipe audit first, so that it has more to say.
+    """
+    from search.report.dossier import write_dossier
+    from search.results.study_result import StudyResult
+
+    if (trial is None) == (rule is None):
+        raise UserError("dossier: give either --trial N or --rule, as in uipe select")
+    quieten()
+    result = StudyResult.open(out)
+    number = int(result.select(str(rule))["trial"]) if trial is None else trial
+    for path in write_dossier(result, number, to, texts):
+        echo(str(path))
+
+
 def plan(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study file.")],
     out: Annotated[Path | None, typer.Option(help="Where it would be run; runs/<study name> when left out.")] = None,
@@ -143,6 +168,7 @@ def doctor(
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(epilog="Example: uipe dial runs/quickstart --floor 0.95")(dial)
+    app.command(epilog="Example: uipe dossier runs/quickstart --rule utility-floor --to dossier.html")(dossier)
     app.command(epilog="Example: uipe audit runs/quickstart --top 3 --tests quantisation,membership")(audit)
     app.command(epilog="Example: uipe plan studies/quickstart.yaml")(plan)
     app.command(epilog="Example: uipe doctor runs/quickstart --fix")(doctor)

@@ -3,10 +3,11 @@
 conclusions: what won, in plain sentences
 dashboard: serve optuna-dashboard on loopback
 data: what the report shows
+dossier: the record of one trial, with dossier.html.j2
 figures: the front, and the curves over alpha
 html: the report, with report.html.j2 and report.css
 progress: progress bars and log lines
 style: number formats, palette, figure style
 """
 
-__all__ = ["conclusions", "dashboard", "html", "progress", "style"]
+__all__ = ["conclusions", "dashboard", "dossier", "html", "progress", "style"]

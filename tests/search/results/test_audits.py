@@ -159,3 +159,43 @@ def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, 
     assert result.after_attacks == {}
     with pytest.raises(UserError, match="uipe audit"):
         result.select("robust")
+
+
+def test_a_dossier_says_what_was_done_and_what_was_not(audited, call, tmp_path):
+    result, best = audited
+    code, output, error = call("dossier", result.out, "--trial", best, "--to", tmp_path / "dossier.html")
+    assert code == 0, error
+    assert output.split() == [str(tmp_path / "dossier.html"), str(tmp_path / "dossier.json")]
+    facts, page = json.loads((tmp_path / "dossier.json").read_text()), (tmp_path / "dossier.html").read_text()
+    assert facts["claim"].count("certifies nothing") == 1 and facts["claim"] in page
+    assert facts["request"]["sets"]["forget"]["items_scored"] == 8 and "forget_texts" not in facts["request"]
+    assert facts["procedure"]["alpha"] == result.trial(best)["alpha"]
+    tested = {audit["title"] for audit in facts["audits"]}
+    missing = {each["title"]: each["reason"] for each in facts["not_tested"]}
+    assert "weights in 4 bits (NF4)" in tested and missing["relearned: a few items"] == "not asked for"
+    assert "holdout" in missing["membership"]
+    assert tested | set(missing) == {control.audit.title for control in CONTROLS.values() if control.audit is not None}
+    number = next(each for each in facts["numbers"] if each["name"] == result.objectives[0].name)
+    assert (
+        number["trial"] == result.trial(best)[number["name"]] and number["initial"] == result.control("initial")[number["name"]]
+    )
+    for text in (*missing, *tested):
+        assert text.replace(">", "&gt;") in page
+    assert "<built-in" not in page
+
+
+def test_a_dossier_has_texts_only_where_they_are_asked_for(audited, call, tmp_path, preparation):
+    result, best = audited
+    item = preparation.corpus.sets["forget"][0]
+    assert call("dossier", result.out, "--trial", best, "--to", tmp_path / "without.html")[0] == 0
+    assert call("dossier", result.out, "--trial", best, "--to", tmp_path / "with.html", "--texts")[0] == 0
+    facts = json.loads((tmp_path / "with.json").read_text())
+    assert [item.question, item.answer] in facts["request"]["forget_texts"]
+    assert item.answer in (tmp_path / "with.html").read_text()
+    assert item.answer not in (tmp_path / "without.html").read_text()
+
+
+@pytest.mark.parametrize("options", [(), ("--trial", "0", "--rule", "knee"), ("--trial", "999")])
+def test_a_dossier_of_no_trial_is_refused(finished, call, tmp_path, options):
+    code, *_ = call("dossier", finished.out, *options, "--to", tmp_path / "d.html")
+    assert code == 2 and not (tmp_path / "d.html").exists()
