@@ -8,10 +8,14 @@ import pytest
 import search
 from search.evaluation.controls import CONTROLS
 from search.problem.trial import AUDITS, UNTESTED, TrialSpec
+from search.report.conclusions import conclusions
 from search.results.audits import after_attacks, audit_table
 from search.results.study_result import StudyResult
+from search.spec.runtime import Audit
+from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
 
+KINDS = [kind for kinds in AUDITS.values() for kind in kinds]
 TESTS = ("quantisation", "membership", "fluency")
 
 
@@ -91,6 +95,51 @@ def test_what_is_known_is_not_done_again_and_the_rest_is(audited, monkeypatch):
     assert len(again.controls) == before
     with pytest.raises(AssertionError, match="Ray was started"):
         search.audit_study(result.out, [best], tests=("prompts",), quiet=True)
+
+
+def audits_of(out):
+    """(kind, model) of every complete audit, and whether anything is left running."""
+    store = StudyStore.open(out)
+    trials = list(store.trials(names=("kind", "model", "of_trial"), controls=True))
+    store.close()
+    done = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.user_attrs.get("kind") in KINDS]
+    found = [(trial.user_attrs["kind"], trial.user_attrs.get("of_trial", trial.user_attrs.get("model"))) for trial in done]
+    return found, [trial.number for trial in trials if trial.state.name == "RUNNING"]
+
+
+def test_a_driver_killed_in_the_middle_loses_nothing_and_the_same_command_goes_on(copied, launch):
+    command = ("audit", copied, "--top", "2", "--tests", "quantisation,prompts,sampling,fluency")
+    killed = launch(*command)
+    killed.until(lambda: len(audits_of(copied)[0]) >= 3)
+    killed.process.kill()
+    killed.wait()
+    before, _ = audits_of(copied)
+    driver = launch(*command)
+    assert driver.wait() == 0, driver.stderr
+    after, running = audits_of(copied)
+    assert set(before) <= set(after) and not running
+    kinds = [kind for test in ("quantisation", "prompts", "sampling", "fluency") for kind in AUDITS[test]]
+    trials = {name for _, name in after}
+    assert len(trials) == 4 and {"initial", "retain"} < trials
+    assert sorted(map(str, after)) == sorted(str((kind, name)) for kind in kinds for name in trials)
+
+
+def test_a_study_audits_its_finalists_by_itself(copied):
+    spec = StudyResult.open(copied).spec.model_copy(update={"audit": Audit(top=1, tests=("quantisation",))})
+    result = search.run_study(spec, copied, quiet=True)
+    found, _ = audits_of(copied)
+    assert len(found) == 3 * 3  # three grids; a finalist, the initial and the retain model
+    assert result.store.record.seconds["audits"] > 0
+    sentence = [text for text in conclusions(result) if "audited trial" in text]
+    worst = max(
+        number["values"][name]
+        for audit in result.audits["audits"]
+        for number in audit["numbers"]
+        if number["key"] == "recovered"
+        for name in number["values"]
+        if number["values"][name] is not None
+    )
+    assert len(sentence) == 1 and f"undid {max(worst, 0):.0%}" in sentence[0]
 
 
 def test_the_front_and_what_is_made_of_it_are_as_they_were(audited, finished):
