@@ -45,6 +45,8 @@ class Listed:
             return "text"
         if self.objective.compares_with_initial:
             return "once"
+        if self.objective.sets != self.objective.scored_sets:
+            return "pass"
         known = self.objective.components or self.objective.quality_of or self.objective.from_items
         return "free" if known else "other"
 
@@ -68,7 +70,13 @@ class Listed:
             "needs_retain_model": objective.needs_retain_model,
             "sets": [name for name in objective.sets if name not in objective.optional],
             "optional_sets": list(objective.optional),
-            "price": {"text": "generated text", "free": "losses", "once": "one pass per worker", "other": "other"}[self.price],
+            "price": {
+                "text": "generated text",
+                "free": "losses",
+                "once": "one pass per worker",
+                "pass": "one more pass",
+                "other": "other",
+            }[self.price],
             "about": objective.about,
         }
 
@@ -119,8 +127,8 @@ def _print_objectives(found: list[Listed]) -> None:
 _FOOT = (
     "All are maximised. They need evaluation sets of the corpus; those in brackets",
     "count where they are given. The price is free (from losses, which every trial",
-    "reads), text (answers are generated), once (one pass of the initial model per",
-    "worker) or other (as its own line says).",
+    "reads), text (answers are generated), pass (one more over the forget set), once",
+    "(one pass of the initial model per worker) or other (as its own line says).",
     "A study that names none maximises log10_forget_quality and, by its corpus,",
     "model_utility or retain_utility (kind: questions); without a retain model",
     "memorization and retain_utility.",

@@ -85,13 +85,13 @@ class Audit:
 
 def _rounded(scheme: str) -> "Callable[[LoadedModel, AuditInputs], AbstractContextManager[LoadedModel]]":
     def changed(loaded: "LoadedModel", inputs: AuditInputs) -> "AbstractContextManager[LoadedModel]":
-        return _with_rounded_weights(loaded, scheme)
+        return with_rounded_weights(loaded, scheme)
 
     return changed
 
 
 @contextmanager
-def _with_rounded_weights(loaded: "LoadedModel", scheme: str) -> "Iterator[LoadedModel]":
+def with_rounded_weights(loaded: "LoadedModel", scheme: str) -> "Iterator[LoadedModel]":
     """Yield the model rounded to a grid. One with an adapter is merged first, as it is before it ships in few bits."""
     from copy import deepcopy
 

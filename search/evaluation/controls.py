@@ -65,8 +65,9 @@ class Control:
 
 def _reference(kind: str) -> "Callable[[PreparedStudy], list[TrialSpec]]":
     def given(prepared: "PreparedStudy") -> list[TrialSpec]:
-        if prepared.harness is not None and kind != INITIAL:
-            return []  # workers hold no other model for the harness to run on
+        logged = all(objective.scored_on_reference_models for objective in prepared.spec.maximised)
+        if kind != INITIAL and not (logged and prepared.harness is None):
+            return []  # their logs do not have it, and workers hold no other model
         return [TrialSpec(model.kind, model=model.name) for model in prepared.models.references() if model.kind == kind]
 
     return given
@@ -75,7 +76,8 @@ def _reference(kind: str) -> "Callable[[PreparedStudy], list[TrialSpec]]":
 def _held_out_references(prepared: "PreparedStudy") -> list[TrialSpec]:
     if prepared.spec.split is None:
         return []
-    scored = (INITIAL,) if prepared.harness is not None else (INITIAL, RETAIN)
+    logged = all(objective.scored_on_reference_models for objective in prepared.spec.maximised)
+    scored = (INITIAL, RETAIN) if logged and prepared.harness is None else (INITIAL,)
     return [TrialSpec("held_out", model=model.name) for model in prepared.models.references() if model.name in scored]
 
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.audits import Audit, AuditInputs
+from search.evaluation.audits import Audit, AuditInputs, with_rounded_weights
 from search.evaluation.controls import CONTROLS
 from search.evaluation.harness import HarnessTasks, harness_accuracy
 from search.evaluation.metrics import TrialMetrics
 from search.evaluation.task import Comparison, Report, Task, task_of, trial_metrics
-from search.problem.objectives import LM_EVAL, Objective
+from search.problem.objectives import LM_EVAL, ROUNDED, Objective
 from search.problem.trial import INITIAL, RETAIN, UNTESTED, TrialSpec
 from search.spec.runtime import Audit as AuditSection
 from uipe_core.corpora.split import Rows, Split, take_items
@@ -21,6 +21,7 @@ from uipe_core.deltas.initial_weights import read_initial_weights, saved_folder
 from uipe_core.deltas.store import DeltaStore
 from uipe_core.deltas.update_vectors import UpdateVector
 from uipe_core.errors import UserError
+from uipe_core.metrics.scores import ScoreReport
 from uipe_core.models.loading import DTYPES, LoadedModel, ModelSource, cast_weights, set_threads
 from uipe_core.models.prompts import PromptFormat
 from uipe_core.scoring.scorer import ScoringConfig
@@ -189,7 +190,8 @@ class Evaluator:
     def _report(self, job: TrialSpec, half: _Half) -> tuple[Report, float | None, dict[str, Any] | None]:
         """Return the scores, the norm of the update vector, and the bound of a trial that was not scored to its end."""
         if job.model is not None:
-            return half.comparison.references[job.model], None, None
+            reference = half.comparison.references[job.model]
+            return (self._rounded(reference, half) if job.model == INITIAL else reference), None, None
         if job.run is None or job.epoch is None or job.alpha is None:
             initial = self._on(self._walker.reset())
             return self.task.score(half.scorer, initial, job.temperature, (), {}, self.context.definition)[0], None, None
@@ -208,7 +210,21 @@ class Evaluator:
             self.context.definition,
             self.context.objectives,
         )
+        if dominated is None:
+            report = self._rounded(report, half, model)
         return replace(report, seconds={"apply": applied, **report.seconds}), norm, dominated
+
+    def _rounded(self, report: Report, half: _Half, model: Any = None) -> Report:
+        """Add the scores of the forget set by the model in NF4, where an objective is made of them; None is theta_init."""
+        if not any(ROUNDED in objective.scored_sets for objective in self.context.objectives):
+            return report
+        assert isinstance(report, ScoreReport)
+        began = time.perf_counter()
+        with with_rounded_weights(self._on(self._walker.reset() if model is None else model), "nf4") as loaded:
+            # Losses of the forget set are the first stage.
+            first = next(iter(half.scorer.stages(loaded))).without_overflow()
+        seconds = {**report.seconds, ROUNDED: time.perf_counter() - began}
+        return replace(report, sets={**report.sets, ROUNDED: first.sets["forget"]}, seconds=seconds)
 
     def _on(self, model: Any) -> LoadedModel:
         return replace(self.loaded, model=model)

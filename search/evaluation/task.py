@@ -14,7 +14,7 @@ import numpy as np
 
 from search.evaluation.metrics import METRICS, TrialMetrics, own_value
 from search.evaluation.pruning import bounds, dominating_rival
-from search.problem.objectives import Objective, composites
+from search.problem.objectives import MADE_FROM, Objective, composites
 from search.problem.trial import INITIAL, REFERENCE_KINDS, RETAIN, Rival
 from search.spec.corpora import FREE_TEXT, MULTIPLE_CHOICE
 from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, Corpus
@@ -62,7 +62,8 @@ class Comparison:
         from uipe_core.metrics.uncertainty import group_weights
 
         counts = {name: len(scores) for name, scores in report.sets.items()}
-        return {name: group_weights(self.groups.get(name) or [None] * count, self.seed) for name, count in counts.items()}
+        groups = {name: self.groups.get(MADE_FROM.get(name, name)) or [None] * count for name, count in counts.items()}
+        return {name: group_weights(of_set, self.seed) for name, of_set in groups.items()}
 
 
 class Task(Protocol):

@@ -27,6 +27,13 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+ROUNDED = "forget_nf4"
+"""Scores of the forget set by the model with its weights rounded to NF4, among those of a trial."""
+
+MADE_FROM = {ROUNDED: "forget"}
+"""Evaluation set of the corpus behind each that only scores have."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """One number of a trial, maximised.
@@ -71,9 +78,19 @@ class Objective:
 
     @property
     def sets(self) -> tuple[str, ...]:
-        """Evaluation sets it is made of, as far as they are known."""
+        """Evaluation sets of the corpus that it is made of, as far as they are known."""
+        return tuple(dict.fromkeys(MADE_FROM.get(name, name) for name in self.scored_sets))
+
+    @property
+    def scored_sets(self) -> tuple[str, ...]:
+        """Sets of a trial's scores that it is made of: those of the corpus, and `ROUNDED`."""
         own = () if self.quality_of is None else (self.quality_of,)
         return tuple(dict.fromkeys([*own, *(each.item_set for each in self.components)]))
+
+    @property
+    def scored_on_reference_models(self) -> bool:
+        """Return True if the scores of a reference model, which are those of its log, tell it."""
+        return not self.compares_with_initial and ROUNDED not in self.scored_sets
 
     @property
     def compares_with_initial(self) -> bool:
@@ -147,6 +164,14 @@ MEMORIZATION = _composite(
     "memo-\nrisation",
     "OpenUnlearning's harmonic mean of 1 - ES, 1 - EM, 1 - paraphrase probability, 1 - truth ratio, in [0, 1]",
     *(Component("forget", measure, inverted=True) for measure in (EXTRACTION, EXACT, PARAPHRASE, TRUTH_SHARE)),
+)
+
+ROBUST_FORGETTING = _composite(
+    "robust_forgetting",
+    "memorisation score after rounding to NF4 (1: nothing memorised)",
+    "memo-\nrisation\nNF4",
+    "the memorisation score of the model with its weights rounded to NF4, in [0, 1]; one more pass over the forget set",
+    *(Component(ROUNDED, measure, inverted=True) for measure in (EXTRACTION, EXACT, PARAPHRASE, TRUTH_SHARE)),
 )
 
 RETAIN_UTILITY = replace(
@@ -229,6 +254,7 @@ UTILITY: dict[str, Objective] = {
 """Objectives of utility by the name a study file gives (``objectives.utility``)."""
 
 THIRD_OBJECTIVES: dict[str, Objective] = {
+    ROBUST_FORGETTING.name: ROBUST_FORGETTING,
     RELATED_FORGET_QUALITY.name: RELATED_FORGET_QUALITY,
     "related_extraction_strength": _forgotten(
         "one_minus_related_extraction_strength", "related", "1 - extraction strength", "1 - ES\nrelated", EXTRACTION
@@ -274,7 +300,7 @@ def composites(sets: Mapping[str, SetScores]) -> list[Objective]:
     return [
         each
         for each in named
-        if set(each.sets) <= set(sets)
+        if set(each.scored_sets) <= set(sets)
         and all(part.measure != AGREEMENT or part.is_known(sets[part.item_set]) for part in each.components)
     ]
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from search.problem.objectives import Objective
+from search.problem.objectives import MADE_FROM, Objective
 from uipe_core.metrics.composites import CLOSENESS, PARAPHRASE, TRUTH_SHARE
 
 STANDS_IN = {
@@ -30,9 +30,11 @@ def stood_in(objective: Objective, stand_ins: StandIns) -> dict[str, list[str]]:
     if objective.quality_of in stand_ins:
         found[str(objective.quality_of)] = list(stand_ins[str(objective.quality_of)])
     for each in objective.components:
-        lacking = [name for name in stand_ins.get(each.item_set, ()) if name in _RESTS_ON.get(each.measure, ())]
+        of_set = stand_ins.get(MADE_FROM.get(each.item_set, each.item_set), ())
+        lacking = [name for name in of_set if name in _RESTS_ON.get(each.measure, ())]
         if lacking:
-            found[each.item_set] = list(dict.fromkeys([*found.get(each.item_set, []), *lacking]))
+            name = MADE_FROM.get(each.item_set, each.item_set)
+            found[name] = list(dict.fromkeys([*found.get(name, []), *lacking]))
     return found
 
 

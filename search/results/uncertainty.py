@@ -8,7 +8,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from search.evaluation.task import TASKS
-from search.problem.objectives import Objective
+from search.problem.objectives import MADE_FROM, Objective
 from search.problem.trial import INITIAL, RETAIN
 from search.store.study_store import StudyStore
 from uipe_core.metrics.scores import FloatArray
@@ -81,7 +81,7 @@ class _Drawn(NamedTuple):
 def _draw(store: StudyStore, trials: pd.DataFrame, controls: pd.DataFrame, objectives: Sequence[Objective]) -> _Drawn | None:
     """Return the draws of some of the study's objectives; None where `certainty` says that there are none."""
     task = TASKS[store.spec.corpus.task]
-    sets = {name for objective in objectives for name in objective.sets}
+    sets = {name for objective in objectives for name in objective.scored_sets}
     only = sets.pop() if len(sets) == 1 else None
     reference, start = (_items_of(store, controls, kind, only) for kind in (RETAIN, INITIAL))
     kept = {int(number): store.items(int(number), item_set=only) for number in trials["trial"]}
@@ -91,6 +91,7 @@ def _draw(store: StudyStore, trials: pd.DataFrame, controls: pd.DataFrame, objec
     if not scores or not resampled or smallest_groups(store) < FEW_GROUPS or (reference is None and compares):
         return None
     weights = {name: group_weights(of_set, store.spec.seed) for name, of_set in store.record.corpus.groups.items()}
+    weights |= {made: weights[name] for made, name in MADE_FROM.items() if name in weights}
     models = [*scores.values(), *([] if start is None else [start])]
     draws = [task.draws(arrays, weights, reference, objectives, store.spec.definition) for arrays in models]
     return _Drawn(list(scores), np.stack(draws, axis=1), start is not None)

@@ -137,10 +137,15 @@ def test_an_objective_of_ones_own_is_computed_on_the_workers(ran, place, study, 
 def test_the_divergence_from_the_initial_model_is_a_utility(ran, place, study, own):
     import search
 
-    chosen = {"utility": "kl_from_initial", "floor": 0.5}
+    chosen = {"utility": "kl_from_initial", "third": "robust_forgetting", "floor": 0.5}
     spec = search.load_study(study("budget", objectives=chosen, search={"trials": 3}))
     result = search.run_study(spec, own / "budget", quiet=True)
-    assert [objective.name for objective in result.objectives] == ["memorization_score", "agreement_with_initial"]
+    assert [objective.name for objective in result.objectives] == [
+        "memorization_score",
+        "agreement_with_initial",
+        "robust_forgetting",
+    ]
+    assert not [trial for trial in result.store.trials(controls=True) if trial.state.name == "FAIL"]
     initial = result.control("initial")
     assert initial["agreement_with_initial"] == 1
     assert initial["retain_kl_from_initial"] == 0
@@ -164,6 +169,13 @@ def test_the_divergence_from_the_initial_model_is_a_utility(ran, place, study, o
     assert not search.run_study(search.load_study(study()), own / "out", quiet=True).study.trials[0].constraints
     folder = result.export(picked, own / "budget_exported", "model")
     assert "memorization score" in (folder / "README.md").read_text()
+    # Forgetting after NF4 was scored in the trial itself: an audit finds the same.
+    number = int(picked["trial"])
+    audited = search.audit_study(own / "budget", [number], tests=("quantisation",), quiet=True)
+    rows = audited.controls[(audited.controls["kind"] == "nf4") & (audited.controls["of_trial"] == number)]
+    assert float(rows["memorization_score"].iloc[0]) == pytest.approx(picked["robust_forgetting"], abs=1e-6)
+    starting = audited.controls[(audited.controls["kind"] == "nf4") & (audited.controls["model"] == "initial")]
+    assert float(starting["memorization_score"].iloc[0]) == pytest.approx(initial["robust_forgetting"], abs=1e-6)
 
 
 @pytest.mark.parametrize(
