@@ -19,6 +19,7 @@ from search.cli.front_table import print_front
 from search.cli.tables import (
     CHECKED,
     Address,
+    Floor,
     Json,
     Settings,
     Trust,
@@ -74,10 +75,6 @@ def _settings(
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")]
 Rule = Annotated[str | None, typer.Option(help="utility-floor, knee, chance or robust (after an audit).")]
 AllowCollapsed = Annotated[bool, typer.Option("--allow-collapsed", help="Let the rule choose a collapsed model too.")]
-Floor = Annotated[
-    float | None,
-    typer.Option(help="For utility-floor: least share of the initial model's utility; objectives.floor of the study, or 0.95."),
-]
 
 
 @app.command(epilog="Example: uipe run studies/quickstart.yaml --out runs/first --trials 30")

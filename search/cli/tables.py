@@ -19,6 +19,12 @@ Address = Annotated[
     typer.Option(help="Ray cluster this is a node of: auto, or host:port; Ray on this machine alone when left out."),
 ]
 
+Floor = Annotated[
+    float | None,
+    typer.Option(
+        help="For a utility floor: least share of the initial model's utility; the study's objectives.floor, or 0.95."
+    ),
+]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output; all else goes to standard error.")
 ]

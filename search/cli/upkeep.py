@@ -8,6 +8,7 @@ import typer
 
 from search.cli.tables import (
     Address,
+    Floor,
     Json,
     Settings,
     Trust,
@@ -27,10 +28,7 @@ from uipe_core.errors import UserError
 
 def dial(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
-    floor: Annotated[
-        float | None,
-        typer.Option(help="Least share of the initial model's utility; objectives.floor of the study, or 0.95."),
-    ] = None,
+    floor: Floor = None,
     address: Address = None,
     trust_remote_code: Trust = False,
     as_json: Json = False,
@@ -53,6 +51,7 @@ def audit(
     out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
     trial: Annotated[list[int] | None, typer.Option(help="Number of a trial; may be given several times.")] = None,
     rule: Annotated[str | None, typer.Option(help="Audit the trial that a rule chooses, as in uipe select.")] = None,
+    floor: Floor = None,
     top: Annotated[int | None, typer.Option(help="Audit so many finalists; audit.top of the study, or 3.")] = None,
     tests: Annotated[
         str | None,
@@ -78,7 +77,7 @@ def audit(
     quieten()
     trials = list(trial or ())
     if rule is not None:
-        trials = [int(StudyResult.open(out).select(rule)["trial"])]
+        trials = [int(StudyResult.open(out).select(rule, floor)["trial"])]
     names = [name.strip() for name in tests.split(",") if name.strip()] if tests else []
     result = audit_study(out, trials, top, names, address=address, trust_remote_code=trust_remote_code)
     facts = result.audits or {}
@@ -90,6 +89,7 @@ def dossier(
     to: Annotated[Path, typer.Option(help="Page to write (.html); the same facts go next to it as .json.")],
     trial: Annotated[int | None, typer.Option(help="Number of the trial; or give --rule.")] = None,
     rule: Annotated[str | None, typer.Option(help="The trial that a rule chooses, as in uipe select.")] = None,
+    floor: Floor = None,
     texts: Annotated[
         bool, typer.Option("--texts", help="List the items to forget; otherwise counts and hashes alone.")
     ] = False,
@@ -105,7 +105,7 @@ def dossier(
         raise UserError("dossier: give either --trial N or --rule, as in uipe select")
     quieten()
     result = StudyResult.open(out)
-    number = int(result.select(str(rule))["trial"]) if trial is None else trial
+    number = int(result.select(str(rule), floor)["trial"]) if trial is None else trial
     for path in write_dossier(result, number, to, texts):
         echo(str(path))
 
