@@ -153,6 +153,27 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
     return {"study": result.store.record.name, "retain": retain, "models": models, "audits": audits, "after_attacks": attacked}
 
 
+def card_table(result: "StudyResult", number: int) -> list[list[str]]:
+    """Return the audits of a trial as rows of a model card, the head first; none where it was not audited."""
+    facts = result.audits
+    if facts is None or number not in facts["models"]:
+        return []
+    rows = [["audit", "number", "initial model", "this trial", "retain model"]]
+    for audit in facts["audits"]:
+        done = any(each["values"][str(number)] is not None for each in audit["numbers"])
+        for each in audit["numbers"] if done else ():
+            applies = each["key"] != RECOVERED
+            values = [
+                (NOT_TESTED if applies or name == str(number) else "-") if value is None else f"{value:.{each['places']}f}"
+                for name in (INITIAL, str(number), RETAIN)
+                for value in [each["values"].get(name)]
+            ]
+            rows.append([audit["title"], each["title"], *values])
+        if not done:
+            rows.append([audit["title"], NOT_TESTED, *3 * [""]])
+    return rows
+
+
 def _reasons(result: "StudyResult", kind: str) -> dict[str, str]:
     """Return why an audit could not be done, by model, where it was tried or its trial failed."""
     found = {}

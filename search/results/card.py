@@ -1,5 +1,6 @@
 """Write the model card of an export: what it is, where it comes from, and its numbers next to the trial's."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from search.results.recipe import RECIPE_FILE, Recipe
@@ -16,7 +17,7 @@ CHECKS = {
 """How an export was checked, in words."""
 
 
-def card(recipe: Recipe, verified: Verified, form: str, title: str, library: str) -> str:
+def card(recipe: Recipe, verified: Verified, form: str, title: str, library: str, audits: Sequence[Sequence[str]] = ()) -> str:
     """Return the card as Markdown.
 
     Args:
@@ -24,6 +25,7 @@ def card(recipe: Recipe, verified: Verified, form: str, title: str, library: str
         verified: How the export was checked, and its numbers.
         form: Name of the form of export.
         title, library: What the form is called, and the library that loads it.
+        audits: Rows of the audit table, its head first; none where the trial was not audited.
     """
     retain = recipe.provenance["models"].get("retain")
     without = "chance" if recipe.spec.corpus.task == MULTIPLE_CHOICE else "none: no number compares with a retain model"
@@ -47,8 +49,17 @@ Numbers by the metric definition `{recipe.spec.definition}`. {CHECKS[verified.ho
 
 {_table(recipe, verified)}
 {_comparison(verified)}
+{_audits(audits)}
 Rebuild it from `{RECIPE_FILE}`: `uipe rebuild {RECIPE_FILE} --to DIR --as {form}`.
 """
+
+
+def _audits(rows: Sequence[Sequence[str]]) -> str:
+    """Return the audits of the trial as a table; a sentence where there are none."""
+    if not rows:
+        return "Audits (4 bits, relearning, other prompts, membership): not tested.\n"
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "Audits of the trial:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _table(recipe: Recipe, verified: Verified) -> str:

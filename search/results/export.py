@@ -2,7 +2,7 @@
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ def export(
     verify: str = LOSS,
     items: Arrays | None = None,
     watch: Watch | None = None,
+    audits: Sequence[Sequence[str]] = (),
 ) -> Path:
     """Write an export, load it afresh with transformers, and score it again.
 
@@ -48,6 +49,7 @@ def export(
         verify: One of `search.results.verification.VERIFICATIONS`: ``loss``, ``full`` or ``none``.
         items: Item scores of the trial by ``set/measurement``; compared with those of the export where they are given.
         watch: Hears how far it is, and the numbers that were compared.
+        audits: Rows of the card's audit table (`search.results.audits.card_table`).
 
     Returns:
         `to`.
@@ -86,7 +88,7 @@ def export(
         exporter.write(recipe, preparation, temporary)
         verified = verifier.check(temporary) if checked else Verified(NONE)
         if exporter.checked:
-            (temporary / "README.md").write_text(card(recipe, verified, form, exporter.title, exporter.library))
+            (temporary / "README.md").write_text(card(recipe, verified, form, exporter.title, exporter.library, audits))
         if watch is not None:
             for each in verified.compared:
                 watch.say(str(each))

@@ -353,12 +353,23 @@ class StudyResult:
     ) -> Path:
         """Export a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see
         `search.results.export`."""
+        from search.results.audits import card_table
         from search.results.export import export  # only exporting needs torch, which takes a second to import
 
         log = self.out / "logs" / "retain.json"
         recipe = recipe_of(self.store.record, self.spec, row.to_dict())
         reference, items = read_log(log) if log.is_file() else None, self.store.items(int(row["trial"]))
-        return export(recipe, Path(to), form, reference, trust_remote_code, verify=verify, items=items, watch=watch)
+        return export(
+            recipe,
+            Path(to),
+            form,
+            reference,
+            trust_remote_code,
+            verify=verify,
+            items=items,
+            watch=watch,
+            audits=card_table(self, recipe.trial),
+        )
 
 
 def _plain(value: Any) -> Any:

@@ -49,6 +49,9 @@ def test_rounded_weights_are_scored_as_by_hand(audited, preparation):
 
     result, best = audited
     folder = result.export(result.trial(best), result.out / "exported", "model", verify="none")
+    written = (folder / "README.md").read_text()
+    assert "| weights in 4 bits (NF4) | share of forgetting undone | - |" in written
+    assert "| relearned: a few items | not tested |" in written
     loaded = load_model(str(folder), device="cpu")
     round_weights(loaded.model, "nf4")
     corpus = take_items(preparation.corpus, preparation.split.select)
