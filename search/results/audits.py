@@ -81,8 +81,8 @@ def why_not(result: "StudyResult", kind: str) -> str | None:
 
 
 def has_retain_weights(result: "StudyResult") -> bool:
-    """Return True if the study has a retain model, and not its evaluation log alone."""
-    return result.spec.has_retain_model and not str(getattr(result.spec.model, "retain", "")).endswith(".json")
+    """Return True if the study has scored a retain model, and not its evaluation log alone."""
+    return result.control(RETAIN) is not None and not str(getattr(result.spec.model, "retain", "")).endswith(".json")
 
 
 def audit_table(result: "StudyResult") -> pd.DataFrame:

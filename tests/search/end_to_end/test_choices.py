@@ -373,3 +373,18 @@ def test_a_reference_has_no_place_beside_chance(world, call):
     code, _, error = call("score", "--model", "x", "--corpus", f"choices:{world}", "--reference", "y.json")
     assert code == 2
     assert "multiple choice is held against chance; leave it out" in error
+
+
+def test_letters_are_audited_in_few_bits_and_texts_are_not_asked_for(ran, choice_result, call):
+    out, best = ran[0], int(choice_result.front["trial"].iloc[0])
+    code, output, error = call("audit", out, "--trial", best, "--json")
+    assert code == 0, error
+    facts = json.loads(output)
+    by_kind = {audit["kind"]: audit for audit in facts["audits"]}
+    assert [kind for kind, audit in by_kind.items() if audit["state"] == "done"] == ["int8", "int4", "nf4"]
+    assert by_kind["prompts"]["reasons"] == {"all": "needs answers that are texts, and this study scores letters"}
+    assert facts["retain"] == "no retain model"
+    accuracy = next(each["values"] for each in by_kind["int8"]["numbers"] if each["key"] == "forgetting_to_chance")
+    assert accuracy[str(best)] == pytest.approx(choice_result.trial(best)["forgetting_to_chance"], abs=0.2)
+    code, _, error = call("audit", out, "--trial", best, "--tests", "fluency")
+    assert code == 2 and "needs answers that are texts" in error
