@@ -93,7 +93,8 @@ class StageProgress:
         """Book the time, also of a run that was interrupted."""
         self._count()
         for stage, seconds in self._seconds.items():
-            self._store.add_seconds(stage, seconds)
+            if seconds or stage != "audits":  # most studies have none
+                self._store.add_seconds(stage, seconds)
 
     def _count(self, took: float | None = None) -> None:
         now = time.perf_counter()

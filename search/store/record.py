@@ -19,7 +19,7 @@ from uipe_core.storage.files import read_json, write_atomic
 
 RECORD = "study.json"
 RECORD_SCHEMA = 1
-STAGES = ("models", "references", "training", "given", "trials", "audits")
+STAGES = ("models", "references", "training", "given", "trials")
 """Stages of a run whose time is recorded."""
 
 RECORD_KEYS = ("name", "fingerprint", "created", "seconds", "spec", "storage", "corpus", "models", "versions")
