@@ -120,7 +120,9 @@ def finetune(
         model = wrap_adapter(model, config.adapter.as_peft())
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
-    schedule = get_linear_schedule_with_warmup(optimizer, min(steps_per_epoch, max(1, total // 10)), total)
+    # A warm-up begins at 0: of a single step it would leave nothing.
+    warmup = 0 if total == 1 else min(steps_per_epoch, max(1, total // 10))
+    schedule = get_linear_schedule_with_warmup(optimizer, warmup, total)
     model, optimizer = accelerator.prepare(model, optimizer)
     generator = torch.Generator().manual_seed(config.seed)
     model.train()

@@ -76,6 +76,13 @@ def test_the_same_settings_give_the_same_weights(unlearned, world, kind):
     assert all(map(torch.equal, one.loaded.model.parameters(), other.loaded.model.parameters()))
 
 
+def test_a_single_step_trains(unlearned, world):
+    found = relearn(unlearned, world, RelearningConfig("few", items=5, batch_size=8, learning_rate=1e-3))
+    assert found.steps == 1
+    before, after = bits(unlearned.model), bits(found.loaded.model)
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_half_precision_stays(load_tiny, world):
     loaded = load_tiny(dtype="bfloat16")
     before = bits(loaded.model)
