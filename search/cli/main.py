@@ -377,9 +377,14 @@ def _ignore_requests() -> None:
 
 def _end(code: int, sentence: str) -> NoReturn:
     """Exit after a sentence on standard error, which may be a terminal that is gone."""
-    if sentence:
-        with contextlib.suppress(OSError):
+    try:
+        if sentence:
             echo(sentence, err=True)
+        sys.stderr.flush()
+    except OSError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 2
+        )  # what it still has would fail again as the interpreter ends, with code 120
     sys.exit(code)
 
 
