@@ -231,7 +231,8 @@ class StudyResult:
         if not allow_collapsed and collapsed(self.trials).all():
             raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
         share = self.floor if floor is None else floor
-        row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, share, self.after_attacks)
+        attacked = self.after_attacks if rule == "robust" else {}
+        row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, share, attacked)
         return front.iloc[row], note
 
     def audit_jobs(self, trials: Sequence[int], top: int | None, tests: Sequence[str]) -> list[TrialSpec]:
