@@ -62,7 +62,6 @@ class Audit:
         title: Its name in tables.
         shows, cannot_show: The question it answers, and the one that it does not.
         scorings: What it costs, in scorings of a trial.
-        trains: It takes training steps too.
         needs: Evaluation sets without which it cannot be done.
         tasks: Tasks whose models it is for.
         changed: Changes the model until the context ends, when it is restored to the bit; the model is then scored like any
@@ -75,7 +74,6 @@ class Audit:
     shows: str
     cannot_show: str
     scorings: float = 1.0
-    trains: bool = False
     needs: tuple[str, ...] = ()
     tasks: tuple[str, ...] = (FREE_TEXT,)
     changed: "Callable[[LoadedModel, AuditInputs], AbstractContextManager[LoadedModel]] | None" = None
@@ -149,13 +147,7 @@ def _prompts(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
     items = inputs.scored.sets["forget"]
     shots = choose_shots(inputs.corpus.retain_train or inputs.scored.sets["retain"], seed=inputs.seed)
     scores = judge([item.answer for item in items], answers(loaded, items, list(WAYS), inputs.longest, shots), inputs.unicode)
-    by_way = dict(zip(WAYS, scores.contained.mean(axis=0), strict=True))
-    worst = max(by_way, key=lambda way: by_way[way])
-    return {
-        "prompts_rouge": scores.mean_highest_recall,
-        "prompts_contained": scores.contained_share,
-        f"prompts_contained_{worst}": float(by_way[worst]),
-    }
+    return {"prompts_rouge": scores.mean_highest_recall, "prompts_contained": scores.contained_share}
 
 
 def _sampling(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
@@ -227,7 +219,6 @@ AUDITS: dict[str, Audit] = {
             title,
             f"Does it come back when {how}?",
             "Longer training, other data, another learning rate.",
-            trains=True,
             changed=_relearned(training),
         )
         for kind, (training, title, how) in _TRAININGS.items()

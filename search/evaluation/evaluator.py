@@ -103,6 +103,7 @@ class Evaluator:
         self.loaded, self._walker = load_for_scoring(context.source)
         self._halves: dict[bool, _Half] = {}
         self._deltas = DeltaStore(context.deltas)
+        self._retain: LoadedModel | None = None
         self._last: tuple[tuple[tuple[str, ...], int], UpdateVector, float] | None = None
 
     def evaluate(self, job: TrialSpec) -> tuple[TrialMetrics, Report | None]:
@@ -164,7 +165,9 @@ class Evaluator:
         """Return the model that an audit is about: a reference model, or theta_init moved."""
         if job.model == RETAIN:
             assert self.context.retain is not None
-            return load_for_scoring(self.context.retain)[0]
+            self._retain = self._retain or load_for_scoring(self.context.retain)[0]
+            return self._retain
+        self._retain = None
         if job.base is None or job.epoch is None or job.alpha is None:
             return self._on(self._walker.reset())
         return self._on(self._walker.apply(self._update(job.delta, job.epoch)[0], job.alpha))

@@ -69,7 +69,8 @@ def audit_jobs(result: "StudyResult", trials: Sequence[int], top: int | None, te
         for row in rows
     ]
     compared = [{"model": name} for name in (INITIAL, RETAIN) if name == INITIAL or has_retain_weights(result)]
-    return [TrialSpec(kind, **place) for kind in kinds for place in [*points, *compared]]
+    # Model by model, so that a worker moves or loads each once for all its audits.
+    return [TrialSpec(kind, **place) for place in [*points, *compared] for kind in kinds]
 
 
 def why_not(result: "StudyResult", kind: str) -> str | None:
@@ -132,7 +133,7 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
     """Return the audit table for JSON: an entry per audit, its numbers by model, what it shows and what it cannot."""
     table = audit_table(result)
     models = [column for column in table.columns if column in (INITIAL, RETAIN) or isinstance(column, int)]
-    audits = []
+    audits, untested = [], _reasons(result)
     for kind, audit in AUDITS.items():
         rows = table[table["kind"] == kind].to_dict("records")
         numbers = [
@@ -146,9 +147,9 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
         ]
         tested = any(value is not None for number in numbers for value in number["values"].values())
         facts = {"kind": kind, "title": audit.title, "shows": audit.shows, "cannot_show": audit.cannot_show}
-        reasons = {"all": why} if (why := why_not(result, kind)) is not None else _reasons(result, kind)
+        reasons = {"all": why} if (why := why_not(result, kind)) is not None else untested.get(kind, {})
         audits.append({**facts, "state": "done" if tested else NOT_TESTED, "reasons": reasons, "numbers": numbers})
-    attacked = after_attacks(result).to_dict("records")
+    attacked = _worst(result, table).to_dict("records")
     retain = None if has_retain_weights(result) else "no retain model"
     return {"study": result.store.record.name, "retain": retain, "models": models, "audits": audits, "after_attacks": attacked}
 
@@ -174,14 +175,14 @@ def card_table(result: "StudyResult", number: int) -> list[list[str]]:
     return rows
 
 
-def _reasons(result: "StudyResult", kind: str) -> dict[str, str]:
-    """Return why an audit could not be done, by model, where it was tried or its trial failed."""
-    found = {}
+def _reasons(result: "StudyResult") -> dict[str, dict[str, str]]:
+    """Return why audits could not be done, by kind and model, where they were tried or their trials failed."""
+    found: dict[str, dict[str, str]] = {}
     for trial in result.store.trials(names=("kind", "model", "of_trial", "reason", UNTESTED), controls=True):
         known = trial.user_attrs
         reason = known.get(UNTESTED) or (known.get("reason") if trial.state == TrialState.FAIL else None)
-        if known.get("kind") == kind and reason:
-            found[str(known.get("of_trial", known.get("model")))] = str(reason)
+        if known.get("kind") in AUDITS and reason:
+            found.setdefault(known["kind"], {})[str(known.get("of_trial", known.get("model")))] = str(reason)
     return found
 
 
@@ -192,9 +193,11 @@ def after_attacks(result: "StudyResult") -> pd.DataFrame:
     """
     if "of_trial" not in result.controls or not result.controls["kind"].isin(AUDITS).any():
         return pd.DataFrame(columns=["trial", "worst", "attack", "attacks"])
-    table = audit_table(result)
-    forgetting = result.objectives[0].name
-    rows = table[table["key"] == forgetting].set_index("kind") if len(table) else table
+    return _worst(result, audit_table(result))
+
+
+def _worst(result: "StudyResult", table: pd.DataFrame) -> pd.DataFrame:
+    rows = table[table["key"] == result.objectives[0].name].set_index("kind")
     found = []
     for number in (column for column in table.columns if isinstance(column, int)):
         values = rows[number].astype(float).dropna()
