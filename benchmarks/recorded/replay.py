@@ -5,6 +5,7 @@ alpha = -1; ROUGE jumps where a generated word changes and follows the straight 
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -131,6 +132,42 @@ class World:
             steps = {name: values for name, values in known.items() if name not in self._smooth}
             self._curves[base, epoch] = (alphas, CubicSpline(alphas, flat), steps)
         return self._curves[base, epoch]
+
+
+class NoisyWorld(World):
+    """A world whose losses were rounded: each scored point has an error of its own, the same whenever it is scored again.
+
+    Args:
+        table: The recorded scores, which count as the truth.
+        level: Standard deviation of the relative error of every loss, each drawn by itself.
+        seed: Of the errors.
+
+    Attributes:
+        truth: The same world without errors.
+    """
+
+    def __init__(self, table: ScoreTable, level: float, seed: int) -> None:
+        self.truth, self._level, self._noise_seed = World(table), level, seed
+        super().__init__(replace(table, initial=self._with_errors(table.initial, (0, 0, -1.0))))
+
+    def items(self, base: int, epoch: int, alpha: float) -> dict[str, NDArray[Any]]:
+        """Item scores at a place, errors included."""
+        return self._with_errors(self.truth.items(base, epoch, alpha), (base, epoch, alpha))
+
+    @cached_property
+    def given(self) -> list[tuple[int, int, Items, NDArray[np.float64]]]:
+        """Base, epoch, items and objectives of every epoch at alpha = 0, errors included."""
+        found = [(base, epoch, self.items(base, epoch, 0.0)) for base, epoch, _, _ in self.truth.given]
+        return [(base, epoch, items, self.objectives(items)) for base, epoch, items in found]
+
+    def _with_errors(self, items: Items, place: tuple[int, int, float]) -> dict[str, NDArray[Any]]:
+        base, epoch, alpha = place
+        generator = np.random.default_rng([self._noise_seed, base, epoch, round(1e6 * (alpha + 1.0))])
+        found = dict(items)
+        for name in sorted(items):
+            if name.endswith("_loss"):
+                found[name] = items[name] * (1.0 + self._level * generator.standard_normal(items[name].shape))
+        return found
 
 
 def _report(items: Items) -> ScoreReport:
