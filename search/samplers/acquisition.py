@@ -41,13 +41,14 @@ class LineSearch:
         self._widths: dict[str, int] = {}
         self._front = np.zeros((0, len(self._reference)))
         self._model: MultiOutputGP | None = None
-        self._kernels: tuple[Kernel, Kernel] | None = None
+        self._kernel: Kernel | None = None
+        self._units: list[Mapping[str, float]] = []
         self._fitted_on = 0
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def tell(self, vector: int, scale: float, values: Mapping[str, FloatArray]) -> None:
+    def tell(self, vector: int, scale: float, values: Mapping[str, FloatArray], units: Mapping[str, float] = {}) -> None:
         """Take in what was scored at a point.
 
         Args:
@@ -63,6 +64,7 @@ class LineSearch:
         self._widths |= {name: len(each) for name, each in values.items()}
         self._places.append((vector, scale))
         self._values.append(values)
+        self._units.append(units or {k: 1.0 for k in values})
         if values.keys() >= self._curves.names:
             points = np.vstack([self._front, np.minimum(self._curves.objectives(values), self._ceiling)])
             self._front = points[non_dominated(points)]
@@ -118,10 +120,8 @@ class LineSearch:
 
     def _front_with(self, model: MultiOutputGP, pending: Points | None) -> FloatArray:
         """The front of what has been scored, and of points under way as expected."""
-        if pending is None or not len(pending):
-            return self._front
-        expected = np.minimum(self._curves.objectives(model.predict(pending).mean), self._ceiling)
-        points = np.concatenate([self._front, expected])
+        asked = self.places if pending is None else self.places + pending
+        points = np.minimum(self._curves.objectives(model.predict(asked).mean), self._ceiling)
         return points[non_dominated(points)]
 
     def _current_model(self) -> MultiOutputGP:
@@ -131,9 +131,9 @@ class LineSearch:
             missing = {name: np.full(width, np.nan) for name, width in self._widths.items()}
             values = {name: np.stack([each.get(name, missing[name]) for each in self._values]) for name in missing}
             again = len(self) >= FIT_AGAIN * self._fitted_on
-            known = None if again else self._kernels
-            self._model = MultiOutputGP(self._geometry, self.places, values, self._curves.noisy & values.keys(), known)
-            self._kernels = self._model.kernels
+            units = {name: float(np.median([each[name] for each in self._units if name in each])) for name in values if name not in self._curves.noisy}
+            self._model = MultiOutputGP(self._geometry, self.places, values, units, None if again else self._kernel)
+            self._kernel = self._model.kernel
             self._fitted_on = len(self) if again else self._fitted_on
         return self._model
 

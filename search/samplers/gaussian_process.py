@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.linalg import cho_solve, cholesky, solve_triangular
+from scipy.linalg import cholesky, solve_triangular
 from scipy.linalg.lapack import dpstrf
 from scipy.optimize import minimize
 
@@ -18,6 +18,13 @@ LOOKED_AT = 800
 
 JITTER = 1e-6
 """Variance of what no smooth function of weights explains, as a share of the kernel's own; float32 scores have about that."""
+
+SHARES = JITTER + np.geomspace(1e-9, 1.0, 73)
+"""Variances of errors, as a share of the kernel's own, that are looked at."""
+STEPS = 1e-3
+"""Variance of what changes in steps, as a share of the kernel's own: text changes at once where losses change smoothly."""
+ERRORS = np.geomspace(1e-4, 0.3, 41)
+"""Relative errors of losses that are looked at."""
 
 WORTH = 8.0
 """Independent items that all of them count as when settings are fitted: they go together, so hundreds tell little more."""
@@ -79,16 +86,14 @@ class Geometry:
 class Kernel:
     """constant + linear <x, y> + quadratic <x, y>^2 + Matern-5/2 of |x - y| / length, whose variance is 1.
 
-    Polynomials carry a walk beyond what was seen, the Matern part bends between what was seen. `nugget` is a share of the
-    variance that is no function of the weights: text changes at once where losses change smoothly. The defaults were chosen
-    on one small world; what eight of them show by themselves does no better (docs/log.md).
+    Polynomials carry a walk beyond what was seen, the Matern part bends between what was seen. The defaults were chosen on one
+    small world; what eight of them show by themselves does no better (docs/log.md).
     """
 
     constant: float = 0.3
     linear: float = 0.3
     quadratic: float = 0.02
     length: float = 1.2
-    nugget: float = JITTER
 
     def bends(self, inner: FloatArray, a: FloatArray, b: FloatArray) -> tuple[FloatArray, FloatArray]:
         """The Matern part given inner products and squared norms, and its derivative by log length."""
@@ -98,70 +103,105 @@ class Kernel:
         return (rising + square) * decay, square * rising * decay
 
     def matrix(self, geometry: Geometry, a: Points, b: Points) -> FloatArray:
-        """(P, P') covariances of two sets of points, without the nugget."""
+        """(P, P') covariances of two sets of points."""
         inner = geometry.inner(a, b)
         matern, _ = self.bends(inner, geometry.squares(a), geometry.squares(b))
         matern += self.constant + inner * (self.linear + self.quadratic * inner)
         return matern
 
     def diagonal(self, geometry: Geometry, a: Points) -> FloatArray:
-        """(P,) variances, without the nugget."""
+        """(P,) variances."""
         squares = geometry.squares(a)
         return self.constant + self.linear * squares + self.quadratic * squares**2 + 1.0
 
-    def logarithms(self, noisy: bool) -> FloatArray:
+    def logarithms(self) -> FloatArray:
         """Its settings as `fit` moves them."""
-        values = [self.constant, self.linear, self.quadratic, self.length, *([self.nugget] if noisy else [])]
-        return np.log(values)
+        return np.log([self.constant, self.linear, self.quadratic, self.length])
 
 
-def _kernel(logarithms: FloatArray) -> Kernel:
-    return Kernel(*(float(value) for value in np.exp(logarithms)))
+@dataclass(frozen=True)
+class Spectrum:
+    """A covariance of N points as D (U diag(L) U^T) D, D^2 its diagonal: then errors of any size cost no more than others.
+
+    With errors of the share g of each point's variance, the inverse is A diag(1 / (L + g)) A^T.
+
+    Attributes:
+        values: (N,) L, at least 0.
+        axes: (N, N) A = U / D.
+        typical: Median of D^2.
+        logarithm: Of the determinant of D^2.
+    """
+
+    values: FloatArray
+    axes: FloatArray
+    typical: float
+    logarithm: float
+
+    @staticmethod
+    def of(covariance: FloatArray) -> "Spectrum":
+        """The spectrum of a covariance with a positive diagonal."""
+        variances = np.diag(covariance)
+        root = np.sqrt(variances)
+        values, vectors = np.linalg.eigh(covariance / np.outer(root, root))
+        logarithm = float(np.log(variances).sum())
+        return Spectrum(np.maximum(values, 0.0), vectors / root[:, None], float(np.median(variances)), logarithm)
+
+    def losses(self, squares: FloatArray, n: int, variances: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Minus the log likelihood of a group, for each variance of its errors; and the share of the likeliest scale.
+
+        Args:
+            squares: (N,) sums over the n values of the group of (A^T y)^2.
+            n: How many values it has.
+            variances: (E,) of the errors of its values at a typical point.
+        """
+        damped = self.values + SHARES[:, None]
+        quadratic, logarithm = (squares / damped).sum(axis=1), np.log(damped).sum(axis=1)
+        scale = variances[:, None] / (self.typical * (SHARES - JITTER))
+        losses = 0.5 * (n * (len(squares) * np.log(scale) + logarithm) + quadratic / scale)
+        best = np.argmin(losses, axis=1)
+        return losses[np.arange(len(variances)), best], SHARES[best]
 
 
-def fit(geometry: Geometry, places: Points, products: list[tuple[FloatArray, int]], start: Kernel, noisy: bool) -> Kernel:
+def fit(geometry: Geometry, places: Points, products: list[tuple[FloatArray, int, float]], start: Kernel) -> Kernel:
     """The settings of greatest marginal likelihood, the scale of every group being the most likely for each setting.
 
     Args:
         geometry: Of the update vectors.
         places: N points.
-        products: Y Y^T (N, N) of each group's values Y (N, n), and its n: all that the likelihood needs of them.
+        products: Y Y^T (N, N) of each group's values Y (N, n), and its n: all that the likelihood needs of them; and the
+            variance of its errors as a share of the kernel's.
         start: Where to begin, and the centre of the prior.
-        noisy: Whether the nugget is fitted too.
     """
     inner, squares = geometry.inner(places, places), geometry.squares(places)
-    count, items = len(places), sum(n for _, n in products)
-    centre = start.logarithms(noisy)
+    count, items = len(places), sum(n for _, n, _ in products)
+    centre = start.logarithms()
 
     def loss(logarithms: FloatArray) -> tuple[float, FloatArray]:
         kernel = _kernel(logarithms)
         matern, growth = kernel.bends(inner, squares, squares)
         polynomial = (np.full_like(inner, kernel.constant), kernel.linear * inner, kernel.quadratic * inner**2)
-        covariance = matern + sum(polynomial)
-        variances = np.diag(covariance).copy()
-        try:
-            factor = cholesky(with_nugget(covariance, kernel.nugget), lower=True)
-        except np.linalg.LinAlgError:
-            return 1e12, np.zeros_like(logarithms)
-        inverse = cho_solve((factor, True), np.eye(count))
-        value, slope = items * np.log(np.diag(factor)).sum(), items * inverse
-        for product, n in products:
-            scale = max(float((inverse * product).sum()), 1e-300) / (count * n)
-            value += 0.5 * n * count * np.log(scale)
-            slope -= inverse @ product @ inverse / scale
-        derivatives = [*polynomial, growth]
-        gradient = [
-            0.5 * ((slope * each).sum() + kernel.nugget * (np.diag(slope) * np.diag(each)).sum()) for each in derivatives
-        ]
-        if noisy:
-            gradient.append(0.5 * kernel.nugget * (np.diag(slope) * variances).sum())
+        spectrum = Spectrum.of(matern + sum(polynomial))
+        value, slope = 0.0, np.zeros_like(inner)
+        for product, n, share in products:
+            kept = 1.0 / (spectrum.values + share)
+            turned = spectrum.axes.T @ product @ spectrum.axes
+            scale = max(float(kept @ np.diag(turned)), 1e-300) / (count * n)
+            value += 0.5 * n * (count * np.log(scale) + spectrum.logarithm - np.log(kept).sum())
+            own = spectrum.axes @ (np.diag(n * kept) - np.outer(kept, kept) * turned / scale) @ spectrum.axes.T
+            own[np.diag_indices(count)] *= 1.0 + share
+            slope += own
+        gradient = np.array([0.5 * (slope * each).sum() for each in (*polynomial, growth)])
         away = (logarithms - centre) / PRIOR_SD
         worth = min(1.0, WORTH / items)
-        return worth * value + 0.5 * float(away @ away), worth * np.array(gradient) + away / PRIOR_SD
+        return worth * value + 0.5 * float(away @ away), worth * gradient + away / PRIOR_SD
 
-    bounds = [(-12.0, 12.0)] * 3 + [(-4.0, 4.0)] + ([(np.log(JITTER), 0.0)] if noisy else [])
+    bounds = [(-12.0, 12.0)] * 3 + [(-4.0, 4.0)]
     found = minimize(loss, centre, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": _STEPS})
     return _kernel(found.x)
+
+
+def _kernel(logarithms: FloatArray) -> Kernel:
+    return Kernel(*(float(value) for value in np.exp(logarithms)))
 
 
 def choose(geometry: Geometry, kernel: Kernel, places: Points, most: int) -> IntArray:
@@ -176,14 +216,10 @@ def choose(geometry: Geometry, kernel: Kernel, places: Points, most: int) -> Int
         rows = np.concatenate([rows[: LOOKED_AT // 2], rows[-(LOOKED_AT // 2) :]])
     looked_at = places.take(rows)
     covariance = kernel.matrix(geometry, looked_at, looked_at)
-    # Without the nugget points that are the same would end it early.
-    _, pivots, _, _ = dpstrf(with_nugget(covariance, max(kernel.nugget, JITTER)), lower=1)
+    # As they are, points that are the same would end it early.
+    covariance[np.diag_indices(len(rows))] *= 1.0 + JITTER
+    _, pivots, _, _ = dpstrf(covariance, lower=1)
     return np.sort(rows[pivots[:most] - 1])
-
-
-def with_nugget(covariance: FloatArray, nugget: float) -> FloatArray:
-    """Covariances of points as they are scored: a share of its own variance comes to each."""
-    return covariance + np.diag(nugget * np.diag(covariance))
 
 
 FITTED_ON = 96
@@ -195,13 +231,13 @@ TRAINED_ON = 160
 
 @dataclass(frozen=True)
 class _Trained:
-    """Hold what was learned from the points where some groups were scored: those groups share the factor of the covariance."""
+    """Hold what was learned from the points where some groups were scored: those groups share the covariance."""
 
-    kernel: Kernel
     rows: IntArray
     places: Points
-    factor: FloatArray
-    white: Mapping[str, FloatArray]
+    spectrum: Spectrum
+    shares: Mapping[str, float]
+    turned: Mapping[str, FloatArray]
     missed: Mapping[str, FloatArray]
 
 
@@ -224,8 +260,13 @@ class MultiOutputGP:
         geometry: Of the update vectors.
         places: (P,) points.
         values: (P, n) by group; a row of NaN where a point was not scored on that group. Every group has one row at least.
-        noisy: Groups that are no smooth functions of the weights: they share a second kernel, with a nugget.
-        known: Kernels of an earlier model, to be kept (`kernels`); None fits them.
+        units: Variance that a relative error of 1 in every loss would give the values of a group, by group. Groups that are not
+            in it are no smooth functions of the weights, they change in steps.
+        known: Kernel of an earlier model, to be kept (`kernel`); None fits it.
+
+    Attributes:
+        kernel: Of all groups.
+        error: Relative error of the losses, the one that makes the values of all groups together the most likely.
     """
 
     def __init__(
@@ -233,65 +274,90 @@ class MultiOutputGP:
         geometry: Geometry,
         places: Points,
         values: Mapping[str, FloatArray],
-        noisy: frozenset[str] = frozenset(),
-        known: tuple[Kernel, Kernel] | None = None,
+        units: Mapping[str, float],
+        known: Kernel | None = None,
     ) -> None:
-        self._geometry, self._places = geometry, places
+        self._geometry, self._places, self._units = geometry, places, units
         # theta_init's values are the origin where they are known, so that groups start from there and not from zero.
         origin = {name: _origin(places, each) for name, each in values.items()}
         self._origin = origin
         centred = {name: each - origin[name] for name, each in values.items()}
-        self.kernels = known or self._fit(centred, noisy)
-        self._trained: dict[str, _Trained] = {}
-        for kernel, names in zip(self.kernels, (set(values) - noisy, set(values) & noisy), strict=True):
-            for scored, group in _by_scored(centred, names):
-                self._train(kernel, scored, {name: centred[name] for name in group})
+        self.kernel = known or self._fit(centred)
+        parts = []
+        for scored, group in _by_scored(centred):
+            rows = scored[choose(geometry, self.kernel, places.take(scored), TRAINED_ON)]
+            parts.append((rows, {name: centred[name][rows] for name in group}))
+        spectra = [self._spectrum(self.kernel, rows) for rows, _ in parts]
+        turned = [{name: each.axes.T @ of for name, of in own.items()} for each, (_, own) in zip(spectra, parts, strict=True)]
+        self.error, shares = self._errors(list(zip(spectra, turned, strict=True)))
+        self._trained = [
+            self._train(rows, spectrum, own, shares)
+            for (rows, _), spectrum, own in zip(parts, spectra, turned, strict=True)
+        ]
 
-    def _fit(self, values: Mapping[str, FloatArray], noisy: frozenset[str]) -> tuple[Kernel, Kernel]:
-        found = []
-        start = Kernel()
-        for names in (set(values) - noisy, set(values) & noisy):
-            if names:
-                # The points that most groups were scored at; those of pruned trials come in again when predictions are made.
-                scored, group = max(_by_scored(values, names), key=lambda each: (len(each[0]) * len(each[1]), each[1]))
-                rows = scored[choose(self._geometry, start, self._places.take(scored), FITTED_ON)]
-                chosen = [values[name][rows] for name in group]
-                products = [(each @ each.T, each.shape[1]) for each in chosen if np.any(each)]
-                is_noisy = names <= noisy
-                begin = Kernel(start.constant, start.linear, start.quadratic, start.length, 1e-3) if is_noisy else start
-                start = fit(self._geometry, self._places.take(rows), products, begin, is_noisy) if products else begin
-            found.append(start)
-        return found[0], found[1]
-
-    def _train(self, kernel: Kernel, scored: IntArray, values: Mapping[str, FloatArray]) -> None:
-        rows = scored[choose(self._geometry, kernel, self._places.take(scored), TRAINED_ON)]
+    def _spectrum(self, kernel: Kernel, rows: IntArray) -> Spectrum:
         places = self._places.take(rows)
-        factor = cholesky(with_nugget(kernel.matrix(self._geometry, places, places), kernel.nugget), lower=True)
-        white = {name: solve_triangular(factor, each[rows], lower=True) for name, each in values.items()}
-        inverse = cho_solve((factor, True), np.eye(len(rows)))
-        # Equation 5.12 of Rasmussen and Williams: what a point misses when the others predict it, over the deviation.
-        once = inverse / np.sqrt(np.diag(inverse))[:, None]
-        missed = {name: once @ each[rows] for name, each in values.items()}
-        trained = _Trained(kernel, rows, places, factor, white, missed)
-        self._trained.update(dict.fromkeys(values, trained))
+        return Spectrum.of(kernel.matrix(self._geometry, places, places))
+
+    def _errors(self, parts: list[tuple[Spectrum, dict[str, FloatArray]]]) -> tuple[float, dict[str, float]]:
+        """The relative error of the losses, and what share of the kernel's variance it is, by group."""
+        total, shares = np.zeros(len(ERRORS)), {}
+        for spectrum, turned in parts:
+            for name, each in turned.items():
+                if self._units.get(name, 0.0) > 0 and np.any(each):
+                    variances = self._units[name] * ERRORS**2
+                    loss, shares[name] = spectrum.losses((each**2).sum(axis=1), each.shape[1], variances)
+                    total += loss
+        best = int(np.argmin(total))
+        return float(ERRORS[best]), {
+            name: float(shares[name][best]) if name in shares else JITTER if name in self._units else STEPS
+            for _, turned in parts
+            for name in turned
+        }
+
+    def _fit(self, values: Mapping[str, FloatArray]) -> Kernel:
+        # The points that most groups were scored at; those of pruned trials come in again when predictions are made.
+        start = Kernel()
+        scored, group = max(_by_scored(values), key=lambda each: (len(each[0]) * len(each[1]), each[1]))
+        rows = scored[choose(self._geometry, start, self._places.take(scored), FITTED_ON)]
+        chosen = {name: values[name][rows] for name in group if np.any(values[name][rows])}
+        spectrum = self._spectrum(start, rows)
+        _, shares = self._errors([(spectrum, {name: spectrum.axes.T @ each for name, each in chosen.items()})])
+        products = [(each @ each.T, each.shape[1], shares[name]) for name, each in chosen.items()]
+        return fit(self._geometry, self._places.take(rows), products, start) if products else start
+
+    def _train(self, rows: IntArray, spectrum: Spectrum, turned: dict[str, FloatArray], shares: dict[str, float]) -> _Trained:
+        weights, missed = {}, {}
+        for name, each in turned.items():
+            kept = 1.0 / (spectrum.values + shares[name])
+            weights[name] = kept[:, None] * each
+            # Equation 5.12 of Rasmussen and Williams: what a point misses when the others predict it, over the deviation.
+            missed[name] = spectrum.axes @ weights[name] / np.sqrt(spectrum.axes**2 @ kept)[:, None]
+        return _Trained(rows, self._places.take(rows), spectrum, {name: shares[name] for name in turned}, weights, missed)
 
     def predict(self, candidates: Points, pending: Points | None = None) -> Prediction:
         """Predict candidates; `pending` points count as scored at their mean, so that deviations shrink near them."""
         mean, deviation = {}, {}
-        for trained in {id(each): each for each in self._trained.values()}.values():
-            kernel, geometry = trained.kernel, self._geometry
-            across = solve_triangular(trained.factor, kernel.matrix(geometry, trained.places, candidates), lower=True)
-            left = kernel.diagonal(geometry, candidates) - (across**2).sum(axis=0)
-            if pending is not None and len(pending):
-                ours = solve_triangular(trained.factor, kernel.matrix(geometry, trained.places, pending), lower=True)
-                within = with_nugget(kernel.matrix(geometry, pending, pending), kernel.nugget) - ours.T @ ours
-                jitter = JITTER * np.diag(kernel.matrix(geometry, pending, pending))
-                between = kernel.matrix(geometry, pending, candidates) - ours.T @ across
-                left -= (solve_triangular(cholesky(within + np.diag(jitter), lower=True), between, lower=True) ** 2).sum(axis=0)
-            spread = np.sqrt(np.maximum(left, 0.0))
-            for name, white in trained.white.items():
-                mean[name] = self._origin[name] + across.T @ white
-                deviation[name] = spread
+        kernel, geometry = self.kernel, self._geometry
+        waiting = pending if pending is not None and len(pending) else None
+        for trained in self._trained:
+            across = trained.spectrum.axes.T @ kernel.matrix(geometry, trained.places, candidates)
+            ours = None if waiting is None else trained.spectrum.axes.T @ kernel.matrix(geometry, trained.places, waiting)
+            spreads: dict[float, FloatArray] = {}
+            for name, weights in trained.turned.items():
+                share = trained.shares[name]
+                if share not in spreads:
+                    kept = 1.0 / (trained.spectrum.values + share)
+                    left = kernel.diagonal(geometry, candidates) - kept @ across**2
+                    if waiting is not None and ours is not None:
+                        within = kernel.matrix(geometry, waiting, waiting)
+                        within[np.diag_indices(len(waiting))] *= 1.0 + share + JITTER
+                        within -= ours.T @ (kept[:, None] * ours)
+                        between = kernel.matrix(geometry, waiting, candidates) - ours.T @ (kept[:, None] * across)
+                        left -= (solve_triangular(cholesky(within, lower=True), between, lower=True) ** 2).sum(axis=0)
+                    spreads[share] = np.sqrt(np.maximum(left, 0.0))
+                mean[name] = self._origin[name] + across.T @ weights
+                deviation[name] = spreads[share]
         return Prediction(mean, deviation)
 
     def errors(self, generator: np.random.Generator, draws: int) -> dict[str, FloatArray]:
@@ -302,8 +368,9 @@ class MultiOutputGP:
         """
         mixes = generator.standard_normal((draws, len(self._places)))
         return {
-            name: mixes[:, trained.rows] @ trained.missed[name] / np.sqrt(len(trained.rows))
-            for name, trained in self._trained.items()
+            name: mixes[:, trained.rows] @ missed / np.sqrt(len(trained.rows))
+            for trained in self._trained
+            for name, missed in trained.missed.items()
         }
 
 
@@ -312,10 +379,10 @@ def _origin(places: Points, values: FloatArray) -> FloatArray:
     return values[there[0]] if len(there) else np.nanmean(values, axis=0)
 
 
-def _by_scored(values: Mapping[str, FloatArray], names: set[str]) -> list[tuple[IntArray, list[str]]]:
+def _by_scored(values: Mapping[str, FloatArray]) -> list[tuple[IntArray, list[str]]]:
     """Points and groups: groups that were scored at the same points together."""
     found: dict[bytes, tuple[IntArray, list[str]]] = {}
-    for name in sorted(names):
+    for name in sorted(values):
         scored = np.isfinite(values[name]).all(axis=1)
         found.setdefault(scored.tobytes(), (np.flatnonzero(scored), []))[1].append(name)
     return list(found.values())

@@ -176,7 +176,7 @@ class LineSampler(BaseSampler):
             self._measure = self._world.reference()
         if self._search is None or lines is not self._lines:
             self._search = LineSearch(Geometry(lines.gram), self._world.curves, *self._measure)
-            self._search.tell(0, 0.0, self._world.curves.of(self._world.initial))
+            self._search.tell(0, 0.0, self._world.curves.of(self._world.initial), self._world.curves.units(self._world.initial))
             self._lines, self._told = lines, set()
         for trial in trials:
             if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or trial.number in self._told:
@@ -187,7 +187,7 @@ class LineSampler(BaseSampler):
                 continue
             self._told.add(trial.number)
             try:
-                self._search.tell(*place, values)
+                self._search.tell(*place, values, self._world.curves.units(self._world.items(trial.number)))
             except ValueError as error:
                 self._values[trial.number] = None
                 self._tell_once(f"sampler line: trial {trial.number} tells it nothing: {error}")

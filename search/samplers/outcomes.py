@@ -52,6 +52,9 @@ _BEYOND = {ROUGE: "text", EXTRACTION: "extracted", EXACT: "exact"}
 """Curves of measures that change in steps, by measure: their mean over the items beyond that of the answers' probability."""
 
 
+_SMALL, _DRAWS = 1e-4, 2
+"""Relative errors of losses that show what they do to curves, and how often they are drawn for one point."""
+
 _ORDER = (PROBABILITY, PARAPHRASE, CLOSENESS, TRUTH_SHARE, ROUGE, EXTRACTION, EXACT, AGREEMENT)
 
 
@@ -128,6 +131,19 @@ class OutcomeModel:
         if bad:
             raise ValueError(f"curves that are not finite: {', '.join(bad)}")
         return curves
+
+    def units(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, float]:
+        """Mean variance that a relative error of 1 in every loss, each by itself, would give the values of each curve."""
+        start, generator = self.of(arrays), np.random.default_rng(0)
+        found = dict.fromkeys(start, 0.0)
+        for _ in range(_DRAWS):
+            moved = {
+                name: each * (1.0 + _SMALL * generator.standard_normal(each.shape)) if name.endswith("_loss") else each
+                for name, each in arrays.items()
+            }
+            for name, each in self.of(moved).items():
+                found[name] += float(np.square((each - start[name]) / _SMALL).mean()) / _DRAWS
+        return found
 
     def _measured(self, component: Component, scores: SetScores, definition: Definition) -> FloatArray:
         measure = component.measure
