@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from scipy.interpolate import CubicSpline
 
+from search.problem.objectives import Objective
 from search.problem.pareto import hypervolume
 from uipe_core.errors import UserError
+from uipe_core.metrics.composites import PROBABILITY, Component
 from uipe_core.metrics.scores import ScoreReport, set_scores
 from uipe_core.metrics.tofu import evaluate
 
@@ -23,6 +25,12 @@ from .table import ScoreTable
 
 Items = Mapping[str, NDArray[Any]]
 """Item scores by ``set/measurement``."""
+
+RETAIN_PROBABILITY = Objective(
+    "retain_probability", "retain answer probability", "retain\nprob.", 4, worst=0.0, from_items=True,
+    components=(Component("retain", PROBABILITY),),
+)
+"""Utility of a table without generated text."""
 
 LEAST = 4
 """Points a curve needs, the initial model among them: a cubic has four coefficients."""

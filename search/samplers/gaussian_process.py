@@ -21,7 +21,7 @@ JITTER = 1e-6
 
 SHARES = JITTER + np.geomspace(1e-9, 1.0, 73)
 """Variances of errors, as a share of the kernel's own, that are looked at."""
-STEPS = 1e-3
+STEPS = 1e-2
 """Variance of what changes in steps, as a share of the kernel's own: text changes at once where losses change smoothly."""
 ERRORS = np.geomspace(1e-4, 0.3, 41)
 """Relative errors of losses that are looked at."""
@@ -237,7 +237,7 @@ class _Trained:
     places: Points
     spectrum: Spectrum
     shares: Mapping[str, float]
-    turned: Mapping[str, FloatArray]
+    weights: Mapping[str, FloatArray]
     missed: Mapping[str, FloatArray]
 
 
@@ -339,25 +339,21 @@ class MultiOutputGP:
         """Predict candidates; `pending` points count as scored at their mean, so that deviations shrink near them."""
         mean, deviation = {}, {}
         kernel, geometry = self.kernel, self._geometry
-        waiting = pending if pending is not None and len(pending) else None
         for trained in self._trained:
             across = trained.spectrum.axes.T @ kernel.matrix(geometry, trained.places, candidates)
-            ours = None if waiting is None else trained.spectrum.axes.T @ kernel.matrix(geometry, trained.places, waiting)
-            spreads: dict[float, FloatArray] = {}
-            for name, weights in trained.turned.items():
-                share = trained.shares[name]
-                if share not in spreads:
-                    kept = 1.0 / (trained.spectrum.values + share)
-                    left = kernel.diagonal(geometry, candidates) - kept @ across**2
-                    if waiting is not None and ours is not None:
-                        within = kernel.matrix(geometry, waiting, waiting)
-                        within[np.diag_indices(len(waiting))] *= 1.0 + share + JITTER
-                        within -= ours.T @ (kept[:, None] * ours)
-                        between = kernel.matrix(geometry, waiting, candidates) - ours.T @ (kept[:, None] * across)
-                        left -= (solve_triangular(cholesky(within, lower=True), between, lower=True) ** 2).sum(axis=0)
-                    spreads[share] = np.sqrt(np.maximum(left, 0.0))
+            kept = 1.0 / (trained.spectrum.values + JITTER)
+            left = kernel.diagonal(geometry, candidates) - kept @ across**2
+            if pending is not None and len(pending):
+                ours = trained.spectrum.axes.T @ kernel.matrix(geometry, trained.places, pending)
+                within = kernel.matrix(geometry, pending, pending)
+                within[np.diag_indices(len(pending))] *= 1.0 + 2.0 * JITTER
+                within -= ours.T @ (kept[:, None] * ours)
+                between = kernel.matrix(geometry, pending, candidates) - ours.T @ (kept[:, None] * across)
+                left -= (solve_triangular(cholesky(within, lower=True), between, lower=True) ** 2).sum(axis=0)
+            spread = np.sqrt(np.maximum(left, 0.0))
+            for name, weights in trained.weights.items():
                 mean[name] = self._origin[name] + across.T @ weights
-                deviation[name] = spreads[share]
+                deviation[name] = spread
         return Prediction(mean, deviation)
 
     def errors(self, generator: np.random.Generator, draws: int) -> dict[str, FloatArray]:
