@@ -31,10 +31,9 @@ from machine import machine
 from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState, create_trial
-from recorded.replay import World
+from recorded.replay import OBJECTIVES, World
 from recorded.table import ScoreTable, read_table
 
-from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
 from search.problem.pareto import non_dominated
 from search.problem.space import own_epoch, sampled_epoch
 from search.samplers.line import LineSampler, LineStudy, UpdateVectors
@@ -120,9 +119,8 @@ def _line_sampler(world: World, seed: int, items: Callable[[int], Items | None])
 
 def curves_of(world: World) -> OutcomeModel:
     """The curves that the table's objectives are made of."""
-    known = {each.name: each for each in (FORGET_QUALITY, MODEL_UTILITY, *THIRD_OBJECTIVES.values())}
     meta = world.table.meta
-    return OutcomeModel(meta["definition"], [known[name] for name in meta["objectives"]], world.table.retain)
+    return OutcomeModel(meta["definition"], [OBJECTIVES[name] for name in meta["objectives"]], world.table.retain)
 
 
 def replay(world: World, name: str, seed: int, most: int) -> tuple[dict[float, float], float]:

@@ -1,7 +1,7 @@
 """A recorded table played back: any place of the search space answered from the curves of its items, without a model.
 
 Between recorded alphas, losses follow a cubic spline through all points of their curve, which begins with the initial model at
-alpha = -1; ROUGE jumps where a generated word changes and follows the straight line between its two neighbours.
+alpha = -1; measures of text jump where a word changes and follow the straight line between their two neighbours.
 """
 
 from collections.abc import Mapping
@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from scipy.interpolate import CubicSpline
 
-from search.problem.objectives import Objective
+from search.problem.objectives import FORGET_QUALITY, MEMORIZATION, MODEL_UTILITY, THIRD_OBJECTIVES, Objective
 from search.problem.pareto import hypervolume
 from uipe_core.errors import UserError
-from uipe_core.metrics.composites import PROBABILITY, Component
+from uipe_core.metrics.composites import PARAPHRASE, Component, composite
 from uipe_core.metrics.scores import ScoreReport, set_scores
 from uipe_core.metrics.tofu import evaluate
 
@@ -27,10 +27,20 @@ Items = Mapping[str, NDArray[Any]]
 """Item scores by ``set/measurement``."""
 
 RETAIN_PROBABILITY = Objective(
-    "retain_probability", "retain answer probability", "retain\nprob.", 4, worst=0.0, from_items=True,
-    components=(Component("retain", PROBABILITY),),
+    "retain_probability",
+    "retain answer probability",
+    "retain\nprob.",
+    4,
+    worst=0.0,
+    from_items=True,
+    components=(Component("retain", PARAPHRASE),),
 )
-"""Utility of a table without generated text."""
+"""Utility of a table of losses, where the answer itself stands in for its paraphrase."""
+
+OBJECTIVES = {
+    each.name: each for each in (FORGET_QUALITY, MODEL_UTILITY, MEMORIZATION, RETAIN_PROBABILITY, *THIRD_OBJECTIVES.values())
+}
+"""What a table may have been recorded for."""
 
 LEAST = 4
 """Points a curve needs, the initial model among them: a cubic has four coefficients."""
@@ -58,10 +68,12 @@ class World:
         self.low, self.high = table.meta["alpha"]["low"], table.meta["alpha"]["high"]
         self._used = np.ones(len(table), dtype=bool) if used is None else used
         self._varying = {name: values for name, values in table.arrays.items() if name not in table.meta["constant"]}
-        self._smooth = [name for name in self._varying if not name.endswith("rouge_l_recall")]
+        self._smooth = [name for name in self._varying if name.endswith("_loss")]
         self._curves: dict[tuple[int, int], tuple[NDArray[np.float64], CubicSpline, Items]] = {}
         ceilings = [np.inf if ceiling is None else ceiling for ceiling in table.meta["ceilings"]]
-        if "retain/paraphrase_loss" not in table.arrays or not table.retain:
+        self._objectives = [OBJECTIVES[name] for name in table.meta["objectives"]]
+        compared = any(each.needs_retain_model for each in self._objectives)
+        if "retain/paraphrase_loss" not in table.arrays or (compared and not table.retain):
             raise UserError(f"the table of {table.meta['study']} is none of free text; only such tables can be replayed")
         self.ceilings, self.reference = np.array(ceilings), np.array(table.meta["corner"])
 
@@ -91,7 +103,10 @@ class World:
 
     def objectives(self, items: Items) -> NDArray[np.float64]:
         """(m,) objectives of item scores, by the study's own metrics."""
-        metrics = evaluate(_report(items), self._retain, self.table.meta["definition"])
+        report, definition = _report(items), self.table.meta["definition"]
+        if not any(each.needs_retain_model for each in self._objectives):
+            return np.array([composite(report, each.components, definition) for each in self._objectives])
+        metrics = evaluate(report, self._retain, definition)
         quality, related = metrics.forget_quality, metrics.related.get("related")
         values = {"model_utility": metrics.model_utility}
         values |= {} if quality is None else {"log10_forget_quality": quality.log10_p}

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.problem.objectives import Objective
-from search.samplers.gaussian_process import FloatArray
+from search.samplers.kernels import FloatArray
 from uipe_core.metrics.composites import (
     AGREEMENT,
     CLOSENESS,
