@@ -1,15 +1,15 @@
-"""What errors of scoring cost a search: replays on recorded tables whose losses have a relative error, fixed for every point.
+"""Replay searches on recorded tables whose losses have a relative error, fixed for every point.
 
-Models are scored in bfloat16, where an item's loss lies beside its smooth curve by about a percent, and by the same amount
-whenever that point is scored again. Here every loss of a point is multiplied by 1 + level * N(0, 1), drawn once per point;
-the table itself is the truth. A search sees the errors only, and the front is that of the points as measured.
+In bfloat16 the loss of an item is off its smooth curve by about a percent, and by the same amount whenever that point is scored
+again. Here every loss of a point is multiplied by 1 + level * N(0, 1), drawn once per point; the table
+itself is the truth. A search sees the errors only, and the front is that of the points as measured.
 
-Figures, per sampler seed: scores beyond the given points until 95% of the dense grid's gain, null where that was not reached, and
-shares of the gain after --look-at scores. Three gains: ``scored``, all points scored count with their values without errors, against
-the grid without errors: whether the search goes where the gain is. ``chosen``: so do only those on the measured front: what a user
-gets, who must choose by measured values. ``measured``: values and the grid with errors, as a study shows them; of 720 points the
-best are partly luck. ``grid``: ``chosen`` of the front of the whole grid with errors: what choosing by measured values costs any
-search. Prints one JSON object.
+Figures, per seed: scores beyond the given points until 95% of the dense grid's gain, null where that was not reached within
+--scores, and shares of the gain after --look-at scores. Three gains. ``scored``: all points scored count with their values
+without errors, against the grid without errors: whether the search goes where the gain is. ``chosen``: so do only those on the
+measured front: what a user gets, who must choose by measured values. ``measured``: values and the grid with errors, as a study
+shows them; the best of 720 points are partly luck. ``grid`` has ``chosen`` of the front of the whole grid with errors: what
+choosing by measured values costs any search. Prints one JSON object.
 
     python benchmarks/noise.py
     python benchmarks/noise.py benchmarks/tables/quickstart-seed0.npz --levels 0.01 --searches line --seeds 1
@@ -108,9 +108,7 @@ def searched(world: NoisyWorld, gain: float, name: str, seed: int, scores: int, 
     given, given_true = world.volume(measured), truth.volume(true)
     found: dict[str, float | None] = dict.fromkeys(("scored", "chosen", "measured"))
     shares: dict[str, float] = {}
-    count = 0
-    for place, values in places:
-        count += 1
+    for count, (place, values) in enumerate(places, 1):
         measured = np.concatenate([measured, values[None]])
         true = np.concatenate([true, truth.objectives(truth.items(*place))[None]])
         front = non_dominated(np.minimum(measured, world.ceilings))

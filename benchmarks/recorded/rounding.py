@@ -133,12 +133,12 @@ def table_of(study: PreparedStudy, run: BaseRun, places: Sequence[tuple[int, flo
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """What bf16 does to the losses of the tables in a folder, and fp32 for comparison.
+    """Return what bf16 does to the losses of the tables in a folder, and fp32 for comparison.
 
-    ``scatter``: root mean square of what losses of points 0.001 to 0.016 apart in alpha lie off a straight line, as a share of the
-    loss; by item quartiles. ``items`` and ``neighbours``: mean correlation of that between items at a point, and between points that
-    follow each other. ``bend``: what a bf16 loss differs from the fp32 loss of the same point, as a share: root mean square over
-    the grid, and its correlation between items.
+    ``scatter``: root mean square of what losses of points 0.001 to 0.032 apart in alpha are off a straight line, as a share of
+    the loss; ``by_item`` its quartiles. ``items`` and ``neighbours``: mean correlation of that between items at a point, and
+    between points that follow each other. ``bend``: what a bf16 loss differs from the fp32 loss of the same point, as a share:
+    root mean square over the grid, correlation between items, and mean by alpha.
     """
     near = {dtype: read_table(folder / f"smollm2-{dtype}-near.npz") for dtype in DTYPES}
     wide = {dtype: read_table(folder / f"smollm2-{dtype}.npz") for dtype in DTYPES}
@@ -165,6 +165,31 @@ def describe(folder: Path) -> dict[str, Any]:
             f"epoch {epoch}": [round(float(each), 3) for each in apart[wide["float32"].epoch == epoch].mean(axis=1)]
             for epoch in range(1, EPOCHS + 1)
         }
+    return found
+
+
+def walked(study: PreparedStudy, run: BaseRun) -> dict[str, list[dict[str, float]]]:
+    """How far a bf16 model really walks, by epoch.
+
+    ``by``: 1 + alpha as asked. ``went``: the inner product of the difference between rounded weights with the update vector,
+    over the vector's square. ``moved``: the share of weights that differ at all.
+    """
+    loaded = study.models.source("initial").load(dtype="auto")
+    initial = {name: each.detach().float() for name, each in loaded.model.named_parameters()}
+    found: dict[str, list[dict[str, float]]] = {}
+    for epoch in range(1, EPOCHS + 1):
+        update = run.load(epoch)
+        for scale in (0.25, 1.0, 2.0, 3.0):
+            along = square = moved = count = 0.0
+            for name, each in update.tensors.items():
+                vector, start = each.float(), initial[name]
+                apart = (start + scale * vector).bfloat16().float() - start.bfloat16().float()
+                along += float((apart * vector).sum())
+                square += float(vector.square().sum())
+                moved += float((apart != 0).sum())
+                count += apart.numel()
+            row = {"by": scale, "went": round(along / square, 3), "moved": round(moved / count, 3)}
+            found.setdefault(f"epoch {epoch}", []).append(row)
     return found
 
 
@@ -195,7 +220,8 @@ def main() -> None:
             for ending, places in (("", wide), ("-near", near)):
                 scores = scored(study, run, dtype, places, options.work)
                 write_table(table_of(study, run, places, scores), options.to / f"smollm2-{dtype}{ending}.npz")
-    print(json.dumps(describe(options.to)))
+    # How far was walked needs the weights themselves, everything else the tables.
+    print(json.dumps({**describe(options.to), **({} if options.work is None else {"walked": walked(study, run)})}))
 
 
 if __name__ == "__main__":

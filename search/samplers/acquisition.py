@@ -109,7 +109,7 @@ class LineSearch:
 
     def expect(self, candidates: Points) -> FloatArray:
         """(C, m) objectives at the mean of what is expected."""
-        return self._curves.objectives(self._current_model().predict(candidates).mean)
+        return self._curves.objectives(self._current_model().expect(candidates))
 
     def _gain(self, prediction: Prediction, errors: Mapping[str, FloatArray], front: FloatArray, wider: float) -> FloatArray:
         """(C,) mean growth of the hypervolume over the draws."""
@@ -126,7 +126,7 @@ class LineSearch:
         """The front of what has been scored, and of points under way as expected."""
         if pending is None or not len(pending):
             return self._front
-        return self._front_of(np.concatenate([self._front, self._curves.objectives(model.predict(pending).mean)]))
+        return self._front_of(np.concatenate([self._front, self._curves.objectives(model.expect(pending))]))
 
     def _front_of(self, points: FloatArray) -> FloatArray:
         capped = np.minimum(points, self._ceiling)
@@ -149,7 +149,7 @@ class LineSearch:
             # As expected, not as measured: against what errors made too good nothing would be worth a score.
             whole = np.array([each.keys() >= self._curves.names for each in self._values])
             if whole.any():
-                self._front = self._front_of(self._curves.objectives(self._model.predict(self.places.take(whole)).mean))
+                self._front = self._front_of(self._curves.objectives(self._model.expect(self.places.take(whole))))
             self._fitted_on = len(self) if again else self._fitted_on
         return self._model
 

@@ -133,42 +133,57 @@ class MultiOutputGP:
             missed[name] = spectrum.axes @ weights[name] / np.sqrt(spectrum.axes**2 @ kept)[:, None]
         return _Trained(rows, self._places.take(rows), spectrum, {name: shares[name] for name in turned}, weights, missed)
 
+    def expect(self, candidates: Points) -> dict[str, FloatArray]:
+        """(C, n) means by group."""
+        found: dict[str, FloatArray] = {}
+        for trained in self._trained:
+            found |= self._means(trained, self._across(trained, candidates))
+        return found
+
     def predict(self, candidates: Points, pending: Points | None = None) -> Prediction:
         """Predict candidates; `pending` points count as scored at their mean, so that deviations shrink near them."""
-        mean, deviation = {}, {}
+        mean: dict[str, FloatArray] = {}
+        deviation: dict[str, FloatArray] = {}
         for trained in self._trained:
-            across = trained.spectrum.axes.T @ self.kernel.matrix(self._geometry, trained.places, candidates)
-            spreads = {share: self._spread(trained, share, candidates, across, pending) for share in {*trained.shares.values()}}
-            for name, weights in trained.weights.items():
-                mean[name] = self._origin[name] + across.T @ weights
-                deviation[name] = spreads[trained.shares[name]]
+            across = self._across(trained, candidates)
+            mean |= self._means(trained, across)
+            shares = sorted({*trained.shares.values()})
+            spreads = self._spreads(trained, np.array(shares), candidates, across, pending)
+            deviation |= {name: spreads[shares.index(share)] for name, share in trained.shares.items()}
         return Prediction(mean, deviation)
 
-    def _spread(
-        self, trained: _Trained, share: float, candidates: Points, across: FloatArray, pending: Points | None
+    def _means(self, trained: _Trained, across: FloatArray) -> dict[str, FloatArray]:
+        return {name: self._origin[name] + across.T @ weights for name, weights in trained.weights.items()}
+
+    def _across(self, trained: _Trained, points: Points) -> FloatArray:
+        """(N, C) covariances with other points, along the axes."""
+        return trained.spectrum.axes.T @ self.kernel.matrix(self._geometry, trained.places, points)
+
+    def _spreads(
+        self, trained: _Trained, shares: FloatArray, candidates: Points, across: FloatArray, pending: Points | None
     ) -> FloatArray:
-        """(C,) standard deviations, with errors of a share; of what differs from theta_init, where that tells less.
+        """(G, C) standard deviations, by share of errors; of what differs from theta_init, where that is less.
 
         Errors leave theta_init's own values unsure, and those of points close to it by as much: such points promise no gain.
         """
-        kernel, geometry, spectrum = self.kernel, self._geometry, trained.spectrum
-        kept = 1.0 / (spectrum.values + share)
-        damped = kept[:, None] * across
-        left = kernel.diagonal(geometry, candidates) - (damped * across).sum(axis=0)
+        kernel, geometry = self.kernel, self._geometry
+        kept = 1.0 / (trained.spectrum.values + shares[:, None])
+        left = kernel.diagonal(geometry, candidates) - kept @ across**2
         start = np.flatnonzero(trained.places.scale == 0)[:1]
         if len(start):
             origin = trained.places.take(start)
-            own = spectrum.axes.T @ kernel.matrix(geometry, trained.places, origin)
-            unsure = kernel.diagonal(geometry, origin)[0] - (kept @ own**2)[0]
-            common = kernel.matrix(geometry, origin, candidates)[0] - (own.T @ damped)[0]
-            left = np.minimum(left, left + unsure - 2.0 * common)
+            own = self._across(trained, origin)[:, 0]
+            unsure = kernel.diagonal(geometry, origin) - kept @ own**2
+            common = kernel.matrix(geometry, origin, candidates) - (kept * own) @ across
+            left = np.minimum(left, left + unsure[:, None] - 2.0 * common)
         if pending is not None and len(pending):
-            ours = spectrum.axes.T @ kernel.matrix(geometry, trained.places, pending)
-            within = kernel.matrix(geometry, pending, pending)
-            within[np.diag_indices(len(pending))] *= 1.0 + share + JITTER
-            within -= ours.T @ (kept[:, None] * ours)
-            between = kernel.matrix(geometry, pending, candidates) - ours.T @ damped
-            left -= (solve_triangular(cholesky(within, lower=True), between, lower=True) ** 2).sum(axis=0)
+            ours, between = self._across(trained, pending), kernel.matrix(geometry, pending, candidates)
+            for row, share in enumerate(shares):
+                within = kernel.matrix(geometry, pending, pending)
+                within[np.diag_indices(len(pending))] *= 1.0 + share + JITTER
+                damped = kept[row][:, None] * ours
+                factor = cholesky(within - ours.T @ damped, lower=True)
+                left[row] -= (solve_triangular(factor, between - damped.T @ across, lower=True) ** 2).sum(axis=0)
         return np.sqrt(np.maximum(left, 0.0))
 
     def errors(self, generator: np.random.Generator, draws: int) -> dict[str, FloatArray]:

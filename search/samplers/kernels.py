@@ -141,7 +141,7 @@ class Spectrum:
         return Spectrum(np.maximum(values, 0.0), vectors / root[:, None], float(np.median(variances)), logarithm)
 
     def losses(self, squares: FloatArray, n: int, variances: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Minus the log likelihood of a group, for each variance of its errors; and the share of the likeliest scale.
+        """Minus the log likelihood of a group, for each variance of its errors; and the share with the most likely scale.
 
         Args:
             squares: (N,) sums over the n values of the group of (A^T y)^2.

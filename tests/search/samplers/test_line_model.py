@@ -238,7 +238,7 @@ def test_errors_are_told_from_bends_by_how_large_they_are_in_each_group(level):
         truth = {name: factor @ generator.normal(size=(30, 20)) for name in UNITS}
         values = {name: each + level * np.sqrt(UNITS[name]) * generator.normal(size=(30, 20)) for name, each in truth.items()}
         found = MultiOutputGP(Geometry(weights @ weights.T), known, values, UNITS, KERNEL)
-        assert found.error == pytest.approx(level, rel=0.4)
+        assert found.error == pytest.approx(level, rel=0.6)
         smooth = found.predict(known).mean
         # What is expected of scored points is closer to the truth than what was measured.
         assert np.abs(smooth["loud"] - truth["loud"]).mean() < np.abs(values["loud"] - truth["loud"]).mean()

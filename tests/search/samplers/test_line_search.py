@@ -252,7 +252,7 @@ def test_losses_without_errors_are_trusted_and_their_front_is_the_measured_one(w
         assert search.error < 1e-3
         places = search.places
         truth = np.array([world.objectives(vector, scale) for vector, scale in zip(places.vector, places.scale, strict=True)])
-        assert np.abs(search.expect(places) - truth)[:, 1].max() < 2e-3
+        assert np.abs(search.expect(places) - truth)[:, 1].max() < 3e-3
 
 
 def test_units_are_what_small_errors_do_to_curves(world):
