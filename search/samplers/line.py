@@ -176,8 +176,7 @@ class LineSampler(BaseSampler):
             self._measure = self._world.reference()
         if self._search is None or lines is not self._lines:
             self._search = LineSearch(Geometry(lines.gram), self._world.curves, *self._measure)
-            curves, initial = self._world.curves, self._world.initial
-            self._search.tell(0, 0.0, curves.of(initial), curves.units(initial))
+            self._search.tell(0, 0.0, *self._curves_of(self._world.initial))
             self._lines, self._told = lines, set()
         for trial in trials:
             if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or trial.number in self._told:
@@ -199,11 +198,15 @@ class LineSampler(BaseSampler):
             values = None
             try:
                 arrays = self._world.items(number)
-                values = None if arrays is None else (self._world.curves.of(arrays), self._world.curves.units(arrays))
+                values = None if arrays is None else self._curves_of(arrays)
             except (UserError, KeyError, TypeError, ValueError) as error:
                 self._tell_once(f"sampler line: trial {number} tells it nothing, its item scores are no use: {error}")
             self._values[number] = values
         return self._values[number]
+
+    def _curves_of(self, arrays: Arrays) -> tuple[Mapping[str, FloatArray], Mapping[str, float]]:
+        curves = self._world.curves.of(arrays)
+        return curves, self._world.curves.units(arrays, curves)
 
     def _place_of(self, trial: FrozenTrial) -> tuple[int, float] | None:
         """Update vector and 1 + alpha of a trial; None where it has no such point, or the vector is not there yet."""

@@ -132,9 +132,14 @@ class OutcomeModel:
             raise ValueError(f"curves that are not finite: {', '.join(bad)}")
         return curves
 
-    def units(self, arrays: Mapping[str, NDArray[Any]]) -> dict[str, float]:
-        """Mean variance that a relative error of 1 in every loss, each by itself, would give the values of each curve."""
-        start, generator = self.of(arrays), np.random.default_rng(0)
+    def units(self, arrays: Mapping[str, NDArray[Any]], start: Mapping[str, FloatArray]) -> dict[str, float]:
+        """Mean variance that a relative error of 1 in every loss, each by itself, would give the values of each curve.
+
+        Args:
+            arrays: Item scores.
+            start: Their curves, `of` them.
+        """
+        generator = np.random.default_rng(0)
         found = dict.fromkeys(start, 0.0)
         for _ in range(_DRAWS):
             moved = {

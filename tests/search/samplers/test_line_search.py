@@ -174,7 +174,8 @@ def test_growth_is_the_difference_of_two_hypervolumes(drawn):
 def told(curves, report):
     """Curves of scores, and what errors do to them."""
     arrays = report.arrays() if isinstance(report, ScoreReport) else report
-    return curves.of(arrays), curves.units(arrays)
+    found = curves.of(arrays)
+    return found, curves.units(arrays, found)
 
 
 def searched(world, **changes):
@@ -257,7 +258,7 @@ def test_losses_without_errors_are_trusted_and_their_front_is_the_measured_one(w
 
 def test_units_are_what_small_errors_do_to_curves(world):
     curves, arrays = world.curves(), world.report(2, 0.8).arrays()
-    units, losses = curves.units(arrays), arrays["retain/answer_loss"]
+    units, losses = curves.units(arrays, curves.of(arrays)), arrays["retain/answer_loss"]
     # d log odds / d loss = 1 / (1 - exp(-loss)), by hand.
     exact = np.square(losses / -np.expm1(-losses)).mean()
     drawn = np.mean(
