@@ -5,7 +5,7 @@ Ray. In fp32 the weights of a point are summed and scored in single precision; i
 bf16, as a study with such a `model.dtype` does. No text is generated, and items are a part of the study's, so that a point
 takes seconds. The base run and every scored point are kept in the work folder: the same command goes on where one ended.
 
-    python -m benchmarks.recorded.rounding --work runs/rounding      # records; 20 minutes of processor at most
+    python -m benchmarks.recorded.rounding --work runs/rounding      # records; 20 minutes on a busy machine
     python -m benchmarks.recorded.rounding                           # describes the shipped tables; one JSON object
 """
 
