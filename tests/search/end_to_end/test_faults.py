@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import sqlite3
 import time
@@ -221,3 +222,36 @@ def test_a_study_whose_folder_was_lost_goes_on_from_its_database(finished, write
     recipe = read_recipe(result.export(row, tmp_path / "recipe", "recipe") / "recipe.yaml")
     assert recipe.provenance["delta"] == before.store.record.base_runs[recipe.base].delta
     result.store.close()
+
+
+@pytest.mark.slow
+def test_a_study_in_postgresql_whose_folder_was_lost_goes_on_from_it(
+    server, finished, place, write_study, launch, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("UIPE_STORAGE", server.url)  # the password, which no folder keeps
+
+    def run(out, **changes):
+        file = write_study(tmp_path / "study.yaml", name="lost", storage=server.url, **changes)
+        driver = launch("run", file, "--out", tmp_path / out)
+        assert driver.wait() == 0, driver.stderr
+        return driver
+
+    def written():
+        return {path: path.stat().st_mtime_ns for path in place["cache"].rglob("*.safetensors")}
+
+    run("lost")
+    before, updates = values(tmp_path / "lost"), written()
+    base_runs = StudyResult.open(tmp_path / "lost").store.record.base_runs
+    assert updates and base_runs
+    shutil.rmtree(tmp_path / "lost")
+    for _ in range(2):
+        assert "starting Ray" not in run("new").stderr
+        again = StudyResult.open(tmp_path / "new")
+        assert again.store.record.base_runs == base_runs
+        again.store.close()
+        assert values(tmp_path / "new").equals(before)
+    # With one more trial, from another empty folder: only that one is scored.
+    run("newer", search={"trials": 6})
+    the_rest_is_kept(before, tmp_path / "newer")
+    assert len(values(tmp_path / "newer")) == len(before) + 1
+    assert written() == updates
