@@ -4,6 +4,7 @@ import copy
 import time
 
 import pytest
+from fuzzing import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -92,7 +93,7 @@ def plan_or_refuse(study, folder):
         assert time.perf_counter() - started < 45
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 @given(study=extreme_studies())
 def test_any_study_that_is_valid_is_planned_or_refused(study, tmp_path_factory):
     found = plan_or_refuse(study, tmp_path_factory.mktemp("plan"))

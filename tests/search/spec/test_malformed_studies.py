@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from fuzzing import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -115,16 +116,9 @@ def check(folder, text):
     assert time.perf_counter() - started < 30
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=examples(150), deadline=None, suppress_health_check=list(HealthCheck))
 @given(broken_files())
 def test_any_broken_study_file_is_explained_or_a_study(tmp_path_factory, text):
-    check(tmp_path_factory.getbasetemp(), text)
-
-
-@pytest.mark.slow
-@settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
-@given(broken_files())
-def test_thousands_of_broken_study_files_are_explained_or_studies(tmp_path_factory, text):
     check(tmp_path_factory.getbasetemp(), text)
 
 
