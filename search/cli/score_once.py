@@ -16,7 +16,7 @@ from uipe_core.corpora.types import KEPT_SETS, RELATED_SETS, UTILITY_SETS, Corpu
 from uipe_core.errors import UserError
 from uipe_core.logs.multiple_choice import is_choice_log, read_choice_log, write_choice_log
 from uipe_core.logs.open_unlearning import write_open_unlearning
-from uipe_core.logs.tofu import is_log, read_log, write_log
+from uipe_core.logs.tofu import is_log, read_log, unread_parts, write_log
 from uipe_core.metrics.answers import rouge_recall
 from uipe_core.metrics.collapse import choice_collapse_reason, collapse_reason
 from uipe_core.metrics.definitions import definition_named
@@ -94,15 +94,34 @@ def metrics_of_log(log: Path, reference: Path | None, definition: str) -> dict[s
     if is_choice_log(log):
         return _choice_values(read_choice_log(log))
     against = None if reference is None else read_log(reference, as_reference=True)
-    if against is not None and not (forget := read_log(log, as_reference=True)).sets.keys() & set(UTILITY_SETS):
-        # A log of the forget set alone: forget quality is in it, the rest is not.
+    if against is not None and (forget := _forget_set_alone(log)) is not None:
         quality = quality_of_set(forget, against, "forget", definition_named(definition))
-        lacking = f"model utility: not in this log, which has no {', '.join(UTILITY_SETS)}"
-        notes = [lacking, *_notes_on_reference(forget, against)]
-        return {"definition": definition, "model_utility": None, **quality.as_dict(), "collapsed": None, "notes": notes}
+        lacking = [name for name in UTILITY_SETS if name not in forget.sets] or ["losses of the forget set's own answers"]
+        notes = [f"model utility: not in this log, which has no {', '.join(lacking)}", *_notes_on_reference(forget, against)]
+        values = {"definition": definition, "model_utility": None, **quality.as_dict(), "collapsed": None}
+        return {**values, "notes": [*notes, *_notes_on_parts(log)]}
     scores = _with_words_of(read_log(log), definition)
-    values, notes = _values(scores, against, definition), _notes_on_words(scores, definition)
+    values = _values(scores, against, definition)
+    notes = [*_notes_on_words(scores, definition), *_notes_on_parts(log)]
     return {**values, "notes": [*values.get("notes", ()), *notes]} if notes else values
+
+
+def _forget_set_alone(log: Path) -> ScoreReport | None:
+    """Return what forget quality compares of a log that lacks what the other numbers need; None for a whole log."""
+    forget = read_log(log, as_reference=True)
+    if not forget.sets.keys() & set(UTILITY_SETS):
+        return forget
+    try:
+        read_log(log)
+    except UserError:  # wrong values were refused above, so something is missing
+        return forget
+    return None
+
+
+def _notes_on_parts(log: Path) -> list[str]:
+    """Say which tasks of a log are in no number."""
+    unread = unread_parts(log)
+    return [f"not in any number here: {', '.join(unread)}, which TOFU does not have"] if unread else []
 
 
 def _notes_on_words(report: ScoreReport, definition: str) -> list[str]:

@@ -23,6 +23,8 @@ from uipe_core.storage.files import read_json, write_atomic
 EXTRA_KEY = "uipe"
 MEMORIZATION = ("exact_memorization", "extraction_strength")
 _FLOAT_INDEX = re.compile(r"\.0+$")
+MOST_TOKENS = 10**9
+"""Tokens of one answer; more cannot be, and beyond 2**63 the count would be another number."""
 OWN_MEASUREMENTS = (*MEMORIZATION, "logit_spread")
 """Fields of `SetScores` under `EXTRA_KEY`."""
 
@@ -242,8 +244,8 @@ class Part:
         values = self.numbers(key, shape[0], nested=len(shape) == 2)
         if values.shape != shape:
             raise self.error(key, f"has {values.shape[1]} counts per item where average_perturb_loss has {shape[1]}")
-        if (values != np.floor(values)).any() or (values < 0).any():
-            raise self.error(key, "has token counts that are not whole numbers")
+        if (values != np.floor(values)).any() or (values < 0).any() or (values > MOST_TOKENS).any():
+            raise self.error(key, f"has token counts that are not whole numbers from 0 to {MOST_TOKENS:,}")
         return values.astype(np.int64)
 
     def texts(self, n: int) -> tuple[tuple[str, ...] | None, ...]:

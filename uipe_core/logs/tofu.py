@@ -21,6 +21,8 @@ PARTS = {
     "forget": "eval_log_forget.json",
 }
 """Evaluation set to its key in the log."""
+RETAIN_ELSEWHERE = "eval_log_retain.json"
+"""Key of the retain set where repositories add tasks (rephrased, inverse, one-hop questions) to TOFU's four."""
 
 
 def write_log(report: ScoreReport, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
@@ -64,20 +66,42 @@ def read_log(path: str | Path, *, as_reference: bool = False) -> ScoreReport:
     log = load_object(path)
     if is_open_unlearning(log):
         return read_open_unlearning(log, path, as_reference)
+    keys = _keys_of(log)
     needed = [PARTS["forget"]] if as_reference else _parts_of(log)
-    missing = [part for part in needed if part not in log]
+    missing = [part for name, part in PARTS.items() if part in needed and keys[name] not in log]
     if missing:
-        found = ", ".join(list(log)[:8]) or "nothing"
-        raise UserError(
-            f"{path}: missing parts {', '.join(missing)} (found: {found}); give an aggregated evaluation log, "
-            f"written by `uipe score --log` or as eval_log_aggregated.json by locuslab/tofu, or {EVAL_FILE} of open-unlearning"
-        )
-    parts = {name: Part(path, key, log[key]) for name, key in PARTS.items() if key in log}
+        found = ", ".join(list(log)[:12]) or "nothing"
+        raise UserError(f"{path}: missing parts {', '.join(missing)} (found: {found}); {_remedy(log, keys)}")
+    parts = {name: Part(path, key, log[key]) for name, key in keys.items() if key in log}
     if as_reference:
         needed = ["avg_gt_loss", "avg_paraphrased_loss", "average_perturb_loss"]
         parts = {name: part for name, part in parts.items() if name == "forget" or part.content.keys() >= set(needed)}
     sets = {name: part.scores(losses_needed=not as_reference) for name, part in parts.items()}
     return with_extra(parts["forget"].part(EXTRA_KEY), sets)
+
+
+def unread_parts(path: str | Path) -> list[str]:
+    """Return the keys of an aggregated log that hold sets which no metric is of; none for open-unlearning's."""
+    if (Path(path) / EVAL_FILE).is_file() or is_open_unlearning(log := load_object(Path(path))):
+        return []
+    return [key for key in log if key not in _keys_of(log).values()]
+
+
+def _keys_of(log: Mapping[str, Any]) -> dict[str, str]:
+    """Return the key of each evaluation set, as this log writes it."""
+    elsewhere = PARTS["retain"] not in log and RETAIN_ELSEWHERE in log
+    return {**PARTS, "retain": RETAIN_ELSEWHERE} if elsewhere else PARTS
+
+
+def _remedy(log: Mapping[str, Any], keys: Mapping[str, str]) -> str:
+    """Return what to do about missing parts, which is another thing where the file is an aggregated log already."""
+    if not log.keys() & set(keys.values()):
+        return (
+            "give an aggregated evaluation log, written by `uipe score --log` or as eval_log_aggregated.json by locuslab/tofu, "
+            f"or {EVAL_FILE} of open-unlearning"
+        )
+    add = "add the evaluations of these sets under these keys, or score the model with `uipe score --log`"
+    return f"this log was made without them: {add}"
 
 
 def _parts_of(log: Mapping[str, Any]) -> list[str]:

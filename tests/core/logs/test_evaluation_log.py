@@ -210,6 +210,7 @@ def part(change):
         (part(lambda p: p["rougeL_recall"].pop("4")), "rougeL_recall has other indexes .* '4' is missing"),
         (part(lambda p: p["rougeL_recall"].update({"x": 1.0})), "rougeL_recall has other indexes .* 'x' is unexpected"),
         (part(lambda p: p["num_token_gt"].update({"4": 1.5})), "num_token_gt has token counts"),
+        (part(lambda p: p["num_token_gt"].update({"4": 1e20})), "num_token_gt has token counts .* from 0 to 1,000,000,000"),
         (part(lambda p: [row.pop() for row in p["num_token_perturb"].values()]), "num_token_perturb has 4 counts"),
         (part(lambda p: p["generated_text"].update({"4": ["a", "b"]})), "generated_text/4 is not a list of question"),
         (part(lambda p: p[EXTRA_KEY].update(sets=[])), "uipe/sets is a list"),

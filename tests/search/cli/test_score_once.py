@@ -232,6 +232,51 @@ def test_a_log_of_the_forget_set_alone_gives_forget_quality_and_says_what_it_lac
     assert found["notes"][0].startswith("model utility: not in this log, which has no ")
 
 
+MORE_TASKS = [f"eval_log_{name}_{task}.json" for name in ("forget", "retain") for task in ("rephrase", "inverse")]
+NINE_TASKS = [*MORE_TASKS, "eval_log_forget_onehop.json"]
+
+
+def nine_tasks(log):
+    """As repositories write it that add questions to TOFU's: the retain set has another key, and five more tasks are there."""
+    content = json.loads(log.read_text())
+    forget = content["eval_log_forget.json"]
+    forget.pop("uipe", None)
+    content["eval_log_retain.json"] = content.pop("eval_log.json")
+    return {**content, **dict.fromkeys(NINE_TASKS, forget)}
+
+
+def test_a_log_of_nine_tasks_has_the_numbers_of_tofus_four(finished, call, tmp_path):
+    log, retain = (finished.out / "logs" / f"{name}.json" for name in ("initial", "retain"))
+    content = nine_tasks(log)
+    assert len(content) == 9
+    (tmp_path / "nine.json").write_text(json.dumps(content))
+    whole, nine = (call("metrics", path, "--reference", retain, "--json") for path in (log, tmp_path / "nine.json"))
+    assert (whole[0], nine[0]) == (0, 0), nine[2]
+    before, found = json.loads(whole[1]), json.loads(nine[1])
+    for name in ("model_utility", "forget_quality", "components"):
+        assert found[name] == before[name]
+    (note,) = found["notes"]
+    assert note.startswith("not in any number here: ") and all(task in note for task in NINE_TASKS)
+    # Of a retain set without what the truth ratio compares, forget quality is left.
+    del content["eval_log_retain.json"]["avg_paraphrased_loss"]
+    (tmp_path / "less.json").write_text(json.dumps(content))
+    code, output, error = call("metrics", tmp_path / "less.json", "--reference", retain, "--json")
+    assert code == 0, error
+    found = json.loads(output)
+    assert (found["forget_quality"], found["model_utility"]) == (before["forget_quality"], None)
+    assert found["notes"][0] == "model utility: not in this log, which has no retain"
+
+
+def test_an_aggregated_log_without_a_set_is_not_told_to_be_aggregated(finished, call, tmp_path):
+    content = nine_tasks(finished.out / "logs" / "initial.json")
+    del content["eval_log_retain.json"]
+    (tmp_path / "eight.json").write_text(json.dumps(content))
+    code, _, error = call("metrics", tmp_path / "eight.json")
+    assert code == 2 and "missing parts eval_log.json (found: eval_real_author" in error
+    assert "made without them: add the evaluations of these sets under these keys, or score the model" in error
+    assert "give an aggregated" not in error
+
+
 def test_a_reference_of_another_tokenizer_gets_a_note(finished, call, tmp_path):
     log, retain = (finished.out / "logs" / f"{name}.json" for name in ("initial", "retain"))
     content = json.loads(retain.read_text())
