@@ -220,8 +220,9 @@ class Jobs:
 
 
 NO_AGENT = (
-    "the head has no agent to run jobs; port 52365 there is perhaps taken, by another Ray or another program (see "
-    "dashboard_agent.log): free it, or start the head with another --dashboard-agent-listen-port"
+    "the head has no agent to run jobs. The port that the agent listens on, 52365 or the head's --dashboard-agent-listen-port, "
+    "is perhaps taken there by another Ray or another program (dashboard_agent.log in the head's session names it): "
+    "free it, or start the head with another --dashboard-agent-listen-port"
 )
 
 

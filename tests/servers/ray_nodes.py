@@ -27,9 +27,9 @@ def free_ports(count):
 
 
 class Cluster:
-    """Ray nodes on this machine, with a job server on the loopback and a token."""
+    """Ray nodes on this machine, with a job server on the loopback and a token; the head's agent listens on the given port."""
 
-    def __init__(self, environment, living_processes, cpus):
+    def __init__(self, environment, living_processes, cpus, agent=None):
         self.tag = uuid.uuid4().hex
         self._living = living_processes
         self.folder = Path(tempfile.mkdtemp(prefix="u", dir="/tmp"))
@@ -42,10 +42,10 @@ class Cluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "UIPE_TEST_TAG": self.tag,
         }
-        port, server, client, agent = free_ports(4)
+        port, server, client, free = free_ports(4)
         self.gcs, self.address = f"127.0.0.1:{port}", f"http://127.0.0.1:{server}"
         self._start(
-            cpus, agent, "--head", f"--port={port}", f"--dashboard-port={server}", f"--ray-client-server-port={client}",
+            cpus, agent or free, "--head", f"--port={port}", f"--dashboard-port={server}", f"--ray-client-server-port={client}",
             "--dashboard-host=127.0.0.1", f"--temp-dir={self.folder}",
         )  # fmt: skip
 

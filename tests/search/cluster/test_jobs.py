@@ -2,16 +2,15 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import time
-from pathlib import Path
 
 import pytest
 from ray_nodes import TOKEN, Cluster
 
-from search.cluster.jobs import Jobs
 from search.results.study_result import StudyResult
-from uipe_core.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -247,20 +246,23 @@ def test_a_proxy_in_the_way_is_named_without_its_password(call, monkeypatch):
     assert code == 2 and "by way of the proxy http://user:***@127.0.0.1:1 (http_proxy" in error and "hunter2" not in error
 
 
-def test_a_head_without_an_agent_names_the_port(monkeypatch):
-    jobs = Jobs.__new__(Jobs)
-    jobs.address, jobs._proxy = "http://127.0.0.1:8265", ""
-
-    def submit():
-        raise RuntimeError("Request failed with status code 500: No available agent to submit job, please try again later.")
-
-    with pytest.raises(UserError, match=r"127\.0\.0\.1:8265: the head has no agent.*port 52365.*dashboard-agent-listen-port"):
-        jobs._ask(submit)
+def test_a_head_whose_agent_has_no_port_names_the_port_and_the_remedy(environment, living_processes, finished):
     import ray._private.ray_constants as constants
-    from ray.dashboard.modules.job import job_head
 
+    with socket.create_server(("0.0.0.0", 0)) as other:
+        taken = other.getsockname()[1]
+        cluster = Cluster(environment, living_processes, cpus=1, agent=taken)
+        try:
+            code, _, error = cluster.uipe("submit", finished.file)
+            assert code == 2
+            assert re.search(
+                r"the head has no agent.*52365 or the head's --dashboard-agent-listen-port.*free it, or start", error
+            )
+            (log,) = cluster.folder.glob("session_2*/logs/dashboard_agent.log")
+            assert re.search(rf"{taken}\W.*address already in use", log.read_text())
+        finally:
+            cluster.end()
     assert constants.DEFAULT_DASHBOARD_AGENT_LISTEN_PORT == 52365
-    assert "No available agent to submit job" in Path(job_head.__file__).read_text()
 
 
 @pytest.mark.parametrize("what", ["/no/such/folder", "./runs/x", "~/runs", "nothing"])
