@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from search.cli.tables import echo, quieten
+from search.cli.tables import echo, quieten, within
 from uipe_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,9 +36,9 @@ def finetune(
     split: Annotated[str, typer.Option(help="TOFU's forget split.")] = "forget01",
     epochs: Annotated[int, typer.Option(min=1, max=10_000, help="Passes over the items.")] = 5,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-5,
-    batch_size: Annotated[int, typer.Option(min=1, help="Items a step.")] = 4,
+    batch_size: Annotated[int, typer.Option(help="Items a step.")] = 4,
     adapter_rank: Annotated[
-        int | None, typer.Option(min=1, help="Train LoRA of this rank and merge it; all weights when left out.")
+        int | None, typer.Option(help="Train LoRA of this rank and merge it; all weights when left out.")
     ] = None,
     dtype: Annotated[
         Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="Dtype it is saved in; auto is that of the base.")
@@ -55,7 +55,11 @@ def finetune(
     The recipe is TOFU's: loss on answers only, AdamW, a tenth of the steps as warm-up, linear decay. A study does the same by
     itself with model.kind: finetuned. Code that comes with a model is not run.
     """
+    from search.spec.bounds import MOST, MOST_RANK
+
     chosen = _chosen_sets(sets)
+    within(MOST, **{"--batch-size": batch_size})
+    within(MOST_RANK, **{"--adapter-rank": adapter_rank})
     if not 0 < learning_rate <= 1000:
         raise UserError(f"--learning-rate: {learning_rate:g} is not above 0 and at most 1000; give for example 2e-5")
     if to.exists() or to.is_symlink():

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from search.cli.tables import Json, print_metrics, quieten
+from search.cli.tables import Json, print_metrics, quieten, within
 
 Definition = Annotated[str, typer.Option(help="Metric definition: tofu, tofu-utils, open-unlearning or tofu-unicode.")]
 
@@ -17,7 +17,7 @@ def score(
     ],
     split: Annotated[str, typer.Option(help="TOFU's forget split.")] = "forget01",
     first_items: Annotated[
-        int | None, typer.Option(min=1, help="TOFU: only so many items of every set, 300 as in locuslab/tofu's logs.")
+        int | None, typer.Option(help="TOFU: only so many items of every set, 300 as in locuslab/tofu's logs.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the people corpus.")] = 0,
     reference: Annotated[
@@ -34,16 +34,18 @@ def score(
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers per batch.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Answers per batch.")] = 32,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest generated answer; as the definition says when left out.")
+        int | None, typer.Option(help="Longest generated answer; as the definition says when left out.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Score any model on a corpus: model utility, and forget quality against a reference."""
     from search.cli.score_once import Loading, corpus_named, score_once
+    from search.spec.bounds import MOST
     from uipe_core.scoring.scorer import ScoringConfig
 
+    within(MOST, **{"--first-items": first_items, "--batch-size": batch_size, "--max-new-tokens": max_new_tokens})
     quieten()
     scoring = ScoringConfig.of(definition, batch_size, max_new_tokens)
     loading = Loading(dtype, device, prompt_template, prompt_format)

@@ -6,7 +6,13 @@ from pydantic import Field
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
-Count = Annotated[int, Field(ge=1, le=1_000_000)]
+MOST = 1_000_000
+"""Of whatever is counted: items, rows of a batch, tokens of an answer; options of the command line have it too."""
+
+Count = Annotated[int, Field(ge=1, le=MOST)]
+
+MOST_RANK = 65_536
+"""Rank of a low-rank update; beyond the width of every model."""
 
 Positive = Annotated[float, Field(gt=0, le=1e9)]
 

@@ -27,6 +27,7 @@ from search.spec.bounds import (
     MOST_BASE_EPOCHS,
     MOST_BASE_RUNS,
     MOST_CONTROLS,
+    MOST_RANK,
     NARROWEST_ALPHA,
     Count,
     Epochs,
@@ -181,7 +182,7 @@ class Section(BaseModel):
 class Adapter(Section):
     """LoRA in place of full fine-tuning."""
 
-    rank: Annotated[int, Field(ge=1, le=65_536)] = 8
+    rank: Annotated[int, Field(ge=1, le=MOST_RANK)] = 8
     alpha: Positive = 16
     target_modules: Annotated[tuple[str, ...] | str, PlainValidator(_target_modules, json_schema_input_type=_Targets)] = (
         "all-linear"

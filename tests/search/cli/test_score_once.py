@@ -303,3 +303,17 @@ def test_scoring_asks_for_no_training_files(tmp_path):
 def test_an_unknown_corpus_is_refused():
     with pytest.raises(UserError, match=r"--corpus: 'peple' is unknown; give people, .*choices or choices:FOLDER"):
         corpus_named("peple", "forget01", 0, None)
+
+
+@pytest.mark.parametrize("number", [0, -3, 1_000_001, 10**400])
+@pytest.mark.parametrize("option", ["--batch-size", "--max-new-tokens", "--first-items"])
+def test_numbers_that_no_study_may_have_are_refused_before_anything_is_loaded(call, option, number):
+    code, output, error = call("score", "--model", "/no/such/model", "--corpus", "people", option, number)
+    assert (code, output) == (2, "")
+    assert f"{option}: {number} is not a whole number from 1 to 1,000,000" in error and "/no/such/model" not in error
+
+
+@pytest.mark.parametrize(("option", "number", "most"), [("--batch-size", 0, "1,000,000"), ("--adapter-rank", 70_000, "65,536")])
+def test_finetuning_has_a_studys_bounds_too(call, tmp_path, option, number, most):
+    code, _, error = call("finetune", "/no/such/model", "--corpus", "people", "--to", tmp_path / "to", option, number)
+    assert code == 2 and f"{option}: {number} is not a whole number from 1 to {most}" in error
