@@ -130,6 +130,10 @@ def read_trials(
 
 def _trial(row: Any, parameters: list[Any], values: list[Any], user: list[Any], system: list[Any]) -> FrozenTrial:
     identifier, number, state, start, complete = row
+    # SQLite keeps whatever is written into a column, of any type.
+    numbers = [*(value for value, _ in values), *(value for _, _, value in parameters)]
+    if not isinstance(number, int) or any(not isinstance(each, int | float | None) for each in numbers):
+        raise ValueError(f"number {number!r}, with the values and parameters {numbers}")
     given = {sys.intern(name): (_distribution(text), value) for name, text, value in parameters}
     return FrozenTrial(
         number=number,
