@@ -1,6 +1,7 @@
 """Write the report of a study: one self-contained HTML page, and its figures as files."""
 
 import base64
+import errno
 import math
 import os
 from dataclasses import replace
@@ -50,10 +51,22 @@ def write_report(result: StudyResult, folder: Path | None = None) -> Path:
     Raises:
         UserError: The folder cannot be written.
     """
+    target = folder or result.report_path.parent
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        if not os.access(target, os.W_OK):  # asked before anything is drawn
+            raise OSError(errno.EROFS, "it is read-only")
+    except OSError as error:
+        raise _not_written(target, error) from error
     # Matplotlib writes a font cache, by default into the home folder.
     place = result.out if folder is None else folder
     os.environ.setdefault("MPLCONFIGDIR", str((place / ".matplotlib").resolve()))
-    return render_report(report_data(result), folder or result.report_path.parent)
+    return render_report(report_data(result), target)
+
+
+def _not_written(folder: Path, error: OSError) -> UserError:
+    where = "free space there, or choose another folder with `uipe report --to`"
+    return UserError(f"cannot write the report into {folder}: {error.strerror}; {where}")
 
 
 def render_report(view: ReportData, folder: Path) -> Path:
@@ -94,7 +107,7 @@ def render_report(view: ReportData, folder: Path) -> Path:
             write_atomic(folder / f"{name}.png", picture)
         write_atomic(folder / "report.html", page.encode())
     except OSError as error:
-        raise UserError(f"cannot write the report into {folder}: {error.strerror}; free space or choose another") from error
+        raise _not_written(folder, error) from error
     return folder / "report.html"
 
 

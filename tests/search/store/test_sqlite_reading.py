@@ -5,6 +5,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 from urllib.parse import quote
 
 import pytest
@@ -15,6 +16,8 @@ from search.store.record import own_database
 from search.store.sqlite_reading import SQLiteFile, copy_database
 from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
+
+ROOT = str(Path(__file__).parents[3])
 
 PYTHON_WITHOUT_STORAGE = """
 import sys
@@ -145,3 +148,62 @@ def test_names_that_mysql_reserves_are_asked_for_behind_a_dot(study):
     reads = lambda statement, given: asked.append(statement) or rows(statement, given)  # noqa: E731
     assert read_trials(reads, study.study_ids[False], names=("kind",))
     assert not [each for each in asked if re.search(r"(?<![.:\w])key\b", each)]
+
+
+READ_ONLY = """
+set -e
+mount --bind "$1" "$1"
+mount -o remount,ro,bind "$1"
+shift
+exec "$@"
+"""
+"""Run a command where a folder is mounted read-only; the mount ends with the command, which has mounts of its own."""
+
+
+def may_mount(folder):
+    """Whether tests can mount here: root in a container often may not."""
+    command = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", folder, "touch", folder / "written"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return False
+    return done.returncode != 0 and "Read-only file system" in done.stderr and not (folder / "written").exists()
+
+
+@pytest.mark.parametrize("killed", [False, True], ids=["ended", "killed"])
+def test_a_study_on_a_file_system_mounted_read_only_is_shown_and_exported(copied, environment, tmp_path, killed):
+    if not may_mount(copied):
+        pytest.skip("no folder can be mounted read-only here (needs root, unshare and mount)")
+    if killed:  # what is still in the write-ahead log when the driver dies, as far as a copy can have it
+        writer = sqlite3.connect(copied / "study.db")
+        writer.execute("PRAGMA journal_mode=WAL")
+        writer.execute("UPDATE studies SET study_name = study_name")
+        writer.commit()
+        wal = (copied / "study.db-wal").read_bytes()
+        writer.close()
+        (copied / "study.db-wal").write_bytes(wal)
+        assert wal
+    # Reports of an older run do not hide that none can be written.
+    before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
+
+    def uipe(*arguments):
+        command = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", copied, sys.executable, "-m", "search", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**environment, "PYTHONPATH": ROOT})
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    for command in (["status"], ["pareto", "--json"], ["select"], ["doctor"]):
+        code, output, error = uipe(command[0], copied, *command[1:])
+        assert (code, error) == (0, "") and output, (command, error)
+    code, _, error = uipe("report", copied)
+    assert code == 2 and "cannot write the report into" in error and "`uipe report --to`" in error
+    assert "matplotlib" not in error.lower()
+    assert uipe("report", copied, "--to", tmp_path / "report")[0] == 0
+    assert (tmp_path / "report" / "report.html").stat().st_size
+    for form in ("recipe", "model"):
+        code, _, error = uipe("export", copied, "--rule", "utility-floor", "--to", tmp_path / form, "--as", form)
+        assert code == 0, error
+    for command in (["confirm", copied, "--top", "1"], ["doctor", copied, "--fix"]):
+        code, _, error = uipe(*command)
+        assert code == 2 and "Read-only file system" in error, error
+    assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
