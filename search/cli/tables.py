@@ -286,28 +286,22 @@ def _interval(ends: list[float] | None) -> str:
 
 def print_audits(facts: dict[str, Any]) -> None:
     """Print what audits found: a row per number, a column per model."""
-    names = [name for name in facts["models"] if name != "retain" or facts["retain"] is None]
     table, console = new_table(f"Audits of {facts['study']}", width=140)
     for head in ("audit", "number"):
         table.add_column(head, overflow="fold")
-    for name in names:
-        table.add_column(f"trial\n{name}" if isinstance(name, int) else f"{name}\nmodel", justify="right")
+    for column in facts["columns"]:
+        table.add_column(column["title"].replace(" ", "\n"), justify="right")
     for audit in facts["audits"]:
-        if audit["state"] != "done":
-            table.add_row(audit["title"], "not tested", *("" for _ in names))
-            continue
-        for place, number in enumerate(audit["numbers"]):
-            cells = [_audited(number, str(name)) for name in names]
-            table.add_row(audit["title"] if place == 0 else "", number["title"], *cells)
+        for place, row in enumerate(audit["rows"]):
+            cells = [row["texts"][column["name"]] for column in facts["columns"]]
+            table.add_row(audit["title"] if place == 0 else "", printable(row["title"]), *cells)
     console.print(table, markup=False)
     if facts["retain"] is not None:
         echo("retain model: there is none")
+    names = {"all": "", **{column["name"]: f" on {_article(column['title'])}" for column in facts["columns"]}}
     for audit in facts["audits"]:
         for name, reason in audit["reasons"].items():
-            whom = {"all": "", **{known: f" on the {known} model" for known in ("initial", "retain")}}.get(
-                name, f" on trial {name}"
-            )
-            echo(f"{audit['title']}: not tested{whom}: {reason}")
+            echo(f"{audit['title']}: not tested{names.get(name, '')}: {reason}")
     for row in facts["after_attacks"]:
         echo(
             f"trial {row['trial']}: {row['worst']:.4g} after the worst of {row['attacks']} changes of its weights "
@@ -315,12 +309,8 @@ def print_audits(facts: dict[str, Any]) -> None:
         )
 
 
-def _audited(number: dict[str, Any], name: str) -> str:
-    value = number["values"][name]
-    if value is None:
-        # What an attack undid is a share of what a trial forgot; reference models forgot nothing.
-        return "-" if number["key"] == "recovered" and not name.isdigit() else "not tested"
-    return f"{value:.{number['places']}f}"
+def _article(title: str) -> str:
+    return title if title.startswith("trial ") else f"the {title}"
 
 
 def print_plan(plan: Any) -> None:

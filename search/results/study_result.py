@@ -248,6 +248,12 @@ class StudyResult:
 
         return audit_facts(self) if self.controls["kind"].isin(AUDITS).any() else None
 
+    def audits_of(self, number: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the audits of a trial that were done, and those that were not (`search.results.audits.of_trial`)."""
+        from search.results.audits import of_trial
+
+        return of_trial(self.audits, number)
+
     @cached_property
     def after_attacks(self) -> dict[int, float]:
         """Forgetting after the worst attack that changed weights, of each trial that was audited (`search.results.audits`)."""

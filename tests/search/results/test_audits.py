@@ -7,6 +7,7 @@ import pytest
 
 import search
 from search.evaluation.controls import CONTROLS
+from search.execution.study_run import _done_jobs
 from search.problem.trial import AUDITS, UNTESTED, TrialSpec
 from search.report.conclusions import conclusions
 from search.results.audits import after_attacks, audit_table
@@ -51,7 +52,7 @@ def test_rounded_weights_are_scored_as_by_hand(audited, preparation):
     folder = result.export(result.trial(best), result.out / "exported", "model", verify="none")
     written = (folder / "README.md").read_text()
     assert "| weights in 4 bits (NF4) | share of forgetting undone | - |" in written
-    assert "| relearned: a few items | not tested |" in written
+    assert "| relearned: a few items | not asked for | not tested | not tested | not tested |" in written
     loaded = load_model(str(folder), device="cpu")
     round_weights(loaded.model, "nf4")
     corpus = take_items(preparation.corpus, preparation.split.select)
@@ -78,6 +79,13 @@ def test_the_table_has_every_audit_and_names_what_was_not_tested(audited):
     before, start = result.trial(best)[forgetting], result.control("initial")[forgetting]
     assert recovered[str(best)] == pytest.approx((before - values[str(best)]) / (before - start))
     assert recovered["initial"] is None
+    shown = {row["title"]: row["texts"] for row in by_kind["nf4"]["rows"]}
+    assert shown["share of forgetting undone"]["initial"] == "-"
+    assert shown["share of forgetting undone"][str(best)] == f"{recovered[str(best)]:.2f}"
+    assert by_kind["relearn_few"]["rows"] == [
+        {"title": "not asked for", "texts": dict.fromkeys(("initial", "retain", str(best)), "not tested")}
+    ]
+    assert [column["title"] for column in result.audits["columns"]] == ["initial model", "retain model", f"trial {best}"]
 
 
 def test_the_initial_models_texts_are_within_its_own_limits(audited):
@@ -207,9 +215,57 @@ def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, 
     facts = next(each for each in result.audits["audits"] if each["kind"] == "relearn_few")
     assert facts["state"] == "not tested"
     assert facts["reasons"] == {str(number): "training diverged: its loss is not finite"}
+    assert facts["rows"][0]["texts"] == {"initial": "not tested", "retain": "no retain model", str(number): "diverged"}
     assert result.after_attacks == {}
     with pytest.raises(UserError, match="uipe audit"):
         result.select("robust")
+
+
+def evidence_of_samples(store, audit, recall):
+    numbers = {"sampling_rouge": recall, "sampling_contained": 0.0}
+    return {**store.objectives_of(audit), **store.identity(audit), **numbers}
+
+
+def test_numbers_are_known_with_their_settings_only(new_store, made_up_evidence):
+    store = new_store()
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
+    point = {"base": "npo", "epoch": 1, "alpha": 0.0}
+    number, job = store.ask_point(store.spec.search_space(), point, "alpha_zero")
+    store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+
+    def jobs(samples):
+        store.spec = store.spec.model_copy(update={"audit": Audit(samples=samples)})
+        return StudyResult.of(store).audit_jobs([number], None, ("sampling",))
+
+    def shown():
+        facts = StudyResult.of(store).audits
+        row = next(each for each in facts["audits"] if each["kind"] == "sampling")["rows"][0]
+        return row["title"], row["texts"][str(number)], row["texts"]["initial"]
+
+    few, many = jobs(3)[0], jobs(20)[0]
+    assert few != many and json.loads(many.settings) == {"samples": 20}
+    store.complete(few, store.ask_control(few), evidence_of_samples(store, few, 0.25))
+    # Nothing has the study's own settings yet: what is there is shown, and says with which.
+    assert shown() == ("highest ROUGE-L recall of 3 samples", "0.250", "not tested")
+    assert few in _done_jobs(store) and many not in _done_jobs(store)
+    store.complete(many, store.ask_control(many), evidence_of_samples(store, many, 0.75))
+    assert shown() == ("highest ROUGE-L recall of 20 samples", "0.750", "not tested")
+    assert jobs(3)[0] in _done_jobs(store)
+    assert shown()[:2] == ("highest ROUGE-L recall of 3 samples", "0.250")
+
+
+def test_samples_of_a_study_that_kept_only_their_number_are_shown(new_store, made_up_evidence):
+    store = new_store()
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
+    number, job = store.ask_point(store.spec.search_space(), {"base": "npo", "epoch": 1, "alpha": 0.0}, "alpha_zero")
+    store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+    audit = TrialSpec("sampling", model="initial")
+    evidence = {**evidence_of_samples(store, audit, 0.5), "samples": 7.0}
+    store.complete(audit, store.ask_control(audit), evidence)
+    row = next(each for each in StudyResult.of(store).audits["audits"] if each["kind"] == "sampling")["rows"][0]
+    assert (row["title"], row["texts"]["initial"]) == ("highest ROUGE-L recall of 7 samples", "0.500")
 
 
 def test_a_dossier_says_what_was_done_and_what_was_not(audited, call, tmp_path):
