@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from uipe_core.corpora.types import KEPT_SETS, Corpus, Item, ItemSet, item_set_hash
-from uipe_core.metrics.answers import Matches, exact_memorization, extraction_strength, rouge_recall
+from uipe_core.corpora.types import KEPT_SETS, MEMBERSHIP_SETS, Corpus, Item, ItemSet, item_set_hash
+from uipe_core.metrics.answers import Matches, exact_memorization, extraction_strength, min_k, rouge_recall, without_end
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import FloatArray, IntArray, ScoreReport, SetScores, logit_scale
 from uipe_core.models.loading import LoadedModel
@@ -41,11 +41,13 @@ class TeacherForcedScores:
         gold: Numbers of the gold answers.
         scaled: Numbers of the examples whose logit spread is wanted.
         initial: What the initial model says of some gold answers, if divergences from it are wanted.
+        members: Numbers of the gold answers whose Min-K% is wanted.
 
     Attributes:
         losses: (n,) mean loss, nats per answer token.
         spreads: (n,) standard deviation of the logits over the vocabulary, mean over the answer's tokens.
         best: Of each gold answer the most likely token at every position.
+        min_k: Min-K% (`uipe_core.metrics.answers.min_k`) of each answer of `members`.
         divergences: KL(initial || model), nats per answer token, of each answer that `initial` keeps.
     """
 
@@ -55,8 +57,11 @@ class TeacherForcedScores:
         gold: Collection[int],
         scaled: Collection[int],
         initial: InitialAnswers | None = None,
+        members: Collection[int] = (),
     ) -> None:
         self._examples, self._gold, self._scaled, self._initial = examples, gold, scaled, initial
+        self._members = members
+        self.min_k: dict[int, float] = {}
         self.divergences: dict[int, float] = {}
         self.losses = np.zeros(len(examples))
         self.spreads = np.zeros(len(examples))
@@ -69,6 +74,9 @@ class TeacherForcedScores:
         self.losses[list(rows.owners)] = _means(nll, rows.lengths)
         if self._initial is not None:
             self.divergences |= self._initial.divergences(rows, logits)
+        if any(number in self._members for number in rows.owners):
+            each = zip(rows.owners, nll.double().split(list(rows.lengths)), strict=True)
+            self.min_k |= {number: min_k(without_end(-own.cpu().numpy())) for number, own in each if number in self._members}
         tokens = np.repeat(rows.owners, rows.lengths)
         scaled = [pair for pair in zip(rows.owners, rows.lengths, strict=True) if pair[0] in self._scaled]
         if scaled:
@@ -129,7 +137,7 @@ class Scorer:
     """Tokenize a corpus once and score any number of weight settings of one model.
 
     Args:
-        corpus: Evaluation sets to score.
+        corpus: Evaluation sets to score, its implied ones aside. With both of `MEMBERSHIP_SETS` their Min-K% is measured too.
         prompts: Prompt format of the model.
         config: Batch size and generation length.
     """
@@ -137,13 +145,15 @@ class Scorer:
     def __init__(self, corpus: Corpus, prompts: PromptFormat, config: ScoringConfig) -> None:
         self.config = config
         self.prompts = prompts
-        self.sets = dict(corpus.sets)
+        self.sets = {name: items for name, items in corpus.sets.items() if name not in corpus.implied}
         self.hashes = {name: item_set_hash(items) for name, items in self.sets.items()}
         self.examples: list[Example] = []
         self._number_of: dict[Example, int] = {}
         self._rows = {name: self._index(items) for name, items in self.sets.items()}
         self._gold_rows = {row[0] for rows in self._rows.values() for row in rows}
         self._scale_rows = {row[0] for name in KEPT_SETS for row in self._rows.get(name, [])}
+        self._with_min_k = MEMBERSHIP_SETS if self.sets.keys() >= set(MEMBERSHIP_SETS) else ()
+        self._member_rows = {row[0] for name in self._with_min_k for row in self._rows[name]}
         self._generated = [(name, row[0]) for name in GENERATED_SETS for row in self._rows.get(name, [])]
         items = [item for name in GENERATED_SETS for item in self.sets.get(name, ())]
         self._prompts = [prompts.item_prompt_ids(item) for item in items]
@@ -253,7 +263,7 @@ class Scorer:
             if progress is not None:
                 progress(done, total)
 
-        read = TeacherForcedScores(self.examples, self._gold_rows, self._scale_rows, self._initial)
+        read = TeacherForcedScores(self.examples, self._gold_rows, self._scale_rows, self._initial, self._member_rows)
         sets: dict[str, SetScores] = {}
         seconds: dict[str, float] = {}
         for stage, names in self._stages.items():
@@ -378,6 +388,7 @@ class Scorer:
             initial_kl=np.array([read.divergences[row[0]] for row in rows])
             if self._initial is not None and name in COMPARED_SETS
             else None,
+            min_k=np.array([read.min_k[row[0]] for row in rows]) if name in self._with_min_k else None,
         )
 
     def _with_texts(self, name: str, scores: SetScores, texts: list[str] | None) -> SetScores:
