@@ -162,15 +162,15 @@ def _relearning_steps(kind: str) -> Callable[[AuditSection, Corpus], int]:
 
 
 def _membership(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
-    from uipe_core.audits.membership import auc, membership_scores, privleak
+    from uipe_core.audits.membership import membership_scores
     from uipe_core.audits.token_scores import read_token_scores
+    from uipe_core.metrics.composites import auc
 
     scores = {}
     for name in ("forget", "holdout"):
         items = inputs.scored.sets[name]
         scores[name] = membership_scores(read_token_scores(loaded, items), [item.answer for item in items])
-    found = {f"{name}_auc": auc(own, scores["holdout"][name]) for name, own in scores["forget"].items()}
-    return {**found, "privleak": privleak(found["min_k_auc"])}
+    return {f"{name}_auc": auc(own, scores["holdout"][name]) for name, own in scores["forget"].items()}
 
 
 def _prompts(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
@@ -266,7 +266,7 @@ AUDITS: dict[str, Audit] = {
             Number("zlib_auc", "AUC of ZLib"),
             Number("min_k_auc", "AUC of Min-K%"),
             Number("min_k_plus_plus_auc", "AUC of Min-K%++"),
-            Number("privleak", "PrivLeak against 0.5, %", 1),
+            Number("privleak", "PrivLeak against {reference}, %", 1),
         ),
     ),
     "prompts": Audit(

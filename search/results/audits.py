@@ -1,6 +1,7 @@
 """Read what audits found: which trials to audit, the audit table, and the trial that is strongest after the worst of them."""
 
 import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from search.evaluation.controls import CONTROLS
 from search.problem.trial import AUDITS as TESTS
 from search.problem.trial import INITIAL, RETAIN, UNTESTED, TrialSpec
 from search.spec.runtime import Audit
+from uipe_core.audits.membership import privleak
 from uipe_core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ NOTHING = "-"
 
 RECOVERED = "recovered"
 """Key of the share of forgetting that an attack undid."""
+
+PRIVLEAK = "privleak"
+"""Key of PrivLeak, which the retain model's AUC is the reference of, as open-unlearning has it, and 0.5 where there is none."""
 
 
 def audit_kinds(tests: Sequence[str]) -> list[str]:
@@ -105,10 +110,12 @@ def audit_table(result: "StudyResult") -> pd.DataFrame:
     rows = []
     for kind, audit in AUDITS.items():
         by_model, settings = _done(result, kind, done)
+        reference = _number(by_model.get(RETAIN), "min_k_auc")
+        said = {"samples": "k", "reference": "0.5" if math.isnan(reference) else "the retain model's AUC", **settings}
         for key, title, places in _numbers(result, audit):
             models: list[Any] = [INITIAL, RETAIN, *trials]
-            values = {name: _value(result, key, name, by_model.get(name)) for name in models}
-            facts: dict[Any, Any] = {"kind": kind, "audit": audit.title, "number": title.format(**{"samples": "k", **settings})}
+            values = {name: _value(result, key, name, by_model.get(name), reference) for name in models}
+            facts: dict[Any, Any] = {"kind": kind, "audit": audit.title, "number": title.format(**said)}
             rows.append({**facts, "key": key, "places": places, "settings": settings, **values})
     return pd.DataFrame(rows)
 
@@ -140,17 +147,25 @@ def _numbers(result: "StudyResult", audit: Any) -> list[tuple[str, str, int]]:
     return [shown[0], (RECOVERED, "share of forgetting undone", 2), shown[1]]
 
 
-def _value(result: "StudyResult", key: str, name: Any, row: pd.Series | None) -> float:
-    if row is None or isinstance(row.get(UNTESTED), str):
+def _number(row: pd.Series | None, key: str) -> float:
+    """Return a number of an audit; NaN where it was not done."""
+    if row is None or isinstance(row.get(UNTESTED), str) or key not in row or pd.isna(row[key]):
         return float("nan")
-    if key != RECOVERED:
-        return float(row[key]) if key in row and not pd.isna(row[key]) else float("nan")
+    return float(row[key])
+
+
+def _value(result: "StudyResult", key: str, name: Any, row: pd.Series | None, reference: float) -> float:
+    if key == PRIVLEAK:
+        return privleak(_number(row, "min_k_auc"), 0.5 if math.isnan(reference) else reference)
     initial: pd.Series | None = result.control(INITIAL)
-    if initial is None or not isinstance(name, int):
-        return float("nan")
+    if key != RECOVERED:
+        return _number(row, key)
     forgetting = result.objectives[0].name
+    after = _number(row, forgetting)
+    if initial is None or not isinstance(name, int) or math.isnan(after):
+        return float("nan")
     before, start = float(result.trial(name)[forgetting]), float(initial[forgetting])
-    return (before - float(row[forgetting])) / (before - start) if before > start else float("nan")
+    return (before - after) / (before - start) if before > start else float("nan")
 
 
 def audit_facts(result: "StudyResult") -> dict[str, Any]:

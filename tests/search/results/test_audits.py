@@ -70,8 +70,7 @@ def test_the_table_has_every_audit_and_names_what_was_not_tested(audited):
     assert list(dict.fromkeys(table["kind"])) == [kind for kinds in AUDITS.values() for kind in kinds]
     by_kind = {each["kind"]: each for each in result.audits["audits"]}
     assert by_kind["nf4"]["state"] == "done" and by_kind["relearn_few"]["state"] == "not tested"
-    assert by_kind["membership"]["state"] == "not tested"
-    assert by_kind["membership"]["reasons"] == {"all": "needs holdout items, and the corpus has none"}
+    assert by_kind["membership"]["state"] == "done" and by_kind["membership"]["reasons"] == {}
     forgetting = result.objectives[0].name
     values = next(number["values"] for number in by_kind["nf4"]["numbers"] if number["key"] == forgetting)
     assert set(values) == {"initial", "retain", str(best)} and all(value is not None for value in values.values())
@@ -181,7 +180,7 @@ def test_the_report_and_the_command_show_them(audited, call):
     result, best = audited
     code, output, error = call("audit", result.out, "--trial", best, "--tests", "quantisation,membership")
     assert code == 0, error
-    assert "weights in 4 bits (NF4)" in output and "needs holdout items" in output and "not tested" in output
+    assert "weights in 4 bits (NF4)" in output and "AUC of Min-K%" in output and "not tested" in output
     page = (result.out / "report" / "report.html").read_text()
     assert '<section id="audits">' in page and "weights in 4 bits (NF4)" in page and "not tested" in page
 
@@ -190,7 +189,6 @@ def test_the_report_and_the_command_show_them(audited, call):
     ("options", "said"),
     [
         (("--tests", "quantization"), "'quantization' is none of quantisation"),
-        (("--tests", "membership"), "membership: needs holdout items, and the corpus has none"),
         (("--top", "0"), "--top: 0"),
         (("--trial", "999"), "is not a complete trial"),
         (("--trial", "0", "--rule", "knee"), "one of them"),
@@ -219,6 +217,44 @@ def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, 
     assert result.after_attacks == {}
     with pytest.raises(UserError, match="uipe audit"):
         result.select("robust")
+
+
+def test_membership_without_holdout_items_says_what_it_lacks(new_store, made_up_evidence):
+    store = new_store()
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
+    number, job = store.ask_point(store.spec.search_space(), {"base": "npo", "epoch": 1, "alpha": 0.0}, "alpha_zero")
+    store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+    result = StudyResult.of(store)
+    with pytest.raises(UserError, match="membership: needs holdout items, and the corpus has none"):
+        result.audit_jobs([number], None, ("membership",))
+    assert {job.kind for job in result.audit_jobs([number], None, ("membership", "fluency"))} == {"fluency"}
+
+
+def test_privleak_is_against_the_retain_models_auc_where_there_is_one(audited, new_store, made_up_evidence):
+    result, best = audited
+    table = audit_table(result)
+    aucs, leaks = (table[(table["kind"] == "membership") & (table["key"] == key)].iloc[0] for key in ("min_k_auc", "privleak"))
+    assert leaks["number"] == "PrivLeak against the retain model's AUC, %"
+    assert leaks["retain"] == 0.0
+    for name in ("initial", best):
+        assert leaks[name] == pytest.approx(100 * ((1 - aucs[name]) / (1 - aucs["retain"]) - 1))
+    store = new_store()
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
+    number, job = store.ask_point(store.spec.search_space(), {"base": "npo", "epoch": 1, "alpha": 0.0}, "alpha_zero")
+    store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+    audit = TrialSpec("membership", model="initial")
+    store.complete(audit, store.ask_control(audit), {**store.objectives_of(audit), **store.identity(audit), "min_k_auc": 0.9})
+    table = audit_table(StudyResult.of(store))
+    alone = table[table["key"] == "privleak"].iloc[0]
+    assert alone["number"] == "PrivLeak against 0.5, %" and alone["initial"] == pytest.approx(-80.0)
+
+
+def test_the_initial_model_knows_its_members_and_the_retain_model_does_not(audited):
+    table = audit_table(audited[0])
+    auc = table[(table["kind"] == "membership") & (table["key"] == "min_k_auc")].iloc[0]
+    assert auc["initial"] > 0.9 and abs(auc["retain"] - 0.5) < 0.4
 
 
 def evidence_of_samples(store, audit, recall):
@@ -280,7 +316,7 @@ def test_a_dossier_says_what_was_done_and_what_was_not(audited, call, tmp_path):
     tested = {audit["title"] for audit in facts["audits"]}
     missing = {each["title"]: each["reason"] for each in facts["not_tested"]}
     assert "weights in 4 bits (NF4)" in tested and missing["relearned: a few items"] == "not asked for"
-    assert "holdout" in missing["membership"]
+    assert "membership" in tested and missing["samples"] == "not asked for"
     assert tested | set(missing) == {control.audit.title for control in CONTROLS.values() if control.audit is not None}
     number = next(each for each in facts["numbers"] if each["name"] == result.objectives[0].name)
     assert (
