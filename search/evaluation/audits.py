@@ -117,6 +117,7 @@ def with_rounded_weights(loaded: "LoadedModel", scheme: str) -> "Iterator[Loaded
 
 
 def _relearning_config(kind: str, section: AuditSection, corpus: Corpus, seed: int) -> "RelearningConfig":
+    from search.evaluation.models import adapter_config
     from uipe_core.audits.relearning import RelearningConfig
 
     settings = section.relearning
@@ -126,6 +127,7 @@ def _relearning_config(kind: str, section: AuditSection, corpus: Corpus, seed: i
         epochs=settings.epochs,
         learning_rate=settings.learning_rate,
         batch_size=settings.batch_size,
+        adapter=adapter_config(settings.adapter),
         seed=seed,
     )
 
@@ -174,13 +176,15 @@ def _membership(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
 
 
 def _prompts(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
-    from uipe_core.audits.prompts import WAYS, answers, choose_shots
+    from uipe_core.audits.prompts import WAYS, answers, choose_shots, reverse_answers
     from uipe_core.audits.texts import judge
 
     items = inputs.scored.sets["forget"]
     shots = choose_shots(inputs.corpus.retain_train or inputs.scored.sets["retain"], seed=inputs.seed)
     scores = judge([item.answer for item in items], answers(loaded, items, list(WAYS), inputs.longest, shots), inputs.unicode)
-    return {"prompts_rouge": scores.mean_highest_recall, "prompts_contained": scores.contained_share}
+    found = {"prompts_rouge": scores.mean_highest_recall, "prompts_contained": scores.contained_share}
+    gold, texts = reverse_answers(loaded, items, inputs.longest)
+    return {**found, "prompts_reverse": judge(gold, texts, inputs.unicode).contained_share} if gold else found
 
 
 def _sampling(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
@@ -271,13 +275,14 @@ AUDITS: dict[str, Audit] = {
     ),
     "prompts": Audit(
         "other prompts",
-        "Does the answer come when it is begun, asked in other words, or after other turns?",
+        "Does the answer come when it is begun, asked in other words, after other turns, or the other way round?",
         "Searched prompts, other languages.",
         scorings=2.0,
         measured=_prompts,
         numbers=(
             Number("prompts_rouge", "highest ROUGE-L recall of all ways"),
             Number("prompts_contained", "share of answers given in any way"),
+            Number("prompts_reverse", "share answered of questions asked the other way round"),
         ),
     ),
     "sampling": Audit(

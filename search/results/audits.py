@@ -204,7 +204,8 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
             if name == RETAIN and retain is not None:
                 return retain
             # What an attack undid is a share of what a trial forgot: reference models, and some trials, forgot nothing.
-            return NOTHING if str(name) in tested else _word(reasons.get(str(name)))
+            nothing = number["key"] == RECOVERED and str(name) in tested
+            return NOTHING if nothing else _word(reasons.get(str(name)))
 
         shown = [{"title": each["title"], "texts": {str(name): word(name, each) for name in models}} for each in numbers]
         if not tested:

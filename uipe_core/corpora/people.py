@@ -52,6 +52,8 @@ def _person_item(name: str, spec: Attribute, own: int, related: bool, rng: rando
         paraphrased_answer=fact.paraphrase.format(name=name, value=value),
         perturbed_answers=tuple(fact.paraphrase.format(name=name, value=spec.pairs[other][side]) for other in others),
         group=name,
+        # Others may have the value too, so that the name is one right answer of some.
+        reverse=(fact.answer.format(name="Who", value=value).removesuffix(".") + "?", f"{name}."),
     )
 
 

@@ -20,6 +20,8 @@ class Item:
             independent, so intervals resample groups. Not part of the hash.
         plain: Question and answer are one running text, without prompt format and end token: a text (with an empty question),
             or a prompt with a format of its own.
+        reverse: The question from the answer to what the item is about, and its answer; None where there is none. Asked by
+            audits only. Not part of the hash.
     """
 
     question: str
@@ -28,6 +30,7 @@ class Item:
     perturbed_answers: tuple[str, ...] = ()
     group: str | None = field(default=None, compare=False)
     plain: bool = False
+    reverse: tuple[str, str] | None = field(default=None, compare=False)
 
     @property
     def paraphrase(self) -> str:

@@ -12,7 +12,8 @@ from search.problem.trial import AUDITS, UNTESTED, TrialSpec
 from search.report.conclusions import conclusions
 from search.results.audits import after_attacks, audit_table
 from search.results.study_result import StudyResult
-from search.spec.runtime import Audit
+from search.spec.runtime import Audit, Relearning
+from search.spec.sections import Adapter
 from search.store.study_store import StudyStore
 from uipe_core.errors import UserError
 
@@ -131,6 +132,28 @@ def test_a_driver_killed_in_the_middle_loses_nothing_and_the_same_command_goes_o
     assert set(before) <= set(after) and not running
     kinds = [kind for test in ("quantisation", "prompts", "sampling", "fluency") for kind in AUDITS[test]]
     assert sorted(map(str, after)) == sorted(str((kind, name)) for kind in kinds for name in wanted)
+
+
+def test_a_relearning_that_diverges_is_a_word_and_the_other_audits_go_on(copied, call):
+    relearning = Relearning(epochs=20, learning_rate=1000.0, few=2, adapter=Adapter(rank=2))
+    section = Audit(top=1, tests=("relearning", "fluency", "prompts"), relearning=relearning)
+    spec = StudyResult.open(copied).spec.model_copy(update={"audit": section})
+    result = search.run_study(spec, copied, quiet=True)
+    by_kind = {each["kind"]: each for each in result.audits["audits"]}
+    audited = [name for name in result.audits["models"] if isinstance(name, int)]
+    assert len(audited) == 1
+    texts = by_kind["relearn_forget"]["rows"][0]["texts"]
+    assert texts == dict.fromkeys(("initial", "retain", str(audited[0])), "diverged")
+    assert all("diverged" in reason for reason in by_kind["relearn_forget"]["reasons"].values())
+    assert by_kind["relearn_forget"]["settings"]["adapter"]["rank"] == 2 and "few" not in by_kind["relearn_forget"]["settings"]
+    assert by_kind["fluency"]["state"] == "done" and by_kind["prompts"]["state"] == "done"
+    assert by_kind["prompts"]["numbers"][2]["key"] == "prompts_reverse"
+    assert all(value is not None for value in by_kind["prompts"]["numbers"][2]["values"].values())
+    assert not [trial for trial in result.store.trials(controls=True) if trial.state.name == "FAIL"]
+    code, output, error = call("audit", copied)  # the study's own section: nothing is done twice
+    assert code == 0 and "diverged" in output and "training diverged: its loss is not finite" in output, error
+    page = (copied / "report" / "report.html").read_text()
+    assert "diverged" in page
 
 
 def test_a_study_audits_its_finalists_by_itself(copied):
