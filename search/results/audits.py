@@ -175,7 +175,8 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
         ``columns``, the models that tables have: ``name`` and ``title``. ``audits``, an entry for each, done or not: what it
         shows and cannot show, settings (``settings_text`` is a sentence), ``reasons`` why it was not done by model (``all`` for
         every one), ``numbers`` with ``values`` by model, and ``rows`` of a table: ``title``, and ``texts`` by model, which say
-        in a word what has no number.
+        in a word what has no number. ``front``, columns for tables of the front, of the audits that were done: ``key``,
+        ``head``, ``about`` and ``texts``, by front point and reference model.
     """
     table = audit_table(result)
     models = [column for column in table.columns if column in (INITIAL, RETAIN) or isinstance(column, int)]
@@ -231,7 +232,42 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
         if name != RETAIN or retain is None
     ]
     facts = {"study": result.store.record.name, "retain": retain, "models": models, "columns": columns}
-    return {**facts, "audits": audits, "after_attacks": _worst(result, table).to_dict("records")}
+    return {
+        **facts,
+        "audits": audits,
+        "front": _front_columns(result, table, audits),
+        "after_attacks": _worst(result, table).to_dict("records"),
+    }
+
+
+_FRONT = {
+    "min_k_auc": ("AUC\nMin-K%", "AUC of Min-K% of forget against holdout items"),
+    "prompts_contained": ("other\nprompts", "share of answers given when asked otherwise"),
+    "sampling_contained": ("in some\nsample", "share of answers given in some sample"),
+}
+"""Numbers of audits in tables of the front: head and meaning. Before them stands forgetting after the worst attack."""
+
+
+def _front_columns(result: "StudyResult", table: pd.DataFrame, audits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    forgetting = result.objectives[0]
+    words = {row["key"]: (each, row) for audit in audits for each, row in zip(audit["rows"], audit["numbers"], strict=False)}
+    shown = [str(number) for number in result.front["trial"]] + [INITIAL, RETAIN]
+    columns = []
+    attacked = table[table["key"] == forgetting.name]
+    worst = {
+        str(name): attacked[name].astype(float).min() for name in attacked if name in (INITIAL, RETAIN) or isinstance(name, int)
+    }
+    known = {name: f"{value:.{forgetting.places}f}" for name, value in worst.items() if not math.isnan(value)}
+    if known:
+        about = f"{forgetting.title} after the worst attack on the weights"
+        texts = {name: known.get(name, NOT_TESTED) for name in shown}
+        columns.append({"key": "audit_worst", "head": "after\nattack", "about": about, "texts": texts})
+    for key, (head, about) in _FRONT.items():
+        row, number = words[key]
+        if any(value is not None for value in number["values"].values()):
+            texts = {name: row["texts"].get(name, NOT_TESTED) for name in shown}
+            columns.append({"key": f"audit_{key}", "head": head, "about": about, "texts": texts})
+    return columns
 
 
 def _settings_text(settings: dict[str, Any]) -> str:

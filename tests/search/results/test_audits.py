@@ -113,7 +113,8 @@ def audits_of(out):
     store = StudyStore.open(out)
     trials = list(store.trials(names=("kind", "model", "of_trial"), controls=True))
     store.close()
-    done = [trial for trial in trials if trial.state.name == "COMPLETE" and trial.user_attrs.get("kind") in KINDS]
+    ended = ("COMPLETE", "PRUNED")
+    done = [trial for trial in trials if trial.state.name in ended and trial.user_attrs.get("kind") in KINDS]
     found = [(trial.user_attrs["kind"], trial.user_attrs.get("of_trial", trial.user_attrs.get("model"))) for trial in done]
     return found, [trial.number for trial in trials if trial.state.name == "RUNNING"]
 
@@ -182,6 +183,30 @@ def test_the_front_and_what_is_made_of_it_are_as_they_were(audited, finished):
     assert result.forget_quality_cap == plain.forget_quality_cap
 
 
+def test_what_measures_no_objective_has_no_values_and_is_in_no_front_of_optunas(audited):
+    from optuna_dashboard._pareto_front import get_pareto_front_trials
+
+    result, _ = audited
+    controls = result.store.controls
+    by_kind = {}
+    for trial in controls.get_trials():
+        by_kind.setdefault(trial.user_attrs["kind"], []).append(trial)
+    for kind in ("membership", "fluency"):
+        assert {trial.state.name for trial in by_kind[kind]} == {"PRUNED"} and all(not trial.values for trial in by_kind[kind])
+    assert {trial.state.name for trial in by_kind["nf4"]} == {"COMPLETE"}
+    shown = [*controls.best_trials, *get_pareto_front_trials(controls.get_trials(), controls.directions)]
+    assert shown and not {trial.user_attrs["kind"] for trial in shown} & {"membership", "fluency"}
+    # Old folders have such audits with the values of their model: they are read alike.
+    rows = result.controls[result.controls["kind"] == "membership"]
+    assert len(rows) == 3 and rows["min_k_auc"].notna().all()
+
+
+def test_the_doctor_finds_nothing_wrong_with_a_study_that_was_audited(audited, call):
+    code, output, error = call("doctor", audited[0].out)
+    assert code == 0 and "no problem found" in output, error
+    assert "have none" not in output
+
+
 def test_the_robust_rule_takes_the_strongest_after_the_worst_attack(audited, call):
     result, best = audited
     attacked = after_attacks(result)
@@ -230,8 +255,8 @@ def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, 
     number, job = store.ask_point(store.spec.search_space(), point, "alpha_zero")
     store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
     audit = TrialSpec("relearn_few", **point, of_trial=number)
-    evidence = {**store.objectives_of(audit), **store.identity(audit), UNTESTED: "training diverged: its loss is not finite"}
-    assert store.complete(audit, store.ask_control(audit), evidence) is None
+    evidence = {**store.identity(audit), UNTESTED: "training diverged: its loss is not finite"}
+    store.note(audit, store.ask_control(audit), evidence)
     result = StudyResult.of(store)
     facts = next(each for each in result.audits["audits"] if each["kind"] == "relearn_few")
     assert facts["state"] == "not tested"
@@ -268,7 +293,7 @@ def test_privleak_is_against_the_retain_models_auc_where_there_is_one(audited, n
     number, job = store.ask_point(store.spec.search_space(), {"base": "npo", "epoch": 1, "alpha": 0.0}, "alpha_zero")
     store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
     audit = TrialSpec("membership", model="initial")
-    store.complete(audit, store.ask_control(audit), {**store.objectives_of(audit), **store.identity(audit), "min_k_auc": 0.9})
+    store.note(audit, store.ask_control(audit), {**store.identity(audit), "min_k_auc": 0.9})
     table = audit_table(StudyResult.of(store))
     alone = table[table["key"] == "privleak"].iloc[0]
     assert alone["number"] == "PrivLeak against 0.5, %" and alone["initial"] == pytest.approx(-80.0)
@@ -282,7 +307,7 @@ def test_the_initial_model_knows_its_members_and_the_retain_model_does_not(audit
 
 def evidence_of_samples(store, audit, recall):
     numbers = {"sampling_rouge": recall, "sampling_contained": 0.0}
-    return {**store.objectives_of(audit), **store.identity(audit), **numbers}
+    return {**store.identity(audit), **numbers}
 
 
 def test_numbers_are_known_with_their_settings_only(new_store, made_up_evidence):
@@ -304,11 +329,11 @@ def test_numbers_are_known_with_their_settings_only(new_store, made_up_evidence)
 
     few, many = jobs(3)[0], jobs(20)[0]
     assert few != many and json.loads(many.settings) == {"samples": 20}
-    store.complete(few, store.ask_control(few), evidence_of_samples(store, few, 0.25))
+    store.note(few, store.ask_control(few), evidence_of_samples(store, few, 0.25))
     # Nothing has the study's own settings yet: what is there is shown, and says with which.
     assert shown() == ("highest ROUGE-L recall of 3 samples", "0.250", "not tested")
     assert few in _done_jobs(store) and many not in _done_jobs(store)
-    store.complete(many, store.ask_control(many), evidence_of_samples(store, many, 0.75))
+    store.note(many, store.ask_control(many), evidence_of_samples(store, many, 0.75))
     assert shown() == ("highest ROUGE-L recall of 20 samples", "0.750", "not tested")
     assert jobs(3)[0] in _done_jobs(store)
     assert shown()[:2] == ("highest ROUGE-L recall of 3 samples", "0.250")
@@ -322,7 +347,7 @@ def test_samples_of_a_study_that_kept_only_their_number_are_shown(new_store, mad
     store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
     audit = TrialSpec("sampling", model="initial")
     evidence = {**evidence_of_samples(store, audit, 0.5), "samples": 7.0}
-    store.complete(audit, store.ask_control(audit), evidence)
+    store.note(audit, store.ask_control(audit), evidence)
     row = next(each for each in StudyResult.of(store).audits["audits"] if each["kind"] == "sampling")["rows"][0]
     assert (row["title"], row["texts"]["initial"]) == ("highest ROUGE-L recall of 7 samples", "0.500")
 
