@@ -25,13 +25,14 @@ NO_CERTIFICATE = (
 )
 
 
-def dossier_facts(result: StudyResult, number: int, texts: bool = False) -> dict[str, Any]:
+def dossier_facts(result: StudyResult, number: int, texts: bool = False, trust_remote_code: bool = False) -> dict[str, Any]:
     """Return the facts of a trial's dossier, ready for JSON.
 
     Args:
         result: The study.
         number: The trial.
         texts: Whether the items to forget are listed, for which the corpus is loaded.
+        trust_remote_code: For these texts, as `search.evaluation.prepared.prepare`.
 
     Raises:
         UserError: There is no such trial; or texts are asked for, and the corpus cannot be loaded.
@@ -48,7 +49,7 @@ def dossier_facts(result: StudyResult, number: int, texts: bool = False) -> dict
         "trial": number,
         "written": pd.Timestamp.now(tz="UTC").isoformat(timespec="seconds"),
         "claim": NO_CERTIFICATE,
-        "request": _request(result, texts),
+        "request": _request(result, texts, trust_remote_code),
         "models": {"identities": dict(record.models), "update_vector": None if run is None else run.delta},
         "procedure": {
             "method": str(row["method"]),
@@ -76,11 +77,13 @@ def dossier_facts(result: StudyResult, number: int, texts: bool = False) -> dict
     }
 
 
-def write_dossier(result: StudyResult, number: int, to: Path, texts: bool = False) -> tuple[Path, Path]:
+def write_dossier(
+    result: StudyResult, number: int, to: Path, texts: bool = False, trust_remote_code: bool = False
+) -> tuple[Path, Path]:
     """Write a trial's dossier as HTML, and next to it as JSON.
 
     Args:
-        result, number, texts: As `dossier_facts`.
+        result, number, texts, trust_remote_code: As `dossier_facts`.
         to: The page; the JSON has its name with another ending.
 
     Returns:
@@ -89,7 +92,7 @@ def write_dossier(result: StudyResult, number: int, to: Path, texts: bool = Fals
     Raises:
         UserError: As `dossier_facts`, or the files cannot be written.
     """
-    facts = dossier_facts(result, number, texts)
+    facts = dossier_facts(result, number, texts, trust_remote_code)
     page = to if to.suffix == ".html" else to.with_suffix(".html")
     plain = page.with_suffix(".json")
     package = resources.files("search.report")
@@ -107,7 +110,7 @@ def write_dossier(result: StudyResult, number: int, to: Path, texts: bool = Fals
     return page, plain
 
 
-def _request(result: StudyResult, texts: bool) -> dict[str, Any]:
+def _request(result: StudyResult, texts: bool, trust_remote_code: bool) -> dict[str, Any]:
     corpus = result.store.record.corpus
     sets = {
         name: {
@@ -122,7 +125,7 @@ def _request(result: StudyResult, texts: bool) -> dict[str, Any]:
     if texts:
         from search.evaluation.prepared import prepare
 
-        loaded = prepare(result.runnable_spec()).corpus
+        loaded = prepare(result.runnable_spec(), trust_remote_code).corpus
         found["forget_texts"] = [[item.question, item.answer] for item in loaded.sets.get("forget", ())]
         found["forget_texts"] += [[item.question, item.choices[item.answer]] for item in loaded.choices.get("forget", ())]
     return found

@@ -386,6 +386,25 @@ def test_a_dossier_has_texts_only_where_they_are_asked_for(audited, call, tmp_pa
     assert item.answer not in (tmp_path / "without.html").read_text()
 
 
+def test_texts_of_a_dossier_run_a_models_code_only_where_that_is_allowed(
+    finished, preparation, new_store, made_up_evidence, call, tmp_path
+):
+    folder = str(preparation.models.store.find(preparation.models.key("full", preparation.models.config)))
+    store = new_store(model={"kind": "pretrained", "initial": folder, "retain": folder, "trust_remote_code": True})
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
+    number, job = store.ask_point(store.spec.search_space(), {"base": "npo", "epoch": 1, "alpha": 0.0}, "alpha_zero")
+    store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+    out = store.out
+    store.close()
+    command = ("dossier", out, "--trial", number, "--to", tmp_path / "dossier.html", "--texts")
+    code, _, error = call(*command)
+    assert code == 2 and "--trust-remote-code" in error
+    code, _, error = call(*command, "--trust-remote-code")
+    assert code == 0, error
+    assert json.loads((tmp_path / "dossier.json").read_text())["request"]["forget_texts"]
+
+
 @pytest.mark.parametrize("options", [(), ("--trial", "0", "--rule", "knee"), ("--trial", "999")])
 def test_a_dossier_of_no_trial_is_refused(finished, call, tmp_path, options):
     code, *_ = call("dossier", finished.out, *options, "--to", tmp_path / "d.html")
