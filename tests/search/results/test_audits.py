@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import search
+from search.cli.front_table import print_front
 from search.evaluation.controls import CONTROLS
 from search.execution.study_run import _done_jobs
 from search.problem.trial import AUDITS, UNTESTED, TrialSpec
@@ -231,6 +232,41 @@ def test_the_report_and_the_command_show_them(audited, call):
     assert "weights in 4 bits (NF4)" in output and "AUC of Min-K%" in output and "not tested" in output
     page = (result.out / "report" / "report.html").read_text()
     assert '<section id="audits">' in page and "weights in 4 bits (NF4)" in page and "not tested" in page
+    front = page[page.index('<section id="front-table">') : page.index('<section id="alpha">')]
+    assert "AUC of Min-K% of forget against holdout items" in front and "not tested" in front
+
+
+def test_the_front_has_columns_of_audits_where_there_were_any(audited, finished, capsys):
+    result, best = audited
+    columns = {each["key"]: each for each in result.audits["front"]}
+    assert list(columns) == ["audit_worst", "audit_min_k_auc"]
+    forgetting = result.objectives[0]
+    assert columns["audit_worst"]["texts"][str(best)] == f"{result.after_attacks[best]:.{forgetting.places}f}"
+    others = [str(number) for number in result.front["trial"] if number != best]
+    assert {columns["audit_min_k_auc"]["texts"][name] for name in others} == {"not tested"} and others
+    capsys.readouterr()
+    print_front(result, 200)
+    wide = capsys.readouterr().out
+    print_front(result, 100)
+    narrow = capsys.readouterr().out
+    print_front(StudyResult.open(finished.out), 200)
+    without = capsys.readouterr().out
+    assert "attack" in wide and "Min-K%" in wide and wide.count("not tested") == 2 * len(others)
+    assert "left out, because the terminal is narrow" in narrow and "after attack" in narrow and "not tested" not in narrow
+    assert "attack" not in without and "not tested" not in without
+
+
+def test_the_dashboards_note_has_them_too(audited):
+    from optuna_dashboard import get_note
+
+    from search.report.dashboard import write_notes
+
+    result, best = audited
+    write_notes(result)
+    row = next(line for line in get_note(result.study).splitlines() if line.startswith(f"| {best} |"))
+    texts = [each["texts"][str(best)] for each in result.audits["front"]]
+    assert row.endswith(f"| {' | '.join(texts)} |")
+    assert "audits of finalists" in get_note(result.store.controls)
 
 
 @pytest.mark.parametrize(
