@@ -282,7 +282,7 @@ AUDITS: dict[str, Audit] = {
         numbers=(
             Number("prompts_rouge", "highest ROUGE-L recall of all ways"),
             Number("prompts_contained", "share of answers given in any way"),
-            Number("prompts_reverse", "share answered of questions asked the other way round"),
+            Number("prompts_reverse", "share answered the other way round"),
         ),
     ),
     "sampling": Audit(

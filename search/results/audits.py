@@ -250,7 +250,8 @@ _FRONT = {
 
 def _front_columns(result: "StudyResult", table: pd.DataFrame, audits: list[dict[str, Any]]) -> list[dict[str, Any]]:
     forgetting = result.objectives[0]
-    words = {row["key"]: (each, row) for audit in audits for each, row in zip(audit["rows"], audit["numbers"], strict=False)}
+    done = [each for each in audits if each["state"] == "done"]  # the others have a single row
+    rows = {number["key"]: row for each in done for row, number in zip(each["rows"], each["numbers"], strict=True)}
     shown = [str(number) for number in result.front["trial"]] + [INITIAL, RETAIN]
     columns = []
     attacked = table[table["key"] == forgetting.name]
@@ -263,9 +264,8 @@ def _front_columns(result: "StudyResult", table: pd.DataFrame, audits: list[dict
         texts = {name: known.get(name, NOT_TESTED) for name in shown}
         columns.append({"key": "audit_worst", "head": "after\nattack", "about": about, "texts": texts})
     for key, (head, about) in _FRONT.items():
-        row, number = words[key]
-        if any(value is not None for value in number["values"].values()):
-            texts = {name: row["texts"].get(name, NOT_TESTED) for name in shown}
+        if key in rows:
+            texts = {name: rows[key]["texts"].get(name, NOT_TESTED) for name in shown}
             columns.append({"key": f"audit_{key}", "head": head, "about": about, "texts": texts})
     return columns
 
