@@ -24,6 +24,7 @@ from uipe_core.metrics.uncertainty import (
     indistinguishable,
     intervals,
     paired_permutation,
+    student_quantile,
 )
 
 
@@ -191,3 +192,9 @@ def test_drawn_aucs_are_those_of_the_drawn_items():
         assert drawn == pytest.approx(auc(*taken), abs=1e-12)
     ones = [np.ones((1, size)) for size in (9, 6)]
     assert bootstrap_auc(members, others, *ones) == pytest.approx([auc(members, others)])
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 10, 19, 20, 399, 4000])
+@pytest.mark.parametrize("probability", [0.5, 0.6, 0.9, 0.975, 0.999, 1 - 1e-6])
+def test_students_quantile_is_scipys(probability, degrees):
+    assert student_quantile(probability, degrees) == pytest.approx(stdtrit(degrees, probability), rel=1e-9, abs=1e-12)
