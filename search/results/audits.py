@@ -88,7 +88,9 @@ def why_not(result: "StudyResult", kind: str) -> str | None:
     """Return why an audit cannot be done in a study; None where it can."""
     if result.spec.corpus.task not in AUDITS[kind].tasks:
         return "needs answers that are texts, and this study scores letters"
-    missing = [name for name in AUDITS[kind].needs if name not in result.store.record.corpus.items["select"]]
+    # What the corpus has by now may be more than it had when the study was begun.
+    there = {*result.store.record.corpus.items["select"], *result.spec.corpus.sets}
+    missing = [name for name in AUDITS[kind].needs if name not in there]
     return f"needs {', '.join(missing)} items, and the corpus has none" if missing else None
 
 

@@ -303,8 +303,19 @@ def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, 
         result.select("robust")
 
 
+def test_a_study_from_before_there_was_a_holdout_is_audited_with_one(copied):
+    record = json.loads((copied / "study.json").read_text())
+    for part in (record["corpus"]["sets"], record["corpus"]["groups"], *record["corpus"]["items"].values()):
+        del part["holdout"]
+    (copied / "study.json").write_text(json.dumps(record))
+    best = int(StudyResult.open(copied).front["trial"].iloc[0])
+    result = search.audit_study(copied, [best], tests=("membership",), quiet=True)
+    auc = audit_table(result).set_index("key").loc["min_k_auc"]
+    assert auc["initial"] > 0.9 and 0 <= auc[best] <= 1
+
+
 def test_membership_without_holdout_items_says_what_it_lacks(new_store, made_up_evidence):
-    store = new_store()
+    store = new_store(corpus={"kind": "people", "forget_people": 200, "retain_people": 100, "pretraining_people": 60})
     initial = TrialSpec("initial", model="initial")
     store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
     number, job = store.ask_point(store.spec.search_space(), {"base": "npo", "epoch": 1, "alpha": 0.0}, "alpha_zero")
