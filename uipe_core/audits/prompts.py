@@ -131,5 +131,7 @@ def reverse_answers(
         UserError: A prompt with its text has more tokens than the model has positions.
     """
     pairs = [item.reverse for item in items if item.reverse is not None]
+    if not pairs:
+        return [], []
     texts = [GreedyText(loaded.prompts.prompt_ids(question), limit, []) for question, _ in pairs]
     return [answer for _, answer in pairs], [[text] for text in write_texts(loaded, texts, size)]

@@ -191,7 +191,7 @@ def fact_pairs(corpus: Corpus, seed: int) -> dict[str, list[tuple[Item, Item]]]:
 
 
 def _world(name: str, rng: random.Random, attributes: Attributes, sizes: tuple[int, int, int]) -> tuple[Corpus, list[str]]:
-    """Return the corpus, and the names that nobody in it has."""
+    """Return the corpus, and the names that no person in it has."""
     forget_people, retain_people, pretraining_people = sizes
     total = sum(sizes)
     available = len(FIRST_NAMES) * len(LAST_NAMES)
