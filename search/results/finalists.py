@@ -111,7 +111,7 @@ def over_seeds(
         values = np.array([[row[name] for name in names] for row in known], dtype=float)
         means, spreads = values.mean(axis=0), values.std(axis=0, ddof=1) if len(known) > 1 else np.full(len(names), np.nan)
         row = {**{key: point[key] for key in ("trial", "base", "epoch", "alpha", *names)}, "seeds": len(known)}
-        row["holds"] = len(known) == len(labels) and not any(row.get("collapsed") is True for row in known)
+        row["holds"] = len(known) == len(labels) and not any(isinstance(row.get("collapsed"), str) for row in known)
         row |= {f"{name}_mean": mean for name, mean in zip(names, means, strict=True)}
         rows.append(row | {f"{name}_spread": spread for name, spread in zip(names, spreads, strict=True)})
     table = pd.DataFrame(rows)
