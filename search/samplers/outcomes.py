@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from search.problem.objectives import Objective
-from search.samplers.gaussian_process import FloatArray
+from search.samplers.kernels import FloatArray
 from uipe_core.corpora.types import MEMBERSHIP_SETS
 from uipe_core.metrics.composites import (
     AGREEMENT,
@@ -56,6 +56,11 @@ ROOT = "divergence"
 _BEYOND = {ROUGE: "text", EXTRACTION: "extracted", EXACT: "exact"}
 """Curves of measures that change in steps, by measure: their mean over the items beyond that of the answers' probability."""
 
+
+_SMALL, _DRAWS = 1e-4, 2
+"""Relative errors of losses that show what they do to curves, and how often they are drawn for one point."""
+_OF_LOSSES = ("_loss", "/min_k")
+"""Ends of the names of arrays that are losses."""
 
 _ORDER = (PROBABILITY, PARAPHRASE, CLOSENESS, TRUTH_SHARE, ROUGE, EXTRACTION, EXACT, AGREEMENT)
 
@@ -140,6 +145,24 @@ class OutcomeModel:
         if bad:
             raise ValueError(f"curves that are not finite: {', '.join(bad)}")
         return curves
+
+    def units(self, arrays: Mapping[str, NDArray[Any]], start: Mapping[str, FloatArray]) -> dict[str, float]:
+        """Mean variance that a relative error of 1 in every loss, each by itself, would give the values of each curve.
+
+        Args:
+            arrays: Item scores.
+            start: Their curves, `of` them.
+        """
+        generator = np.random.default_rng(0)
+        found = dict.fromkeys(start, 0.0)
+        for _ in range(_DRAWS):
+            moved = {
+                name: each * (1.0 + _SMALL * generator.standard_normal(each.shape)) if name.endswith(_OF_LOSSES) else each
+                for name, each in arrays.items()
+            }
+            for name, each in self.of(moved).items():
+                found[name] += float(np.square((each - start[name]) / _SMALL).mean()) / _DRAWS
+        return found
 
     def _measured(self, component: Component, scores: SetScores, definition: Definition) -> FloatArray:
         measure = component.measure
