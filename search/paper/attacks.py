@@ -42,8 +42,8 @@ RELEARNED = {"relearn_forget": "forget", "relearn_few": "few", "relearn_retain":
 """Kinds of relearning (`uipe_core.audits.relearning.KINDS`) by attack."""
 
 ATTACKS = {
-    "nf4": "weights in NF4",
-    "int4": "weights in int4",
+    "nf4": "4 bits: NF4",
+    "int4": "4 bits: int4",
     "relearn_forget": "relearned: forget set",
     "relearn_few": "relearned: a few forget items",
     "relearn_retain": "relearned: retain items",

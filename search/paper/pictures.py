@@ -224,7 +224,7 @@ def attacks_figure(worlds: Sequence[Attacked]) -> Figure:
         for rows, edge in ((walks[walks["alpha"] != 0], "none"), (walks[walks["alpha"] == 0], INK)):
             shade = shades(norm(rows["alpha"].to_numpy(dtype=float)))
             axes.scatter(rows["forgetting"], rows[after], s=15, color=shade, edgecolors=edge, linewidths=0.7, zorder=3)
-        finish(axes, title, across="forgetting before")
+        finish(axes, title.replace(": ", "\n"), across="forgetting before")
         axes.set(xlim=(0, None), ylim=(0, None))
     grid[0, 0].set_ylabel("forgetting after")
     share_heights(grid[0])

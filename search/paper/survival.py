@@ -158,18 +158,19 @@ def chosen(world: Attacked, utility: Objective) -> dict[str, pd.Series]:
     if world.points.empty or not world.front.any():
         return {}
     front = world.points[world.front].rename(columns={"forgetting": MEMORIZATION.name, "utility": utility.name})
-    front = front.assign(trial=front.index)
+    places = np.flatnonzero(world.front)
+    front = front.assign(trial=places)
     initial = pd.Series(world.initial).rename({"forgetting": MEMORIZATION.name, "utility": utility.name})
     known = front[front[AFTER_WORST].notna()]
     attacked = dict(zip(known["trial"].astype(int), known[AFTER_WORST].astype(float), strict=True))
-    found = {STRONGEST: front[MEMORIZATION.name].idxmax()}
+    found = {STRONGEST: int(front[MEMORIZATION.name].to_numpy().argmax())}
     for rule in RULES:
         try:
-            row, _ = chosen_row(front, initial, (MEMORIZATION, utility), rule, DEFAULT_FLOOR, attacked)
+            found[rule], _ = chosen_row(front, initial, (MEMORIZATION, utility), rule, DEFAULT_FLOOR, attacked)
         except UserError:
             continue
-        found[rule] = front.index[row]
-    return {rule: world.points.loc[row] for rule, row in found.items() if np.isfinite(world.points.loc[row, WORST])}
+    points = {rule: world.points.iloc[int(places[row])] for rule, row in found.items()}
+    return {rule: point for rule, point in points.items() if np.isfinite(point[WORST])}
 
 
 def fragility(world: Attacked, utility: Objective, rule: str) -> list[float]:
