@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -129,8 +129,14 @@ class AttackSettings:
 
     def as_dict(self) -> dict[str, Any]:
         """Return a JSON-able form of what is not in the study's fingerprint."""
-        shown = {name: value for name, value in asdict(self).items() if name != "study"}
-        return {**shown, "study": self.study.name, "least": LEAST, "relearning": self.relearning.model_dump(mode="json")}
+        return {
+            "study": self.study.name,
+            "epochs": list(self.epochs),
+            "alphas": list(self.alphas),
+            "far": self.far,
+            "least": LEAST,
+            "relearning": self.relearning.model_dump(mode="json"),
+        }
 
     def tasks(self, seeds: int) -> list[AttackTask]:
         """Return the tasks of so many seeds, from the study's own on; those of one seed, which share models, lie apart."""

@@ -48,7 +48,7 @@ def run_paper(
     """
     from search.paper.page import write_page
 
-    chosen, attacked = settings or PaperSettings(), attacks or AttackSettings.small()
+    chosen, attacked = settings or PaperSettings.small(), attacks or AttackSettings.small()
     with Bars() as bars:
         results = run_parts(chosen, seeds, out, bars, workers)
         parts = run_parts(attacked, seeds, out, bars, workers)
