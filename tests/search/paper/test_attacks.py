@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from search.evaluation.prepared import prepare
 from search.paper.attacks import ATTACKS, LEAST, PUSHED, RANDOM, WALK, AttackSettings, AttackTask, random_step, run_attacks
 from search.paper.runner import PARTS
 from search.spec.study import load_study
@@ -65,11 +66,27 @@ def test_random_steps_have_the_distance_of_the_walk():
     tensors = {name: torch.randn(40, 50, generator=generator) * scale for name, scale in (("a", 0.1), ("b", 2.0))}
     update = UpdateVector(DENSE, tensors)
     alone, pushed = (random_step(update, 0.5, 7, alone=each) for each in (True, False))
+    length = lambda tensor: float(torch.linalg.vector_norm(tensor))  # noqa: E731
     for name, delta in tensors.items():
-        assert torch.linalg.vector_norm(alone.tensors[name]) == pytest.approx(1.5 * torch.linalg.vector_norm(delta), rel=1e-5)
+        assert length(alone.tensors[name]) == pytest.approx(1.5 * length(delta), rel=1e-5)
         step = pushed.tensors[name] - delta
         assert torch.allclose(step / (1.5**2 - 1) ** 0.5, alone.tensors[name] / 1.5, atol=1e-6)
     assert pushed.norm == pytest.approx(1.5 * update.norm, rel=0.05)
+
+
+def test_adapters_on_a_model_that_exists_are_merged_and_take_no_random_steps(attack_settings, write_study, tmp_path):
+    models = prepare(attack_settings.study).models
+    places = {name: models.ready_source(name).location for name in ("initial", "retain")}
+    adapter = {"rank": 4, "alpha": 16, "target_modules": "all-linear"}
+    changes = {"epochs": 1, "learning_rate": 0.02, "adapter": adapter, "methods": {"grad_ascent": {}}}
+    study = write_study(tmp_path / "study.yaml", model={"kind": "pretrained", **places}, unlearning=changes)
+    settings = AttackSettings.of_study(load_study(study))
+    found = run_attacks(settings, AttackTask(0, "grad_ascent"), 1)
+    assert {point["kind"] for point in found["points"]} == {WALK}
+    assert [(point["epoch"], point["alpha"]) for point in found["points"][2:]] == [(1, -0.5), (1, -0.25), (1, 0.5), (1, 1.0)]
+    attacked = [point for point in found["points"] if point["after"]]
+    assert attacked
+    assert all(set(point["after"]) == set(ATTACKS) and not point["problems"] for point in attacked)
 
 
 def test_a_method_that_diverges_is_a_part_without_points(attack_settings):
