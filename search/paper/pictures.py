@@ -225,7 +225,7 @@ def attacks_figure(worlds: Sequence[Attacked]) -> Figure:
             shade = shades(norm(rows["alpha"].to_numpy(dtype=float)))
             axes.scatter(rows["forgetting"], rows[after], s=15, color=shade, edgecolors=edge, linewidths=0.7, zorder=3)
         finish(axes, title.replace(": ", "\n"), across="forgetting before")
-        axes.set(xlim=(0, None), ylim=(0, None))
+        axes.set(xlim=(0, None), ylim=(0, None), xticks=(0, 0.5))
     grid[0, 0].set_ylabel("forgetting after")
     share_heights(grid[0])
     bar = figure.colorbar(ScalarMappable(norm, shades), ax=grid[0], label="alpha", aspect=30, pad=0.01)
