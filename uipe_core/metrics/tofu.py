@@ -276,13 +276,11 @@ def loss_components(scores: SetScores, name: str, definition: Definition) -> dic
     Raises:
         UserError: Losses that are not finite.
     """
-    from scipy.special import logsumexp
-
     _check_losses(scores, name, ("answer_loss", "paraphrase_loss", "perturbed_loss"))
     log_probability = -scores.answer_loss
     if name in CHOICE_SETS:
         choices = np.concatenate([log_probability[:, None], -scores.perturbed_loss], axis=1)
-        log_probability = _log_divide(log_probability, logsumexp(choices, axis=1), definition.epsilon)
+        log_probability = _log_divide(log_probability, np.logaddexp.reduce(choices, axis=1), definition.epsilon)
     log_perturbed = definition.log_mean_perturbed(scores.perturbed_loss)
     log_ratio = _log_divide(log_perturbed, -scores.paraphrase_loss, definition.epsilon)
     if name == "forget":

@@ -22,6 +22,7 @@ from uipe_core.metrics.uncertainty import (
     indistinguishable,
     intervals,
     paired_permutation,
+    student_quantile,
 )
 
 
@@ -177,3 +178,9 @@ def test_the_shift_that_is_seen_is_seen_in_nine_of_ten_other_draws(items):
 
 def test_three_items_see_nothing():
     assert detectable_shift(3) == (math.inf, 1.0)
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 10, 19, 20, 399, 4000])
+@pytest.mark.parametrize("probability", [0.5, 0.6, 0.9, 0.975, 0.999, 1 - 1e-6])
+def test_students_quantile_is_scipys(probability, degrees):
+    assert student_quantile(probability, degrees) == pytest.approx(stdtrit(degrees, probability), rel=1e-9, abs=1e-12)
