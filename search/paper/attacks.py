@@ -97,13 +97,13 @@ class AttackSettings:
 
     @classmethod
     def small(cls) -> "AttackSettings":
-        """Return those of the quickstart's world and models: every epoch, six values of alpha besides 0."""
+        """Return those of the quickstart's world and models: every epoch, six values of alpha other than 0."""
         study = load_study(quickstart_path()).model_copy(update={"audit": Audit(relearning=SMALL_RELEARNING)})
         return cls(study, tuple(range(1, study.base_epochs()["grad_ascent"] + 1)), (-0.75, -0.5, -0.25, 0.5, 1.0, 2.0))
 
     @classmethod
     def of_study(cls, study: StudySpec) -> "AttackSettings":
-        """Return those of a study: its first and last epoch, four values of alpha besides 0 that its search allows.
+        """Return those of a study: its first and last epoch, four values of alpha other than 0 that its search allows.
 
         Raises:
             UserError: The study scores letters, trains nothing, maximises a utility that is no mean over items, allows no alpha
@@ -145,7 +145,7 @@ class AttackSettings:
 
     @property
     def pushes(self) -> bool:
-        """Whether random steps are taken: a sum of low-rank updates is none of their rank."""
+        """Return True where random steps are taken: a sum of low-rank updates is none of their rank."""
         return self.study.unlearning is not None and self.study.unlearning.adapter is None
 
     def points(self, trained: int) -> list[tuple[str, int, float]]:

@@ -2,7 +2,7 @@
 
 The share undone by an attack is (before - after) / (before - initial) of forgetting: 1 when all of it is back. A walk is
 compared with training by the same method where training is alike: the trained epochs in order are a curve, straight between
-epochs, and the nearest place of it counts where it lies within one `STEP`.
+epochs, and the nearest place of it counts where it is within one `STEP`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
