@@ -6,7 +6,7 @@ or on items to keep (`uipe_core.audits`). Forgetting is the memorisation score, 
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -85,25 +85,23 @@ class AttackSettings:
     Attributes:
         study: Corpus, models, methods and their training; its section ``audit`` says how knowledge is trained back. All items
             are scored, and nothing is searched.
-        epochs: Epochs that are walked from; every trained epoch is scored at alpha = 0.
-        alphas: Where to, without 0.
-        far: The alpha whose distance from theta_init the random steps have, above 0.
+        walks: By epoch that is walked from, the alphas, without 0; every trained epoch is scored at alpha = 0.
+        far: The alpha, above 0, whose distance from theta_init the random steps have; they start where walks go above 0.
     """
 
     study: StudySpec
-    epochs: tuple[int, ...]
-    alphas: tuple[float, ...]
+    walks: Mapping[int, tuple[float, ...]]
     far: float = 1.0
 
     @classmethod
     def small(cls) -> "AttackSettings":
         """Return those of the quickstart's world and models: every epoch, six values of alpha other than 0."""
         study = load_study(quickstart_path()).model_copy(update={"audit": Audit(relearning=SMALL_RELEARNING)})
-        return cls(study, tuple(range(1, study.base_epochs()["grad_ascent"] + 1)), (-0.75, -0.5, -0.25, 0.5, 1.0, 2.0))
+        return cls(study, dict.fromkeys(range(1, study.base_epochs()["grad_ascent"] + 1), (-0.75, -0.5, -0.25, 0.5, 1.0, 2.0)))
 
     @classmethod
     def of_study(cls, study: StudySpec) -> "AttackSettings":
-        """Return those of a study: its first and last epoch, four values of alpha other than 0 that its search allows.
+        """Return those of a study: above 0 from its first epoch, below 0 from its last, within the alphas of its search.
 
         Raises:
             UserError: The study scores letters, trains nothing, maximises a utility that is no mean over items, allows no alpha
@@ -111,11 +109,13 @@ class AttackSettings:
         """
         _require_fit(study)
         assert study.unlearning is not None
-        low, high = study.search.alpha.low, study.search.alpha.high
-        alphas = tuple(alpha for alpha in (-0.5, -0.25, 0.5, 1.0) if low <= alpha <= high)
-        if not alphas or max(alphas) <= 0:
+        above = tuple(alpha for alpha in (0.5, 1.0) if alpha <= study.search.alpha.high)
+        below = tuple(alpha for alpha in (-0.5, -0.25) if alpha >= study.search.alpha.low)
+        if not above:
+            high = study.search.alpha.high
             raise UserError(f"search.alpha.high: {high:g} leaves no walk beyond a trained epoch; give 0.5 or more")
-        return cls(study, tuple(sorted({1, study.unlearning.epochs})), alphas, far=max(alphas))
+        last = study.unlearning.epochs
+        return cls(study, {1: above, last: below} if last > 1 else {1: (*below, *above)}, far=max(above))
 
     @cached_property
     def key(self) -> str:
@@ -131,8 +131,7 @@ class AttackSettings:
         """Return a JSON-able form of what is not in the study's fingerprint."""
         return {
             "study": self.study.name,
-            "epochs": list(self.epochs),
-            "alphas": list(self.alphas),
+            "walks": {str(epoch): list(alphas) for epoch, alphas in self.walks.items()},
             "far": self.far,
             "least": LEAST,
             "relearning": self.relearning.model_dump(mode="json"),
@@ -151,20 +150,20 @@ class AttackSettings:
     def points(self, trained: int) -> list[tuple[str, int, float]]:
         """Return the (kind, epoch, alpha) of a part, every trained epoch first; of random steps alpha gives the distance."""
         found = [(WALK, epoch, 0.0) for epoch in range(1, trained + 1)]
-        for epoch in self.epochs:
-            found += [(WALK, epoch, alpha) for alpha in self.alphas]
-            found += [(PUSHED, epoch, self.far), (RANDOM, epoch, self.far)] if self.pushes else []
+        for epoch, alphas in self.walks.items():
+            found += [(WALK, epoch, alpha) for alpha in alphas]
+            pushed = self.pushes and max(alphas, default=0.0) > 0
+            found += [(PUSHED, epoch, self.far), (RANDOM, epoch, self.far)] if pushed else []
         return found
 
     def cost(self, parts: int) -> str:
         """Say what so many parts cost at most, in models."""
         assert self.study.unlearning is not None
-        count = len(self.points(self.study.unlearning.epochs + 1))
-        unattacked = len(self.epochs) if self.pushes else 0
-        attacked = parts * (count - unattacked)
+        points = self.points(self.study.unlearning.epochs + 1)
+        attacked = parts * sum(kind != RANDOM for kind, _, _ in points)
         return (
-            f"attacks: {parts} base runs to train and {parts * count} models to score, of which up to {attacked} are rounded "
-            "twice and fine-tuned three times"
+            f"attacks: {parts} base runs to train and {parts * len(points)} models to score, of which up to {attacked} are "
+            "rounded twice and fine-tuned three times"
         )
 
 

@@ -17,7 +17,9 @@ def attack_settings(place, write_study, tmp_path_factory):
     """Settings of the tiny study: three walked epochs, three values of alpha."""
     study = load_study(write_study(tmp_path_factory.mktemp("attacks") / "tiny.yaml", unlearning={"epochs": 3}))
     relearning = Relearning(learning_rate=0.002, few=2)
-    return AttackSettings(study.model_copy(update={"audit": Audit(relearning=relearning)}), (1, 2, 3), (-0.5, 0.5, FAR), FAR)
+    return AttackSettings(
+        study.model_copy(update={"audit": Audit(relearning=relearning)}), dict.fromkeys((1, 2, 3), (-0.5, 0.5, FAR)), FAR
+    )
 
 
 @pytest.fixture(scope="session")

@@ -389,7 +389,7 @@ if __name__ == "__main__":
         finetune=Stage(4, 1e-2, 32), methods={"grad_ascent": {}}, table_methods=("grad_ascent",), epochs=1, alphas=(1.0,),
     )
     study = load_study(sys.argv[2]).model_copy(update={"audit": None})
-    attacks = AttackSettings(study, (1,), (1.0,))
+    attacks = AttackSettings(study, {1: (1.0,)})
     PaperSettings.small, AttackSettings.small = lambda: small, lambda: attacks
     sys.argv = ["uipe", "paper", "--seeds", "1", "--out", sys.argv[1]]
     cli.main()
