@@ -92,7 +92,8 @@ def run_parts(settings: Settings, seeds: int, out: Path, bars: Bars, workers: in
         seeds: How many seeds, 1 to 1000.
         out: Output folder; made if it is missing.
         bars: Where progress is shown.
-        workers: Processes; None is one per core that this process may use. Cores beyond them are shared out as threads.
+        workers: Processes; None is one per core that this process may use. Models that are not small share out the other
+            cores as threads.
 
     Raises:
         UserError: No seed or too many, a folder that cannot be written, or a kept part that is damaged or of other settings.
@@ -165,7 +166,9 @@ def _run_missing(settings: Settings, missing: list[AnyTask], folder: Path, bars:
     count = min(workers or cores, len(missing))
     for task in [*missing, *[None] * count]:
         todo.put(task)
-    threads = max(1, cores // count)
+    # Small models want one thread: two under contention are slower (`uipe_core.models.loading.set_threads`).
+    large = isinstance(settings, AttackSettings) and not isinstance(settings.study.model, TinyModel)
+    threads = max(1, cores // count) if large else 1
     # Daemons: they end with this process however it ends.
     processes = [context.Process(target=_work, args=(settings, folder, todo, news, threads), daemon=True) for _ in range(count)]
     try:
