@@ -305,7 +305,7 @@ def paper(
 ) -> None:
     """Repeat UIPE's experiments on small models, attack what was forgotten, and judge the claims.
 
-    The same command resumes an interrupted run. Three seeds take about ten minutes on two idle cores.
+    The same command resumes an interrupted run. Three seeds take about a quarter of an hour on two idle cores.
     """
     from search.paper.runner import run_paper, run_study_attacks
 
