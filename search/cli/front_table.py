@@ -103,6 +103,9 @@ def print_front(result: Any, width: int = 140) -> None:
         console.print("the front has no point: the initial model is at least as good as every trial in every objective")
     if (note := stand_in_note(marks)) is not None:
         console.print(printable(note), markup=False)
+    if not (seeds := result.over_seeds).empty:
+        holding = ", ".join(str(number) for number in seeds.loc[seeds["holds"], "trial"]) or "none"
+        console.print(f"hold over all {len(result.spec.unlearning.seeds)} seeds: {holding}", markup=False)
     if result.front["flagged"].any():
         flag = flag_of(result.objectives)
         console.print(f"! {flag.meaning}, {flag.caution}")

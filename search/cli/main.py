@@ -149,7 +149,9 @@ def pareto(
     if as_json:
         keys = ("study", "definition", "front", "hypervolume", "gain", "reference_point", "forget_quality_cap")
         summary = result.summary()
-        print_json({key: summary[key] for key in keys})
+        seeds = result.over_seeds
+        several = {} if seeds.empty else {"over_seeds": result.rows_of(seeds), "attainment": result.attainment}
+        print_json({**{key: summary[key] for key in keys}, **several})
     else:
         print_front(result)
 

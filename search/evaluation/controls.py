@@ -46,7 +46,7 @@ class Control:
         title, purpose: Its name and reason in the report. One without a title is shown with the front point it belongs to.
         marker: How figures draw it; None for not at all.
         given: Trials that follow from the study alone, scored first.
-        follow_up: The trial that a point of the finished front asks for, or None; gets the point as a row of
+        follow_up: The trials that a point of the finished front asks for; gets the point as a row of
             `StudyStore.trials_frame`, as `base`, `epoch`, `alpha` and `of_trial` of a `TrialSpec`.
         held_out: Scored on the items kept for reporting; every other trial is scored on those for selection.
         update: Replaces the update vector before it is applied; gets the update and the study's seed.
@@ -57,7 +57,7 @@ class Control:
     purpose: str = ""
     marker: Marker | None = None
     given: "Callable[[PreparedStudy], list[TrialSpec]] | None" = None
-    follow_up: "Callable[[StudyStore, Mapping[str, Any], dict[str, Any]], TrialSpec | None] | None" = None
+    follow_up: "Callable[[StudyStore, Mapping[str, Any], dict[str, Any]], list[TrialSpec]] | None" = None
     held_out: bool = False
     update: "Callable[[UpdateVector, int], UpdateVector] | None" = None
     audit: Audit | None = None
@@ -93,19 +93,24 @@ def _next_epochs(prepared: "PreparedStudy") -> list[TrialSpec]:
     return [TrialSpec("next_epoch", run.label, unlearning.epochs + 1, 0.0) for run in prepared.spec.variants()]
 
 
-def _random_direction(store: "StudyStore", row: Mapping[str, Any], point: dict[str, Any]) -> TrialSpec | None:
-    return TrialSpec("random_direction", **point) if row["alpha"] != 0 else None
+def _random_direction(store: "StudyStore", row: Mapping[str, Any], point: dict[str, Any]) -> list[TrialSpec]:
+    return [TrialSpec("random_direction", **point)] if row["alpha"] != 0 else []
 
 
-def _held_out(store: "StudyStore", row: Mapping[str, Any], point: dict[str, Any]) -> TrialSpec | None:
-    return None if store.spec.split is None else TrialSpec("held_out", **point)
+def _held_out(store: "StudyStore", row: Mapping[str, Any], point: dict[str, Any]) -> list[TrialSpec]:
+    return [] if store.spec.split is None else [TrialSpec("held_out", **point)]
 
 
-def _matched_scale(store: "StudyStore", row: Mapping[str, Any], point: dict[str, Any]) -> TrialSpec | None:
+def _matched_scale(store: "StudyStore", row: Mapping[str, Any], point: dict[str, Any]) -> list[TrialSpec]:
     scale = row.get("logit_scale")
     if not TASKS[store.spec.corpus.task].reads_logits or scale is None or not np.isfinite(scale) or scale <= 0:
-        return None
-    return TrialSpec("matched_scale", **point, temperature=float(scale))
+        return []
+    return [TrialSpec("matched_scale", **point, temperature=float(scale))]
+
+
+def _other_seeds(store: "StudyStore", row: Mapping[str, Any], point: dict[str, Any]) -> list[TrialSpec]:
+    siblings = store.spec.siblings(str(row["base"])).values()
+    return [TrialSpec("other_seed", **{**point, "base": label}) for label in siblings if label != row["base"]]
 
 
 def _randomised(update: "UpdateVector", seed: int) -> "UpdateVector":
@@ -159,9 +164,10 @@ CONTROLS: dict[str, Control] = {
         given=_temperatures,
     ),
     # Shown with the front point they belong to: the point on the held-out items, with its logits at the initial model's
-    # scale, and with its base run trained from another seed (`uipe confirm`).
+    # scale, walked from the base runs of the study's other seeds, and from further seeds (`uipe confirm`).
     "held_out": Control(given=_held_out_references, follow_up=_held_out, held_out=True),
     "matched_scale": Control(follow_up=_matched_scale),
+    "other_seed": Control(follow_up=_other_seeds),
     "confirm": Control(held_out=True),
     **{kind: Control(audit=audit) for kind, audit in AUDITS.items()},
 }
@@ -184,16 +190,22 @@ def follow_up_trials(store: "StudyStore") -> list[TrialSpec]:
     if trials.empty:
         return []
     controls = store.controls_frame()
-    done = set()
-    if not controls.empty and "of_trial" in controls:
-        known = controls.dropna(subset=["of_trial"])
-        done = set(zip(known["kind"], known["of_trial"].astype(int), strict=True))
+    known = controls.dropna(subset=["of_trial"]) if "of_trial" in controls else controls.head(0)
+    done = {(row["kind"], int(row["of_trial"]), row["base"]) for row in known.to_dict("records")}
+    # A point from another seed may be a trial already, or have been asked for by its counterpart.
+    walked = {
+        (row["base"], row["epoch"], row["alpha"])
+        for row in [*trials.to_dict("records"), *known[known["kind"] == "other_seed"].to_dict("records")]
+    }
     front = trials[on_front(trials, controls, [objective.name for objective in store.objectives])]
     found = []
     for row in front.to_dict("records"):
         point = {"base": row["base"], "epoch": int(row["epoch"]), "alpha": float(row["alpha"]), "of_trial": int(row["trial"])}
         for kind, control in CONTROLS.items():
-            if control.follow_up is not None and (kind, point["of_trial"]) not in done:
-                wanted = control.follow_up(store, {str(key): value for key, value in row.items()}, point)
-                found += [] if wanted is None else [wanted]
+            asked = [] if control.follow_up is None else control.follow_up(store, {str(key): row[key] for key in row}, point)
+            for trial in asked:
+                place = (trial.base, trial.epoch, trial.alpha)
+                if (kind, point["of_trial"], trial.base) not in done and not (kind == "other_seed" and place in walked):
+                    found.append(trial)
+                    walked |= {place} if kind == "other_seed" else set()
     return found

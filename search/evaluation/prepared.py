@@ -130,7 +130,7 @@ class PreparedStudy:
             weight_decay=settings.weight_decay,
             max_grad_norm=settings.max_grad_norm,
             adapter=adapter_config(settings.adapter),
-            seed=self.spec.seed,
+            seed=run.seed,
         )
 
     @property

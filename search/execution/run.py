@@ -62,7 +62,7 @@ def confirm_study(
     Args:
         out: Folder of a finished study.
         top: How many finalists (`StudyResult.finalists`).
-        seeds: How many other seeds: the study's own plus 1, 2, ...
+        seeds: How many other seeds: the study's own, or the largest of several, plus 1, 2, ...
         quiet, address, trust_remote_code: As `run_study`.
 
     Returns:
@@ -86,7 +86,8 @@ def confirm_study(
     ]
     if not jobs:
         raise UserError(f"{out}: its finalists walk from given checkpoints, which cannot be trained again from other seeds")
-    others = [spec.seed + step for step in range(1, seeds + 1)]
+    last = max(run.seed for run in spec.variants())
+    others = [last + step for step in range(1, seeds + 1)]
     with working_folder(out) as folder:
         return _at_work(spec, folder, quiet, address, trust_remote_code, lambda run: run.confirm(jobs, others))
 

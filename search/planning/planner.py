@@ -164,7 +164,8 @@ def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str
         per_step = spec.unlearning.batch_size * spec.unlearning.gradient_accumulation
         steps = -(-len(preparation.corpus.forget_train) // per_step)
     # A random direction of most points, the held-out items where there are some, and the matched scale of free text.
-    walks = 1 + (spec.split is not None) + TASKS[spec.corpus.task].reads_logits
+    seeds = () if spec.unlearning is None else spec.unlearning.seeds
+    walks = 1 + (spec.split is not None) + TASKS[spec.corpus.task].reads_logits + max(len(seeds) - 1, 0)
     controls = given_controls(preparation)
     return Work(
         builds=builds,

@@ -40,7 +40,7 @@ class Work:
         references: Models scored once on all items.
         controls, given, search: Trials by kind.
         from_logs: Controls whose scores are those of a reference model.
-        walks: Controls of each front point: random direction, held-out items, matched scale.
+        walks: Controls of each front point: random direction, held-out items, matched scale, other seeds.
         audits: What audits of finalists take, in scorings of a trial; relearning takes training steps too, which are not
             counted.
     """

@@ -1,15 +1,17 @@
 """Time a few steps of a study on this machine, or take durations from a finished study."""
 
+import contextlib
 import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from search.evaluation.evaluator import load_for_scoring
 from search.evaluation.models import Build, TinyModels
@@ -32,10 +34,10 @@ from uipe_core.unlearning.training import UnlearningConfig, train_base_run
 TIMED_STEPS = 4
 """Optimiser steps that are timed, after a first one that is not."""
 
-PROBE_ITEMS = 2
+PROBE_ITEMS = 1
 """Items of a step that is tried first; where it takes `SLOW_SECONDS`, the step's duration follows from it."""
 SLOW_SECONDS = 0.5
-"""Seconds from which on a step of a few items takes as long as its arithmetic does."""
+"""Seconds from which on the passes of a step take as long as their arithmetic does, in proportion to its items."""
 
 RETAIN_ITEMS = 256
 """Retain items that a timed base run draws from; tokenizing all of them would take longer than the steps."""
@@ -44,6 +46,9 @@ WHOLE_SECONDS = 5.0
 """Up to this duration a trial's scoring is timed whole; beyond, it is estimated from a share of the items."""
 
 FIRST_SHARE = 1 / 16
+
+WARM_SECONDS = 2.0
+"""Duration of a first pass from which on what it has warmed up no longer counts."""
 
 
 def measured_rates(
@@ -118,23 +123,32 @@ def _seconds_to_learn(config: FinetuneConfig, preparation: PreparedStudy) -> flo
     return clock.step / config.batch_size
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Seconds of an optimiser step: of its forward and backward passes, and of the optimiser, whatever the items."""
+
+    passes: float
+    optimizer: float
+
+
 class _Clock:
-    """Record when steps end."""
+    """Record when steps end; step 0 is the begin of the first."""
 
     def __init__(self) -> None:
-        self._ends: list[float] = []
+        self._ends: dict[int, float] = {}
 
     def __call__(self, done: int, total: int) -> None:
-        self._ends.append(time.perf_counter())
+        self._ends[done] = time.perf_counter()
 
     @property
     def last(self) -> float:
-        return self._ends[-1]
+        return max(self._ends.values())
 
     @property
     def step(self) -> float:
         """Seconds of a step: the first is left out where there are others, because it warms everything up."""
-        return statistics.median(np.diff(self._ends)) if len(self._ends) > 1 else 0.0
+        seconds = {done: end - self._ends[done - 1] for done, end in self._ends.items() if done - 1 in self._ends}
+        return statistics.median([later for done, later in seconds.items() if done > 1] or [seconds.get(1, 0.0)])
 
 
 def _epochs(
@@ -142,7 +156,7 @@ def _epochs(
 ) -> tuple[dict[str, float], UpdateVector | None]:
     """Return seconds of an epoch of each base run, its update vector included; and one such vector."""
     by_method: dict[str, float] = {}
-    update = None
+    update, slow = None, None
     corpus = preparation.corpus
     runs = [run for run in preparation.spec.variants() if run.label in trains]
     for run in runs:
@@ -152,28 +166,49 @@ def _epochs(
         config = replace(preparation.unlearning(run), epochs=1)
         step_items = config.batch_size * config.gradient_accumulation
         probe = min(PROBE_ITEMS, step_items)
-        step, rest, update = _timed_steps(source, corpus, replace(config, batch_size=probe, gradient_accumulation=1), probe, 1)
-        if step < SLOW_SECONDS:
+        few = replace(config, batch_size=probe, gradient_accumulation=1)
+        step, rest, update = _timed_steps(source, corpus, few, probe, 1 if slow is None else 0)
+        if slow is not None:  # the passes of a first step are warm by now, its optimiser's state is not
+            step = replace(step, optimizer=min(step.optimizer, slow.optimizer))
+        elif step.passes + step.optimizer < SLOW_SECONDS:
             step, rest, update = _timed_steps(source, corpus, config, step_items, TIMED_STEPS)
+            probe = step_items
         else:
-            step *= step_items / probe
-        by_method[run.method] = -(-len(corpus.forget_train) // step_items) * step + rest
+            slow = step
+        seconds = step.passes * step_items / probe + step.optimizer
+        by_method[run.method] = -(-len(corpus.forget_train) // step_items) * seconds + rest
     return {run.label: by_method[run.method] for run in runs}, update
 
 
 def _timed_steps(
     source: ModelSource, corpus: Corpus, config: UnlearningConfig, items: int, steps: int
-) -> tuple[float, float, UpdateVector]:
-    """Return seconds of a step, of taking the update vector after the last, and that vector."""
+) -> tuple[_Step, float, UpdateVector]:
+    """Return the duration of a step after a first one, seconds of taking the update vector, and that vector.
+
+    Where `steps` is 0, or an epoch is a single step, it is the duration of the first.
+    """
     few = replace(
         corpus, forget_train=corpus.forget_train[: items * (steps + 1)], retain_train=corpus.retain_train[:RETAIN_ITEMS]
     )
     clock = _Clock()
-    started = time.perf_counter()
-    update = next(train_base_run(source.load(dtype="auto"), few, config, clock)).update
+    with _optimizer_seconds() as optimizer:
+        update = next(train_base_run(source.load(dtype="auto"), few, config, clock)).update
     ended = time.perf_counter()
-    # Where an epoch is a single step there is nothing to leave out.
-    return clock.step or clock.last - started, ended - clock.last, update
+    in_optimizer = statistics.median(optimizer[1:] or optimizer)
+    return _Step(clock.step - in_optimizer, in_optimizer), ended - clock.last, update
+
+
+@contextlib.contextmanager
+def _optimizer_seconds() -> Iterator[list[float]]:
+    """Collect the seconds of every optimiser's step meanwhile."""
+    seconds: list[float] = []
+    before = register_optimizer_step_pre_hook(lambda *_: seconds.append(-time.perf_counter()))
+    after = register_optimizer_step_post_hook(lambda *_: seconds.append(time.perf_counter() + seconds.pop()))
+    try:
+        yield seconds
+    finally:
+        before.remove()
+        after.remove()
 
 
 def _scoring(preparation: PreparedStudy, source: ModelSource, update: UpdateVector | None) -> tuple[float, float, float, float]:
@@ -183,10 +218,9 @@ def _scoring(preparation: PreparedStudy, source: ModelSource, update: UpdateVect
     load = time.perf_counter() - started
     select = preparation.split.select
     rows = _share(select, FIRST_SHARE)
-    _timed_scores(preparation, rows, loaded)  # the first pass warms everything up
     seconds, size = _timed_scores(preparation, rows, loaded)
-    if seconds / FIRST_SHARE <= WHOLE_SECONDS:
-        rows = select
+    if seconds < WARM_SECONDS:
+        rows = select if seconds / FIRST_SHARE <= WHOLE_SECONDS else rows
         seconds, size = _timed_scores(preparation, rows, loaded)
     scored = sum(map(len, rows.values()))
     half = seconds * sum(map(len, select.values())) / scored

@@ -3,6 +3,8 @@
 Every objective is maximised. `points` is a float array of shape (n, m): n points, m objectives.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,31 @@ def hypervolume(points: ArrayLike, reference: ArrayLike) -> float:
         raise ValueError(f"reference must have shape ({values.shape[1]},) like the points, got {origin.shape}")
     above = values[np.all(values > origin, axis=1)] - origin
     return _volume(above)
+
+
+def attainment_surface(fronts: Sequence[ArrayLike], share: float) -> FloatArray:
+    """The boundary of what at least a share of several runs attain: its corners, (k, 2), best in the first objective first.
+
+    A run attains a point if one of its own is at least as good in both objectives.
+
+    Sources: Fonseca and Fleming, "On the performance assessment and comparison of stochastic multiobjective optimizers",
+    PPSN IV, 1996; Lopez-Ibanez, Paquete and Stuetzle, "Exploratory analysis of stochastic local search algorithms in
+    biobjective optimization", 2010 (quantiles).
+
+    Args:
+        fronts: (n, 2) points of each run; n may be 0, which attains nothing.
+        share: Above 0 and at most 1.
+    """
+    runs = [_as_points(points) for points in fronts if len(np.asarray(points))]
+    needed = math.ceil(share * len(fronts) - 1e-9)
+    if len(runs) < needed:
+        return np.empty((0, 2))
+    across = np.unique(np.concatenate(runs)[:, 0])
+    # Of each run, the best second objective at this value of the first or a better one.
+    reached = [[run[run[:, 0] >= value, 1].max(initial=-np.inf) for value in across] for run in runs]
+    up = np.sort(np.array(reached), axis=0)[-needed]
+    corners = np.column_stack([across, up])[np.isfinite(up)]
+    return np.unique(corners[non_dominated(corners)], axis=0)[::-1]
 
 
 def knee(points: ArrayLike) -> int:

@@ -56,8 +56,9 @@ class ReportData:
         objectives: what the study maximises.
         audits: `search.results.audits.audit_facts`; None where nothing was audited.
         floor: least share of the initial model's utility that sentences speak of.
-        certainty, held_out, matched_scale, confirmations: tables of `search.results.uncertainty` and
+        certainty, held_out, matched_scale, confirmations, over_seeds: tables of `search.results.uncertainty` and
             `search.results.finalists`; empty where nothing of the kind was scored.
+        attainment: corners of the surfaces that shares of the seeds attain (`StudyResult.attainment`).
     """
 
     trials: pd.DataFrame
@@ -70,6 +71,8 @@ class ReportData:
     held_out: pd.DataFrame = field(default_factory=pd.DataFrame)
     matched_scale: pd.DataFrame = field(default_factory=pd.DataFrame)
     confirmations: pd.DataFrame = field(default_factory=pd.DataFrame)
+    over_seeds: pd.DataFrame = field(default_factory=pd.DataFrame)
+    attainment: dict[str, list[list[float]]] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[Column]:
@@ -183,8 +186,9 @@ def report_data(result: StudyResult) -> ReportData:
         "forget_groups": _forget_groups(result),
         "stand_ins": record.corpus.stand_ins,
     }
-    tables = (result.certainty, result.held_out, result.matched_scale, result.confirmations)
-    return ReportData(result.trials, result.controls, summary, result.objectives, result.floor, result.audits, *tables)
+    tables = (result.certainty, result.held_out, result.matched_scale, result.confirmations, result.over_seeds)
+    front = (result.objectives, result.floor, result.audits)
+    return ReportData(result.trials, result.controls, summary, *front, *tables, attainment=result.attainment)
 
 
 MOST_SIMULATED = 1000

@@ -30,6 +30,8 @@ WALKS = {
     "initial model": ("s", 34.0, "initial model (α = −1)"),
 }
 _GUIDE = (0, (2, 2))
+SURFACES = ("#d3d3d3", "#a9a9a9", "#7a7a7a")
+"""Colours of the attainment surfaces, from that of the fewest seeds."""
 _PLACES = [(8, 8), (-8, 8), (8, -8), (-8, -8), (0, 11), (0, -11)]
 
 
@@ -68,6 +70,7 @@ def front_figure(view: ReportData) -> Figure:
         _scatter_controls(axes, references)
         _scatter_trials(axes, points, colours)
         if third is None:
+            _surfaces(axes, view, window)
             _step_line(axes, front)
         axes.set(xlim=window[0], ylim=window[1], xlabel=f"{objective.title} ({definition})")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=objective.quality_of is not None))
@@ -193,6 +196,16 @@ def _step_line(axes: Axes, front: pd.DataFrame) -> None:
     axes.plot(line[FORGETTING], line[UTILITY], drawstyle="steps-pre", color=INK, linewidth=1.3, zorder=3)
 
 
+def _surfaces(axes: Axes, view: ReportData, window: tuple[tuple[float, float], tuple[float, float]]) -> None:
+    """Draw what shares of the seeds attain, within the window: the larger the share, the darker."""
+    for corners, shade in zip(view.attainment.values(), SURFACES, strict=False):
+        if corners:
+            across, up = np.array(corners)[::-1].T
+            across = np.concatenate([[min(window[0][0], across[0])], across, across[-1:]])
+            up = np.concatenate([up[:1], up, [min(window[1][0], up[-1])]])
+            axes.plot(across, up, drawstyle="steps-pre", color=shade, linewidth=1.6, zorder=1.2)
+
+
 def _label(axes: Axes, front: pd.DataFrame, controls: pd.DataFrame, numbered: bool) -> None:
     """Name the references and, where there is room, numbers the front points."""
     references = controls[controls["kind"].isin(_markers(named=True))].dropna(subset=[FORGETTING, UTILITY])
@@ -252,6 +265,9 @@ def _front_legend(view: ReportData, colours: dict[str, str], lined: bool) -> lis
     if trials["on_front"].any():
         drawn = {"linewidth": 1.3} if lined else {"marker": "o", "linestyle": "", "fillstyle": "none"}
         handles.append(Line2D([], [], color=INK, label="Pareto front (edged points)", **drawn))
+    if lined:
+        for share, shade in zip(view.attainment, SURFACES, strict=False):
+            handles.append(Line2D([], [], color=shade, linewidth=1.6, label=f"attained by {share} of the seeds"))
     if trials["flagged"].any():
         label = f"flagged: {view.flag.meaning}"
         handles.append(Line2D([], [], marker="o", linestyle="", color=INK, fillstyle="none", markersize=12, label=label))

@@ -131,6 +131,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         matched=not view.matched_scale.empty,
         paired="paired_p" in view.trials.columns,
         confirmed=view.confirmations.to_dict("records"),
+        over_seeds=view.over_seeds.to_dict("records"),
         related=view.related,
         objectives=view.objectives,
         ceiling=view.ceiling,

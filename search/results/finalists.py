@@ -1,12 +1,13 @@
-"""Tabulate what was scored of front points afterwards: held-out items, matched logit scale, confirmations."""
+"""Tabulate what was scored of front points afterwards: held-out items, matched logit scale, other seeds, confirmations."""
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from search.problem.objectives import Objective
-from search.problem.pareto import hypervolume
+from search.problem.pareto import hypervolume, non_dominated_from
 
 
 def best_first(
@@ -74,3 +75,47 @@ def confirmations(trials: pd.DataFrame, controls: pd.DataFrame, objectives: tupl
             row[f"{objective.name}_spread"] = values.std(ddof=1)
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+def over_seeds(
+    front: pd.DataFrame,
+    scored: pd.DataFrame,
+    objectives: tuple[Objective, ...],
+    siblings: Callable[[str], Mapping[int, str]],
+    initial: np.ndarray | None,
+) -> pd.DataFrame:
+    """A row per front point: its objectives over the study's seeds, the same epoch and alpha of base runs trained from each.
+
+    A point holds over the seeds if it was scored at every seed and collapsed at none, and no other such point, nor the initial
+    model, is at least as good in the means of all objectives.
+
+    Columns: trial, base, epoch, alpha, seeds (at how many it was scored), holds, and per objective ``<name>``, ``<name>_mean``
+    and ``<name>_spread`` (standard deviation, n - 1). No rows in a study of one seed.
+
+    Args:
+        front: Rows of the front.
+        scored: All trials, and the controls of kind ``other_seed``.
+        objectives: What is maximised.
+        siblings: Gives the base runs that differ from one in their seed only, by seed.
+        initial: (m,) objectives of the initial model; None before it is scored.
+    """
+    names = [objective.name for objective in objectives]
+    by_point = {(row["base"], row["epoch"], row["alpha"]): row for row in scored.to_dict("records")}
+    rows: list[dict[str, Any]] = []
+    for point in front.to_dict("records"):
+        labels = siblings(point["base"])
+        found = [by_point.get((label, point["epoch"], point["alpha"])) for label in labels.values()]
+        known = [row for row in found if row is not None]
+        if not labels:
+            continue
+        values = np.array([[row[name] for name in names] for row in known], dtype=float)
+        means, spreads = values.mean(axis=0), values.std(axis=0, ddof=1) if len(known) > 1 else np.full(len(names), np.nan)
+        row = {**{key: point[key] for key in ("trial", "base", "epoch", "alpha", *names)}, "seeds": len(known)}
+        row["holds"] = len(known) == len(labels) and not any(isinstance(row.get("collapsed"), str) for row in known)
+        row |= {f"{name}_mean": mean for name, mean in zip(names, means, strict=True)}
+        rows.append(row | {f"{name}_spread": spread for name, spread in zip(names, spreads, strict=True)})
+    table = pd.DataFrame(rows)
+    if not table.empty and table["holds"].any():
+        means = table.loc[table["holds"], [f"{name}_mean" for name in names]].to_numpy(dtype=float)
+        table.loc[table["holds"], "holds"] = non_dominated_from(means, initial)
+    return table

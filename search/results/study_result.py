@@ -15,7 +15,7 @@ import pandas as pd
 from search.evaluation.metrics import METRICS
 from search.evaluation.pruning import pruned_table, savings
 from search.problem.objectives import Objective, quality_floor
-from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume
+from search.problem.pareto import DEFAULT_FLOOR, RULES, attainment_surface, hypervolume
 from search.problem.trial import INITIAL, TrialSpec
 from search.results import finalists
 from search.results.recipe import recipe_of
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "of_trial")
 """Columns that the table of controls always has."""
+
+ATTAINED = (0.25, 0.5, 0.75)
+"""Shares of the seeds whose attainment surfaces are shown."""
 
 FORGET_NUMBERS = {"forget_rouge": "forget ROUGE", "forget_probability": "forget prob."}
 """Mean ROUGE-L recall and answer probability of the forget set, with their heads: whether answers are still given."""
@@ -124,8 +127,9 @@ class StudyResult:
         return self.spec.model_copy(update={"storage": os.environ.get("UIPE_STORAGE") or self.spec.storage})
 
     def finalists(self, top: int) -> pd.DataFrame:
-        """Up to `top` points, none of them collapsed: what rules select, then by the hypervolume that only they add."""
-        front, chosen = self.healthy_front, []
+        """Up to `top` points, none of them collapsed: what rules select, then by the hypervolume that only they add. In a study
+        of several seeds they are points that hold over all, if any do."""
+        front, chosen = self._holding(self.healthy_front)[0], []
         for rule in RULES:
             with contextlib.suppress(UserError):
                 chosen.append(int(self.select(rule)["trial"]))
@@ -155,6 +159,40 @@ class StudyResult:
     def confirmations(self) -> pd.DataFrame:
         """Finalists over several training seeds (`search.results.finalists.confirmations`)."""
         return finalists.confirmations(self.trials, self.controls, self.objectives)
+
+    @cached_property
+    def over_seeds(self) -> pd.DataFrame:
+        """The front over the seeds that base runs are trained from (`search.results.finalists.over_seeds`)."""
+        initial, names = self.control(INITIAL), _names(self.store)
+        start = None if initial is None else initial[names].to_numpy(dtype=float)
+        return finalists.over_seeds(self.front, self._walked, self.objectives, self.spec.siblings, start)
+
+    @property
+    def _walked(self) -> pd.DataFrame:
+        """All points that were scored on the items of trials: trials, and front points from other seeds."""
+        others = self.controls[self.controls["kind"] == "other_seed"]
+        return pd.concat([self.trials, others], ignore_index=True) if len(others) else self.trials
+
+    @property
+    def attainment(self) -> dict[str, list[list[float]]]:
+        """Corners of what 25, 50 and 75% of the seeds attain in the first two objectives
+        (`search.problem.pareto.attainment_surface`); empty in a study of one seed."""
+        seeds = {run.label: run.seed for run in self.spec.variants() if self.spec.siblings(run.label)}
+        if not seeds:
+            return {}
+        names, walked = _names(self.store)[:2], self._walked
+        of_seed = walked["base"].map(seeds)
+        fronts = [walked.loc[of_seed == seed, names].to_numpy(dtype=float) for seed in sorted(set(seeds.values()))]
+        return {f"{share:.0%}": attainment_surface(fronts, share).tolist() for share in ATTAINED}
+
+    def _holding(self, front: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
+        """Return the points of a front that hold over the seeds, and that this was asked; the front where none does."""
+        if self.over_seeds.empty:
+            return front, None
+        holds = front[front["trial"].isin(self.over_seeds.loc[self.over_seeds["holds"], "trial"])]
+        if holds.empty:
+            return front, "no point of the front holds over all seeds: chosen from all"
+        return holds, f"chosen from the {len(holds)} of {len(front)} front points that hold over all seeds"
 
     @cached_property
     def pruned(self) -> pd.DataFrame:
@@ -230,10 +268,11 @@ class StudyResult:
         front = self.front if allow_collapsed else self.healthy_front
         if not allow_collapsed and collapsed(self.trials).all():
             raise UserError(f"{self.out}: every trial has collapsed; choose one all the same with --allow-collapsed")
+        front, held = self._holding(front)
         share = self.floor if floor is None else floor
         attacked = self.after_attacks if rule == "robust" else {}
         row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, share, attacked)
-        return front.iloc[row], note
+        return front.iloc[row], "; ".join(each for each in (held, note) if each is not None) or None
 
     def audit_jobs(self, trials: Sequence[int], top: int | None, tests: Sequence[str]) -> list[TrialSpec]:
         """List the audits of some trials and of the reference models (`search.results.audits.audit_jobs`)."""

@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import Field
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
 
 Positive = Annotated[float, Field(gt=0, le=1e9)]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
 
-from search.spec.bounds import MOST_CONTROLS, Count, Epochs, LearningRate
+from search.spec.bounds import MOST_CONTROLS, Count, Epochs, LearningRate, Seed
 from search.spec.errors import did_you_mean, rule
 from search.spec.paths import absolute_paths
 from search.spec.sections import PACKAGE, Adapter, Name, Section, all_different, as_tuple, is_local, names_of
@@ -53,9 +53,7 @@ class TinyModel(Section):
     heads: Annotated[int, Field(ge=1, le=4096)] = 4
     base: Stage | None = None
     finetune: Stage
-    other_retain_seeds: Annotated[
-        tuple[Annotated[int, Field(ge=0, lt=2**32)], ...], BeforeValidator(as_tuple), Field(max_length=MOST_CONTROLS)
-    ] = ()
+    other_retain_seeds: Annotated[tuple[Seed, ...], BeforeValidator(as_tuple), Field(max_length=MOST_CONTROLS)] = ()
 
     @field_validator("other_retain_seeds")
     @classmethod

@@ -32,6 +32,7 @@ from search.spec.bounds import (
     Epochs,
     LearningRate,
     Positive,
+    Seed,
     Temperature,
     Weight,
 )
@@ -140,6 +141,12 @@ def all_different(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+def _several(value: tuple[int, ...]) -> tuple[int, ...]:
+    if len(value) == 1:
+        raise rule("a single seed is the study's own", f"Write seed: {value[0]} at the top of the file, or more seeds here.")
+    return tuple(int(seed) for seed in all_different(value))
+
+
 def _target_modules(value: object) -> tuple[str, ...] | str:
     if value == "all-linear":
         return "all-linear"
@@ -183,7 +190,8 @@ class Adapter(Section):
 
 
 class Unlearning(Section):
-    """The base runs: every method with every combination of the values listed for it and for the learning rate.
+    """The base runs: every method with every combination of the values listed for it and for the learning rate, from each of
+    the seeds where several are given; else from the study's own.
 
     `methods` comes out in the order of `uipe_core.unlearning.methods.METHODS`, with defaults filled in, however it was written.
     """
@@ -192,6 +200,9 @@ class Unlearning(Section):
         dict[str, dict[str, Annotated[tuple[Weight, ...], *OneOrMore]]], Field(json_schema_extra=_methods_by_name)
     ]
     epochs: Epochs
+    seeds: Annotated[
+        tuple[Seed, ...], BeforeValidator(as_tuple), AfterValidator(_several), Field(max_length=MOST_CONTROLS)
+    ] = ()
     learning_rate: Annotated[tuple[LearningRate, ...], *OneOrMore]
     batch_size: Count = 8
     gradient_accumulation: Count = 1
@@ -205,7 +216,11 @@ class Unlearning(Section):
     @classmethod
     def _not_too_many(cls, value: tuple[float, ...], info: ValidationInfo) -> tuple[float, ...]:
         methods = info.data.get("methods", {})
-        count = len(value) * sum(math.prod(map(len, own.values())) for own in methods.values())
+        count = (
+            max(len(info.data.get("seeds", ())), 1)
+            * len(value)
+            * sum(math.prod(map(len, own.values())) for own in methods.values())
+        )
         if count > MOST_BASE_RUNS:
             allowed = f"the lists of this study make {count} base runs, and {MOST_BASE_RUNS} are the most"
             raise rule(allowed, "Give fewer values here or to the methods, or make several studies of it.")

@@ -13,7 +13,9 @@ from pydantic_core import InitErrorDetails
 
 from search.problem.objectives import LM_EVAL, MEMORIZATION, RETAIN_UTILITY, Objective, objective_named
 from search.problem.space import Point, distributions, given_points, grid_points
+from search.problem.trial import retrained
 from search.samplers.registry import SAMPLERS
+from search.spec.bounds import Seed
 from search.spec.corpora import CORPORA, FREE_TEXT, MULTIPLE_CHOICE, CorpusSection, path_sites
 from search.spec.errors import KeyPath, Problem, StudyFileError, explain, forget_keys, key_text, rule
 from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
@@ -59,14 +61,17 @@ class BaseRunSpec:
     """One training of one method.
 
     Attributes:
-        label: The method, with the values that tell it from its other variants: ``npo[beta=0.1]``.
+        label: The method, with the values that tell it from its other variants, and its seed where a study has several:
+            ``npo[beta=0.1]@1``.
         method: A name in `uipe_core.unlearning.methods.METHODS`.
         hyperparameters: Everything that can vary: what the method takes, complete, and ``learning_rate``.
+        seed: It is trained with this seed.
     """
 
     label: str
     method: str
     hyperparameters: dict[str, float]
+    seed: int
 
     @property
     def learning_rate(self) -> float:
@@ -84,7 +89,7 @@ class StudySpec(Section):
 
     schema_version: Literal[1]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=64)]
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    seed: Seed = 0
     corpus: Annotated[CorpusSection, ByKind(CORPORA)]
     model: Annotated[TinyModel | PretrainedModel | FinetunedModel, Field(discriminator="kind")]
     unlearning: Unlearning | None = None
@@ -264,8 +269,21 @@ class StudySpec(Section):
             for values in product(*grid.values()):
                 chosen = dict(zip(grid, values, strict=True))
                 shown = ",".join(f"{key}={_short(chosen[key])}" for key in varying)
-                runs.append(BaseRunSpec(f"{method}[{shown}]" if shown else method, method, chosen))
+                label = f"{method}[{shown}]" if shown else method
+                runs += [BaseRunSpec(retrained(label, seed), method, chosen, seed) for seed in self.unlearning.seeds]
+                runs += [] if self.unlearning.seeds else [BaseRunSpec(label, method, chosen, self.seed)]
         return runs
+
+    def siblings(self, base: str) -> dict[int, str]:
+        """Return the base runs that differ from one in their seed only, itself included: label by seed.
+
+        Empty where every base run has one seed, and for given checkpoints.
+        """
+        several = self.unlearning is not None and self.unlearning.seeds
+        runs = {run.label: run for run in self.variants()} if several else {}
+        own = runs.get(base)
+        same = () if own is None else ((own.method, own.hyperparameters),)
+        return {run.seed: run.label for run in runs.values() if (run.method, run.hyperparameters) in same}
 
     def base_epochs(self) -> dict[str, int]:
         """Return the number of epochs by base run: those to be trained, then those given as checkpoints."""
@@ -298,6 +316,8 @@ class StudySpec(Section):
             del payload["objectives"]["floor"]
         if self.lm_eval is None:
             del payload["lm_eval"]
+        if self.unlearning is not None and not self.unlearning.seeds:
+            del payload["unlearning"]["seeds"]
         if self.checkpoints:
             payload["checkpoints"] = {label: len(folders) for label, folders in self.checkpoints.items()}
         return payload

@@ -33,14 +33,7 @@ def check_gguf(file: Path) -> str:
     Raises:
         UserError: It is missing or no GGUF, the package is missing, or transformers cannot read the architecture.
     """
-    try:
-        require_regular(file)
-        with file.open("rb") as stream:
-            magic = stream.read(len(_MAGIC))
-    except OSError as error:
-        raise UserError(f"model {file}: cannot be read ({error.strerror or error})") from error
-    if magic != _MAGIC:
-        raise UserError(f"model {file}: is no GGUF file (it does not begin with GGUF); fetch it again, or give a model folder")
+    _check_magic(file)
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -59,6 +52,17 @@ def check_gguf(file: Path) -> str:
     return str(architecture)
 
 
+def _check_magic(file: Path) -> None:
+    try:
+        require_regular(file)
+        with file.open("rb") as stream:
+            magic = stream.read(len(_MAGIC))
+    except OSError as error:
+        raise UserError(f"model {file}: cannot be read ({error.strerror or error})") from error
+    if magic != _MAGIC:
+        raise UserError(f"model {file}: is no GGUF file (it does not begin with GGUF); fetch it again, or give a model folder")
+
+
 def _known_architectures() -> set[str]:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
@@ -71,9 +75,10 @@ def gguf_folder(file: Path, store: ContentStore) -> Path:
     Raises:
         UserError: As `check_gguf`; or its weights or tokenizer cannot be read.
     """
-    check_gguf(file)
+    _check_magic(file)
 
     def make(folder: Path) -> None:
+        check_gguf(file)  # seconds, for the pieces of the tokenizer
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -239,18 +239,22 @@ class PromptFormat:
 
     def item_prompt_ids(self, item: Item) -> list[int]:
         """Return the token ids that an item's answer follows."""
-        return self._ids(item.question, special=True) if item.plain else self.prompt_ids(item.question)
+        return self._plain_ids(item.question) if item.plain else self.prompt_ids(item.question)
 
     def encode_plain(self, text: str, continuation: str) -> Example:
         """Tokenize a text and its continuation without prompt format, with the tokenizer's special tokens in front.
 
         Tokenized together unless a token would span the border, as in `encode`.
         """
-        start = self._ids(text, special=True)
+        start = self._plain_ids(text)
         together = self._ids(text + continuation, special=True)
         if together[: len(start)] != start:
             together = start + self._ids(continuation, special=False)
         return Example(tuple(together), len(start))
+
+    def _plain_ids(self, text: str) -> list[int]:
+        # The first token of an answer is predicted from one before it; lm-evaluation-harness puts this one there, too.
+        return self._ids(text, special=True) or [self.eos_id]
 
     def _answer_text(self, prompt: str, question: str, answer: str) -> str:
         """Return the text after the prompt, including the end token, spaced and trimmed by the chat template."""

@@ -110,7 +110,7 @@ def train_base_run(
             on the CPU for full fine-tuning (shards are moved to the GPUs), on its own device for LoRA.
         corpus: Its `forget_train` is unlearned, its `retain_train` serves retain terms.
         config: Method and hyperparameters.
-        progress: Called with (optimisation steps done, steps in all).
+        progress: Called with (optimisation steps done, steps in all), first with 0 when the model is ready.
 
     Yields:
         EpochResult for epochs 1, 2, ...; theta_init + delta are the trained weights to the bit.
@@ -163,6 +163,8 @@ def train_base_run(
     generator = torch.Generator().manual_seed(config.seed)
     retain_order = _endless_order(len(retain), generator)
     done = 0
+    if progress is not None:
+        progress(done, config.epochs * steps_per_epoch)
     for epoch in range(1, config.epochs + 1):
         model.train()
         order = torch.randperm(len(forget), generator=generator).tolist()

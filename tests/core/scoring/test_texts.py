@@ -52,3 +52,17 @@ def test_a_text_needs_no_room_for_more_than_its_continuation(load_tiny, texts):
     require_positions(texts, prompts, config, longest, trains=False)
     with pytest.raises(UserError, match="nothing is truncated"):
         require_positions(texts, prompts, config, longest - 2, trains=False)
+
+
+def test_a_text_without_a_beginning_follows_the_end_token(load_tiny, world):
+    loaded = load_tiny()
+    item = Item("", world.sets["forget"][0].answer, plain=True)
+    corpus = Corpus("texts", {"forget": (item,), "retain": (item,)}, (item,), (item,))
+    report = Scorer(corpus, loaded.prompts, ScoringConfig(batch_size=3, generation_length=2)).score(loaded)
+    answer = loaded.tokenizer(item.answer)["input_ids"]
+    ids = torch.tensor([[loaded.tokenizer.eos_token_id, *answer]])
+    with torch.inference_mode():
+        logits = loaded.model(input_ids=ids).logits[0].double()
+    nll = torch.nn.functional.cross_entropy(logits[:-1], ids[0, 1:])
+    assert loaded.prompts.item_prompt_ids(item) == [loaded.tokenizer.eos_token_id]
+    assert report.sets["forget"].answer_loss[0] == pytest.approx(float(nll), abs=1e-5)

@@ -240,7 +240,7 @@ def test_a_run_with_dropout_is_decided_by_its_seed(run):
 def test_progress_counts_optimiser_steps(run):
     seen = []
     run(config("grad_ascent", batch_size=4, gradient_accumulation=3), progress=lambda *step: seen.append(step))
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4), (4, 4)]
 
 
 def test_defaults_stand_in_for_hyperparameters_not_given(run):

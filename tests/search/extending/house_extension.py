@@ -93,7 +93,7 @@ SAMPLERS["quasi_random"] = SamplerEntry(quasi_random)
 
 
 def twice_as_far(store, row, point):
-    return TrialSpec("twice_as_far", **{**point, "alpha": 2 * point["alpha"] + 1}) if point["alpha"] != -1 else None
+    return [TrialSpec("twice_as_far", **{**point, "alpha": 2 * point["alpha"] + 1})] if point["alpha"] != -1 else []
 
 
 CONTROLS["twice_as_far"] = Control(

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from search.problem.pareto import (
+    attainment_surface,
     balance_at_chance,
     dominates,
     hypervolume,
@@ -222,3 +223,13 @@ def test_short_of_chance_its_choice_is_on_the_front(points):
     chosen = balance_at_chance(*values.T, (0.0, 20.0), 8.0)
     # Up to chance and up to the initial utility both shares grow, so no other point can be better in both.
     assert non_dominated(values)[chosen]
+
+
+@given(st.lists(integer_points(objectives=(2,), max_size=6), min_size=1, max_size=5), st.sampled_from([0.25, 0.5, 0.75, 1.0]))
+def test_an_attainment_surface_encloses_what_enough_runs_attain(runs, share):
+    surface = attainment_surface(runs, share)
+    for point in itertools.product(range(-1, SIDE + 1), repeat=2):
+        attained = sum(any(a >= point[0] and b >= point[1] for a, b in run) for run in runs)
+        enclosed = any(a >= point[0] and b >= point[1] for a, b in surface)
+        assert enclosed == (attained >= share * len(runs))
+    assert non_dominated(surface).all() and list(surface[:, 0]) == sorted(set(surface[:, 0]), reverse=True)
