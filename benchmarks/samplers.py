@@ -31,10 +31,9 @@ from machine import machine
 from numpy.typing import NDArray
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState, create_trial
-from recorded.replay import World
+from recorded.replay import OBJECTIVES, World
 from recorded.table import ScoreTable, read_table
 
-from search.problem.objectives import FORGET_QUALITY, MODEL_UTILITY, THIRD_OBJECTIVES
 from search.problem.pareto import non_dominated
 from search.problem.space import own_epoch, sampled_epoch
 from search.samplers.line import LineSampler, LineStudy, UpdateVectors
@@ -65,6 +64,13 @@ class Search:
             self._kept[len(self._kept)] = items
             self._study.add_trial(create_trial(values=list(values), params=params, distributions=world.space))
 
+    @property
+    def place(self) -> tuple[int, int, float]:
+        """Base, own epoch and alpha of the last point."""
+        params = self._study.trials[-1].params
+        base, counts = self._world.labels.index(params["base"]), list(self._world.table.epochs.values())
+        return base, own_epoch(params["epoch"], max(counts), counts[base]), params["alpha"]
+
     def step(self) -> tuple[NDArray[np.float64], float]:
         """Propose a point and score it; objectives, and seconds that proposing took."""
         if self._grid is not None:
@@ -72,9 +78,7 @@ class Search:
         started = time.perf_counter()
         trial = self._study.ask(fixed_distributions=self._world.space)
         seconds = time.perf_counter() - started
-        base, counts = self._world.labels.index(trial.params["base"]), list(self._world.table.epochs.values())
-        epoch = own_epoch(trial.params["epoch"], max(counts), counts[base])
-        items = self._world.items(base, epoch, trial.params["alpha"])
+        items = self._world.items(*self.place)
         values = self._world.objectives(items)
         self._kept[trial.number] = items
         self._study.tell(trial.number, list(values), state=TrialState.COMPLETE)
@@ -101,17 +105,22 @@ def _line_sampler(world: World, seed: int, items: Callable[[int], Items | None])
     table = world.table
     vectors = [(label, epoch) for label, count in table.epochs.items() for epoch in range(1, count + 1)]
     lines = UpdateVectors({place: number for number, place in enumerate(vectors)}, table.gram)
-    known = {each.name: each for each in (FORGET_QUALITY, MODEL_UTILITY, *THIRD_OBJECTIVES.values())}
     study = LineStudy(
         epochs=table.epochs,
         alpha=(world.low, world.high),
-        curves=OutcomeModel(table.meta["definition"], [known[name] for name in table.meta["objectives"]], table.retain),
+        curves=curves_of(world),
         initial=table.initial,
         reference=lambda: (list(world.reference), list(world.ceilings)),
         items=items,
         lines=lambda: lines,
     )
     return LineSampler(study, world.space, REGISTRY["tpe"].make(seed), seed, warnings.warn)
+
+
+def curves_of(world: World) -> OutcomeModel:
+    """The curves that the table's objectives are made of."""
+    meta = world.table.meta
+    return OutcomeModel(meta["definition"], [OBJECTIVES[name] for name in meta["objectives"]], world.table.retain)
 
 
 def replay(world: World, name: str, seed: int, most: int) -> tuple[dict[float, float], float]:

@@ -1,10 +1,11 @@
 """A recorded table played back: any place of the search space answered from the curves of its items, without a model.
 
 Between recorded alphas, losses follow a cubic spline through all points of their curve, which begins with the initial model at
-alpha = -1; ROUGE jumps where a generated word changes and follows the straight line between its two neighbours.
+alpha = -1; measures of text jump where a word changes and follow the straight line between their two neighbours.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from scipy.interpolate import CubicSpline
 
+from search.problem.objectives import FORGET_QUALITY, MEMORIZATION, MODEL_UTILITY, THIRD_OBJECTIVES, Objective
 from search.problem.pareto import hypervolume
 from uipe_core.errors import UserError
+from uipe_core.metrics.composites import PARAPHRASE, Component, composite
 from uipe_core.metrics.scores import ScoreReport, set_scores
 from uipe_core.metrics.tofu import evaluate
 
@@ -22,6 +25,22 @@ from .table import ScoreTable
 
 Items = Mapping[str, NDArray[Any]]
 """Item scores by ``set/measurement``."""
+
+RETAIN_PROBABILITY = Objective(
+    "retain_probability",
+    "retain answer probability",
+    "retain\nprob.",
+    4,
+    worst=0.0,
+    from_items=True,
+    components=(Component("retain", PARAPHRASE),),
+)
+"""Utility of a table of losses, where the answer itself stands in for its paraphrase."""
+
+OBJECTIVES = {
+    each.name: each for each in (FORGET_QUALITY, MODEL_UTILITY, MEMORIZATION, RETAIN_PROBABILITY, *THIRD_OBJECTIVES.values())
+}
+"""What a table may have been recorded for."""
 
 LEAST = 4
 """Points a curve needs, the initial model among them: a cubic has four coefficients."""
@@ -49,10 +68,12 @@ class World:
         self.low, self.high = table.meta["alpha"]["low"], table.meta["alpha"]["high"]
         self._used = np.ones(len(table), dtype=bool) if used is None else used
         self._varying = {name: values for name, values in table.arrays.items() if name not in table.meta["constant"]}
-        self._smooth = [name for name in self._varying if not name.endswith("rouge_l_recall")]
+        self._smooth = [name for name in self._varying if name.endswith("_loss")]
         self._curves: dict[tuple[int, int], tuple[NDArray[np.float64], CubicSpline, Items]] = {}
         ceilings = [np.inf if ceiling is None else ceiling for ceiling in table.meta["ceilings"]]
-        if "retain/paraphrase_loss" not in table.arrays or not table.retain:
+        self._objectives = [OBJECTIVES[name] for name in table.meta["objectives"]]
+        compared = any(each.needs_retain_model for each in self._objectives)
+        if "retain/paraphrase_loss" not in table.arrays or (compared and not table.retain):
             raise UserError(f"the table of {table.meta['study']} is none of free text; only such tables can be replayed")
         self.ceilings, self.reference = np.array(ceilings), np.array(table.meta["corner"])
 
@@ -82,7 +103,10 @@ class World:
 
     def objectives(self, items: Items) -> NDArray[np.float64]:
         """(m,) objectives of item scores, by the study's own metrics."""
-        metrics = evaluate(_report(items), self._retain, self.table.meta["definition"])
+        report, definition = _report(items), self.table.meta["definition"]
+        if not any(each.needs_retain_model for each in self._objectives):
+            return np.array([composite(report, each.components, definition) for each in self._objectives])
+        metrics = evaluate(report, self._retain, definition)
         quality, related = metrics.forget_quality, metrics.related.get("related")
         values = {"model_utility": metrics.model_utility}
         values |= {} if quality is None else {"log10_forget_quality": quality.log10_p}
@@ -131,6 +155,42 @@ class World:
             steps = {name: values for name, values in known.items() if name not in self._smooth}
             self._curves[base, epoch] = (alphas, CubicSpline(alphas, flat), steps)
         return self._curves[base, epoch]
+
+
+class NoisyWorld(World):
+    """A world whose losses were rounded: each scored point has an error of its own, the same whenever it is scored again.
+
+    Args:
+        table: The recorded scores, which count as the truth.
+        level: Standard deviation of the relative error of every loss, each drawn by itself.
+        seed: Of the errors.
+
+    Attributes:
+        truth: The same world without errors.
+    """
+
+    def __init__(self, table: ScoreTable, level: float, seed: int) -> None:
+        self.truth, self._level, self._noise_seed = World(table), level, seed
+        super().__init__(replace(table, initial=self._with_errors(table.initial, (0, 0, -1.0))))
+
+    def items(self, base: int, epoch: int, alpha: float) -> dict[str, NDArray[Any]]:
+        """Item scores at a place, errors included."""
+        return self._with_errors(self.truth.items(base, epoch, alpha), (base, epoch, alpha))
+
+    @cached_property
+    def given(self) -> list[tuple[int, int, Items, NDArray[np.float64]]]:
+        """Base, epoch, items and objectives of every epoch at alpha = 0, errors included."""
+        found = [(base, epoch, self.items(base, epoch, 0.0)) for base, epoch, _, _ in self.truth.given]
+        return [(base, epoch, items, self.objectives(items)) for base, epoch, items in found]
+
+    def _with_errors(self, items: Items, place: tuple[int, int, float]) -> dict[str, NDArray[Any]]:
+        base, epoch, alpha = place
+        generator = np.random.default_rng([self._noise_seed, base, epoch, round(1e6 * (alpha + 1.0))])
+        found = dict(items)
+        for name in sorted(items):
+            if name.endswith("_loss"):
+                found[name] = items[name] * (1.0 + self._level * generator.standard_normal(items[name].shape))
+        return found
 
 
 def _report(items: Items) -> ScoreReport:

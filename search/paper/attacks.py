@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from search.evaluation.evaluator import load_for_scoring
+from search.evaluation.models import adapter_config
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import task_of
 from search.problem.objectives import MEMORIZATION, TRUTH_RATIO
@@ -324,7 +325,9 @@ class _Part:
         kind, given, corpus = RELEARNED[attack], self.settings.relearning, self.prepared.corpus
         items = {"few": given.few, "benign": len(corpus.forget_train)}.get(kind)
         rates = {"epochs": given.epochs, "learning_rate": given.learning_rate, "batch_size": given.batch_size}
-        found = relearn(loaded, corpus, RelearningConfig(kind, items, **rates, seed=self.spec.seed))  # type: ignore[arg-type]
+        adapter = adapter_config(given.adapter)
+        config = RelearningConfig(kind, items, **rates, adapter=adapter, seed=self.spec.seed)  # type: ignore[arg-type]
+        found = relearn(loaded, corpus, config)
         if found.loaded is None:
             raise UserError(f"training {found.problem}")
         yield found.loaded

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from search.problem.pareto import non_dominated
-from search.samplers.gaussian_process import FloatArray, Geometry, Kernel, MultiOutputGP, Points, Prediction
+from search.samplers.gaussian_process import MultiOutputGP, Prediction
+from search.samplers.kernels import FloatArray, Geometry, Kernel, Points
 from search.samplers.outcomes import OutcomeModel
 
 FEW_DRAWS, MANY_DRAWS = 6, 64
@@ -38,21 +39,23 @@ class LineSearch:
         self._reference, self._ceiling = np.asarray(reference, dtype=float), np.asarray(ceiling, dtype=float)
         self._places: list[tuple[int, float]] = []
         self._values: list[Mapping[str, FloatArray]] = []
+        self._units: list[Mapping[str, float]] = []
         self._widths: dict[str, int] = {}
-        self._front = np.zeros((0, len(self._reference)))
         self._model: MultiOutputGP | None = None
-        self._kernels: tuple[Kernel, Kernel] | None = None
+        self._front = np.zeros((0, len(self._reference)))
+        self._kernel: Kernel | None = None
         self._fitted_on = 0
 
     def __len__(self) -> int:
         return len(self._places)
 
-    def tell(self, vector: int, scale: float, values: Mapping[str, FloatArray]) -> None:
+    def tell(self, vector: int, scale: float, values: Mapping[str, FloatArray], units: Mapping[str, float]) -> None:
         """Take in what was scored at a point.
 
         Args:
             vector, scale: The point: theta_init + scale * update vector.
             values: `OutcomeModel.of` its item scores; some may be missing.
+            units: `OutcomeModel.units` of them.
 
         Raises:
             ValueError: No values, or of other items than the points before; nothing is taken in then.
@@ -63,9 +66,7 @@ class LineSearch:
         self._widths |= {name: len(each) for name, each in values.items()}
         self._places.append((vector, scale))
         self._values.append(values)
-        if values.keys() >= self._curves.names:
-            points = np.vstack([self._front, np.minimum(self._curves.objectives(values), self._ceiling)])
-            self._front = points[non_dominated(points)]
+        self._units.append(units)
         self._model = None
 
     @property
@@ -74,6 +75,11 @@ class LineSearch:
         return Points(
             np.array([each[0] for each in self._places], dtype=np.int64), np.array([each[1] for each in self._places])
         )
+
+    @property
+    def error(self) -> float:
+        """Relative error of the losses, as far as the scores show it."""
+        return self._current_model().error
 
     def propose(self, candidates: Points, pending: Points | None, generator: np.random.Generator) -> int:
         """The candidate to score next, by its number.
@@ -103,7 +109,7 @@ class LineSearch:
 
     def expect(self, candidates: Points) -> FloatArray:
         """(C, m) objectives at the mean of what is expected."""
-        return self._curves.objectives(self._current_model().predict(candidates).mean)
+        return self._curves.objectives(self._current_model().expect(candidates))
 
     def _gain(self, prediction: Prediction, errors: Mapping[str, FloatArray], front: FloatArray, wider: float) -> FloatArray:
         """(C,) mean growth of the hypervolume over the draws."""
@@ -120,9 +126,11 @@ class LineSearch:
         """The front of what has been scored, and of points under way as expected."""
         if pending is None or not len(pending):
             return self._front
-        expected = np.minimum(self._curves.objectives(model.predict(pending).mean), self._ceiling)
-        points = np.concatenate([self._front, expected])
-        return points[non_dominated(points)]
+        return self._front_of(np.concatenate([self._front, self._curves.objectives(model.expect(pending))]))
+
+    def _front_of(self, points: FloatArray) -> FloatArray:
+        capped = np.minimum(points, self._ceiling)
+        return capped[non_dominated(capped)]
 
     def _current_model(self) -> MultiOutputGP:
         if not self._values:
@@ -131,9 +139,17 @@ class LineSearch:
             missing = {name: np.full(width, np.nan) for name, width in self._widths.items()}
             values = {name: np.stack([each.get(name, missing[name]) for each in self._values]) for name in missing}
             again = len(self) >= FIT_AGAIN * self._fitted_on
-            known = None if again else self._kernels
-            self._model = MultiOutputGP(self._geometry, self.places, values, self._curves.noisy & values.keys(), known)
-            self._kernels = self._model.kernels
+            units = {
+                name: float(np.median([each[name] for each in self._units if name in each]))
+                for name in values
+                if name not in self._curves.noisy
+            }
+            self._model = MultiOutputGP(self._geometry, self.places, values, units, None if again else self._kernel)
+            self._kernel = self._model.kernel
+            # As expected, not as measured: against what errors made too good nothing would be worth a score.
+            whole = np.array([each.keys() >= self._curves.names for each in self._values])
+            if whole.any():
+                self._front = self._front_of(self._curves.objectives(self._model.expect(self.places.take(whole))))
             self._fitted_on = len(self) if again else self._fitted_on
         return self._model
 

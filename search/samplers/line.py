@@ -18,7 +18,7 @@ from threadpoolctl import ThreadpoolController
 
 from search.problem.space import own_epoch, sampled_epoch
 from search.samplers.acquisition import LineSearch
-from search.samplers.gaussian_process import FloatArray, Geometry, Points
+from search.samplers.kernels import FloatArray, Geometry, Points
 from search.samplers.outcomes import OutcomeModel
 from uipe_core.errors import UserError
 
@@ -92,7 +92,7 @@ class LineSampler(BaseSampler):
         self._generator = np.random.default_rng(seed)
         self._say = say
         self._said: set[str] = set()
-        self._values: dict[int, Mapping[str, FloatArray] | None] = {}
+        self._values: dict[int, tuple[Mapping[str, FloatArray], Mapping[str, float]] | None] = {}
         self._measure: tuple[Sequence[float], Sequence[float]] | None = None
         self._lines: UpdateVectors | None = None
         self._search: LineSearch | None = None
@@ -176,7 +176,7 @@ class LineSampler(BaseSampler):
             self._measure = self._world.reference()
         if self._search is None or lines is not self._lines:
             self._search = LineSearch(Geometry(lines.gram), self._world.curves, *self._measure)
-            self._search.tell(0, 0.0, self._world.curves.of(self._world.initial))
+            self._search.tell(0, 0.0, *self._curves_of(self._world.initial))
             self._lines, self._told = lines, set()
         for trial in trials:
             if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED) or trial.number in self._told:
@@ -187,22 +187,26 @@ class LineSampler(BaseSampler):
                 continue
             self._told.add(trial.number)
             try:
-                self._search.tell(*place, values)
+                self._search.tell(*place, *values)
             except ValueError as error:
                 self._values[trial.number] = None
                 self._tell_once(f"sampler line: trial {trial.number} tells it nothing: {error}")
         return self._search
 
-    def _values_of(self, number: int) -> Mapping[str, FloatArray] | None:
+    def _values_of(self, number: int) -> tuple[Mapping[str, FloatArray], Mapping[str, float]] | None:
         if number not in self._values:
             values = None
             try:
                 arrays = self._world.items(number)
-                values = None if arrays is None else self._world.curves.of(arrays)
+                values = None if arrays is None else self._curves_of(arrays)
             except (UserError, KeyError, TypeError, ValueError) as error:
                 self._tell_once(f"sampler line: trial {number} tells it nothing, its item scores are no use: {error}")
             self._values[number] = values
         return self._values[number]
+
+    def _curves_of(self, arrays: Arrays) -> tuple[Mapping[str, FloatArray], Mapping[str, float]]:
+        curves = self._world.curves.of(arrays)
+        return curves, self._world.curves.units(arrays, curves)
 
     def _place_of(self, trial: FrozenTrial) -> tuple[int, float] | None:
         """Update vector and 1 + alpha of a trial; None where it has no such point, or the vector is not there yet."""

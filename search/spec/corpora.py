@@ -114,7 +114,6 @@ class PeopleCorpus(Section):
 
     task: ClassVar = FREE_TEXT
     objectives: ClassVar = (FORGET_QUALITY, MODEL_UTILITY)
-    sets: ClassVar = ("forget", *UTILITY_SETS, *RELATED_SETS)
     definition: ClassVar = "tofu"
     path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {}
 
@@ -122,6 +121,14 @@ class PeopleCorpus(Section):
     forget_people: People = 6
     retain_people: People = 34
     pretraining_people: People = 60
+
+    @property
+    def sets(self) -> tuple[str, ...]:
+        """Evaluation sets; people for the holdout where there are names for them."""
+        from uipe_core.corpora.people import has_holdout
+
+        there = has_holdout(self.forget_people, self.retain_people, self.pretraining_people)
+        return ("forget", *UTILITY_SETS, *RELATED_SETS, *(["holdout"] if there else []))
 
     def load(self, seed: int) -> "Corpus":
         """Generate the corpus."""

@@ -23,7 +23,7 @@ from uipe_core.storage.files import read_json, write_atomic
 EXTRA_KEY = "uipe"
 MEMORIZATION = ("exact_memorization", "extraction_strength")
 _FLOAT_INDEX = re.compile(r"\.0+$")
-OWN_MEASUREMENTS = (*MEMORIZATION, "logit_spread")
+OWN_MEASUREMENTS = (*MEMORIZATION, "logit_spread", "min_k")
 """Fields of `SetScores` under `EXTRA_KEY`."""
 
 

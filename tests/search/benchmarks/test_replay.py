@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.recorded.replay import World
+from benchmarks.recorded.replay import NoisyWorld, World
+from benchmarks.recorded.rounding import describe
 from benchmarks.recorded.table import read_table
 from search.problem.pareto import hypervolume
 from uipe_core.errors import UserError
@@ -76,6 +77,45 @@ def test_the_gain_is_that_of_the_whole_grid_with_its_noise_ceiling(world):
     assert world.dense_gain == pytest.approx(whole - given)
     assert world.dense_gain > 0
     assert len(world.given) == 24
+
+
+def test_errors_of_a_point_are_its_own_and_stay(world):
+    noisy = NoisyWorld(world.table, 0.01, 3)
+    once, again, close = (noisy.items(1, 6, alpha) for alpha in (-0.5, -0.5, -0.4999))
+    clean = world.items(1, 6, -0.5)
+    for name, values in clean.items():
+        assert np.array_equal(once[name], again[name])
+        assert name.endswith("_loss") == (values.size > 0 and not np.array_equal(once[name], values))
+    errors = np.concatenate([(once[name] / clean[name] - 1).ravel() for name in clean if name.endswith("_loss")])
+    others = np.concatenate([(close[name] / clean[name] - 1).ravel() for name in clean if name.endswith("_loss")])
+    assert errors.std() == pytest.approx(0.01, rel=0.15)
+    assert abs(np.corrcoef(errors, others)[0, 1]) < 0.2
+    assert not np.array_equal(noisy.table.initial["retain/answer_loss"], world.table.initial["retain/answer_loss"])
+    np.testing.assert_allclose(NoisyWorld(world.table, 0.0, 3).given_points, world.given_points, atol=1e-5)
+
+
+def test_the_tables_of_a_real_model_show_what_bf16_does():
+    folder = ROOT / "benchmarks" / "tables" / "rounding"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 100_000
+    world = World(read_table(folder / "smollm2-bfloat16.npz"))
+    assert world.dense_gain > 0
+    np.testing.assert_allclose(world.objectives(world.table.items(3)), world.table.objectives[3], atol=1e-5)
+    for found in describe(folder).values():
+        assert found["float32"]["scatter"] < 1e-4
+        assert 0.005 < found["bfloat16"]["scatter"] < 0.02
+        assert found["bfloat16"]["items"] < 0.3 < 0.9 < found["bend"]["items"]
+
+
+def test_the_benchmark_of_errors_counts_scores_by_true_and_by_measured_values():
+    options = ["--levels", "0", "0.01", "--seeds", "1", "--scores", "8", "--look-at", "8", "--searches", "line", "nine"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "noise.py"), str(TABLES[0]), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    exact, noisy = (json.loads(done.stdout)["worlds"][TABLES[0].stem][level] for level in ("0.0%", "1.0%"))
+    assert exact["grid"]["chosen"] == [1.0] and noisy["grid"]["chosen"][0] < 1.0
+    assert exact["line"]["scored"] == exact["line"]["chosen"] == exact["line"]["measured"]
+    assert exact["line"]["scored"][0] <= 8 and exact["nine"]["scored"] == [None]
+    assert noisy["line"]["measured_at_8"] != noisy["line"]["scored_at_8"]
 
 
 def test_tables_that_cannot_be_replayed_are_told(world):

@@ -12,15 +12,21 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
-from search.problem.objectives import AGREEMENT_WITH_INITIAL, FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
+from search.problem.objectives import (
+    AGREEMENT_WITH_INITIAL,
+    FORGET_QUALITY,
+    MODEL_UTILITY,
+    PRIVACY,
+    RELATED_FORGET_QUALITY,
+)
 from search.problem.pareto import hypervolume
 from search.samplers.acquisition import LineSearch, growth
-from search.samplers.gaussian_process import Geometry, Points
+from search.samplers.kernels import Geometry, Points
 from search.samplers.line import LineSampler, LineStudy, UpdateVectors
 from search.samplers.outcomes import OutcomeModel
 from search.samplers.registry import SAMPLERS
 from uipe_core.errors import UserError
-from uipe_core.metrics.composites import composite
+from uipe_core.metrics.composites import composite, membership
 from uipe_core.metrics.scores import ScoreReport, SetScores
 from uipe_core.metrics.tofu import evaluate, log10_p_floor
 
@@ -91,6 +97,28 @@ def test_objectives_of_curves_are_those_of_the_scores(world, definition):
         found = curves.objectives(curves.of(report.arrays()))
         truth = [expected.forget_quality.log10_p, expected.model_utility, expected.related["related"].log10_p]
         assert found == pytest.approx(truth, abs=1e-9)
+
+
+@given(st.lists(st.integers(1, 5), min_size=ITEMS, max_size=ITEMS), st.lists(st.integers(1, 5), min_size=7, max_size=7))
+@settings(max_examples=40, deadline=None)
+def test_privacy_of_curves_is_that_of_the_scores_ties_too(world, forget, holdout):
+    def with_min_k(report, members, others):
+        sets = {**report.sets, "holdout": report.sets["related"].take(range(len(others)), None)}
+        sets["forget"] = replace(sets["forget"], min_k=np.array(members, dtype=float))
+        sets["holdout"] = replace(sets["holdout"], min_k=np.array(others, dtype=float))
+        return ScoreReport(sets)
+
+    report = with_min_k(world.report(2, 0.8), forget, holdout)
+    retain = with_min_k(world.retain, range(1, ITEMS + 1), range(3, 10))
+    for reference, known in ((retain, retain.sets), (world.retain, world.retain.sets)):
+        curves = OutcomeModel("tofu", (FORGET_QUALITY, MODEL_UTILITY, PRIVACY), reference.arrays())
+        assert {"forget/least", "holdout/least"} <= curves.names
+        found = curves.objectives(curves.of(report.arrays()))
+        assert found[2] == pytest.approx(membership(report.sets, known)["privacy"], abs=1e-12)
+        units = curves.units(report.arrays(), curves.of(report.arrays()))
+        assert units["forget/least"] > 0 and units["holdout/least"] > 0
+        many = {name: np.stack([values, values]) for name, values in curves.of(report.arrays()).items()}
+        assert curves.objectives(many)[:, 2] == pytest.approx(found[2])
 
 
 def test_the_divergence_from_the_initial_model_has_a_curve_that_gives_it_back(world):
@@ -171,11 +199,18 @@ def test_growth_is_the_difference_of_two_hypervolumes(drawn):
     assert growth(point[None], front, corner)[0] == pytest.approx(expected, abs=1e-9)
 
 
+def told(curves, report):
+    """Curves of scores, and what errors do to them."""
+    arrays = report.arrays() if isinstance(report, ScoreReport) else report
+    found = curves.of(arrays)
+    return found, curves.units(arrays, found)
+
+
 def searched(world, **changes):
     search = LineSearch(Geometry(world.lines.gram), world.curves(), CORNER, CEILING)
-    search.tell(0, 0.0, world.curves().of(world.report().arrays()))
+    search.tell(0, 0.0, *told(world.curves(), world.report()))
     for vector in range(5):
-        search.tell(vector, 1.0, world.curves().of(world.report(vector, 1.0).arrays()))
+        search.tell(vector, 1.0, *told(world.curves(), world.report(vector, 1.0)))
     return search
 
 
@@ -198,7 +233,7 @@ def test_a_few_scores_have_nearly_all_there_is_to_gain(world):
     for _ in range(15):
         chosen = search.propose(left, None, generator)
         vector, scale = int(left.vector[chosen]), float(left.scale[chosen])
-        search.tell(vector, scale, world.curves().of(world.report(vector, scale).arrays()))
+        search.tell(vector, scale, *told(world.curves(), world.report(vector, scale)))
         found = np.vstack([found, values[chosen]])
         kept = np.arange(len(left)) != chosen
         left, values = left.take(kept), values[kept]
@@ -208,10 +243,67 @@ def test_a_few_scores_have_nearly_all_there_is_to_gain(world):
 def test_expectations_come_close_to_what_is_scored_then(world):
     search, asked = searched(world), grid()
     for vector, scale in [(2, 0.5), (2, 1.7), (4, 2.0), (1, 2.0), (3, 2.5)]:
-        search.tell(vector, scale, world.curves().of(world.report(vector, scale).arrays()))
+        search.tell(vector, scale, *told(world.curves(), world.report(vector, scale)))
     truth = np.array([world.objectives(vector, scale)[1] for vector, scale in zip(asked.vector, asked.scale, strict=True)])
     near = asked.scale < 2
     assert np.abs(search.expect(asked)[:, 1] - truth)[near].mean() < 0.01
+
+
+def with_errors(report, level, generator):
+    """Item scores with a relative error of every loss."""
+    return {
+        name: each * (1.0 + level * generator.standard_normal(each.shape)) if name.endswith("_loss") else each
+        for name, each in report.arrays().items()
+    }
+
+
+def scored_with_errors(world, level, seed, count=14):
+    generator = np.random.default_rng(seed)
+    search = LineSearch(Geometry(world.lines.gram), world.curves(), CORNER, CEILING)
+    search.tell(0, 0.0, *told(world.curves(), with_errors(world.report(), level, generator)))
+    for place in [
+        *((vector, 1.0) for vector in range(5)),
+        *((int(generator.integers(5)), generator.uniform(0.1, 3)) for _ in range(count)),
+    ]:
+        search.tell(*place, *told(world.curves(), with_errors(world.report(*place), level, generator)))
+    return search
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("level", [0.003, 0.01, 0.05])
+def test_the_error_of_the_losses_is_found(world, level, seed):
+    assert scored_with_errors(world, level, seed).error == pytest.approx(level, rel=0.35)
+
+
+def test_losses_without_errors_are_trusted_and_their_front_is_the_measured_one(world):
+    for seed in range(3):
+        search = scored_with_errors(world, 0.0, seed)
+        assert search.error < 1e-3
+        places = search.places
+        truth = np.array([world.objectives(vector, scale) for vector, scale in zip(places.vector, places.scale, strict=True)])
+        assert np.abs(search.expect(places) - truth)[:, 1].max() < 3e-3
+
+
+def test_units_are_what_small_errors_do_to_curves(world):
+    curves, arrays = world.curves(), world.report(2, 0.8).arrays()
+    units, losses = curves.units(arrays, curves.of(arrays)), arrays["retain/answer_loss"]
+    # d log odds / d loss = 1 / (1 - exp(-loss)), by hand.
+    exact = np.square(losses / -np.expm1(-losses)).mean()
+    drawn = np.mean(
+        [
+            np.square(
+                (
+                    curves.of(with_errors(world.report(2, 0.8), 1e-4, np.random.default_rng(seed)))["retain/answer"]
+                    - curves.of(arrays)["retain/answer"]
+                )
+                / 1e-4
+            ).mean()
+            for seed in range(200)
+        ]
+    )
+    assert drawn == pytest.approx(exact, rel=0.1)
+    assert units["retain/answer"] == pytest.approx(exact, rel=0.7)
+    assert units.keys() == curves.of(arrays).keys()
 
 
 def test_points_under_way_are_not_proposed_again_in_other_words(world):
@@ -230,22 +322,23 @@ def test_points_under_way_are_not_proposed_again_in_other_words(world):
 def test_a_pruned_point_tells_of_the_sets_it_has(world):
     search, without = searched(world), searched(world)
     arrays = world.report(2, 2.0).arrays()
-    search.tell(2, 2.0, world.curves().of({name: each for name, each in arrays.items() if name.startswith("forget/")}))
+    forget = {name: each for name, each in arrays.items() if name.startswith("forget/")}
+    search.tell(2, 2.0, *told(world.curves(), forget))
     asked = Points(np.array([2]), np.array([2.0]))
     truth = world.objectives(2, 2.0)[0]
     assert abs(search.expect(asked)[0, 0] - truth) <= abs(without.expect(asked)[0, 0] - truth)
     assert search.expect(asked)[0, 0] == pytest.approx(truth, abs=0.5)
     no_text = {name: each for name, each in arrays.items() if "rouge" not in name}
-    search.tell(2, 2.5, world.curves().of(no_text))
+    search.tell(2, 2.5, *told(world.curves(), no_text))
     assert search.propose(grid(), None, np.random.default_rng(0)) >= 0
 
 
 def test_curves_of_other_items_or_none_are_refused(world):
     search = searched(world)
     with pytest.raises(ValueError, match="no curves"):
-        search.tell(0, 2.0, world.curves().of({}))
+        search.tell(0, 2.0, *told(world.curves(), {}))
     with pytest.raises(ValueError, match=r"other items.*forget/quality"):
-        search.tell(0, 2.0, {"forget/quality": np.zeros(3)})
+        search.tell(0, 2.0, {"forget/quality": np.zeros(3)}, {"forget/quality": 1.0})
     assert len(search) == 6
     with pytest.raises(ValueError, match="no candidates"):
         search.propose(grid().take(np.zeros(0, dtype=np.int64)), None, np.random.default_rng(0))
@@ -398,9 +491,9 @@ def test_broken_item_scores_are_told_of_once_and_done_without(world):
 def test_a_third_objective_is_searched_too(world):
     curves = world.curves((FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY))
     search = LineSearch(Geometry(world.lines.gram), curves, [*CORNER, CORNER[0]], [*CEILING, CEILING[0]])
-    search.tell(0, 0.0, curves.of(world.report().arrays()))
+    search.tell(0, 0.0, *told(curves, world.report()))
     for vector in range(5):
-        search.tell(vector, 1.0, curves.of(world.report(vector, 1.0).arrays()))
+        search.tell(vector, 1.0, *told(curves, world.report(vector, 1.0)))
     candidates = grid()
     chosen = search.propose(candidates, None, np.random.default_rng(0))
     assert search.expect(candidates).shape == (len(candidates), 3)
