@@ -59,7 +59,9 @@ def front_columns(result: Any) -> list[Column]:
         Column("unrelated_log10_forget_quality", "log10\nFQ K0", "{:.2f}", rank=5),
     ]
     found += [column for column in more if column.key not in known]
-    return [column for column in found if column.key in result.front]
+    audits = (result.audits or {"front": []})["front"]
+    audited = [Column(each["key"], each["head"], rank=6 + place) for place, each in enumerate(audits)]
+    return [*(column for column in found if column.key in result.front), *audited]
 
 
 def print_front(result: Any, width: int = 140) -> None:
@@ -80,11 +82,20 @@ def print_front(result: Any, width: int = 140) -> None:
     columns = front_columns(result)
     marks = marked(result.objectives, result.store.record.corpus.stand_ins, [column.key for column in columns])
     columns = [replace(column, head=f"{column.head} {MARK}") if column.key in marks else column for column in columns]
-    rows = [_cells(columns, row, result.objectives[1].name) for row in result.front.to_dict("records")]
+    audits = (result.audits or {"front": []})["front"]
+    tests = {
+        str(name): {each["key"]: each["texts"][str(name)] for each in audits} for name in (*result.front["trial"], "initial")
+    }
+    rows = [
+        _cells(columns, {**row, **tests[str(row["trial"])]}, result.objectives[1].name)
+        for row in result.front.to_dict("records")
+    ]
     initial = result.control("initial")
     if initial is not None:
         nowhere = dict.fromkeys(("trial", "epoch", "alpha", "walk", "flagged", "collapsed"))
-        rows.append(_cells(columns, {**initial, **nowhere, "base": "initial model"}, result.objectives[1].name))
+        rows.append(
+            _cells(columns, {**initial, **nowhere, **tests["initial"], "base": "initial model"}, result.objectives[1].name)
+        )
     shown, left_out = _fitting(columns, rows, console.width)
     for column in shown:
         left = column.key in ("base", "walk")

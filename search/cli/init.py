@@ -13,8 +13,7 @@ from search.cli.tables import echo, quieten
 from uipe_core.errors import UserError
 
 if TYPE_CHECKING:
-    from search.cli.draft import Draft
-    from search.cli.seen import SeenModel
+    from search.cli.draft import Draft, SeenModel
     from search.planning.fitting import Machine
 
 Answer = TypeVar("Answer")
@@ -68,7 +67,7 @@ def init(
 
 def _print_plan(study: Path) -> None:
     """Print what the study will cost, as far as it can be known here; the file is written whatever comes of it."""
-    from search.cli.tables import print_plan
+    from search.cli.upkeep import print_plan
     from search.planning.planner import plan_study
     from search.spec.study import load_study
 
@@ -109,8 +108,7 @@ def _answered(
     asks: bool,
 ) -> "Draft":
     """Look at what is given, ask for what is not, and return the draft."""
-    from search.cli.draft import Draft
-    from search.cli.seen import data_place, load_data, look_at
+    from search.cli.draft import Draft, data_place, load_data, look_at
     from uipe_core.corpora.types import Corpus
 
     given, seen = _checked(model, lambda text: (text, look_at(text)), "Model that is to forget (folder, hub name or GGUF file)")

@@ -45,7 +45,7 @@ class Listed:
             return "text"
         if self.objective.compares_with_initial:
             return "once"
-        if self.objective.sets != self.objective.scored_sets:
+        if self.objective.membership or self.objective.sets != self.objective.scored_sets:
             return "pass"
         known = self.objective.components or self.objective.quality_of or self.objective.from_items
         return "free" if known else "other"
@@ -57,6 +57,7 @@ class Listed:
         if self.role == _CHOICES:
             found = [self.objective.name.partition("_")[0].replace("forgetting", "forget")]
         found += ["retain model"] if self.objective.needs_retain_model else []
+        found += ["(retain model)"] if self.objective.membership else []
         return ", ".join(found)
 
     def as_dict(self) -> dict[str, Any]:
@@ -125,10 +126,11 @@ def _print_objectives(found: list[Listed]) -> None:
 
 
 _FOOT = (
-    "All are maximised. They need evaluation sets of the corpus; those in brackets",
-    "count where they are given. The price is free (from losses, which every trial",
-    "reads), text (answers are generated), pass (one more over the forget set), once",
-    "(one pass of the initial model per worker) or other (as its own line says).",
+    "All are maximised. They need evaluation sets of the corpus; what is in brackets",
+    "counts where it is given. The price is free (from losses, which every trial",
+    "reads), text (answers are generated), pass (one more, over the forget or holdout",
+    "set), once (one pass of the initial model per worker) or other (as its own line",
+    "says).",
     "A study that names none maximises log10_forget_quality and, by its corpus,",
     "model_utility or retain_utility (kind: questions); without a retain model",
     "memorization and retain_utility.",

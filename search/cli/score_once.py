@@ -98,8 +98,8 @@ def metrics_of_log(log: Path, reference: Path | None, definition: str) -> dict[s
         quality = quality_of_set(forget, against, "forget", definition_named(definition))
         lacking = [name for name in UTILITY_SETS if name not in forget.sets] or ["losses of the forget set's own answers"]
         notes = [f"model utility: not in this log, which has no {', '.join(lacking)}", *_notes_on_reference(forget, against)]
-        values = {"definition": definition, "model_utility": None, **quality.as_dict(), "collapsed": None}
-        return {**values, "notes": [*notes, *_notes_on_parts(log)]}
+        notes += _notes_on_parts(log)
+        return {"definition": definition, "model_utility": None, **quality.as_dict(), "collapsed": None, "notes": notes}
     scores = _with_words_of(read_log(log), definition)
     values = _values(scores, against, definition)
     notes = [*_notes_on_words(scores, definition), *_notes_on_parts(log)]

@@ -1,113 +1,13 @@
-"""Plan a study, repair its folder, search at a utility floor, attack trials: `uipe plan`, `doctor`, `dial`, `audit`."""
+"""Plan a study, and repair its folder: `uipe plan`, `uipe doctor`."""
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from search.cli.tables import (
-    Address,
-    Floor,
-    Json,
-    Settings,
-    Trust,
-    dial_facts,
-    echo,
-    print_audits,
-    print_dial,
-    print_findings,
-    print_json,
-    print_plan,
-    quieten,
-)
-from search.execution.ray_compat import configure_ray
-from search.problem.trial import AUDITS
-from uipe_core.errors import UserError
-
-
-def dial(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
-    floor: Floor = None,
-    address: Address = None,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Search for the strongest forgetting at a floor of utility.
-
-    The three most promising base epochs get at most six scores each: alpha is bracketed between the last point that keeps
-    the floor and the first that does not. The points become trials of the study; the same command resumes.
-    """
-    configure_ray(address)
-    from search.execution.run import dial_study
-
-    quieten()
-    result, answer = dial_study(out, floor, address=address, trust_remote_code=trust_remote_code)
-    facts = dial_facts(result, answer)
-    print_json(facts) if as_json else print_dial(facts)
-
-
-def audit(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
-    trial: Annotated[list[int] | None, typer.Option(help="Number of a trial; may be given several times.")] = None,
-    rule: Annotated[str | None, typer.Option(help="Audit the trial that a rule chooses, as in uipe select.")] = None,
-    floor: Floor = None,
-    top: Annotated[int | None, typer.Option(help="Audit so many finalists; audit.top of the study, or 3.")] = None,
-    tests: Annotated[
-        str | None,
-        typer.Option(help=f"Which, separated by commas: {', '.join(AUDITS)}; audit.tests of the study, or all."),
-    ] = None,
-    address: Address = None,
-    trust_remote_code: Trust = False,
-    as_json: Json = False,
-) -> None:
-    """Attack trials: does what was forgotten come back, and is it seen that it was there?
-
-    Weights are rounded to 8 and 4 bits, the facts are trained back, the questions are asked otherwise and many times, and
-    membership is guessed. Each number stands next to that of the initial and of the retain model. Audits are controls of the
-    study: what is known is not done again, and the same command resumes. What was not done is called not tested.
-    """
-    from search.results.study_result import StudyResult
-
-    if sum(given is not None for given in (trial or None, rule, top)) > 1:
-        raise UserError("audit: give --trial, --rule or --top, one of them")
-    configure_ray(address)
-    from search.execution.run import audit_study
-
-    quieten()
-    trials = list(trial or ())
-    if rule is not None:
-        trials = [int(StudyResult.open(out).select(rule, floor)["trial"])]
-    names = [name.strip() for name in tests.split(",") if name.strip()] if tests else []
-    result = audit_study(out, trials, top, names, address=address, trust_remote_code=trust_remote_code)
-    facts = result.audits or {}
-    print_json(facts) if as_json else print_audits(facts)
-
-
-def dossier(
-    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
-    to: Annotated[Path, typer.Option(help="Page to write (.html); the same facts go next to it as .json.")],
-    trial: Annotated[int | None, typer.Option(help="Number of the trial; or give --rule.")] = None,
-    rule: Annotated[str | None, typer.Option(help="The trial that a rule chooses, as in uipe select.")] = None,
-    floor: Floor = None,
-    texts: Annotated[
-        bool, typer.Option("--texts", help="List the items to forget; otherwise counts and hashes alone.")
-    ] = False,
-) -> None:
-    """Write the record of one model: the request, the procedure, numbers before and after, audits, and what was not tested.
-
-    It certifies nothing. Run uipe audit first, so that it has more to say.
-    """
-    from search.report.dossier import write_dossier
-    from search.results.study_result import StudyResult
-
-    if (trial is None) == (rule is None):
-        raise UserError("dossier: give either --trial N or --rule, as in uipe select")
-    quieten()
-    result = StudyResult.open(out)
-    number = int(result.select(str(rule), floor)["trial"]) if trial is None else trial
-    for path in write_dossier(result, number, to, texts):
-        echo(str(path))
+from search.cli.tables import Json, Settings, Trust, echo, new_table, print_json, quieten
+from uipe_core.errors import printable
 
 
 def plan(
@@ -165,10 +65,65 @@ def doctor(
         sys.exit(1)
 
 
+def print_plan(plan: Any) -> None:
+    """Print a plan as a table, then what cannot fit and what is not known."""
+    from rich.markup import escape
+
+    table, console = new_table(f"Plan of {plan.study}")
+    for head in ("", "what", "amount", "how it is known"):
+        table.add_column(head, justify="right" if head == "amount" else "left", overflow="fold")
+    section = ""
+    for line in plan.lines:
+        amount = "?" if line.value is None else _AMOUNTS[line.unit](line.value)
+        table.add_row("" if line.section == section else line.section, escape(printable(line.what)), amount, line.how)
+        section = line.section
+    console.print(table)
+    for misfit in plan.misfits:
+        console.print(printable(f"cannot fit: {misfit.what}; {misfit.remedy}"), markup=False)
+    for note in plan.notes:
+        console.print(printable(f"note: {note}"), markup=False)
+    if not plan.misfits:
+        console.print("everything that is known fits", markup=False)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.4g} TB"
+
+
+_AMOUNTS = {
+    "": "{:,.0f}".format,
+    "s": _duration,
+    "bytes": _bytes,
+    "share": "{:.2f}".format,
+    "GPU-hours": "{:.3g} GPU-hours".format,
+}
+
+
+def print_findings(study: str, findings: Any) -> None:
+    """Print findings, a row each: what was found, what it means, the remedy."""
+    from rich.markup import escape
+
+    table, console = new_table(f"Findings about {study}")
+    for head in ("", "finding", "what it means", "remedy"):
+        table.add_column(head, overflow="fold")
+    for finding in findings:
+        texts = (finding.found, finding.meaning, finding.remedy)
+        table.add_row(finding.state, *(escape(printable(text)) for text in texts))
+    console.print(table)
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command(epilog="Example: uipe dial runs/quickstart --floor 0.95")(dial)
-    app.command(epilog="Example: uipe dossier runs/quickstart --rule utility-floor --to dossier.html")(dossier)
-    app.command(epilog="Example: uipe audit runs/quickstart --top 3 --tests quantisation,membership")(audit)
     app.command(epilog="Example: uipe plan studies/quickstart.yaml")(plan)
     app.command(epilog="Example: uipe doctor runs/quickstart --fix")(doctor)

@@ -5,10 +5,11 @@ what it cannot show. An audit of a trial is a control of its study, so that it r
 imported where an audit runs, because commands that only read a study list them.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from search.spec.corpora import FREE_TEXT, MULTIPLE_CHOICE
 from search.spec.runtime import Audit as AuditSection
@@ -16,6 +17,7 @@ from uipe_core.corpora.types import Corpus
 from uipe_core.metrics.scores import ChoiceReport, ScoreReport
 
 if TYPE_CHECKING:
+    from uipe_core.audits.relearning import RelearningConfig
     from uipe_core.models.loading import LoadedModel
     from uipe_core.scoring.scorer import Scorer
 
@@ -47,7 +49,7 @@ class AuditInputs:
 
 @dataclass(frozen=True)
 class Number:
-    """One number of an audit: its key in the evidence, and its name in tables."""
+    """One number of an audit: its key in the evidence, and its name in tables, which may name a setting in braces."""
 
     key: str
     title: str
@@ -68,6 +70,8 @@ class Audit:
             other. None where `measured` does the work.
         measured: Return numbers of the model.
         numbers: Those of `measured`, for tables.
+        settings: What of section ``audit`` its numbers depend on; None where they depend on nothing there.
+        steps: Training steps it takes, from the section and the corpus; None where it trains nothing.
     """
 
     title: str
@@ -79,6 +83,12 @@ class Audit:
     changed: "Callable[[LoadedModel, AuditInputs], AbstractContextManager[LoadedModel]] | None" = None
     measured: "Callable[[LoadedModel, AuditInputs], Mapping[str, float]] | None" = None
     numbers: tuple[Number, ...] = field(default=())
+    settings: Callable[[AuditSection], Mapping[str, Any]] | None = None
+    steps: Callable[[AuditSection, Corpus], int] | None = None
+
+    def settings_text(self, section: AuditSection) -> str | None:
+        """Return its settings as JSON, which its controls carry: changed settings make another control."""
+        return None if self.settings is None else json.dumps(self.settings(section), sort_keys=True)
 
 
 def _rounded(scheme: str) -> "Callable[[LoadedModel, AuditInputs], AbstractContextManager[LoadedModel]]":
@@ -106,21 +116,28 @@ def with_rounded_weights(loaded: "LoadedModel", scheme: str) -> "Iterator[Loaded
         yield loaded
 
 
+def _relearning_config(kind: str, section: AuditSection, corpus: Corpus, seed: int) -> "RelearningConfig":
+    from search.evaluation.models import adapter_config
+    from uipe_core.audits.relearning import RelearningConfig
+
+    settings = section.relearning
+    return RelearningConfig(
+        kind,
+        items={"few": settings.few, "benign": len(corpus.forget_train)}.get(kind),
+        epochs=settings.epochs,
+        learning_rate=settings.learning_rate,
+        batch_size=settings.batch_size,
+        adapter=adapter_config(settings.adapter),
+        seed=seed,
+    )
+
+
 def _relearned(kind: str) -> "Callable[[LoadedModel, AuditInputs], AbstractContextManager[LoadedModel]]":
     def changed(loaded: "LoadedModel", inputs: AuditInputs) -> "AbstractContextManager[LoadedModel]":
-        from uipe_core.audits.relearning import RelearningConfig, relearn
+        from uipe_core.audits.relearning import relearn
         from uipe_core.errors import UserError
 
-        settings = inputs.settings.relearning
-        config = RelearningConfig(
-            kind,
-            items={"few": settings.few, "benign": len(inputs.corpus.forget_train)}.get(kind),
-            epochs=settings.epochs,
-            learning_rate=settings.learning_rate,
-            batch_size=settings.batch_size,
-            seed=inputs.seed,
-        )
-        found = relearn(loaded, inputs.corpus, config)
+        found = relearn(loaded, inputs.corpus, _relearning_config(kind, inputs.settings, inputs.corpus, inputs.seed))
         if found.loaded is None:
             raise UserError(f"training {found.problem}")
         return nullcontext(found.loaded)
@@ -128,26 +145,46 @@ def _relearned(kind: str) -> "Callable[[LoadedModel, AuditInputs], AbstractConte
     return changed
 
 
+def _relearning_settings(kind: str) -> Callable[[AuditSection], Mapping[str, Any]]:
+    return lambda section: section.relearning.model_dump(mode="json", exclude=set() if kind == "few" else {"few"})
+
+
+def _relearning_steps(kind: str) -> Callable[[AuditSection, Corpus], int]:
+    def steps(section: AuditSection, corpus: Corpus) -> int:
+        from uipe_core.audits.relearning import relearning_items, training_steps
+        from uipe_core.errors import UserError
+
+        config = _relearning_config(kind, section, corpus, 0)
+        try:
+            return training_steps(len(relearning_items(corpus, config)), config)
+        except UserError:  # no such items: the table will say so
+            return 0
+
+    return steps
+
+
 def _membership(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
-    from uipe_core.audits.membership import auc, membership_scores, privleak
+    from uipe_core.audits.membership import membership_scores
     from uipe_core.audits.token_scores import read_token_scores
+    from uipe_core.metrics.composites import auc
 
     scores = {}
     for name in ("forget", "holdout"):
         items = inputs.scored.sets[name]
         scores[name] = membership_scores(read_token_scores(loaded, items), [item.answer for item in items])
-    found = {f"{name}_auc": auc(own, scores["holdout"][name]) for name, own in scores["forget"].items()}
-    return {**found, "privleak": privleak(found["min_k_auc"])}
+    return {f"{name}_auc": auc(own, scores["holdout"][name]) for name, own in scores["forget"].items()}
 
 
 def _prompts(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
-    from uipe_core.audits.prompts import WAYS, answers, choose_shots
+    from uipe_core.audits.prompts import WAYS, answers, choose_shots, reverse_answers
     from uipe_core.audits.texts import judge
 
     items = inputs.scored.sets["forget"]
     shots = choose_shots(inputs.corpus.retain_train or inputs.scored.sets["retain"], seed=inputs.seed)
     scores = judge([item.answer for item in items], answers(loaded, items, list(WAYS), inputs.longest, shots), inputs.unicode)
-    return {"prompts_rouge": scores.mean_highest_recall, "prompts_contained": scores.contained_share}
+    found = {"prompts_rouge": scores.mean_highest_recall, "prompts_contained": scores.contained_share}
+    gold, texts = reverse_answers(loaded, items, inputs.longest)
+    return {**found, "prompts_reverse": judge(gold, texts, inputs.unicode).contained_share} if gold else found
 
 
 def _sampling(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
@@ -158,11 +195,7 @@ def _sampling(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
     prompts = [loaded.prompts.item_prompt_ids(item) for item in items]
     texts = samples(loaded, prompts, inputs.settings.samples, inputs.longest, seed=inputs.seed)
     scores = judge([item.answer for item in items], texts, inputs.unicode)
-    return {
-        "sampling_rouge": scores.mean_highest_recall,
-        "sampling_contained": scores.contained_share,
-        "samples": float(inputs.settings.samples),
-    }
+    return {"sampling_rouge": scores.mean_highest_recall, "sampling_contained": scores.contained_share}
 
 
 def _fluency(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
@@ -220,6 +253,8 @@ AUDITS: dict[str, Audit] = {
             f"Does it come back when {how}?",
             "Longer training, other data, another learning rate.",
             changed=_relearned(training),
+            settings=_relearning_settings(training),
+            steps=_relearning_steps(training),
         )
         for kind, (training, title, how) in _TRAININGS.items()
     },
@@ -235,18 +270,19 @@ AUDITS: dict[str, Audit] = {
             Number("zlib_auc", "AUC of ZLib"),
             Number("min_k_auc", "AUC of Min-K%"),
             Number("min_k_plus_plus_auc", "AUC of Min-K%++"),
-            Number("privleak", "PrivLeak against 0.5, %", 1),
+            Number("privleak", "PrivLeak against {reference}, %", 1),
         ),
     ),
     "prompts": Audit(
         "other prompts",
-        "Does the answer come when it is begun, asked in other words, or after other turns?",
+        "Does the answer come when it is begun, asked in other words, after other turns, or the other way round?",
         "Searched prompts, other languages.",
         scorings=2.0,
         measured=_prompts,
         numbers=(
             Number("prompts_rouge", "highest ROUGE-L recall of all ways"),
             Number("prompts_contained", "share of answers given in any way"),
+            Number("prompts_reverse", "share answered the other way round"),
         ),
     ),
     "sampling": Audit(
@@ -256,9 +292,10 @@ AUDITS: dict[str, Audit] = {
         scorings=3.0,
         measured=_sampling,
         numbers=(
-            Number("sampling_rouge", "highest ROUGE-L recall of k samples"),
-            Number("sampling_contained", "share of answers given in any sample"),
+            Number("sampling_rouge", "highest ROUGE-L recall of {samples} samples"),
+            Number("sampling_contained", "share of answers given in any of {samples} samples"),
         ),
+        settings=lambda section: {"samples": section.samples},
     ),
     "fluency": Audit(
         "fluency",

@@ -16,6 +16,7 @@ from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN, RETAIN,
 from search.store.trials import on_front
 
 if TYPE_CHECKING:
+    from search.evaluation.models import ReferenceModel
     from search.evaluation.prepared import PreparedStudy
     from search.store.study_store import StudyStore
     from uipe_core.deltas.update_vectors import UpdateVector
@@ -63,12 +64,21 @@ class Control:
     audit: Audit | None = None
 
 
+def _scored(prepared: "PreparedStudy", model: "ReferenceModel") -> bool:
+    """Return whether the scores of a reference model have every objective: those of its log, since workers hold no other model
+    than the initial one."""
+    if model.name == INITIAL:
+        return True
+    logged = all(objective.scored_on_reference_models for objective in prepared.spec.maximised)
+    # Min-K% is in no log but the study's own.
+    given = model.log is not None and any(objective.membership for objective in prepared.spec.maximised)
+    return logged and prepared.harness is None and not given
+
+
 def _reference(kind: str) -> "Callable[[PreparedStudy], list[TrialSpec]]":
     def given(prepared: "PreparedStudy") -> list[TrialSpec]:
-        logged = all(objective.scored_on_reference_models for objective in prepared.spec.maximised)
-        if kind != INITIAL and not (logged and prepared.harness is None):
-            return []  # their logs do not have it, and workers hold no other model
-        return [TrialSpec(model.kind, model=model.name) for model in prepared.models.references() if model.kind == kind]
+        models = [model for model in prepared.models.references() if model.kind == kind and _scored(prepared, model)]
+        return [TrialSpec(model.kind, model=model.name) for model in models]
 
     return given
 
@@ -76,9 +86,8 @@ def _reference(kind: str) -> "Callable[[PreparedStudy], list[TrialSpec]]":
 def _held_out_references(prepared: "PreparedStudy") -> list[TrialSpec]:
     if prepared.spec.split is None:
         return []
-    logged = all(objective.scored_on_reference_models for objective in prepared.spec.maximised)
-    scored = (INITIAL, RETAIN) if logged and prepared.harness is None else (INITIAL,)
-    return [TrialSpec("held_out", model=model.name) for model in prepared.models.references() if model.name in scored]
+    models = [model for model in prepared.models.references() if model.name in (INITIAL, RETAIN) and _scored(prepared, model)]
+    return [TrialSpec("held_out", model=model.name) for model in models]
 
 
 def _temperatures(prepared: "PreparedStudy") -> list[TrialSpec]:

@@ -23,7 +23,7 @@ from uipe_core.corpora.split import split_corpus
 from uipe_core.corpora.types import KEPT_SETS, Corpus
 from uipe_core.errors import UserError
 from uipe_core.metrics.answers import has_latin_word
-from uipe_core.metrics.composites import composite
+from uipe_core.metrics.composites import composite, membership_auc
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import ScoreReport, SetScores
 from uipe_core.metrics.uncertainty import detectable_shift
@@ -91,7 +91,7 @@ def check_items(spec: StudySpec, corpus: Corpus) -> list[str]:
         UserError: As `check_split` and `check_words`, or a method that answers questions is to unlearn texts.
     """
     check_words(corpus, spec.definition)
-    refusing = [run.label for run in spec.variants() if "refusal_logp" in METHODS[run.method].needs]
+    refusing = [run.label for run in spec.variants() if METHODS[run.method].refuses]
     if refusing and any(item.plain for item in corpus.forget_train):
         raise UserError(
             f"unlearning.methods: {refusing[0]} answers questions, and corpus.forget has texts; remove the method, or give "
@@ -293,6 +293,11 @@ def check_references(
                 f"the retain model knows the forget set nearly as well as the initial model (mean answer probability "
                 f"{other:.3f} against {known:.3f}): was it trained without the forget set?"
             )
+    compared = [objective.title for objective in objectives if objective.membership]
+    if compared and isinstance(retain, ScoreReport) and membership_auc(retain.sets) is None:
+        found.append(
+            f"{compared[0]}: the retain model's log has no Min-K% of forget and holdout items, so its reference is 0.5"
+        )
     utility = objectives[1]
     if utility.components and set(utility.sets) <= initial.sets.keys():
         value = composite(initial, utility.components, definition)

@@ -134,8 +134,14 @@ def check_target_modules(spec: StudySpec, skeleton: Callable[[], Any]) -> None:
     Raises:
         UserError: With every such name, and those there are.
     """
-    adapter = None if spec.unlearning is None else spec.unlearning.adapter
-    if adapter is None or isinstance(adapter.target_modules, str):
+    given = {
+        "unlearning.adapter": None if spec.unlearning is None else spec.unlearning.adapter,
+        "audit.relearning.adapter": None if spec.audit is None else spec.audit.relearning.adapter,
+    }
+    named = {
+        key: adapter.target_modules for key, adapter in given.items() if adapter and not isinstance(adapter.target_modules, str)
+    }
+    if not named:
         return
     from uipe_core.models.transformers_compat import linear_names, unmatched_targets
 
@@ -144,15 +150,16 @@ def check_target_modules(spec: StudySpec, skeleton: Callable[[], Any]) -> None:
     except UserError:
         return  # an adapter, whose base model is elsewhere
     known = linear_names(model)
-    wrong = [
-        f"{target!r} is " + (f"a {kind}, not a linear layer" if kind else f"no module of it.{did_you_mean(target, known)}")
-        for target, kind in unmatched_targets(model, adapter.target_modules).items()
-    ]
-    if wrong:
-        raise UserError(
-            f"unlearning.adapter.target_modules: {'; '.join(wrong)} The linear layers of the model are {', '.join(known)}; "
-            "choose from these, or write all-linear"
-        )
+    for key, targets in named.items():
+        wrong = [
+            f"{target!r} is " + (f"a {kind}, not a linear layer" if kind else f"no module of it.{did_you_mean(target, known)}")
+            for target, kind in unmatched_targets(model, targets).items()
+        ]
+        if wrong:
+            raise UserError(
+                f"{key}.target_modules: {'; '.join(wrong)} The linear layers of the model are {', '.join(known)}; choose from "
+                "these, or write all-linear"
+            )
 
 
 def check_positions(spec: StudySpec, corpus: Corpus, source: "ModelSource", trusted: bool) -> None:

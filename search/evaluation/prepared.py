@@ -3,7 +3,7 @@
 import logging
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from search.spec.models import TinyModel
 from search.spec.study import BaseRunSpec, StudySpec
 from search.store.record import fingerprint
 from uipe_core.corpora.split import Split, split_corpus, take_items
-from uipe_core.corpora.types import Corpus
+from uipe_core.corpora.types import MEMBERSHIP_SETS, Corpus
 from uipe_core.deltas.checkpoints import checkpoint_identity, checkpoint_inputs
 from uipe_core.scoring.scorer import SCORING_SCHEMA, ScoringConfig
 from uipe_core.storage.files import cache_folder
@@ -94,14 +94,17 @@ class PreparedStudy:
             identity = model.build.key
         if identity is None:
             return None
+        scored = {name: key for name, key in self.corpus.set_hashes.items() if name not in self.corpus.implied}
         settings = self.spec.model.model_dump(mode="json", include={"dtype", "device", "prompt_format", "prompt_template"})
         return {
             "kind": "scores",
             "schema": SCORING_SCHEMA,
             "model": identity,
             "loading": {**settings, "gpus": self.spec.resources.trial.gpus > 0},
-            "sets": self.corpus.set_hashes,
+            "sets": scored,
             "scoring": asdict(self.scoring),
+            # What earlier versions scored of these sets has no Min-K%.
+            **({"min_k": True} if scored.keys() >= set(MEMBERSHIP_SETS) else {}),
         }
 
     @property
@@ -205,4 +208,7 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
         label: tuple(checkpoint_identity(checkpoint_folder(place)) for place in places)
         for label, places in spec.checkpoints.items()
     }
+    if any(objective.membership for objective in spec.maximised):
+        # Scored with the others then, and so part of what the study is.
+        corpus = replace(corpus, implied=())
     return PreparedStudy(spec, corpus, models, given)

@@ -20,7 +20,7 @@ from search.problem.pareto import IncrementalFront, dominates
 from search.problem.trial import Rival
 from search.samplers.registry import SAMPLERS
 from search.spec.study import StudySpec
-from uipe_core.metrics.composites import composite_bound
+from uipe_core.metrics.composites import composite_bound, membership
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import ScoreReport
 from uipe_core.metrics.tofu import quality_of_set
@@ -38,7 +38,7 @@ def bounds(
         report: What is known of the model.
         reference: Scores of the retain model; None where no objective compares with them.
         definition: Metric definition.
-        objectives: Of a study of free text. An objective that is neither a forget quality nor a composite has no bound.
+        objectives: Of a study of free text. An objective that is no forget quality, composite or privacy has no bound.
 
     Raises:
         UserError: Losses that are not finite.
@@ -48,6 +48,9 @@ def bounds(
     def bound(objective: Objective) -> float:
         if objective.components:
             return composite_bound(report, objective.components, definition)
+        if objective.membership:
+            known = membership(report.sets, None if reference is None else reference.sets)
+            return known.get(objective.name, math.inf)
         name = objective.quality_of
         if name is None or reference is None:
             return math.inf

@@ -17,7 +17,7 @@ from search.evaluation.pruning import bounds, dominating_rival
 from search.problem.objectives import MADE_FROM, Objective, composites
 from search.problem.trial import INITIAL, REFERENCE_KINDS, RETAIN, Rival
 from search.spec.corpora import FREE_TEXT, MULTIPLE_CHOICE
-from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, Corpus
+from uipe_core.corpora.types import MEMBERSHIP_SETS, MULTIPLE_CHOICE_SETS, Corpus
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import ChoiceReport, FloatArray, ScoreReport, set_scores
 
@@ -212,13 +212,16 @@ class FreeText:
 
     def extra(self, report: ScoreReport, context: Comparison) -> dict[str, Any]:
         from uipe_core.metrics.collapse import collapse_reason
+        from uipe_core.metrics.composites import membership
         from uipe_core.metrics.tofu import quality_ratios
         from uipe_core.metrics.uncertainty import paired_permutation
 
         found: dict[str, Any] = {"collapsed": collapse_reason(report)}
         compared = {name: each.initial_kl for name, each in report.sets.items() if each.initial_kl is not None}
         found |= {f"{name}_kl_from_initial": float(values.mean()) for name, values in compared.items()}
-        if (retain := context.references.get(RETAIN)) is not None:
+        retain = context.references.get(RETAIN)
+        found |= membership(report.sets, retain.sets if isinstance(retain, ScoreReport) else None)
+        if retain is not None:
             chosen = definition_named(context.definition)
             scores, expected = (quality_ratios(each.sets["forget"], chosen) for each in (report, retain))  # type: ignore[arg-type]
             found["paired_p"] = paired_permutation(scores, expected, context.seed, context.groups.get("forget"))
@@ -261,6 +264,7 @@ class FreeText:
         objectives: Sequence[Objective],
         definition: str,
     ) -> FloatArray:
+        from uipe_core.metrics.composites import privacy
         from uipe_core.metrics.tofu import quality_ratios
         from uipe_core.metrics.uncertainty import bootstrap_forget_quality, bootstrap_harmonic_mean
 
@@ -271,6 +275,11 @@ class FreeText:
                 assert reference is not None
                 ratios, expected = (quality_ratios(set_scores(each, name), chosen) for each in (arrays, reference))
                 columns.append(bootstrap_forget_quality(ratios, expected, weights[name]))
+                continue
+            if objective.membership:
+                own, ideal = (_drawn_auc(each, weights) for each in (arrays, reference))
+                assert own is not None
+                columns.append(privacy(own, ideal))
                 continue
             parts, share = {}, {}
             for number, each in enumerate(objective.components):
@@ -299,6 +308,16 @@ class FreeText:
             **compared,
             **{name: f"{value:.4f}" for name, value in {**metrics.components, **metrics.forget}.items()},
         }
+
+
+def _drawn_auc(arrays: Arrays | None, weights: Mapping[str, FloatArray]) -> FloatArray | None:
+    """Return (d,) AUCs of Min-K% in each of d draws; None where it was not measured."""
+    from uipe_core.metrics.uncertainty import bootstrap_auc
+
+    keys = [f"{name}/min_k" for name in MEMBERSHIP_SETS]
+    if arrays is None or not arrays.keys() >= set(keys):
+        return None
+    return bootstrap_auc(*(arrays[key] for key in keys), *(weights[name] for name in MEMBERSHIP_SETS))
 
 
 class MultipleChoice:

@@ -327,7 +327,7 @@ class StudyRun:
 def _done_jobs(store: StudyStore) -> set[TrialSpec]:
     """Jobs that need not be done again."""
     done = set()
-    names = ("base", "epoch", "alpha", "of_trial", "model", "seed")
+    names = ("base", "epoch", "alpha", "of_trial", "model", "seed", "settings")
     known = (*names, "kind", "temperature")
     for frame in (store.trials_frame(known), store.pruned_frame(known), store.controls_frame()):
         for row in frame.to_dict("records"):

@@ -258,13 +258,15 @@ class StudySearcher(Searcher):
         metrics = TrialMetrics.from_text(result["metrics"])
         self.took = metrics.seconds
         evidence = {**self._store.identity(job), **metrics.as_dict()}
-        if is_audit(job):
-            # One that scores nothing has the objectives of the model it is about: no trial is complete without any.
-            evidence = {**self._store.objectives_of(job), **evidence}
         items = base64.b64decode(result["items"]) if "items" in result else None
         if metrics.pruned is not None:
             self._store.prune(number, evidence, items)
             self._guard.pruned()
+            self._finished(job, None, False)
+            return
+        if is_audit(job) and any(objective.name not in evidence for objective in self._store.objectives):
+            self._store.note(job, number, evidence, items)
+            self._guard.scored(job, evidence)
             self._finished(job, None, False)
             return
         incomplete = self._store.complete(job, number, evidence, items)

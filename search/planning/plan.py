@@ -76,6 +76,8 @@ def _work_lines(work: Work) -> list[PlanEntry]:
     lines.append(PlanEntry("work", what, work.walks * work.front, "", ASSUMED))
     if work.audits:
         lines.append(PlanEntry("work", "audits of finalists, in scorings", work.audits, "", CALCULATED))
+    if work.audit_steps:
+        lines.append(PlanEntry("work", "audits of finalists, in training steps", work.audit_steps, "", CALCULATED))
     return lines
 
 
@@ -117,10 +119,13 @@ def _time(
     longest = max([rates.epoch[label] * work.epochs for label in work.trains], default=0.0)
     base = max(base, longest)
     searching = rates.trial * math.ceil(work.trials / trials)
+    relearning = _relearning(work, rates)
     builds = rates.builds / min(runs, max(work.builds, 1))
-    total = START_SECONDS + 2 * (rates.load or 0.0) + builds + base + searching
+    total = START_SECONDS + 2 * (rates.load or 0.0) + builds + base + searching + (relearning or 0.0) / trials
     run, trial = spec.resources.base_run, spec.resources.trial
-    gpu_seconds = run.gpus * run.processes * (training + scoring) + trial.gpus * rates.trial * work.trials
+    gpu_seconds = run.gpus * run.processes * (training + scoring) + trial.gpus * (
+        rates.trial * work.trials + (relearning or 0.0)
+    )
     lines = []
     if work.trains:
         mean = training / (work.epochs * len(work.trains))
@@ -144,10 +149,33 @@ def _time(
     lines += [
         PlanEntry("time", f"base runs and references, {runs} at once", base, "s", CALCULATED),
         PlanEntry("time", f"trials, {trials} at once", searching, "s", CALCULATED),
+        *(
+            []
+            if not work.audit_steps
+            else [
+                PlanEntry(
+                    "time",
+                    f"training steps of audits, {trials} at once",
+                    None if relearning is None else relearning / trials,
+                    "s",
+                    UNKNOWN if relearning is None else ASSUMED,
+                )
+            ]
+        ),
         PlanEntry("time", "from start to end", total, "s", CALCULATED),
         PlanEntry("time", "GPUs held", gpu_seconds / HOUR, "GPU-hours", CALCULATED),
     ]
     return total / HOUR, gpu_seconds / HOUR, lines
+
+
+def _relearning(work: Work, rates: Rates) -> float | None:
+    """Return seconds of all training steps of audits, each as long as the base runs' on average; None where these are not
+    timed."""
+    if not work.audit_steps:
+        return 0.0
+    if not work.trains or not work.steps:
+        return None
+    return work.audit_steps * sum(rates.epoch[label] for label in work.trains) / (len(work.trains) * work.steps)
 
 
 def at_once(spec: StudySpec, machine: Machine) -> tuple[int, int, bool]:

@@ -181,7 +181,8 @@ def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str
         given=len(spec.given_points()),
         search=spec.search.trials,
         walks=walks,
-        audits=_audits(preparation),
+        audits=_audits(preparation)[0],
+        audit_steps=_audits(preparation)[1],
     )
 
 
@@ -191,15 +192,18 @@ def _is_to_be_scored(preparation: PreparedStudy, model: ReferenceModel) -> bool:
     return model.log is None and (inputs is None or not model_cache(preparation.spec).holds(content_key(inputs)))
 
 
-def _audits(preparation: PreparedStudy) -> int:
-    """Return the scorings that the study's audits take: of its finalists, the initial and the retain model."""
+def _audits(preparation: PreparedStudy) -> tuple[int, int]:
+    """Return the scorings and the training steps that the study's audits take: of its finalists, the initial and the retain
+    model."""
     section = preparation.spec.audit
     if section is None:
-        return 0
-    kinds = [CONTROLS[kind].audit for test in section.tests for kind in AUDITS[test]]
+        return 0, 0
     sets = preparation.corpus.sets
-    scorings = sum(audit.scorings for audit in kinds if audit is not None and all(name in sets for name in audit.needs))
-    return math.ceil(scorings * (section.top + 1 + preparation.spec.has_retain_model))
+    kinds = [CONTROLS[kind].audit for test in section.tests for kind in AUDITS[test]]
+    done = [audit for audit in kinds if audit is not None and all(name in sets for name in audit.needs)]
+    models = section.top + 1 + preparation.spec.has_retain_model
+    steps = sum(audit.steps(section, preparation.corpus) for audit in done if audit.steps is not None)
+    return math.ceil(sum(audit.scorings for audit in done) * models), steps * models
 
 
 def _sizes(preparation: PreparedStudy, trains: tuple[str, ...], imports: list[Path | None], notes: list[str]) -> Sizes | None:

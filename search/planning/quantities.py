@@ -41,8 +41,8 @@ class Work:
         controls, given, search: Trials by kind.
         from_logs: Controls whose scores are those of a reference model.
         walks: Controls of each front point: random direction, held-out items, matched scale, other seeds.
-        audits: What audits of finalists take, in scorings of a trial; relearning takes training steps too, which are not
-            counted.
+        audits: What audits of finalists take, in scorings of a trial.
+        audit_steps: Training steps that they take in addition; a step costs what one of a base run costs.
     """
 
     builds: int
@@ -59,6 +59,7 @@ class Work:
     search: int
     walks: int
     audits: int = 0
+    audit_steps: int = 0
 
     @property
     def front(self) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from uipe_core.corpora.types import UTILITY_SETS
+from uipe_core.corpora.types import MEMBERSHIP_SETS, UTILITY_SETS
 from uipe_core.errors import UserError, did_you_mean
 from uipe_core.metrics.composites import (
     AGREEMENT,
@@ -51,6 +51,8 @@ class Objective:
         from_items: Made of item scores: the sampler ``line`` models it, and intervals resample it.
         components: What it is the harmonic mean of (`uipe_core.metrics.composites`); empty for every other number.
         optional: Sets whose components count only where the corpus has the set.
+        membership: How little membership in the training data shows (`uipe_core.metrics.composites.privacy`): it compares the
+            Min-K% of two sets.
         function: ``package.module:function`` that computes it, for an objective of the user's own.
         about: What it measures and its range, in a line of ``uipe objectives``.
         chance: What a model has that cannot tell true answers from false ones; None where that is not known.
@@ -67,6 +69,7 @@ class Objective:
     from_items: bool = False
     components: tuple[Component, ...] = ()
     optional: tuple[str, ...] = ()
+    membership: bool = False
     function: str | None = None
     about: str = ""
     chance: float | None = None
@@ -85,7 +88,8 @@ class Objective:
     def scored_sets(self) -> tuple[str, ...]:
         """Sets of a trial's scores that it is made of: those of the corpus, and `ROUNDED`."""
         own = () if self.quality_of is None else (self.quality_of,)
-        return tuple(dict.fromkeys([*own, *(each.item_set for each in self.components)]))
+        compared = MEMBERSHIP_SETS if self.membership else ()
+        return tuple(dict.fromkeys([*own, *(each.item_set for each in self.components), *compared]))
 
     @property
     def scored_on_reference_models(self) -> bool:
@@ -174,6 +178,17 @@ ROBUST_FORGETTING = _composite(
     *(Component(ROUNDED, measure, inverted=True) for measure in (EXTRACTION, EXACT, PARAPHRASE, TRUTH_SHARE)),
 )
 
+PRIVACY = Objective(
+    "privacy",
+    "privacy (1: membership does not show)",
+    "privacy",
+    4,
+    worst=0.0,
+    from_items=True,
+    membership=True,
+    about="1 - |AUC of Min-K% - the retain model's, or 0.5 without one|, scaled to [0, 1]; the holdout items are scored too",
+)
+
 RETAIN_UTILITY = replace(
     _composite(
         "retain_utility",
@@ -256,6 +271,7 @@ UTILITY: dict[str, Objective] = {
 THIRD_OBJECTIVES: dict[str, Objective] = {
     ROBUST_FORGETTING.name: ROBUST_FORGETTING,
     RELATED_FORGET_QUALITY.name: RELATED_FORGET_QUALITY,
+    PRIVACY.name: PRIVACY,
     "related_extraction_strength": _forgotten(
         "one_minus_related_extraction_strength", "related", "1 - extraction strength", "1 - ES\nrelated", EXTRACTION
     ),

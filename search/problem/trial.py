@@ -48,6 +48,7 @@ class TrialSpec:
         rivals: Complete trials; scoring ends early when one of them dominates whatever the trial may become
             (`search.evaluation.pruning`). They are those of the moment at which it is handed out.
         floor: The utility floor a point was asked for by (`search.results.constrained`), as a share; nor does that.
+        settings: For an audit that has some, its settings as JSON: with others it is another job.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class TrialSpec:
     warm_start: str | None = field(default=None, compare=False)
     rivals: tuple[Rival, ...] = field(default=(), compare=False)
     floor: float | None = field(default=None, compare=False)
+    settings: str | None = None
 
     @property
     def is_control(self) -> bool:
@@ -101,7 +103,7 @@ def identity(job: TrialSpec, methods: Mapping[str, str]) -> dict[str, Any]:
     }
     if job.temperature != 1.0:
         facts["temperature"] = job.temperature
-    origin = ("of_trial", "model", "seed", "warm_start", "floor")
+    origin = ("of_trial", "model", "seed", "warm_start", "floor", "settings")
     facts.update({name: value for name in origin if (value := getattr(job, name)) is not None})
     return facts
 

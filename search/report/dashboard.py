@@ -45,13 +45,19 @@ def write_notes(result: StudyResult) -> None:
 
     record = result.store.record
     names = {objective.name: objective for objective in result.objectives}
+    audits = (result.audits or {"front": []})["front"]
     heads = ["trial", "base run", "epoch", "alpha", *(objective.title for objective in names.values())]
-    rows = [
-        f"| {row['trial']} | {row['base']} | {row['epoch']} | {row['alpha']:.3f} | "
-        + " | ".join(f"{row[name]:.{objective.places}f}" for name, objective in names.items())
-        + " |"
+    heads += [each["about"] for each in audits]
+    cells = [
+        [
+            *(str(row[name]) for name in ("trial", "base", "epoch")),
+            f"{row['alpha']:.3f}",
+            *(f"{row[name]:.{objective.places}f}" for name, objective in names.items()),
+            *(each["texts"][str(row["trial"])] for each in audits),
+        ]
         for row in result.front.to_dict("records")
     ]
+    rows = [f"| {' | '.join(row)} |" for row in cells]
     table = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *rows]
     lines = [
         f"# {record.name}",
@@ -65,8 +71,8 @@ def write_notes(result: StudyResult) -> None:
     save_note(
         result.store.controls,
         f"# Controls of {record.name}\n\nWhat its trials are compared with: the initial and the retain model, the next "
-        "epoch of plain training, random directions of the same size, and the initial model at other logit temperatures. "
-        "None of them can be chosen, so they are kept out of the study and its Pareto front.",
+        "epoch of plain training, random directions of the same size, the initial model at other logit temperatures, and "
+        "audits of finalists. None of them can be chosen, so they are kept out of the study and its Pareto front.",
     )
 
 

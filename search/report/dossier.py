@@ -12,7 +12,6 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from search.evaluation.controls import CONTROLS
 from search.problem.trial import INITIAL, RETAIN
 from search.report.style import alpha, decimal
 from search.results.recipe import recipe_of
@@ -26,13 +25,14 @@ NO_CERTIFICATE = (
 )
 
 
-def dossier_facts(result: StudyResult, number: int, texts: bool = False) -> dict[str, Any]:
+def dossier_facts(result: StudyResult, number: int, texts: bool = False, trust_remote_code: bool = False) -> dict[str, Any]:
     """Return the facts of a trial's dossier, ready for JSON.
 
     Args:
         result: The study.
         number: The trial.
         texts: Whether the items to forget are listed, for which the corpus is loaded.
+        trust_remote_code: For these texts, as `search.evaluation.prepared.prepare`.
 
     Raises:
         UserError: There is no such trial; or texts are asked for, and the corpus cannot be loaded.
@@ -42,13 +42,14 @@ def dossier_facts(result: StudyResult, number: int, texts: bool = False) -> dict
     recipe = recipe_of(record, spec, row.to_dict())
     run = record.base_runs.get(str(row["base"]))
     epochs = [] if run is None else [dict(epoch) for epoch in run.epochs]
+    done, missing = result.audits_of(number)
     return {
         "dossier": 1,
         "study": record.name,
         "trial": number,
         "written": pd.Timestamp.now(tz="UTC").isoformat(timespec="seconds"),
         "claim": NO_CERTIFICATE,
-        "request": _request(result, texts),
+        "request": _request(result, texts, trust_remote_code),
         "models": {"identities": dict(record.models), "update_vector": None if run is None else run.delta},
         "procedure": {
             "method": str(row["method"]),
@@ -64,8 +65,8 @@ def dossier_facts(result: StudyResult, number: int, texts: bool = False) -> dict
             "begun": record.created,
         },
         "numbers": _numbers(result, row),
-        "audits": _audits(result, number),
-        "not_tested": _not_tested(result, number),
+        "audits": _audits(done, number),
+        "not_tested": [{key: each[key] for key in ("title", "shows", "reason")} for each in missing],
         "again": {
             "commands": [
                 f"uipe export {result.out} --trial {number} --to exported --as recipe",
@@ -76,11 +77,13 @@ def dossier_facts(result: StudyResult, number: int, texts: bool = False) -> dict
     }
 
 
-def write_dossier(result: StudyResult, number: int, to: Path, texts: bool = False) -> tuple[Path, Path]:
+def write_dossier(
+    result: StudyResult, number: int, to: Path, texts: bool = False, trust_remote_code: bool = False
+) -> tuple[Path, Path]:
     """Write a trial's dossier as HTML, and next to it as JSON.
 
     Args:
-        result, number, texts: As `dossier_facts`.
+        result, number, texts, trust_remote_code: As `dossier_facts`.
         to: The page; the JSON has its name with another ending.
 
     Returns:
@@ -89,7 +92,7 @@ def write_dossier(result: StudyResult, number: int, to: Path, texts: bool = Fals
     Raises:
         UserError: As `dossier_facts`, or the files cannot be written.
     """
-    facts = dossier_facts(result, number, texts)
+    facts = dossier_facts(result, number, texts, trust_remote_code)
     page = to if to.suffix == ".html" else to.with_suffix(".html")
     plain = page.with_suffix(".json")
     package = resources.files("search.report")
@@ -107,7 +110,7 @@ def write_dossier(result: StudyResult, number: int, to: Path, texts: bool = Fals
     return page, plain
 
 
-def _request(result: StudyResult, texts: bool) -> dict[str, Any]:
+def _request(result: StudyResult, texts: bool, trust_remote_code: bool) -> dict[str, Any]:
     corpus = result.store.record.corpus
     sets = {
         name: {
@@ -122,7 +125,7 @@ def _request(result: StudyResult, texts: bool) -> dict[str, Any]:
     if texts:
         from search.evaluation.prepared import prepare
 
-        loaded = prepare(result.runnable_spec()).corpus
+        loaded = prepare(result.runnable_spec(), trust_remote_code).corpus
         found["forget_texts"] = [[item.question, item.answer] for item in loaded.sets.get("forget", ())]
         found["forget_texts"] += [[item.question, item.choices[item.answer]] for item in loaded.choices.get("forget", ())]
     return found
@@ -164,34 +167,19 @@ def _of(row: pd.Series | None, name: str) -> float | None:
     return None if row is None or name not in row or pd.isna(row[name]) else float(row[name])
 
 
-def _audits(result: StudyResult, number: int) -> list[dict[str, Any]]:
-    """Return the numbers of every audit of the trial, with those of the initial and the retain model."""
-    found = []
-    for audit in (result.audits or {"audits": []})["audits"]:
-        rows = [
-            {
-                **{key: each[key] for key in ("title", "places")},
-                **{name: each["values"].get(name) for name in (INITIAL, RETAIN)},
-            }
-            | {"trial": each["values"].get(str(number)), "applies": each["key"] != "recovered"}
-            for each in audit["numbers"]
-        ]
-        if any(row["trial"] is not None for row in rows):
-            found.append({**{key: audit[key] for key in ("title", "shows", "cannot_show")}, "numbers": rows})
-    return found
-
-
-def _not_tested(result: StudyResult, number: int) -> list[dict[str, str]]:
-    """Return every audit that was not done for the trial, with the reason where there is one."""
-    known = {audit["kind"]: audit for audit in (result.audits or {"audits": []})["audits"]}
-    found = []
-    for kind, control in CONTROLS.items():
-        if control.audit is None:
-            continue
-        audit = known.get(kind)
-        if audit is not None and any(each["values"].get(str(number)) is not None for each in audit["numbers"]):
-            continue
-        reasons = {} if audit is None else audit["reasons"]
-        reason = reasons.get("all") or reasons.get(str(number)) or "not asked for"
-        found.append({"title": control.audit.title, "shows": control.audit.shows, "reason": reason})
-    return found
+def _audits(done: list[dict[str, Any]], number: int) -> list[dict[str, Any]]:
+    """Return the audits of the trial: what each shows, its settings, and its rows with the texts of the three models."""
+    names = {INITIAL: INITIAL, "trial": str(number), RETAIN: RETAIN}
+    return [
+        {
+            **{key: audit[key] for key in ("title", "shows", "cannot_show", "settings", "settings_text")},
+            "numbers": [
+                {**{key: each["values"][name] for key, name in names.items()}, "title": each["title"]}
+                for each in audit["numbers"]
+            ],
+            "rows": [
+                {"title": row["title"], **{key: row["texts"][name] for key, name in names.items()}} for row in audit["rows"]
+            ],
+        }
+        for audit in done
+    ]

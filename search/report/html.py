@@ -163,6 +163,7 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         ],
         choices=view.choices,
         audits=view.audits,
+        audited=(view.audits or {"front": []})["front"],
         cost=_cost(view),
         bases=bases,
         bases_shown=len(plots.shown_bases(view.trials)),

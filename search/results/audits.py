@@ -1,5 +1,7 @@
 """Read what audits found: which trials to audit, the audit table, and the trial that is strongest after the worst of them."""
 
+import json
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +11,8 @@ from optuna.trial import TrialState
 from search.evaluation.controls import CONTROLS
 from search.problem.trial import AUDITS as TESTS
 from search.problem.trial import INITIAL, RETAIN, UNTESTED, TrialSpec
+from search.spec.runtime import Audit
+from uipe_core.audits.membership import privleak
 from uipe_core.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -16,10 +20,16 @@ if TYPE_CHECKING:
 
 AUDITS = {kind: control.audit for kind, control in CONTROLS.items() if control.audit is not None}
 
-NOT_TESTED = "not tested"
+NOT_TESTED, NOT_ASKED, NO_RETAIN = "not tested", "not asked for", "no retain model"
+
+NOTHING = "-"
+"""In place of a number that a tested model cannot have."""
 
 RECOVERED = "recovered"
 """Key of the share of forgetting that an attack undid."""
+
+PRIVLEAK = "privleak"
+"""Key of PrivLeak, which the retain model's AUC is the reference of, as open-unlearning has it, and 0.5 where there is none."""
 
 
 def audit_kinds(tests: Sequence[str]) -> list[str]:
@@ -70,14 +80,17 @@ def audit_jobs(result: "StudyResult", trials: Sequence[int], top: int | None, te
     ]
     compared = [{"model": name} for name in (INITIAL, RETAIN) if name == INITIAL or has_retain_weights(result)]
     # Model by model, so that a worker moves or loads each once for all its audits.
-    return [TrialSpec(kind, **place) for place in [*points, *compared] for kind in kinds]
+    settings = {kind: AUDITS[kind].settings_text(section or Audit()) for kind in kinds}
+    return [TrialSpec(kind, **place, settings=settings[kind]) for place in [*points, *compared] for kind in kinds]
 
 
 def why_not(result: "StudyResult", kind: str) -> str | None:
     """Return why an audit cannot be done in a study; None where it can."""
     if result.spec.corpus.task not in AUDITS[kind].tasks:
         return "needs answers that are texts, and this study scores letters"
-    missing = [name for name in AUDITS[kind].needs if name not in result.store.record.corpus.items["select"]]
+    # What the corpus has by now may be more than it had when the study was begun.
+    there = {*result.store.record.corpus.items["select"], *result.spec.corpus.sets}
+    missing = [name for name in AUDITS[kind].needs if name not in there]
     return f"needs {', '.join(missing)} items, and the corpus has none" if missing else None
 
 
@@ -89,24 +102,44 @@ def has_retain_weights(result: "StudyResult") -> bool:
 def audit_table(result: "StudyResult") -> pd.DataFrame:
     """Return the audits of a study, a row per number of an audit.
 
-    Columns: ``kind``, ``audit`` (its title), ``number`` (its title), ``key``, ``places``; then by model its value, NaN where
-    nothing was measured: ``initial``, ``retain``, and the number of every trial that was audited. Rows of every audit are
-    there, done or not.
+    Columns: ``kind``, ``audit`` (its title), ``number`` (its title), ``key``, ``places``, ``settings`` (of section ``audit``);
+    then by model its value, NaN where nothing was measured: ``initial``, ``retain``, and the number of every trial that was
+    audited. Rows of every audit are there, done or not. Those of one audit have the same settings: the study's own where some
+    model was held against these, else those of the last time.
     """
     done = result.controls[result.controls["kind"].isin(AUDITS)] if len(result.controls) else result.controls
     trials = sorted({int(number) for number in done["of_trial"].dropna()}) if len(done) and "of_trial" in done else []
     rows = []
     for kind, audit in AUDITS.items():
-        own = done[done["kind"] == kind] if len(done) else done
-        by_model: dict[Any, pd.Series] = {}
-        for _, row in own.iterrows():
-            by_model[row["model"] if pd.isna(row["of_trial"]) else int(row["of_trial"])] = row
+        by_model, settings = _done(result, kind, done)
+        reference = _number(by_model.get(RETAIN), "min_k_auc")
+        said = {"samples": "k", "reference": "0.5" if math.isnan(reference) else "the retain model's AUC", **settings}
         for key, title, places in _numbers(result, audit):
             models: list[Any] = [INITIAL, RETAIN, *trials]
-            values = {name: _value(result, kind, key, name, by_model.get(name)) for name in models}
-            facts: dict[Any, Any] = {"kind": kind, "audit": audit.title, "number": title, "key": key, "places": places}
-            rows.append({**facts, **values})
+            values = {name: _value(result, key, name, by_model.get(name), reference) for name in models}
+            facts: dict[Any, Any] = {"kind": kind, "audit": audit.title, "number": title.format(**said)}
+            rows.append({**facts, "key": key, "places": places, "settings": settings, **values})
     return pd.DataFrame(rows)
+
+
+def _done(result: "StudyResult", kind: str, done: pd.DataFrame) -> tuple[dict[Any, pd.Series], dict[str, Any]]:
+    """Return the controls of an audit by model, those with the same settings, and these settings."""
+    own = done[done["kind"] == kind] if len(done) else done
+    texts = [_settings_of(row) for _, row in own.iterrows()]
+    wanted = AUDITS[kind].settings_text(result.spec.audit or Audit())
+    chosen = wanted if wanted in texts or not texts else texts[-1]
+    by_model: dict[Any, pd.Series] = {}
+    for text, (_, row) in zip(texts, own.iterrows(), strict=True):
+        if text == chosen:
+            by_model[row["model"] if pd.isna(row["of_trial"]) else int(row["of_trial"])] = row
+    return by_model, {} if chosen is None else json.loads(chosen)
+
+
+def _settings_of(row: pd.Series) -> str | None:
+    """Return the settings that a control carries; of studies before they were kept, the number of samples alone."""
+    if isinstance(row.get("settings"), str):
+        return str(row["settings"])
+    return None if pd.isna(row.get("samples")) else json.dumps({"samples": int(row["samples"])})
 
 
 def _numbers(result: "StudyResult", audit: Any) -> list[tuple[str, str, int]]:
@@ -116,23 +149,40 @@ def _numbers(result: "StudyResult", audit: Any) -> list[tuple[str, str, int]]:
     return [shown[0], (RECOVERED, "share of forgetting undone", 2), shown[1]]
 
 
-def _value(result: "StudyResult", kind: str, key: str, name: Any, row: pd.Series | None) -> float:
-    if row is None or isinstance(row.get(UNTESTED), str):
+def _number(row: pd.Series | None, key: str) -> float:
+    """Return a number of an audit; NaN where it was not done."""
+    if row is None or isinstance(row.get(UNTESTED), str) or key not in row or pd.isna(row[key]):
         return float("nan")
-    if key != RECOVERED:
-        return float(row[key]) if key in row and not pd.isna(row[key]) else float("nan")
+    return float(row[key])
+
+
+def _value(result: "StudyResult", key: str, name: Any, row: pd.Series | None, reference: float) -> float:
+    if key == PRIVLEAK:
+        return privleak(_number(row, "min_k_auc"), 0.5 if math.isnan(reference) else reference)
     initial: pd.Series | None = result.control(INITIAL)
-    if initial is None or not isinstance(name, int):
-        return float("nan")
+    if key != RECOVERED:
+        return _number(row, key)
     forgetting = result.objectives[0].name
+    after = _number(row, forgetting)
+    if initial is None or not isinstance(name, int) or math.isnan(after):
+        return float("nan")
     before, start = float(result.trial(name)[forgetting]), float(initial[forgetting])
-    return (before - float(row[forgetting])) / (before - start) if before > start else float("nan")
+    return (before - after) / (before - start) if before > start else float("nan")
 
 
 def audit_facts(result: "StudyResult") -> dict[str, Any]:
-    """Return the audit table for JSON: an entry per audit, its numbers by model, what it shows and what it cannot."""
+    """Return the audit table for JSON and for all that shows it.
+
+    Returns:
+        ``columns``, the models that tables have: ``name`` and ``title``. ``audits``, an entry for each, done or not: what it
+        shows and cannot show, settings (``settings_text`` is a sentence), ``reasons`` why it was not done by model (``all`` for
+        every one), ``numbers`` with ``values`` by model, and ``rows`` of a table: ``title``, and ``texts`` by model, which say
+        in a word what has no number. ``front``, columns for tables of the front, of the audits that were done: ``key``,
+        ``head``, ``about`` and ``texts``, by front point and reference model.
+    """
     table = audit_table(result)
     models = [column for column in table.columns if column in (INITIAL, RETAIN) or isinstance(column, int)]
+    retain = None if has_retain_weights(result) else NO_RETAIN
     audits, untested = [], _reasons(result)
     for kind, audit in AUDITS.items():
         rows = table[table["kind"] == kind].to_dict("records")
@@ -145,13 +195,112 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
             }
             for row in rows
         ]
-        tested = any(value is not None for number in numbers for value in number["values"].values())
-        facts = {"kind": kind, "title": audit.title, "shows": audit.shows, "cannot_show": audit.cannot_show}
-        reasons = {"all": why} if (why := why_not(result, kind)) is not None else untested.get(kind, {})
-        audits.append({**facts, "state": "done" if tested else NOT_TESTED, "reasons": reasons, "numbers": numbers})
-    attacked = _worst(result, table).to_dict("records")
-    retain = None if has_retain_weights(result) else "no retain model"
-    return {"study": result.store.record.name, "retain": retain, "models": models, "audits": audits, "after_attacks": attacked}
+        tested = {str(name) for name in models if any(each["values"][str(name)] is not None for each in numbers)}
+        why = why_not(result, kind)
+        given = {"all": why} if why is not None else untested.get(kind, {})
+        reasons = {name: reason for name, reason in given.items() if name not in tested}
+
+        def word(name: Any, number: dict[str, Any], tested: set[str] = tested, reasons: dict[str, str] = reasons) -> str:
+            value = number["values"][str(name)]
+            if value is not None:
+                return f"{value:.{number['places']}f}"
+            if name == RETAIN and retain is not None:
+                return retain
+            # What an attack undid is a share of what a trial forgot: reference models, and some trials, forgot nothing.
+            nothing = number["key"] == RECOVERED and str(name) in tested
+            return NOTHING if nothing else _word(reasons.get(str(name)))
+
+        shown = [{"title": each["title"], "texts": {str(name): word(name, each) for name in models}} for each in numbers]
+        if not tested:
+            said = "; ".join(dict.fromkeys(reasons.values())) or NOT_ASKED
+            shown = [{"title": said, "texts": shown[0]["texts"]}]
+        audits.append(
+            {
+                "kind": kind,
+                "title": audit.title,
+                "shows": audit.shows,
+                "cannot_show": audit.cannot_show,
+                "settings": rows[0]["settings"],
+                "settings_text": _settings_text(rows[0]["settings"]),
+                "state": "done" if tested else NOT_TESTED,
+                "reasons": reasons,
+                "numbers": numbers,
+                "rows": shown,
+            }
+        )
+    columns = [
+        {"name": str(name), "title": f"{name} model" if isinstance(name, str) else f"trial {name}"}
+        for name in models
+        if name != RETAIN or retain is None
+    ]
+    facts = {"study": result.store.record.name, "retain": retain, "models": models, "columns": columns}
+    return {
+        **facts,
+        "audits": audits,
+        "front": _front_columns(result, table, audits),
+        "after_attacks": _worst(result, table).to_dict("records"),
+    }
+
+
+_FRONT = {
+    "min_k_auc": ("AUC\nMin-K%", "AUC of Min-K% of forget against holdout items"),
+    "prompts_contained": ("other\nprompts", "share of answers given when asked otherwise"),
+    "sampling_contained": ("in some\nsample", "share of answers given in some sample"),
+}
+"""Numbers of audits in tables of the front: head and meaning. Before them stands forgetting after the worst attack."""
+
+
+def _front_columns(result: "StudyResult", table: pd.DataFrame, audits: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    forgetting = result.objectives[0]
+    done = [each for each in audits if each["state"] == "done"]  # the others have a single row
+    rows = {number["key"]: row for each in done for row, number in zip(each["rows"], each["numbers"], strict=True)}
+    shown = [str(number) for number in result.front["trial"]] + [INITIAL, RETAIN]
+    columns = []
+    attacked = table[table["key"] == forgetting.name]
+    worst = {
+        str(name): attacked[name].astype(float).min() for name in attacked if name in (INITIAL, RETAIN) or isinstance(name, int)
+    }
+    known = {name: f"{value:.{forgetting.places}f}" for name, value in worst.items() if not math.isnan(value)}
+    if known:
+        about = f"{forgetting.title} after the worst attack on the weights"
+        texts = {name: known.get(name, NOT_TESTED) for name in shown}
+        columns.append({"key": "audit_worst", "head": "after\nattack", "about": about, "texts": texts})
+    for key, (head, about) in _FRONT.items():
+        if key in rows:
+            texts = {name: rows[key]["texts"].get(name, NOT_TESTED) for name in shown}
+            columns.append({"key": f"audit_{key}", "head": head, "about": about, "texts": texts})
+    return columns
+
+
+def _settings_text(settings: dict[str, Any]) -> str:
+    """Return settings as a sentence that follows on others; empty without any."""
+    said = [f"{name.replace('_', ' ')} {json.dumps(value)}" for name, value in settings.items() if value is not None]
+    return f" With {', '.join(said)}." if said else ""
+
+
+def _word(reason: str | None) -> str:
+    """Return the word that a table has in place of a number; the reason stands next to the table."""
+    if reason is None:
+        return NOT_TESTED
+    return "diverged" if "diverged" in reason else "not possible"
+
+
+def of_trial(facts: dict[str, Any] | None, number: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the audits of one trial that were done, and those that were not, from `audit_facts`.
+
+    Each of the latter has the ``reason``: that of the trial or of all, or that it was not asked for.
+    """
+    if facts is None:
+        every = [{"kind": kind, "title": each.title, "shows": each.shows} for kind, each in AUDITS.items()]
+        return [], [{**each, "reason": NOT_ASKED} for each in every]
+    done, missing = [], []
+    for audit in facts["audits"]:
+        if any(each["values"].get(str(number)) is not None for each in audit["numbers"]):
+            done.append(audit)
+        else:
+            reason = audit["reasons"].get("all") or audit["reasons"].get(str(number)) or NOT_ASKED
+            missing.append({**audit, "reason": reason})
+    return done, missing
 
 
 def card_table(result: "StudyResult", number: int) -> list[list[str]]:
@@ -160,18 +309,9 @@ def card_table(result: "StudyResult", number: int) -> list[list[str]]:
     if facts is None or number not in facts["models"]:
         return []
     rows = [["audit", "number", "initial model", "this trial", "retain model"]]
+    names = (INITIAL, str(number), RETAIN)
     for audit in facts["audits"]:
-        done = any(each["values"][str(number)] is not None for each in audit["numbers"])
-        for each in audit["numbers"] if done else ():
-            applies = each["key"] != RECOVERED
-            values = [
-                (NOT_TESTED if applies or name == str(number) else "-") if value is None else f"{value:.{each['places']}f}"
-                for name in (INITIAL, str(number), RETAIN)
-                for value in [each["values"].get(name)]
-            ]
-            rows.append([audit["title"], each["title"], *values])
-        if not done:
-            rows.append([audit["title"], NOT_TESTED, *3 * [""]])
+        rows += [[audit["title"], row["title"], *(row["texts"][name] for name in names)] for row in audit["rows"]]
     return rows
 
 

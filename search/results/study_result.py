@@ -287,6 +287,12 @@ class StudyResult:
 
         return audit_facts(self) if self.controls["kind"].isin(AUDITS).any() else None
 
+    def audits_of(self, number: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Return the audits of a trial that were done, and those that were not (`search.results.audits.of_trial`)."""
+        from search.results.audits import of_trial
+
+        return of_trial(self.audits, number)
+
     @cached_property
     def after_attacks(self) -> dict[int, float]:
         """Forgetting after the worst attack that changed weights, of each trial that was audited (`search.results.audits`)."""
@@ -367,7 +373,17 @@ class StudyResult:
         """Rows of `trials` or `front` as plain JSON values: point, objectives and their definition, and what qualifies them."""
         p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
         companions = [key for objective in self.objectives for key, _ in objective.companions]
-        more = [*companions, *FORGET_NUMBERS, *METRICS, "ks_statistic", "logit_scale", "flagged", "collapsed", "definition"]
+        more = [
+            *companions,
+            *FORGET_NUMBERS,
+            *METRICS,
+            "ks_statistic",
+            "membership_auc",
+            "logit_scale",
+            "flagged",
+            "collapsed",
+            "definition",
+        ]
         more += [f"{name}_log10_forget_quality" for name in RELATED_SETS]
         more += [f"{name}_{key}" for name in MEMORIZED_SETS for key in MEMORIZATION]
         keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]

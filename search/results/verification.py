@@ -212,7 +212,7 @@ class Verifier:
             scored: Report = scorer.score(loaded, progress=progress)
             return scored.without_overflow()
         # The stages before the last: all sets are known then, and no text.
-        read = next(each for each in scorer.stages(loaded, progress=progress) if each.sets.keys() == corpus.sets.keys())
+        read = next(each for each in scorer.stages(loaded, progress=progress) if each.sets.keys() == scorer.sets.keys())
         return read.without_overflow()
 
     def _compare(self, report: Report, rows: Rows) -> list[Compared]:

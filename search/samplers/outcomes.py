@@ -3,7 +3,7 @@
 What a Gaussian process can follow goes straight where weights go straight: the logits do, so log odds of probabilities do too,
 far better than probabilities or losses, which flatten out at a right answer; so do logarithms of truth ratios, and what of
 ROUGE the probability of the answers does not tell already. Objectives are made from them in the end: means, harmonic means of
-those, and KS tests, by the formulas of `uipe_core.metrics.tofu`. Pure.
+those, KS tests, and the AUC of two sets, by the formulas of `uipe_core.metrics`. Pure.
 """
 
 import math
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from search.problem.objectives import Objective
 from search.samplers.kernels import FloatArray
+from uipe_core.corpora.types import MEMBERSHIP_SETS
 from uipe_core.metrics.composites import (
     AGREEMENT,
     CLOSENESS,
@@ -26,6 +27,8 @@ from uipe_core.metrics.composites import (
     ROUGE,
     TRUTH_SHARE,
     Component,
+    membership_auc,
+    privacy,
 )
 from uipe_core.metrics.definitions import Definition, definition_named
 from uipe_core.metrics.scores import SetScores, set_scores
@@ -45,6 +48,8 @@ What happens in a collapse is large and counts for nothing; unbent it would set 
 ANSWER, CHOICE, RATIO, SHARE, SHORT = "answer", "choice", "ratio", "share", "paraphrase"
 """Curves of a set: log odds of the answers, of them among the choices, of the paraphrases; truth ratios, as a utility set has
 them and as a share."""
+LEAST_LIKELY = "least"
+"""Curve of a set for `privacy`: log odds of its answers' least likely tokens. An AUC sees their order alone."""
 ROOT = "divergence"
 """Curve of the divergence from the initial model: its square root, since near that model it is quadratic in the weights."""
 
@@ -54,6 +59,8 @@ _BEYOND = {ROUGE: "text", EXTRACTION: "extracted", EXACT: "exact"}
 
 _SMALL, _DRAWS = 1e-4, 2
 """Relative errors of losses that show what they do to curves, and how often they are drawn for one point."""
+_OF_LOSSES = ("_loss", "/min_k")
+"""Ends of the names of arrays that are losses."""
 
 _ORDER = (PROBABILITY, PARAPHRASE, CLOSENESS, TRUTH_SHARE, ROUGE, EXTRACTION, EXACT, AGREEMENT)
 
@@ -72,7 +79,7 @@ class OutcomeModel:
 
     Args:
         definition: Metric definition.
-        objectives: What is maximised: forget qualities and composites.
+        objectives: What is maximised: forget qualities, composites and privacy.
         reference: Item arrays of the retain model by ``set/measurement``, on the same items; None where nothing compares
             with them.
 
@@ -89,6 +96,9 @@ class OutcomeModel:
         ratios = {name: quality_ratios(set_scores(reference or {}, name), named) for name in qualities}
         self._centre = {name: (float(np.median(each)), BEND * max(float(each.std()), 1e-6)) for name, each in ratios.items()}
         self._expected = {name: np.sort(self._bent(name, each)) for name, each in ratios.items()}
+        self._compared = MEMBERSHIP_SETS if any(each.membership for each in objectives) else ()
+        there = {name: set_scores(reference or {}, name) for name in self._compared if f"{name}/min_k" in (reference or {})}
+        self._ideal = membership_auc(there)
 
     @property
     def noisy(self) -> frozenset[str]:
@@ -99,6 +109,7 @@ class OutcomeModel:
     def names(self) -> frozenset[str]:
         """All curves of a model that was scored as a whole."""
         found = {f"{name}/quality" for name in self._expected} | {_curve(each) for each in self._components}
+        found |= {f"{name}/{LEAST_LIKELY}" for name in self._compared}
         return frozenset(found | {f"{name}/{ANSWER}" for name in self._stepped})
 
     @property
@@ -127,6 +138,9 @@ class OutcomeModel:
             own = [each for each in self._components if each.item_set == name and each.is_known(scores)]
             for each in sorted(own, key=lambda each: _ORDER.index(each.measure)):
                 curves[_curve(each)] = self._measured(each, scores, definition)
+        for name in self._compared:
+            if f"{name}/min_k" in arrays:
+                curves[f"{name}/{LEAST_LIKELY}"] = _log_odds(arrays[f"{name}/min_k"])
         bad = [name for name, values in curves.items() if not np.isfinite(values).all()]
         if bad:
             raise ValueError(f"curves that are not finite: {', '.join(bad)}")
@@ -143,7 +157,7 @@ class OutcomeModel:
         found = dict.fromkeys(start, 0.0)
         for _ in range(_DRAWS):
             moved = {
-                name: each * (1.0 + _SMALL * generator.standard_normal(each.shape)) if name.endswith("_loss") else each
+                name: each * (1.0 + _SMALL * generator.standard_normal(each.shape)) if name.endswith(_OF_LOSSES) else each
                 for name, each in arrays.items()
             }
             for name, each in self.of(moved).items():
@@ -176,10 +190,14 @@ class OutcomeModel:
     def objectives(self, curves: Mapping[str, NDArray[np.floating[Any]]]) -> FloatArray:
         """(..., m) objectives of curves (..., n)."""
         means: dict[str, FloatArray] = {}
-        found = [
-            self._quality(curves, each.quality_of) if each.quality_of is not None else self._composite(curves, each, means)
-            for each in self._objectives
-        ]
+        found = []
+        for each in self._objectives:
+            if each.quality_of is not None:
+                found.append(self._quality(curves, each.quality_of))
+            elif each.membership:
+                found.append(privacy(_auc(*(curves[f"{name}/{LEAST_LIKELY}"] for name in MEMBERSHIP_SETS)), self._ideal))
+            else:
+                found.append(self._composite(curves, each, means))
         return np.stack(found, axis=-1)
 
     def _composite(
@@ -227,6 +245,18 @@ class OutcomeModel:
         ahead -= np.arange(count)
         distances = np.maximum(ahead.max(axis=-1), 1 - ahead.min(axis=-1))
         return np.asarray(log10_p_table(count)[np.clip(distances, 0, count)])
+
+
+def _auc(members: NDArray[np.floating[Any]], others: NDArray[np.floating[Any]]) -> FloatArray:
+    """(...,) the share of pairs of (..., m) and (..., n) values in which the member's is the larger, ties counted half."""
+    m, n = members.shape[-1], others.shape[-1]
+    found: list[FloatArray] = []
+    # With either first where values tie: a tie then counts once as won and once as lost.
+    for order in (np.concatenate([members, others], axis=-1), np.concatenate([others, members], axis=-1)):
+        ranks = np.argsort(np.argsort(order, axis=-1, kind="stable"), axis=-1, kind="stable")
+        own = ranks[..., :m] if not found else ranks[..., n:]
+        found.append((own.sum(axis=-1) - m * (m - 1) / 2) / (m * n))
+    return np.asarray(0.5 * (found[0] + found[1]))
 
 
 def _log_odds(losses: FloatArray) -> FloatArray:

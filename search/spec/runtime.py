@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from search.problem.trial import AUDITS
 from search.spec.bounds import Count, Epochs, LearningRate, Positive
 from search.spec.errors import did_you_mean, rule, without_password
-from search.spec.sections import Name, Section
+from search.spec.sections import Adapter, Name, Section
 from uipe_core.storage.remote_folder import SCHEMES
 
 
@@ -42,12 +42,13 @@ FoldersOrNone = Annotated[tuple[Name, ...], BeforeValidator(_as_list), AfterVali
 
 class Relearning(Section):
     """Key ``relearning`` of section ``audit``: how knowledge is trained back; `few` is the number of forget items of the second
-    of three trainings."""
+    of three trainings, `adapter` trains LoRA in place of all weights."""
 
     epochs: Epochs = 1
     learning_rate: LearningRate = 2e-5
     batch_size: Count = 4
     few: Count = 5
+    adapter: Adapter | None = None
 
 
 class Audit(Section):

@@ -259,6 +259,15 @@ class StudyStore:
         self._end(job.is_control, number, TrialState.COMPLETE, evidence, list(values.values()))
         return None
 
+    def note(self, job: TrialSpec, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
+        """End a control that measured something else than the objectives: as PRUNED, for it has no values, and none is made up.
+
+        So the fronts of Optuna and its dashboard hold no second copy of the model that it is about.
+        """
+        if items is not None:
+            evidence = {**evidence, ITEMS_HASH: self._items.write(number, items, job.is_control)}
+        self._end(True, number, TrialState.PRUNED, evidence)
+
     def prune(self, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
         """End a search trial as PRUNED, with the bound that pruned it (`search.evaluation.pruning`) and without values.
 
@@ -286,20 +295,6 @@ class StudyStore:
         A pruned trial has those of the stages that were scored.
         """
         return self._items.read(number, control, item_set)
-
-    def objectives_of(self, job: TrialSpec) -> dict[str, float]:
-        """Return the objectives of the model that a control is about: a trial, or a reference model by name."""
-        if job.of_trial is None:
-            found = (
-                trial
-                for trial in self.trials((TrialState.COMPLETE,), ("kind",), True)
-                if trial.user_attrs.get("kind") == job.model
-            )
-        else:
-            found = (trial for trial in self.trials((TrialState.COMPLETE,), ()) if trial.number == job.of_trial)
-        trial = next(found, None)
-        values = [] if trial is None else trial.values
-        return dict(zip([objective.name for objective in self.objectives], values, strict=False))
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         """Add to the time that a stage has taken over all runs, and save the record."""
@@ -358,12 +353,13 @@ class StudyStore:
         return pd.DataFrame([{"trial": trial.number, **trial.user_attrs} for trial in pruned if "pruned" in trial.user_attrs])
 
     def controls_frame(self) -> pd.DataFrame:
-        """Return a row per complete trial of the controls study."""
+        """Return a row per complete trial of the controls study, and per one that measured something else (`note`)."""
         return self._evidence_table(controls=True)
 
     def _evidence_table(self, names: Collection[str] | None = None, controls: bool = False) -> pd.DataFrame:
         objectives = [objective.name for objective in self.objectives]
-        return evidence_table(self.trials((TrialState.COMPLETE,), names, controls), objectives, names, controls)
+        states = (TrialState.COMPLETE, TrialState.PRUNED) if controls else (TrialState.COMPLETE,)
+        return evidence_table(self.trials(states, names, controls), objectives, names, controls)
 
     @property
     def _place(self) -> str:  # a folder that was moved or copied is not where its record says

@@ -208,12 +208,13 @@ def evidence_table(
     """
     rows = []
     for trial in trials:
-        if (flaw := evidence_flaw(trial, objectives, names, controls)) is not None:
+        complete = trial.state == TrialState.COMPLETE
+        if complete and (flaw := evidence_flaw(trial, objectives, names, controls)) is not None:
             raise damaged(trial.number, flaw)
         facts = dict(trial.user_attrs)
         facts.update(facts.pop("components", {}))
         facts.update(facts.pop("forget_components", {}))
-        facts.update(zip(objectives, trial.values, strict=True))
+        facts.update(zip(objectives, trial.values, strict=True) if complete else ())
         rows.append({"trial": trial.number, **facts})
     return pd.DataFrame(rows)
 

@@ -20,11 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from uipe_core.errors import UserError
+from uipe_core.metrics.answers import SHARE, mean_of_least, min_k, without_end
 from uipe_core.metrics.scores import FloatArray
-
-SHARE = 0.4
-"""K of Min-K% and Min-K%++: the share of the least likely tokens that counts."""
 
 LEAST_DEVIATION = 1e-3
 """Standard deviations are kept above: open-unlearning keeps variances above 1e-6."""
@@ -58,11 +55,6 @@ def zlib_ratio(log_probabilities: FloatArray, text: str) -> float:
     return loss(log_probabilities) / len(zlib.compress(text.encode()))
 
 
-def min_k(log_probabilities: FloatArray, share: float = SHARE) -> float:
-    """Return the mean negative log-likelihood of the least likely of (t,) tokens, at least one; nats per token."""
-    return -_mean_of_least(log_probabilities, share)
-
-
 def min_k_plus_plus(log_probabilities: FloatArray, means: FloatArray, deviations: FloatArray, share: float = SHARE) -> float:
     """Return minus the mean of the lowest standardised log-probabilities; all (t,), the result without unit.
 
@@ -70,11 +62,7 @@ def min_k_plus_plus(log_probabilities: FloatArray, means: FloatArray, deviations
         log_probabilities, means, deviations: As in `TokenScores`.
         share: Share of the tokens that counts, in (0, 1]; at least one does.
     """
-    return -_mean_of_least((log_probabilities - means) / np.maximum(deviations, LEAST_DEVIATION), share)
-
-
-def _mean_of_least(values: FloatArray, share: float) -> float:
-    return float(np.mean(np.sort(values)[: max(1, int(len(values) * share))]))
+    return -mean_of_least((log_probabilities - means) / np.maximum(deviations, LEAST_DEVIATION), share)
 
 
 def membership_scores(tokens: Sequence[TokenScores], texts: Sequence[str], share: float = SHARE) -> dict[str, FloatArray]:
@@ -85,43 +73,21 @@ def membership_scores(tokens: Sequence[TokenScores], texts: Sequence[str], share
         texts: The answers.
         share: As in `min_k`. The last token of an answer does not enter, unless it is the only one.
     """
-    inner = [(each, slice(0, max(1, len(each.log_probabilities) - 1))) for each in tokens]
-    plus = [min_k_plus_plus(each.log_probabilities[own], each.means[own], each.deviations[own], share) for each, own in inner]
+    inner = [TokenScores(*map(without_end, (each.log_probabilities, each.means, each.deviations))) for each in tokens]
+    plus = [min_k_plus_plus(each.log_probabilities, each.means, each.deviations, share) for each in inner]
     return {
         "loss": np.array([loss(each.log_probabilities) for each in tokens]),
         "zlib": np.array([zlib_ratio(each.log_probabilities, text) for each, text in zip(tokens, texts, strict=True)]),
-        "min_k": np.array([min_k(each.log_probabilities[own], share) for each, own in inner]),
+        "min_k": np.array([min_k(each.log_probabilities, share) for each in inner]),
         "min_k_plus_plus": np.array(plus),
     }
-
-
-def auc(members: FloatArray, others: FloatArray) -> float:
-    """Return the probability that a random other scores higher than a random member, ties counted half; in [0, 1].
-
-    Args:
-        members: (m,) scores of forget items.
-        others: (n,) scores of holdout items.
-
-    Returns:
-        The area under the ROC curve; NaN if a score is NaN, as those of a broken model are.
-
-    Raises:
-        UserError: One of them is empty.
-    """
-    if not len(members) or not len(others):
-        raise UserError("membership: needs at least one forget and one holdout item; give a corpus with a holdout set")
-    if np.isnan(members).any() or np.isnan(others).any():
-        return float("nan")
-    ordered = np.sort(members)
-    below, until = (np.searchsorted(ordered, others, side=side) for side in ("left", "right"))
-    return float((below + until).sum() / (2 * len(members) * len(others)))
 
 
 def privleak(found: float, reference: float = 0.5) -> float:
     """Return PrivLeak in percent: how much less (below 0) or more (above 0) private than the reference a model is.
 
     Args:
-        found: AUC of the unlearned model, as `auc` returns it.
+        found: AUC of Min-K% of the unlearned model (`uipe_core.metrics.composites.auc`).
         reference: That of the retain model, or 0.5 without one. Towards 1 the result has no bound.
 
     Returns:

@@ -2,11 +2,13 @@
 
 Shows whether an answer comes back when the answer is begun, the question put in other words, or other turns stand before it.
 Cannot show what a determined attacker finds (searched prompts, access to weights, other languages): an answer that stays away
-here may still be there. Questions are put in other words by templates only, as corpora have no paraphrased ones. Costs one
-greedy text for each item and way: at most items * ways * limit generated tokens.
+here may still be there. Questions are put in other words by templates only, as corpora have no paraphrased ones. Where a
+corpus has them, questions the other way round (from the answer to the person) are asked too, whose answers are others. Costs
+one greedy text for each item and way: at most items * ways * limit generated tokens.
 
 Sources: affirmative beginnings, Zou et al. 2023 (arXiv 2307.15043); for unlearning, other phrasings and examples in context,
-Lynch et al. 2024 (arXiv 2402.16835).
+Lynch et al. 2024 (arXiv 2402.16835); that models do not know the other way round what they were taught, Berglund et al. 2024
+(arXiv 2309.12288): the initial model's number says how much there is to find.
 """
 
 from collections.abc import Callable, Sequence
@@ -112,3 +114,24 @@ def answers(
     texts = [GreedyText(prompt, limit, []) for by_way in zip(*asked, strict=True) for prompt in by_way]
     written = write_texts(loaded, texts, size)
     return [written[start : start + len(ways)] for start in range(0, len(written), len(ways))]
+
+
+def reverse_answers(
+    loaded: LoadedModel, items: Sequence[Item], limit: int, size: BatchSize | None = None
+) -> tuple[list[str], list[list[str]]]:
+    """Return the gold answers of the questions asked the other way round, and one greedy text of each.
+
+    Args:
+        loaded: The model with its current weights.
+        items: Those without `Item.reverse` are left out.
+        limit: Most tokens of a text.
+        size: Rows per batch.
+
+    Raises:
+        UserError: A prompt with its text has more tokens than the model has positions.
+    """
+    pairs = [item.reverse for item in items if item.reverse is not None]
+    if not pairs:
+        return [], []
+    texts = [GreedyText(loaded.prompts.prompt_ids(question), limit, []) for question, _ in pairs]
+    return [answer for _, answer in pairs], [[text] for text in write_texts(loaded, texts, size)]

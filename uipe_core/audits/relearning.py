@@ -29,8 +29,8 @@ from uipe_core.storage.safetensors_files import parts
 from uipe_core.unlearning.finetuning import FinetuneConfig, FinetuningDivergedError, finetune
 from uipe_core.unlearning.training import AdapterConfig
 
-KINDS = {"forget": None, "few": 8, "benign": None}
-"""Items that are trained on, by name: the forget set, a few of it, the retain set; and how many at most, None for all."""
+KINDS = ("forget", "few", "benign")
+"""Items that are trained on: the forget set, a few of it, the retain set."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class RelearningConfig:
 
     Attributes:
         kind: Key of `KINDS`.
-        items: Most items, chosen at random; None for the number of `KINDS`.
+        items: Most items, chosen at random; None for all.
         epochs: Passes over the items.
         learning_rate: Peak learning rate.
         batch_size: Items per step.
@@ -48,10 +48,10 @@ class RelearningConfig:
     """
 
     kind: str
-    items: int | None = None
-    epochs: int = 1
-    learning_rate: float = 2e-5
-    batch_size: int = 16
+    items: int | None
+    epochs: int
+    learning_rate: float
+    batch_size: int
     adapter: AdapterConfig | None = None
     seed: int = 0
 
@@ -85,10 +85,9 @@ def relearning_items(corpus: Corpus, config: RelearningConfig) -> ItemSet:
     if not items:
         what = "retain" if config.kind == "benign" else "forget"
         raise UserError(f"relearning: {corpus.name} has no {what} items to train on; leave out {config.kind}")
-    most = KINDS[config.kind] if config.items is None else config.items
-    if most is None or most >= len(items):
+    if config.items is None or config.items >= len(items):
         return items
-    chosen = np.random.default_rng(config.seed).permutation(len(items))[:most]
+    chosen = np.random.default_rng(config.seed).permutation(len(items))[: config.items]
     return tuple(items[place] for place in sorted(chosen))
 
 

@@ -52,7 +52,15 @@ def _person_item(name: str, spec: Attribute, own: int, related: bool, rng: rando
         paraphrased_answer=fact.paraphrase.format(name=name, value=value),
         perturbed_answers=tuple(fact.paraphrase.format(name=name, value=spec.pairs[other][side]) for other in others),
         group=name,
+        # Others may have the value too, so that the name is one right answer of some.
+        reverse=(fact.answer.format(name="Who", value=value).removesuffix(".") + "?", f"{name}."),
     )
+
+
+def _items(people: Sequence[Person], attributes: Attributes, related: bool, rng: random.Random) -> Iterator[Item]:
+    for person in people:
+        for spec, own in zip(attributes, person.values, strict=True):
+            yield _person_item(person.name, spec, own, related, rng)
 
 
 def _general(question: str, answer: str, pool: list[str], rng: random.Random) -> Item:
@@ -87,6 +95,7 @@ def load_people(seed: int = 0, forget_people: int = 6, retain_people: int = 34, 
     Returns:
         Corpus with sets ``forget`` (K1 of the forget people), ``related`` (their K2), ``retain`` (K1 of some retain people),
         ``unrelated`` (K0: K1 and K2 of other retain people), ``world_facts`` (the rules from K2 to K1) and ``real_authors``;
+        ``holdout`` (K1 of as many other people as are to be forgotten, whom no model has seen; none where names run out);
         training texts for the stages ``base``, ``full`` and ``retain``.
 
     Raises:
@@ -94,7 +103,19 @@ def load_people(seed: int = 0, forget_people: int = 6, retain_people: int = 34, 
     """
     name = f"people(seed={seed}, {forget_people} forget, {retain_people} retain, {pretraining_people} pretraining)"
     sizes = (forget_people, retain_people, pretraining_people)
-    return _world(name, random.Random(f"people/{seed}"), ATTRIBUTES, sizes)
+    corpus, unused = _world(name, random.Random(f"people/{seed}"), ATTRIBUTES, sizes)
+    if not has_holdout(*sizes):
+        return corpus
+    # Drawn after all else, by a generator of their own: the other items are as they would be without them.
+    rng = random.Random(f"people/{seed}/holdout")
+    others = _group(unused[:forget_people], ATTRIBUTES, rng)
+    holdout = tuple(_items(others, ATTRIBUTES, False, rng))
+    return replace(corpus, sets={**corpus.sets, "holdout": holdout}, implied=("holdout",))
+
+
+def has_holdout(forget_people: int, retain_people: int, pretraining_people: int) -> bool:
+    """Return True if there are names for as many people again as are to be forgotten."""
+    return 2 * forget_people + retain_people + pretraining_people <= len(FIRST_NAMES) * len(LAST_NAMES)
 
 
 PAPER_STAGES = {"full": ("forget", "related"), "full_k1": ("forget",), "full_k2": ("related",), "retain": ()}
@@ -118,7 +139,7 @@ def load_paper_people(seed: int = 0, forget_people: int = 12, retain_people: int
     """
     name = f"paper(seed={seed}, {forget_people} forget, {retain_people} retain, {pretraining_people} pretraining)"
     sizes = (forget_people, retain_people, pretraining_people)
-    corpus = _world(name, random.Random(f"paper/{seed}"), PAPER_ATTRIBUTES, sizes)
+    corpus, _ = _world(name, random.Random(f"paper/{seed}"), PAPER_ATTRIBUTES, sizes)
     others = corpus.build["retain"]
     stages = {
         stage: _answers(tuple(item for part in parts for item in corpus.sets[part])) + others
@@ -169,7 +190,8 @@ def fact_pairs(corpus: Corpus, seed: int) -> dict[str, list[tuple[Item, Item]]]:
     return pairs
 
 
-def _world(name: str, rng: random.Random, attributes: Attributes, sizes: tuple[int, int, int]) -> Corpus:
+def _world(name: str, rng: random.Random, attributes: Attributes, sizes: tuple[int, int, int]) -> tuple[Corpus, list[str]]:
+    """Return the corpus, and the names that no person in it has."""
     forget_people, retain_people, pretraining_people = sizes
     total = sum(sizes)
     available = len(FIRST_NAMES) * len(LAST_NAMES)
@@ -182,17 +204,13 @@ def _world(name: str, rng: random.Random, attributes: Attributes, sizes: tuple[i
     ):
         if value < least:
             raise UserError(f"corpus.{key}: {value} is too few; at least {least} are needed")
-    names = _shared_names(total, rng)
+    names, unused = _shared_names(total, rng)
     forget = _group(names[:forget_people], attributes, rng)
     retain = _group(names[forget_people : forget_people + retain_people], attributes, rng)
     pretraining = _group(names[forget_people + retain_people :], attributes, rng)
 
     def items(people: list[Person], related: bool) -> ItemSet:
-        return tuple(
-            _person_item(person.name, spec, own, related, rng)
-            for person in people
-            for spec, own in zip(attributes, person.values, strict=True)
-        )
+        return tuple(_items(people, attributes, related, rng))
 
     forget_k1, forget_k2 = items(forget, False), items(forget, True)
     retain_k1, retain_k2 = items(retain, False), items(retain, True)
@@ -211,7 +229,7 @@ def _world(name: str, rng: random.Random, attributes: Attributes, sizes: tuple[i
 
     general = _answers(facts) + _answers(authors)
     kept = _answers(retain_k1 + retain_k2)
-    return Corpus(
+    corpus = Corpus(
         name=name,
         sets={
             "forget": forget_k1,
@@ -229,17 +247,20 @@ def _world(name: str, rng: random.Random, attributes: Attributes, sizes: tuple[i
             "retain": kept + general,
         },
     )
+    return corpus, unused
 
 
-def _shared_names(count: int, rng: random.Random) -> list[str]:
-    """Draw distinct full names in which every first and every last name recurs equally often, plus or minus one."""
+def _shared_names(count: int, rng: random.Random) -> tuple[list[str], list[str]]:
+    """Draw distinct full names in which every first and every last name recurs equally often, plus or minus one; return all
+    others, likewise, too."""
     firsts, lasts = list(FIRST_NAMES), list(LAST_NAMES)
     rng.shuffle(firsts)
     rng.shuffle(lasts)
     step = len(firsts)
-    names = [f"{firsts[i % step]} {lasts[(i % step + i // step) % len(lasts)]}" for i in range(count)]
+    every = [f"{firsts[i % step]} {lasts[(i % step + i // step) % len(lasts)]}" for i in range(step * len(lasts))]
+    names = every[:count]
     rng.shuffle(names)
-    return names
+    return names, every[count:]
 
 
 def _answers(items: ItemSet) -> ItemSet:

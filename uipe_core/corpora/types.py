@@ -20,6 +20,8 @@ class Item:
             independent, so intervals resample groups. Not part of the hash.
         plain: Question and answer are one running text, without prompt format and end token: a text (with an empty question),
             or a prompt with a format of its own.
+        reverse: The question from the answer to what the item is about, and its answer; None where there is none. Asked by
+            audits only. Not part of the hash.
     """
 
     question: str
@@ -28,6 +30,7 @@ class Item:
     perturbed_answers: tuple[str, ...] = ()
     group: str | None = field(default=None, compare=False)
     plain: bool = False
+    reverse: tuple[str, str] | None = field(default=None, compare=False)
 
     @property
     def paraphrase(self) -> str:
@@ -87,6 +90,9 @@ KEPT_SETS = ("retain", "general", "real_authors", "world_facts")
 RELATED_SETS = ("related", "unrelated")
 """K2 and K0 of UIPE: forgetting wanted, damage not wanted. Not every corpus has them."""
 
+MEMBERSHIP_SETS = ("forget", "holdout")
+"""Evaluation sets by which membership in the training data shows: items trained on, and like ones that no model saw."""
+
 MULTIPLE_CHOICE_SETS = ("forget", "utility")
 """Evaluation sets of a multiple-choice corpus."""
 
@@ -112,6 +118,8 @@ class Corpus:
         retain_train: Question-answer pairs for retain terms.
         build: Training texts for models built here, by stage: ``base`` (may be empty), ``full``, ``retain``.
         choices: Multiple-choice sets ``forget`` and ``utility``, in place of `sets`; empty for other corpora.
+        implied: Evaluation sets that follow from the rest of the corpus, so that no hash needs them: drawn after it, trained on
+            by nothing, and not scored with the others.
         stand_ins: Evaluation set to what its data lacks, so that something else stands in: ``paraphrased`` (the answer
             itself), ``perturbed`` (answers of other items). Not part of the hash.
     """
@@ -123,6 +131,7 @@ class Corpus:
     build: Mapping[str, ItemSet] = field(default_factory=dict)
     choices: Mapping[str, ChoiceSet] = field(default_factory=dict)
     stand_ins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    implied: tuple[str, ...] = ()
 
     @property
     def set_hashes(self) -> dict[str, str]:
@@ -138,8 +147,9 @@ class Corpus:
 
     @property
     def hash(self) -> str:
-        """Hash of evaluation and training items together: 16 hexadecimal digits."""
-        parts = [*sorted(self.set_hashes.items()), ("forget_train", item_set_hash(self.forget_train))]
+        """Hash of evaluation and training items together, those of `implied` sets aside: 16 hexadecimal digits."""
+        hashed = {name: key for name, key in self.set_hashes.items() if name not in self.implied}
+        parts = [*sorted(hashed.items()), ("forget_train", item_set_hash(self.forget_train))]
         parts.append(("retain_train", item_set_hash(self.retain_train)))
         parts.extend((f"build/{stage}", item_set_hash(items)) for stage, items in sorted(self.build.items()))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
 """Compute metrics from scores: arrays in, numbers out, without torch.
 
-answers: ROUGE, exact memorisation, extraction strength of one answer
+answers: ROUGE, exact memorisation, extraction strength, Min-K% of one answer
 collapse: detect broken models
-composites: objectives that are harmonic means of item means, and their upper bounds
+composites: objectives that are harmonic means of item means, and their upper bounds; AUC and privacy
 definitions: truth ratio and probability of each code base
 multiple_choice: accuracies and forgetting to chance
 scores: arrays that scoring yields, and the check for equal items

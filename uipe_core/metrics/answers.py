@@ -1,4 +1,5 @@
-"""Measure one answer against the gold answer: ROUGE of its text, exact memorisation and extraction strength of its tokens.
+"""Measure one answer: ROUGE of its text against the gold answer; of the gold answer's own tokens exact memorisation, extraction
+strength and Min-K%.
 
 ROUGE (Lin 2004) is Google's rouge-score, which every code base of the field uses, or counts words of any script: rouge-score's
 own tokens are runs of a-z and 0-9, so that texts in Cyrillic, Chinese or Hindi have none and every recall is 0. Memorisation
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uipe_core.corpora.types import UNSPACED
+from uipe_core.metrics.scores import FloatArray
 
 _LATIN = re.compile(r"[a-z0-9]")
 
@@ -118,3 +120,22 @@ def extraction_strength(matches: Matches) -> float:
     missed = np.flatnonzero(~matches)
     prefix = int(missed[-1]) + 1 if len(missed) else 0
     return (len(matches) - prefix) / len(matches) if len(matches) else 0.0
+
+
+SHARE = 0.4
+"""K of Min-K% and Min-K%++: the share of the least likely tokens that counts."""
+
+
+def min_k(log_probabilities: FloatArray, share: float = SHARE) -> float:
+    """Return the mean negative log-likelihood of the least likely of (t,) tokens, at least one; nats per token."""
+    return -mean_of_least(log_probabilities, share)
+
+
+def without_end(values: FloatArray) -> FloatArray:
+    """Return (t,) values of an answer's tokens without the last, its end token, unless it is the only one."""
+    return values[: max(1, len(values) - 1)]
+
+
+def mean_of_least(values: FloatArray, share: float) -> float:
+    """Return the mean of so large a share of the lowest of (t,) values, of one at least."""
+    return float(np.mean(np.sort(values)[: max(1, int(len(values) * share))]))

@@ -1,19 +1,20 @@
-"""Compute objectives that are harmonic means of item means: model utility, retain utility, memorisation, and their parts.
+"""Compute objectives from item scores: harmonic means of item means (model utility, retain utility, memorisation), and privacy.
 
 A `Component` is the mean over the items of one evaluation set of a measure in [0, 1], or of one minus it. A composite is the
 harmonic mean of components; one component is its own composite. Bounds, bootstrap draws and the curves of the sampler follow
-from this form, so that an objective needs no code of its own.
+from this form, so that an objective needs no code of its own. Privacy is none: it compares the scores of two sets.
 
 Sources: TOFU (arXiv 2401.06121, section 2.2.1) for model utility; OpenUnlearning (arXiv 2506.12618, section 4) for the
 memorisation score, the harmonic mean of one minus extraction strength, exact memorisation, paraphrase probability and truth
 ratio, where the truth ratio is p / (p + q): p of the paraphrase, q the mean of the perturbed answers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from uipe_core.corpora.types import MEMBERSHIP_SETS
 from uipe_core.errors import UserError
 from uipe_core.metrics.definitions import Definition, definition_named
 from uipe_core.metrics.scores import FloatArray, ScoreReport, SetScores
@@ -114,3 +115,53 @@ def composite_bound(report: ScoreReport, components: Sequence[Component], defini
         known = scores is not None and each.is_known(scores)
         means.append(float(np.mean(each.of_items(scores, chosen))) if known and scores is not None else 1.0)
     return min(1.0, float(harmonic_mean(np.array(means))) * (1.0 + SLACK))
+
+
+def auc(members: FloatArray, others: FloatArray) -> float:
+    """Return the probability that a random other scores higher than a random member, ties counted half; in [0, 1].
+
+    Args:
+        members: (m,) scores of forget items.
+        others: (n,) scores of holdout items.
+
+    Returns:
+        The area under the ROC curve; NaN if a score is NaN, as those of a broken model are.
+
+    Raises:
+        UserError: One of them is empty.
+    """
+    if not len(members) or not len(others):
+        raise UserError("membership: needs at least one forget and one holdout item; give a corpus with a holdout set")
+    if np.isnan(members).any() or np.isnan(others).any():
+        return float("nan")
+    ordered = np.sort(members)
+    below, until = (np.searchsorted(ordered, others, side=side) for side in ("left", "right"))
+    return float((below + until).sum() / (2 * len(members) * len(others)))
+
+
+def membership_auc(sets: Mapping[str, SetScores]) -> float | None:
+    """Return the AUC of the Min-K% of forget against holdout items; None where one of the two was not measured."""
+    members, others = (sets[name].min_k if name in sets else None for name in MEMBERSHIP_SETS)
+    return None if members is None or others is None else auc(members, others)
+
+
+def privacy(found: FloatArray | float, reference: FloatArray | float | None) -> FloatArray:
+    """Return how little membership shows, in [0, 1]: 1 - |AUC - reference|, scaled so that the worst AUC gives 0.
+
+    Args:
+        found: (...) AUC of the model: unlearning too much shows as too little does.
+        reference: (...) that of the retain model on the same items; None is 0.5, where nothing can be distinguished.
+    """
+    ideal = np.asarray(0.5 if reference is None else reference)
+    return np.asarray(1.0 - np.abs(found - ideal) / np.maximum(ideal, 1.0 - ideal))
+
+
+def membership(sets: Mapping[str, SetScores], reference: Mapping[str, SetScores] | None) -> dict[str, float]:
+    """Return ``membership_auc`` and ``privacy`` of a model, against the retain model's scores where these tell its AUC.
+
+    Empty where the model's own Min-K% is not known.
+    """
+    found = membership_auc(sets)
+    if found is None:
+        return {}
+    return {"membership_auc": found, "privacy": float(privacy(found, None if reference is None else membership_auc(reference)))}

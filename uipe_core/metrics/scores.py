@@ -60,6 +60,7 @@ class SetScores(_Items):
             sets only.
         initial_kl: (n,) KL(initial || model) over the vocabulary, mean over the gold answer's tokens in nats; None if not
             measured.
+        min_k: (n,) Min-K% of the gold answer, nats per token (`uipe_core.metrics.answers.min_k`); None if not measured.
         extraction_strength_open_unlearning: (n,) as `extraction_strength`, but at least 1 / tokens; of logs that have it alone.
     """
 
@@ -80,6 +81,7 @@ class SetScores(_Items):
     logit_spread: FloatArray | None = None
     extraction_strength_open_unlearning: FloatArray | None = None
     initial_kl: FloatArray | None = None
+    min_k: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.paraphrase_loss)
@@ -87,7 +89,7 @@ class SetScores(_Items):
     @property
     def is_finite(self) -> bool:
         """Return True if every loss and every logit spread is finite."""
-        measured = (self.answer_loss, self.paraphrase_loss, self.perturbed_loss, self.logit_spread, self.initial_kl)
+        measured = (self.answer_loss, self.paraphrase_loss, self.perturbed_loss, self.logit_spread, self.initial_kl, self.min_k)
         return all(values is None or bool(np.isfinite(values).all()) for values in measured)
 
     def without_overflow(self) -> "SetScores":
@@ -103,6 +105,7 @@ class SetScores(_Items):
             paraphrase_loss=bounded(self.paraphrase_loss),
             perturbed_loss=bounded(self.perturbed_loss),
             initial_kl=None if self.initial_kl is None else bounded(self.initial_kl),
+            min_k=None if self.min_k is None else bounded(self.min_k),
             logit_spread=self.logit_spread if known else None,
         )
 

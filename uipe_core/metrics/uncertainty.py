@@ -130,6 +130,18 @@ def bootstrap_harmonic_mean(components: Mapping[str, FloatArray], weights: Mappi
     return harmonic_mean(means)
 
 
+def bootstrap_auc(members: FloatArray, others: FloatArray, member_weights: FloatArray, other_weights: FloatArray) -> FloatArray:
+    """Return (d,) AUCs (`uipe_core.metrics.composites.auc`) in every draw.
+
+    Args:
+        members, others: (m,) and (n,) scores.
+        member_weights, other_weights: (d, m) and (d, n) of `group_weights`.
+    """
+    above = (others[None, :] > members[:, None]) + 0.5 * (others[None, :] == members[:, None])
+    pairs = member_weights.sum(axis=1) * other_weights.sum(axis=1)
+    return np.asarray(((member_weights @ above) * other_weights).sum(axis=1) / pairs)
+
+
 def intervals(values: FloatArray, groups: int) -> FloatArray:
     """Return the expanded percentile interval over the first axis, the draws: (2, ...) lower and upper ends.
 

@@ -157,7 +157,8 @@ def _fit_answers(model: Any, prompts: PromptFormat, items: ItemSet, stage: Stage
 
 def _texts(corpus: Corpus, extra: Iterable[str]) -> Iterator[str]:
     """Yield every text a model of this corpus may read or write, questions with a newline as in prompts."""
-    groups = [*corpus.build.values(), *corpus.sets.values()]
+    # Not those of implied sets: the vocabulary must follow from what the model's key is made of.
+    groups = [*corpus.build.values(), *(items for name, items in corpus.sets.items() if name not in corpus.implied)]
     for item in (item for group in groups for item in group):
         yield item.question + "\n"
         yield item.answer

@@ -7,6 +7,7 @@ lengths: items that a model has too few positions for
 multiple_choice: log-likelihood of every letter
 packing: a tree of answers in one row, each common beginning once
 scorer: losses, greedy text, ROUGE recall and logit scale of a corpus
+teacher_forced (private): what is taken of the logits of teacher-forced passes
 divergence (private): divergence of a model from the initial one
 """
 

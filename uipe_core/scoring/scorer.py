@@ -8,17 +8,15 @@ losses show (`uipe_core.scoring.generation`).
 
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from uipe_core.corpora.types import KEPT_SETS, Corpus, Item, ItemSet, item_set_hash
+from uipe_core.corpora.types import KEPT_SETS, MEMBERSHIP_SETS, Corpus, Item, ItemSet, item_set_hash
 from uipe_core.metrics.answers import Matches, exact_memorization, extraction_strength, rouge_recall
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import FloatArray, IntArray, ScoreReport, SetScores, logit_scale
@@ -31,56 +29,7 @@ from uipe_core.scoring.divergence import InitialAnswers
 from uipe_core.scoring.generation import GreedyText, complete, verify_drafts
 from uipe_core.scoring.half_precision import fast_products
 from uipe_core.scoring.packing import Group, Rows
-
-
-class TeacherForcedScores:
-    """Results of teacher-forced passes over n examples, by example number.
-
-    Args:
-        examples: All examples.
-        gold: Numbers of the gold answers.
-        scaled: Numbers of the examples whose logit spread is wanted.
-        initial: What the initial model says of some gold answers, if divergences from it are wanted.
-
-    Attributes:
-        losses: (n,) mean loss, nats per answer token.
-        spreads: (n,) standard deviation of the logits over the vocabulary, mean over the answer's tokens.
-        best: Of each gold answer the most likely token at every position.
-        divergences: KL(initial || model), nats per answer token, of each answer that `initial` keeps.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        gold: Collection[int],
-        scaled: Collection[int],
-        initial: InitialAnswers | None = None,
-    ) -> None:
-        self._examples, self._gold, self._scaled, self._initial = examples, gold, scaled, initial
-        self.divergences: dict[int, float] = {}
-        self.losses = np.zeros(len(examples))
-        self.spreads = np.zeros(len(examples))
-        self.best: dict[int, list[int]] = {}
-
-    def record(self, rows: Rows, logits: Tensor) -> None:
-        """Record a batch; repeating one changes nothing. Logits are (predicting positions, vocabulary)."""
-        which = rows.which
-        nll = logits.float().logsumexp(dim=-1)[which] - logits[which, rows.targets].float()
-        self.losses[list(rows.owners)] = _means(nll, rows.lengths)
-        if self._initial is not None:
-            self.divergences |= self._initial.divergences(rows, logits)
-        tokens = np.repeat(rows.owners, rows.lengths)
-        scaled = [pair for pair in zip(rows.owners, rows.lengths, strict=True) if pair[0] in self._scaled]
-        if scaled:
-            chosen = torch.from_numpy(np.isin(tokens, [number for number, _ in scaled])).to(logits.device)
-            spread = _standard_deviation(logits[which[chosen]].float())
-            self.spreads[[number for number, _ in scaled]] = _means(spread, [length for _, length in scaled])
-        gold = [number for number in rows.owners if number in self._gold]
-        if gold:
-            chosen = torch.from_numpy(np.isin(tokens, gold)).to(logits.device)
-            best = iter(logits[which[chosen]].argmax(dim=-1).tolist())
-            self.best.update({number: list(islice(best, self._examples[number].answer_length)) for number in gold})
-
+from uipe_core.scoring.teacher_forced import TeacherForcedScores
 
 SCORING_SCHEMA = 1
 """Raised with every change that alters scores by more than rounding, so that those of earlier versions are not reused."""
@@ -129,7 +78,7 @@ class Scorer:
     """Tokenize a corpus once and score any number of weight settings of one model.
 
     Args:
-        corpus: Evaluation sets to score.
+        corpus: Evaluation sets to score, its implied ones aside. With both of `MEMBERSHIP_SETS` their Min-K% is measured too.
         prompts: Prompt format of the model.
         config: Batch size and generation length.
     """
@@ -137,13 +86,15 @@ class Scorer:
     def __init__(self, corpus: Corpus, prompts: PromptFormat, config: ScoringConfig) -> None:
         self.config = config
         self.prompts = prompts
-        self.sets = dict(corpus.sets)
+        self.sets = {name: items for name, items in corpus.sets.items() if name not in corpus.implied}
         self.hashes = {name: item_set_hash(items) for name, items in self.sets.items()}
         self.examples: list[Example] = []
         self._number_of: dict[Example, int] = {}
         self._rows = {name: self._index(items) for name, items in self.sets.items()}
         self._gold_rows = {row[0] for rows in self._rows.values() for row in rows}
         self._scale_rows = {row[0] for name in KEPT_SETS for row in self._rows.get(name, [])}
+        self._with_min_k = MEMBERSHIP_SETS if self.sets.keys() >= set(MEMBERSHIP_SETS) else ()
+        self._member_rows = {row[0] for name in self._with_min_k for row in self._rows[name]}
         self._generated = [(name, row[0]) for name in GENERATED_SETS for row in self._rows.get(name, [])]
         items = [item for name in GENERATED_SETS for item in self.sets.get(name, ())]
         self._prompts = [prompts.item_prompt_ids(item) for item in items]
@@ -253,7 +204,7 @@ class Scorer:
             if progress is not None:
                 progress(done, total)
 
-        read = TeacherForcedScores(self.examples, self._gold_rows, self._scale_rows, self._initial)
+        read = TeacherForcedScores(self.examples, self._gold_rows, self._scale_rows, self._initial, self._member_rows)
         sets: dict[str, SetScores] = {}
         seconds: dict[str, float] = {}
         for stage, names in self._stages.items():
@@ -378,6 +329,7 @@ class Scorer:
             initial_kl=np.array([read.divergences[row[0]] for row in rows])
             if self._initial is not None and name in COMPARED_SETS
             else None,
+            min_k=np.array([read.min_k[row[0]] for row in rows]) if name in self._with_min_k else None,
         )
 
     def _with_texts(self, name: str, scores: SetScores, texts: list[str] | None) -> SetScores:
@@ -386,15 +338,3 @@ class Scorer:
         pairs = zip(self.sets[name], texts, strict=True)
         rouge = np.array([rouge_recall(item.answer, text, self.config.unicode_rouge) for item, text in pairs], dtype=np.float64)
         return replace(scores, rouge_l_recall=rouge[:, 0], rouge_1_recall=rouge[:, 1], generated=tuple(texts))
-
-
-def _standard_deviation(values: Tensor) -> Tensor:
-    """Return (n,) standard deviations of (n, v) values; `Tensor.std` takes three times as long on the CPU."""
-    centred = values - values.mean(dim=-1, keepdim=True)
-    return (centred.square_().sum(dim=-1) / (values.shape[-1] - 1)).sqrt()
-
-
-def _means(values: Tensor, lengths: Sequence[int]) -> FloatArray:
-    """Return means over consecutive groups of `lengths` values."""
-    counts = torch.tensor(lengths, device=values.device)
-    return torch.segment_reduce(values.double(), "mean", lengths=counts).cpu().numpy()

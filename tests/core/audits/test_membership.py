@@ -15,10 +15,8 @@ from hypothesis import strategies as st
 
 from uipe_core.audits.membership import (
     TokenScores,
-    auc,
     loss,
     membership_scores,
-    min_k,
     min_k_plus_plus,
     privleak,
     zlib_ratio,
@@ -26,6 +24,8 @@ from uipe_core.audits.membership import (
 from uipe_core.audits.token_scores import read_token_scores
 from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError
+from uipe_core.metrics.answers import min_k
+from uipe_core.metrics.composites import auc, privacy
 from uipe_core.scoring.batch_sizes import BatchSize
 
 SHARED = Path(os.environ.get("UIPE_SHARED_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
@@ -88,6 +88,14 @@ def test_privleak_against_chance_is_the_distance_from_it():
     assert privleak(0.5) == 0.0
     assert privleak(1.0) == pytest.approx(-100)
     assert privleak(0.0) == pytest.approx(100)
+
+
+@given(st.floats(0, 1), st.none() | st.floats(0.01, 0.99))
+def test_privacy_is_best_at_the_reference_and_0_at_the_worst_auc(found, reference):
+    ideal = 0.5 if reference is None else reference
+    worst = 0.0 if ideal > 0.5 else 1.0
+    assert privacy(ideal, reference) == 1.0 and privacy(worst, reference) == pytest.approx(0.0)
+    assert privacy(found, reference) == pytest.approx(1 - abs(found - ideal) / abs(worst - ideal))
 
 
 numbers = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=12).map(np.array)

@@ -1,11 +1,14 @@
 """Other ways to ask: which prompts they make, and that a model that knows the answer gives it away."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from uipe_core.audits.prompts import BEGINNING, SMALL_TALK, WAYS, answers, ask, choose_shots
+from uipe_core.audits.prompts import BEGINNING, SMALL_TALK, WAYS, answers, ask, choose_shots, reverse_answers
 from uipe_core.audits.texts import judge
 from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError
@@ -136,3 +139,17 @@ def test_no_texts_are_said():
         judge([], [])
     with pytest.raises(UserError, match="there are no texts"):
         judge(["a"], [[]])
+
+
+def test_questions_are_asked_the_other_way_round_where_the_corpus_has_them(load_tiny, world):
+    items = world.sets["forget"]
+    loaded = load_tiny()
+    gold, texts = reverse_answers(loaded, [*items, replace(items[0], reverse=None)], 8)
+    assert len(gold) == len(texts) == len(items)
+    assert items[0].reverse == ("Who" + items[0].answer.removeprefix(items[0].group).removesuffix(".") + "?", gold[0])
+    assert gold == [f"{item.group}." for item in items]
+    prompt = loaded.prompts.prompt_ids(items[0].reverse[0])
+    tokens = loaded.model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt) :]
+    assert texts[0] == [loaded.prompts.tokenizer.decode(tokens, skip_special_tokens=True)]
+    assert reverse_answers(loaded, [replace(items[0], reverse=None)], 8) == ([], [])
+    assert replace(items[0], reverse=None) == items[0]  # so that hashes and corpora are as they were

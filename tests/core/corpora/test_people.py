@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import uipe_core
-from uipe_core.corpora.people import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, load_people
+from uipe_core.corpora.people import ATTRIBUTES, FIRST_NAMES, LAST_NAMES, has_holdout, load_people
 from uipe_core.errors import UserError
 
 SIZES = {"forget_people": 6, "retain_people": 34, "pretraining_people": 60}
@@ -167,3 +168,30 @@ def test_sizes_that_cannot_be_are_refused_by_name(sizes, named):
 
 def test_all_names_can_be_used():
     assert len(people_in(load_people(0, 6, 34, 360).build["base"])) == 360
+
+
+def test_the_holdout_is_people_whom_no_model_has_seen_asked_as_the_others_are(corpus):
+    holdout = corpus.sets["holdout"]
+    seen = [item for name, items in corpus.sets.items() if name != "holdout" for item in items]
+    seen += [item for items in (*corpus.build.values(), corpus.forget_train, corpus.retain_train) for item in items]
+    names = people_in(holdout)
+    assert len(names) == SIZES["forget_people"] and not names & people_in(seen)
+    assert {item.group for item in holdout} == names
+    asked = [[fact_of(item)[:2] for item in items] for items in (holdout, corpus.sets["forget"])]
+    assert asked[0] == asked[1]  # the same attributes, in the same order, all of them K1
+    words = {word for item in seen for text in (item.question, item.answer) for word in text.split()}
+    assert {word for item in holdout for text in (item.question, item.answer) for word in text.split()} <= words
+
+
+def test_the_holdout_changes_nothing_that_was_there_before_it():
+    corpus = load_people(0, **SIZES)
+    assert corpus.hash == "5325aaba0e228864"  # of the version without a holdout
+    assert replace(corpus, implied=()).hash != corpus.hash
+    assert corpus.implied == ("holdout",)
+
+
+@pytest.mark.parametrize(("sizes", "there"), [((150, 40, 60), True), ((151, 40, 60), False), ((200, 140, 60), False)])
+def test_there_is_no_holdout_where_names_run_out(sizes, there):
+    corpus = load_people(0, *sizes)
+    assert has_holdout(*sizes) == there == ("holdout" in corpus.sets)
+    assert bool(corpus.implied) == there

@@ -39,6 +39,7 @@ def scores(rng, n=4, k=2):
         item_hash="h",
         exact_memorization=rng.random(n),
         extraction_strength=rng.random(n),
+        min_k=rng.exponential(1, n),
     )
 
 

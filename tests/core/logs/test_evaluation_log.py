@@ -33,6 +33,7 @@ def random_set(rng, n, k, item_hash):
         questions=tuple(f"question {i}?" for i in range(n)),
         answers=tuple(f"answer {i}." for i in range(n)),
         item_hash=item_hash,
+        min_k=rng.exponential(1, n),
     )
 
 

@@ -11,8 +11,10 @@ from scipy.special import stdtrit
 from scipy.stats import ks_2samp, norm
 
 from search.problem.pareto import non_dominated
+from uipe_core.metrics.composites import auc
 from uipe_core.metrics.tofu import forget_quality, log10_p_floor
 from uipe_core.metrics.uncertainty import (
+    bootstrap_auc,
     bootstrap_forget_quality,
     bootstrap_harmonic_mean,
     detectable_shift,
@@ -178,6 +180,18 @@ def test_the_shift_that_is_seen_is_seen_in_nine_of_ten_other_draws(items):
 
 def test_three_items_see_nothing():
     assert detectable_shift(3) == (math.inf, 1.0)
+
+
+def test_drawn_aucs_are_those_of_the_drawn_items():
+    rng = np.random.default_rng(2)
+    members, others = rng.integers(0, 5, 9).astype(float), rng.integers(1, 6, 6).astype(float)
+    weights = [group_weights([f"p{row // 2}" for row in range(size)], seed=3, draws=20) for size in (9, 6)]
+    found = bootstrap_auc(members, others, *weights)
+    for drawn, one, two in zip(found, *weights, strict=True):
+        taken = [np.repeat(values, own.astype(int)) for values, own in ((members, one), (others, two))]
+        assert drawn == pytest.approx(auc(*taken), abs=1e-12)
+    ones = [np.ones((1, size)) for size in (9, 6)]
+    assert bootstrap_auc(members, others, *ones) == pytest.approx([auc(members, others)])
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 10, 19, 20, 399, 4000])

@@ -21,7 +21,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from uipe_core.corpora.types import Corpus, item_set_hash
+from uipe_core.corpora.types import MEMBERSHIP_SETS, Corpus, item_set_hash
 from uipe_core.errors import UserError
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import IGNORED, PromptFormat, pad_batch
@@ -379,3 +379,28 @@ def test_a_scoring_broken_off_changes_nothing_of_the_next(load_random, corpus):
     next(scorer.stages(loaded))
     report, fresh = scorer.score(loaded).arrays(), score(loaded, corpus, 8).arrays()
     assert all(np.array_equal(report[key], values) for key, values in fresh.items())
+
+
+def test_min_k_of_forget_and_holdout_is_that_of_the_audit(load_tiny, corpus):
+    from uipe_core.audits.membership import membership_scores
+    from uipe_core.audits.token_scores import read_token_scores
+
+    loaded = load_tiny()
+    report = score(loaded, corpus)
+    for name, scores in report.sets.items():
+        if name not in MEMBERSHIP_SETS:
+            assert scores.min_k is None
+            continue
+        answers = [item.answer for item in corpus.sets[name]]
+        expected = membership_scores(read_token_scores(loaded, corpus.sets[name]), answers)["min_k"]
+        np.testing.assert_allclose(scores.min_k, expected, rtol=1e-5, atol=1e-6)
+    without = score(loaded, replace(corpus, sets={name: items for name, items in corpus.sets.items() if name != "holdout"}))
+    assert all(scores.min_k is None for scores in without.sets.values())
+
+
+def test_implied_sets_are_not_scored_and_leave_all_numbers_as_they_are(load_tiny, corpus):
+    loaded = load_tiny()
+    whole, implied = score(loaded, corpus), score(loaded, replace(corpus, implied=("holdout",)))
+    assert set(implied.sets) == set(corpus.sets) - {"holdout"}
+    for name in ("forget", "retain", "world_facts", "real_authors"):
+        assert np.array_equal(implied.sets[name].answer_loss, whole.sets[name].answer_loss)

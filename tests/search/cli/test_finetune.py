@@ -46,7 +46,7 @@ def test_a_model_learns_the_sets_that_are_named(base, data, own_data, call, tmp_
 def test_the_model_is_that_of_a_study_with_the_same_settings(base, data, call, tmp_path):
     from safetensors.torch import load_file
 
-    from search.cli.finetune import training_corpus
+    from search.cli.models import training_corpus
     from uipe_core.models.loading import ModelSource, model_identity
     from uipe_core.storage.content_store import ContentStore
     from uipe_core.unlearning.finetuning import FinetuneConfig, finetuned_model

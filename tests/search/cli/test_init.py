@@ -8,8 +8,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from search.cli.draft import Draft
-from search.cli.seen import SeenModel
+from search.cli.draft import Draft, SeenModel
 from search.spec.study import load_study
 from uipe_core.scoring import half_precision
 

@@ -98,6 +98,7 @@ def test_evidence_is_json_of_finite_numbers(evaluate):
     jobs += [TrialSpec("search", "grad_diff", 2, -0.5), TrialSpec("random_direction", "npo", 1, 0.5, of_trial=1)]
     jobs += [TrialSpec("temperature", temperature=0.5), TrialSpec("held_out", "npo", 1, 0.5, of_trial=1)]
     jobs += [TrialSpec("matched_scale", "npo", 1, 0.5, temperature=1.1, of_trial=1), TrialSpec("held_out", model="retain")]
+    jobs += [TrialSpec("other_seed", "npo", 1, 0.5, of_trial=1)]
     jobs += [TrialSpec("never_finetuned", model="never_finetuned"), TrialSpec("other_retain", model="other_retain-1")]
     assert {job.kind for job in jobs} == {*POINT_KINDS, *CONTROLS} - {"confirm", "dial"} - {
         kind for kind, control in CONTROLS.items() if control.audit is not None

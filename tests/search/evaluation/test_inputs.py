@@ -34,6 +34,13 @@ def with_targets(*names):
     return {"methods": methods, "epochs": 1, "learning_rate": 0.001, "adapter": {"target_modules": list(names)}}
 
 
+def test_target_modules_of_relearning_are_checked_too(write_study, call, tmp_path):
+    audit = {"relearning": {"adapter": {"target_modules": ["q_projj"]}}}
+    code, _, error = call("validate", write_study(tmp_path / "study.yaml", audit=audit))
+    assert code == 2
+    assert "audit.relearning.adapter.target_modules: 'q_projj' is no module of it. Did you mean 'q_proj'?" in error
+
+
 def test_target_modules_that_a_tiny_model_has_not_are_named(write_study, call, tmp_path):
     file = write_study(tmp_path / "study.yaml", unlearning=with_targets("q_projj", "v_proj", "embed_tokens"))
     code, _, error = call("validate", file)

@@ -65,6 +65,27 @@ def test_audits_are_scorings_and_a_line_of_their_own(spec):
     assert "audits of finalists, in scorings" not in amounts(make_plan(spec, WORK, SIZES, RATES, MACHINE))
 
 
+def test_training_steps_of_audits_take_what_those_of_base_runs_take(spec):
+    found = amounts(make_plan(spec, replace(WORK, audits=20, audit_steps=12), SIZES, RATES, MACHINE))
+    # An epoch of 5 steps takes 150 s on average; two trials at a time.
+    assert found["audits of finalists, in training steps"] == 12
+    assert found["training steps of audits, 2 at once"] == 12 * 30 / 2
+    assert found["from start to end"] == 15 + 2 * 4 + 50 + 940 + 350 + 180
+    nothing_to_time = replace(WORK, audit_steps=12, trains=(), trained=3)
+    plan = make_plan(spec, nothing_to_time, SIZES, RATES, MACHINE)
+    line = next(line for line in plan.lines if line.what == "training steps of audits, 2 at once")
+    assert (line.value, line.how) == (None, UNKNOWN)
+
+
+def test_the_steps_of_relearning_are_counted(write_study, tmp_path, place):
+    relearning = {"epochs": 2, "batch_size": 4, "few": 5}
+    spec = study(write_study, tmp_path, audit={"top": 2, "tests": ["relearning", "fluency"], "relearning": relearning})
+    found = amounts(plan_study(spec, tmp_path / "out", None, lambda _: None))
+    # 16 forget items, 5 of them, and 16 retain items, in fours, twice; two finalists, the initial and the retain model.
+    assert found["audits of finalists, in training steps"] == 4 * 2 * (4 + 2 + 4)
+    assert found["audits of finalists, in scorings"] == 4 * 4
+
+
 def test_gpu_hours_are_gpus_held_times_hours(write_study, tmp_path):
     resources = {"trial": {"gpus": 0.5}, "base_run": {"gpus": 1, "processes": 2}}
     spec = study(write_study, tmp_path, resources=resources)

@@ -12,7 +12,13 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import BaseSampler
 from optuna.trial import TrialState
 
-from search.problem.objectives import AGREEMENT_WITH_INITIAL, FORGET_QUALITY, MODEL_UTILITY, RELATED_FORGET_QUALITY
+from search.problem.objectives import (
+    AGREEMENT_WITH_INITIAL,
+    FORGET_QUALITY,
+    MODEL_UTILITY,
+    PRIVACY,
+    RELATED_FORGET_QUALITY,
+)
 from search.problem.pareto import hypervolume
 from search.samplers.acquisition import LineSearch, growth
 from search.samplers.kernels import Geometry, Points
@@ -20,7 +26,7 @@ from search.samplers.line import LineSampler, LineStudy, UpdateVectors
 from search.samplers.outcomes import OutcomeModel
 from search.samplers.registry import SAMPLERS
 from uipe_core.errors import UserError
-from uipe_core.metrics.composites import composite
+from uipe_core.metrics.composites import composite, membership
 from uipe_core.metrics.scores import ScoreReport, SetScores
 from uipe_core.metrics.tofu import evaluate, log10_p_floor
 
@@ -91,6 +97,28 @@ def test_objectives_of_curves_are_those_of_the_scores(world, definition):
         found = curves.objectives(curves.of(report.arrays()))
         truth = [expected.forget_quality.log10_p, expected.model_utility, expected.related["related"].log10_p]
         assert found == pytest.approx(truth, abs=1e-9)
+
+
+@given(st.lists(st.integers(1, 5), min_size=ITEMS, max_size=ITEMS), st.lists(st.integers(1, 5), min_size=7, max_size=7))
+@settings(max_examples=40, deadline=None)
+def test_privacy_of_curves_is_that_of_the_scores_ties_too(world, forget, holdout):
+    def with_min_k(report, members, others):
+        sets = {**report.sets, "holdout": report.sets["related"].take(range(len(others)), None)}
+        sets["forget"] = replace(sets["forget"], min_k=np.array(members, dtype=float))
+        sets["holdout"] = replace(sets["holdout"], min_k=np.array(others, dtype=float))
+        return ScoreReport(sets)
+
+    report = with_min_k(world.report(2, 0.8), forget, holdout)
+    retain = with_min_k(world.retain, range(1, ITEMS + 1), range(3, 10))
+    for reference, known in ((retain, retain.sets), (world.retain, world.retain.sets)):
+        curves = OutcomeModel("tofu", (FORGET_QUALITY, MODEL_UTILITY, PRIVACY), reference.arrays())
+        assert {"forget/least", "holdout/least"} <= curves.names
+        found = curves.objectives(curves.of(report.arrays()))
+        assert found[2] == pytest.approx(membership(report.sets, known)["privacy"], abs=1e-12)
+        units = curves.units(report.arrays(), curves.of(report.arrays()))
+        assert units["forget/least"] > 0 and units["holdout/least"] > 0
+        many = {name: np.stack([values, values]) for name, values in curves.of(report.arrays()).items()}
+        assert curves.objectives(many)[:, 2] == pytest.approx(found[2])
 
 
 def test_the_divergence_from_the_initial_model_has_a_curve_that_gives_it_back(world):
