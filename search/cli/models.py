@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from search.cli.tables import Json, echo, print_metrics, quieten, within
+from search.cli.tables import Json, echo, print_metrics, quieten
 from uipe_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,10 +49,12 @@ def score(
 ) -> None:
     """Score any model on a corpus: model utility, and forget quality against a reference."""
     from search.cli.score_once import Loading, corpus_named, score_once
-    from search.spec.bounds import MOST
+    from search.spec.errors import require_count
     from uipe_core.scoring.scorer import ScoringConfig
 
-    within(MOST, **{"--first-items": first_items, "--batch-size": batch_size, "--max-new-tokens": max_new_tokens})
+    asked = {"--first-items": first_items, "--batch-size": batch_size, "--max-new-tokens": max_new_tokens}
+    for option, value in asked.items():
+        require_count(option, value)
     quieten()
     scoring = ScoringConfig.of(definition, batch_size, max_new_tokens)
     loading = Loading(dtype, device, prompt_template, prompt_format)
@@ -120,11 +122,11 @@ def finetune(
     The recipe is TOFU's: loss on answers only, AdamW, a tenth of the steps as warm-up, linear decay. A study does the same by
     itself with model.kind: finetuned. Code that comes with a model is not run.
     """
-    from search.spec.bounds import MOST, MOST_RANK
+    from search.spec.errors import require_count, require_rank
 
     chosen = _chosen_sets(sets)
-    within(MOST, **{"--batch-size": batch_size})
-    within(MOST_RANK, **{"--adapter-rank": adapter_rank})
+    require_count("--batch-size", batch_size)
+    require_rank("--adapter-rank", adapter_rank)
     if not 0 < learning_rate <= 1000:
         raise UserError(f"--learning-rate: {learning_rate:g} is not above 0 and at most 1000; give for example 2e-5")
     if to.exists() or to.is_symlink():

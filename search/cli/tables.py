@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from uipe_core.errors import UserError, printable
+from uipe_core.errors import printable
 
 
 def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
@@ -63,17 +63,6 @@ SHOWN_REASONS = 8
 def print_json(value: dict[str, Any]) -> None:
     """Print one JSON object on standard output."""
     echo(json.dumps(value, default=str, allow_nan=False))
-
-
-def within(most: int, **options: int | None) -> None:
-    """Refuse a number of an option that is below 1 or above what a study file may say in its place.
-
-    Raises:
-        UserError: It names option, value and range.
-    """
-    for option, value in options.items():
-        if value is not None and not 1 <= value <= most:
-            raise UserError(f"{option}: {value} is not a whole number from 1 to {most:,}; give one that is")
 
 
 def print_metrics(values: dict[str, Any], as_json: bool) -> None:

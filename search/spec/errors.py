@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-from search.spec.bounds import MOST_ASKED
+from search.spec.bounds import MOST, MOST_ASKED, MOST_RANK
 from uipe_core.errors import UserError, closest
 
 KeyPath = tuple[str | int, ...]
@@ -321,6 +321,20 @@ def require_number_asked(option: str, value: int) -> None:
     Raises:
         UserError: Names the option, the value and the range.
     """
-    if not 1 <= value <= MOST_ASKED:
+    _require_within(option, value, MOST_ASKED)
+
+
+def require_count(option: str, value: int | None) -> None:
+    """Refuse a number of an option that a study file may not have in its place; raises as `require_number_asked`."""
+    _require_within(option, value, MOST)
+
+
+def require_rank(option: str, value: int | None) -> None:
+    """Refuse a rank that a study file may not have; raises as `require_number_asked`."""
+    _require_within(option, value, MOST_RANK)
+
+
+def _require_within(option: str, value: int | None, most: int) -> None:
+    if value is not None and not 1 <= value <= most:
         wrong = "few" if value < 1 else "many"
-        raise UserError(f"{option}: {value} is too {wrong}; give at least 1 and at most {MOST_ASKED}")
+        raise UserError(f"{option}: {value} is too {wrong}; give at least 1 and at most {most}")
