@@ -122,7 +122,7 @@ def read_trials(
     for trial in trials:
         try:
             found.append((trial[0], _trial(trial, *(part[trial[0]] for part in (given, values, user, system)))))
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             what = f"trial {trial[1]} cannot be read ({type(error).__name__}: {first_line(error)})"
             raise UserError(f"{what}; `uipe doctor` lists what is wrong, restore the database from a copy") from None
     return found

@@ -261,6 +261,15 @@ DAMAGES = {
         "trial 2: it has 0.9999 as model_utility, and",
     ),
     "a state": (sql(f"UPDATE trials SET state = 'DONE' WHERE {OF_TRIAL_2}"), "trial 2 cannot be read"),
+    "a number": (sql(f"UPDATE trials SET number = NULL WHERE {OF_TRIAL_2}"), "trial None cannot be read"),
+    "a range": (
+        sql(
+            "UPDATE trial_params SET distribution_json = replace(distribution_json, '\"step\": null', ?) "
+            f"WHERE param_name = 'alpha' AND {OF_TRIAL_2}",
+            f'"step": 1{"0" * 400}',
+        ),
+        "trial 2 cannot be read (OverflowError",
+    ),
     "a direction": (sql("UPDATE study_directions SET direction = 'MINIMIZE' WHERE objective = 1"), "MINIMIZE"),
     "the seed": (record(lambda study: study["spec"].update(seed=7)), "another seed, space"),
     "the range of alpha": (record(lambda study: study["spec"]["search"]["alpha"].update(high=3.0)), "another seed, space"),
