@@ -203,7 +203,7 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
         def word(name: Any, number: dict[str, Any], tested: set[str] = tested, reasons: dict[str, str] = reasons) -> str:
             value = number["values"][str(name)]
             if value is not None:
-                return f"{value:.{number['places']}f}"
+                return f"{value:z.{number['places']}f}"
             if name == RETAIN and retain is not None:
                 return retain
             # What an attack undid is a share of what a trial forgot: reference models, and some trials, forgot nothing.
@@ -238,6 +238,7 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
         **facts,
         "audits": audits,
         "front": _front_columns(result, table, audits),
+        "forgetting": {"title": result.objectives[0].title, "places": result.objectives[0].places},
         "after_attacks": _worst(result, table).to_dict("records"),
     }
 
@@ -260,7 +261,7 @@ def _front_columns(result: "StudyResult", table: pd.DataFrame, audits: list[dict
     worst = {
         str(name): attacked[name].astype(float).min() for name in attacked if name in (INITIAL, RETAIN) or isinstance(name, int)
     }
-    known = {name: f"{value:.{forgetting.places}f}" for name, value in worst.items() if not math.isnan(value)}
+    known = {name: f"{value:z.{forgetting.places}f}" for name, value in worst.items() if not math.isnan(value)}
     if known:
         about = f"{forgetting.title} after the worst attack on the weights"
         texts = {name: known.get(name, NOT_TESTED) for name in shown}
@@ -326,13 +327,17 @@ def _reasons(result: "StudyResult") -> dict[str, dict[str, str]]:
     return found
 
 
+_ATTACKED = ("trial", "before", "worst", "attack", "attacks")
+
+
 def after_attacks(result: "StudyResult") -> pd.DataFrame:
     """Return, of every audited trial, its forgetting after the worst attack that changed its weights.
 
-    Columns: ``trial``, ``worst`` (forgetting), ``attack`` (the kind), ``attacks`` (how many were tried); the strongest first.
+    Columns: ``trial``, ``before`` and ``worst`` (forgetting), ``attack`` (the kind), ``attacks`` (how many were tried); the
+    strongest first.
     """
     if "of_trial" not in result.controls or not result.controls["kind"].isin(AUDITS).any():
-        return pd.DataFrame(columns=["trial", "worst", "attack", "attacks"])
+        return pd.DataFrame(columns=list(_ATTACKED))
     return _worst(result, audit_table(result))
 
 
@@ -342,8 +347,8 @@ def _worst(result: "StudyResult", table: pd.DataFrame) -> pd.DataFrame:
     for number in (column for column in table.columns if isinstance(column, int)):
         values = rows[number].astype(float).dropna()
         if len(values):
-            found.append(
-                {"trial": number, "worst": float(values.min()), "attack": str(values.idxmin()), "attacks": len(values)}
-            )
-    frame = pd.DataFrame(found, columns=["trial", "worst", "attack", "attacks"])
+            before = float(result.trial(int(number))[result.objectives[0].name])
+            known = (number, before, float(values.min()), str(values.idxmin()), len(values))
+            found.append(dict(zip(_ATTACKED, known, strict=True)))
+    frame = pd.DataFrame(found, columns=list(_ATTACKED))
     return frame.sort_values("worst", ascending=False, ignore_index=True)

@@ -304,7 +304,8 @@ class StudyResult:
         """Why a rule chose a trial, in a line, and whether it beats the initial model beyond noise where that is known."""
         beats = beats_initial(self.store, self.trials, self.controls).get(int(row["trial"]))
         share = self.floor if floor is None else floor
-        return reason_of(row, self.control(INITIAL), self.objectives, rule, share, beats)
+        attacked = self.after_attacks.get(int(row["trial"])) if rule == "robust" else None
+        return reason_of(row, self.control(INITIAL), self.objectives, rule, share, beats, attacked)
 
     def reference_point(self) -> dict[str, float]:
         """Return the reference point of hypervolume, by objective (`search.problem.objectives`)."""

@@ -217,7 +217,7 @@ def test_the_robust_rule_takes_the_strongest_after_the_worst_attack(audited, cal
     code, output, error = call("select", result.out, "--rule", "robust", "--floor", "0.01", "--json")
     assert code == 0, error
     chosen = json.loads(output)
-    assert chosen["trial"] == best and "after the worst attack" in chosen["reason"]
+    assert chosen["trial"] == best and f"{attacked['worst'][0]:z.2f} after the attack, " in chosen["reason"]
 
 
 def test_without_an_audit_the_robust_rule_says_what_to_run(finished, call):
@@ -229,7 +229,13 @@ def test_the_report_and_the_command_show_them(audited, call):
     result, best = audited
     code, output, error = call("audit", result.out, "--trial", best, "--tests", "quantisation,membership")
     assert code == 0, error
-    assert "weights in 4 bits (NF4)" in output and "AUC of Min-K%" in output and "not tested" in output
+    assert (
+        "weights in 4 bits (NF4)" in output and "AUC of Min-K%" in output and "not tested" in output and "-0.00" not in output
+    )
+    row = after_attacks(result).iloc[0]
+    title = CONTROLS[row["attack"]].audit.title
+    before = f"trial {best}: log10 forget quality {result.trial(best)['log10_forget_quality']:z.2f}, "
+    assert f"{before}{row['worst']:z.2f} after the worst of 3 attacks on its weights ({title})" in output
     page = (result.out / "report" / "report.html").read_text()
     assert '<section id="audits">' in page and "weights in 4 bits (NF4)" in page and "not tested" in page
     front = page[page.index('<section id="front-table">') : page.index('<section id="alpha">')]
@@ -292,6 +298,7 @@ def test_the_dashboards_note_has_them_too(audited):
     ("options", "said"),
     [
         (("--tests", "quantization"), "'quantization' is none of quantisation"),
+        (("--tests", " , "), "names none; give some of quantisation"),
         (("--top", "0"), "--top: 0"),
         (("--trial", "999"), "is not a complete trial"),
         (("--trial", "0", "--rule", "knee"), "one of them"),
