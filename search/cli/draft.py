@@ -251,7 +251,7 @@ class Draft:
             _with("  methods:", "a list in place of a number gives one base run per value"),
             "    grad_diff: {retain_weight: 1}",
             "    npo: {beta: 0.1, retain_weight: 1}",
-            _with("    kl_min: {retain_weight: 1}", "more: grad_ascent, simnpo, idk_dpo, rmu (docs/methods.md)"),
+            _with("    kl_min: {retain_weight: 1}", "more: wga, undial, simnpo, idk_dpo, rmu, ... (docs/methods.md)"),
             _with("  epochs: 5", "each gives an update vector, from which the search walks"),
             _with(f"  learning_rate: {_number(rate)}", "a list tries several"),
             "  batch_size: 4",

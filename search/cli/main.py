@@ -300,16 +300,19 @@ def paper(
         int, typer.Option(help="Worlds to run, 1 to 1000; more narrow the intervals, and those run before are kept.")
     ] = 3,
     out: Annotated[Path, typer.Option(help="Folder for the page, its pictures and the finished parts.")] = Path("runs/paper"),
+    study: Annotated[
+        Path | None, typer.Option(help="Attack what this study's methods forget, on its models, in place of all experiments.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Repeat UIPE's experiments on small models and judge its claims; the same command resumes an interrupted run.
+    """Repeat UIPE's experiments on small models, attack what was forgotten, and judge the claims.
 
-    Three seeds take about ten minutes on two idle cores.
+    The same command resumes an interrupted run. Three seeds take about a quarter of an hour on two idle cores.
     """
-    from search.paper.runner import run_paper
+    from search.paper.runner import run_paper, run_study_attacks
 
     quieten()
-    result = run_paper(seeds, out)
+    result = run_paper(seeds, out) if study is None else run_study_attacks(study, seeds, out)
     if as_json:
         print_json(result)
         return

@@ -113,20 +113,33 @@ def print_stop(result: Any) -> None:
 
 
 def print_claims(result: dict[str, Any]) -> None:
-    from search.paper.page import effect_text
+    from search.paper.page import effect_text, estimate_text
     from search.paper.settings import TUNINGS
 
-    title = f"What holds here (metrics: {result['definition']}; seeds: {len(result['seeds'])})"
+    if "claims" in result:
+        title = f"What holds here (metrics: {result['definition']}; seeds: {len(result['seeds'])})"
+        table, console = new_table(title, width=160)
+        table.add_column("about")
+        table.add_column("claim", overflow="fold")
+        table.add_column("unit")
+        for name in TUNINGS.values():
+            table.add_column(name, justify="right")
+            table.add_column("")
+        for claim in result["claims"]:
+            cells = [cell for tuning in TUNINGS for cell in (effect_text(claim, tuning), claim[tuning]["verdict"])]
+            table.add_row(claim["source"], claim["claim"], claim["unit"], *cells)
+        console.print(table)
+    attacked = result["survival"]
+    title = (
+        f"What survives attacks (study: {attacked['study']}; seeds: {len(attacked['seeds'])}; unit: share of forgetting undone)"
+    )
     table, console = new_table(title, width=160)
-    table.add_column("about")
     table.add_column("claim", overflow="fold")
-    table.add_column("unit")
-    for name in TUNINGS.values():
-        table.add_column(name, justify="right")
-        table.add_column("")
-    for claim in result["claims"]:
-        cells = [cell for tuning in TUNINGS for cell in (effect_text(claim, tuning), claim[tuning]["verdict"])]
-        table.add_row(claim["source"], claim["claim"], claim["unit"], *cells)
+    table.add_column("effect", justify="right")
+    table.add_column("")
+    table.add_column("points", justify="right")
+    for row in attacked["answers"]:
+        table.add_row(row["claim"], estimate_text(row, "share undone"), row["verdict"], str(row["points"]))
     console.print(table)
 
 

@@ -91,7 +91,7 @@ def check_items(spec: StudySpec, corpus: Corpus) -> list[str]:
         UserError: As `check_split` and `check_words`, or a method that answers questions is to unlearn texts.
     """
     check_words(corpus, spec.definition)
-    refusing = [run.label for run in spec.variants() if "refusal_logp" in METHODS[run.method].needs]
+    refusing = [run.label for run in spec.variants() if METHODS[run.method].refuses]
     if refusing and any(item.plain for item in corpus.forget_train):
         raise UserError(
             f"unlearning.methods: {refusing[0]} answers questions, and corpus.forget has texts; remove the method, or give "

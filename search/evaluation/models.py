@@ -109,7 +109,7 @@ class TinyModels:
             base=None if section.base is None else Stage(**section.base.model_dump()),
             finetune=Stage(**section.finetune.model_dump()),
             seed=spec.seed,
-            extra_texts=REFUSALS if any("refusal_logp" in METHODS[run.method].needs for run in spec.variants()) else (),
+            extra_texts=REFUSALS if any(METHODS[run.method].refuses for run in spec.variants()) else (),
         )
         return cls(section, config, corpus, model_cache(spec))
 

@@ -12,12 +12,14 @@ import numpy as np
 import pandas as pd
 
 from search.paper import measures
+from search.paper.attacks import AttackSettings
 from search.paper.claims import LOG_FQ, SHARE, UTILITY, judged
 from search.paper.experiment import OTHER_RETAIN
 from search.paper.measures import CEILING, FLOOR, STEP, World
 from search.paper.settings import PAPER_LORA, TUNINGS, PaperSettings
 from search.paper.statistics import CONFIDENCE, FAILS, HOLDS, OPEN, at, best_above, estimate
-from search.report.style import count, decimal, seconds
+from search.paper.survival import summarise as summarise_attacks
+from search.report.style import alpha, count, decimal, seconds
 from uipe_core.errors import UserError
 from uipe_core.metrics.tofu import log10_p_floor
 from uipe_core.storage.files import write_atomic
@@ -36,39 +38,55 @@ RULE = (
 )
 
 
-def write_page(settings: PaperSettings, results: Sequence[dict[str, Any]], out: Path) -> tuple[Path, dict[str, Any]]:
+def write_page(
+    out: Path,
+    attacks: AttackSettings,
+    parts: Sequence[dict[str, Any]],
+    uipe: tuple[PaperSettings, Sequence[dict[str, Any]]] | None = None,
+) -> tuple[Path, dict[str, Any]]:
     """Write ``paper.html``, ``results.json`` and a PNG per picture into a folder.
 
     Args:
-        settings: What was run.
-        results: One per task, as `run_task` gives them.
         out: The folder; must exist.
+        attacks: What was attacked.
+        parts: One per base run and seed, as `run_attacks` gives them.
+        uipe: What was run of UIPE's experiments, and one result per task, as `run_task` gives them; None for a page of
+            attacks alone.
 
     Returns:
         The path of the page, and the content of ``results.json`` without its points.
 
     Raises:
-        UserError: If the folder cannot be written.
+        UserError: If the folder cannot be written, or nothing was attacked.
     """
     from search.paper import pictures
     from search.report import style as plot_style  # matplotlib comes with it
 
-    worlds = [World(settings, result) for result in results]
-    drawn = {
-        "models": pictures.models_figure(settings, worlds),
-        "related": pictures.related_figure(settings, worlds),
-        "weights": pictures.weights_figure(settings, worlds),
-        "tradeoff": pictures.tradeoff_figure(settings, worlds),
-        "matched": pictures.matched_figure(settings, worlds),
-        "alpha": pictures.alpha_figure(settings, worlds),
-        "stall": pictures.stall_figure(settings, worlds),
-    }
+    attacked, survival = summarise_attacks(attacks, parts)
+    summary: dict[str, Any] = {"survival": survival}
+    points: dict[str, Any] = {"attacked_points": list(parts)}
+    drawn = {}
+    if uipe is not None:
+        settings, results = uipe
+        worlds = [World(settings, result) for result in results]
+        drawn = {
+            "models": pictures.models_figure(settings, worlds),
+            "related": pictures.related_figure(settings, worlds),
+            "weights": pictures.weights_figure(settings, worlds),
+            "tradeoff": pictures.tradeoff_figure(settings, worlds),
+            "matched": pictures.matched_figure(settings, worlds),
+            "alpha": pictures.alpha_figure(settings, worlds),
+            "stall": pictures.stall_figure(settings, worlds),
+        }
+        summary = {**summarise(settings, worlds, results), **summary}
+        points["points"] = [
+            {"seed": result["seed"], "tuning": result["tuning"], **point} for result in results for point in result["points"]
+        ]
+    drawn["attacks"] = pictures.attacks_figure(attacked)
     pngs = {name: plot_style.png(figure) for name, figure in drawn.items()}
-    summary = summarise(settings, worlds, results)
-    points = [{"seed": result["seed"], "tuning": result["tuning"], **point} for result in results for point in result["points"]]
-    page = _render(settings, summary, pngs, round(plot_style.WIDTH * plot_style.DPI / 2))
+    page = _render(None if uipe is None else uipe[0], summary, pngs, round(plot_style.WIDTH * plot_style.DPI / 2))
     files = {f"{name}.png": picture for name, picture in pngs.items()}
-    files["results.json"] = json.dumps({**summary, "points": points}, indent=1, allow_nan=False).encode()
+    files["results.json"] = json.dumps({**summary, **points}, indent=1, allow_nan=False).encode()
     files["paper.html"] = page.encode()
     _write(files, out)
     return out / "paper.html", summary
@@ -187,10 +205,11 @@ def _by_method(settings: PaperSettings, worlds: Sequence[World]) -> list[dict[st
 
 def effect_text(claim: dict[str, Any], tuning: str) -> str:
     """Mean and standard error of a claim's effect, as people read them."""
-    return _estimate_text(claim[tuning], claim["unit"])
+    return estimate_text(claim[tuning], claim["unit"])
 
 
-def _estimate_text(found: dict[str, Any], unit: str) -> str:
+def estimate_text(found: dict[str, Any], unit: str) -> str:
+    """Mean and standard error; one seed has none."""
     error = "" if found["error"] is None else f" ± {_effect(found['error'], unit)}"
     return f"{_effect(found['mean'], unit)}{error}"
 
@@ -199,12 +218,12 @@ def _effect(value: Any, unit: str) -> str:
     return decimal(value, {LOG_FQ: 2, UTILITY: 4, SHARE: 4}.get(unit, 3))
 
 
-def _render(settings: PaperSettings, summary: dict[str, Any], pngs: dict[str, bytes], width: int) -> str:
+def _render(settings: PaperSettings | None, summary: dict[str, Any], pngs: dict[str, bytes], width: int) -> str:
     source = resources.files("search.paper").joinpath("paper.html.j2").read_text(encoding="utf-8")
     style = resources.files("search.report").joinpath("report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        decimal=decimal, effect=_effect, effect_text=effect_text, estimate_text=_estimate_text, seconds=seconds
+        alpha=alpha, decimal=decimal, effect=_effect, effect_text=effect_text, estimate_text=estimate_text, seconds=seconds
     )
     return environment.from_string(source).render(
         style=style,
@@ -212,7 +231,7 @@ def _render(settings: PaperSettings, summary: dict[str, Any], pngs: dict[str, by
         tunings=TUNINGS,
         settings=settings,
         lora=PAPER_LORA,
-        seeds=count(len(summary["seeds"]), "seed"),
+        seeds=count(len((summary if settings else summary["survival"])["seeds"]), "seed"),
         pictures={name: base64.b64encode(picture).decode() for name, picture in pngs.items()},
         width=width,
     )

@@ -1,14 +1,18 @@
-"""The pictures of the experiments: means over seeds with their standard errors, walks as means over seeds."""
+"""The pictures of the experiments: means over seeds with standard errors, walks as means over seeds, attacks as points."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from search.paper.attacks import ATTACKS, PUSHED, WALK
 from search.paper.measures import left_out_gains, matched_points
 from search.paper.panels import (
     DASHES,
@@ -29,6 +33,7 @@ from search.paper.panels import (
     whole_epochs,
 )
 from search.paper.settings import PaperSettings
+from search.paper.survival import Attacked
 from search.report.style import BAND, FAINT, INK, MUTED, PALETTE
 
 KINDS = {
@@ -202,6 +207,34 @@ def matched_figure(settings: PaperSettings, worlds: Worlds) -> Figure:
     entries = [Line2D([], [], marker="^", linestyle="", color=colour, label=method) for method, colour in colours.items()]
     band = Patch(color=BAND, label="error of straight lines between epochs (root mean square)")
     legend(figure, [*entries, band], noise=False)
+    return figure
+
+
+def attacks_figure(worlds: Sequence[Attacked]) -> Figure:
+    """Forgetting after every attack over forgetting before it, coloured by alpha."""
+    figure, grid = grid_of(1, len(ATTACKS), 3.6)
+    points = pd.concat([world.points[world.points["collapsed"].isna()] for world in worlds])
+    walks, pushed = points[points["kind"] == WALK], points[points["kind"] == PUSHED]
+    norm = TwoSlopeNorm(0.0, min(-0.1, walks["alpha"].min()), max(0.1, walks["alpha"].max()))
+    shades = colormaps["coolwarm"]
+    for axes, (attack, title) in zip(grid[0], ATTACKS.items(), strict=True):
+        after = f"after_{attack}"
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=1, zorder=1)
+        axes.scatter(pushed["forgetting"], pushed[after], s=18, marker="x", color=MUTED, linewidths=0.9, zorder=2)
+        for rows, edge in ((walks[walks["alpha"] != 0], "none"), (walks[walks["alpha"] == 0], INK)):
+            shade = shades(norm(rows["alpha"].to_numpy(dtype=float)))
+            axes.scatter(rows["forgetting"], rows[after], s=15, color=shade, edgecolors=edge, linewidths=0.7, zorder=3)
+        finish(axes, title.replace(": ", "\n"), across="forgetting before")
+        axes.set(xlim=(0, None), ylim=(0, None), xticks=(0, 0.5))
+    grid[0, 0].set_ylabel("forgetting after")
+    share_heights(grid[0])
+    bar = figure.colorbar(ScalarMappable(norm, shades), ax=grid[0], label="alpha", aspect=30, pad=0.01)
+    bar.set_ticks(sorted({float(walks["alpha"].min()), 0.0, float(walks["alpha"].max())}))
+    bar.outline.set_visible(False)
+    trained = Line2D([], [], marker="o", linestyle="", markerfacecolor=shades(0.5), markeredgecolor=INK, markersize=5)
+    trained.set_label("trained epoch")
+    step = Line2D([], [], marker="x", linestyle="", color=MUTED, markersize=5, label="trained epoch and a random step")
+    legend(figure, [trained, step, handle("nothing undone", MUTED)], noise=False)
     return figure
 
 

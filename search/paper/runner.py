@@ -10,10 +10,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from search.paper.attacks import AttackSettings, AttackTask, run_attacks
 from search.paper.experiment import run_task
 from search.paper.settings import PaperSettings, Task, tasks
 from search.report.progress import Bars
 from search.spec.errors import require_number_asked
+from search.spec.models import TinyModel
+from search.spec.plugins import load_plugins
+from search.spec.study import load_study
 from uipe_core.errors import StudyInterrupted, UserError
 from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.files import cache_folder, read_json, write_atomic
@@ -22,11 +26,19 @@ PARTS = "parts"
 """Folder of finished parts within the output folder."""
 
 
-def run_paper(seeds: int, out: Path, settings: PaperSettings | None = None, workers: int | None = None) -> dict[str, Any]:
+def run_paper(
+    seeds: int,
+    out: Path,
+    settings: PaperSettings | None = None,
+    attacks: AttackSettings | None = None,
+    workers: int | None = None,
+) -> dict[str, Any]:
     """Run what the experiments lack and write their page.
 
     Args:
-        seeds, out, settings, workers: As for `run_parts`; settings None are those of the paper's world.
+        seeds, out, workers: As for `run_parts`.
+        settings: Of UIPE's experiments; None is the paper's world.
+        attacks: Of the experiment on attacks; None is the quickstart's world.
 
     Returns:
         The content of ``results.json`` without its points, and the path of the ``page``.
@@ -36,23 +48,52 @@ def run_paper(seeds: int, out: Path, settings: PaperSettings | None = None, work
     """
     from search.paper.page import write_page
 
-    chosen = settings or PaperSettings()
+    chosen, attacked = settings or PaperSettings.small(), attacks or AttackSettings.small()
     with Bars() as bars:
         results = run_parts(chosen, seeds, out, bars, workers)
+        parts = run_parts(attacked, seeds, out, bars, workers)
         bars.say("drawing ...")
-        page, summary = write_page(chosen, results, out)
+        page, summary = write_page(out, attacked, parts, (chosen, results))
     return {"page": str(page), **summary}
 
 
-def run_parts(settings: PaperSettings, seeds: int, out: Path, bars: Bars, workers: int | None = None) -> list[dict[str, Any]]:
-    """The results of every task of seeds 0 to seeds - 1; what is kept in the folder is not run again.
+def run_study_attacks(study: Path, seeds: int, out: Path) -> dict[str, Any]:
+    """Run the experiment on attacks with the corpus, models and methods of a study, and write a page of its own.
+
+    Models that exist or are fine-tuned take all cores and the memory of one process: their parts run one after another.
+
+    Args:
+        study: A study file; of its search nothing is used but the range of alpha.
+        seeds: How many seeds, from the study's own on.
+        out: As for `run_parts`.
+
+    Returns, raises: As `run_paper`; and UserError for a study file that is wrong or does not fit (`AttackSettings.of_study`).
+    """
+    from search.paper.page import write_page
+
+    settings = AttackSettings.of_study(load_study(study))
+    with Bars() as bars:
+        workers = None if isinstance(settings.study.model, TinyModel) else 1
+        parts = run_parts(settings, seeds, out, bars, workers)
+        bars.say("drawing ...")
+        page, summary = write_page(out, settings, parts)
+    return {"page": str(page), **summary}
+
+
+Settings = PaperSettings | AttackSettings
+AnyTask = Task | AttackTask
+
+
+def run_parts(settings: Settings, seeds: int, out: Path, bars: Bars, workers: int | None = None) -> list[dict[str, Any]]:
+    """The results of every task of so many seeds; what is kept in the folder is not run again.
 
     Args:
         settings: What to run.
         seeds: How many seeds, 1 to 1000.
         out: Output folder; made if it is missing.
         bars: Where progress is shown.
-        workers: Processes; None is one per core that this process may use.
+        workers: Processes; None is one per core that this process may use. Models that are not small share out the other
+            cores as threads.
 
     Raises:
         UserError: No seed or too many, a folder that cannot be written, or a kept part that is damaged or of other settings.
@@ -66,17 +107,19 @@ def run_parts(settings: PaperSettings, seeds: int, out: Path, bars: Bars, worker
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error.strerror or error}; choose another folder") from error
-    wanted = tasks(seeds)
+    wanted: list[AnyTask] = [*(tasks(seeds) if isinstance(settings, PaperSettings) else settings.tasks(seeds))]
     kept = {task: found for task in wanted if (found := read_part(settings, task, folder)) is not None}
     missing = [task for task in wanted if task not in kept]
     if missing:
         if kept:
             bars.say(f"{len(kept)} of {len(wanted)} parts are there from before")
-        _run_missing(settings, missing, folder, bars, workers or len(os.sched_getaffinity(0)))
+        if isinstance(settings, AttackSettings):
+            bars.say(settings.cost(len(missing)))
+        _run_missing(settings, missing, folder, bars, workers)
     return [kept.get(task) or _finished(settings, task, folder) for task in wanted]
 
 
-def read_part(settings: PaperSettings, task: Task, folder: Path) -> dict[str, Any] | None:
+def read_part(settings: Settings, task: AnyTask, folder: Path) -> dict[str, Any] | None:
     """The kept result of a task, or None where there is none.
 
     Raises:
@@ -99,7 +142,7 @@ def read_part(settings: PaperSettings, task: Task, folder: Path) -> dict[str, An
     return dict(result)
 
 
-def keep_part(settings: PaperSettings, task: Task, folder: Path, result: dict[str, Any]) -> None:
+def keep_part(settings: Settings, task: AnyTask, folder: Path, result: dict[str, Any]) -> None:
     """Write the result of a task, whole or not at all."""
     content = {"settings": settings.key, "checksum": _checksum(result), "result": result}
     write_atomic(folder / task.file_name, json.dumps(content, allow_nan=False).encode())
@@ -109,21 +152,25 @@ def _checksum(result: Any) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
-def _finished(settings: PaperSettings, task: Task, folder: Path) -> dict[str, Any]:
+def _finished(settings: Settings, task: AnyTask, folder: Path) -> dict[str, Any]:
     found = read_part(settings, task, folder)
     if found is None:
         raise UserError(f"{folder / task.file_name}: vanished while the experiments ran; run the same command again")
     return found
 
 
-def _run_missing(settings: PaperSettings, missing: list[Task], folder: Path, bars: Bars, workers: int) -> None:
+def _run_missing(settings: Settings, missing: list[AnyTask], folder: Path, bars: Bars, workers: int | None) -> None:
     context = multiprocessing.get_context("spawn")
     todo, news = context.Queue(), context.Queue()
-    count = min(workers, len(missing))
+    cores = len(os.sched_getaffinity(0))
+    count = min(workers or cores, len(missing))
     for task in [*missing, *[None] * count]:
         todo.put(task)
+    # Small models want one thread: two under contention are slower (`uipe_core.models.loading.set_threads`).
+    large = isinstance(settings, AttackSettings) and not isinstance(settings.study.model, TinyModel)
+    threads = max(1, cores // count) if large else 1
     # Daemons: they end with this process however it ends.
-    processes = [context.Process(target=_work, args=(settings, folder, todo, news), daemon=True) for _ in range(count)]
+    processes = [context.Process(target=_work, args=(settings, folder, todo, news, threads), daemon=True) for _ in range(count)]
     try:
         for process in processes:
             process.start()
@@ -160,10 +207,11 @@ def _check(processes: list[Any]) -> None:
         raise RuntimeError(f"a worker process ended with exit code {failed[0]}; its error is above, or memory ran out")
 
 
-def _work(settings: PaperSettings, folder: Path, todo: Any, news: Any) -> None:
+def _work(settings: Settings, folder: Path, todo: Any, news: Any, threads: int) -> None:
     """A worker: one task after another until there is none left."""
     import transformers
 
+    load_plugins()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Ctrl-C reaches every process of the terminal; the driver alone decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -179,7 +227,11 @@ def _work(settings: PaperSettings, folder: Path, todo: Any, news: Any) -> None:
             news.put((name, done, total))
 
         try:
-            keep_part(settings, task, folder, run_task(settings, task, store, note))
+            if isinstance(settings, AttackSettings):
+                result = run_attacks(settings, task, threads, note)
+            else:
+                result = run_task(settings, task, store, note)
+            keep_part(settings, task, folder, result)
         except UserError as error:
             news.put(error)
             return

@@ -69,6 +69,11 @@ class PaperSettings:
     scoring: ScoringConfig = field(default_factory=lambda: ScoringConfig(batch_size=128, generation_length=12))
     definition: str = "tofu"
 
+    @classmethod
+    def small(cls) -> "PaperSettings":
+        """Return those of the paper's world."""
+        return cls()
+
     def model(self, seed: int) -> TinyModelConfig:
         """Shape and training of the small models of a seed."""
         return TinyModelConfig(

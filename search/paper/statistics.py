@@ -169,3 +169,21 @@ def first_below(values: ArrayLike, level: float) -> float:
     known = -np.asarray(values, dtype=np.float64)
     fallen = first_reached(known, -level)
     return fallen if np.isfinite(fallen) else float(len(known) - 1)
+
+
+def coefficient(values: ArrayLike, asked: ArrayLike, others: Sequence[ArrayLike]) -> float:
+    """Return the coefficient of one column in a least-squares fit; NaN where the data cannot tell it from the others.
+
+    Args:
+        values: (n,) what is explained.
+        asked: (n,) the column asked about.
+        others: Columns of (n,), which include an intercept or what adds up to one.
+    """
+    column, rest = np.asarray(asked, dtype=np.float64), np.column_stack([np.asarray(each, dtype=np.float64) for each in others])
+    if len(column) <= rest.shape[1] + 1:
+        return float("nan")
+    # Of what the others leave of it (Frisch and Waugh): nothing, where it is a sum of them.
+    left = column - rest @ np.linalg.lstsq(rest, column, rcond=None)[0]
+    if np.linalg.norm(left) <= 1e-9 * max(1.0, float(np.linalg.norm(column))):
+        return float("nan")
+    return float(left @ np.asarray(values, dtype=np.float64) / (left @ left))

@@ -12,7 +12,7 @@ from search.spec.study import StudySpec
 from uipe_core.models.loading import DTYPES
 from uipe_core.models.skeleton import meta_model
 from uipe_core.models.transformers_compat import adapter_state, wrap_adapter
-from uipe_core.unlearning.loss_inputs import INITIAL_ON_RETAIN
+from uipe_core.unlearning.loss_inputs import reads_initial
 from uipe_core.unlearning.methods import METHODS
 
 WEIGHTS_SHARE = 0.8
@@ -58,7 +58,7 @@ def model_sizes(spec: StudySpec, skeleton: Any, trains: Collection[str], imports
     lora, adapter = adapter_config(None if spec.unlearning is None else spec.unlearning.adapter), None
     if lora is not None:
         adapter = sum(tensor.numel() for tensor in adapter_state(wrap_adapter(skeleton, lora.as_peft())).values())
-    second = {run.label for run in spec.variants() if METHODS[run.method].needs & INITIAL_ON_RETAIN}
+    second = {run.label for run in spec.variants() if reads_initial(METHODS[run.method].needs)}
     scored = stored if dtype == "auto" else DTYPES[dtype].itemsize
     return Sizes(parameters, adapter, stored, scored, imports(parameters), bool(second & set(trains)))
 

@@ -25,6 +25,7 @@ from uipe_core.corpora.files import SUFFIXES, TEXTS
 from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice
 from uipe_core.corpora.questions import SETS, load_questions
 from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, RELATED_SETS, UTILITY_SETS
+from uipe_core.unlearning.methods import METHODS
 
 if TYPE_CHECKING:
     from uipe_core.corpora.types import Corpus
@@ -225,9 +226,9 @@ class MultipleChoiceCorpus(Section):
         if third_objective is not None:
             error = rule("a multiple-choice corpus has no related facts", "Remove it.")
             found.append({"type": error, "loc": ("search", "third_objective"), "input": third_objective})
-        if self.forget_texts is not None and "idk_dpo" in methods:
-            error = rule("it answers questions, and corpus.forget_texts are none", "Remove the method, or forget_texts.")
-            found.append({"type": error, "loc": ("unlearning", "methods", "idk_dpo"), "input": {}})
+        error = rule("it answers questions, and corpus.forget_texts are none", "Remove the method, or forget_texts.")
+        refusing = [name for name in methods if self.forget_texts is not None and METHODS[name].refuses]
+        found += [{"type": error, "loc": ("unlearning", "methods", name), "input": {}} for name in refusing]
         return found
 
 

@@ -38,7 +38,9 @@ class Processes:
     rank: int = 0
     device: torch.device | None = None
 
-    def split_batch(self, forget: Sequence[Example], retain: Sequence[Example]) -> tuple[list[int], Shares]:
+    def split_batch(
+        self, forget: Sequence[Example], retain: Sequence[Example], refusals: Sequence[Example]
+    ) -> tuple[list[int], Shares]:
         """Return the batch positions that this process reads, and their shares of the whole batch.
 
         With fewer items than processes, a process without an item reads the first one with weight 0: sharded weights are
@@ -47,12 +49,14 @@ class Processes:
         Args:
             forget: Forget items of the batch.
             retain: As many retain items, or none.
+            refusals: As many forget questions with refusals, or none.
         """
         size = len(forget)
         mine = list(range(self.rank * size // self.count, (self.rank + 1) * size // self.count))
         if not mine:
-            return [0], Shares(0.0, 0.0, 0.0)
-        return mine, Shares(len(mine) / size, _token_share(forget, mine), _token_share(retain, mine) if retain else 1.0)
+            return [0], Shares(0.0, 0.0, 0.0, 0.0)
+        parts = (_token_share(examples, mine) if examples else 1.0 for examples in (forget, retain, refusals))
+        return mine, Shares(len(mine) / size, *parts)
 
     def sum(self, value: float) -> float:
         """Return the sum of a number over all processes."""

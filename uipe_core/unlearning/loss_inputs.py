@@ -12,7 +12,7 @@ from uipe_core.corpora.types import ItemSet
 from uipe_core.errors import UserError
 from uipe_core.models.likelihood import answer_kl, answer_logits, answer_logp, answer_rows, mean_answer_nll
 from uipe_core.models.loading import LoadedModel
-from uipe_core.models.prompts import Batch, Example, pad_batch
+from uipe_core.models.prompts import IGNORED, Batch, Example, pad_batch
 from uipe_core.unlearning.distributed import Processes
 from uipe_core.unlearning.methods import LossInputs
 from uipe_core.unlearning.steering import control_direction, decoder_layer, outputs_of
@@ -23,14 +23,27 @@ INITIAL_BEFORE_TRAINING = {"initial_forget_logp", "initial_refusal_logp"}
 INITIAL_ON_RETAIN = {"retain_kl", "initial_retain_activations"}
 """Fields of `LossInputs` for which the initial model reads the retain batch of every step."""
 
+INITIAL_ON_FORGET = {"initial_forget_rows"}
+"""Fields of `LossInputs` for which it reads the forget batch of every step."""
+
+
+def reads_initial(needs: frozenset[str], has_retain: bool = True) -> bool:
+    """Return True if the initial model takes part in every step.
+
+    Args:
+        needs: Of a method.
+        has_retain: Whether its objective has a retain term.
+    """
+    return bool(needs & INITIAL_ON_FORGET or (has_retain and needs & INITIAL_ON_RETAIN))
+
 
 def encode(loaded: LoadedModel, items: ItemSet) -> list[Example]:
     """Tokenize questions and answers."""
     return [loaded.prompts.encode_item(item) for item in items]
 
 
-def encode_refusals(loaded: LoadedModel, items: ItemSet, epochs: int, seed: int) -> list[list[Example]]:
-    """Tokenize, for every epoch, the questions with the refusals drawn for them.
+def encode_refusals(loaded: LoadedModel, items: ItemSet, epochs: int, seed: int, method: str) -> list[list[Example]]:
+    """Tokenize, for every epoch, the questions with the refusals drawn for them by a method.
 
     Raises:
         UserError: If the model's vocabulary lacks words of a refusal.
@@ -38,7 +51,7 @@ def encode_refusals(loaded: LoadedModel, items: ItemSet, epochs: int, seed: int)
     unknown = loaded.tokenizer.unk_token_id
     for text in REFUSALS if epochs and unknown is not None else ():
         if unknown in loaded.tokenizer(text, add_special_tokens=False)["input_ids"]:
-            raise UserError(f"idk_dpo: the model's vocabulary lacks words of the refusal {text!r}; choose another method")
+            raise UserError(f"{method}: the model's vocabulary lacks words of the refusal {text!r}; choose another method")
     drawn = [draw_refusals(len(items), seed, epoch) for epoch in range(1, epochs + 1)]
     return [
         [loaded.prompts.encode(item.question, refusal) for item, refusal in zip(items, refusals, strict=True)]
@@ -103,9 +116,14 @@ class Forward:
         logits, labels, activations = self._pass(self.model, self.layer, batch)
         logp, tokens = answer_logp(logits, labels)
         inputs = LossInputs(logp, tokens, forget_activations=activations, direction=self.direction)
+        if "forget_rows" in self.needs:
+            targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+            inputs = replace(inputs, forget_rows=answer_rows(logits, labels), forget_targets=targets)
+        if "initial_forget_rows" in self.needs:
+            inputs = replace(inputs, initial_forget_rows=answer_rows(*self._initial(batch)[:2]))
         if refusals:
-            batch = self._batch(refusals)
-            inputs = replace(inputs, refusal_logp=answer_logp(*answer_logits(self.model, batch))[0])
+            logp, tokens = answer_logp(*answer_logits(self.model, self._batch(refusals)))
+            inputs = replace(inputs, refusal_logp=logp, refusal_tokens=tokens)
         return self._with_retain(inputs, self._batch(retain)) if retain else inputs
 
     def _with_retain(self, inputs: LossInputs, batch: Batch) -> LossInputs:

@@ -27,11 +27,13 @@ class Shares:
         items: Of the forget items.
         tokens: Of the forget answers' tokens.
         retain_tokens: Of the retain answers' tokens.
+        refusal_tokens: Of the refusals' tokens.
     """
 
     items: float = 1.0
     tokens: float = 1.0
     retain_tokens: float = 1.0
+    refusal_tokens: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,14 @@ class LossInputs:
     Attributes:
         forget_logp: (b,) log-probability of each forget answer, summed over its tokens.
         forget_tokens: (b,) number of answer tokens.
+        forget_rows: (k, v) logits from which the forget answers' tokens are predicted, fp32.
+        forget_targets: (k,) these tokens.
+        initial_forget_rows: (k, v) `forget_rows` under the initial model.
         initial_forget_logp: (b,) `forget_logp` under the initial model.
         retain_nll: () mean negative log-likelihood per answer token of the retain batch.
         retain_kl: () mean over retain answer tokens of KL(initial || current).
         refusal_logp: (b,) log-probability of a refusal in place of each forget answer, summed over its tokens.
+        refusal_tokens: (b,) number of the refusals' tokens.
         initial_refusal_logp: (b,) `refusal_logp` under the initial model.
         forget_activations: (k, d) outputs of the steered layer at positions that predict forget answer tokens.
         direction: (d,) direction of length 1 to steer to.
@@ -55,10 +61,14 @@ class LossInputs:
 
     forget_logp: Tensor
     forget_tokens: Tensor
+    forget_rows: Tensor | None = None
+    forget_targets: Tensor | None = None
+    initial_forget_rows: Tensor | None = None
     initial_forget_logp: Tensor | None = None
     retain_nll: Tensor | None = None
     retain_kl: Tensor | None = None
     refusal_logp: Tensor | None = None
+    refusal_tokens: Tensor | None = None
     initial_refusal_logp: Tensor | None = None
     forget_activations: Tensor | None = None
     direction: Tensor | None = None
@@ -148,6 +158,78 @@ def idk_dpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     return inputs.shares.items * preference + _retain_term(inputs, hyper, "retain_nll")
 
 
+def idk_nll(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Train on a refusal in place of the forget answer: NLL(refusal) + retain_weight * NLL(retain).
+
+    The NLL is a mean per token. TOFU (arXiv 2401.06121), section 4; the retain term as in open-unlearning.
+    """
+    tokens = _needed(inputs.refusal_tokens, "refusal_tokens").sum()
+    refusal = -_needed(inputs.refusal_logp, "refusal_logp").sum() / tokens
+    return inputs.shares.refusal_tokens * refusal + _retain_term(inputs, hyper, "retain_nll")
+
+
+def wga(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Weighted gradient ascent: -E w NLL(token), w = p(token)^beta without gradient [+ retain term].
+
+    E is the mean over forget answer tokens: tokens that are forgotten already weigh little, so ascent does not run away. With
+    beta 0 it is `grad_diff`. Wang et al. (arXiv 2502.19301).
+    """
+    logp = _token_logp(inputs)
+    return _weighted_ascent(inputs, hyper, logp, (hyper["beta"] * logp.detach()).exp())
+
+
+def sat_imp(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Gradient ascent weighted by saturation and importance: -E w NLL(token), w = p^beta1 (1 - p)^beta2 [+ retain term].
+
+    The weight has no gradient; E is the mean over forget answer tokens. beta1 spares what is forgotten, beta2 what is surest.
+    Yang et al. (arXiv 2505.11953); defaults of open-unlearning, whose forget term weighs 0.1 and retain term 1.
+    """
+    logp = _token_logp(inputs)
+    known = logp.detach().exp()
+    return _weighted_ascent(inputs, hyper, logp, known ** hyper["beta1"] * (1 - known) ** hyper["beta2"])
+
+
+def ce_u(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Cross-entropy unlearning: towards the model's own distribution without the answer's token [+ retain term].
+
+    E CE(softmax of the logits with the token's at minus infinity, without gradient; softmax of the logits) over forget answer
+    tokens. Its gradient is bounded, so it does not run away as ascent does. Yang (arXiv 2503.01224). Every answer token counts;
+    open-unlearning leaves out the first of each by default.
+    """
+    from torch.nn import functional as F
+
+    rows, targets = _needed(inputs.forget_rows, "forget_rows"), _needed(inputs.forget_targets, "forget_targets")
+    aimed = rows.detach().scatter(1, targets[:, None], float("-inf")).softmax(dim=1)
+    return inputs.shares.tokens * F.cross_entropy(rows, aimed) + _retain_term(inputs, hyper, "retain_nll")
+
+
+def undial(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Self-distillation on adjusted logits: towards the initial model with the answer tokens' logits lowered by beta.
+
+    E CE(softmax of the adjusted initial logits; softmax of the logits) over forget answer tokens [+ retain term]. Dong et al.,
+    UNDIAL (arXiv 2402.10052). Open-unlearning takes the mean over all positions of the padded batch.
+    """
+    from torch.nn import functional as F
+
+    rows, targets = _needed(inputs.forget_rows, "forget_rows"), _needed(inputs.forget_targets, "forget_targets")
+    initial = _needed(inputs.initial_forget_rows, "initial_forget_rows")
+    lowered = initial.new_full((len(targets), 1), -hyper["beta"])
+    aimed = initial.scatter_add(1, targets[:, None], lowered).softmax(dim=1)
+    return inputs.shares.tokens * F.cross_entropy(rows, aimed) + _retain_term(inputs, hyper, "retain_nll")
+
+
+def _token_logp(inputs: LossInputs) -> Tensor:
+    """Return (k,) log-probabilities of the forget answers' tokens."""
+    from torch.nn import functional as F
+
+    rows, targets = _needed(inputs.forget_rows, "forget_rows"), _needed(inputs.forget_targets, "forget_targets")
+    return -F.cross_entropy(rows, targets, reduction="none")
+
+
+def _weighted_ascent(inputs: LossInputs, hyper: Hyperparameters, logp: Tensor, weights: Tensor) -> Tensor:
+    return inputs.shares.tokens * (weights * logp).mean() + _retain_term(inputs, hyper, "retain_nll")
+
+
 def rmu(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """Representation misdirection: steer forget activations to a fixed random vector, keep retain activations in place.
 
@@ -186,10 +268,17 @@ class Method:
     hyperparameters: Mapping[str, float] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
 
+    @property
+    def refuses(self) -> bool:
+        """Return True if the objective reads refusals in place of forget answers."""
+        return "refusal_logp" in self.needs
+
     def needs_retain(self, hyper: Hyperparameters) -> bool:
         """Return True if the objective has a retain term under these hyperparameters."""
         return hyper.get("retain_weight", 0) > 0
 
+
+_TOKENS = frozenset({"forget_rows", "forget_targets", "retain_nll"})
 
 METHODS: dict[str, Method] = {
     "grad_ascent": Method(grad_ascent),
@@ -202,6 +291,11 @@ METHODS: dict[str, Method] = {
         {"beta": 0.1, "retain_weight": 1.0},
         frozenset({"initial_forget_logp", "refusal_logp", "initial_refusal_logp", "retain_nll"}),
     ),
+    "idk_nll": Method(idk_nll, {"retain_weight": 1.0}, frozenset({"refusal_logp", "refusal_tokens", "retain_nll"})),
+    "wga": Method(wga, {"beta": 1.0, "retain_weight": 1.0}, _TOKENS),
+    "sat_imp": Method(sat_imp, {"beta1": 5.0, "beta2": 1.0, "retain_weight": 10.0}, _TOKENS),
+    "ce_u": Method(ce_u, {"retain_weight": 0.0}, _TOKENS),
+    "undial": Method(undial, {"beta": 10.0, "retain_weight": 0.0}, _TOKENS | {"initial_forget_rows"}),
     "rmu": Method(
         rmu,
         {"layer": 7.0, "coefficient": 20.0, "retain_weight": 100.0},
@@ -229,6 +323,8 @@ class Bound:
 
 BOUNDS: dict[str, Bound] = {
     "beta": Bound(above=True),
+    "beta1": Bound(),
+    "beta2": Bound(),
     "gamma": Bound(),
     "retain_weight": Bound(),
     "layer": Bound(whole=True),

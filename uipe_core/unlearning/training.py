@@ -24,12 +24,12 @@ from uipe_core.models.transformers_compat import adapter_state, make_accelerator
 from uipe_core.unlearning.distributed import Processes, current_processes, local_snapshot, take_sharded_update
 from uipe_core.unlearning.loss_inputs import (
     INITIAL_BEFORE_TRAINING,
-    INITIAL_ON_RETAIN,
     encode,
     encode_refusals,
     frozen_copy,
     initial_logp,
     make_forward,
+    reads_initial,
 )
 from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.steering import train_down_projections
@@ -130,15 +130,16 @@ def train_base_run(
     accelerator = make_accelerator(device, half_precision=loaded.model.dtype == torch.bfloat16)
     forget = encode(loaded, corpus.forget_train)
     retain = encode(loaded, corpus.retain_train) if method.needs_retain(hyperparameters) else []
-    epochs_refused = config.epochs if "refusal_logp" in method.needs else 0
-    refusals = encode_refusals(loaded, corpus.forget_train, epochs_refused, config.seed)
+    epochs_refused = config.epochs if method.refuses else 0
+    refusals = encode_refusals(loaded, corpus.forget_train, epochs_refused, config.seed, config.method)
     initial_forget, initial_refusals, reference = None, [], None
     frozen = _frozen(loaded, config, processes, method.needs, bool(retain))
     with accelerator.autocast():
         if "initial_forget_logp" in method.needs:
             initial_forget = initial_logp(frozen, forget, config.batch_size, processes)
-        initial_refusals = [initial_logp(frozen, examples, config.batch_size, processes) for examples in refusals]
-    if retain and method.needs & INITIAL_ON_RETAIN and config.adapter is None:
+        if "initial_refusal_logp" in method.needs:
+            initial_refusals = [initial_logp(frozen, examples, config.batch_size, processes) for examples in refusals]
+    if reads_initial(method.needs, bool(retain)) and config.adapter is None:
         reference = accelerator.prepare_model(frozen.model, evaluation_mode=True)
     del frozen
     layer = int(hyperparameters["layer"]) if "forget_activations" in method.needs else None
@@ -172,17 +173,18 @@ def train_base_run(
         for group in _chunks(order, step_size):
             for chosen in _chunks(group, config.batch_size):
                 drawn = [retain[next(retain_order)] for _ in chosen] if retain else []
-                positions, shares = processes.split_batch([forget[i] for i in chosen], drawn)
+                refused = [refusals[epoch - 1][i] for i in chosen] if refusals else []
+                positions, shares = processes.split_batch([forget[i] for i in chosen], drawn, refused)
                 mine = [chosen[position] for position in positions]
                 inputs = forward(
                     [forget[i] for i in mine],
                     [drawn[position] for position in positions] if drawn else [],
-                    [refusals[epoch - 1][i] for i in mine] if refusals else [],
+                    [refused[position] for position in positions] if refused else [],
                 )
                 inputs = replace(inputs, shares=shares)
                 if initial_forget is not None:
                     inputs = replace(inputs, initial_forget_logp=initial_forget[mine].to(device))
-                if refusals:
+                if initial_refusals:
                     inputs = replace(inputs, initial_refusal_logp=initial_refusals[epoch - 1][mine].to(device))
                 loss = method.loss(inputs, hyperparameters)
                 losses.append(processes.sum(float(loss.detach())))
@@ -221,9 +223,8 @@ def _frozen(
     loaded: LoadedModel, config: UnlearningConfig, processes: Processes, needs: frozenset[str], has_retain: bool
 ) -> LoadedModel:
     """Return the initial model for reference passes, a frozen copy if it is still needed or sharded during training."""
-    on_retain = has_retain and needs & INITIAL_ON_RETAIN
     sharded = processes.count > 1
-    if config.adapter is not None or not (on_retain or (sharded and needs & INITIAL_BEFORE_TRAINING)):
+    if config.adapter is not None or not (reads_initial(needs, has_retain) or (sharded and needs & INITIAL_BEFORE_TRAINING)):
         return loaded
     frozen = frozen_copy(loaded)
     if sharded:

@@ -47,8 +47,8 @@ def test_a_vocabulary_without_the_words_is_refused(world, load_tiny):
     plain.pre_tokenizer = loaded.tokenizer.backend_tokenizer.pre_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="</s>")
     with pytest.raises(UserError, match=r"vocabulary lacks words of the refusal 'I do not know\.'"):
-        encode_refusals(replace(loaded, tokenizer=tokenizer), world.forget_train, epochs=1, seed=0)
-    assert encode_refusals(replace(loaded, tokenizer=tokenizer), world.forget_train, epochs=0, seed=0) == []
+        encode_refusals(replace(loaded, tokenizer=tokenizer), world.forget_train, epochs=1, seed=0, method="idk_nll")
+    assert encode_refusals(replace(loaded, tokenizer=tokenizer), world.forget_train, epochs=0, seed=0, method="idk_nll") == []
 
 
 def test_only_extra_texts_change_the_vocabulary_and_the_key_of_a_small_model(world):

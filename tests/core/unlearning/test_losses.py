@@ -1,8 +1,12 @@
-"""Unlearning objectives against loops over hand-made logits and against their limits."""
+"""Unlearning objectives against loops over hand-made logits, against their limits and against open-unlearning's own values."""
 
+import json
 import math
+import os
 from dataclasses import fields, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -321,6 +325,159 @@ def test_gradients_are_those_of_finite_differences(method, hyper):
     assert torch.autograd.gradcheck(loss, values)
 
 
+def rows_of(scores, initial=None):
+    """LossInputs of the answers' tokens, and what a retain batch would add."""
+    chosen = LABELS[:, 1:] != IGNORED
+    logp, tokens = answer_logp(scores, LABELS)
+    return LossInputs(
+        logp,
+        tokens,
+        forget_rows=scores[:, :-1][chosen],
+        forget_targets=LABELS[:, 1:][chosen],
+        initial_forget_rows=None if initial is None else initial[:, :-1][chosen],
+        retain_nll=torch.tensor(0.7, dtype=torch.float64),
+    )
+
+
+def token_probabilities(inputs):
+    rows = zip(inputs.forget_rows.tolist(), inputs.forget_targets.tolist(), strict=True)
+    return [math.exp(log_probabilities(row)[target]) for row, target in rows]
+
+
+@pytest.mark.parametrize(("beta1", "beta2"), [(1.0, 0.0), (0.5, 0.0), (5.0, 1.0)])
+def test_weighted_ascent_is_its_formula(beta1, beta2):
+    inputs = rows_of(logits(3))
+    found = token_probabilities(inputs)
+    expected = sum(p**beta1 * (1 - p) ** beta2 * math.log(p) for p in found) / len(found) + 2 * 0.7
+    hyper = {"beta": beta1, "beta1": beta1, "beta2": beta2, "retain_weight": 2.0}
+    for method in ("sat_imp", "wga") if beta2 == 0 else ("sat_imp",):
+        assert float(METHODS[method].loss(inputs, hyper)) == pytest.approx(expected, rel=1e-12)
+
+
+def test_weighted_ascent_lets_go_of_what_is_forgotten():
+    scores = logits(3).requires_grad_()
+    inputs = rows_of(scores)
+    METHODS["wga"].loss(inputs, {"beta": 3.0, "retain_weight": 0.0}).backward()
+    sizes = scores.grad[:, :-1][LABELS[:, 1:] != IGNORED].abs().sum(dim=1).tolist()
+    found = token_probabilities(inputs)
+    # The weight is a constant of the step: the gradient by the token's logit is p^beta (1 - p) / tokens.
+    assert sizes == pytest.approx([2 * p**3 * (1 - p) / len(found) for p in found], rel=1e-9)
+
+
+def test_ce_u_aims_at_the_rest_of_the_models_own_distribution():
+    inputs = rows_of(logits(4))
+    terms = []
+    for row, target in zip(inputs.forget_rows.tolist(), inputs.forget_targets.tolist(), strict=True):
+        p = [math.exp(value) for value in log_probabilities(row)]
+        others = [token for token in range(VOCABULARY) if token != target]
+        terms.append(-sum(p[token] / (1 - p[target]) * math.log(p[token]) for token in others))
+    loss = METHODS["ce_u"].loss(inputs, {"retain_weight": 1.0})
+    assert float(loss) == pytest.approx(sum(terms) / len(terms) + 0.7, rel=1e-12)
+
+
+def test_undial_distils_the_initial_model_with_the_answer_lowered():
+    initial = logits(6)
+    inputs = rows_of(logits(5), initial)
+    terms = []
+    rows = zip(inputs.forget_rows.tolist(), inputs.initial_forget_rows.tolist(), inputs.forget_targets.tolist(), strict=True)
+    for row, before, target in rows:
+        before[target] -= 3.0
+        aimed, own = log_probabilities(before), log_probabilities(row)
+        terms.append(-sum(math.exp(a) * b for a, b in zip(aimed, own, strict=True)))
+    loss = METHODS["undial"].loss(inputs, {"beta": 3.0, "retain_weight": 0.0})
+    assert float(loss) == pytest.approx(sum(terms) / len(terms), rel=1e-12)
+
+
+SHARED = Path(os.environ.get("UIPE_SHARED_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))
+PARITY = SHARED / "parity"
+needs_parity = pytest.mark.skipif(
+    not PARITY.is_dir(), reason=f"no values of open-unlearning next to the checkout ({PARITY.name}) or in UIPE_SHARED_DATA"
+)
+COMPARED = {
+    "wga_forget_beta1.0": ("wga", {"beta": 1.0}),
+    "wga_forget_beta0.5": ("wga", {"beta": 0.5}),
+    "satimp_forget": ("sat_imp", {"beta1": 5.0, "beta2": 1.0}),
+    "ceu_ignore0": ("ce_u", {}),
+    "npo_forget": ("npo", {"beta": 0.1}),
+    "dpo_refusal_over_forget": ("idk_dpo", {"beta": 0.1}),
+    "idk_nll": ("idk_nll", {}),
+    "grad_diff": ("grad_diff", {"retain_weight": 1.0}),
+}
+"""Losses whose definition is the same there and here: their name there; ours, and its hyperparameters."""
+
+
+def given_batch(name, which="current"):
+    """Logits, as leaves, and labels of a set there, in double precision."""
+    with np.load(PARITY / "inputs.npz") as arrays:
+        return torch.tensor(arrays[f"{name}_{which}"]).requires_grad_(which == "current"), torch.tensor(
+            arrays[f"{name}_labels"]
+        )
+
+
+def doubled(logits, labels):
+    """`answer_logp` in double precision, where the models' own numbers are rounded to fp32."""
+    chosen = labels[:, 1:] != IGNORED
+    logs = logits[:, :-1].log_softmax(dim=-1).gather(2, labels[:, 1:].clamp(min=0)[:, :, None])[:, :, 0]
+    return torch.where(chosen, logs, 0.0).sum(dim=1), chosen.sum(dim=1)
+
+
+def parity_inputs():
+    """Leaves by set, and the inputs of a loss made of them."""
+    (forget, labels), (initial, _) = given_batch("forget"), given_batch("forget", "initial")
+    (retain, kept), (refusal, refused), (before, _) = (
+        given_batch("retain"),
+        given_batch("refusal"),
+        given_batch("refusal", "initial"),
+    )
+    logp, tokens = doubled(forget, labels)
+    chosen = labels[:, 1:] != IGNORED
+    of_retain, of_refusal = doubled(retain, kept), doubled(refusal, refused)
+    inputs = LossInputs(
+        logp,
+        tokens,
+        forget_rows=forget[:, :-1][chosen],
+        forget_targets=labels[:, 1:][chosen],
+        initial_forget_rows=initial[:, :-1][chosen],
+        initial_forget_logp=doubled(initial, labels)[0],
+        retain_nll=-of_retain[0].sum() / of_retain[1].sum(),
+        refusal_logp=of_refusal[0],
+        refusal_tokens=of_refusal[1],
+        initial_refusal_logp=doubled(before, refused)[0],
+    )
+    return {"forget": forget, "retain": retain, "refusal": refusal}, inputs
+
+
+@needs_parity
+@pytest.mark.parametrize("name", COMPARED)
+def test_values_and_gradients_are_open_unlearnings(name):
+    method, given = COMPARED[name]
+    leaves, inputs = parity_inputs()
+    loss = METHODS[method].loss(inputs, {"retain_weight": 0.0, **given})
+    loss.backward()
+    expected = json.loads((PARITY / "expected.json").read_text())[name]["loss"]
+    assert float(loss.detach()) == pytest.approx(expected, abs=1e-9)
+    with np.load(PARITY / "gradients.npz") as arrays:
+        known = {key.rsplit("__", 1)[1]: arrays[key] for key in arrays if key.rsplit("__", 1)[0] == name}
+    assert known
+    for leaf, gradient in known.items():
+        assert np.abs(leaves[leaf].grad.numpy() - gradient).max() < 1e-9
+
+
+@needs_parity
+def test_undial_differs_by_the_positions_that_are_no_answer():
+    # There the mean is over all positions of the padded batch, and a label of -100 lowers the entry v - 100.
+    (forget, labels), (initial, _) = given_batch("forget"), given_batch("forget", "initial")
+    lowered = initial[:, :-1].clone()
+    lowered.scatter_add_(
+        2, (labels[:, 1:] % lowered.shape[2])[:, :, None], torch.full((*labels[:, 1:].shape, 1), -10.0).double()
+    )
+    theirs = -(lowered.softmax(dim=-1) * forget[:, :-1].log_softmax(dim=-1)).sum(dim=-1)
+    expected = json.loads((PARITY / "expected.json").read_text())["undial_forget"]["loss"]
+    assert float(theirs.mean().detach()) == pytest.approx(expected, abs=1e-9)
+    ours = METHODS["undial"].loss(parity_inputs()[1], {"beta": 10.0, "retain_weight": 0.0})
+    assert float(ours.detach()) == pytest.approx(float(theirs[labels[:, 1:] != IGNORED].mean().detach()), abs=1e-9)
+
+
 @pytest.mark.parametrize("method", ["npo", "simnpo", "idk_dpo"])
 def test_the_retain_term_adds_its_weight_times_the_retain_nll(method):
     inputs = log_ratios(2, retain_nll=torch.tensor(0.7, dtype=torch.float64))
@@ -348,6 +505,11 @@ def test_without_retain_weight_a_method_needs_no_retain_items(method):
         ("npo", "initial_forget_logp"),
         ("simnpo", "retain_nll"),
         ("idk_dpo", "refusal_logp"),
+        ("idk_nll", "refusal_tokens"),
+        ("wga", "forget_rows"),
+        ("sat_imp", "forget_rows"),
+        ("ce_u", "forget_rows"),
+        ("undial", "forget_rows"),
         ("rmu", "forget_activations"),
     ],
 )

@@ -41,8 +41,12 @@ TOLERANCE = 1e-5
 """Norm of the difference of two update vectors, relative to their own: gradients are summed, and rounded, in another order."""
 
 
-COARSER = {"bf16 kl_min": 3e-2}
-"""A frozen model in bf16 reads an item a little differently next to others: its rounding depends on how long the batch is."""
+COARSER = {
+    "bf16 kl_min": 3e-2,
+    **{f"{kind}{name}": 1e-4 for kind in ("", "lora ", "single items ") for name in ("ce_u", "undial")},
+}
+"""A frozen model in bf16 reads an item a little differently next to others: its rounding depends on how long the batch is. The
+gradients of ce_u and undial are differences of two distributions that are nearly alike where an answer is unlikely already."""
 
 
 def config(method, **changes):
@@ -225,19 +229,20 @@ def examples(*lengths):
 
 def test_a_batch_is_dealt_whole_and_its_shares_add_up():
     forget, retain = examples(1, 2, 3, 4, 5), examples(2, 2, 2, 2, 7)
-    dealt = [Processes(2, rank).split_batch(forget, retain) for rank in range(2)]
+    refusals = examples(1, 1, 1, 1, 4)
+    dealt = [Processes(2, rank).split_batch(forget, retain, refusals) for rank in range(2)]
     assert [positions for positions, _ in dealt] == [[0, 1], [2, 3, 4]]
-    assert [shares for _, shares in dealt] == [Shares(2 / 5, 3 / 15, 4 / 15), Shares(3 / 5, 12 / 15, 11 / 15)]
+    assert [shares for _, shares in dealt] == [Shares(2 / 5, 3 / 15, 4 / 15, 2 / 8), Shares(3 / 5, 12 / 15, 11 / 15, 6 / 8)]
 
 
 def test_a_process_without_an_item_reads_one_to_no_effect():
-    dealt = [Processes(3, rank).split_batch(examples(4), []) for rank in range(3)]
-    assert sorted(dealt, key=lambda deal: deal[1].items) == [([0], Shares(0, 0, 0))] * 2 + [([0], Shares())]
+    dealt = [Processes(3, rank).split_batch(examples(4), [], []) for rank in range(3)]
+    assert sorted(dealt, key=lambda deal: deal[1].items) == [([0], Shares(0, 0, 0, 0))] * 2 + [([0], Shares())]
 
 
 def test_alone_a_process_reads_everything():
     assert current_processes() == Processes()
-    assert Processes().split_batch(examples(1, 2), examples(3, 4)) == ([0, 1], Shares())
+    assert Processes().split_batch(examples(1, 2), examples(3, 4), []) == ([0, 1], Shares())
     assert Processes().run_on_first(iter([1, 2]), list) == [1, 2]
 
 

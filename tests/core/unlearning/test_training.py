@@ -16,7 +16,11 @@ from uipe_core.unlearning.steering import control_direction, decoder_layer, outp
 from uipe_core.unlearning.training import AdapterConfig, DivergedError, UnlearningConfig, train_base_run
 
 LORA = AdapterConfig(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "o_proj"))
-SMALL = {"simnpo": {"retain_weight": 1}, "rmu": {"layer": 0, "coefficient": 10, "retain_weight": 1}}
+SMALL = {
+    "simnpo": {"retain_weight": 1},
+    "sat_imp": {"beta1": 1, "retain_weight": 1},
+    "rmu": {"layer": 0, "coefficient": 10, "retain_weight": 1},
+}
 """Hyperparameters where a method's defaults are for larger models."""
 PLAIN = UnlearningConfig("grad_ascent", {}, epochs=2, learning_rate=1e-2, batch_size=8)
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from search.cli import main as cli
 from search.paper import measures
+from search.paper.attacks import AttackSettings
 from search.paper.claims import CLAIMS, judged
 from search.paper.experiment import OTHER_RETAIN, run_task
 from search.paper.measures import World
@@ -187,29 +188,33 @@ def test_one_seed_decides_nothing():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, attack_settings, made_up_parts):
     """A folder with every part of three made-up seeds."""
     out = tmp_path_factory.mktemp("paper")
+    for task in attack_settings.tasks(3):
+        (part,) = [part for part in made_up_parts(task.seed) if part["base"] == task.base]
+        keep_part(attack_settings, task, out / PARTS, part)
     for result in three_seeds((0.004, 0.005, 0.006)):
         keep_part(MADE_UP, Task(result["seed"], result["tuning"]), out / PARTS, result)
     return out
 
 
 @pytest.fixture(scope="module")
-def written(finished):
-    return run_paper(3, finished, MADE_UP)
+def written(finished, attack_settings):
+    return run_paper(3, finished, MADE_UP, attack_settings)
 
 
 def test_page_stands_alone_and_says_what_holds(finished, written):
     page = (finished / "paper.html").read_text()
     assert written["page"] == str(finished / "paper.html")
-    assert page.count("data:image/png;base64,") == 7
+    assert page.count("data:image/png;base64,") == 8
     assert "http" not in page.replace("http-equiv", "")
     for claim in CLAIMS:
         assert f'id="claim-{claim.key}"' in page
     assert "metrics: tofu" in page
     assert "0.0050 ± 0.0006" in page
-    assert page.count('class="verdict-chip holds"') == sum(written["verdicts"][tuning]["holds"] for tuning in TUNINGS)
+    held = sum(written["verdicts"][tuning]["holds"] for tuning in TUNINGS)
+    assert page.count('class="verdict-chip holds"') == held + written["survival"]["verdicts"]["holds"]
 
 
 def test_numbers_of_the_page_are_in_results_json(finished, written):
@@ -222,7 +227,7 @@ def test_numbers_of_the_page_are_in_results_json(finished, written):
     assert content["seeds"] == [0, 1, 2]
     assert len(content["points"]) == 6 * len(made_up_result(0, FULL)["points"])
     assert {path.name for path in finished.glob("*.png")} == {
-        f"{name}.png" for name in ("models", "related", "weights", "tradeoff", "matched", "alpha", "stall")
+        f"{name}.png" for name in ("models", "related", "weights", "tradeoff", "matched", "alpha", "stall", "attacks")
     }
 
 
@@ -284,7 +289,7 @@ def test_folder_that_cannot_be_written_is_named(tmp_path):
         CliRunner().invoke(cli.app, ["paper", "--out", str(tmp_path / "file")], catch_exceptions=False)
 
 
-def test_page_that_cannot_be_written_names_the_folder(tmp_path, monkeypatch):
+def test_page_that_cannot_be_written_names_the_folder(tmp_path, monkeypatch, attack_settings, made_up_parts):
     from search.paper import page
 
     def full(path, content):
@@ -293,12 +298,13 @@ def test_page_that_cannot_be_written_names_the_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(page, "write_atomic", full)
     monkeypatch.setattr("search.report.style.png", lambda figure: b"")
     with pytest.raises(UserError, match=r"--out: .* cannot be written: No space left"):
-        write_page(MADE_UP, [made_up_result(0, tuning) for tuning in TUNINGS], tmp_path)
+        write_page(tmp_path, attack_settings, made_up_parts(0), (MADE_UP, [made_up_result(0, tuning) for tuning in TUNINGS]))
 
 
-def test_command_prints_claims_and_strict_json(finished, written, monkeypatch):
-    monkeypatch.setattr("search.paper.runner.PaperSettings", lambda: MADE_UP)
-    monkeypatch.setattr("search.paper.page.write_page", lambda settings, results, out: (out / "paper.html", written))
+def test_command_prints_claims_and_strict_json(finished, written, monkeypatch, attack_settings):
+    monkeypatch.setattr(PaperSettings, "small", classmethod(lambda cls: MADE_UP))
+    monkeypatch.setattr(AttackSettings, "small", classmethod(lambda cls: attack_settings))
+    monkeypatch.setattr("search.paper.page.write_page", lambda out, *given: (out / "paper.html", written))
     shown = CliRunner().invoke(cli.app, ["paper", "--out", str(finished)], catch_exceptions=False)
     assert shown.exit_code == 0
     assert "0.0050 ± 0.0006" in shown.stdout
@@ -372,8 +378,9 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from search.cli import main as cli
-from search.paper import runner
+from search.paper.attacks import AttackSettings
 from search.paper.settings import PaperSettings
+from search.spec.study import load_study
 from uipe_core.models.tiny import Stage
 
 if __name__ == "__main__":
@@ -381,18 +388,20 @@ if __name__ == "__main__":
         forget_people=2, retain_people=12, pretraining_people=10, hidden_size=16, layers=1, heads=2, base=Stage(2, 1e-2, 32),
         finetune=Stage(4, 1e-2, 32), methods={"grad_ascent": {}}, table_methods=("grad_ascent",), epochs=1, alphas=(1.0,),
     )
-    runner.PaperSettings = lambda: small
+    study = load_study(sys.argv[2]).model_copy(update={"audit": None})
+    attacks = AttackSettings(study, {1: (1.0,)})
+    PaperSettings.small, AttackSettings.small = lambda: small, lambda: attacks
     sys.argv = ["uipe", "paper", "--seeds", "1", "--out", sys.argv[1]]
     cli.main()
 """
 
 
 @pytest.mark.slow
-def test_interrupted_run_exits_130_and_is_resumed(tmp_path):
+def test_interrupted_run_exits_130_and_is_resumed(tmp_path, write_study):
     script, out = tmp_path / "run.py", tmp_path / "out"
     script.write_text(SCRIPT)
     environment = {**os.environ, "UIPE_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(Path(cli.__file__).parents[2])}
-    command = [sys.executable, str(script), str(out)]
+    command = [sys.executable, str(script), str(out), str(write_study(tmp_path / "tiny.yaml", unlearning={"epochs": 1}))]
     first = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.monotonic() + 300
     while not list(out.glob(f"{PARTS}/seed-*.json")) and first.poll() is None and time.monotonic() < deadline:
