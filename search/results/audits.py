@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -183,7 +183,7 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
     table = audit_table(result)
     models = [column for column in table.columns if column in (INITIAL, RETAIN) or isinstance(column, int)]
     retain = None if has_retain_weights(result) else NO_RETAIN
-    audits, untested = [], _reasons(result)
+    audits, untested = [], _reasons(result, dict(zip(table["kind"], table["settings"], strict=True)))
     for kind, audit in AUDITS.items():
         rows = table[table["kind"] == kind].to_dict("records")
         numbers = [
@@ -316,11 +316,13 @@ def card_table(result: "StudyResult", number: int) -> list[list[str]]:
     return rows
 
 
-def _reasons(result: "StudyResult") -> dict[str, dict[str, str]]:
-    """Return why audits could not be done, by kind and model, where they were tried or their trials failed."""
+def _reasons(result: "StudyResult", settings: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return why audits could not be done, by kind and model, where they were tried, or failed, with these settings by kind."""
     found: dict[str, dict[str, str]] = {}
-    for trial in result.store.trials(names=("kind", "model", "of_trial", "reason", UNTESTED), controls=True):
+    for trial in result.store.trials(names=("kind", "model", "of_trial", "reason", "settings", UNTESTED), controls=True):
         known = trial.user_attrs
+        if isinstance(known.get("settings"), str) and json.loads(known["settings"]) != settings.get(known.get("kind", "")):
+            continue
         reason = known.get(UNTESTED) or (known.get("reason") if trial.state == TrialState.FAIL else None)
         if known.get("kind") in AUDITS and reason:
             found.setdefault(known["kind"], {})[str(known.get("of_trial", known.get("model")))] = str(reason)
@@ -339,6 +341,16 @@ def after_attacks(result: "StudyResult") -> pd.DataFrame:
     if "of_trial" not in result.controls or not result.controls["kind"].isin(AUDITS).any():
         return pd.DataFrame(columns=list(_ATTACKED))
     return _worst(result, audit_table(result))
+
+
+def unlike_attacks(result: "StudyResult", trials: pd.Series) -> str | None:
+    """Return what is to be said where some of these trials were held against more attacks than others: more find more."""
+    attacked = after_attacks(result)
+    counts = attacked.loc[attacked["trial"].isin(trials), "attacks"]
+    if counts.nunique() < 2:
+        return None
+    command = f"uipe audit {result.out} --tests quantisation,relearning --trial N"
+    return f"they were held against {counts.min()} to {counts.max()} attacks, and more find more; {command} does the others"
 
 
 def _worst(result: "StudyResult", table: pd.DataFrame) -> pd.DataFrame:

@@ -1,6 +1,7 @@
 """`uipe audit`: attacks on trials of a really run study, held against computing them by hand; what cannot be done is said."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -220,6 +221,23 @@ def test_the_robust_rule_takes_the_strongest_after_the_worst_attack(audited, cal
     assert chosen["trial"] == best and f"{attacked['worst'][0]:z.2f} after the attack, " in chosen["reason"]
 
 
+def test_the_robust_rule_says_where_more_attacks_were_tried_on_some(new_store, made_up_evidence):
+    store = new_store()
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
+    for epoch, forgetting, utility, kinds in ((1, -2.0, 0.7, ("int8", "nf4")), (2, -1.0, 0.65, ("int8",))):
+        point = {"base": "npo", "epoch": epoch, "alpha": 0.0}
+        number, job = store.ask_point(store.spec.search_space(), point, "alpha_zero")
+        store.complete(job, number, made_up_evidence(job, forgetting, utility))
+        for kind in kinds:
+            audit = TrialSpec(kind, **point, of_trial=number)
+            store.complete(audit, store.ask_control(audit), made_up_evidence(audit, forgetting, utility))
+            note = StudyResult.of(store).choose("robust", 0.5)[1]
+            if kind == "nf4":
+                assert note is None
+    assert "they were held against 1 to 2 attacks, and more find more; uipe audit " in note
+
+
 def test_without_an_audit_the_robust_rule_says_what_to_run(finished, call):
     code, _, error = call("select", finished.out, "--rule", "robust")
     assert code == 2 and "uipe audit" in error
@@ -408,7 +426,12 @@ def test_numbers_are_known_with_their_settings_only(new_store, made_up_evidence)
     assert few in _done_jobs(store) and many not in _done_jobs(store)
     store.note(many, store.ask_control(many), evidence_of_samples(store, many, 0.75))
     assert shown() == ("highest ROUGE-L recall of 20 samples", "0.750", "not tested")
+    failed = replace(many, of_trial=None, base=None, epoch=None, alpha=None, model="initial")
+    store.note(failed, store.ask_control(failed), {**store.identity(failed), UNTESTED: "no texts"})
+    assert shown()[2] == "not possible"
     assert jobs(3)[0] in _done_jobs(store)
+    # What could not be done with other settings was not tried with these.
+    assert shown()[2] == "not tested"
     assert shown()[:2] == ("highest ROUGE-L recall of 3 samples", "0.250")
 
 
