@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 AUDITS = {kind: control.audit for kind, control in CONTROLS.items() if control.audit is not None}
 
-NOT_TESTED, NOT_ASKED, NO_RETAIN = "not tested", "not asked for", "no retain model"
+NOT_TESTED, NOT_ASKED, NO_RETAIN, COLLAPSED = "not tested", "not asked for", "no retain model", "collapsed"
 
 NOTHING = "-"
 """In place of a number that a tested model cannot have."""
@@ -150,8 +150,10 @@ def _numbers(result: "StudyResult", audit: Any) -> list[tuple[str, str, int]]:
 
 
 def _number(row: pd.Series | None, key: str) -> float:
-    """Return a number of an audit; NaN where it was not done."""
+    """Return a number of an audit; NaN where it was not done, or ruined the model: what says nothing brought nothing back."""
     if row is None or isinstance(row.get(UNTESTED), str) or key not in row or pd.isna(row[key]):
+        return float("nan")
+    if isinstance(row.get("collapsed"), str) and AUDITS[row["kind"]].measured is None:
         return float("nan")
     return float(row[key])
 
@@ -283,6 +285,8 @@ def _word(reason: str | None) -> str:
     """Return the word that a table has in place of a number; the reason stands next to the table."""
     if reason is None:
         return NOT_TESTED
+    if reason.startswith(COLLAPSED):
+        return COLLAPSED
     return "diverged" if "diverged" in reason else "not possible"
 
 
@@ -319,11 +323,14 @@ def card_table(result: "StudyResult", number: int) -> list[list[str]]:
 def _reasons(result: "StudyResult", settings: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
     """Return why audits could not be done, by kind and model, where they were tried, or failed, with these settings by kind."""
     found: dict[str, dict[str, str]] = {}
-    for trial in result.store.trials(names=("kind", "model", "of_trial", "reason", "settings", UNTESTED), controls=True):
+    names = ("kind", "model", "of_trial", "reason", "settings", "collapsed", UNTESTED)
+    for trial in result.store.trials(names=names, controls=True):
         known = trial.user_attrs
         if isinstance(known.get("settings"), str) and json.loads(known["settings"]) != settings.get(known.get("kind", "")):
             continue
         reason = known.get(UNTESTED) or (known.get("reason") if trial.state == TrialState.FAIL else None)
+        if reason is None and isinstance(known.get("collapsed"), str):
+            reason = f"{COLLAPSED} under it: {known['collapsed']}"
         if known.get("kind") in AUDITS and reason:
             found.setdefault(known["kind"], {})[str(known.get("of_trial", known.get("model")))] = str(reason)
     return found

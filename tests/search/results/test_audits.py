@@ -347,6 +347,23 @@ def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, 
         result.select("robust")
 
 
+def test_an_attack_that_ruins_the_model_brought_nothing_back(new_store, made_up_evidence):
+    store = new_store()
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
+    point = {"base": "npo", "epoch": 1, "alpha": 0.0}
+    number, job = store.ask_point(store.spec.search_space(), point, "alpha_zero")
+    store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+    for kind, forgetting, ruined in (("nf4", -3.0, None), ("relearn_few", -8.0, "20 nats per token on retain")):
+        audit = TrialSpec(kind, **point, of_trial=number)
+        store.complete(audit, store.ask_control(audit), {**made_up_evidence(audit, forgetting, 0.1), "collapsed": ruined})
+    result = StudyResult.of(store)
+    relearned = next(each for each in result.audits["audits"] if each["kind"] == "relearn_few")
+    assert {row["texts"][str(number)] for row in relearned["rows"]} == {"collapsed"}
+    assert relearned["reasons"] == {str(number): "collapsed under it: 20 nats per token on retain"}
+    assert result.after_attacks == {number: -3.0}
+
+
 def test_a_study_from_before_there_was_a_holdout_is_audited_with_one(copied):
     record = json.loads((copied / "study.json").read_text())
     for part in (record["corpus"]["sets"], record["corpus"]["groups"], *record["corpus"]["items"].values()):
