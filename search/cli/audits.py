@@ -42,7 +42,9 @@ def audit(
     trials = list(trial or ())
     if rule is not None:
         trials = [int(StudyResult.open(out).select(rule, floor)["trial"])]
-    names = [name.strip() for name in tests.split(",") if name.strip()] if tests else []
+    names = [name.strip() for name in (tests or "").split(",") if name.strip()]
+    if tests is not None and not names:
+        raise UserError(f"--tests: {tests!r} names none; give some of {', '.join(AUDITS)}, or leave it out")
     result = audit_study(out, trials, top, names, address=address, trust_remote_code=trust_remote_code)
     facts = result.audits or {}
     print_json(facts) if as_json else print_audits(facts)
@@ -93,10 +95,13 @@ def print_audits(facts: dict[str, Any]) -> None:
     for audit in facts["audits"]:
         for name, reason in audit["reasons"].items():
             echo(f"{audit['title']}: not tested{names.get(name, '')}: {reason}")
+    titles = {audit["kind"]: audit["title"] for audit in facts["audits"]}
+    forgetting = facts["forgetting"]["title"]
+    places = facts["forgetting"]["places"]
     for row in facts["after_attacks"]:
         echo(
-            f"trial {row['trial']}: {row['worst']:.4g} after the worst of {row['attacks']} changes of its weights "
-            f"({row['attack'].replace('_', ' ')})"
+            f"trial {row['trial']}: {forgetting} {row['before']:z.{places}f}, {row['worst']:z.{places}f} after "
+            f"the worst of {row['attacks']} attacks on its weights ({titles[row['attack']]})"
         )
 
 

@@ -46,7 +46,7 @@ def front_columns(result: Any) -> list[Column]:
         Column("walk", "walk", rank=2),
     ]
     for objective in result.objectives:
-        places = f"{{:.{objective.places}f}}"
+        places = f"{{:z.{objective.places}f}}"
         found.append(Column(objective.name, objective.head, places))
         if objective.p_value is not None:
             found.append(Column(objective.p_value, objective.head.removeprefix("log10\n"), "{:.2g}", rank=1))
@@ -55,8 +55,8 @@ def front_columns(result: Any) -> list[Column]:
     known = {column.key for column in found}
     more = [
         Column("logit_scale", "logit\nscale", "{:.3f}", rank=3),
-        Column("related_log10_forget_quality", "log10\nFQ K2", "{:.2f}", rank=4),
-        Column("unrelated_log10_forget_quality", "log10\nFQ K0", "{:.2f}", rank=5),
+        Column("related_log10_forget_quality", "log10\nFQ K2", "{:z.2f}", rank=4),
+        Column("unrelated_log10_forget_quality", "log10\nFQ K0", "{:z.2f}", rank=5),
     ]
     found += [column for column in more if column.key not in known]
     audits = (result.audits or {"front": []})["front"]

@@ -64,6 +64,7 @@ class Audit:
         title: Its name in tables.
         shows, cannot_show: The question it answers, and the one that it does not.
         scorings: What it costs, in scorings of a trial.
+        each_sample: `scorings` are those of one of ``audit.samples`` samples.
         needs: Evaluation sets without which it cannot be done.
         tasks: Tasks whose models it is for.
         changed: Changes the model until the context ends, when it is restored to the bit; the model is then scored like any
@@ -78,6 +79,7 @@ class Audit:
     shows: str
     cannot_show: str
     scorings: float = 1.0
+    each_sample: bool = False
     needs: tuple[str, ...] = ()
     tasks: tuple[str, ...] = (FREE_TEXT,)
     changed: "Callable[[LoadedModel, AuditInputs], AbstractContextManager[LoadedModel]] | None" = None
@@ -85,6 +87,10 @@ class Audit:
     numbers: tuple[Number, ...] = field(default=())
     settings: Callable[[AuditSection], Mapping[str, Any]] | None = None
     steps: Callable[[AuditSection, Corpus], int] | None = None
+
+    def cost(self, section: AuditSection) -> float:
+        """Return what it costs under a section's settings, in scorings of a trial."""
+        return self.scorings * (section.samples if self.each_sample else 1)
 
     def settings_text(self, section: AuditSection) -> str | None:
         """Return its settings as JSON, which its controls carry: changed settings make another control."""
@@ -289,7 +295,8 @@ AUDITS: dict[str, Audit] = {
         "samples",
         "Does the answer come in one of k samples (leak@k)?",
         "Leaks rarer than one in k, other prompts.",
-        scorings=3.0,
+        scorings=0.3,
+        each_sample=True,
         measured=_sampling,
         numbers=(
             Number("sampling_rouge", "highest ROUGE-L recall of {samples} samples"),
@@ -304,8 +311,9 @@ AUDITS: dict[str, Audit] = {
         measured=_fluency,
         numbers=(
             Number("faulty_forget", "faulty texts, forget set"),
-            Number("repeated_forget", "of these repeated"),
-            Number("garbled_forget", "of these garbled"),
+            Number("empty_forget", "empty texts, forget set"),
+            Number("repeated_forget", "repeated texts, forget set"),
+            Number("garbled_forget", "garbled texts, forget set"),
             Number("faulty_kept", "faulty texts, kept sets"),
         ),
     ),

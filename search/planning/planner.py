@@ -198,12 +198,13 @@ def _audits(preparation: PreparedStudy) -> tuple[int, int]:
     section = preparation.spec.audit
     if section is None:
         return 0, 0
-    sets = preparation.corpus.sets
+    sets, task = preparation.corpus.sets, preparation.spec.corpus.task
     kinds = [CONTROLS[kind].audit for test in section.tests for kind in AUDITS[test]]
-    done = [audit for audit in kinds if audit is not None and all(name in sets for name in audit.needs)]
+    known = [audit for audit in kinds if audit is not None and task in audit.tasks]
+    done = [audit for audit in known if all(name in sets for name in audit.needs)]
     models = section.top + 1 + preparation.spec.has_retain_model
     steps = sum(audit.steps(section, preparation.corpus) for audit in done if audit.steps is not None)
-    return math.ceil(sum(audit.scorings for audit in done) * models), steps * models
+    return math.ceil(sum(audit.cost(section) for audit in done) * models), steps * models
 
 
 def _sizes(preparation: PreparedStudy, trains: tuple[str, ...], imports: list[Path | None], notes: list[str]) -> Sizes | None:

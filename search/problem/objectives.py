@@ -325,7 +325,8 @@ def chosen_by(objectives: Sequence[Objective]) -> str:
     """Return a sentence: which objectives choose, and whether they look at a retain model."""
     compared = [objective.title for objective in objectives if objective.needs_retain_model]
     looked = f"{' and '.join(compared)} compares with a retain model" if compared else "none looked at a retain model"
-    return f"Chosen by {' and '.join(objective.title for objective in objectives)}; {looked}."
+    titles = [objective.title for objective in objectives]
+    return f"Chosen by {', '.join(titles[:-1])} and {titles[-1]}; {looked}."
 
 
 @dataclass(frozen=True)

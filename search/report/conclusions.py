@@ -267,7 +267,8 @@ def _held_out_gain(view: ReportData, best: pd.Series, trained: pd.Series) -> lis
     if view.held_out.empty:
         return []
     known = view.held_out.drop_duplicates("trial").set_index("trial")[column].astype(float)
-    missing = [f"trial {int(row['trial'])}" for row in (best, trained) if row["trial"] not in known.index]
+    named = ((best, ""), (trained, ", that unlearned epoch,"))
+    missing = [f"trial {int(row['trial'])}{which}" for row, which in named if row["trial"] not in known.index]
     if missing:
         were = "was" if len(missing) == 1 else "were"
         return [f"Whether that holds on the held-out items is not known: {' and '.join(missing)} {were} not scored on them."]

@@ -21,7 +21,7 @@ def number(value: Any, missing: float = math.nan) -> float:
 def decimal(value: Any, places: int = 4) -> str:
     """A number with fixed places; a dash where there is none."""
     known = number(value)
-    return "–" if math.isnan(known) else f"{known:.{places}f}".replace("-", "−")
+    return "–" if math.isnan(known) else f"{known:z.{places}f}".replace("-", "−")
 
 
 def probability(value: Any) -> str:

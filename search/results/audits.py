@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 AUDITS = {kind: control.audit for kind, control in CONTROLS.items() if control.audit is not None}
 
-NOT_TESTED, NOT_ASKED, NO_RETAIN = "not tested", "not asked for", "no retain model"
+NOT_TESTED, NOT_ASKED, NO_RETAIN, COLLAPSED = "not tested", "not asked for", "no retain model", "collapsed"
 
 NOTHING = "-"
 """In place of a number that a tested model cannot have."""
@@ -150,8 +150,10 @@ def _numbers(result: "StudyResult", audit: Any) -> list[tuple[str, str, int]]:
 
 
 def _number(row: pd.Series | None, key: str) -> float:
-    """Return a number of an audit; NaN where it was not done."""
+    """Return a number of an audit; NaN where it was not done, or ruined the model: what says nothing brought nothing back."""
     if row is None or isinstance(row.get(UNTESTED), str) or key not in row or pd.isna(row[key]):
+        return float("nan")
+    if isinstance(row.get("collapsed"), str) and AUDITS[row["kind"]].measured is None:
         return float("nan")
     return float(row[key])
 
@@ -183,7 +185,7 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
     table = audit_table(result)
     models = [column for column in table.columns if column in (INITIAL, RETAIN) or isinstance(column, int)]
     retain = None if has_retain_weights(result) else NO_RETAIN
-    audits, untested = [], _reasons(result)
+    audits, untested = [], _reasons(result, dict(zip(table["kind"], table["settings"], strict=True)))
     for kind, audit in AUDITS.items():
         rows = table[table["kind"] == kind].to_dict("records")
         numbers = [
@@ -203,7 +205,7 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
         def word(name: Any, number: dict[str, Any], tested: set[str] = tested, reasons: dict[str, str] = reasons) -> str:
             value = number["values"][str(name)]
             if value is not None:
-                return f"{value:.{number['places']}f}"
+                return f"{value:z.{number['places']}f}"
             if name == RETAIN and retain is not None:
                 return retain
             # What an attack undid is a share of what a trial forgot: reference models, and some trials, forgot nothing.
@@ -238,6 +240,7 @@ def audit_facts(result: "StudyResult") -> dict[str, Any]:
         **facts,
         "audits": audits,
         "front": _front_columns(result, table, audits),
+        "forgetting": {"title": result.objectives[0].title, "places": result.objectives[0].places},
         "after_attacks": _worst(result, table).to_dict("records"),
     }
 
@@ -260,7 +263,7 @@ def _front_columns(result: "StudyResult", table: pd.DataFrame, audits: list[dict
     worst = {
         str(name): attacked[name].astype(float).min() for name in attacked if name in (INITIAL, RETAIN) or isinstance(name, int)
     }
-    known = {name: f"{value:.{forgetting.places}f}" for name, value in worst.items() if not math.isnan(value)}
+    known = {name: f"{value:z.{forgetting.places}f}" for name, value in worst.items() if not math.isnan(value)}
     if known:
         about = f"{forgetting.title} after the worst attack on the weights"
         texts = {name: known.get(name, NOT_TESTED) for name in shown}
@@ -282,6 +285,8 @@ def _word(reason: str | None) -> str:
     """Return the word that a table has in place of a number; the reason stands next to the table."""
     if reason is None:
         return NOT_TESTED
+    if reason.startswith(COLLAPSED):
+        return COLLAPSED
     return "diverged" if "diverged" in reason else "not possible"
 
 
@@ -315,25 +320,44 @@ def card_table(result: "StudyResult", number: int) -> list[list[str]]:
     return rows
 
 
-def _reasons(result: "StudyResult") -> dict[str, dict[str, str]]:
-    """Return why audits could not be done, by kind and model, where they were tried or their trials failed."""
+def _reasons(result: "StudyResult", settings: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """Return why audits could not be done, by kind and model, where they were tried, or failed, with these settings by kind."""
     found: dict[str, dict[str, str]] = {}
-    for trial in result.store.trials(names=("kind", "model", "of_trial", "reason", UNTESTED), controls=True):
+    names = ("kind", "model", "of_trial", "reason", "settings", "collapsed", UNTESTED)
+    for trial in result.store.trials(names=names, controls=True):
         known = trial.user_attrs
+        if isinstance(known.get("settings"), str) and json.loads(known["settings"]) != settings.get(known.get("kind", "")):
+            continue
         reason = known.get(UNTESTED) or (known.get("reason") if trial.state == TrialState.FAIL else None)
+        if reason is None and isinstance(known.get("collapsed"), str):
+            reason = f"{COLLAPSED} under it: {known['collapsed']}"
         if known.get("kind") in AUDITS and reason:
             found.setdefault(known["kind"], {})[str(known.get("of_trial", known.get("model")))] = str(reason)
     return found
 
 
+_ATTACKED = ("trial", "before", "worst", "attack", "attacks")
+
+
 def after_attacks(result: "StudyResult") -> pd.DataFrame:
     """Return, of every audited trial, its forgetting after the worst attack that changed its weights.
 
-    Columns: ``trial``, ``worst`` (forgetting), ``attack`` (the kind), ``attacks`` (how many were tried); the strongest first.
+    Columns: ``trial``, ``before`` and ``worst`` (forgetting), ``attack`` (the kind), ``attacks`` (how many were tried); the
+    strongest first.
     """
     if "of_trial" not in result.controls or not result.controls["kind"].isin(AUDITS).any():
-        return pd.DataFrame(columns=["trial", "worst", "attack", "attacks"])
+        return pd.DataFrame(columns=list(_ATTACKED))
     return _worst(result, audit_table(result))
+
+
+def unlike_attacks(result: "StudyResult", trials: pd.Series) -> str | None:
+    """Return what is to be said where some of these trials were held against more attacks than others: more find more."""
+    attacked = after_attacks(result)
+    counts = attacked.loc[attacked["trial"].isin(trials), "attacks"]
+    if counts.nunique() < 2:
+        return None
+    command = f"uipe audit {result.out} --tests quantisation,relearning --trial N"
+    return f"they were held against {counts.min()} to {counts.max()} attacks, and more find more; {command} does the others"
 
 
 def _worst(result: "StudyResult", table: pd.DataFrame) -> pd.DataFrame:
@@ -342,8 +366,8 @@ def _worst(result: "StudyResult", table: pd.DataFrame) -> pd.DataFrame:
     for number in (column for column in table.columns if isinstance(column, int)):
         values = rows[number].astype(float).dropna()
         if len(values):
-            found.append(
-                {"trial": number, "worst": float(values.min()), "attack": str(values.idxmin()), "attacks": len(values)}
-            )
-    frame = pd.DataFrame(found, columns=["trial", "worst", "attack", "attacks"])
+            before = float(result.trial(int(number))[result.objectives[0].name])
+            known = (number, before, float(values.min()), str(values.idxmin()), len(values))
+            found.append(dict(zip(_ATTACKED, known, strict=True)))
+    frame = pd.DataFrame(found, columns=list(_ATTACKED))
     return frame.sort_values("worst", ascending=False, ignore_index=True)

@@ -74,12 +74,14 @@ def reason_of(
     rule: str,
     floor: float,
     beats_initial: bool | None,
+    attacked: float | None = None,
 ) -> str:
     """Return why a rule chose a trial, in a line.
 
     Args:
         row: The trial.
         initial, objectives, rule, floor: As `chosen_row`.
+        attacked: Its forgetting after the worst attack on its weights; None where it was not audited.
         beats_initial: Whether it forgets more than the initial model beyond noise; None where that is not known.
     """
     forgetting, utility = objectives[:2]
@@ -88,7 +90,7 @@ def reason_of(
 
     def shown(objective: Objective) -> str:
         start = "" if initial is None else f" (initial model {initial[objective.name]:.{objective.places}f})"
-        return f"{objective.title} {row[objective.name]:.{objective.places}f}{start}"
+        return f"{objective.title} {row[objective.name]:z.{objective.places}f}{start}"
 
     if rule == "knee":
         reason = "bulges farthest beyond the line between the ends of the front"
@@ -99,7 +101,8 @@ def reason_of(
     else:
         reason = f"strongest forgetting with {floor:g} or more of the initial {utility.title}"
     sure = {True: "; it forgets more than the initial model beyond noise", None: ""}
-    numbers = f"{shown(forgetting)}, {shown(utility)}"
+    after = f", {attacked:z.{forgetting.places}f} after the attack" if rule == "robust" and attacked is not None else ""
+    numbers = f"{shown(forgetting)}{after}, {shown(utility)}"
     return f"{reason}: {numbers}" + sure.get(beats_initial, "; within noise it forgets no more than the initial model")
 
 
@@ -119,7 +122,9 @@ def _robust(
     attacked = points[audited]
     attacked[:, 0] = [after_attacks[int(front["trial"].iloc[row])] for row in audited]
     chosen = int(audited[_at_floor(attacked, initial, objectives, floor)])
-    note = f"of the {len(audited)} of {len(front)} points that were audited" if len(audited) < len(front) else None
+    note = (
+        f"chosen from the {len(audited)} of {len(front)} front points that were audited" if len(audited) < len(front) else None
+    )
     return chosen, note
 
 

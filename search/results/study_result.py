@@ -272,7 +272,13 @@ class StudyResult:
         share = self.floor if floor is None else floor
         attacked = self.after_attacks if rule == "robust" else {}
         row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, share, attacked)
-        return front.iloc[row], "; ".join(each for each in (held, note) if each is not None) or None
+        unlike = self._unlike_attacks(front) if rule == "robust" else None
+        return front.iloc[row], "; ".join(each for each in (held, note, unlike) if each is not None) or None
+
+    def _unlike_attacks(self, front: pd.DataFrame) -> str | None:
+        from search.results.audits import unlike_attacks
+
+        return unlike_attacks(self, front["trial"])
 
     def audit_jobs(self, trials: Sequence[int], top: int | None, tests: Sequence[str]) -> list[TrialSpec]:
         """List the audits of some trials and of the reference models (`search.results.audits.audit_jobs`)."""
@@ -304,7 +310,8 @@ class StudyResult:
         """Why a rule chose a trial, in a line, and whether it beats the initial model beyond noise where that is known."""
         beats = beats_initial(self.store, self.trials, self.controls).get(int(row["trial"]))
         share = self.floor if floor is None else floor
-        return reason_of(row, self.control(INITIAL), self.objectives, rule, share, beats)
+        attacked = self.after_attacks.get(int(row["trial"])) if rule == "robust" else None
+        return reason_of(row, self.control(INITIAL), self.objectives, rule, share, beats, attacked)
 
     def reference_point(self) -> dict[str, float]:
         """Return the reference point of hypervolume, by objective (`search.problem.objectives`)."""

@@ -434,7 +434,7 @@ def _line(parts: KeyPath, lines: LineNumbers) -> int:
 
 
 def _place(parts: KeyPath, lines: LineNumbers, given: Mapping[KeyPath, object]) -> str:
-    if parts in given:
+    if any(parts[:length] in given for length in range(1, len(parts) + 1)):  # a list or a section may be given, too
         return "command line"
     line = _line(parts, lines)
     return f"line {line}" if line else ""

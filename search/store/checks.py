@@ -302,7 +302,7 @@ def failures(store: StudyStore) -> Iterator[Finding]:
     failed = [trial for trial in ended if not is_interrupted(trial)]
     if len(failed) < len(ended):
         what = f"{len(ended) - len(failed)} trials were interrupted by the end of a run"
-        yield Finding("interrupted", ADVICE, what, "they have no values", "the same `uipe run` makes up for them")
+        yield Finding("interrupted", ADVICE, what, "they have no values", "the same command makes up for them")
     reasons = Counter(re.sub(r"\d+(\.\d+)?", "N", str(trial.user_attrs.get("reason", "unknown"))) for trial in failed)
     if not reasons:
         yield Finding("failures", OK, "no trial failed")

@@ -10,6 +10,7 @@ import yaml
 
 from search.evaluation.inputs import check_inputs
 from search.evaluation.prepared import prepare
+from search.planning.planner import plan_study
 from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY
 from search.problem.trial import TrialSpec
 from search.report.conclusions import conclusions
@@ -388,3 +389,10 @@ def test_letters_are_audited_in_few_bits_and_texts_are_not_asked_for(ran, choice
     assert accuracy[str(best)] == pytest.approx(choice_result.trial(best)["forgetting_to_chance"], abs=0.2)
     code, _, error = call("audit", out, "--trial", best, "--tests", "fluency")
     assert code == 2 and "needs answers that are texts" in error
+
+
+def test_a_plan_counts_no_audits_of_texts_where_letters_are_scored(world, tmp_path):
+    spec = parse_study(study(world, audit={"top": 2, "tests": ["quantisation", "prompts", "relearning"]}))
+    lines = {line.what: line.value for line in plan_study(spec, tmp_path / "out", None, lambda _: None).lines}
+    assert lines["audits of finalists, in scorings"] == 3 * 3  # int8, int4, NF4 of two finalists and the initial model
+    assert "audits of finalists, in training steps" not in lines

@@ -86,6 +86,15 @@ def test_the_steps_of_relearning_are_counted(write_study, tmp_path, place):
     assert found["audits of finalists, in scorings"] == 4 * 4
 
 
+def test_more_samples_of_an_audit_are_more_scorings(write_study, tmp_path, place):
+    found = []
+    for samples in (10, 1000):
+        spec = study(write_study, tmp_path, audit={"top": 2, "tests": ["sampling"], "samples": samples})
+        plan = plan_study(spec, tmp_path / "out", None, lambda _: None)
+        found.append(amounts(plan)["audits of finalists, in scorings"])
+    assert found == [4 * 3, 4 * 300]
+
+
 def test_gpu_hours_are_gpus_held_times_hours(write_study, tmp_path):
     resources = {"trial": {"gpus": 0.5}, "base_run": {"gpus": 1, "processes": 2}}
     spec = study(write_study, tmp_path, resources=resources)

@@ -467,7 +467,7 @@ def test_the_verdict_says_which_point_of_the_gain_was_not_scored_on_held_out_ite
     unsplit = " ".join(conclude(dataclasses.replace(seen, held_out=seen.held_out.iloc[:0])))
     assert "held-out" not in unsplit
     assert "Whether that holds on the held-out items is not known: trial" in said
-    assert re.search(rf"not known: trial {best}( and trial \d+ were| was) not scored on them", said)
+    assert re.search(rf"not known: trial {best}( and trial \d+, that unlearned epoch, were| was) not scored on them", said)
 
 
 def test_columns_of_base_runs_are_limited():

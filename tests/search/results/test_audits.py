@@ -1,6 +1,7 @@
 """`uipe audit`: attacks on trials of a really run study, held against computing them by hand; what cannot be done is said."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -217,7 +218,24 @@ def test_the_robust_rule_takes_the_strongest_after_the_worst_attack(audited, cal
     code, output, error = call("select", result.out, "--rule", "robust", "--floor", "0.01", "--json")
     assert code == 0, error
     chosen = json.loads(output)
-    assert chosen["trial"] == best and "after the worst attack" in chosen["reason"]
+    assert chosen["trial"] == best and f"{attacked['worst'][0]:z.2f} after the attack, " in chosen["reason"]
+
+
+def test_the_robust_rule_says_where_more_attacks_were_tried_on_some(new_store, made_up_evidence):
+    store = new_store()
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
+    for epoch, forgetting, utility, kinds in ((1, -2.0, 0.7, ("int8", "nf4")), (2, -1.0, 0.65, ("int8",))):
+        point = {"base": "npo", "epoch": epoch, "alpha": 0.0}
+        number, job = store.ask_point(store.spec.search_space(), point, "alpha_zero")
+        store.complete(job, number, made_up_evidence(job, forgetting, utility))
+        for kind in kinds:
+            audit = TrialSpec(kind, **point, of_trial=number)
+            store.complete(audit, store.ask_control(audit), made_up_evidence(audit, forgetting, utility))
+            note = StudyResult.of(store).choose("robust", 0.5)[1]
+            if kind == "nf4":
+                assert note is None
+    assert "they were held against 1 to 2 attacks, and more find more; uipe audit " in note
 
 
 def test_without_an_audit_the_robust_rule_says_what_to_run(finished, call):
@@ -229,7 +247,13 @@ def test_the_report_and_the_command_show_them(audited, call):
     result, best = audited
     code, output, error = call("audit", result.out, "--trial", best, "--tests", "quantisation,membership")
     assert code == 0, error
-    assert "weights in 4 bits (NF4)" in output and "AUC of Min-K%" in output and "not tested" in output
+    assert (
+        "weights in 4 bits (NF4)" in output and "AUC of Min-K%" in output and "not tested" in output and "-0.00" not in output
+    )
+    row = after_attacks(result).iloc[0]
+    title = CONTROLS[row["attack"]].audit.title
+    before = f"trial {best}: log10 forget quality {result.trial(best)['log10_forget_quality']:z.2f}, "
+    assert f"{before}{row['worst']:z.2f} after the worst of 3 attacks on its weights ({title})" in output
     page = (result.out / "report" / "report.html").read_text()
     assert '<section id="audits">' in page and "weights in 4 bits (NF4)" in page and "not tested" in page
     front = page[page.index('<section id="front-table">') : page.index('<section id="alpha">')]
@@ -292,6 +316,7 @@ def test_the_dashboards_note_has_them_too(audited):
     ("options", "said"),
     [
         (("--tests", "quantization"), "'quantization' is none of quantisation"),
+        (("--tests", " , "), "names none; give some of quantisation"),
         (("--top", "0"), "--top: 0"),
         (("--trial", "999"), "is not a complete trial"),
         (("--trial", "0", "--rule", "knee"), "one of them"),
@@ -320,6 +345,23 @@ def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, 
     assert result.after_attacks == {}
     with pytest.raises(UserError, match="uipe audit"):
         result.select("robust")
+
+
+def test_an_attack_that_ruins_the_model_brought_nothing_back(new_store, made_up_evidence):
+    store = new_store()
+    initial = TrialSpec("initial", model="initial")
+    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
+    point = {"base": "npo", "epoch": 1, "alpha": 0.0}
+    number, job = store.ask_point(store.spec.search_space(), point, "alpha_zero")
+    store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+    for kind, forgetting, ruined in (("nf4", -3.0, None), ("relearn_few", -8.0, "20 nats per token on retain")):
+        audit = TrialSpec(kind, **point, of_trial=number)
+        store.complete(audit, store.ask_control(audit), {**made_up_evidence(audit, forgetting, 0.1), "collapsed": ruined})
+    result = StudyResult.of(store)
+    relearned = next(each for each in result.audits["audits"] if each["kind"] == "relearn_few")
+    assert {row["texts"][str(number)] for row in relearned["rows"]} == {"collapsed"}
+    assert relearned["reasons"] == {str(number): "collapsed under it: 20 nats per token on retain"}
+    assert result.after_attacks == {number: -3.0}
 
 
 def test_a_study_from_before_there_was_a_holdout_is_audited_with_one(copied):
@@ -401,7 +443,12 @@ def test_numbers_are_known_with_their_settings_only(new_store, made_up_evidence)
     assert few in _done_jobs(store) and many not in _done_jobs(store)
     store.note(many, store.ask_control(many), evidence_of_samples(store, many, 0.75))
     assert shown() == ("highest ROUGE-L recall of 20 samples", "0.750", "not tested")
+    failed = replace(many, of_trial=None, base=None, epoch=None, alpha=None, model="initial")
+    store.note(failed, store.ask_control(failed), {**store.identity(failed), UNTESTED: "no texts"})
+    assert shown()[2] == "not possible"
     assert jobs(3)[0] in _done_jobs(store)
+    # What could not be done with other settings was not tried with these.
+    assert shown()[2] == "not tested"
     assert shown()[:2] == ("highest ROUGE-L recall of 3 samples", "0.250")
 
 

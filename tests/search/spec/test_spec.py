@@ -390,6 +390,8 @@ class TestFile:
         spec = load_study(path, {"seed": 3, "trials": 5})
         assert (spec.seed, spec.search.trials) == (3, 5)
         assert load_study(path, {"seed": None, "trials": None}) == load_study(path)
+        with pytest.raises(StudyFileError, match=r"unlearning\.seeds\[0\] \(command line\): found -1"):
+            load_study(path, {"unlearning.seeds": [-1, 2]})
         with pytest.raises(StudyFileError, match=r"search\.trials \(command line\): found -5"):
             load_study(path, {"trials": -5})
 
