@@ -231,30 +231,32 @@ class PromptFormat:
 
     def encode_item(self, item: Item) -> Example:
         """Tokenize an item's question and answer; a plain item without prompt format and end token."""
-        return self.encode_answer(item, item.answer)
+        return self.encode_plain(item.question, item.answer) if item.plain else self.encode(item.question, item.answer)
 
     def encode_answer(self, item: Item, answer: str) -> Example:
-        """Tokenize an item's question with any answer, as `encode_item`."""
-        return self.encode_plain(item.question, answer) if item.plain else self.encode(item.question, answer)
+        """Tokenize an item's question with any answer for scoring: as `encode_item`, behind `item_prompt_ids`."""
+        if not item.plain:
+            return self.encode(item.question, answer)
+        example, start = self.encode_plain(item.question, answer), self.item_prompt_ids(item)
+        return example if example.prompt_length else Example((*start, *example.input_ids), len(start))
 
     def item_prompt_ids(self, item: Item) -> list[int]:
-        """Return the token ids that an item's answer follows."""
-        return self._plain_ids(item.question) if item.plain else self.prompt_ids(item.question)
+        """Return the token ids that an item's answer follows when it is scored; of an empty text the end token, as in
+        lm-evaluation-harness: its first token is predicted from one before it. In training that token is not counted."""
+        if not item.plain:
+            return self.prompt_ids(item.question)
+        return self._ids(item.question, special=True) or [self.eos_id]
 
     def encode_plain(self, text: str, continuation: str) -> Example:
         """Tokenize a text and its continuation without prompt format, with the tokenizer's special tokens in front.
 
         Tokenized together unless a token would span the border, as in `encode`.
         """
-        start = self._plain_ids(text)
+        start = self._ids(text, special=True)
         together = self._ids(text + continuation, special=True)
         if together[: len(start)] != start:
             together = start + self._ids(continuation, special=False)
         return Example(tuple(together), len(start))
-
-    def _plain_ids(self, text: str) -> list[int]:
-        # The first token of an answer is predicted from one before it; lm-evaluation-harness puts this one there, too.
-        return self._ids(text, special=True) or [self.eos_id]
 
     def _answer_text(self, prompt: str, question: str, answer: str) -> str:
         """Return the text after the prompt, including the end token, spaced and trimmed by the chat template."""
