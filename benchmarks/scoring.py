@@ -57,7 +57,8 @@ def main() -> None:
     options = parser.parse_args()
     recorded = None if options.against is None else read_recorded(options.against, parser)
     loaded, corpus = prepared(options)
-    chosen = corpus.sets if options.sets is None else {name: corpus.sets[name] for name in options.sets}
+    names = [name for name in corpus.sets if name not in corpus.implied] if options.sets is None else options.sets
+    chosen = {name: corpus.sets[name] for name in names}
     corpus = replace(corpus, sets={name: items[: options.items] for name, items in chosen.items()})
     print(json.dumps(benchmark(loaded, corpus, options, recorded), indent=1))
 
