@@ -17,7 +17,7 @@ from search.paper.claims import LOG_FQ, SHARE, UTILITY, judged
 from search.paper.experiment import OTHER_RETAIN
 from search.paper.measures import CEILING, FLOOR, STEP, World
 from search.paper.settings import PAPER_LORA, TUNINGS, PaperSettings
-from search.paper.statistics import CONFIDENCE, FAILS, HOLDS, OPEN, at, best_above, estimate
+from search.paper.statistics import CONFIDENCE, FAILS, HOLDS, OPEN, at, best_above, estimate, finite_mean
 from search.paper.survival import summarise as summarise_attacks
 from search.report.style import alpha, count, decimal, seconds
 from uipe_core.errors import UserError
@@ -127,16 +127,12 @@ def summarise(settings: PaperSettings, worlds: Sequence[World], results: Sequenc
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
-
-
 def _models(worlds: Sequence[World]) -> list[dict[str, Any]]:
     """Mean over seeds of the models before unlearning; both ways of fine-tuning start from the same ones."""
     first = [world for world in worlds if world.tuning == next(iter(TUNINGS))]
     columns = ("k1", "k2", "k0", "utility", "k1_log_truth_ratio", "k2_log_truth_ratio")
     return [
-        {"name": name, "title": title, **{key: _mean([world.models[name][key] for world in first]) for key in columns}}
+        {"name": name, "title": title, **{key: finite_mean([world.models[name][key] for world in first]) for key in columns}}
         for name, title in MODEL_ROWS.items()
     ]
 
@@ -152,11 +148,18 @@ def _table_1(settings: PaperSettings, worlds: Sequence[World]) -> list[dict[str,
                 places = [world.kept_until(model, method) for world in group]
                 best = [best_above(curve["k1"], curve["utility"], FLOOR * float(curve["utility"].iloc[0])) for curve in curves]
                 there = {
-                    name: _mean([at(curve[name], place) for curve, place in zip(curves, places, strict=True)])
+                    name: finite_mean([at(curve[name], place) for curve, place in zip(curves, places, strict=True)])
                     for name in ("k1", "k2", "k0", "utility")
                 }
                 rows.append(
-                    {"tuning": title, "method": method, "model": model, "epoch": _mean(places), "best_k1": _mean(best), **there}
+                    {
+                        "tuning": title,
+                        "method": method,
+                        "model": model,
+                        "epoch": finite_mean(places),
+                        "best_k1": finite_mean(best),
+                        **there,
+                    }
                 )
     return rows
 
@@ -182,7 +185,7 @@ def _matched(group: Sequence[World]) -> dict[str, Any]:
     return {
         "points": sum(len(points) for points in found),
         "of": total,
-        "left_out_mean": _mean(wrong),
+        "left_out_mean": finite_mean(wrong),
         "left_out_root_mean_square": float(np.sqrt(np.mean(np.square(wrong)))) if wrong else None,
     }
 

@@ -60,6 +60,11 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(mean, error, mean - reach, mean + reach, tuple(known.tolist()))
 
 
+def finite_mean(values: Sequence[float]) -> float | None:
+    """Return the mean; None without values, or where one is not finite."""
+    return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
+
+
 def judge(effect: Estimate, least: float) -> str:
     """The rule: a claim holds where the whole interval of its effect is above `least`, does not where it is below."""
     if effect.low > least:

@@ -14,7 +14,19 @@ import numpy as np
 import pandas as pd
 
 from search.paper.attacks import ATTACKS, FOUR_BITS, LEAST, PUSHED, RANDOM, WALK, AttackSettings
-from search.paper.statistics import CONFIDENCE, FAILS, HOLDS, OPEN, at, coefficient, estimate, first_reached, judge, nearest
+from search.paper.statistics import (
+    CONFIDENCE,
+    FAILS,
+    HOLDS,
+    OPEN,
+    at,
+    coefficient,
+    estimate,
+    finite_mean,
+    first_reached,
+    judge,
+    nearest,
+)
 from search.problem.objectives import MEMORIZATION, TRUTH_RATIO, Objective
 from search.problem.pareto import DEFAULT_FLOOR, RULES, non_dominated_from
 from search.results.selection import chosen_row
@@ -320,7 +332,7 @@ def summarise(settings: AttackSettings, parts: Sequence[dict[str, Any]]) -> tupl
         "by_attack": [_by_attack(worlds, attack, title) for attack, title in ATTACKS.items()],
         "picks": [_pick(world, rule, point) for world in worlds for rule, point in chosen(world, utility).items()],
         "front": [_front(world) for world in worlds],
-        "initial": {key: _mean([world.initial[key] for world in worlds]) for key in ("forgetting", "utility")},
+        "initial": {key: finite_mean([world.initial[key] for world in worlds]) for key in ("forgetting", "utility")},
         "random_alone": estimate(moved).as_dict(),
         "attacked": sum(len(world.rows(WALK)) + len(world.rows(PUSHED)) for world in worlds),
         "scored": sum(len(world.points) for world in worlds),
@@ -334,10 +346,6 @@ def summarise(settings: AttackSettings, parts: Sequence[dict[str, Any]]) -> tupl
     }
 
 
-def _mean(values: Sequence[float]) -> float | None:
-    return float(np.mean(values)) if len(values) and np.isfinite(values).all() else None
-
-
 def _by_attack(worlds: Sequence[Attacked], attack: str, title: str) -> dict[str, Any]:
     groups = {name: estimate([float(world.rows(WALK, name)[attack].mean()) for world in worlds]).as_dict() for name in GROUPS}
     retain = [
@@ -345,7 +353,7 @@ def _by_attack(worlds: Sequence[Attacked], attack: str, title: str) -> dict[str,
         for world in worlds
         if world.retain is not None and world.retain["after"].get(attack) is not None
     ]
-    return {"attack": attack, "title": title, "groups": groups, "retain_loses": _mean(retain)}
+    return {"attack": attack, "title": title, "groups": groups, "retain_loses": finite_mean(retain)}
 
 
 def _pick(world: Attacked, rule: str, point: pd.Series) -> dict[str, Any]:
@@ -357,4 +365,4 @@ def _pick(world: Attacked, rule: str, point: pd.Series) -> dict[str, Any]:
 def _front(world: Attacked) -> dict[str, Any]:
     rows = world.points[world.front]
     shares = {name: int(GROUPS[name](rows["alpha"]).sum()) for name in GROUPS}
-    return {"seed": world.seed, "points": len(rows), **shares, WORST: _mean(rows[WORST].dropna().tolist())}
+    return {"seed": world.seed, "points": len(rows), **shares, WORST: finite_mean(rows[WORST].dropna().tolist())}

@@ -7,7 +7,10 @@ import numpy as np
 import pandas as pd
 
 from search.problem.objectives import Objective
-from search.problem.pareto import hypervolume, non_dominated_from
+from search.problem.pareto import attainment_surface, hypervolume, non_dominated_from
+
+ATTAINED = (0.25, 0.5, 0.75)
+"""Shares of the seeds whose attainment surfaces are shown."""
 
 
 def best_first(
@@ -119,3 +122,31 @@ def over_seeds(
         means = table.loc[table["holds"], [f"{name}_mean" for name in names]].to_numpy(dtype=float)
         table.loc[table["holds"], "holds"] = non_dominated_from(means, initial)
     return table
+
+
+def holding(front: pd.DataFrame, seeds: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
+    """Return the points of a front that hold over the seeds, or all where none does; and what is to be said of it.
+
+    Args:
+        front: Rows of the front.
+        seeds: `over_seeds`; without rows nothing is asked.
+    """
+    if seeds.empty:
+        return front, None
+    holds = front[front["trial"].isin(seeds.loc[seeds["holds"], "trial"])]
+    if holds.empty:
+        return front, "no point of the front holds over all seeds: chosen from all"
+    return holds, f"chosen from the {len(holds)} of {len(front)} front points that hold over all seeds"
+
+
+def attainment(scored: pd.DataFrame, names: list[str], seeds: Mapping[str, int]) -> dict[str, list[list[float]]]:
+    """Return the corners of what shares of the seeds attain (`search.problem.pareto.attainment_surface`), by share: ``25%``.
+
+    Args:
+        scored: All trials, and the controls of kind ``other_seed``.
+        names: The two objectives.
+        seeds: Seed by base run; none in a study of one seed, which has no surfaces.
+    """
+    of_seed = scored["base"].map(dict(seeds))
+    fronts = [scored.loc[of_seed == seed, names].to_numpy(dtype=float) for seed in sorted(set(seeds.values()))]
+    return {f"{share:.0%}": attainment_surface(fronts, share).tolist() for share in ATTAINED} if seeds else {}

@@ -15,7 +15,7 @@ import pandas as pd
 from search.evaluation.metrics import METRICS
 from search.evaluation.pruning import pruned_table, savings
 from search.problem.objectives import Objective, quality_floor
-from search.problem.pareto import DEFAULT_FLOOR, RULES, attainment_surface, hypervolume
+from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume
 from search.problem.trial import INITIAL, TrialSpec
 from search.results import finalists
 from search.results.recipe import recipe_of
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
 
 CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "of_trial")
 """Columns that the table of controls always has."""
-
-ATTAINED = (0.25, 0.5, 0.75)
-"""Shares of the seeds whose attainment surfaces are shown."""
 
 FORGET_NUMBERS = {"forget_rouge": "forget ROUGE", "forget_probability": "forget prob."}
 """Mean ROUGE-L recall and answer probability of the forget set, with their heads: whether answers are still given."""
@@ -176,23 +173,14 @@ class StudyResult:
     @property
     def attainment(self) -> dict[str, list[list[float]]]:
         """Corners of what 25, 50 and 75% of the seeds attain in the first two objectives
-        (`search.problem.pareto.attainment_surface`); empty in a study of one seed."""
-        seeds = {run.label: run.seed for run in self.spec.variants() if self.spec.siblings(run.label)}
-        if not seeds:
-            return {}
-        names, walked = _names(self.store)[:2], self._walked
-        of_seed = walked["base"].map(seeds)
-        fronts = [walked.loc[of_seed == seed, names].to_numpy(dtype=float) for seed in sorted(set(seeds.values()))]
-        return {f"{share:.0%}": attainment_surface(fronts, share).tolist() for share in ATTAINED}
+        (`search.results.finalists.attainment`); empty in a study of one seed."""
+        several = self.spec.unlearning is not None and self.spec.unlearning.seeds
+        seeds = {run.label: run.seed for run in self.spec.variants()} if several else {}
+        return finalists.attainment(self._walked, _names(self.store)[:2], seeds)
 
     def _holding(self, front: pd.DataFrame) -> tuple[pd.DataFrame, str | None]:
-        """Return the points of a front that hold over the seeds, and that this was asked; the front where none does."""
-        if self.over_seeds.empty:
-            return front, None
-        holds = front[front["trial"].isin(self.over_seeds.loc[self.over_seeds["holds"], "trial"])]
-        if holds.empty:
-            return front, "no point of the front holds over all seeds: chosen from all"
-        return holds, f"chosen from the {len(holds)} of {len(front)} front points that hold over all seeds"
+        """Return the points of a front that hold over the seeds, and a note on it (`search.results.finalists.holding`)."""
+        return finalists.holding(front, self.over_seeds)
 
     @cached_property
     def pruned(self) -> pd.DataFrame:

@@ -327,13 +327,19 @@ def test_what_cannot_be_audited_is_refused(finished, call, options, said):
     assert code == 2 and said in error
 
 
-def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, made_up_evidence):
+def one_point(new_store, made_up_evidence):
+    """A store with the initial model and one point that forgot: the store, the point, and its trial's number."""
     store = new_store()
     initial = TrialSpec("initial", model="initial")
     store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
     point = {"base": "npo", "epoch": 1, "alpha": 0.0}
     number, job = store.ask_point(store.spec.search_space(), point, "alpha_zero")
     store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+    return store, point, number
+
+
+def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, made_up_evidence):
+    store, point, number = one_point(new_store, made_up_evidence)
     audit = TrialSpec("relearn_few", **point, of_trial=number)
     evidence = {**store.identity(audit), UNTESTED: "training diverged: its loss is not finite"}
     store.note(audit, store.ask_control(audit), evidence)
@@ -348,12 +354,7 @@ def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, 
 
 
 def test_an_attack_that_ruins_the_model_brought_nothing_back(new_store, made_up_evidence):
-    store = new_store()
-    initial = TrialSpec("initial", model="initial")
-    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
-    point = {"base": "npo", "epoch": 1, "alpha": 0.0}
-    number, job = store.ask_point(store.spec.search_space(), point, "alpha_zero")
-    store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+    store, point, number = one_point(new_store, made_up_evidence)
     for kind, forgetting, ruined in (("nf4", -3.0, None), ("relearn_few", -8.0, "20 nats per token on retain")):
         audit = TrialSpec(kind, **point, of_trial=number)
         store.complete(audit, store.ask_control(audit), {**made_up_evidence(audit, forgetting, 0.1), "collapsed": ruined})
@@ -419,12 +420,7 @@ def evidence_of_samples(store, audit, recall):
 
 
 def test_numbers_are_known_with_their_settings_only(new_store, made_up_evidence):
-    store = new_store()
-    initial = TrialSpec("initial", model="initial")
-    store.complete(initial, store.ask_control(initial), made_up_evidence(initial, -9.0, 0.8))
-    point = {"base": "npo", "epoch": 1, "alpha": 0.0}
-    number, job = store.ask_point(store.spec.search_space(), point, "alpha_zero")
-    store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
+    store, _, number = one_point(new_store, made_up_evidence)
 
     def jobs(samples):
         store.spec = store.spec.model_copy(update={"audit": Audit(samples=samples)})
