@@ -22,6 +22,7 @@ from pydantic import (
 from pydantic_core import InitErrorDetails, PydanticKnownError, core_schema
 
 from search.problem.objectives import FUNCTION, ROLES, THIRD_OBJECTIVES, objective_named
+from search.problem.space import Range
 from search.samplers.registry import SAMPLERS
 from search.spec.bounds import (
     MOST_BASE_EPOCHS,
@@ -40,13 +41,16 @@ from search.spec.bounds import (
 from search.spec.errors import did_you_mean, rule
 from uipe_core.errors import UserError
 from uipe_core.metrics.definitions import DEFINITIONS
-from uipe_core.unlearning.methods import BOUNDS, METHODS
+from uipe_core.unlearning.methods import BOUNDS, FORMER, METHODS
 
 
 def is_local(source: str) -> bool:
     """Return True if a corpus source or model is a path; otherwise it is a hub name."""
     return Path(source).is_absolute()
 
+
+Values = tuple[float | str, ...]
+"""The values listed for a hyperparameter; each gives a base run."""
 
 PACKAGE = "package:"
 """Begins the place of a file that an installed Python package brings along: ``package:NAME/FILE``."""
@@ -114,10 +118,12 @@ def _objectives_of(role: str) -> Callable[[dict[str, Any]], None]:
 def _methods_by_name(schema: dict[str, Any]) -> None:
     """Offer every method with its hyperparameters, as `json_schema_extra`; nothing stands for the defaults."""
 
-    def value(key: str, default: float) -> dict[str, Any]:
+    def value(key: str, default: float | str) -> dict[str, Any]:
         bound = BOUNDS[key]
         limit = "exclusiveMinimum" if bound.above else "minimum"
-        one = {"type": "integer" if bound.whole else "number", limit: bound.low}
+        one: dict[str, Any] = {"type": "integer" if bound.whole else "number", limit: bound.low}
+        if bound.choices:
+            one = {"enum": list(bound.choices)}
         return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}], "default": default}
 
     schema["additionalProperties"] = False
@@ -136,7 +142,7 @@ def as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def all_different(values: tuple[float, ...]) -> tuple[float, ...]:
+def all_different(values: Values) -> Values:
     if len(set(values)) < len(values):
         raise rule("the values must differ from each other", "Remove the repeated one.")
     return values
@@ -194,7 +200,8 @@ class Unlearning(Section):
     """The base runs: every method with every combination of the values listed for it and for the learning rate, from each of
     the seeds where several are given; else from the study's own.
 
-    `methods` comes out in the order of `uipe_core.unlearning.methods.METHODS`, with defaults filled in, however it was written.
+    `methods` comes out in the order of `uipe_core.unlearning.methods.METHODS`, with defaults filled in, however it was written;
+    those of `FORMER` are filled in by `filled`, because an earlier run of the study may have had others.
     """
 
     methods: Annotated[
@@ -240,20 +247,38 @@ class Unlearning(Section):
 
     @field_validator("methods")
     @classmethod
-    def _methods_exist(cls, value: dict[str, dict[str, tuple[float, ...]]]) -> dict[str, dict[str, tuple[float, ...]]]:
+    def _methods_exist(cls, value: dict[str, dict[str, Values]]) -> dict[str, dict[str, Values]]:
         if not value:
             raise rule("there must be at least one method", f"Choose from {', '.join(METHODS)}.")
         errors = [error for name, settings in value.items() for error in _method_errors(name, settings)]
         if errors:
             raise ValidationError.from_exception_data("methods", errors)
         return {
-            name: {key: value[name].get(key, (float(default),)) for key, default in method.hyperparameters.items()}
+            name: {
+                key: value[name].get(key, (default if isinstance(default, str) else float(default),))
+                for key, default in method.hyperparameters.items()
+                if key in value[name] or key not in FORMER
+            }
             for name, method in METHODS.items()
             if name in value
         }
 
+    def filled(self, earlier: "Mapping[str, Mapping[str, Values]] | None" = None) -> "Unlearning":
+        """Return the section with every hyperparameter: where the file has none, the earlier run's, else the default.
 
-def _method_errors(name: str, settings: dict[str, tuple[float, ...]]) -> list[InitErrorDetails]:
+        Args:
+            earlier: Values of an earlier run of the study, by method and name.
+        """
+
+        def values(name: str, key: str) -> Values:
+            before = {} if earlier is None else earlier.get(name, {})
+            return self.methods[name].get(key) or before.get(key) or (METHODS[name].hyperparameters[key],)
+
+        methods = {name: {key: values(name, key) for key in METHODS[name].hyperparameters} for name in self.methods}
+        return self.model_copy(update={"methods": methods})
+
+
+def _method_errors(name: str, settings: dict[str, Values]) -> list[InitErrorDetails]:
     if name not in METHODS:
         error = rule(f"there is no method {name}", did_you_mean(name, list(METHODS)))
         return [{"type": error, "loc": (name,), "input": name}]
@@ -266,8 +291,10 @@ def _method_errors(name: str, settings: dict[str, tuple[float, ...]]) -> list[In
             continue
         bound = BOUNDS[key]
         for index, value in enumerate(values):
-            if not bound.holds(value):
-                remedy = f"Choose {bound}." if bound.whole else f"Choose a value {bound}."
+            if isinstance(value, str) and not bound.choices:
+                errors.append({"type": "float_type", "loc": (name, key, index), "input": value})
+            elif not bound.holds(value):
+                remedy = f"Choose {bound}." if bound.whole or bound.choices else f"Choose a value {bound}."
                 errors.append({"type": rule(f"must be {bound}", remedy), "loc": (name, key, index), "input": value})
     return errors
 
@@ -309,22 +336,31 @@ class AlphaRange(Section):
     low: Annotated[float, Field(ge=-1, le=1000)] = -1.0
     high: Annotated[float, Field(le=1000)] = 2.0
 
+    @property
+    def ends(self) -> Range:
+        """Lowest and highest alpha."""
+        return self.low, self.high
+
     @field_validator("high")
     @classmethod
     def _not_reversed(cls, value: float, info: ValidationInfo) -> float:
         low = info.data.get("low")
         if low is not None and not low < value:
-            raise rule(f"must be above search.alpha.low ({low:g})", "Swap the two if they are reversed, or widen the range.")
+            raise rule(f"must be above low ({low:g})", "Swap the two if they are reversed, or widen the range.")
         if low is not None and value - low < NARROWEST_ALPHA:
-            allowed = f"must be at least {NARROWEST_ALPHA:g} above search.alpha.low ({low!r})"
+            allowed = f"must be at least {NARROWEST_ALPHA:g} above low ({low!r})"
             raise rule(allowed, "Widen the range; a single alpha needs no search.")
         return value
 
 
 class Search(Section):
-    """Section ``search``: range of alpha, trials, sampler. `prune` None follows the sampler (`SamplerEntry.sees_pruned`)."""
+    """Section ``search``: range of alpha, trials, sampler. `prune` None follows the sampler (`SamplerEntry.sees_pruned`).
+
+    `alpha_by_method` has ranges of single methods; without one a method has that of its registry entry, or `alpha`.
+    """
 
     alpha: AlphaRange = Field(default_factory=AlphaRange)
+    alpha_by_method: dict[str, AlphaRange] = Field(default_factory=dict)
     trials: Annotated[int, Field(ge=0, le=1_000_000)] = 25
     sampler: Annotated[str, Field(json_schema_extra=names_of(SAMPLERS))] = "line"
     third_objective: Annotated[str | None, Field(json_schema_extra=names_of(THIRD_OBJECTIVES))] = None

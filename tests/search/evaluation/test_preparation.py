@@ -1,6 +1,7 @@
 """From a study to what identifies it and its parts."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -11,6 +12,7 @@ from uipe_core.corpora.refusals import REFUSALS
 from uipe_core.corpora.types import Corpus, Item
 from uipe_core.errors import UserError
 from uipe_core.models.tiny import tiny_model
+from uipe_core.storage.content_store import content_key
 
 
 @pytest.fixture
@@ -174,3 +176,16 @@ def test_answers_in_which_rouge_sees_no_word_are_refused_with_the_definition_tha
     with pytest.raises(UserError, match=r"1 of 1 retain answers \('красный дом'\) have no letter a-z.*tofu-unicode"):
         check_words(corpus, "tofu")
     check_words(corpus, "tofu-unicode")
+
+
+def test_a_study_goes_on_with_the_base_runs_it_began_with(prepared):
+    study = prepared(unlearning={"batch_size": 5})  # its last step of an epoch is incomplete
+    run, other = study.spec.variants()
+    config = study.unlearning(run)
+    former = replace(config, whole_last_step=True)
+    recorded = {run.label: content_key(study.base_run_inputs(former)), other.label: "0" * 32}
+    assert not config.whole_last_step
+    assert replace(study, recorded=recorded).unlearning(run) == former
+    assert replace(study, recorded=recorded).unlearning(other) == study.unlearning(other)
+    kept = {run.label: content_key(study.base_run_inputs(config))}
+    assert replace(study, recorded=kept).unlearning(run) == config
