@@ -495,6 +495,15 @@ def test_values_and_gradients_are_open_unlearnings(name):
         assert np.abs(leaves[leaf].grad.numpy() - gradient).max() < 1e-9
 
 
+@needs_parity
+def test_alt_po_is_dpo_with_another_answer():
+    leaves, inputs = parity_inputs()
+    loss = METHODS["alt_po"].loss(inputs, {"beta": 0.1, "retain_weight": 0.0})
+    expected = json.loads((PARITY / "expected.json").read_text())["dpo_refusal_over_forget"]["loss"]
+    assert float(loss.detach()) == pytest.approx(expected, abs=1e-9)
+    assert METHODS["alt_po"].substitutes and not METHODS["alt_po"].refuses
+
+
 def test_pdu_flattens_logits_of_answers():
     inputs = rows_of(logits(7))
     terms = [(max(row) - sum(row) / len(row)) ** 2 for row in inputs.forget_rows.tolist()]
@@ -617,6 +626,7 @@ def test_without_retain_weight_a_method_needs_no_retain_items(method):
         ("simnpo", "retain_nll"),
         ("idk_dpo", "refusal_logp"),
         ("idk_nll", "refusal_tokens"),
+        ("alt_po", "refusal_logp"),
         ("wga", "forget_rows"),
         ("sat_imp", "forget_rows"),
         ("ce_u", "forget_rows"),

@@ -39,6 +39,13 @@ def rate(method, adapter):
 
 
 @pytest.fixture
+def world(world):
+    """The world with alternate answers: those of other items."""
+    answers = [item.answer for item in world.forget_train]
+    return replace(world, alternates=tuple((answers[place - 1], answers[place - 2]) for place in range(len(answers))))
+
+
+@pytest.fixture
 def run(load_tiny, world):
     """Runs a configuration on a fresh copy of the model."""
 
