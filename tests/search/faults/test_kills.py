@@ -156,6 +156,28 @@ def test_second_node(watched, environment, living_processes, hold, end, repeat):
     hold("a second node: kill -9", watched)
 
 
+def test_raylet_of_a_joined_node(watched, environment, living_processes, hold, end, repeat):
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    cluster = Cluster(environment, living_processes, cpus=2)
+    command = watched.command
+    try:
+        watched.command, watched.variables = (*command, "--address", cluster.gcs), dict(variables)
+        driver = watched.start()
+        wanted = watched.random.randrange(1, 12)
+        driver.until(lambda: watched.complete() >= wanted)
+        watched.look()
+        (raylet,) = cluster.raylets()
+        end(raylet)
+        assert driver.wait(60) == 2
+        assert "Ray has died (this node's raylet)" in driver.stderr and "the same command goes on" in driver.stderr
+        assert open_trials(watched.out) == []
+    finally:
+        cluster.end()
+    watched.command, watched.variables = command, {}
+    watched.finish(watched.start())
+    hold("raylet of the node that a driver has joined: kill -9", watched)
+
+
 @pytest.fixture(scope="session")
 def seeds_study(write_study):
     """Writes a grid study of one method trained from two seeds."""
