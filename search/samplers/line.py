@@ -160,8 +160,8 @@ class LineSampler(BaseSampler):
         failed = self._places_of(trials, number, (TrialState.FAIL,))
 
         def around(vector: NDArray[np.int64], alpha: FloatArray) -> Points:
-            alpha = np.round(np.clip(alpha, low[vector], high[vector]), _DIGITS)
-            found = Points(vector, np.asarray(1.0 + alpha, dtype=np.float64))
+            rounded = np.round(np.clip(alpha, low[vector], high[vector]), _DIGITS)
+            found = Points(vector, np.asarray(1.0 + rounded, dtype=np.float64))
             same = _SAME * (high - low)[vector]
             near = _near(found, search.places + pending, same) | _near(found, failed, 0.5 * step[vector])
             # theta_init is known, whatever the vector.

@@ -357,7 +357,18 @@ class Never(BaseSampler):
 class Bench:
     """A study of Optuna that is sampled along lines."""
 
-    def __init__(self, world, fallback=None, lines="all", space=SPACE, epochs=EPOCHS, alpha=(-1.0, 2.0), seed=0, items=None, ranges=None):
+    def __init__(
+        self,
+        world,
+        fallback=None,
+        lines="all",
+        space=SPACE,
+        epochs=EPOCHS,
+        alpha=(-1.0, 2.0),
+        seed=0,
+        items=None,
+        ranges=None,
+    ):
         self.world, self.said, self.scored = world, [], {}
         self.lines = world.lines if lines == "all" else lines
         self.known = LineStudy(

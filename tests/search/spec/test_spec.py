@@ -576,7 +576,8 @@ class TestShippedStudies:
 
     def test_llama_needs_no_network(self) -> None:
         spec = load_study(STUDIES / "tofu_forget01_llama2_7b.yaml")
-        assert spec.unlearning.batch_size * spec.unlearning.gradient_accumulation == 2  # one on each of the two GPUs of the paper
+        # One on each of the two GPUs of the paper.
+        assert spec.unlearning.batch_size * spec.unlearning.gradient_accumulation == 2
         assert spec.unlearning.learning_rate == (1e-5,)
 
     def test_small_names_the_command_until_its_data_is_there(self, tmp_path: Path) -> None:

@@ -431,6 +431,6 @@ def test_trials_have_a_base_runs_own_alpha_where_optuna_has_that_of_the_flat_spa
         number, job = store.ask_point(space(store))
         seen[job.base].append(job.alpha)
         store.complete(job, number, made_up_evidence(job))
-    assert -1 <= min(seen["npo"]) and max(seen["npo"]) <= 2
-    assert -0.5 <= min(seen["task_vector"]) and 2 < max(seen["task_vector"]) <= 7.3
+    assert min(seen["npo"]) >= -1 and max(seen["npo"]) <= 2
+    assert min(seen["task_vector"]) >= -0.5 and 2 < max(seen["task_vector"]) <= 7.3
     assert store.trials_frame()["alpha"].tolist()[0] == 0.3
