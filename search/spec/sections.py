@@ -220,11 +220,11 @@ class Search(Section):
     """
 
     alpha: AlphaRange = Field(default_factory=AlphaRange)
-    alpha_by_method: dict[str, AlphaRange] = Field(default_factory=dict)
     trials: Annotated[int, Field(ge=0, le=1_000_000)] = 25
     sampler: Annotated[str, Field(json_schema_extra=names_of(SAMPLERS))] = "line"
     third_objective: Annotated[str | None, Field(json_schema_extra=names_of(THIRD_OBJECTIVES))] = None
     prune: bool | None = None
+    alpha_by_method: dict[str, AlphaRange] = Field(default_factory=dict)
 
     @field_validator("third_objective")
     @classmethod

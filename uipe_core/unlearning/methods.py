@@ -312,8 +312,6 @@ METHODS: dict[str, Method] = {
         frozenset({"retain_kl", "retain_item_kl"}),
         {"retain_kl": ("over", "answer"), "retain_item_kl": ("over", "item")},
     ),
-    "memorize": Method(memorize, {"retain_weight": 1.0}, frozenset({"retain_item_kl"}), walks_back=True, alpha=WALK_BACK),
-    "task_vector": Method(task_vector, walks_back=True, alpha=WALK_BACK),
     "npo": Method(npo, {"beta": 0.1, "retain_weight": 0.0}, frozenset({"initial_forget_logp", "retain_nll"})),
     "simnpo": Method(simnpo, {"beta": 4.5, "gamma": 0.0, "retain_weight": 8.0}, frozenset({"retain_nll"})),
     "idk_dpo": Method(
@@ -348,6 +346,8 @@ METHODS: dict[str, Method] = {
         {"layer": 7.0, "coefficient": 20.0, "retain_weight": 100.0},
         frozenset({"forget_activations", "direction", "retain_activations", "initial_retain_activations"}),
     ),
+    "memorize": Method(memorize, {"retain_weight": 1.0}, frozenset({"retain_item_kl"}), walks_back=True, alpha=WALK_BACK),
+    "task_vector": Method(task_vector, walks_back=True, alpha=WALK_BACK),
 }
 
 
