@@ -257,7 +257,7 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     corpus = spec.corpus.load(spec.seed)
     if isinstance(spec.model, TinyModel):
         check_target_modules(spec, small_llama)
-    models = models_of(spec, corpus)
+    models = models_of(spec, replace(corpus, alternates=()))  # which no model is built from
     if not isinstance(models, TinyModels):
         check_target_modules(spec, models.skeleton)
         check_positions(spec, corpus, models.source(INITIAL), models.trust_remote_code)

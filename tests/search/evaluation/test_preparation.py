@@ -1,7 +1,9 @@
 """From a study to what identifies it and its parts."""
 
+import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -189,3 +191,41 @@ def test_a_study_goes_on_with_the_base_runs_it_began_with(prepared):
     assert replace(study, recorded=recorded).unlearning(other) == study.unlearning(other)
     kept = {run.label: content_key(study.base_run_inputs(config))}
     assert replace(study, recorded=kept).unlearning(run) == config
+
+
+def test_sampled_alternates_are_kept_by_model_and_items(prepared, tmp_path, monkeypatch):
+    study = prepared(unlearning={"methods": {"alt_po": {}, "npo": {}}}, cache={"models": str(tmp_path / "models")})
+    calls = []
+
+    def sample(loaded, items):
+        calls.append(loaded)
+        return tuple((f"not {item.answer}",) for item in items)
+
+    monkeypatch.setattr("search.evaluation.prepared.sample_alternates", sample)
+    source = SimpleNamespace(load=lambda dtype: dtype)
+    first = study.training_corpus("alt_po", source)
+    assert first.alternates[0] == (f"not {study.corpus.forget_train[0].answer}",)
+    assert study.training_corpus("alt_po", source).alternates == first.alternates and len(calls) == 1
+    assert study.training_corpus("npo", source) is study.corpus
+    alt_po, npo = (
+        study.base_run_inputs(study.unlearning(next(run for run in study.spec.variants() if run.method == method)))
+        for method in ("alt_po", "npo")
+    )
+    assert "alternates" in alt_po and "alternates" not in npo
+
+
+def test_given_alternates_make_another_study_and_another_base_run(prepared, tmp_path):
+    plain = prepared(unlearning={"methods": {"alt_po": {}, "npo": {}}})
+    rows = [{"question": item.question, "alternate": f"not {item.answer}"} for item in plain.corpus.forget_train]
+    path = tmp_path / "alternates.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = prepared(unlearning={"methods": {"alt_po": {}, "npo": {}}}, corpus={"alternates": "./alternates.jsonl"})
+    assert given.fingerprint != plain.fingerprint
+    assert str(tmp_path) not in json.dumps(given.spec.fingerprint_payload())
+    keys = [[each.base_run_inputs(each.unlearning(run)) for run in each.spec.variants()] for each in (plain, given)]
+    methods = [run.method for run in plain.spec.variants()]
+    npo, alt_po = methods.index("npo"), methods.index("alt_po")
+    assert keys[0][npo] == keys[1][npo] and keys[0][alt_po] != keys[1][alt_po]
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match=r"corpus\.alternates: .* has no alternate of the forget item"):
+        prepared(unlearning={"methods": {"alt_po": {}}}, corpus={"alternates": "./alternates.jsonl"})
