@@ -178,7 +178,7 @@ def _membership(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
     for name in ("forget", "holdout"):
         items = inputs.scored.sets[name]
         scores[name] = membership_scores(read_token_scores(loaded, items), [item.answer for item in items])
-    return {f"{name}_auc": auc(own, scores["holdout"][name]) for name, own in scores["forget"].items()}
+    return {f"{name}_auc": float(auc(own, scores["holdout"][name])) for name, own in scores["forget"].items()}
 
 
 def _prompts(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
