@@ -154,7 +154,7 @@ class Evaluator:
             if audit.measured is not None:
                 return TrialMetrics(self.context.definition, dict(audit.measured(loaded, inputs))), None
             assert audit.changed is not None
-            with audit.changed(loaded, inputs) as attacked:
+            with audit.changed(loaded, self.context.corpus, self.context.audits, self.context.seed) as attacked:
                 report, _ = self.task.score(half.scorer, attacked, 1.0, (), {}, self.context.definition)
         except UserError as error:
             # Known for good, and no failure of the study: the table says it, and the other audits go on.
