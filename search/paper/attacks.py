@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from search.evaluation.controls import CONTROLS
 from search.evaluation.evaluator import load_for_scoring
 from search.evaluation.prepared import PreparedStudy, prepare
-from search.evaluation.task import task_of
+from search.evaluation.task import Comparison, task_of
 from search.paper.settings import Task
 from search.problem.objectives import MEMORIZATION, TRUTH_RATIO
 from search.problem.trial import INITIAL, RETAIN
@@ -259,7 +259,7 @@ class _Part:
         return DeltaStore(self.prepared.delta_root).get_or_train(self.prepared.base_run_inputs(config), epochs())
 
     def _score(self, loaded: "LoadedModel") -> ScoreReport:
-        report, _ = self.task.score(self.scorer, loaded, 1.0, (), {}, self.spec.definition)
+        report, _ = self.task.score(self.scorer, loaded, Comparison({}, self.spec.definition, self.spec.maximised))
         assert isinstance(report, ScoreReport)
         return report
 
