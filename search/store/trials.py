@@ -34,7 +34,14 @@ CONSTRAINTS = "constraints"
 READABLE = frozenset(("kind", "base", "method", "epoch", "alpha", "walk", "collapsed", "reason", "traceback"))
 """Attributes of their own, as are flags that are set, for those who read the dashboard: it cuts long values."""
 
+INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
+
 WRITTEN_TWICE = "written twice: the database did not confirm the first time"
+
+
+def is_interrupted(trial: FrozenTrial) -> bool:
+    """Return True for a trial that did not fail by itself: its run ended first, and the next one makes up for it."""
+    return trial.state == TrialState.FAIL and trial.user_attrs.get("reason") == INTERRUPTED
 
 
 class TrialReader:
