@@ -116,7 +116,7 @@ def test_the_reference_point_of_the_spec_is_used(study):
 
 def test_the_floor_of_the_sample_is_the_reference_point_otherwise(study):
     result = study([(0, -2.0, 0.5)])
-    assert result.item_counts["forget"] == ITEMS
+    assert result.store.item_counts["forget"] == ITEMS
     assert result.reference_point()["log10_forget_quality"] == pytest.approx(FLOOR)
 
 
