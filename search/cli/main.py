@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from search.cli import audits, cluster, dial, init, models, reference, upkeep
-from search.cli.front_table import print_front
 from search.cli.tables import (
     CHECKED,
     Address,
@@ -27,6 +26,7 @@ from search.cli.tables import (
     echo,
     print_claims,
     print_confirmations,
+    print_front,
     print_json,
     print_stop,
     quieten,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import search
-from search.cli.front_table import print_front
+from search.cli.tables import print_front
 from search.evaluation.controls import CONTROLS
 from search.execution.study_run import _done_jobs
 from search.problem.trial import AUDITS, UNTESTED, TrialSpec

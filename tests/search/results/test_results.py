@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from search.cli.front_table import print_front
+from search.cli.tables import print_front
 from search.evaluation.controls import follow_up_trials
 from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, TRUTH_RATIO
 from search.problem.space import Point
