@@ -9,6 +9,7 @@ main: the app, exit codes, --log-level, and the commands of a study (run, pareto
 models: score, metrics, finetune
 reference: objectives, schema
 score_once: score one model, or read one evaluation log, outside any study
+streams: standard streams that are closed, full or gone
 tables: tables, the Pareto front among them, and JSON on standard output
 upkeep: plan, doctor
 """
