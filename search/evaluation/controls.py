@@ -72,7 +72,7 @@ def _scored(prepared: "PreparedStudy", model: "ReferenceModel") -> bool:
     logged = all(objective.scored_on_reference_models for objective in prepared.spec.maximised)
     # Min-K% is in no log but the study's own.
     given = model.log is not None and any(objective.membership for objective in prepared.spec.maximised)
-    return logged and prepared.harness is None and not given
+    return logged and prepared.spec.lm_eval is None and not given
 
 
 def _reference(kind: str) -> "Callable[[PreparedStudy], list[TrialSpec]]":

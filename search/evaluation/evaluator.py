@@ -8,12 +8,13 @@ from typing import Any
 
 from search.evaluation.audits import Audit, AuditInputs, with_rounded_weights
 from search.evaluation.controls import CONTROLS
-from search.evaluation.harness import HarnessTasks, harness_accuracy
+from search.evaluation.harness import harness_accuracy
 from search.evaluation.metrics import TrialMetrics, trial_metrics
 from search.evaluation.task import Comparison, Report, Task, task_of
 from search.problem.objectives import LM_EVAL, ROUNDED, Objective
 from search.problem.trial import INITIAL, RETAIN, UNTESTED, TrialSpec
 from search.spec.runtime import Audit as AuditSection
+from search.spec.sections import Harness
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.extrapolation import Extrapolator
@@ -41,7 +42,7 @@ class StudyContext:
         scoring: Batch size and generation length.
         definition: Metric definition.
         objectives: What the study maximises.
-        harness: Tasks of the objective ``lm_eval``; None where it is not maximised.
+        harness: Section ``lm_eval``, the tasks of that objective; None where it is not maximised.
         retain: The retain model, for audits; None where there is none, or its evaluation log alone.
         audits: Section ``audit`` of the study, or its defaults.
         seed: Seed of the random directions.
@@ -60,7 +61,7 @@ class StudyContext:
     seed: int
     threads: int
     trial_minutes: float | None = None
-    harness: HarnessTasks | None = None
+    harness: Harness | None = None
     retain: ModelSource | None = None
     audits: AuditSection = field(default_factory=AuditSection)
 
