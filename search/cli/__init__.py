@@ -2,8 +2,8 @@
 
 audits: audit, dossier
 cluster: submit, status, logs, stop, studies, cluster validate
-dial: dial
 draft: a model without its weights, data of one's own, and a study file for them
+goals: dial, compare-published
 init: init
 main: the app, exit codes, --log-level, and the commands of a study (run, pareto, select, export, ...)
 models: score, metrics, finetune

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from search.cli import audits, cluster, dial, init, models, reference, upkeep
+from search.cli import audits, cluster, goals, init, models, reference, upkeep
 from search.cli.streams import RECORDS, end, failure_of_output, open_streams
 from search.cli.tables import (
     CHECKED,
@@ -305,7 +305,7 @@ def paper(
     echo(f"page     {result['page']}")
 
 
-for commands in (init, reference, models, cluster, dial, audits, upkeep):
+for commands in (init, reference, models, cluster, goals, audits, upkeep):
     commands.register(app)
 
 
