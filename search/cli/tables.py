@@ -271,7 +271,7 @@ def print_front(result: Any, width: int = 140) -> None:
 
     from search.problem.objectives import chosen_by, flag_of
     from search.problem.stand_ins import MARK, marked, stand_in_note
-    from search.results.study_result import collapsed
+    from search.store.trials import collapsed
 
     title = f"Pareto front of {result.store.record.name} (metrics: {result.spec.definition})"
     table, console = new_table(title, width)

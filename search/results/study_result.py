@@ -24,7 +24,7 @@ from search.results.uncertainty import beats_initial, certainty
 from search.spec.study import StudySpec
 from search.store.mirror import readable_folder
 from search.store.study_store import StudyStore
-from search.store.trials import on_front, searched
+from search.store.trials import collapsed, on_front, searched
 from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.errors import UserError
 from uipe_core.logs.parts import MEMORIZATION
@@ -394,10 +394,3 @@ def _plain(value: Any) -> Any:
     """A value as JSON has it, which knows no infinity: the logits of a collapsed model may have no finite scale."""
     plain = value.item() if hasattr(value, "item") else value
     return None if isinstance(plain, float) and not math.isfinite(plain) else plain
-
-
-def collapsed(table: pd.DataFrame) -> pd.Series:
-    """Which rows of a table have collapsed; none of a study that was scored before collapse was looked for."""
-    if "collapsed" not in table:
-        return pd.Series(False, index=table.index)
-    return table["collapsed"].map(lambda reason: isinstance(reason, str)).astype(bool)

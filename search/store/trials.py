@@ -271,3 +271,10 @@ def on_front(trials: pd.DataFrame, controls: pd.DataFrame, objectives: Sequence[
 def searched(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of a table of trials that the sampler proposed."""
     return table[table["kind"] == "search"] if len(table) else pd.DataFrame(columns=["kind", "base"])
+
+
+def collapsed(table: pd.DataFrame) -> pd.Series:
+    """Return which rows of a table have collapsed: none of a study that was scored before collapse was looked for."""
+    if "collapsed" not in table:
+        return pd.Series(False, index=table.index)
+    return table["collapsed"].map(lambda reason: isinstance(reason, str)).astype(bool)
