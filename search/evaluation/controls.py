@@ -4,6 +4,7 @@ One entry of `CONTROLS` says everything about a kind of control: when it is scor
 how tables and figures show it. Titles, purposes and markers of the report come from here.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -195,9 +196,10 @@ def given_controls(prepared: "PreparedStudy") -> list[TrialSpec]:
 
 def _scored_as_trials(kind: str, temperature: float) -> bool:
     """Return True for a control that scores its point as a trial of the search would: same update, items and logits."""
-    control = CONTROLS.get(kind, Control())
-    unlike = control.update is not None or control.held_out or control.audit is not None
-    return not unlike and (temperature == 1.0 or np.isnan(temperature))  # tables have no number where it is 1
+    control = CONTROLS.get(kind)  # of an extension that is not installed here nothing is known
+    if control is None or control.update is not None or control.held_out or control.audit is not None:
+        return False
+    return temperature == 1.0 or math.isnan(temperature)  # tables have no number where it is 1
 
 
 def follow_up_trials(store: "StudyStore") -> list[TrialSpec]:
@@ -211,7 +213,7 @@ def follow_up_trials(store: "StudyStore") -> list[TrialSpec]:
     controls = store.controls_frame()
     known = controls[controls["of_trial"].notna()].to_dict("records") if "of_trial" in controls else []
     done = {(row["kind"], int(row["of_trial"]), row["base"]) for row in known}
-    plain = [row for row in known if _scored_as_trials(row["kind"], float(row.get("temperature", np.nan)))]
+    plain = [row for row in known if _scored_as_trials(row["kind"], float(row.get("temperature", math.nan)))]
     scored = {(row["base"], row["epoch"], row["alpha"]) for row in [*trials.to_dict("records"), *plain]}
     front = trials[on_front(trials, controls, [objective.name for objective in store.objectives])]
     found = []
