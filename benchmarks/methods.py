@@ -30,7 +30,8 @@ from search.execution.ray_compat import configure_ray
 from search.execution.run import run_study
 from search.problem.pareto import hypervolume
 from search.results.study_result import StudyResult
-from search.spec.study import StudySpec, load_study, quickstart_path
+from search.spec.study import StudySpec, load_study
+from search.spec.study_file import quickstart_path
 from uipe_core.unlearning.methods import METHODS
 
 FLOOR = 0.95

@@ -45,7 +45,8 @@ from search.problem.objectives import quality_floor
 from search.problem.pareto import hypervolume, non_dominated
 from search.problem.trial import INITIAL, RETAIN
 from search.samplers.registry import SAMPLERS
-from search.spec.study import load_study, quickstart_path
+from search.spec.study import load_study
+from search.spec.study_file import quickstart_path
 from uipe_core.audits.relearning import RelearningConfig, relearn
 from uipe_core.corpora.split import split_corpus, take_items
 from uipe_core.deltas.store import DeltaStore

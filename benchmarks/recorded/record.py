@@ -16,7 +16,8 @@ from search.execution.run import run_study
 from search.problem.objectives import Objective
 from search.results.study_result import StudyResult
 from search.samplers.gram import FILE, extend_gram, keep_gram, kept_gram
-from search.spec.study import StudySpec, load_study, quickstart_path
+from search.spec.study import StudySpec, load_study
+from search.spec.study_file import quickstart_path
 from uipe_core.deltas.checkpoints import find_checkpoints
 from uipe_core.deltas.store import DeltaStore
 from uipe_core.errors import UserError

@@ -91,8 +91,8 @@ def run(
     configure_ray(address)
     from search.execution.run import run_study
     from search.report.conclusions import conclusions, next_step
-    from search.spec.study import load_study, quickstart_path
-    from search.spec.study_file import read_settings
+    from search.spec.study import load_study
+    from search.spec.study_file import quickstart_path, read_settings
 
     quieten()
     overrides = {**read_settings(settings or ()), "seed": seed, "trials": trials}

@@ -13,8 +13,8 @@ from search.evaluation.inputs import check_inputs
 from search.spec.corpora import path_sites
 from search.spec.errors import without_password
 from search.spec.sections import is_local
-from search.spec.study import StudySpec, load_study, travelling_content
-from search.spec.study_file import read_study_file, write_study_file
+from search.spec.study import StudySpec, load_study
+from search.spec.study_file import read_study_file, travelling_content, write_study_file
 from uipe_core.errors import UserError
 
 LIMIT_BYTES = 20 * 2**20

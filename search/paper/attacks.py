@@ -22,7 +22,8 @@ from search.problem.trial import INITIAL, RETAIN
 from search.spec.corpora import FREE_TEXT
 from search.spec.models import TinyModel
 from search.spec.runtime import Audit, Relearning
-from search.spec.study import StudySpec, load_study, quickstart_path
+from search.spec.study import StudySpec, load_study
+from search.spec.study_file import quickstart_path
 from uipe_core.corpora.types import KEPT_SETS
 from uipe_core.errors import UserError
 from uipe_core.metrics.collapse import collapse_reason

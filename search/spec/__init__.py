@@ -10,7 +10,7 @@ plugins: load extensions of other packages
 runtime: sections that may change from run to run: audit, resources, budget, cache
 sections: the other sections: scoring, search, objectives
 study: `StudySpec`, `load_study`, `parse_study`
-study_file: YAML with line numbers, settings of a command line
+study_file: YAML with line numbers, settings of a command line, what travels to a cluster, the quickstart
 unlearning (private): section ``unlearning``, and the base runs it stands for
 """
 

@@ -1,7 +1,6 @@
 """Validate a study as a whole, before anything is spent."""
 
 import re
-import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -20,7 +19,6 @@ from search.spec.paths import absolute_paths
 from search.spec.plugins import load_plugins
 from search.spec.runtime import Audit, Budget, Cache, Folders, FoldersOrNone, Resources
 from search.spec.sections import (
-    PACKAGE,
     ByKind,
     Harness,
     Hypervolume,
@@ -32,9 +30,8 @@ from search.spec.sections import (
     Values,
     is_local,
 )
-from search.spec.study_file import LineNumbers, read_study_file
+from search.spec.study_file import LineNumbers, line_of, place_of, read_study_file, with_settings
 from search.spec.unlearning import BaseRunSpec, Unlearning
-from uipe_core.errors import UserError
 from uipe_core.metrics.scores import CHOICE_DEFINITION
 from uipe_core.unlearning.methods import FORMER, METHODS
 
@@ -359,21 +356,6 @@ def load_study(path: Path | str, overrides: Mapping[str, object] | None = None) 
     return _build(data, path.resolve().parent, str(path), lines, overrides or {})
 
 
-def travelling_content(data: Mapping[str, object], folder: Path) -> dict[str, Any]:
-    """Return what a study file contains with absolute paths; files of installed packages keep their names.
-
-    Args:
-        data: What the file contains.
-        folder: What relative paths are relative to.
-    """
-    content, _ = absolute_paths(data, folder)
-    given, model = data.get("model"), content.get("model")
-    if isinstance(given, Mapping) and isinstance(model, dict):
-        # Another machine has the package elsewhere.
-        model |= {key: value for key, value in given.items() if isinstance(value, str) and value.startswith(PACKAGE)}
-    return content
-
-
 def _build(
     data: Mapping[str, object], folder: Path, source: str, lines: LineNumbers, overrides: Mapping[str, object]
 ) -> StudySpec:
@@ -383,7 +365,7 @@ def _build(
     given: dict[KeyPath, object] = {
         tuple(_OVERRIDES.get(name, name).split(".")): value for name, value in overrides.items() if value is not None
     }
-    study, found = absolute_paths(_with(data, given), folder)
+    study, found = absolute_paths(with_settings(data, given), folder)
     try:
         spec = StudySpec.model_validate(study)
     except ValidationError as error:
@@ -394,24 +376,8 @@ def _build(
     else:
         if not found:
             return spec
-    found.sort(key=lambda problem: _line(problem[0], lines))
-    raise StudyFileError([Problem(key_text(parts), text, _place(parts, lines, given)) for parts, text in found], source)
-
-
-def _with(data: Mapping[str, object], given: Mapping[KeyPath, object]) -> dict[str, object]:
-    result = dict(data)
-    for path, value in given.items():
-        holder = result
-        for part in path[:-1]:
-            inner = holder.get(str(part))
-            # What is no section is reported by the checks, with its own key.
-            if inner is not None and not isinstance(inner, Mapping):
-                break
-            holder[str(part)] = section = dict(inner or {})
-            holder = section
-        else:
-            holder[str(path[-1])] = value
-    return result
+    found.sort(key=lambda problem: line_of(problem[0], lines))
+    raise StudyFileError([Problem(key_text(parts), text, place_of(parts, lines, given)) for parts, text in found], source)
 
 
 def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tuple[KeyPath, str]]:
@@ -428,30 +394,3 @@ def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tu
         if detail["loc"] not in known:
             found.append(explain(detail, StudySpec, study))
     return found
-
-
-def _line(parts: KeyPath, lines: LineNumbers) -> int:
-    """Return the line of a key, or of the nearest section around it that is in the file."""
-    return lines[parts] if parts in lines else _line(parts[:-1], lines) if parts else 0
-
-
-def _place(parts: KeyPath, lines: LineNumbers, given: Mapping[KeyPath, object]) -> str:
-    if any(parts[:length] in given for length in range(1, len(parts) + 1)):  # a list or a section may be given, too
-        return "command line"
-    line = _line(parts, lines)
-    return f"line {line}" if line else ""
-
-
-def quickstart_path() -> Path:
-    """Return the quickstart study: in the checkout, else where an installed wheel puts its data files.
-
-    Raises:
-        UserError: It is in neither.
-    """
-    checkout = Path(__file__).resolve().parents[2] / "studies"
-    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
-    installed = [Path(sysconfig.get_path("data", scheme)) / "share" / "uipe" / "studies" for scheme in schemes]
-    for folder in (checkout, *installed):
-        if (folder / "quickstart.yaml").is_file():
-            return folder / "quickstart.yaml"
-    raise UserError("The quickstart study is not installed. Give the path of a study file.")

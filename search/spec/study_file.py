@@ -1,11 +1,14 @@
 """Read a study file into plain data with line numbers, and settings of a command line in its place."""
 
 import re
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from search.spec.errors import KeyPath, Problem, StudyFileError, key_text, show
+from search.spec.paths import absolute_paths
+from search.spec.sections import PACKAGE
 from uipe_core.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -189,3 +192,63 @@ def read_settings(texts: Sequence[str]) -> dict[str, object]:
             read = str(Path(read).expanduser().resolve())
         found[key.strip()] = read
     return found
+
+
+def with_settings(data: Mapping[str, object], given: Mapping[KeyPath, object]) -> dict[str, object]:
+    """Return the content of a study file with other values of some keys."""
+    result = dict(data)
+    for path, value in given.items():
+        holder = result
+        for part in path[:-1]:
+            inner = holder.get(str(part))
+            # What is no section is reported by the checks, with its own key.
+            if inner is not None and not isinstance(inner, Mapping):
+                break
+            holder[str(part)] = section = dict(inner or {})
+            holder = section
+        else:
+            holder[str(path[-1])] = value
+    return result
+
+
+def line_of(parts: KeyPath, lines: LineNumbers) -> int:
+    """Return the line of a key, or of the nearest section around it that is in the file."""
+    return lines[parts] if parts in lines else line_of(parts[:-1], lines) if parts else 0
+
+
+def place_of(parts: KeyPath, lines: LineNumbers, given: Mapping[KeyPath, object]) -> str:
+    """Return where a key was given: the line, ``command line``, or an empty text."""
+    if any(parts[:length] in given for length in range(1, len(parts) + 1)):  # a list or a section may be given, too
+        return "command line"
+    line = line_of(parts, lines)
+    return f"line {line}" if line else ""
+
+
+def travelling_content(data: Mapping[str, object], folder: Path) -> dict[str, Any]:
+    """Return what a study file contains with absolute paths; files of installed packages keep their names.
+
+    Args:
+        data: What the file contains.
+        folder: What relative paths are relative to.
+    """
+    content, _ = absolute_paths(data, folder)
+    given, model = data.get("model"), content.get("model")
+    if isinstance(given, Mapping) and isinstance(model, dict):
+        # Another machine has the package elsewhere.
+        model |= {key: value for key, value in given.items() if isinstance(value, str) and value.startswith(PACKAGE)}
+    return content
+
+
+def quickstart_path() -> Path:
+    """Return the quickstart study: in the checkout, else where an installed wheel puts its data files.
+
+    Raises:
+        UserError: It is in neither.
+    """
+    checkout = Path(__file__).resolve().parents[2] / "studies"
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    installed = [Path(sysconfig.get_path("data", scheme)) / "share" / "uipe" / "studies" for scheme in schemes]
+    for folder in (checkout, *installed):
+        if (folder / "quickstart.yaml").is_file():
+            return folder / "quickstart.yaml"
+    raise UserError("The quickstart study is not installed. Give the path of a study file.")

@@ -365,7 +365,7 @@ def test_an_interrupt_in_a_short_command_ends_with_130(finished, launch):
 
 
 def test_shipped_studies_are_valid_or_say_what_they_lack(call):
-    from search.spec.study import quickstart_path
+    from search.spec.study_file import quickstart_path
 
     for path in sorted(quickstart_path().parent.glob("*.yaml")):
         code, _, error = call("validate", path)

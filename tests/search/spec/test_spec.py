@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from search.spec.errors import StudyFileError, _all_keys
-from search.spec.study import StudySpec, load_study, parse_study, quickstart_path
+from search.spec.study import StudySpec, load_study, parse_study
+from search.spec.study_file import quickstart_path
 from uipe_core.unlearning.methods import METHODS
 
 STUDIES = Path(__file__).parents[3] / "studies"
