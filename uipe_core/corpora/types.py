@@ -22,6 +22,9 @@ class Item:
             or a prompt with a format of its own.
         reverse: The question from the answer to what the item is about, and its answer; None where there is none. Asked by
             audits only. Not part of the hash.
+        length: Of a plain item that is evaluated: longest generated text in tokens. Answers are cut there too, so that text and
+            gold answer are compared over so many tokens, by the F1 of ROUGE-L too (MUSE, arXiv 2407.06460). None without.
+        stops: Of an item with a length: texts before which a generated text ends.
     """
 
     question: str
@@ -31,6 +34,8 @@ class Item:
     group: str | None = field(default=None, compare=False)
     plain: bool = False
     reverse: tuple[str, str] | None = field(default=None, compare=False)
+    length: int | None = None
+    stops: tuple[str, ...] = ()
 
     @property
     def paraphrase(self) -> str:
@@ -41,7 +46,8 @@ class Item:
     def content(self) -> list[Any]:
         """Everything that enters the hash, ready for JSON."""
         parts = [self.question, self.answer, self.paraphrased_answer, list(self.perturbed_answers)]
-        return [*parts, "plain"] if self.plain else parts
+        parts += ["plain"] if self.plain else []
+        return parts if self.length is None else [*parts, self.length, list(self.stops)]
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,12 @@ RELATED_SETS = ("related", "unrelated")
 MEMBERSHIP_SETS = ("forget", "holdout")
 """Evaluation sets by which membership in the training data shows: items trained on, and like ones that no model saw."""
 
+PRIVLEAK_SETS = ("privleak_forget", "privleak_holdout")
+"""The same two of MUSE, whose texts are no items to be answered."""
+
+KNOWLEDGE = "knowmem"
+"""Evaluation set of MUSE: questions on what the texts to be forgotten say."""
+
 MULTIPLE_CHOICE_SETS = ("forget", "utility")
 """Evaluation sets of a multiple-choice corpus."""
 
@@ -113,7 +125,8 @@ class Corpus:
 
     Attributes:
         name: Readable name with everything that determines the content, for example ``people(seed=0)``.
-        sets: Evaluation sets by name: ``forget``, some of `KEPT_SETS`, and if known ``related``, ``unrelated``, ``holdout``.
+        sets: Evaluation sets by name: ``forget``, some of `KEPT_SETS`, and if known ``related``, ``unrelated``, ``holdout``,
+            `KNOWLEDGE`, `PRIVLEAK_SETS`.
         forget_train: Question-answer pairs to unlearn.
         retain_train: Question-answer pairs for retain terms.
         build: Training texts for models built here, by stage: ``base`` (may be empty), ``full``, ``retain``.
