@@ -14,7 +14,8 @@ import pandas as pd
 
 from search.evaluation.metrics import METRICS
 from search.evaluation.pruning import pruned_table, savings
-from search.problem.objectives import Objective, quality_floor
+from search.problem.hypervolume import quality_floor
+from search.problem.objectives import Objective
 from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume
 from search.problem.trial import INITIAL, TrialSpec
 from search.results import finalists

@@ -43,8 +43,8 @@ def require_positions(corpus: Corpus, prompts: PromptFormat, config: ScoringConf
         needed = len(prompts.item_prompt_ids(item)) + item.length - 1
         if needed > limit:
             raise UserError(
-                f"corpus: {_shown(item.question)} and a text of {item.length} tokens take {needed} positions, and the model has "
-                f"{limit}; leave out the item, or take a model with more positions (nothing is truncated)"
+                f"corpus: {_shown(item.question)} and a text of {item.length} tokens take {needed} positions, and the model "
+                f"has {limit}; leave out the item, or take a model with more positions (nothing is truncated)"
             )
     tokens, question = max(asked, default=(0, ""))
     longest = max(config.generation_length, tokens + 1) if config.counts_prompt else tokens + config.generation_length
