@@ -55,6 +55,7 @@ def dial_facts(result: "StudyResult", answer: "Answer") -> dict[str, Any]:
     best = export = None
     if answer.best is not None:
         best = result.rows(result.trials[result.trials["trial"] == answer.best])[0]
+        best["beats_initial"] = intervals.get(answer.best, {}).get("beats_initial")
         export = f"uipe export {result.out} --trial {answer.best} --to {result.out}/export/dial --as model"
     facts = {"study": result.store.record.name, "definition": result.spec.definition, "objectives": names}
     asked = {"floor": answer.floor, "least_utility": answer.question.floor}
@@ -63,6 +64,8 @@ def dial_facts(result: "StudyResult", answer: "Answer") -> dict[str, Any]:
 
 def print_dial(answer: dict[str, Any]) -> None:
     """Print the answer of a constrained search."""
+    from search.results.selection import sureness
+
     forgetting, utility = answer["objectives"]
     share = f"{answer['floor']:g} of the initial model's ({answer['definition']})"
     echo(f"{utility} of at least {answer['least_utility']:.4f}, {share}")
@@ -84,7 +87,8 @@ def print_dial(answer: dict[str, Any]) -> None:
         return
     best = answer["best"]
     where = f"trial {best['trial']} ({best['base']}, epoch {best['epoch']}, alpha {best['alpha']:.4f})"
-    echo(f"\nstrongest forgetting: {where}, {forgetting} {best[forgetting]:.4f}, {utility} {best[utility]:.4f}")
+    numbers = f"{forgetting} {best[forgetting]:.4f}, {utility} {best[utility]:.4f}"
+    echo(f"\nstrongest forgetting: {where}, {numbers}{sureness(best['beats_initial'])}")
     echo(f"export   {answer['export']}")
 
 

@@ -29,7 +29,9 @@ from search.execution.ray_compat import (
     MODE,
     dead_processes,
     end_processes_of,
+    has_ended,
     kill_processes,
+    raylet_process,
     require_token,
     start_local,
 )
@@ -110,7 +112,7 @@ def _joined(address: str, bars: Bars, close: Callable[[], None]) -> Iterator[Non
         with _interrupts_held():
             ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="ERROR")
         _restore(on_terminate)
-        with _watched(_gcs_watch(ray.get_runtime_context().gcs_address), close):
+        with _watched(_node_watch(ray.get_runtime_context().gcs_address, raylet_process()), close):
             yield
     except SystemExit as error:
         raise KeyboardInterrupt from error  # SIGTERM while Ray was connecting, and had its own handler in place
@@ -208,13 +210,15 @@ def _watched(lost: Callable[[], str], close: Callable[[], None]) -> Iterator[Non
         raise UserError(sentence[0]) from None
 
 
-def _gcs_watch(address: str) -> Callable[[], str]:
-    """Return what tells whether the GCS of a cluster has been away for too long."""
+def _node_watch(address: str, raylet: int | None) -> Callable[[], str]:
+    """Return what tells whether the GCS of a cluster has been away for too long, or this node's raylet has ended."""
     host, _, port = address.rpartition(":")
     since = time.monotonic()
 
     def lost() -> str:
         nonlocal since
+        if raylet is not None and has_ended(raylet):
+            return "this node's raylet"
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
         except OSError:

@@ -8,6 +8,8 @@ import contextlib
 import os
 import re
 import signal
+import socket
+import struct
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -161,6 +163,29 @@ def dead_processes() -> list[str]:
 
     ended = [] if _global_node is None else _global_node.dead_processes()
     return [name for name, _ in ended if name in ("raylet", "gcs_server")]
+
+
+def raylet_process() -> int | None:
+    """Return the process id of this node's raylet: the peer of its socket; None where that is not known."""
+    from ray._private.worker import _global_node
+
+    if _global_node is None:
+        return None
+    with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(OSError, AttributeError):
+        connection.connect(_global_node.raylet_socket_name)
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+        return struct.unpack("3i", credentials)[0] or None  # 0: of another process namespace
+    return None
+
+
+def has_ended(pid: int) -> bool:
+    """Return True if a process is gone, or a zombie that nothing has reaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return Path("/proc/self/stat").exists()  # without /proc nothing is known
+    except OSError:
+        return False
 
 
 def kill_processes() -> None:

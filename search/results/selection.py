@@ -100,10 +100,15 @@ def reason_of(
         reason = f"nearest to chance ({forgetting.chance:g}) at the {utility.title} it keeps"
     else:
         reason = f"strongest forgetting with {floor:g} or more of the initial {utility.title}"
-    sure = {True: "; it forgets more than the initial model beyond noise", None: ""}
     after = f", {attacked:z.{forgetting.places}f} after the attack" if rule == "robust" and attacked is not None else ""
     numbers = f"{shown(forgetting)}{after}, {shown(utility)}"
-    return f"{reason}: {numbers}" + sure.get(beats_initial, "; within noise it forgets no more than the initial model")
+    return f"{reason}: {numbers}" + sureness(beats_initial)
+
+
+def sureness(beats_initial: bool | None) -> str:
+    """Say at the end of a sentence on a trial whether it forgets more than the initial model beyond noise; empty if unknown."""
+    sure = {True: "; it forgets more than the initial model beyond noise", None: ""}
+    return sure.get(beats_initial, "; within noise it forgets no more than the initial model")
 
 
 def _robust(

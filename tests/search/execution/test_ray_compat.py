@@ -17,6 +17,7 @@ from search.execution.ray_compat import (
     every_loss_is_a_death,
     failure_cause,
     failure_text,
+    has_ended,
     release_trial,
     without_commands,
 )
@@ -36,6 +37,10 @@ for table in ("tcp", "tcp6"):
         fields = line.split()
         if fields[3] == "0A":  # LISTEN
             inodes[fields[9]] = fields[1].rpartition(":")[0]
+from search.execution.ray_compat import has_ended, raylet_process
+raylet = raylet_process()
+command = Path(f"/proc/{raylet}/cmdline").read_bytes().partition(bytes(1))[0]
+assert command.endswith(b"raylet") and not has_ended(raylet), command
 own = set()
 for entry in Path("/proc").iterdir():
     if not entry.name.isdigit():
@@ -51,6 +56,7 @@ for entry in Path("/proc").iterdir():
         continue
 print(json.dumps(sorted(inodes[number] for number in own & set(inodes))))
 ray.shutdown()
+assert has_ended(raylet) and raylet_process() is None
 """
 
 
@@ -77,6 +83,13 @@ def test_a_local_ray_listens_on_loopback_only(tmp_path):
     assert found, "the processes of Ray were not found"
     loopback = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
     assert set(found) <= loopback
+
+
+def test_a_process_that_nothing_has_reaped_has_ended():
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        assert has_ended(process.pid) and not has_ended(os.getpid())
+    assert has_ended(process.pid)
 
 
 def test_the_switch_is_what_ray_reads():

@@ -1,6 +1,7 @@
 """Processes really killed, at random moments; the same command again; nothing lost, nothing done twice, the same front."""
 
 import contextlib
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -153,3 +154,66 @@ def test_second_node(watched, environment, living_processes, hold, end, repeat):
     finally:
         cluster.end()
     hold("a second node: kill -9", watched)
+
+
+def test_raylet_of_a_joined_node(watched, environment, living_processes, hold, end, repeat):
+    variables = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    cluster = Cluster(environment, living_processes, cpus=2)
+    command = watched.command
+    try:
+        watched.command, watched.variables = (*command, "--address", cluster.gcs), dict(variables)
+        driver = watched.start()
+        wanted = watched.random.randrange(1, 12)
+        driver.until(lambda: watched.complete() >= wanted)
+        watched.look()
+        (raylet,) = cluster.raylets()
+        end(raylet)
+        assert driver.wait(60) == 2
+        assert "Ray has died (this node's raylet)" in driver.stderr and "the same command goes on" in driver.stderr
+        assert open_trials(watched.out) == []
+    finally:
+        cluster.end()
+    watched.command, watched.variables = command, {}
+    watched.finish(watched.start())
+    hold("raylet of the node that a driver has joined: kill -9", watched)
+
+
+@pytest.fixture(scope="session")
+def seeds_study(write_study):
+    """Writes a grid study of one method trained from two seeds."""
+
+    def write(folder):
+        return write_study(
+            folder / "seeds.yaml",
+            name="seeds",
+            unlearning={"methods": {"npo": {"beta": 1}}, "seeds": [0, 1], "epochs": 2},
+            search={"sampler": "grid", "trials": 12},
+            cache={"deltas": str(folder / "deltas")},
+        )
+
+    return write
+
+
+def test_driver_while_points_are_walked_at_other_seeds_and_a_base_run_lost_from_the_cache(
+    watch, seeds_study, hold, end, repeat
+):
+    watched = watch(seeds_study)
+    driver = watched.start()
+
+    def others():
+        if not (watched.out / "study.json").is_file():
+            return 0
+        controls = StudyStore.open(watched.out).controls_frame()
+        return int((controls["kind"] == "other_seed").sum()) if "kind" in controls else 0
+
+    driver.until(others)
+    watched.look()
+    end(driver.process.pid)
+    driver.wait(60)
+    at_kill = others()
+    lost = watched.random.choice(sorted(watched.deltas.glob("*/manifest.json"))).parent
+    shutil.rmtree(lost)
+    watched.retrained.add(lost.name)
+    watched.finish(watched.start())
+    assert others() >= at_kill >= 1
+    hold("driver at the controls of other seeds: kill -9, and a base run lost", watched)

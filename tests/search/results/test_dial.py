@@ -2,6 +2,7 @@
 
 import json
 
+import pandas as pd
 import pytest
 
 from search.cli.dial import dial_facts, print_dial
@@ -128,6 +129,25 @@ def test_alpha_above_zero_only_may_leave_no_answer(new_store, made_up_evidence, 
     print_dial(told)
     text = capsys.readouterr().out
     assert "the lowest alpha does not keep the floor" in text and "give a lower --floor" in text
+
+
+@pytest.mark.parametrize(
+    ("beats", "said"),
+    [
+        (True, "; it forgets more than the initial model beyond noise"),
+        (False, "; within noise it forgets no more than the initial model"),
+        (None, "utility 0.7500"),
+    ],
+)
+def test_the_answer_says_whether_it_is_more_than_noise(study, made_up_evidence, capsys, beats, said):
+    best = score(study, TrialSpec("search", "npo", 1, -0.5), made_up_evidence, -8.0, 0.75)
+    result = StudyResult.of(study)
+    result.certainty = pd.DataFrame({"trial": [best], "beats_initial": [beats]})
+    told = dial_facts(result, answer_of(result, 0.9))
+    assert told["best"]["trial"] == best and told["best"]["beats_initial"] is beats
+    print_dial(told)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("strongest forgetting"))
+    assert line.endswith(said)
 
 
 @pytest.mark.parametrize("floor", [0, -0.5, 1.2, float("nan")])
