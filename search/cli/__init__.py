@@ -2,9 +2,9 @@
 
 audits: audit, dossier
 cluster: submit, status, logs, stop, studies, cluster validate
-dial: dial
 draft: a model without its weights, data of one's own, and a study file for them
 front_table: the Pareto front as a table
+goals: dial, compare-published
 init: init
 main: the app, exit codes, --log-level, and the commands of a study (run, pareto, select, export, ...)
 models: score, metrics, finetune

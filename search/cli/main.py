@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from search.cli import audits, cluster, dial, init, models, reference, upkeep
+from search.cli import audits, cluster, goals, init, models, reference, upkeep
 from search.cli.front_table import print_front
 from search.cli.tables import (
     CHECKED,
@@ -320,7 +320,7 @@ def paper(
     echo(f"page     {result['page']}")
 
 
-for commands in (init, reference, models, cluster, dial, audits, upkeep):
+for commands in (init, reference, models, cluster, goals, audits, upkeep):
     commands.register(app)
 
 

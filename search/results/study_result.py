@@ -295,6 +295,12 @@ class StudyResult:
 
         return {int(row["trial"]): float(row["worst"]) for row in after_attacks(self).to_dict("records")}
 
+    def against_published(self, path: Path) -> dict[str, Any]:
+        """Set published numbers next to the study's (`search.results.published.compare`)."""
+        from search.results.published import compare
+
+        return compare(self, path)
+
     def reason(self, row: pd.Series, rule: str, floor: float | None = None) -> str:
         """Why a rule chose a trial, in a line, and whether it beats the initial model beyond noise where that is known."""
         beats = beats_initial(self.store, self.trials, self.controls).get(int(row["trial"]))

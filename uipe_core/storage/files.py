@@ -4,6 +4,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import stat
 import uuid
 from collections.abc import Iterator
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def require_regular(path: Path) -> None:
@@ -43,8 +46,18 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; raises as `read_regular` and `parse_json`."""
-    return parse_json(read_regular(path))
+    """Read a JSON file; raises as `read_regular` and `parse_json`.
+
+    Half of a surrogate pair is a ValueError: it cannot be a file's name, a value in a database, or printed.
+    """
+    raw = read_regular(path)
+    found = parse_json(raw)
+    if _SURROGATE.search(raw):
+        try:
+            json.dumps(found, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half of a surrogate pair, which is no text") from None
+    return found
 
 
 def file_hash(path: Path) -> str:

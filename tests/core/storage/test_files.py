@@ -46,3 +46,13 @@ def test_what_is_no_json_keeps_its_line():
     with pytest.raises(json.JSONDecodeError) as caught:
         parse_json('{"a": 1,\n "b": }')
     assert caught.value.lineno == 2
+
+
+def test_half_of_a_surrogate_pair_is_a_value_error_and_a_whole_pair_is_text(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text(r'{"name": "\ud83d\ude00", "path": "a\\ud800"}')
+    assert read_json(path) == {"name": "\U0001f600", "path": r"a\ud800"}
+    for text in (r'{"name": "\ud800"}', r'{"\uDC00x": 1}', r'["\ude00\ud83d"]'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="half of a surrogate pair"):
+            read_json(path)

@@ -1,6 +1,7 @@
 """A study of models that exist already: Llama 3's chat template, folders of Hugging Face, a folder of TOFU's files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from search.evaluation.inputs import check_inputs
 from search.evaluation.prepared import prepare
 from search.results.recipe import read_recipe
+from search.results.study_result import StudyResult
 from search.spec.study import load_study
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.types import UTILITY_SETS
@@ -198,3 +200,46 @@ def test_score_refuses_prompt_formats_that_cannot_be(options, said, tofu_folder,
     code, output, error = call("score", "--model", model_folders["retain"], "--corpus", f"tofu:{tofu_folder}", *options)
     assert (code, output) == (2, "")
     assert said in error
+
+
+def test_a_reproduction_runs_with_the_same_files_and_is_set_next_to_published_numbers(
+    tofu_folder, model_folders, run_command, call, tmp_path
+):
+    """The study file that reproduces a sweep, with other models and fewer of everything."""
+    studies = Path(__file__).parents[3] / "studies" / "reproduce"
+    out = tmp_path / "out"
+    changes = {
+        "corpus": {"source": str(tofu_folder), "split": "forget01", "retain_train": None},
+        "model": {"initial": str(model_folders["initial"]), "retain": str(model_folders["retain"]), "device": "cpu"},
+        "unlearning": {"epochs": 1, "learning_rate": "[0.001, 0.002]", "batch_size": 4, "gradient_accumulation": 1},
+        "scoring": {"max_new_tokens": 8},
+        "search": {"trials": 2},
+        "resources.trial": {"cpus": 1, "gpus": 0, "threads": 1},
+        "resources.base_run": {"cpus": 1, "gpus": 0, "threads": 1},
+    }
+    settings = []
+    for section, keys in changes.items():
+        for key, value in keys.items():
+            settings += ["--set", f"{section}.{key}={'null' if value is None else value}"]
+    file = studies / "tofu_forget10_llama32_1b_trained.yaml"
+    run_command("run", file, "--out", out, *settings)
+    code, output, error = call("compare-published", out, studies / "tofu_forget10_llama32_1b.csv", "--json")
+    assert code == 0, error
+    found = json.loads(output)
+    assert (found["trainings"], found["published"]) == (2, 2) and found["objectives"] == [
+        "log10_forget_quality",
+        "model_utility",
+    ]
+    initial, *unlearned = found["models"]
+    assert initial["ours"]["numbers"].keys() == {"log10_forget_quality", "model_utility"} and initial["matched"] is None
+    trials = StudyResult.open(out).trials.set_index("trial")
+    for row in unlearned:
+        ours = trials.loc[row["ours"]["trial"]]
+        assert ours["model_utility"] == row["ours"]["numbers"]["model_utility"]
+        ceiling = StudyResult.open(out).objectives[0].ceiling(StudyResult.open(out).forget_quality_cap)
+        better = (trials["model_utility"] >= row["numbers"]["model_utility"]) & (
+            trials["log10_forget_quality"] >= min(row["numbers"]["log10_forget_quality"], ceiling)
+        )
+        assert row["matched"] == bool(better.any())
+    code, output, _ = call("compare-published", out, studies / "tofu_forget10_llama32_1b.csv")
+    assert code == 0 and "of 2 published models are matched" in output and "ours: trial" in output

@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from search.cli.dial import dial_facts, print_dial
+from search.cli.goals import dial_facts, print_dial
 from search.problem.trial import TrialSpec
 from search.results.constrained import CROSSED, LINES, MOST, NEVER, OPEN, Dial, answer_of
 from search.results.study_result import StudyResult

@@ -14,7 +14,7 @@ from search.spec.errors import StudyFileError
 from search.spec.study import StudySpec, load_study
 from search.spec.study_file import read_study_file
 
-STUDIES = sorted((Path(__file__).parents[3] / "studies").glob("*.yaml"))
+STUDIES = sorted((Path(__file__).parents[3] / "studies").rglob("*.yaml"))
 
 VALUES = (
     "", "null", "~", "true", "yes", "0", "-1", "1e999", "-1e-999", ".nan", ".inf", "-.Inf", "0x1F", "0o17", "1_000",

@@ -1,11 +1,13 @@
-"""Search at a floor of utility: `uipe dial`."""
+"""Hold a study against a goal: a floor of utility (`uipe dial`), published numbers (`uipe compare-published`)."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli.tables import Address, Floor, Json, Trust, echo, print_json, quieten
+from search.cli.tables import Address, Floor, Json, Trust, echo, new_table, print_json, quieten
 from search.execution.ray_compat import configure_ray
+from uipe_core.errors import printable
 
 if TYPE_CHECKING:
     from search.results.constrained import Answer, ScoredPoint
@@ -117,6 +119,57 @@ def dial(
     print_json(facts) if as_json else print_dial(facts)
 
 
+def print_comparison(found: dict[str, Any]) -> None:
+    """Print published models, each with the study's own next to it."""
+    objectives = found["objectives"]
+    table, console = new_table(f"Published numbers and {found['study']} (metrics: {found['definition']})")
+    table.add_column("model", overflow="fold")
+    for name in objectives:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("matched")
+    for row in found["models"]:
+        matched = {True: "yes", False: "no", None: ""}[row["matched"]]
+        cells = [_number(row["numbers"].get(name)) for name in objectives]
+        table.add_row(printable(f"{row['name']} ({row['source']})"), *cells, matched)
+        ours = row["ours"]
+        if row["model"] != "unlearned" or ours is not None:
+            cells = ["not scored"] * len(objectives) if ours is None else [_number(ours["numbers"].get(n)) for n in objectives]
+            table.add_row(printable(f"  ours: {_named(row['model'], ours)}"), *cells, "", end_section=True)
+    console.print(table)
+    echo(
+        f"{found['matched']} of {found['published']} published models are matched in {' and '.join(objectives)}, by "
+        f"{found['trainings']} trainings and {found['scorings']} scorings"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _named(model: str, ours: dict[str, Any] | None) -> str:
+    if ours is None or ours["trial"] is None:
+        return f"{model} model"
+    return f"trial {ours['trial']}, {ours['base']}, epoch {ours['epoch']}, alpha {ours['alpha']:.3f}"
+
+
+def compare_published(
+    out: Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")],
+    table: Annotated[Path, typer.Argument(metavar="FILE", help="CSV file: name,model,source and numbers (docs/reproduce.md).")],
+    as_json: Json = False,
+) -> None:
+    """Set published numbers next to those of a study.
+
+    A published model is matched by a trial that is at least as good in both objectives; above the noise ceiling of forget
+    quality more counts for nothing.
+    """
+    from search.results.study_result import StudyResult
+
+    found = StudyResult.open(out).against_published(table)
+    print_json(found) if as_json else print_comparison(found)
+
+
 def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
+    """Add the commands to the command line."""
     app.command(epilog="Example: uipe dial runs/quickstart --floor 0.95")(dial)
+    example = "studies/reproduce/tofu_forget10_llama32_1b.csv"
+    app.command("compare-published", epilog=f"Example: uipe compare-published runs/tofu {example}")(compare_published)

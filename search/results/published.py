@@ -1,0 +1,161 @@
+"""Set published numbers next to a study's own: which published models do its trials match?"""
+
+import csv
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from search.problem.trial import INITIAL, RETAIN
+from search.results.study_result import StudyResult
+from uipe_core.errors import UserError, did_you_mean
+from uipe_core.storage.files import read_regular
+
+MODELS = {"unlearned": None, "initial": INITIAL, "retain": RETAIN}
+"""What a published row may be, with the control that it is compared with."""
+
+P_VALUE, QUALITY = "forget_quality", "log10_forget_quality"
+
+
+@dataclass(frozen=True)
+class PublishedModel:
+    """A published model.
+
+    Attributes:
+        name: What the source calls it.
+        model: One of `MODELS`.
+        source: Where its numbers stand.
+        numbers: By name of the study's numbers; forget quality as its log10.
+    """
+
+    name: str
+    model: str
+    source: str
+    numbers: Mapping[str, float]
+
+
+def read_published(path: Path, known: list[str]) -> list[PublishedModel]:
+    """Read a CSV file of published numbers.
+
+    Args:
+        path: Columns ``name``, ``model`` (`MODELS`), ``source``, and numbers of the study; an empty cell was not published.
+            ``forget_quality`` may stand for its log10. Lines that begin with # are comments.
+        known: Numbers that the study's trials have.
+
+    Raises:
+        UserError: All that is wrong with the file, with its lines.
+    """
+    text = read_regular(path).decode("utf-8-sig", errors="replace")
+    rows = list(csv.reader(text.splitlines()))
+    lines = [
+        (number, [cell.strip() for cell in row]) for number, row in enumerate(rows, 1) if any(cell.strip() for cell in row)
+    ]
+    lines = [(number, row) for number, row in lines if not row[0].startswith("#")]
+    if len(lines) < 2:
+        raise UserError(f"{path}: no published numbers; give a line of names (name,model,source,...) and one for each model")
+    head, faults, found = lines[0][1], [], []
+    faults += [f"line {lines[0][0]}: no column {name!r}" for name in ("name", "model", "source") if name not in head]
+    for name in head:
+        if name not in ("name", "model", "source", P_VALUE, *known):
+            faults.append(f"line {lines[0][0]}: the study has no number {name!r}.{did_you_mean(name, [*known, P_VALUE])}")
+    if repeated := sorted({name for name in head if head.count(name) > 1}):
+        faults.append(f"line {lines[0][0]}: columns given twice: {', '.join(repeated)}")
+    for number, row in lines[1:] if not faults else []:
+        try:
+            found.append(_model(head, row))
+        except ValueError as error:
+            faults.append(f"line {number}: {error}")
+    if faults:
+        raise UserError(f"{path}: " + "\n".join(faults))
+    return found
+
+
+def _model(head: list[str], row: list[str]) -> PublishedModel:
+    """Return the model of a line; raise ValueError with what is wrong."""
+    if len(row) != len(head):
+        raise ValueError(f"{len(row)} cells, and {len(head)} columns")
+    cells = dict(zip(head, row, strict=True))
+    name, model, source = (cells.pop(key) for key in ("name", "model", "source"))
+    if model not in MODELS:
+        raise ValueError(f"model {model!r} is unknown; give {', '.join(MODELS)}")
+    numbers = {}
+    for key, cell in cells.items():
+        if not cell:
+            continue
+        try:
+            value = float(cell)
+        except ValueError:
+            raise ValueError(f"{key}: {cell!r} is no number; leave the cell empty for what was not published") from None
+        if not math.isfinite(value) or (key == P_VALUE and not 0 < value <= 1):
+            raise ValueError(f"{key}: {cell} is no {'p-value above 0, up to 1' if key == P_VALUE else 'finite number'}")
+        numbers[QUALITY if key == P_VALUE else key] = math.log10(value) if key == P_VALUE else value
+    return PublishedModel(name, model, source, numbers)
+
+
+def compare(result: StudyResult, path: Path) -> dict[str, Any]:
+    """Set the models of a file next to the study's.
+
+    A published model is matched by a trial that is at least as good in the first two objectives; what is above the noise
+    ceiling counts as the ceiling. Of several the one with the most utility is shown, else the trial that comes nearest:
+    the one whose largest shortfall, as a share of the way from the reference point to the best published value, is smallest.
+
+    Returns:
+        JSON-able: ``study``, ``definition``, ``objectives``, ``trainings``, ``scorings``, ``matched``, ``published`` (of
+        unlearned models with both objectives), ``models`` (rows: ``name``, ``model``, ``source``, ``numbers``, ``ours`` (trial,
+        base, epoch, alpha, numbers; null if there is none), ``matched`` (null where not both objectives are published)).
+
+    Raises:
+        UserError: As `read_published`.
+    """
+    sound = result.trials[~result.trials["collapsed"].map(lambda reason: isinstance(reason, str))]
+    published = read_published(path, _numbers(result.trials))
+    names = [objective.name for objective in result.objectives[:2]]
+    ceilings = {objective.name: objective.ceiling(result.forget_quality_cap) for objective in result.objectives[:2]}
+    compared = [each for each in published if each.model == "unlearned" and each.numbers.keys() >= set(names)]
+    corner = result.reference_point()
+    best = {name: max([min(each.numbers[name], ceilings[name]) for each in compared], default=math.nan) for name in names}
+    rows = []
+    for each in published:
+        ours: pd.Series | None = None
+        matched = None
+        if (kind := MODELS[each.model]) is not None:
+            ours = result.control(kind)
+        elif each in compared and len(sound):
+            points = np.minimum(sound[names].to_numpy(dtype=float), [ceilings[name] for name in names])
+            aim = np.minimum([each.numbers[name] for name in names], [ceilings[name] for name in names])
+            lengths = [max(best[name] - corner[name], 1e-12) for name in names]
+            short = ((aim - points) / lengths).clip(min=0).max(axis=1)
+            matched = bool((short == 0).any())
+            ours = sound.iloc[max(np.flatnonzero(short == short.min()), key=lambda place: points[place, 1])]
+        rows.append(
+            {"name": each.name, "model": each.model, "source": each.source, "numbers": dict(each.numbers), "matched": matched}
+            | {"ours": None if ours is None else _point(ours, kind is None, list(each.numbers))}
+        )
+    return {
+        "study": result.store.record.name,
+        "definition": result.spec.definition,
+        "objectives": names,
+        "trainings": len(result.spec.variants()),
+        "scorings": len(result.trials),
+        "matched": sum(row["matched"] is True for row in rows),
+        "published": len(compared),
+        "models": rows,
+    }
+
+
+def _numbers(trials: pd.DataFrame) -> list[str]:
+    """Return the columns of trials that hold numbers a paper may give."""
+    numeric = trials.select_dtypes("number").columns
+    return [name for name in numeric if name not in ("trial", "epoch", "alpha", "of_trial", "seconds")]
+
+
+def _point(row: pd.Series, trial: bool, names: list[str]) -> dict[str, Any]:
+    numbers = {name: float(row[name]) for name in names if name in row and pd.notna(row[name])}
+    where: dict[str, Any] = {"trial": None}
+    if trial:
+        where = {"trial": int(row["trial"]), "base": str(row["base"]), "epoch": int(row["epoch"]), "alpha": float(row["alpha"])}
+    return {**where, "numbers": numbers}
