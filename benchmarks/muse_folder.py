@@ -28,7 +28,7 @@ def write_muse(folder: Path, forget_people: int = 6, retain_people: int = 36, se
     Args:
         folder: Made where it is missing.
         forget_people: Articles to forget; as many come with each further request, and as many are kept from every model.
-        retain_people: Articles to keep: the first half for retain terms (``retain1``); requests come from the rest (``retain2``).
+        retain_people: Articles to keep: the first half for retain terms (``retain1``), the rest (``retain2``) for requests.
         seed: Seed of names and facts.
 
     Raises:

@@ -94,7 +94,9 @@ class DataSet:
             ending = re.compile(_PARTS if self.exact else r"[-._].*")
             present = sorted({ending.sub("", file.stem) for file in files})
             raise UserError(f"data set {place}: no file of split {self.split!r}; it has {_choice(self.split, present)}")
-        return found
+        # A repository may have what its parts were made of, too: forget.json next to forget-00000-of-00001.parquet.
+        parts = [file for file in found if self.exact and file.stem != self.split]
+        return parts or found
 
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
