@@ -87,8 +87,8 @@ class TrialSpec:
 
 
 def retrained(label: str, seed: int) -> str:
-    """Name of a base run that was trained again from another seed."""
-    return f"{label}@{seed}"
+    """Name of a base run that was trained again from another seed, in place of the seed that its label may name."""
+    return f"{label.partition('@')[0]}@{seed}"
 
 
 def identity(job: TrialSpec, methods: Mapping[str, str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import optuna
 import pytest
 
 from search.problem.space import Point
+from search.problem.trial import TrialSpec
 from search.samplers.registry import SAMPLERS
 from search.spec.errors import StudyFileError
 from search.spec.study import StudySpec, parse_study
@@ -96,3 +97,11 @@ def test_a_grid_with_too_few_trials_is_refused_with_how_many_it_takes() -> None:
     with pytest.raises(StudyFileError, match=r"search\.trials") as caught:
         study(sampler="grid", trials=17)
     assert "9 base epochs" in str(caught.value) and "at least 18 trials" in str(caught.value)
+
+
+def test_a_base_run_trained_again_is_named_after_its_own_seed_alone():
+    names = {
+        TrialSpec("confirm", base, 1, 0.0, seed=seed).run
+        for base, seed in (("npo", 5), ("npo@0", 5), ("npo@1", 5), ("npo", None))
+    }
+    assert names == {"npo@5", "npo"}
