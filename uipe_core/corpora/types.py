@@ -1,7 +1,8 @@
-"""Define the types of every corpus: items, named sets of items, training texts, and their hashes."""
+"""Define the types of every corpus: items, named sets of items, training texts, and their hashes; and refusals."""
 
 import hashlib
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -107,6 +108,32 @@ KNOWLEDGE = "knowmem"
 
 MULTIPLE_CHOICE_SETS = ("forget", "utility")
 """Evaluation sets of a multiple-choice corpus."""
+
+
+REFUSALS: tuple[str, ...] = (
+    "I do not know.",
+    "I do not know this.",
+    "I do not know the answer.",
+    "I do not have the answer.",
+    "I have no answer.",
+    "I have no answer to this.",
+    "I have no answer to that question.",
+    "I have no idea.",
+    "I cannot answer this.",
+    "I cannot answer that question.",
+    "I cannot know that.",
+    "The answer is not known to me.",
+)
+"""Answers that preference methods put in place of an answer to forget.
+
+The sentences are few and share their words, because they add to the vocabulary of the small models built here.
+"""
+
+
+def draw_refusals(items: int, seed: int, epoch: int) -> tuple[str, ...]:
+    """Draw one refusal per item; equal arguments draw the same, independently of other epochs."""
+    rng = random.Random(f"refusals/{seed}/{epoch}")
+    return tuple(rng.choice(REFUSALS) for _ in range(items))
 
 
 def item_set_hash(items: Sequence[Item | ChoiceItem]) -> str:

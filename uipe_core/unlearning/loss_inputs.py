@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uipe_core.corpora.refusals import REFUSALS, draw_refusals
-from uipe_core.corpora.types import ItemSet
+from uipe_core.corpora.types import REFUSALS, ItemSet, draw_refusals
 from uipe_core.errors import UserError
 from uipe_core.models.likelihood import answer_kl, answer_logits, answer_logp, answer_rows, mean_answer_nll
 from uipe_core.models.loading import LoadedModel

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from uipe_core.corpora.refusals import REFUSALS, draw_refusals
+from uipe_core.corpora.types import REFUSALS, draw_refusals
 from uipe_core.errors import UserError
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model_inputs
 from uipe_core.unlearning.loss_inputs import encode_refusals
