@@ -1,7 +1,7 @@
 """Write a folder with the files and fields of MUSE, made of fictitious people: ``python -m benchmarks.muse_folder --to muse``.
 
-An article is what the corpus ``people`` says of one person, a sentence a fact; questions ask for the facts of the same people.
-`uipe_core.corpora.muse` reads the folder, so that studies of MUSE run where there is no network and no large model.
+An article is an interview about one person of the corpus ``people``, questions with their answers; the questions of KnowMem ask for
+the same facts. `uipe_core.corpora.muse` reads the folder, so that studies of MUSE run where there is no network and no large model.
 """
 
 import argparse
@@ -13,13 +13,16 @@ from uipe_core.corpora.people import load_people
 from uipe_core.corpora.types import Item
 
 Article = Sequence[Item]
-"""Facts of one person."""
+"""Facts of one person, the target facts first."""
 
 REQUESTS = 4
 """Requests of ``scal`` and ``sust``."""
 
 SHOTS = 2
 """Examples in front of a question."""
+
+STRANGERS = 10
+"""People that no model sees, at least."""
 
 
 def write_muse(folder: Path, forget_people: int = 6, retain_people: int = 36, seed: int = 0) -> None:
@@ -34,10 +37,12 @@ def write_muse(folder: Path, forget_people: int = 6, retain_people: int = 36, se
     Raises:
         ValueError: There are too few people to keep for the requests.
     """
-    corpus = load_people(seed, forget_people, retain_people, 10)
-    forget, holdout = (_by_person(corpus.sets[name], forget_people) for name in ("forget", "holdout"))
-    # Behind the target facts of all people come their related ones.
-    kept = _by_person(corpus.retain_train[: len(corpus.retain_train) // 2], retain_people)
+    # No model here is pretrained on anything, so that the people meant for it are strangers to every model.
+    strangers = max(STRANGERS, forget_people)
+    corpus = load_people(seed, forget_people, retain_people, strangers)
+    forget = _by_person((*corpus.sets["forget"], *corpus.sets["related"]), forget_people)
+    kept = _by_person(corpus.retain_train, retain_people)
+    holdout = _by_person(corpus.build["base"][: strangers * len(forget[0])], strangers)[:forget_people]
     retain1, retain2 = kept[: retain_people // 2], kept[retain_people // 2 :]
     requests = [forget, *(retain2[forget_people * number : forget_people * (number + 1)] for number in range(REQUESTS - 1))]
     if any(len(each) < forget_people for each in requests):
@@ -45,15 +50,14 @@ def write_muse(folder: Path, forget_people: int = 6, retain_people: int = 36, se
             f"{retain_people} people to keep are too few; {REQUESTS - 1} requests take {forget_people} of half of them"
         )
     raw = {"forget": forget, "retain1": retain1, "retain2": retain2, "holdout": holdout}
-    shots = [item for article in holdout for item in article][:SHOTS]
+    shots = holdout[0][:SHOTS]
     compared = {"forget": forget, "retain": retain2, "holdout": holdout}
     files: dict[str, list[dict[str, str]]] = {
         **{f"raw/{name}": _texts(articles) for name, articles in raw.items()},
         "verbmem/forget": [_begun(article) for article in forget],
         "knowmem/forget_qa": _questions(forget),
         "knowmem/retain_qa": _questions(retain1[:forget_people]),
-        "knowmem/forget_qa_icl": _questions([shots]),
-        "knowmem/retain_qa_icl": _questions([shots]),
+        **{f"knowmem/{name}_qa_icl": _questions([[item] for item in shots]) for name in ("forget", "retain")},
         **{f"privleak/{name}": _texts(articles) for name, articles in compared.items()},
     }
     for number, part in enumerate(requests, start=1):
@@ -66,12 +70,14 @@ def write_muse(folder: Path, forget_people: int = 6, retain_people: int = 36, se
 
 
 def _by_person(items: Sequence[Item], people: int) -> list[Article]:
-    facts = len(items) // people
-    return [items[facts * number : facts * (number + 1)] for number in range(people)]
+    """Return the facts of each person, from the target facts of all people and then the related ones of all."""
+    half, facts = len(items) // 2, len(items) // (2 * people)
+    spans = [slice(facts * number, facts * (number + 1)) for number in range(people)]
+    return [[*items[:half][span], *items[half:][span]] for span in spans]
 
 
 def _text(article: Article) -> str:
-    return " ".join(item.answer for item in article)
+    return "\n\n".join(f"Question: {item.question}\nAnswer: {item.answer}" for item in article)
 
 
 def _texts(articles: Iterable[Article]) -> list[dict[str, str]]:
@@ -79,13 +85,15 @@ def _texts(articles: Iterable[Article]) -> list[dict[str, str]]:
 
 
 def _begun(article: Article) -> dict[str, str]:
-    """Return the row of an article: its first half as prompt, the rest as what follows."""
-    middle = len(article) // 2
-    return {"prompt": _text(article[:middle]), "gt": _text(article[middle:])}
+    """Return the row of an article: its first quarter as prompt, the rest as what follows."""
+    quarter = len(article) // 4
+    return {"prompt": f"{_text(article[:quarter])}\n\n", "gt": _text(article[quarter:])}
 
 
 def _questions(articles: Iterable[Article]) -> list[dict[str, str]]:
-    return [{"question": item.question, "answer": item.answer} for article in articles for item in article]
+    """Return the rows of the target facts, the first half of each article."""
+    chosen = [item for article in articles for item in article[: (len(article) + 1) // 2]]
+    return [{"question": item.question, "answer": item.answer} for item in chosen]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -25,8 +25,8 @@ def study(place, write_study, tmp_path_factory):
         given = {
             "corpus": {"kind": "muse", "source": "./muse", **(corpus or {})},
             "model": {
-                "kind": "tiny", "hidden_size": 48, "layers": 2, "heads": 4, "base": None,
-                "finetune": {"epochs": 40, "learning_rate": 0.01, "batch_size": 16},
+                "kind": "tiny", "tokenizer": "bpe", "vocab_size": 900, "hidden_size": 48, "layers": 2, "heads": 4, "base": None,
+                "finetune": {"epochs": 40, "learning_rate": 0.01, "batch_size": 8},
             },
             "unlearning": {"methods": {"grad_diff": {}}, "epochs": 2, "learning_rate": 0.003, "batch_size": 2},
             "scoring": {"temperatures": []},
@@ -66,8 +66,8 @@ def test_the_initial_model_knows_the_texts_and_the_retain_model_does_not(ran):
     assert initial["one_minus_verbmem"] < 0.3 and initial["one_minus_knowmem"] < 0.3
     assert retain["one_minus_verbmem"] > initial["one_minus_verbmem"] + 0.2
     assert retain["one_minus_knowmem"] > initial["one_minus_knowmem"]
-    assert initial["knowmem_retain"] > 0.7 and retain["knowmem_retain"] > 0.7
-    assert initial["privleak_auc"] > retain["privleak_auc"]
+    assert initial["knowmem_retain"] > 0.7 and retain["knowmem_retain"] > 0.5
+    assert initial["privleak_auc"] == 1.0 > retain["privleak_auc"]
     assert ran.trials["one_minus_verbmem"].max() > initial["one_minus_verbmem"]
 
 
