@@ -1,7 +1,7 @@
 """Write a folder with the files and fields of MUSE, made of fictitious people: ``python -m benchmarks.muse_folder --to muse``.
 
-An article is an interview about one person of the corpus ``people``, questions with their answers; the questions of KnowMem ask for
-the same facts. `uipe_core.corpora.muse` reads the folder, so that studies of MUSE run where there is no network and no large model.
+An article is an interview about one person of the corpus ``people``: questions with their answers. The questions of KnowMem ask
+for the same facts. `uipe_core.corpora.muse` reads the folder, so that MUSE can be tried without a network and a large model.
 """
 
 import argparse

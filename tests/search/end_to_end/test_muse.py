@@ -8,6 +8,7 @@ import pytest
 import search
 from benchmarks.muse_folder import write_muse
 from search.evaluation.task import TASKS
+from search.report.html import write_report
 from search.spec.study import load_study
 from uipe_core.errors import UserError
 from uipe_core.metrics.composites import auc, privacy, privleak
@@ -84,7 +85,7 @@ def test_line_models_them_and_intervals_resample_them(ran):
 
 
 def test_its_numbers_are_in_report_and_export(ran, tmp_path):
-    page = ran.write_report().read_text()
+    page = write_report(ran).read_text()
     assert "PrivLeak" in page and "VerbMem" in page
     folder = ran.export(ran.trials.sort_values("one_minus_verbmem").iloc[-1], tmp_path / "exported", "model")
     card = (folder / "README.md").read_text()
