@@ -201,7 +201,7 @@ def test_driver_while_points_are_walked_at_other_seeds_and_a_base_run_lost_from_
     driver = watched.start()
 
     def others():
-        if not (watched.out / "study.json").is_file():
+        if not (watched.out / "study.db").is_file():
             return 0
         controls = StudyStore.open(watched.out).controls_frame()
         return int((controls["kind"] == "other_seed").sum()) if "kind" in controls else 0
