@@ -39,8 +39,8 @@ def require_positions(corpus: Corpus, prompts: PromptFormat, config: ScoringConf
         for item in corpus.sets.get(name, ())
         if not item.plain  # the text of one is as long as its answer, which was looked at above
     ]
-    for item in (item for name in GENERATED_SETS for item in corpus.sets.get(name, ()) if item.length is not None):
-        needed = len(prompts.item_prompt_ids(item)) + item.length - 1
+    for item in (item for name in GENERATED_SETS for item in corpus.sets.get(name, ())):
+        needed = 0 if item.length is None else len(prompts.item_prompt_ids(item)) + item.length - 1
         if needed > limit:
             raise UserError(
                 f"corpus: {_shown(item.question)} and a text of {item.length} tokens take {needed} positions, and the model "
