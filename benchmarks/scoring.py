@@ -35,7 +35,7 @@ from models import add_options, prepared
 from straightforward import BATCH, generated_by_transformers, plain_scores, timed
 
 from uipe_core.corpora.types import Corpus
-from uipe_core.models.loading import DTYPES, LoadedModel
+from uipe_core.models.loading import DTYPES, LoadedModel, cast_weights
 from uipe_core.scoring.batch_sizes import BatchSize
 from uipe_core.scoring.generation import GreedyText, complete
 from uipe_core.scoring.half_precision import fast_products
@@ -204,11 +204,11 @@ def other_dtype(loaded: LoadedModel, scorer: Scorer, dtype: torch.dtype, options
     losses: dict[torch.dtype, torch.Tensor] = {}
     for _ in range(options.repeats):
         for each in seconds:
-            cast(loaded.model, each)
+            cast_weights(loaded.model, each)
             report, spent = losses_of(loaded, scorer)
             seconds[each].append(spent)
             losses[each] = torch.cat([torch.from_numpy(scores.answer_loss) for scores in report.sets.values()])
-    cast(loaded.model, usual)
+    cast_weights(loaded.model, usual)
     difference = (losses[dtype] - losses[usual]).abs()
     return {
         "dtype": str(dtype),
@@ -218,13 +218,6 @@ def other_dtype(loaded: LoadedModel, scorer: Scorer, dtype: torch.dtype, options
         "mean_difference_in_nats": float(difference.mean()),
         "mean_loss_in_nats": float(losses[usual].mean()),
     }
-
-
-@torch.no_grad()
-def cast(model: Any, dtype: torch.dtype) -> None:
-    """Cast the weights only: buffers such as rotary frequencies keep their dtype, as in loading."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
 
 
 def losses_of(loaded: LoadedModel, scorer: Scorer) -> tuple[Any, float]:

@@ -92,7 +92,10 @@ def gram_of_study(preparation: PreparedStudy, out: Path) -> NDArray[np.float64]:
         there[label] = (run.keys, count)
     gram = extend_gram(kept_gram(out / FILE), there, deltas)
     keep_gram(out / FILE, gram)
-    return gram.ordered(list(there))
+    places = gram.places
+    # In the table's order of base runs, which may not be the kept one.
+    rows = [places[label, epoch] for label in there for epoch in range(1, gram.runs[label][1] + 1)]
+    return gram.gram[np.ix_(rows, rows)]
 
 
 def collect_table(result: StudyResult, gram: NDArray[np.float64]) -> ScoreTable:

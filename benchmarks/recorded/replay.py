@@ -103,7 +103,7 @@ class World:
 
     def objectives(self, items: Items) -> NDArray[np.float64]:
         """(m,) objectives of item scores, by the study's own metrics."""
-        report, definition = _report(items), self.table.meta["definition"]
+        report, definition = report_of(items), self.table.meta["definition"]
         if not any(each.needs_retain_model for each in self._objectives):
             return np.array([composite(report, each.components, definition) for each in self._objectives])
         metrics = evaluate(report, self._retain, definition)
@@ -136,7 +136,7 @@ class World:
 
     @cached_property
     def _retain(self) -> ScoreReport:
-        return _report(self.table.retain)
+        return report_of(self.table.retain)
 
     def _curve(self, base: int, epoch: int) -> tuple[NDArray[np.float64], CubicSpline, Items]:
         """Alphas, all smooth items side by side, and the others, of one update vector; it begins with the initial model."""
@@ -193,6 +193,7 @@ class NoisyWorld(World):
         return found
 
 
-def _report(items: Items) -> ScoreReport:
+def report_of(items: Items) -> ScoreReport:
+    """Return recorded arrays of items as the scores of a model."""
     names = dict.fromkeys(name.partition("/")[0] for name in items)
     return ScoreReport({name: set_scores(items, name) for name in names})

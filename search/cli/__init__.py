@@ -3,14 +3,14 @@
 audits: audit, dossier
 cluster: submit, status, logs, stop, studies, cluster validate
 draft: a model without its weights, data of one's own, and a study file for them
-front_table: the Pareto front as a table
 goals: dial, compare-published
 init: init
 main: the app, exit codes, --log-level, and the commands of a study (run, pareto, select, export, ...)
 models: score, metrics, finetune
 reference: objectives, schema
 score_once: score one model, or read one evaluation log, outside any study
-tables: tables and JSON on standard output
+streams: standard streams that are closed, full or gone
+tables: tables, the Pareto front among them, and JSON on standard output
 upkeep: plan, doctor
 """
 

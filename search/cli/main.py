@@ -1,21 +1,16 @@
 """Define the `uipe` command, its exit codes, and the commands of a study."""
 
-import contextlib
-import errno
-import io
 import logging
-import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal
 
 import typer
 
 from search.cli import audits, cluster, goals, init, models, reference, upkeep
-from search.cli.front_table import print_front
+from search.cli.streams import RECORDS, end, failure_of_output, open_streams
 from search.cli.tables import (
     CHECKED,
     Address,
@@ -27,6 +22,7 @@ from search.cli.tables import (
     echo,
     print_claims,
     print_confirmations,
+    print_front,
     print_json,
     print_stop,
     quieten,
@@ -48,17 +44,6 @@ app = typer.Typer(
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
-class _ToStandardError(logging.Handler):
-    """Print log records wherever standard error goes at the moment: progress bars redirect it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):  # closed, full, or a terminal that is gone
-            echo(self.format(record), err=True)
-
-
-_HANDLER = _ToStandardError()
-
-
 @app.callback()
 def _settings(
     log_level: Annotated[
@@ -68,8 +53,8 @@ def _settings(
     for name in ("search", "uipe_core"):
         logger = logging.getLogger(name)
         logger.setLevel(log_level.upper())
-        if _HANDLER not in logger.handlers:
-            logger.addHandler(_HANDLER)
+        if RECORDS not in logger.handlers:
+            logger.addHandler(RECORDS)
 
 
 Out = Annotated[str, typer.Argument(metavar="OUT", help="Folder or URL of a study, as given to `uipe run`.")]
@@ -348,7 +333,7 @@ def main() -> None:
     for number in REQUESTS_TO_END:
         if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell sets it for what runs in its background, or nohup
             signal.signal(number, interrupt)
-    _open_streams()
+    open_streams()
     try:
         try:
             app()
@@ -361,69 +346,18 @@ def main() -> None:
     except (Exception, KeyboardInterrupt) as error:
         _ignore_requests()  # what is left is a sentence
         if isinstance(error, StudyInterrupted):
-            _end(130, f"interrupted: {error}")
+            end(130, f"interrupted: {error}")
         if heard:  # compiled code that is hit by an interrupt may raise an error of its own for it
-            _end(130, "interrupted")
+            end(130, "interrupted")
         if isinstance(error, UserError):
-            _end(2, f"error: {error}")
+            end(2, f"error: {error}")
         if isinstance(error, ExportMismatchError):
-            _end(1, f"error: {error}")
-        if isinstance(error, OSError) and getattr(sys.stdout, "failed", False):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter can flush what it still has
-            reader_left = error.errno == errno.EPIPE
-            _end(1, "" if reader_left else f"error: standard output: {error.strerror}; only what was to be printed is lost")
+            end(1, f"error: {error}")
+        if (said := failure_of_output(error)) is not None:
+            end(1, said)
         raise
 
 
 def _ignore_requests() -> None:
     for number in REQUESTS_TO_END:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _end(code: int, sentence: str) -> NoReturn:
-    """Exit after a sentence on standard error, which may be a terminal that is gone."""
-    try:
-        if sentence:
-            echo(sentence, err=True)
-        sys.stderr.flush()
-    except OSError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 2
-        )  # what it still has would fail again as the interpreter ends, with code 120
-    sys.exit(code)
-
-
-def _open_streams() -> None:
-    """Open what the shell has closed, lest a file that is opened here gets its number and what is printed lands there."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(number, "w" if number else "r", closefd=False))
-    before = sys.__stdout__
-    if before is not None and sys.stdout is before:
-        sys.stdout = _Output(before.buffer, before.encoding, before.errors, line_buffering=before.line_buffering)
-
-
-class _Output(io.TextIOWrapper):
-    """Standard output that knows whether it failed: a disk that is full may also be another's."""
-
-    failed = False
-
-    def write(self, text: str) -> int:
-        with self._noted():
-            return super().write(text)
-
-    def flush(self) -> None:
-        with self._noted():
-            super().flush()
-
-    @contextlib.contextmanager
-    def _noted(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            self.failed = True
-            raise

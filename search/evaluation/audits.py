@@ -47,6 +47,10 @@ class AuditInputs:
     seed: int
 
 
+Change = Callable[["LoadedModel", Corpus, AuditSection, int], AbstractContextManager["LoadedModel"]]
+"""What an attack does to a model, with the study's items, its section ``audit`` and its seed."""
+
+
 @dataclass(frozen=True)
 class Number:
     """One number of an audit: its key in the evidence, and its name in tables, which may name a setting in braces."""
@@ -82,7 +86,7 @@ class Audit:
     each_sample: bool = False
     needs: tuple[str, ...] = ()
     tasks: tuple[str, ...] = (FREE_TEXT,)
-    changed: "Callable[[LoadedModel, AuditInputs], AbstractContextManager[LoadedModel]] | None" = None
+    changed: Change | None = None
     measured: "Callable[[LoadedModel, AuditInputs], Mapping[str, float]] | None" = None
     numbers: tuple[Number, ...] = field(default=())
     settings: Callable[[AuditSection], Mapping[str, Any]] | None = None
@@ -95,13 +99,6 @@ class Audit:
     def settings_text(self, section: AuditSection) -> str | None:
         """Return its settings as JSON, which its controls carry: changed settings make another control."""
         return None if self.settings is None else json.dumps(self.settings(section), sort_keys=True)
-
-
-def _rounded(scheme: str) -> "Callable[[LoadedModel, AuditInputs], AbstractContextManager[LoadedModel]]":
-    def changed(loaded: "LoadedModel", inputs: AuditInputs) -> "AbstractContextManager[LoadedModel]":
-        return with_rounded_weights(loaded, scheme)
-
-    return changed
 
 
 @contextmanager
@@ -138,12 +135,18 @@ def _relearning_config(kind: str, section: AuditSection, corpus: Corpus, seed: i
     )
 
 
-def _relearned(kind: str) -> "Callable[[LoadedModel, AuditInputs], AbstractContextManager[LoadedModel]]":
-    def changed(loaded: "LoadedModel", inputs: AuditInputs) -> "AbstractContextManager[LoadedModel]":
+def _rounded(scheme: str) -> Change:
+    return lambda loaded, corpus, section, seed: with_rounded_weights(loaded, scheme)
+
+
+def _relearned(kind: str) -> Change:
+    def changed(
+        loaded: "LoadedModel", corpus: Corpus, section: AuditSection, seed: int
+    ) -> "AbstractContextManager[LoadedModel]":
         from uipe_core.audits.relearning import relearn
         from uipe_core.errors import UserError
 
-        found = relearn(loaded, inputs.corpus, _relearning_config(kind, inputs.settings, inputs.corpus, inputs.seed))
+        found = relearn(loaded, corpus, _relearning_config(kind, section, corpus, seed))
         if found.loaded is None:
             raise UserError(f"training {found.problem}")
         return nullcontext(found.loaded)
@@ -178,7 +181,7 @@ def _membership(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
     for name in ("forget", "holdout"):
         items = inputs.scored.sets[name]
         scores[name] = membership_scores(read_token_scores(loaded, items), [item.answer for item in items])
-    return {f"{name}_auc": auc(own, scores["holdout"][name]) for name, own in scores["forget"].items()}
+    return {f"{name}_auc": float(auc(own, scores["holdout"][name])) for name, own in scores["forget"].items()}
 
 
 def _prompts(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:

@@ -4,6 +4,7 @@ One entry of `CONTROLS` says everything about a kind of control: when it is scor
 how tables and figures show it. Titles, purposes and markers of the report come from here.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ def _scored(prepared: "PreparedStudy", model: "ReferenceModel") -> bool:
     logged = all(objective.scored_on_reference_models for objective in prepared.spec.maximised)
     # Min-K% is in no log but the study's own.
     given = model.log is not None and any(objective.membership for objective in prepared.spec.maximised)
-    return logged and prepared.harness is None and not given
+    return logged and prepared.spec.lm_eval is None and not given
 
 
 def _reference(kind: str) -> "Callable[[PreparedStudy], list[TrialSpec]]":
@@ -193,28 +194,38 @@ def given_controls(prepared: "PreparedStudy") -> list[TrialSpec]:
     return [trial for control in CONTROLS.values() if control.given is not None for trial in control.given(prepared)]
 
 
+def _scored_as_trials(kind: str, temperature: float) -> bool:
+    """Return True for a control that scores its point as a trial of the search would: same update, items and logits."""
+    control = CONTROLS.get(kind)  # of an extension that is not installed here nothing is known
+    if control is None or control.update is not None or control.held_out or control.audit is not None:
+        return False
+    return temperature == 1.0 or math.isnan(temperature)  # tables have no number where it is 1
+
+
 def follow_up_trials(store: "StudyStore") -> list[TrialSpec]:
-    """List the controls that the front asks for and that have not been scored."""
+    """List the controls that the front asks for and that have not been scored.
+
+    A control that scores its point as trials are scored is left out where a trial, or another control, did so already.
+    """
     trials = store.trials_frame()
     if trials.empty:
         return []
     controls = store.controls_frame()
-    known = controls.dropna(subset=["of_trial"]) if "of_trial" in controls else controls.head(0)
-    done = {(row["kind"], int(row["of_trial"]), row["base"]) for row in known.to_dict("records")}
-    # A point from another seed may be a trial already, or have been asked for by its counterpart.
-    walked = {
-        (row["base"], row["epoch"], row["alpha"])
-        for row in [*trials.to_dict("records"), *known[known["kind"] == "other_seed"].to_dict("records")]
-    }
+    known = controls[controls["of_trial"].notna()].to_dict("records") if "of_trial" in controls else []
+    done = {(row["kind"], int(row["of_trial"]), row["base"]) for row in known}
+    plain = [row for row in known if _scored_as_trials(row["kind"], float(row.get("temperature", math.nan)))]
+    scored = {(row["base"], row["epoch"], row["alpha"]) for row in [*trials.to_dict("records"), *plain]}
     front = trials[on_front(trials, controls, [objective.name for objective in store.objectives])]
     found = []
     for row in front.to_dict("records"):
         point = {"base": row["base"], "epoch": int(row["epoch"]), "alpha": float(row["alpha"]), "of_trial": int(row["trial"])}
-        for kind, control in CONTROLS.items():
+        for control in CONTROLS.values():
             asked = [] if control.follow_up is None else control.follow_up(store, {str(key): row[key] for key in row}, point)
-            for trial in asked:
-                place = (trial.base, trial.epoch, trial.alpha)
-                if (kind, point["of_trial"], trial.base) not in done and not (kind == "other_seed" and place in walked):
-                    found.append(trial)
-                    walked |= {place} if kind == "other_seed" else set()
+            for job in asked:
+                place = (job.base, job.epoch, job.alpha)
+                plainly = _scored_as_trials(job.kind, job.temperature)
+                if (job.kind, job.of_trial, job.base) in done or (plainly and place in scored):
+                    continue
+                found.append(job)
+                scored |= {place} if plainly else set()
     return found

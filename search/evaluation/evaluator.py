@@ -8,12 +8,13 @@ from typing import Any
 
 from search.evaluation.audits import Audit, AuditInputs, with_rounded_weights
 from search.evaluation.controls import CONTROLS
-from search.evaluation.harness import HarnessTasks, harness_accuracy
-from search.evaluation.metrics import TrialMetrics
-from search.evaluation.task import Comparison, Report, Task, task_of, trial_metrics
+from search.evaluation.harness import harness_accuracy
+from search.evaluation.metrics import TrialMetrics, trial_metrics
+from search.evaluation.task import Comparison, Report, Task, task_of
 from search.problem.objectives import LM_EVAL, ROUNDED, Objective
 from search.problem.trial import INITIAL, RETAIN, UNTESTED, TrialSpec
 from search.spec.runtime import Audit as AuditSection
+from search.spec.sections import Harness
 from uipe_core.corpora.split import Rows, Split, take_items
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.extrapolation import Extrapolator
@@ -41,7 +42,7 @@ class StudyContext:
         scoring: Batch size and generation length.
         definition: Metric definition.
         objectives: What the study maximises.
-        harness: Tasks of the objective ``lm_eval``; None where it is not maximised.
+        harness: Section ``lm_eval``, the tasks of that objective; None where it is not maximised.
         retain: The retain model, for audits; None where there is none, or its evaluation log alone.
         audits: Section ``audit`` of the study, or its defaults.
         seed: Seed of the random directions.
@@ -60,7 +61,7 @@ class StudyContext:
     seed: int
     threads: int
     trial_minutes: float | None = None
-    harness: HarnessTasks | None = None
+    harness: Harness | None = None
     retain: ModelSource | None = None
     audits: AuditSection = field(default_factory=AuditSection)
 
@@ -154,8 +155,8 @@ class Evaluator:
             if audit.measured is not None:
                 return TrialMetrics(self.context.definition, dict(audit.measured(loaded, inputs))), None
             assert audit.changed is not None
-            with audit.changed(loaded, inputs) as attacked:
-                report, _ = self.task.score(half.scorer, attacked, 1.0, (), {}, self.context.definition)
+            with audit.changed(loaded, self.context.corpus, self.context.audits, self.context.seed) as attacked:
+                report, _ = self.task.score(half.scorer, attacked, half.comparison)
         except UserError as error:
             # Known for good, and no failure of the study: the table says it, and the other audits go on.
             return TrialMetrics(self.context.definition, {UNTESTED: str(error)}), None
@@ -197,22 +198,14 @@ class Evaluator:
             return (self._rounded(reference, half) if job.model == INITIAL else reference), None, None
         if job.run is None or job.epoch is None or job.alpha is None:
             initial = self._on(self._walker.reset())
-            return self.task.score(half.scorer, initial, job.temperature, (), {}, self.context.definition)[0], None, None
+            return self.task.score(half.scorer, initial, half.comparison, job.temperature)[0], None, None
         update, norm = self._update(job.delta, job.epoch)
         if job.is_control and (changed := CONTROLS[job.kind].update) is not None:
             update = changed(update, self.context.seed)
         applying = time.perf_counter()
         model = self._walker.apply(update, job.alpha)
         applied = time.perf_counter() - applying
-        report, dominated = self.task.score(
-            half.scorer,
-            self._on(model),
-            job.temperature,
-            job.rivals,
-            half.comparison.references,
-            self.context.definition,
-            self.context.objectives,
-        )
+        report, dominated = self.task.score(half.scorer, self._on(model), half.comparison, job.temperature, job.rivals)
         if dominated is None:
             report = self._rounded(report, half, model)
         return replace(report, seconds={"apply": applied, **report.seconds}), norm, dominated

@@ -3,10 +3,10 @@
 Needs the extra ``uipe-search[lm-eval]``. The model is not loaded again: the harness gets the one that was just moved.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from search.spec.sections import Harness
 from uipe_core.errors import UserError, first_line
 
 if TYPE_CHECKING:
@@ -16,26 +16,7 @@ ACCURACIES = ("acc,none", "acc_norm,none", "exact_match,none", "exact_match,stri
 """Results of a task that count as its accuracy; the first that it has."""
 
 
-@dataclass(frozen=True)
-class HarnessTasks:
-    """Tasks of the harness.
-
-    Attributes:
-        tasks: Their names.
-        limit: Items of each; None for all.
-        batch_size: Requests per batch.
-        include_path: Folder with tasks of one's own.
-        chat: Whether questions are asked in the tokenizer's chat template.
-    """
-
-    tasks: tuple[str, ...]
-    limit: int | None = None
-    batch_size: int = 8
-    include_path: str | None = None
-    chat: bool = False
-
-
-def require_harness(tasks: HarnessTasks) -> None:
+def require_harness(tasks: Harness) -> None:
     """Raise UserError if the package is missing or knows no such task; no data set is loaded."""
     manager = _task_manager(tasks)
     unknown = [name for name in tasks.tasks if name not in manager.all_tasks]
@@ -43,7 +24,7 @@ def require_harness(tasks: HarnessTasks) -> None:
         raise UserError(f"lm_eval.tasks: the harness knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them")
 
 
-def harness_accuracy(loaded: "LoadedModel", tasks: HarnessTasks) -> float:
+def harness_accuracy(loaded: "LoadedModel", tasks: Harness) -> float:
     """Return the mean accuracy of the tasks, in [0, 1].
 
     Raises:
@@ -75,7 +56,7 @@ def _accuracy(name: str, result: dict[str, Any]) -> float:
     raise UserError(f"lm_eval.tasks: {name} has no accuracy (it has {', '.join(result) or 'no result'}); choose another task")
 
 
-def _task_manager(tasks: HarnessTasks) -> Any:
+def _task_manager(tasks: Harness) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from search.evaluation.data_notes import data_notes
-from search.evaluation.harness import HarnessTasks, require_harness
+from search.evaluation.harness import require_harness
 from search.evaluation.metrics import own_function
 from search.evaluation.model_checks import LATER, check_models
 from search.evaluation.task import Report
@@ -74,7 +74,7 @@ def check_objectives(spec: StudySpec) -> None:
         UserError: One cannot be imported, or is no function; the harness or a task is missing.
     """
     if spec.lm_eval is not None:
-        require_harness(HarnessTasks(**spec.lm_eval.model_dump()))
+        require_harness(spec.lm_eval)
     for objective in spec.maximised:
         if objective.function is not None:
             own_function(objective.function)

@@ -1,13 +1,17 @@
-"""Hold the numbers of a scored trial, as a worker returns them and the study stores them."""
+"""Compute the numbers of a scored trial, and hold them as a worker returns them and the study stores them."""
 
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from search.problem.trial import INITIAL, RETAIN
 from uipe_core.errors import UserError, first_line
+
+if TYPE_CHECKING:
+    from search.evaluation.task import Comparison, Report, Task
 
 Metric = Callable[[Any, Mapping[str, Any]], float]
 """Compute a number from the scores of a trial and of the reference models on the same items, by name; NaN is left out."""
@@ -104,3 +108,36 @@ class TrialMetrics:
     def from_text(text: str) -> "TrialMetrics":
         """Read what `as_text` wrote."""
         return TrialMetrics(**json.loads(text))
+
+
+def trial_metrics(task: "Task", report: "Report", context: "Comparison") -> TrialMetrics:
+    """Compute everything a complete trial carries about its scores.
+
+    Args:
+        task: The task of the study.
+        report: The scores.
+        context: What they are compared with.
+
+    Raises:
+        UserError: Scores that are not finite, a set that is missing, or an objective of the user's own that fails.
+    """
+    references, initial = context.references, context.references[INITIAL]
+    metrics = task.evaluate(report, references.get(RETAIN), context.definition)
+    extra = task.extra(report, context)
+    collapsed = extra.pop("collapsed")
+    own = [objective for objective in context.objectives if objective.function is not None]
+    return TrialMetrics(
+        definition=context.definition,
+        numbers={
+            **task.numbers(metrics),
+            **extra,
+            # What a metric cannot tell is left out: NaN is no JSON, which the dashboard reads.
+            **{name: value for name, metric in METRICS.items() if math.isfinite(value := float(metric(report, references)))},
+            **{objective.name: own_value(str(objective.function), report, references) for objective in own},
+        },
+        logit_scale=report.logit_scale / initial.logit_scale
+        if report.logit_scale is not None and initial.logit_scale
+        else None,
+        collapsed=collapsed,
+        flagged=task.flagged(report, metrics, context),
+    )

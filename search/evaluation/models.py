@@ -29,6 +29,9 @@ from uipe_core.unlearning.finetuning import FinetuneConfig, finetuned_inputs, fi
 from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.training import AdapterConfig
 
+_STAGES = {INITIAL: "full", RETAIN: "retain"}
+"""What the models that determine a study are trained on."""
+
 
 def model_cache(spec: StudySpec) -> ContentStore:
     """Return the cache of what a study builds: models, dequantised GGUF files, scores of reference models."""
@@ -115,9 +118,8 @@ class TinyModels:
     @property
     def identities(self) -> dict[str, str]:
         """Cache keys of the models that determine the study."""
-        stages = {INITIAL: "full", RETAIN: "retain"}
         kinds = task_of(self.corpus).reference_kinds
-        return {name: self.key(stage, self.config) for name, stage in stages.items() if name in kinds}
+        return {name: self.key(stage, self.config) for name, stage in _STAGES.items() if name in kinds}
 
     def key(self, stage: str, config: TinyModelConfig) -> str:
         """Return the cache key of a stage: ``base``, ``full`` or ``retain``."""
@@ -147,8 +149,7 @@ class TinyModels:
 
     def ready_source(self, which: str) -> ModelSource:
         """Return where the ``initial`` or the ``retain`` model is, building it where the cache lacks it."""
-        stage = {INITIAL: "full", RETAIN: "retain"}[which]
-        return self.source(which, str(tiny_model(self.config, self.corpus, stage, self.store)))
+        return self.source(which, str(tiny_model(self.config, self.corpus, _STAGES[which], self.store)))
 
     def base_run_inputs(self) -> dict[str, Any]:
         """Return what of the models determines a base run. Their one prompt format is covered by their own schema."""
@@ -301,15 +302,8 @@ class FinetunedModels:
 
     @classmethod
     def _from(cls, spec: StudySpec, section: FinetunedModel, corpus: Corpus, base: ModelSource) -> "FinetunedModels":
-        given = section.finetune
-        config = FinetuneConfig(
-            epochs=given.epochs,
-            learning_rate=given.learning_rate,
-            batch_size=given.batch_size,
-            weight_decay=given.weight_decay,
-            adapter=adapter_config(given.adapter),
-            seed=spec.seed,
-        )
+        given, adapter = section.finetune.model_dump(exclude={"adapter"}), adapter_config(section.finetune.adapter)
+        config = FinetuneConfig(**given, adapter=adapter, seed=spec.seed)
         return cls(section, base, config, corpus, model_cache(spec))
 
     @property
@@ -343,8 +337,7 @@ class FinetunedModels:
 
     def ready_source(self, which: str) -> ModelSource:
         """Return where the ``initial`` or the ``retain`` model is, training it where the cache lacks it."""
-        stage = {INITIAL: "full", RETAIN: "retain"}[which]
-        return self.source(which, str(self._build(stage).make(self.store, None)))
+        return self.source(which, str(self._build(_STAGES[which]).make(self.store, None)))
 
     def base_run_inputs(self) -> dict[str, Any]:
         """Return what of the models determines a base run."""

@@ -8,7 +8,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from search.evaluation.harness import HarnessTasks
 from search.evaluation.inputs import check_objectives, require_trust
 from search.evaluation.model_checks import (
     check_checkpoints,
@@ -80,12 +79,6 @@ class PreparedStudy:
         """Batch size, and the generation length of the metric definition unless the study gives its own."""
         settings = self.spec.scoring
         return ScoringConfig.of(settings.definition, settings.rows, settings.max_new_tokens)
-
-    @property
-    def harness(self) -> HarnessTasks | None:
-        """Tasks of the objective ``lm_eval``; None where it is not maximised."""
-        section = self.spec.lm_eval
-        return None if section is None else HarnessTasks(**section.model_dump())
 
     def score_inputs(self, model: ReferenceModel) -> dict[str, Any] | None:
         """Return everything that determines the scores of a reference model; None where its weights are not identified."""

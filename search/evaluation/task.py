@@ -4,7 +4,6 @@
 none of them.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from search.evaluation.metrics import METRICS, TrialMetrics, own_value
 from search.evaluation.pruning import bounds, dominating_rival
 from search.problem.objectives import MADE_FROM, Objective, composites
 from search.problem.trial import INITIAL, REFERENCE_KINDS, RETAIN, Rival
@@ -37,6 +35,8 @@ References = Mapping[str, Report]
 """Scores of the reference models by name, on the items in question."""
 Arrays = Mapping[str, np.ndarray]
 """Item scores of a trial by ``set/measurement``."""
+Weights = Mapping[str, FloatArray]
+"""(d, n) how often d draws have each item, by evaluation set."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Comparison:
     seed: int = 0
     groups: Groups = field(default_factory=dict)
 
-    def weights(self, report: Report) -> dict[str, FloatArray]:
+    def weights(self, report: Report) -> Weights:
         """Draw the items of every set again (`uipe_core.metrics.uncertainty.group_weights`)."""
         from uipe_core.metrics.uncertainty import group_weights
 
@@ -106,27 +106,20 @@ class Task(Protocol):
         self,
         scorer: Any,
         loaded: "LoadedModel",
-        temperature: float,
-        rivals: Sequence[Rival],
-        references: References,
-        definition: str,
-        objectives: Sequence[Objective] = (),
+        context: Comparison,
+        temperature: float = 1.0,
+        rivals: Sequence[Rival] = (),
     ) -> tuple[Any, dict[str, Any] | None]:
-        """Score a model, stage by stage as far as its rivals leave it a chance.
+        """Score a model, its logits divided by a temperature, stage by stage as far as its rivals leave it a chance.
 
         Returns:
             The scores, and None; or those of the stages that were scored, and the bound a rival dominates.
         """
 
     def draws(
-        self,
-        arrays: Arrays,
-        weights: Mapping[str, FloatArray],
-        reference: Arrays | None,
-        objectives: Sequence[Objective],
-        definition: str,
+        self, arrays: Arrays, weights: Weights, reference: Arrays | None, objectives: Sequence[Objective], definition: str
     ) -> FloatArray:
-        """Compute the (d, m) objectives of a trial in each of d bootstrap draws; `weights` are (d, n) by evaluation set."""
+        """Compute the (d, m) objectives of a trial in each of d bootstrap draws."""
 
     def checked(self, objectives: Sequence[Objective]) -> tuple[str, ...]:
         """Return the numbers that an export must reproduce: what the objectives are made of, without logarithms."""
@@ -231,11 +224,9 @@ class FreeText:
         self,
         scorer: "Scorer",
         loaded: "LoadedModel",
-        temperature: float,
-        rivals: Sequence[Rival],
-        references: References,
-        definition: str,
-        objectives: Sequence[Objective] = (),
+        context: Comparison,
+        temperature: float = 1.0,
+        rivals: Sequence[Rival] = (),
     ) -> tuple[ScoreReport, dict[str, Any] | None]:
         from uipe_core.scoring.scorer import GENERATION
 
@@ -246,7 +237,8 @@ class FreeText:
                 stage = list(report.seconds)[-1]
                 if stage != GENERATION:
                     known = report.without_overflow()
-                    bound = bounds(known, references.get(RETAIN), definition, objectives)  # type: ignore[arg-type]
+                    reference = context.references.get(RETAIN)
+                    bound = bounds(known, reference, context.definition, context.objectives)  # type: ignore[arg-type]
                     if (found := dominating_rival(stage, bound, rivals)) is not None:
                         return report, found
             return report, None
@@ -257,12 +249,7 @@ class FreeText:
         return report.without_overflow(), found
 
     def draws(
-        self,
-        arrays: Arrays,
-        weights: Mapping[str, FloatArray],
-        reference: Arrays | None,
-        objectives: Sequence[Objective],
-        definition: str,
+        self, arrays: Arrays, weights: Weights, reference: Arrays | None, objectives: Sequence[Objective], definition: str
     ) -> FloatArray:
         from uipe_core.metrics.composites import privacy
         from uipe_core.metrics.tofu import quality_ratios
@@ -310,7 +297,7 @@ class FreeText:
         }
 
 
-def _drawn_auc(arrays: Arrays | None, pair: Sequence[str], weights: Mapping[str, FloatArray]) -> FloatArray | None:
+def _drawn_auc(arrays: Arrays | None, pair: Sequence[str], weights: Weights) -> FloatArray | None:
     """Return (d,) AUCs of the Min-K% of two sets in each of d draws; None where it was not measured."""
     from uipe_core.metrics.uncertainty import bootstrap_auc
 
@@ -363,11 +350,9 @@ class MultipleChoice:
         self,
         scorer: "ChoiceScorer",
         loaded: "LoadedModel",
-        temperature: float,
-        rivals: Sequence[Rival],
-        references: References,
-        definition: str,
-        objectives: Sequence[Objective] = (),
+        context: Comparison,
+        temperature: float = 1.0,
+        rivals: Sequence[Rival] = (),
     ) -> tuple[ChoiceReport, dict[str, Any] | None]:
         report = scorer.score(loaded, temperature=temperature)
         if not report.is_finite:
@@ -375,12 +360,7 @@ class MultipleChoice:
         return report.without_overflow(), None
 
     def draws(
-        self,
-        arrays: Arrays,
-        weights: Mapping[str, FloatArray],
-        reference: Arrays | None,
-        objectives: Sequence[Objective],
-        definition: str,
+        self, arrays: Arrays, weights: Weights, reference: Arrays | None, objectives: Sequence[Objective], definition: str
     ) -> FloatArray:
         def mean(name: str, values: np.ndarray) -> FloatArray:
             return (weights[name] @ values) / weights[name].sum(axis=1)
@@ -408,36 +388,3 @@ TASKS: dict[str, Task] = {FREE_TEXT: FreeText(), MULTIPLE_CHOICE: MultipleChoice
 def task_of(corpus: Corpus) -> Task:
     """Return the task of a loaded corpus. For a study's it is ``TASKS[spec.corpus.task]``."""
     return TASKS[MULTIPLE_CHOICE if corpus.choices else FREE_TEXT]
-
-
-def trial_metrics(task: Task, report: Report, context: Comparison) -> TrialMetrics:
-    """Compute everything a complete trial carries about its scores.
-
-    Args:
-        task: The task of the study.
-        report: The scores.
-        context: What they are compared with.
-
-    Raises:
-        UserError: Scores that are not finite, a set that is missing, or an objective of the user's own that fails.
-    """
-    references, initial = context.references, context.references[INITIAL]
-    metrics = task.evaluate(report, references.get(RETAIN), context.definition)
-    extra = task.extra(report, context)
-    collapsed = extra.pop("collapsed")
-    own = [objective for objective in context.objectives if objective.function is not None]
-    return TrialMetrics(
-        definition=context.definition,
-        numbers={
-            **task.numbers(metrics),
-            **extra,
-            # What a metric cannot tell is left out: NaN is no JSON, which the dashboard reads.
-            **{name: value for name, metric in METRICS.items() if math.isfinite(value := float(metric(report, references)))},
-            **{objective.name: own_value(str(objective.function), report, references) for objective in own},
-        },
-        logit_scale=report.logit_scale / initial.logit_scale
-        if report.logit_scale is not None and initial.logit_scale
-        else None,
-        collapsed=collapsed,
-        flagged=task.flagged(report, metrics, context),
-    )

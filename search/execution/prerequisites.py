@@ -105,7 +105,7 @@ class Prerequisites:
             seed=spec.seed,
             threads=spec.resources.trial.threads,
             trial_minutes=spec.budget.trial_minutes,
-            harness=self.preparation.harness,
+            harness=self.preparation.spec.lm_eval,
             retain=None if RETAIN not in sources else _spread(sources[RETAIN], spec.resources.trial),
             audits=spec.audit or Audit(),
         )

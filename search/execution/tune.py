@@ -260,12 +260,12 @@ class StudySearcher(Searcher):
         evidence = {**self._store.identity(job), **metrics.as_dict()}
         items = base64.b64decode(result["items"]) if "items" in result else None
         if metrics.pruned is not None:
-            self._store.prune(number, evidence, items)
+            self._store.prune(job, number, evidence, items)
             self._guard.pruned()
             self._finished(job, None, False)
             return
         if is_audit(job) and any(objective.name not in evidence for objective in self._store.objectives):
-            self._store.note(job, number, evidence, items)
+            self._store.prune(job, number, evidence, items)
             self._guard.scored(job, evidence)
             self._finished(job, None, False)
             return

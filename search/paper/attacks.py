@@ -7,16 +7,16 @@ or on items to keep (`uipe_core.audits`). Forgetting is the memorisation score, 
 import math
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from copy import deepcopy
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from search.evaluation.controls import CONTROLS
 from search.evaluation.evaluator import load_for_scoring
-from search.evaluation.models import adapter_config
 from search.evaluation.prepared import PreparedStudy, prepare
-from search.evaluation.task import task_of
+from search.evaluation.task import Comparison, task_of
+from search.paper.settings import Task
 from search.problem.objectives import MEMORIZATION, TRUTH_RATIO
 from search.problem.trial import INITIAL, RETAIN
 from search.spec.corpora import FREE_TEXT
@@ -39,9 +39,6 @@ ATTACKS_SCHEMA = 1
 """Raised whenever a change in this file alters what a part yields, so that kept parts are not taken for new."""
 
 FOUR_BITS = ("nf4", "int4")
-RELEARNED = {"relearn_forget": "forget", "relearn_few": "few", "relearn_retain": "benign"}
-"""Kinds of relearning (`uipe_core.audits.relearning.KINDS`) by attack."""
-
 ATTACKS = {
     "nf4": "4 bits: NF4",
     "int4": "4 bits: int4",
@@ -49,7 +46,7 @@ ATTACKS = {
     "relearn_few": "relearned: a few forget items",
     "relearn_retain": "relearned: retain items",
 }
-"""Attacks by the name of their audit, with their names in figures."""
+"""Attacks by the kind of their audit (`search.evaluation.controls.CONTROLS`), with their names in figures."""
 
 LEAST = 0.05
 """Points that forgot less of the memorisation score are not attacked: a share of nothing is noise."""
@@ -59,24 +56,6 @@ WALK, PUSHED, RANDOM = "walk", "pushed", "random"
 
 SMALL_RELEARNING = Relearning(learning_rate=5e-4, batch_size=8)
 """The quickstart's models learned at 0.003, where 2e-5, the default of audits, moves nothing in an epoch."""
-
-
-@dataclass(frozen=True)
-class AttackTask:
-    """One base run of one seed: what is run in one go and kept in one file."""
-
-    seed: int
-    base: str
-
-    @property
-    def name(self) -> str:
-        """Name of its progress bar."""
-        return f"seed {self.seed}, attacks on {self.base}"
-
-    @property
-    def file_name(self) -> str:
-        """Name of its file."""
-        return f"seed-{self.seed}-attacks-{self.base}.json"
 
 
 @dataclass(frozen=True)
@@ -124,9 +103,9 @@ class AttackSettings:
         return content_key({"fingerprint": prepare(self.study).fingerprint, "schema": ATTACKS_SCHEMA, **self.as_dict()})
 
     @property
-    def relearning(self) -> Relearning:
-        """How knowledge is trained back."""
-        return (self.study.audit or Audit()).relearning
+    def audit(self) -> Audit:
+        """Section ``audit`` of the study, or its defaults: how knowledge is trained back."""
+        return self.study.audit or Audit()
 
     def as_dict(self) -> dict[str, Any]:
         """Return a JSON-able form of what is not in the study's fingerprint."""
@@ -135,13 +114,13 @@ class AttackSettings:
             "walks": {str(epoch): list(alphas) for epoch, alphas in self.walks.items()},
             "far": self.far,
             "least": LEAST,
-            "relearning": self.relearning.model_dump(mode="json"),
+            "relearning": self.audit.relearning.model_dump(mode="json"),
         }
 
-    def tasks(self, seeds: int) -> list[AttackTask]:
+    def tasks(self, seeds: int) -> list[Task]:
         """Return the tasks of so many seeds, from the study's own on; those of one seed, which share models, lie apart."""
         bases = [run.label for run in self.study.variants()]
-        return [AttackTask(self.study.seed + step, base) for base in bases for step in range(seeds)]
+        return [Task(self.study.seed + step, base, attacks=True) for base in bases for step in range(seeds)]
 
     @property
     def pushes(self) -> bool:
@@ -183,7 +162,7 @@ def _require_fit(study: StudySpec) -> None:
         raise UserError("model.trust_remote_code: this command runs no code that comes with a model; set it to false")
 
 
-def run_attacks(settings: AttackSettings, task: AttackTask, threads: int, progress: "Progress | None" = None) -> dict[str, Any]:
+def run_attacks(settings: AttackSettings, task: Task, threads: int, progress: "Progress | None" = None) -> dict[str, Any]:
     """Return everything measured of one base run and its walks.
 
     Args:
@@ -208,17 +187,17 @@ def run_attacks(settings: AttackSettings, task: AttackTask, threads: int, progre
     started = time.perf_counter()
     found = part.run(progress or (lambda done, total: None))
     items = {name: len(chosen) for name, chosen in part.scored.sets.items()}
-    return {"seed": task.seed, "base": task.base, "items": items, **found, "seconds": time.perf_counter() - started}
+    return {"seed": task.seed, "base": task.part, "items": items, **found, "seconds": time.perf_counter() - started}
 
 
 class _Part:
     """The models, items and settings of one task."""
 
-    def __init__(self, settings: AttackSettings, task: AttackTask) -> None:
+    def __init__(self, settings: AttackSettings, task: Task) -> None:
         self.settings = settings
         self.prepared: PreparedStudy = prepare(settings.study.model_copy(update={"seed": task.seed}))
         self.spec = self.prepared.spec
-        self.run_spec = next(run for run in self.spec.variants() if run.label == task.base)
+        self.run_spec = next(run for run in self.spec.variants() if run.label == task.part)
         corpus = self.prepared.corpus
         names = [name for name in ("forget", *KEPT_SETS) if name in corpus.sets]
         self.scored = replace(corpus, sets={name: corpus.sets[name] for name in names})
@@ -280,7 +259,7 @@ class _Part:
         return DeltaStore(self.prepared.delta_root).get_or_train(self.prepared.base_run_inputs(config), epochs())
 
     def _score(self, loaded: "LoadedModel") -> ScoreReport:
-        report, _ = self.task.score(self.scorer, loaded, 1.0, (), {}, self.spec.definition)
+        report, _ = self.task.score(self.scorer, loaded, Comparison({}, self.spec.definition, self.spec.maximised))
         assert isinstance(report, ScoreReport)
         return report
 
@@ -309,28 +288,11 @@ class _Part:
                 after[attack], problems[attack] = None, str(error)
         return {"after": after, "problems": problems}
 
-    @contextmanager
-    def _after(self, loaded: "LoadedModel", attack: str) -> "Iterator[LoadedModel]":
-        """Yield the model as an attack leaves it; it is itself again afterwards, to the bit. An adapter is merged first."""
-        from uipe_core.audits.quantisation import rounded
-        from uipe_core.audits.relearning import RelearningConfig, relearn
-        from uipe_core.deltas.extrapolation import merge
-        from uipe_core.models.transformers_compat import has_adapter
-
-        if attack in FOUR_BITS:
-            model = merge(deepcopy(loaded.model)) if has_adapter(loaded.model) else loaded.model
-            with rounded(model, attack):
-                yield replace(loaded, model=model)
-            return
-        kind, given, corpus = RELEARNED[attack], self.settings.relearning, self.prepared.corpus
-        items = {"few": given.few, "benign": len(corpus.forget_train)}.get(kind)
-        rates = {"epochs": given.epochs, "learning_rate": given.learning_rate, "batch_size": given.batch_size}
-        adapter = adapter_config(given.adapter)
-        config = RelearningConfig(kind, items, **rates, adapter=adapter, seed=self.spec.seed)  # type: ignore[arg-type]
-        found = relearn(loaded, corpus, config)
-        if found.loaded is None:
-            raise UserError(f"training {found.problem}")
-        yield found.loaded
+    def _after(self, loaded: "LoadedModel", attack: str) -> "AbstractContextManager[LoadedModel]":
+        """Return the model as an attack leaves it, as a context; it is itself again afterwards, to the bit."""
+        audit = CONTROLS[attack].audit
+        assert audit is not None and audit.changed is not None
+        return audit.changed(loaded, self.prepared.corpus, self.settings.audit, self.spec.seed)
 
 
 def random_step(update: "UpdateVector", alpha: float, seed: int, alone: bool) -> "UpdateVector":

@@ -112,7 +112,7 @@ def run_task(settings: PaperSettings, task: Task, store: ContentStore, progress:
                 }
     return {
         "seed": task.seed,
-        "tuning": task.tuning,
+        "tuning": task.part,
         "corpus": corpus.name,
         "corpus_hash": corpus.hash,
         "items": {name: len(items) for name, items in corpus.sets.items()},
@@ -179,7 +179,7 @@ def _train(
 ) -> Run:
     stage, parts = MODELS[model]
     loaded = load_model(folders[stage], device="cpu")
-    config = settings.unlearning(method, task.tuning, task.seed)
+    config = settings.unlearning(method, task.part, task.seed)
     updates = [result.update for result in train_base_run(loaded, unlearning(corpus, parts), config)]
     step()
     return Run(model, method, updates)

@@ -10,9 +10,9 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from search.paper.attacks import AttackSettings, AttackTask, run_attacks
+from search.paper.attacks import AttackSettings, run_attacks
 from search.paper.experiment import run_task
-from search.paper.settings import PaperSettings, Task, tasks
+from search.paper.settings import PaperSettings, Task
 from search.report.progress import Bars
 from search.spec.errors import require_number_asked
 from search.spec.models import TinyModel
@@ -81,7 +81,6 @@ def run_study_attacks(study: Path, seeds: int, out: Path) -> dict[str, Any]:
 
 
 Settings = PaperSettings | AttackSettings
-AnyTask = Task | AttackTask
 
 
 def run_parts(settings: Settings, seeds: int, out: Path, bars: Bars, workers: int | None = None) -> list[dict[str, Any]]:
@@ -107,7 +106,7 @@ def run_parts(settings: Settings, seeds: int, out: Path, bars: Bars, workers: in
         (folder / ".writable").unlink()
     except OSError as error:
         raise UserError(f"--out: {out} cannot be written: {error.strerror or error}; choose another folder") from error
-    wanted: list[AnyTask] = [*(tasks(seeds) if isinstance(settings, PaperSettings) else settings.tasks(seeds))]
+    wanted = settings.tasks(seeds)
     kept = {task: found for task in wanted if (found := read_part(settings, task, folder)) is not None}
     missing = [task for task in wanted if task not in kept]
     if missing:
@@ -119,7 +118,7 @@ def run_parts(settings: Settings, seeds: int, out: Path, bars: Bars, workers: in
     return [kept.get(task) or _finished(settings, task, folder) for task in wanted]
 
 
-def read_part(settings: Settings, task: AnyTask, folder: Path) -> dict[str, Any] | None:
+def read_part(settings: Settings, task: Task, folder: Path) -> dict[str, Any] | None:
     """The kept result of a task, or None where there is none.
 
     Raises:
@@ -142,7 +141,7 @@ def read_part(settings: Settings, task: AnyTask, folder: Path) -> dict[str, Any]
     return dict(result)
 
 
-def keep_part(settings: Settings, task: AnyTask, folder: Path, result: dict[str, Any]) -> None:
+def keep_part(settings: Settings, task: Task, folder: Path, result: dict[str, Any]) -> None:
     """Write the result of a task, whole or not at all."""
     content = {"settings": settings.key, "checksum": _checksum(result), "result": result}
     write_atomic(folder / task.file_name, json.dumps(content, allow_nan=False).encode())
@@ -152,14 +151,14 @@ def _checksum(result: Any) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
-def _finished(settings: Settings, task: AnyTask, folder: Path) -> dict[str, Any]:
+def _finished(settings: Settings, task: Task, folder: Path) -> dict[str, Any]:
     found = read_part(settings, task, folder)
     if found is None:
         raise UserError(f"{folder / task.file_name}: vanished while the experiments ran; run the same command again")
     return found
 
 
-def _run_missing(settings: Settings, missing: list[AnyTask], folder: Path, bars: Bars, workers: int | None) -> None:
+def _run_missing(settings: Settings, missing: list[Task], folder: Path, bars: Bars, workers: int | None) -> None:
     context = multiprocessing.get_context("spawn")
     todo, news = context.Queue(), context.Queue()
     cores = len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""Define the settings of the experiments, and the task of one seed and one kind of fine-tuning."""
+"""Define the settings of the experiments, and the tasks that they consist of."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -93,6 +93,10 @@ class PaperSettings:
             seed=seed,
         )
 
+    def tasks(self, seeds: int) -> list["Task"]:
+        """Every task of seeds 0, 1, ...; those of one seed lie apart, so that two workers seldom wait for the same models."""
+        return [Task(seed, tuning) for tuning in TUNINGS for seed in range(seeds)]
+
     def as_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return {**asdict(self), "lora": asdict(PAPER_LORA), "models": MODELS, "schemas": _SCHEMAS}
@@ -105,20 +109,24 @@ class PaperSettings:
 
 @dataclass(frozen=True)
 class Task:
-    """One world and one way of fine-tuning: what is run in one go and kept in one file."""
+    """One part of an experiment: what is run in one go and kept in one file.
+
+    Attributes:
+        seed: The seed of its world.
+        part: Key of `TUNINGS`; in the experiment on attacks the label of the base run that is attacked.
+        attacks: True for the experiment on attacks.
+    """
 
     seed: int
-    tuning: str
+    part: str
+    attacks: bool = False
 
     @property
     def name(self) -> str:
-        return f"seed {self.seed}, {TUNINGS[self.tuning]}"
+        """Name of its progress bar."""
+        return f"seed {self.seed}, {f'attacks on {self.part}' if self.attacks else TUNINGS[self.part]}"
 
     @property
     def file_name(self) -> str:
-        return f"seed-{self.seed}-{self.tuning}.json"
-
-
-def tasks(seeds: int) -> list[Task]:
-    """Every task of seeds 0, 1, ...; those of one seed lie apart, so that two workers seldom wait for the same models."""
-    return [Task(seed, tuning) for tuning in TUNINGS for seed in range(seeds)]
+        """Name of its file."""
+        return f"seed-{self.seed}-{'attacks-' if self.attacks else ''}{self.part}.json"

@@ -10,7 +10,8 @@ from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN
 from search.report.data import ReportData, report_data
 from search.report.style import alpha, count, decimal, number, probability
 from search.results.selection import KNEE_POINTS
-from search.results.study_result import StudyResult, collapsed
+from search.results.study_result import StudyResult
+from search.store.trials import collapsed
 from uipe_core.errors import UserError
 
 # Gains below this share of the hypervolume at alpha = 0 are rounding, not results.

@@ -7,7 +7,16 @@ from typing import Any
 import pandas as pd
 
 from search.evaluation.inputs import power_of_forget_quality
-from search.problem.objectives import CHOICE_FORGETTING, FORGET_QUALITY, MODEL_UTILITY, Flag, Objective, chosen_by, flag_of
+from search.problem.objectives import (
+    CHOICE_FORGETTING,
+    FORGET_QUALITY,
+    MODEL_UTILITY,
+    Flag,
+    Objective,
+    chosen_by,
+    flag_of,
+    quality_floor,
+)
 from search.problem.pareto import DEFAULT_FLOOR, RULES
 from search.problem.stand_ins import MARK, marked, stand_in_note
 from search.problem.trial import INITIAL
@@ -168,8 +177,8 @@ def report_data(result: StudyResult) -> ReportData:
         "model": _model_title(spec, record),
         "seed": spec.seed,
         "dtype": str(result.trials["dtype"].iloc[0]),
-        "forget_items": result.item_counts["forget"],
-        "log10_floor": None if result.objectives[0].quality_of is None else result.floor_of("forget"),
+        "forget_items": result.store.item_counts["forget"],
+        "log10_floor": None if result.objectives[0].quality_of is None else quality_floor(result.store.item_counts, "forget"),
         "alpha": spec.search.alpha.model_dump(),
         "created": record.created,
         "versions": record.versions,
@@ -196,7 +205,7 @@ MOST_SIMULATED = 1000
 
 
 def _power(result: StudyResult) -> str | None:
-    items = result.item_counts["forget"]
+    items = result.store.item_counts["forget"]
     known = result.objectives[0].quality_of is not None and items <= MOST_SIMULATED
     return power_of_forget_quality(items) if known else None
 

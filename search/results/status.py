@@ -18,7 +18,8 @@ from search.results.study_result import StudyResult
 from search.samplers.registry import SAMPLERS
 from search.store.folder import is_running
 from search.store.mirror import is_url, is_worked_on, readable_folder
-from search.store.study_store import StudyStore, is_interrupted
+from search.store.study_store import StudyStore
+from search.store.trials import is_interrupted
 from uipe_core.errors import UserError
 from uipe_core.storage.files import parse_json
 

@@ -14,18 +14,17 @@ import pandas as pd
 
 from search.evaluation.metrics import METRICS
 from search.evaluation.pruning import pruned_table, savings
-from search.problem.hypervolume import quality_floor
 from search.problem.objectives import Objective
 from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume
 from search.problem.trial import INITIAL, TrialSpec
-from search.results import finalists
+from search.results import audits, finalists
 from search.results.recipe import recipe_of
 from search.results.selection import chosen_row, reason_of
 from search.results.uncertainty import beats_initial, certainty
 from search.spec.study import StudySpec
 from search.store.mirror import readable_folder
 from search.store.study_store import StudyStore
-from search.store.trials import on_front, searched
+from search.store.trials import collapsed, on_front, searched
 from uipe_core.corpora.types import RELATED_SETS
 from uipe_core.errors import UserError
 from uipe_core.logs.parts import MEMORIZATION
@@ -261,39 +260,26 @@ class StudyResult:
         share = self.floor if floor is None else floor
         attacked = self.after_attacks if rule == "robust" else {}
         row, note = chosen_row(front, self.control(INITIAL), self.objectives, rule, share, attacked)
-        unlike = self._unlike_attacks(front) if rule == "robust" else None
+        unlike = audits.unlike_attacks(self, front["trial"]) if rule == "robust" else None
         return front.iloc[row], "; ".join(each for each in (held, note, unlike) if each is not None) or None
-
-    def _unlike_attacks(self, front: pd.DataFrame) -> str | None:
-        from search.results.audits import unlike_attacks
-
-        return unlike_attacks(self, front["trial"])
 
     def audit_jobs(self, trials: Sequence[int], top: int | None, tests: Sequence[str]) -> list[TrialSpec]:
         """List the audits of some trials and of the reference models (`search.results.audits.audit_jobs`)."""
-        from search.results.audits import audit_jobs
-
-        return audit_jobs(self, trials, top, tests)
+        return audits.audit_jobs(self, trials, top, tests)
 
     @cached_property
     def audits(self) -> dict[str, Any] | None:
         """Findings of audits (`search.results.audits.audit_facts`); None where nothing was audited."""
-        from search.results.audits import AUDITS, audit_facts
-
-        return audit_facts(self) if self.controls["kind"].isin(AUDITS).any() else None
+        return audits.audit_facts(self) if self.controls["kind"].isin(audits.AUDITS).any() else None
 
     def audits_of(self, number: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         """Return the audits of a trial that were done, and those that were not (`search.results.audits.of_trial`)."""
-        from search.results.audits import of_trial
-
-        return of_trial(self.audits, number)
+        return audits.of_trial(self.audits, number)
 
     @cached_property
     def after_attacks(self) -> dict[int, float]:
         """Forgetting after the worst attack that changed weights, of each trial that was audited (`search.results.audits`)."""
-        from search.results.audits import after_attacks
-
-        return {int(row["trial"]): float(row["worst"]) for row in after_attacks(self).to_dict("records")}
+        return {int(row["trial"]): float(row["worst"]) for row in audits.after_attacks(self).to_dict("records")}
 
     def against_published(self, path: Path) -> dict[str, Any]:
         """Set published numbers next to the study's (`search.results.published.compare`)."""
@@ -311,15 +297,6 @@ class StudyResult:
     def reference_point(self) -> dict[str, float]:
         """Return the reference point of hypervolume, by objective (`search.problem.objectives`)."""
         return self.store.reference_point()
-
-    def floor_of(self, name: str) -> float:
-        """Lowest log10 forget quality the items of an evaluation set can give."""
-        return quality_floor(self.store.item_counts, name)
-
-    @cached_property
-    def item_counts(self) -> dict[str, int]:
-        """Number of items by evaluation set that trials are scored on."""
-        return self.store.record.corpus.items["select"]
 
     @cached_property
     def hypervolume(self) -> dict[str, float]:
@@ -374,18 +351,9 @@ class StudyResult:
     def rows(self, table: pd.DataFrame) -> list[dict[str, Any]]:
         """Rows of `trials` or `front` as plain JSON values: point, objectives and their definition, and what qualifies them."""
         p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
-        companions = [key for objective in self.objectives for key, _ in objective.companions]
-        more = [
-            *companions,
-            *FORGET_NUMBERS,
-            *METRICS,
-            "ks_statistic",
-            "membership_auc",
-            "logit_scale",
-            "flagged",
-            "collapsed",
-            "definition",
-        ]
+        more = [key for objective in self.objectives for key, _ in objective.companions]
+        more += [*FORGET_NUMBERS, *METRICS, "ks_statistic", "membership_auc"]
+        more += ["logit_scale", "flagged", "collapsed", "definition"]
         more += [f"{name}_log10_forget_quality" for name in RELATED_SETS]
         more += [f"{name}_{key}" for name in MEMORIZED_SETS for key in MEMORIZATION]
         keys = [key for key in dict.fromkeys([*POINT_KEYS, *_names(self.store), *p_values, *more]) if key in table]
@@ -411,22 +379,14 @@ class StudyResult:
     ) -> Path:
         """Export a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see
         `search.results.export`."""
-        from search.results.audits import card_table
         from search.results.export import export  # only exporting needs torch, which takes a second to import
 
         log = self.out / "logs" / "retain.json"
         recipe = recipe_of(self.store.record, self.spec, row.to_dict())
         reference, items = read_log(log) if log.is_file() else None, self.store.items(int(row["trial"]))
+        table = audits.card_table(self, recipe.trial)
         return export(
-            recipe,
-            Path(to),
-            form,
-            reference,
-            trust_remote_code,
-            verify=verify,
-            items=items,
-            watch=watch,
-            audits=card_table(self, recipe.trial),
+            recipe, Path(to), form, reference, trust_remote_code, verify=verify, items=items, watch=watch, audits=table
         )
 
 
@@ -434,10 +394,3 @@ def _plain(value: Any) -> Any:
     """A value as JSON has it, which knows no infinity: the logits of a collapsed model may have no finite scale."""
     plain = value.item() if hasattr(value, "item") else value
     return None if isinstance(plain, float) and not math.isfinite(plain) else plain
-
-
-def collapsed(table: pd.DataFrame) -> pd.Series:
-    """Which rows of a table have collapsed; none of a study that was scored before collapse was looked for."""
-    if "collapsed" not in table:
-        return pd.Series(False, index=table.index)
-    return table["collapsed"].map(lambda reason: isinstance(reason, str)).astype(bool)

@@ -44,12 +44,6 @@ class StudyGram:
         rows = [row for (label, _), row in self.places.items() if label in same]
         return StudyGram(same, self.gram[np.ix_(rows, rows)])
 
-    def ordered(self, labels: Sequence[str]) -> NDArray[np.float64]:
-        """The matrix with its base runs in another order."""
-        places = self.places
-        rows = [places[label, epoch] for label in labels for epoch in range(1, self.runs[label][1] + 1)]
-        return self.gram[np.ix_(rows, rows)]
-
 
 NOTHING = StudyGram({}, np.zeros((0, 0)))
 

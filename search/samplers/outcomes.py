@@ -27,6 +27,7 @@ from uipe_core.metrics.composites import (
     ROUGE_F1,
     TRUTH_SHARE,
     Component,
+    auc,
     membership_auc,
     privacy,
 )
@@ -196,8 +197,9 @@ class OutcomeModel:
             if each.quality_of is not None:
                 found.append(self._quality(curves, each.quality_of))
             elif each.membership:
-                pair = each.membership
-                found.append(privacy(_auc(*(curves[f"{name}/{LEAST_LIKELY}"] for name in pair)), self._ideal[pair]))
+                # Of log odds, which fall as losses rise: the order of the two sets turns, too.
+                others_first = (curves[f"{name}/{LEAST_LIKELY}"] for name in reversed(each.membership))
+                found.append(privacy(auc(*others_first), self._ideal[each.membership]))
             else:
                 found.append(self._composite(curves, each, means))
         return np.stack(found, axis=-1)
@@ -247,18 +249,6 @@ class OutcomeModel:
         ahead -= np.arange(count)
         distances = np.maximum(ahead.max(axis=-1), 1 - ahead.min(axis=-1))
         return np.asarray(log10_p_table(count)[np.clip(distances, 0, count)])
-
-
-def _auc(members: NDArray[np.floating[Any]], others: NDArray[np.floating[Any]]) -> FloatArray:
-    """(...,) the share of pairs of (..., m) and (..., n) values in which the member's is the larger, ties counted half."""
-    m, n = members.shape[-1], others.shape[-1]
-    found: list[FloatArray] = []
-    # With either first where values tie: a tie then counts once as won and once as lost.
-    for order in (np.concatenate([members, others], axis=-1), np.concatenate([others, members], axis=-1)):
-        ranks = np.argsort(np.argsort(order, axis=-1, kind="stable"), axis=-1, kind="stable")
-        own = ranks[..., :m] if not found else ranks[..., n:]
-        found.append((own.sum(axis=-1) - m * (m - 1) / 2) / (m * n))
-    return np.asarray(0.5 * (found[0] + found[1]))
 
 
 def _log_odds(losses: FloatArray) -> FloatArray:

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, fie
 from search.problem.trial import AUDITS
 from search.spec.bounds import Count, Epochs, LearningRate, Positive
 from search.spec.errors import did_you_mean, rule, without_password
-from search.spec.sections import Adapter, Name, Section
+from search.spec.sections import Adapter, Name, Section, as_tuple
 from uipe_core.storage.remote_folder import SCHEMES
 
 
@@ -16,10 +16,6 @@ def _whole_above_one(value: float) -> float:
     if value > 1 and not value.is_integer():
         raise rule("above 1 only whole GPUs can be had", f"Write {math.ceil(value)}, or a part of one.")
     return value
-
-
-def _as_list(value: object) -> object:
-    return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
 def _each_once(folders: tuple[str, ...]) -> tuple[str, ...]:
@@ -34,10 +30,10 @@ Threads = Annotated[int, Field(ge=1, le=10_000)]
 Custom = dict[Name, Positive]
 """Amounts of Ray's custom resources, which nodes are started with: ``{a100: 0.01}`` asks for a node that has ``a100``."""
 
-Folders = Annotated[tuple[Name, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_each_once)]
+Folders = Annotated[tuple[Name, ...], BeforeValidator(as_tuple), Field(min_length=1), AfterValidator(_each_once)]
 """Folders in order, each once."""
 
-FoldersOrNone = Annotated[tuple[Name, ...], BeforeValidator(_as_list), AfterValidator(_each_once)]
+FoldersOrNone = Annotated[tuple[Name, ...], BeforeValidator(as_tuple), AfterValidator(_each_once)]
 
 
 class Relearning(Section):
@@ -55,7 +51,7 @@ class Audit(Section):
     """Section ``audit``: the attacks that the `top` finalists of a study are held against once its front is known."""
 
     top: Annotated[int, Field(ge=1, le=100)] = 3
-    tests: Annotated[tuple[str, ...], BeforeValidator(_as_list), Field(min_length=1), AfterValidator(_each_once)] = tuple(
+    tests: Annotated[tuple[str, ...], BeforeValidator(as_tuple), Field(min_length=1), AfterValidator(_each_once)] = tuple(
         AUDITS
     )
     samples: Annotated[int, Field(ge=1, le=1000)] = 10

@@ -3,8 +3,6 @@
 import re
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +11,6 @@ from pydantic_core import InitErrorDetails
 
 from search.problem.objectives import LM_EVAL, MEMORIZATION, RETAIN_UTILITY, Objective, objective_named
 from search.problem.space import Point, distributions, given_points, grid_points
-from search.problem.trial import retrained
 from search.samplers.registry import SAMPLERS
 from search.spec.bounds import Seed
 from search.spec.corpora import CORPORA, FREE_TEXT, MULTIPLE_CHOICE, CorpusSection, path_sites
@@ -22,20 +19,9 @@ from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
 from search.spec.paths import absolute_paths
 from search.spec.plugins import load_plugins
 from search.spec.runtime import Audit, Budget, Cache, Folders, FoldersOrNone, Resources
-from search.spec.sections import (
-    PACKAGE,
-    ByKind,
-    Harness,
-    Hypervolume,
-    Objectives,
-    Scoring,
-    Search,
-    Section,
-    Split,
-    Unlearning,
-    is_local,
-)
+from search.spec.sections import PACKAGE, ByKind, Harness, Hypervolume, Objectives, Scoring, Search, Section, Split, is_local
 from search.spec.study_file import LineNumbers, read_study_file
+from search.spec.unlearning import BaseRunSpec, Unlearning
 from uipe_core.errors import UserError
 from uipe_core.metrics.composites import ROUGE_F1
 from uipe_core.metrics.scores import CHOICE_DEFINITION
@@ -55,34 +41,6 @@ DATABASES = ("sqlite", "postgresql", "mysql", "mariadb")
 
 RUNNING_KEYS = ("audit", "resources", "budget", "warm_start", "storage", "cache")
 """How a study runs, which does not make it another study."""
-
-
-@dataclass(frozen=True)
-class BaseRunSpec:
-    """One training of one method.
-
-    Attributes:
-        label: The method, with the values that tell it from its other variants, and its seed where a study has several:
-            ``npo[beta=0.1]@1``.
-        method: A name in `uipe_core.unlearning.methods.METHODS`.
-        hyperparameters: Everything that can vary: what the method takes, complete, and ``learning_rate``.
-        seed: It is trained with this seed.
-    """
-
-    label: str
-    method: str
-    hyperparameters: dict[str, float]
-    seed: int
-
-    @property
-    def learning_rate(self) -> float:
-        """Peak learning rate."""
-        return self.hyperparameters["learning_rate"]
-
-    @property
-    def loss_hyperparameters(self) -> dict[str, float]:
-        """Hyperparameters of the loss."""
-        return {key: value for key, value in self.hyperparameters.items() if key != "learning_rate"}
 
 
 class StudySpec(Section):
@@ -265,30 +223,16 @@ class StudySpec(Section):
 
     def variants(self) -> list[BaseRunSpec]:
         """Return the base runs to train: by method in the order of the registry, then by value in the order of the file."""
-        runs: list[BaseRunSpec] = []
-        if self.unlearning is None:
-            return runs
-        for method, own in self.unlearning.methods.items():
-            grid = {**own, "learning_rate": self.unlearning.learning_rate}
-            varying = [key for key, values in grid.items() if len(values) > 1]
-            for values in product(*grid.values()):
-                chosen = dict(zip(grid, values, strict=True))
-                shown = ",".join(f"{key}={_short(chosen[key])}" for key in varying)
-                label = f"{method}[{shown}]" if shown else method
-                runs += [BaseRunSpec(retrained(label, seed), method, chosen, seed) for seed in self.unlearning.seeds]
-                runs += [] if self.unlearning.seeds else [BaseRunSpec(label, method, chosen, self.seed)]
-        return runs
+        return [] if self.unlearning is None else self.unlearning.base_runs(self.seed)
 
     def siblings(self, base: str) -> dict[int, str]:
         """Return the base runs that differ from one in their seed only, itself included: label by seed.
 
         Empty where every base run has one seed, and for given checkpoints.
         """
-        several = self.unlearning is not None and self.unlearning.seeds
-        runs = {run.label: run for run in self.variants()} if several else {}
-        own = runs.get(base)
-        same = () if own is None else ((own.method, own.hyperparameters),)
-        return {run.seed: run.label for run in runs.values() if (run.method, run.hyperparameters) in same}
+        runs = self.variants() if self.unlearning is not None and self.unlearning.seeds else []
+        own = [(run.method, run.hyperparameters) for run in runs if run.label == base]
+        return {run.seed: run.label for run in runs if (run.method, run.hyperparameters) in own}
 
     def base_epochs(self) -> dict[str, int]:
         """Return the number of epochs by base run: those to be trained, then those given as checkpoints."""
@@ -326,11 +270,6 @@ class StudySpec(Section):
         if self.checkpoints:
             payload["checkpoints"] = {label: len(folders) for label, folders in self.checkpoints.items()}
         return payload
-
-
-def _short(value: float) -> str:
-    short = f"{value:g}"
-    return short if float(short) == value else repr(value)
 
 
 def parse_study(data: Mapping[str, object], folder: Path | None = None) -> StudySpec:

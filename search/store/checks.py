@@ -14,8 +14,8 @@ from search.store.item_scores import ITEMS_HASH, content_hash, read_arrays
 from search.store.optuna_compat import METRIC_NAMES, study_facts
 from search.store.record import StudyRecord, fingerprint
 from search.store.sqlite_reading import SQLiteFile
-from search.store.study_store import StudyStore, is_interrupted
-from search.store.trials import evidence_flaw, on_front
+from search.store.study_store import StudyStore
+from search.store.trials import evidence_flaw, is_interrupted, on_front
 from uipe_core.errors import UserError
 from uipe_core.logs.multiple_choice import read_choice_log
 from uipe_core.logs.tofu import read_log

@@ -28,17 +28,9 @@ from search.store import optuna_compat
 from search.store.ask_tell import InMemoryStudy
 from search.store.folder import keep_traceback, take_folder
 from search.store.item_scores import ITEMS_HASH, ItemFiles
-from search.store.record import (
-    RECORD,
-    StudyRecord,
-    other_study,
-    own_database,
-    read_record,
-    renewed_record,
-    whole_storage,
-)
+from search.store.record import RECORD, StudyRecord, other_study, own_database, read_record, renewed_record, whole_storage
 from search.store.sqlite_reading import SQLiteFile, open_to_read, storage_url
-from search.store.trials import TrialReader, TrialTable, evidence_table
+from search.store.trials import INTERRUPTED, TrialReader, TrialTable, evidence_table, is_interrupted
 from uipe_core.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,13 +41,6 @@ if TYPE_CHECKING:
 
     from search.store.database import Database
 
-INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
-
-
-def is_interrupted(trial: FrozenTrial) -> bool:
-    """Return True for a trial that did not fail by itself: its run ended first, and the next one makes up for it."""
-    return trial.state == TrialState.FAIL and trial.user_attrs.get("reason") == INTERRUPTED
-
 
 class StudyStore:
     """One study's folder and storage.
@@ -63,13 +48,7 @@ class StudyStore:
     Use `create` to run a study (it takes the folder's lock) and `open` to read one. `source` is its open database.
     """
 
-    def __init__(
-        self,
-        out: Path,
-        record: StudyRecord,
-        source: "Database | SQLiteFile",
-        lock: FileLock | None = None,
-    ) -> None:
+    def __init__(self, out: Path, record: StudyRecord, source: "Database | SQLiteFile", lock: FileLock | None = None) -> None:
         self.out = out
         self.record = record
         self.source = source
@@ -255,31 +234,21 @@ class StudyStore:
             reason = f"objectives are not finite: {values}"
             self.fail(job, number, reason)
             return reason
-        if items is not None:
-            evidence = {**evidence, ITEMS_HASH: self._items.write(number, items, job.is_control)}
-        self._end(job.is_control, number, TrialState.COMPLETE, evidence, list(values.values()))
+        self._end(job.is_control, number, TrialState.COMPLETE, evidence, list(values.values()), items)
         return None
 
-    def note(self, job: TrialSpec, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
-        """End a control that measured something else than the objectives: as PRUNED, for it has no values, and none is made up.
-
-        So the fronts of Optuna and its dashboard hold no second copy of the model that it is about.
-        """
-        if items is not None:
-            evidence = {**evidence, ITEMS_HASH: self._items.write(number, items, job.is_control)}
-        self._end(True, number, TrialState.PRUNED, evidence)
-
-    def prune(self, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
-        """End a search trial as PRUNED, with the bound that pruned it (`search.evaluation.pruning`) and without values.
+    def prune(self, job: TrialSpec, number: int, evidence: Mapping[str, Any], items: bytes | None = None) -> None:
+        """End a trial as PRUNED: it has no values, and none is made up.
 
         Args:
+            job: What was scored: a point that a rival dominates (`search.evaluation.pruning`), the bound under ``pruned``; or
+                a control that measured something else than the objectives. The fronts of Optuna and its dashboard then hold
+                no second copy of the model that it is about.
             number: The trial.
-            evidence: All that is known of it, the bound under ``pruned``.
-            items: Its item scores of the stages that were scored.
+            evidence: All that is known of it.
+            items: Item scores of the stages that were scored.
         """
-        if items is not None:
-            evidence = {**evidence, ITEMS_HASH: self._items.write(number, items)}
-        self._end(False, number, TrialState.PRUNED, evidence)
+        self._end(job.is_control, number, TrialState.PRUNED, evidence, items=items)
 
     def fail(self, job: TrialSpec, number: int, reason: str, traceback: str = "") -> None:
         """End a trial as FAIL with its reason, and with the name of the file that keeps its traceback, if there is one."""
@@ -354,7 +323,7 @@ class StudyStore:
         return pd.DataFrame([{"trial": trial.number, **trial.user_attrs} for trial in pruned if "pruned" in trial.user_attrs])
 
     def controls_frame(self) -> pd.DataFrame:
-        """Return a row per complete trial of the controls study, and per one that measured something else (`note`)."""
+        """Return a row per complete trial of the controls study, and per one that measured something else (`prune`)."""
         return self._evidence_table(controls=True)
 
     def _evidence_table(self, names: Collection[str] | None = None, controls: bool = False) -> pd.DataFrame:
@@ -402,7 +371,10 @@ class StudyStore:
         state: TrialState,
         attributes: Mapping[str, Any],
         values: list[float] | None = None,
+        items: bytes | None = None,
     ) -> None:
+        if items is not None:
+            attributes = {**attributes, ITEMS_HASH: self._items.write(number, items, control)}
         missing = None
         if values is not None and not control and self.least_utility is not None:
             missing = self.least_utility - values[1]

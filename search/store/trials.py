@@ -34,7 +34,14 @@ CONSTRAINTS = "constraints"
 READABLE = frozenset(("kind", "base", "method", "epoch", "alpha", "walk", "collapsed", "reason", "traceback"))
 """Attributes of their own, as are flags that are set, for those who read the dashboard: it cuts long values."""
 
+INTERRUPTED = "interrupted: the run that started this trial ended before it finished"
+
 WRITTEN_TWICE = "written twice: the database did not confirm the first time"
+
+
+def is_interrupted(trial: FrozenTrial) -> bool:
+    """Return True for a trial that did not fail by itself: its run ended first, and the next one makes up for it."""
+    return trial.state == TrialState.FAIL and trial.user_attrs.get("reason") == INTERRUPTED
 
 
 class TrialReader:
@@ -264,3 +271,10 @@ def on_front(trials: pd.DataFrame, controls: pd.DataFrame, objectives: Sequence[
 def searched(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of a table of trials that the sampler proposed."""
     return table[table["kind"] == "search"] if len(table) else pd.DataFrame(columns=["kind", "base"])
+
+
+def collapsed(table: pd.DataFrame) -> pd.Series:
+    """Return which rows of a table have collapsed: none of a study that was scored before collapse was looked for."""
+    if "collapsed" not in table:
+        return pd.Series(False, index=table.index)
+    return table["collapsed"].map(lambda reason: isinstance(reason, str)).astype(bool)

@@ -138,14 +138,12 @@ class Fluency:
     Attributes:
         texts: Number of texts.
         empty, repeated, garbled: Shares.
-        entropy: Mean `generation_entropy` of the texts in bits, as ROME reports it.
     """
 
     texts: int
     empty: float
     repeated: float
     garbled: float
-    entropy: float
 
     @property
     def faulty(self) -> float:
@@ -200,5 +198,4 @@ def fluency(texts: Sequence[str], limits: FluencyLimits) -> Fluency:
     if not texts:
         raise UserError("fluency: there are no texts; score the model with generation first")
     faults = Counter(fault(text, limits) for text in texts)
-    shares = {name: faults[name] / len(texts) for name in ("empty", "repeated", "garbled")}
-    return Fluency(len(texts), **shares, entropy=float(np.mean([generation_entropy(text) for text in texts])))
+    return Fluency(len(texts), **{name: faults[name] / len(texts) for name in ("empty", "repeated", "garbled")})

@@ -6,7 +6,7 @@ activations, or products in low precision: only the weights are rounded here. Co
 
 Rounded are the weights of linear layers (``nn.Linear``, and transformers' ``Conv1D`` as its transpose), as bitsandbytes does by
 default: not the output head, nor a layer that shares its weight with an embedding. Biases, norms and embeddings stay, and so do
-experts that are stacked in one parameter; `rounded_share` says how much of a model that leaves.
+experts that are stacked in one parameter.
 
 Sources: int8 by rows as in LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) without outliers; int4 round to nearest in
 groups as in ZeroQuant (arXiv 2206.01861); NF4 of QLoRA (Dettmers et al. 2023, arXiv 2305.14314, appendix E).
@@ -108,13 +108,6 @@ def rounded_names(model: Any) -> list[str]:
             "leave out this audit"
         )
     return names
-
-
-def rounded_share(model: Any) -> float:
-    """Return the share of a model's weights that are rounded, in [0, 1]; errors as `rounded_names`."""
-    chosen = set(rounded_names(model))
-    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
-    return sum(sizes[name] for name in chosen) / sum(sizes.values())
 
 
 @torch.no_grad()

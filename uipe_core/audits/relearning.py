@@ -11,7 +11,6 @@ Deeb and Roger 2024 (arXiv 2410.08827: what comes back of facts that were not ta
 as in open-unlearning (arXiv 2506.12618). The fine-tuning is that of `uipe_core.unlearning.finetuning`.
 """
 
-import math
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -158,21 +157,3 @@ def _trained_copy(loaded: LoadedModel, items: ItemSet, config: RelearningConfig,
     )
     finetune(copy, items, settings, progress=progress)
     return copy
-
-
-def recovered_share(before: float, after: float, initial: float) -> float | None:
-    """Return how much of what was forgotten came back: (after - before) / (initial - before).
-
-    Args:
-        before: A measure of knowledge (higher is more) of the unlearned model.
-        after: The same of the relearned one.
-        initial: The same of the initial model.
-
-    Returns:
-        1 if all came back, 0 if nothing, below 0 or above 1 if relearning went past the two; None if nothing had been forgotten
-        (`before` is not below `initial`), or a number is not finite.
-    """
-    forgotten = initial - before
-    if not all(map(math.isfinite, (before, after, initial))) or forgotten <= 0:
-        return None
-    return (after - before) / forgotten

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb
 
 import numpy as np
 import torch
@@ -70,19 +69,6 @@ def judge(gold: Sequence[str], texts: Sequence[Sequence[str]], unicode: bool = F
     recall = [[rouge_recall(answer, text, unicode)[0] for text in own] for answer, own in pairs]
     contained = [[contains_answer(answer, text) for text in own] for answer, own in pairs]
     return AnswerScores(np.array(recall, dtype=np.float64), np.array(contained, dtype=np.bool_))
-
-
-def expected_highest(values: NDArray[np.generic], count: int) -> FloatArray:
-    """Return (n,) the mean highest value over all choices of `count` among k texts, without bias for `count` samples.
-
-    Args:
-        values: (n, k) numbers or truth values of each text.
-        count: From 1 to k.
-    """
-    ordered = np.sort(values.astype(np.float64), axis=1)
-    k = ordered.shape[1]
-    weights = np.array([comb(place, count - 1) / comb(k, count) for place in range(k)])
-    return ordered @ weights
 
 
 @torch.inference_mode()

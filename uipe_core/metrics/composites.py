@@ -11,8 +11,10 @@ ratio, where the truth ratio is p / (p + q): p of the paraphrase, q the mean of 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from uipe_core.corpora.types import MEMBERSHIP_SETS, PRIVLEAK_SETS
 from uipe_core.errors import UserError
@@ -123,32 +125,34 @@ def composite_bound(report: ScoreReport, components: Sequence[Component], defini
     return min(1.0, float(harmonic_mean(np.array(means))) * (1.0 + SLACK))
 
 
-def auc(members: FloatArray, others: FloatArray) -> float:
+def auc(members: NDArray[np.floating[Any]], others: NDArray[np.floating[Any]]) -> FloatArray:
     """Return the probability that a random other scores higher than a random member, ties counted half; in [0, 1].
 
     Args:
-        members: (m,) scores of forget items.
-        others: (n,) scores of holdout items.
+        members: (..., m) scores of forget items.
+        others: (..., n) scores of holdout items.
 
     Returns:
-        The area under the ROC curve; NaN if a score is NaN, as those of a broken model are.
+        (...) areas under the ROC curve; NaN where a score is NaN, as those of a broken model are.
 
     Raises:
         UserError: One of them is empty.
     """
-    if not len(members) or not len(others):
+    m, n = members.shape[-1], others.shape[-1]
+    if not m or not n:
         raise UserError("membership: needs at least one forget and one holdout item; give a corpus with a holdout set")
-    if np.isnan(members).any() or np.isnan(others).any():
-        return float("nan")
-    ordered = np.sort(members)
-    below, until = (np.searchsorted(ordered, others, side=side) for side in ("left", "right"))
-    return float((below + until).sum() / (2 * len(members) * len(others)))
+    # Sorted with either first where values tie: a tie then counts once as won and once as lost.
+    first = np.argsort(np.concatenate([members, others], axis=-1), axis=-1, kind="stable") < m
+    last = np.argsort(np.concatenate([others, members], axis=-1), axis=-1, kind="stable") >= n
+    won = sum((is_member.cumsum(axis=-1) * ~is_member).sum(axis=-1) for is_member in (first, last))
+    broken = np.isnan(members).any(axis=-1) | np.isnan(others).any(axis=-1)
+    return np.where(broken, np.nan, won / (2 * m * n))
 
 
 def membership_auc(sets: Mapping[str, SetScores], pair: Sequence[str] = MEMBERSHIP_SETS) -> float | None:
     """Return the AUC of the Min-K% of two sets, members first; None where one of the two was not measured."""
     members, others = (sets[name].min_k if name in sets else None for name in pair)
-    return None if members is None or others is None else auc(members, others)
+    return None if members is None or others is None else float(auc(members, others))
 
 
 EPSILON = 1e-10

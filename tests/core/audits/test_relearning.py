@@ -1,18 +1,13 @@
 """Relearning: what comes back, on which items, from an unchanged model, and what is said when it fails."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from uipe_core.audits import relearning
 from uipe_core.audits.relearning import (
     KINDS,
     RelearningConfig,
-    recovered_share,
     relearn,
     relearning_items,
     training_steps,
@@ -71,8 +66,8 @@ def test_the_forgotten_comes_back_and_the_model_itself_stays(unlearned, load_tin
     assert all(torch.equal(parameter, before[name]) for name, parameter in unlearned.model.named_parameters())
     assert bits(result.loaded.model).keys() == before.keys()
     assert result.loaded.model.dtype == unlearned.model.dtype
-    losses = [mean_loss(loaded, world.forget_train) for loaded in (unlearned, result.loaded, load_tiny())]
-    assert recovered_share(*(-loss for loss in losses)) > 0.1
+    forgotten, after, initial = (mean_loss(loaded, world.forget_train) for loaded in (unlearned, result.loaded, load_tiny()))
+    assert (forgotten - after) / (forgotten - initial) > 0.1  # the share that came back
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -177,31 +172,3 @@ def test_an_adapter_is_merged_into_the_copy_only(load_tiny, world, adapter):
     assert bits(loaded.model).keys() == before.keys()
     assert all(torch.equal(parameter, before[name]) for name, parameter in loaded.model.named_parameters())
     assert mean_loss(result.loaded, result.items) < mean_loss(loaded, result.items)
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "initial", "expected"),
-    [
-        (0.2, 0.6, 1.0, 0.5),
-        (0.2, 0.2, 1.0, 0.0),
-        (0.2, 1.0, 1.0, 1.0),
-        (0.2, 0.1, 0.3, -1.0),
-        (0.5, 0.9, 0.5, None),
-        (0.6, 0.9, 0.5, None),
-        (math.nan, 0.9, 0.5, None),
-        (-math.inf, 0.9, 0.5, None),
-        (0.1, math.nan, 0.5, None),
-    ],
-)
-def test_recovered_share(before, after, initial, expected):
-    found = recovered_share(before, after, initial)
-    assert found is None if expected is None else found == pytest.approx(expected)
-
-
-finite = st.floats(-100, 100)
-
-
-@settings(deadline=None)
-@given(before=finite, lost=st.floats(0.01, 100), share=st.floats(-2, 2))
-def test_the_share_is_what_came_back(before, lost, share):
-    assert recovered_share(before, before + share * lost, before + lost) == pytest.approx(share, abs=1e-6, rel=1e-6)

@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from benchmarks.recorded.record import collect_table, gram_of_study, record_table
+from benchmarks.recorded.replay import report_of
 from benchmarks.recorded.table import ScoreTable, read_table, write_table
 from uipe_core.errors import UserError
-from uipe_core.metrics.scores import ScoreReport, set_scores
 from uipe_core.metrics.tofu import evaluate
 
 ROOT = Path(__file__).parents[3]
@@ -171,11 +171,6 @@ def test_a_description_that_lacks_something_is_told(file):
 def collected(result, preparation):
     """The table of the tiny study: a coarse grid, but really scored."""
     return collect_table(result, gram_of_study(preparation, result.out))
-
-
-def report_of(arrays):
-    names = dict.fromkeys(name.partition("/")[0] for name in arrays)
-    return ScoreReport({name: set_scores(arrays, name) for name in names})
 
 
 @pytest.mark.slow

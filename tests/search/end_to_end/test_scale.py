@@ -93,7 +93,7 @@ def test_what_is_written_is_what_optuna_would_have_written(new_store, made_up_ev
     number, job = ask(ours)
     ours.fail(job, number, "no memory")
     number, job = ask(ours)
-    ours.prune(number, {**made_up_evidence(job), "pruned": {"stage": "retain"}})
+    ours.prune(job, number, {**made_up_evidence(job), "pruned": {"stage": "retain"}})
     ask(ours)
     theirs = optuna.create_study(
         study_name="theirs", storage=str(ours.storage.url), directions=["maximize"] * 2, sampler=RandomSampler(seed=0)
@@ -136,7 +136,7 @@ def test_what_is_read_is_what_optuna_would_have_read(new_store, made_up_evidence
     initial = TrialSpec("initial", model="initial")
     store.complete(initial, store.ask_control(initial), made_up_evidence(initial))
     number, job = ask(store)
-    store.prune(number, {**made_up_evidence(job), "pruned": {"stage": "retain"}, "nested": {"a": {"b": [1, None, "ü"]}}})
+    store.prune(job, number, {**made_up_evidence(job), "pruned": {"stage": "retain"}, "nested": {"a": {"b": [1, None, "ü"]}}})
     number, job = ask(store)
     store.fail(job, number, "no memory")
     ask(store)

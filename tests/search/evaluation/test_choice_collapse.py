@@ -6,7 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from search.evaluation.task import TASKS, Comparison, trial_metrics
+from search.evaluation.metrics import trial_metrics
+from search.evaluation.task import TASKS, Comparison
 from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY
 from search.spec.corpora import MULTIPLE_CHOICE
 from uipe_core.metrics.scores import ChoiceReport, ChoiceScores
@@ -49,7 +50,7 @@ def broken(value, rows=slice(None), names=("forget", "utility")):
 
 
 def trial(*reports):
-    report, dominated = TASK.score(Scorer(*reports), None, 1.0, (), {}, "letters")
+    report, dominated = TASK.score(Scorer(*reports), None, Comparison({}, "letters", ()))
     assert dominated is None
     metrics = trial_metrics(TASK, report, Comparison({"initial": SOUND}, "letters", (CHOICE_FORGETTING, CHOICE_UTILITY)))
     return json.loads(json.dumps(metrics.as_dict(), allow_nan=False)), report

@@ -456,7 +456,7 @@ def test_samplers_go_on_after_pruned_trials(new_store, made_up_evidence, tmp_pat
         for turn in range(24):
             point, job = store.ask_point(store.spec.search_space())
             if turn % 3:
-                store.prune(point, pruned_evidence(job))
+                store.prune(job, point, pruned_evidence(job))
             else:
                 store.complete(job, point, made_up_evidence(job, -5.0 - job.alpha, 0.5 + 0.1 * job.alpha))
         assert store.counts() == {"complete": 12, "pruned": 16, "failed": 0, "interrupted": 0, "running": 0}

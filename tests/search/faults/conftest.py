@@ -120,6 +120,10 @@ class Watched:
         """Notes what must not be lost from now on."""
         self.kept.append(kept(self))
 
+    def take_front(self):
+        """Expects the front there is, where another could not be expected."""
+        self.expected = front(self.out)
+
     def finish(self, driver, attempts=6):
         """Waits for a run to end and starts it again until one ends well."""
         for _ in range(attempts):

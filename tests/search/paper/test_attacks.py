@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from search.evaluation.prepared import prepare
-from search.paper.attacks import ATTACKS, LEAST, PUSHED, RANDOM, WALK, AttackSettings, AttackTask, random_step, run_attacks
+from search.paper.attacks import ATTACKS, LEAST, PUSHED, RANDOM, WALK, AttackSettings, random_step, run_attacks
 from search.paper.runner import PARTS
+from search.paper.settings import Task
 from search.spec.study import load_study
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector
 from uipe_core.errors import UserError
@@ -20,7 +21,9 @@ from uipe_core.errors import UserError
 def real(attack_settings):
     """One part, really run, and how far it said it was."""
     said = []
-    return run_attacks(attack_settings, AttackTask(0, "grad_diff"), 1, lambda done, total: said.append((done, total))), said
+    return run_attacks(
+        attack_settings, Task(0, "grad_diff", attacks=True), 1, lambda done, total: said.append((done, total))
+    ), said
 
 
 def test_a_part_scores_every_point_and_says_how_far_it_is(real, attack_settings):
@@ -57,7 +60,7 @@ def test_distances_are_those_of_the_walk_and_attacks_leave_the_model_as_it_was(r
 
 
 def test_the_same_part_again_has_the_same_numbers(real, attack_settings):
-    again = run_attacks(attack_settings, AttackTask(0, "grad_diff"), 1)
+    again = run_attacks(attack_settings, Task(0, "grad_diff", attacks=True), 1)
     assert {**again, "seconds": 0} == {**real[0], "seconds": 0}
 
 
@@ -81,7 +84,7 @@ def test_adapters_on_a_model_that_exists_are_merged_and_take_no_random_steps(att
     changes = {"epochs": 1, "learning_rate": 0.02, "adapter": adapter, "methods": {"grad_ascent": {}}}
     study = write_study(tmp_path / "study.yaml", model={"kind": "pretrained", **places}, unlearning=changes)
     settings = AttackSettings.of_study(load_study(study))
-    found = run_attacks(settings, AttackTask(0, "grad_ascent"), 1)
+    found = run_attacks(settings, Task(0, "grad_ascent", attacks=True), 1)
     assert {point["kind"] for point in found["points"]} == {WALK}
     assert [(point["epoch"], point["alpha"]) for point in found["points"][2:]] == [(1, -0.5), (1, -0.25), (1, 0.5), (1, 1.0)]
     attacked = [point for point in found["points"] if point["after"]]
@@ -92,7 +95,7 @@ def test_adapters_on_a_model_that_exists_are_merged_and_take_no_random_steps(att
 def test_a_method_that_diverges_is_a_part_without_points(attack_settings):
     unlearning = attack_settings.study.unlearning.model_copy(update={"learning_rate": (1e30,)})
     settings = replace(attack_settings, study=attack_settings.study.model_copy(update={"unlearning": unlearning}))
-    found = run_attacks(settings, AttackTask(0, "grad_diff"), 1)
+    found = run_attacks(settings, Task(0, "grad_diff", attacks=True), 1)
     assert found["points"] == []
     assert "finite" in found["problem"]
 

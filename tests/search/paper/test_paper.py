@@ -21,7 +21,7 @@ from search.paper.experiment import OTHER_RETAIN, run_task
 from search.paper.measures import World
 from search.paper.page import write_page
 from search.paper.runner import PARTS, keep_part, read_part, run_paper, run_parts
-from search.paper.settings import FULL, LORA, TUNINGS, PaperSettings, Task, tasks
+from search.paper.settings import FULL, LORA, TUNINGS, PaperSettings, Task
 from search.report.progress import Bars
 from uipe_core.errors import UserError
 from uipe_core.models.tiny import Stage
@@ -192,7 +192,7 @@ def finished(tmp_path_factory, attack_settings, made_up_parts):
     """A folder with every part of three made-up seeds."""
     out = tmp_path_factory.mktemp("paper")
     for task in attack_settings.tasks(3):
-        (part,) = [part for part in made_up_parts(task.seed) if part["base"] == task.base]
+        (part,) = [part for part in made_up_parts(task.seed) if part["base"] == task.part]
         keep_part(attack_settings, task, out / PARTS, part)
     for result in three_seeds((0.004, 0.005, 0.006)):
         keep_part(MADE_UP, Task(result["seed"], result["tuning"]), out / PARTS, result)
@@ -238,8 +238,8 @@ def test_kept_parts_are_not_run_again(finished):
 
 
 def test_more_seeds_keep_the_tasks_of_fewer():
-    assert set(tasks(3)) < set(tasks(5))
-    assert len({task.file_name for task in tasks(5)}) == 10
+    assert set(SMALL.tasks(3)) < set(SMALL.tasks(5))
+    assert len({task.file_name for task in SMALL.tasks(5)}) == 10
 
 
 def damage(path, how):

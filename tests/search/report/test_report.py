@@ -19,7 +19,7 @@ from search.report.conclusions import conclude
 from search.report.data import ReportData
 from search.report.html import render_report
 from search.report.style import counted
-from search.results.study_result import collapsed
+from search.store.trials import collapsed
 from uipe_core.errors import UserError
 
 FLOOR, CAP = -22.73, 0.3

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import search
-from search.cli.front_table import print_front
+from search.cli.tables import print_front
 from search.evaluation.controls import CONTROLS
 from search.execution.study_run import _done_jobs
 from search.problem.trial import AUDITS, UNTESTED, TrialSpec
@@ -286,7 +286,7 @@ def test_a_front_point_that_was_not_audited_says_so_and_narrow_terminals_leave_a
         store.complete(job, number, made_up_evidence(job, forgetting, utility))
         numbers.append(number)
     audit = TrialSpec("membership", "npo", 1, 0.0, of_trial=numbers[0])
-    store.note(audit, store.ask_control(audit), {**store.identity(audit), "min_k_auc": 0.75})
+    store.prune(audit, store.ask_control(audit), {**store.identity(audit), "min_k_auc": 0.75})
     result = StudyResult.of(store)
     (column,) = result.audits["front"]
     texts = dict(zip(map(str, numbers), ("0.750", "not tested"), strict=True))
@@ -342,7 +342,7 @@ def test_an_audit_that_cannot_be_done_says_why_and_the_study_goes_on(new_store, 
     store, point, number = one_point(new_store, made_up_evidence)
     audit = TrialSpec("relearn_few", **point, of_trial=number)
     evidence = {**store.identity(audit), UNTESTED: "training diverged: its loss is not finite"}
-    store.note(audit, store.ask_control(audit), evidence)
+    store.prune(audit, store.ask_control(audit), evidence)
     result = StudyResult.of(store)
     facts = next(each for each in result.audits["audits"] if each["kind"] == "relearn_few")
     assert facts["state"] == "not tested"
@@ -402,7 +402,7 @@ def test_privleak_is_against_the_retain_models_auc_where_there_is_one(audited, n
     number, job = store.ask_point(store.spec.search_space(), {"base": "npo", "epoch": 1, "alpha": 0.0}, "alpha_zero")
     store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
     audit = TrialSpec("membership", model="initial")
-    store.note(audit, store.ask_control(audit), {**store.identity(audit), "min_k_auc": 0.9})
+    store.prune(audit, store.ask_control(audit), {**store.identity(audit), "min_k_auc": 0.9})
     table = audit_table(StudyResult.of(store))
     alone = table[table["key"] == "privleak"].iloc[0]
     assert alone["number"] == "PrivLeak against 0.5, %" and alone["initial"] == pytest.approx(-80.0)
@@ -433,14 +433,14 @@ def test_numbers_are_known_with_their_settings_only(new_store, made_up_evidence)
 
     few, many = jobs(3)[0], jobs(20)[0]
     assert few != many and json.loads(many.settings) == {"samples": 20}
-    store.note(few, store.ask_control(few), evidence_of_samples(store, few, 0.25))
+    store.prune(few, store.ask_control(few), evidence_of_samples(store, few, 0.25))
     # Nothing has the study's own settings yet: what is there is shown, and says with which.
     assert shown() == ("highest ROUGE-L recall of 3 samples", "0.250", "not tested")
     assert few in _done_jobs(store) and many not in _done_jobs(store)
-    store.note(many, store.ask_control(many), evidence_of_samples(store, many, 0.75))
+    store.prune(many, store.ask_control(many), evidence_of_samples(store, many, 0.75))
     assert shown() == ("highest ROUGE-L recall of 20 samples", "0.750", "not tested")
     failed = replace(many, of_trial=None, base=None, epoch=None, alpha=None, model="initial")
-    store.note(failed, store.ask_control(failed), {**store.identity(failed), UNTESTED: "no texts"})
+    store.prune(failed, store.ask_control(failed), {**store.identity(failed), UNTESTED: "no texts"})
     assert shown()[2] == "not possible"
     assert jobs(3)[0] in _done_jobs(store)
     # What could not be done with other settings was not tried with these.
@@ -456,7 +456,7 @@ def test_samples_of_a_study_that_kept_only_their_number_are_shown(new_store, mad
     store.complete(job, number, made_up_evidence(job, -2.0, 0.7))
     audit = TrialSpec("sampling", model="initial")
     evidence = {**evidence_of_samples(store, audit, 0.5), "samples": 7.0}
-    store.note(audit, store.ask_control(audit), evidence)
+    store.prune(audit, store.ask_control(audit), evidence)
     row = next(each for each in StudyResult.of(store).audits["audits"] if each["kind"] == "sampling")["rows"][0]
     assert (row["title"], row["texts"]["initial"]) == ("highest ROUGE-L recall of 7 samples", "0.500")
 

@@ -42,7 +42,7 @@ def test_held_out_numbers_stand_beside_those_selected_by(result):
 
 def test_trials_are_scored_on_the_selecting_half(result, preparation):
     rows = preparation.split.select
-    counts = result.item_counts
+    counts = result.store.item_counts
     assert counts["forget"] == len(rows["forget"]) == 8
     retain = read_log(result.out / "logs" / "retain.json")
     assert len(retain.sets["forget"]) == 16

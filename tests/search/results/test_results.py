@@ -2,14 +2,15 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import combinations, pairwise
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from search.cli.front_table import print_front
-from search.evaluation.controls import follow_up_trials
+from search.cli.tables import print_front
+from search.evaluation.controls import CONTROLS, Control, follow_up_trials
 from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, TRUTH_RATIO
 from search.problem.space import Point
 from search.problem.trial import TrialSpec
@@ -116,7 +117,7 @@ def test_the_reference_point_of_the_spec_is_used(study):
 
 def test_the_floor_of_the_sample_is_the_reference_point_otherwise(study):
     result = study([(0, -2.0, 0.5)])
-    assert result.item_counts["forget"] == ITEMS
+    assert result.store.item_counts["forget"] == ITEMS
     assert result.reference_point()["log10_forget_quality"] == pytest.approx(FLOOR)
 
 
@@ -345,6 +346,20 @@ def test_random_directions_mirror_each_moved_front_point_once(study):
     result = study([(0, -5.0, 0.8), (0.5, -3.0, 0.7), (1.0, -1.0, 0.6), (1.5, -2.0, 0.2)], [(mirror, -6.0, 0.8)])
     randoms = [job for job in follow_up_trials(result.store) if job.kind == "random_direction"]
     assert randoms == [TrialSpec("random_direction", "npo", 1, 1.0, of_trial=2)]
+
+
+def test_a_control_that_scores_as_trials_do_scores_no_point_twice(study, monkeypatch):
+    def fixed(kind, alpha):
+        return Control(follow_up=lambda store, row, point: [TrialSpec(kind, **{**point, "alpha": alpha})])
+
+    result = study([(0, -5.0, 0.8), (0.5, -3.0, 0.7)], [(TrialSpec("done", "npo", 1, 0.75, of_trial=0), -4.0, 0.7)])
+    for kind, alpha in {"trial": 0.5, "done": 0.75, "new": 1.0}.items():
+        monkeypatch.setitem(CONTROLS, kind, fixed(kind, alpha))
+    monkeypatch.setitem(CONTROLS, "drawn", replace(fixed("drawn", 0.5), update=lambda update, seed: update))
+    # Both front points ask for each of them; one with another update asks for its own.
+    kinds = ("trial", "done", "new", "drawn")
+    asked = [(job.kind, job.of_trial) for job in follow_up_trials(result.store) if job.kind in kinds]
+    assert asked == [("new", 0), ("drawn", 0), ("drawn", 1)]
 
 
 def test_missing_trials_are_said_in_the_report(study):
