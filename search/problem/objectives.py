@@ -305,7 +305,6 @@ THIRD_OBJECTIVES: dict[str, Objective] = {
     RELATED_FORGET_QUALITY.name: RELATED_FORGET_QUALITY,
     PRIVACY.name: PRIVACY,
     "privleak": PRIVLEAK,
-    "knowmem": KNOWMEM,
     "related_extraction_strength": _forgotten(
         "one_minus_related_extraction_strength", "related", "1 - extraction strength", "1 - ES\nrelated", EXTRACTION
     ),

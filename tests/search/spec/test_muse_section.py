@@ -58,7 +58,7 @@ def test_objectives_are_muses_with_and_without_a_retain_model(study, tmp_path):
         "knowmem_retain",
         "privleak_privacy",
     ]
-    for role, name in (("forgetting", "memorization"), ("utility", "retain_utility"), ("third", "knowmem")):
+    for role, name in (("forgetting", "memorization"), ("utility", "retain_utility"), ("third", "robust_forgetting")):
         parse_study(study(objectives={role: name}), tmp_path)
 
 
