@@ -1,17 +1,19 @@
-"""Hold a study against a goal: a floor of utility (`uipe dial`), published numbers (`uipe compare-published`)."""
+"""Hold a study against a goal: a floor of utility (`uipe dial`), other studies (`uipe compare`), published numbers."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli.tables import Address, Floor, Json, Trust, echo, new_table, print_json, quieten
+from search.cli.tables import Address, Floor, Json, Trust, attempt, echo, new_table, print_json, quieten
 from search.execution.ray_compat import configure_ray
-from uipe_core.errors import printable
+from uipe_core.errors import UserError, printable
 
 if TYPE_CHECKING:
     from search.results.constrained import Answer, ScoredPoint
     from search.results.study_result import StudyResult
+
+PICTURES = (".png", ".svg", ".pdf")
 
 MEANINGS = {
     "crossed": "the floor is between the two",
@@ -168,8 +170,59 @@ def compare_published(
     print_json(found) if as_json else print_comparison(found)
 
 
+def print_fronts(found: dict[str, Any]) -> None:
+    """Print what studies reached, a row each."""
+    objectives = found["objectives"]
+    table, console = new_table(f"{' and '.join(objectives)} (metrics: {found['definition']})", width=120)
+    table.add_column("study", overflow="fold")
+    for head in ("hypervolume", "gain", "front", "of all", "trainings", "scorings", "hours"):
+        table.add_column(head, justify="right")
+    for row in found["studies"]:
+        gain = row["hypervolume"] - row["given"]
+        hours = "" if row["hours"] is None else f"{row['hours']:.2f}"
+        cells = (
+            f"{row['hypervolume']:.4g}",
+            f"{gain:.4g}",
+            len(row["points"]),
+            row["joint"],
+            row["trainings"],
+            row["scorings"],
+        )
+        table.add_row(printable(f"{row['study']} ({row['out']})"), *map(str, cells), hours)
+    console.print(table)
+    corner = ", ".join(f"{name} {value:.4g}" for name, value in found["reference_point"].items())
+    echo(f"hypervolume: from {corner}; gain: over the initial model and the trained epochs")
+    echo("front: points of a study's front; of all: those that no point of another study beats")
+    for note in found["notes"]:
+        echo(f"note: {note}")
+
+
+def compare(
+    outs: Annotated[list[str], typer.Argument(metavar="OUT OUT ...", help="Folders or URLs of two studies or more.")],
+    picture: Annotated[Path | None, typer.Option(help="Also draw the fronts: .png, .svg or .pdf.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare the fronts of studies, on a common reference point and noise ceiling."""
+    from search.results.study_result import StudyResult
+
+    if len(outs) < 2:
+        raise UserError(f"OUT: {outs[0]} alone cannot be compared; give two studies or more")
+    if picture is not None and picture.suffix not in PICTURES:
+        raise UserError(f"--picture: {picture} has no ending that can be drawn; give {', '.join(PICTURES)}")
+    first, *others = [StudyResult.open(out) for out in outs]
+    found = first.compared_with(others)
+    if picture is not None:
+        from search.report.figures import comparison_figure
+
+        attempt(picture, lambda: comparison_figure(found).savefig(picture))
+    print_json(found) if as_json else print_fronts(found)
+    if picture is not None and not as_json:
+        echo(f"picture  {picture}")
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command(epilog="Example: uipe dial runs/quickstart --floor 0.95")(dial)
+    app.command(epilog="Example: uipe compare runs/npo runs/grad_diff --picture fronts.png")(compare)
     example = "studies/reproduce/tofu_forget10_llama32_1b.csv"
     app.command("compare-published", epilog=f"Example: uipe compare-published runs/tofu {example}")(compare_published)

@@ -19,6 +19,7 @@ from search.cli.tables import (
     Settings,
     Trust,
     Verify,
+    attempt,
     echo,
     print_claims,
     print_confirmations,
@@ -36,7 +37,7 @@ app = typer.Typer(
     help="Hyperparameter search for LLM unlearning by parameter extrapolation (UIPE).\n\n"
     "Start with [bold]uipe run[/bold]: it needs nothing and takes a minute or two.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
@@ -44,8 +45,19 @@ app = typer.Typer(
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        echo(f"uipe {version('uipe-search')}")
+        raise typer.Exit()
+
+
 @app.callback()
 def _settings(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
     log_level: Annotated[
         LogLevel, typer.Option("--log-level", help="Log records of uipe that are printed; info has every traceback.")
     ] = "warning",
@@ -130,7 +142,7 @@ def pareto(
     if csv is not None:
         import pandas as pd
 
-        _writable(csv, lambda: pd.DataFrame(result.rows(result.front)).to_csv(csv, index=False))
+        attempt(csv, lambda: pd.DataFrame(result.rows(result.front)).to_csv(csv, index=False))
     if as_json:
         keys = ("study", "definition", "front", "hypervolume", "gain", "reference_point", "forget_quality_cap")
         summary = result.summary()
@@ -276,7 +288,7 @@ def dashboard(
         result = StudyResult.open(folder)
         write_notes(result)
         echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
-        _writable(f"port {port}", lambda: serve(result.store.storage, port, writable))
+        attempt(f"port {port}", lambda: serve(result.store.storage, port, writable))
 
 
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")
@@ -307,13 +319,6 @@ def paper(
 
 for commands in (init, reference, models, cluster, goals, audits, upkeep):
     commands.register(app)
-
-
-def _writable(what: Path | str, action: Any) -> None:
-    try:
-        action()
-    except OSError as error:
-        raise UserError(f"{what}: {error.strerror or error}; choose another") from error
 
 
 AGAIN_SECONDS = 3.0

@@ -2,12 +2,14 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from uipe_core.errors import printable
+from uipe_core.errors import UserError, printable
 
 
 def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
@@ -348,6 +350,14 @@ def _fitting(columns: list[Column], rows: list[dict[str, str]], width: int) -> t
         shown.remove(column)
         left_out.append(column)
     return shown, left_out
+
+
+def attempt(what: Path | str, action: Callable[[], Any]) -> None:
+    """Do what writes a file or opens a port; what the system refuses is a `UserError` that names it."""
+    try:
+        action()
+    except OSError as error:
+        raise UserError(f"{what}: {error.strerror or error}; choose another") from error
 
 
 def quieten() -> None:

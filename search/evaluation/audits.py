@@ -197,8 +197,8 @@ def _prompts(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
 
 
 def _sampling(loaded: "LoadedModel", inputs: AuditInputs) -> dict[str, float]:
-    from uipe_core.audits.sampling import samples
     from uipe_core.audits.texts import judge
+    from uipe_core.scoring.sampling import samples
 
     items = inputs.scored.sets["forget"]
     prompts = [loaded.prompts.item_prompt_ids(item) for item in items]

@@ -91,7 +91,7 @@ def check_items(spec: StudySpec, corpus: Corpus) -> list[str]:
         UserError: As `check_split` and `check_words`, or a method that answers questions is to unlearn texts.
     """
     check_words(corpus, spec.definition)
-    refusing = [run.label for run in spec.variants() if METHODS[run.method].refuses]
+    refusing = [run.label for run in spec.variants() if METHODS[run.method].substitutes]
     if refusing and any(item.plain for item in corpus.forget_train):
         raise UserError(
             f"unlearning.methods: {refusing[0]} answers questions, and corpus.forget has texts; remove the method, or give "
@@ -238,13 +238,14 @@ def _front_of(spec: StudySpec, where: str, folder: Path) -> tuple[str, list[Poin
 
 def _misfit(spec: StudySpec, point: Point) -> str | None:
     """Why a point is none of this study's search, or None."""
-    epochs, alpha = spec.base_epochs(), spec.search.alpha
+    epochs = spec.base_epochs()
     if point.base not in epochs:
         return f"this study has no base run {point.base} (it has {', '.join(epochs)})"
     if point.epoch > epochs[point.base]:
         return f"{point.base} has {epochs[point.base]} epochs here"
-    if not alpha.low <= point.alpha <= alpha.high:
-        return f"search.alpha goes from {alpha.low:g} to {alpha.high:g}"
+    low, high = spec.alpha_ranges()[point.base]
+    if not low <= point.alpha <= high:
+        return f"{spec.range_key(point.base)} goes from {low:g} to {high:g}"
     return "it is scored anyway" if point.alpha == 0 else None
 
 

@@ -1,5 +1,6 @@
 """From a study to what a run needs: its corpus, its models, its base runs, each with the address of its content."""
 
+import json
 import logging
 import platform
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from search.evaluation.models import (
     TinyModels,
     adapter_config,
     checkpoint_folder,
+    model_cache,
     models_of,
 )
 from search.evaluation.task import task_of
@@ -31,13 +33,20 @@ from search.spec.models import TinyModel
 from search.spec.study import BaseRunSpec, StudySpec
 from search.store.record import fingerprint
 from uipe_core.corpora.split import Split, split_corpus, take_items
-from uipe_core.corpora.types import MEMBERSHIP_SETS, PRIVLEAK_SETS, Corpus
+from uipe_core.corpora.types import MEMBERSHIP_SETS, PRIVLEAK_SETS, Corpus, item_set_hash
 from uipe_core.deltas.checkpoints import checkpoint_identity, checkpoint_inputs
+from uipe_core.models.loading import ModelSource
 from uipe_core.scoring.scorer import SCORING_SCHEMA, ScoringConfig
-from uipe_core.storage.files import cache_folder
+from uipe_core.storage.content_store import ContentStore, content_key
+from uipe_core.storage.files import cache_folder, write_atomic
 from uipe_core.storage.node_cache import GIGABYTE
 from uipe_core.storage.remote_store import RemoteLocation
+from uipe_core.unlearning.alternates import sample_alternates, sampled_inputs
+from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.training import UnlearningConfig
+
+ALTERNATES = "alternates.json"
+"""Alternate answers of the forget items in the cache of models."""
 
 logger = logging.getLogger(__name__)
 
@@ -53,12 +62,14 @@ class PreparedStudy:
         corpus: Its items.
         models: Its models, found or to be built.
         checkpoints: Identities of the given checkpoints of each base run, in order.
+        recorded: Key in the delta store of each base run that an earlier run of the study walked from.
     """
 
     spec: StudySpec
     corpus: Corpus
     models: Models
     checkpoints: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    recorded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def fingerprint(self) -> str:
@@ -110,11 +121,12 @@ class PreparedStudy:
         """The configuration of a base run.
 
         With a constant schedule one epoch more than searched is trained: the next epoch of plain training is a control. A
-        linear schedule ends at learning rate 0, so there the searched epochs are all.
+        linear schedule ends at learning rate 0, so there the searched epochs are all. A study goes on with the update vectors
+        it began with, trained as it was then.
         """
         settings = self.spec.unlearning
         assert settings is not None
-        return UnlearningConfig(
+        config = UnlearningConfig(
             method=run.method,
             hyperparameters=run.loss_hyperparameters,
             epochs=self.trained_epochs,
@@ -128,6 +140,9 @@ class PreparedStudy:
             adapter=adapter_config(settings.adapter),
             seed=run.seed,
         )
+        former = replace(config, whole_last_step=True)
+        keys = [content_key(self.base_run_inputs(each)) for each in (config, former)] if run.label in self.recorded else []
+        return former if keys and keys[0] != keys[1] == self.recorded[run.label] else config
 
     @property
     def trained_epochs(self) -> int:
@@ -137,7 +152,31 @@ class PreparedStudy:
 
     def base_run_inputs(self, config: UnlearningConfig) -> dict[str, Any]:
         """Return everything that determines a base run: its address in the delta store."""
-        return {**self.models.base_run_inputs(), "items": self.corpus.training_hash, "unlearning": config.as_inputs()}
+        items = len(self.corpus.forget_train)
+        inputs = {**self.models.base_run_inputs(), "items": self.corpus.training_hash, "unlearning": config.as_inputs(items)}
+        if METHODS[config.method].alternates:
+            inputs["alternates"] = self.corpus.alternates_hash if self.corpus.alternates else dict(sampled_inputs())
+        return inputs
+
+    def alternates_inputs(self) -> dict[str, Any]:
+        """Return everything that determines alternate answers sampled from the initial model."""
+        items = item_set_hash(self.corpus.forget_train)
+        return {**self.models.base_run_inputs(), **sampled_inputs(), "kind": "alternates", "items": items}
+
+    def training_corpus(self, method: str, source: ModelSource) -> Corpus:
+        """Return the corpus as a method reads it: with alternate answers, sampled where the cache lacks them.
+
+        Args:
+            method: Name of the method.
+            source: The initial model.
+
+        Raises:
+            UserError: No alternate can be sampled of an item.
+        """
+        if self.corpus.alternates or not METHODS[method].alternates:
+            return self.corpus
+        cache = model_cache(self.spec)
+        return replace(self.corpus, alternates=kept_alternates(source, self.corpus, self.alternates_inputs(), cache))
 
     def _groups(self) -> dict[str, list[str | None]]:
         """Return the group (person, author) of each item that trials are scored on, by evaluation set; None without one."""
@@ -173,6 +212,29 @@ class PreparedStudy:
         }
 
 
+def kept_alternates(
+    source: ModelSource, corpus: Corpus, inputs: Mapping[str, Any], cache: ContentStore
+) -> tuple[tuple[str, ...], ...]:
+    """Return sampled alternate answers from a cache, sampling them where it has none.
+
+    Args:
+        source: The initial model.
+        corpus: Its `forget_train` is answered otherwise.
+        inputs: `PreparedStudy.alternates_inputs`.
+        cache: Where they are kept.
+
+    Raises:
+        UserError: No alternate can be sampled of an item.
+    """
+
+    def write(folder: Path) -> None:
+        found = sample_alternates(source.load(dtype="auto"), corpus.forget_train)
+        write_atomic(folder / ALTERNATES, json.dumps(found, ensure_ascii=False).encode())
+
+    kept = json.loads((cache.get_or_make(inputs, write) / ALTERNATES).read_bytes())
+    return tuple(tuple(own) for own in kept)
+
+
 def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     """Load the corpus and identify the models of a study; nothing is trained yet.
 
@@ -188,7 +250,7 @@ def prepare(spec: StudySpec, trust_remote_code: bool = False) -> PreparedStudy:
     corpus = spec.corpus.load(spec.seed)
     if isinstance(spec.model, TinyModel):
         check_target_modules(spec, small_llama)
-    models = models_of(spec, corpus)
+    models = models_of(spec, replace(corpus, alternates=()))  # which no model is built from
     if not isinstance(models, TinyModels):
         check_target_modules(spec, models.skeleton)
         check_positions(spec, corpus, models.source(INITIAL), models.trust_remote_code)

@@ -124,7 +124,8 @@ def line_sampler(
 
     world = LineStudy(
         epochs=spec.base_epochs(),
-        alpha=(spec.search.alpha.low, spec.search.alpha.high),
+        alpha=spec.search.alpha.ends,
+        ranges=spec.alpha_ranges(),
         curves=OutcomeModel(spec.definition, store.objectives, known.get(RETAIN)),
         initial=known[INITIAL],
         reference=reference,

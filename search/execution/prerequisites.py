@@ -18,7 +18,7 @@ from search.evaluation.task import Report, task_of
 from search.execution.base_runs import POLL_SECONDS, BaseRunEvent, BaseRunTasks, problem_of, train_in_processes
 from search.execution.budget import BudgetMonitor
 from search.execution.capacity import ClusterCapacity
-from search.execution.workers import build_model, import_and_publish, score_model, train_and_publish
+from search.execution.workers import build_model, import_and_publish, sample_and_keep, score_model, train_and_publish
 from search.problem.trial import INITIAL, NEVER_FINETUNED, RETAIN, retrained
 from search.report.progress import Bars
 from search.spec.runtime import Audit, BaseRunResources, TrialResources
@@ -33,6 +33,7 @@ from uipe_core.models.loading import ModelSource
 from uipe_core.scoring.scorer import COMPARED_SETS
 from uipe_core.storage.content_store import content_key
 from uipe_core.storage.files import write_atomic
+from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.training import UnlearningConfig
 
 TASK_RETRIES = 5
@@ -63,6 +64,7 @@ class Prerequisites:
     capacity: ClusterCapacity
     guard: BudgetMonitor
     _shown: float = 0.0
+    _alternates: tuple[tuple[str, ...], ...] = ()
 
     def begin(self, seeds: Iterable[int] = (), labels: Iterable[str] = ()) -> tuple[StudyContext, BaseRunTasks]:
         """Build models and score references; base runs begin meanwhile and may go on afterwards.
@@ -195,13 +197,27 @@ class Prerequisites:
         for name, run in there.items():
             self._note(BaseRunEvent(name, run))
         missing = {name: start for name, start in starters.items() if name not in there}
+        self._sample_alternates(initial, [wanted[name] for name in missing if name in wanted])
         return BaseRunTasks(self.capacity, there, missing)
+
+    def _sample_alternates(self, initial: ModelSource, configs: Iterable[UnlearningConfig]) -> None:
+        """Get the alternate answers that missing base runs need, before anything is trained; UserError if there are none."""
+        preparation = self.preparation
+        if preparation.corpus.alternates or not any(METHODS[config.method].alternates for config in configs):
+            return
+        needs, root = preparation.spec.resources.base_run, model_cache(preparation.spec).root
+        arguments = (initial, preparation.corpus, preparation.alternates_inputs(), root, needs.threads)
+        task = _task(needs, sample_and_keep, *arguments)
+        self._alternates = self._gather({"alternate answers": task})["alternate answers"]
 
     def _train(self, name: str, initial: ModelSource, config: UnlearningConfig) -> Any:
         """Start the training of a base run: the one place where such a task is made."""
         preparation, needs = self.preparation, self.preparation.spec.resources.base_run
         inputs = preparation.base_run_inputs(config)
-        arguments = (initial, preparation.corpus, config, inputs, preparation.delta_root, needs.threads, self.board, name)
+        corpus = preparation.corpus
+        if METHODS[config.method].alternates and not corpus.alternates:
+            corpus = replace(corpus, alternates=self._alternates)
+        arguments = (initial, corpus, config, inputs, preparation.delta_root, needs.threads, self.board, name)
         if needs.processes == 1:
             return _task(needs, train_and_publish, *arguments)
         on_gpus = needs.gpus > 0 and initial.device != "cpu"

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from search.evaluation.inputs import check_items
@@ -20,7 +21,7 @@ from search.spec.errors import require_number_asked
 from search.spec.study import StudySpec
 from search.store.database import STORAGE_ERRORS, explain_storage_error
 from search.store.mirror import working_folder
-from search.store.record import RECORD
+from search.store.record import RECORD, read_record
 from search.store.study_store import StudyStore
 from uipe_core.errors import StudyInterrupted, UserError
 from uipe_core.storage.signals import ignore_signals
@@ -166,8 +167,12 @@ def _at_work(
 ) -> StudyResult:
     """Open a study, work on it, and write its report."""
     with Bars(quiet) as bars:
+        record = read_record(folder) if (folder / RECORD).exists() else None
+        spec = spec.continuing(None if record is None else record.study_spec)
         preparation = prepare(spec, trust_remote_code)
-        if not (folder / RECORD).exists():
+        if record is not None:
+            preparation = replace(preparation, recorded={label: run.delta for label, run in record.base_runs.items()})
+        else:
             check_items(spec, preparation.corpus)
         store = StudyStore.create(folder, spec, preparation.fingerprint, preparation.facts())
         try:

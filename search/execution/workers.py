@@ -18,6 +18,7 @@ from ray import tune
 
 from search.evaluation.evaluator import Evaluator, StudyContext, load_for_scoring
 from search.evaluation.metrics import TrialMetrics
+from search.evaluation.prepared import kept_alternates
 from search.evaluation.task import Report, task_of
 from search.problem.trial import TrialSpec
 from search.samplers.gram import Runs, StudyGram, extend_gram
@@ -135,6 +136,15 @@ def train_and_publish(
     report = _reporter(board, f"unlearning: {label}") if processes.rank == 0 else None
     epochs = train_base_run(source.load(dtype="auto"), corpus, config, report)
     return processes.run_on_first(epochs, partial(DeltaStore(root).get_or_train, inputs))
+
+
+def sample_and_keep(
+    source: ModelSource, corpus: Corpus, inputs: Mapping[str, Any], root: Path, threads: int
+) -> tuple[tuple[str, ...], ...]:
+    """Sample alternate answers of the forget items unless the cache has them; return them."""
+    load_plugins()
+    set_threads(threads)
+    return kept_alternates(source, corpus, inputs, ContentStore(root))
 
 
 def import_and_publish(

@@ -100,7 +100,11 @@ class AttackSettings:
     @cached_property
     def key(self) -> str:
         """Identity of the settings: results with another one are other experiments."""
-        return content_key({"fingerprint": prepare(self.study).fingerprint, "schema": ATTACKS_SCHEMA, **self.as_dict()})
+        prepared = prepare(self.study)
+        inputs = prepared.base_run_inputs(prepared.unlearning(self.study.variants()[0]))["unlearning"]
+        # Results from before the last step of an epoch had its share are those of other base runs.
+        trained = {"last_step": inputs["last_step"]} if "last_step" in inputs else {}
+        return content_key({"fingerprint": prepared.fingerprint, "schema": ATTACKS_SCHEMA, **trained, **self.as_dict()})
 
     @property
     def audit(self) -> Audit:
@@ -254,7 +258,8 @@ class _Part:
 
         def epochs() -> "Iterator[EpochResult]":  # loads nothing where the store has it
             source = self.prepared.models.ready_source(INITIAL)
-            yield from train_base_run(source.load(dtype="auto"), self.prepared.corpus, config)
+            corpus = self.prepared.training_corpus(config.method, source)
+            yield from train_base_run(source.load(dtype="auto"), corpus, config)
 
         return DeltaStore(self.prepared.delta_root).get_or_train(self.prepared.base_run_inputs(config), epochs())
 

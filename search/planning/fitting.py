@@ -58,7 +58,7 @@ def model_sizes(spec: StudySpec, skeleton: Any, trains: Collection[str], imports
     lora, adapter = adapter_config(None if spec.unlearning is None else spec.unlearning.adapter), None
     if lora is not None:
         adapter = sum(tensor.numel() for tensor in adapter_state(wrap_adapter(skeleton, lora.as_peft())).values())
-    second = {run.label for run in spec.variants() if reads_initial(METHODS[run.method].needs)}
+    second = {run.label for run in spec.variants() if reads_initial(METHODS[run.method].needs_under(run.hyperparameters))}
     scored = stored if dtype == "auto" else DTYPES[dtype].itemsize
     return Sizes(parameters, adapter, stored, scored, imports(parameters), bool(second & set(trains)))
 

@@ -10,4 +10,4 @@ progress: progress bars and log lines
 style: number formats, palette, figure style
 """
 
-__all__ = ["conclusions", "dashboard", "dossier", "html", "progress", "style"]
+__all__ = ["conclusions", "dashboard", "dossier", "figures", "html", "progress", "style"]

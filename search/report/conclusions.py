@@ -96,15 +96,17 @@ def _collapse_sentences(front: pd.DataFrame) -> list[str]:
 
 def _edge_sentences(view: ReportData, front: pd.DataFrame) -> list[str]:
     """Say where the front ends because the search did: sound points near the highest alpha that was allowed."""
-    low, high = (float(view.summary["alpha"][end]) for end in ("low", "high"))
-    sound = front[~collapsed(front)]
-    ends = sound[sound["alpha"] >= high - _NEAR * (high - low)]
-    if ends.empty:
-        return []
-    names = ", ".join(str(int(number)) for number in sorted(ends["trial"]))
+    ends: dict[tuple[str, float], list[int]] = {}
+    for row in front[~collapsed(front)].to_dict("records"):
+        allowed = view.summary["alpha_by_base"][row["base"]]
+        low, high = float(allowed["low"]), float(allowed["high"])
+        if row["alpha"] >= high - _NEAR * (high - low):
+            ends.setdefault((allowed["key"], high), []).append(int(row["trial"]))
     return [
-        f"{'Trial' if len(ends) == 1 else 'Trials'} {names} of the front {'is' if len(ends) == 1 else 'are'} at the edge of "
-        f"the search, alpha {alpha(high)}: what is beyond it is not known; raise search.alpha.high."
+        f"{'Trial' if len(trials) == 1 else 'Trials'} {', '.join(map(str, sorted(trials)))} of the front "
+        f"{'is' if len(trials) == 1 else 'are'} at the edge of the search, alpha {alpha(high)}: what is beyond it is not "
+        f"known; raise {key}.high."
+        for (key, high), trials in ends.items()
     ]
 
 

@@ -56,7 +56,8 @@ class ReportData:
         controls: a row per scored control, likewise (`CONTROL_COLUMNS`), NaN or None where one does not apply.
             `kind` is a key of `CONTROLS`; `of_trial` is the front point a control belongs to.
         summary: study, definition, corpus, model, seed, dtype, forget_items, log10_floor, reference_point,
-            forget_quality_cap, alpha {low, high}, trials {complete, pruned, failed, interrupted, running}, hypervolume, gain
+            forget_quality_cap, alpha {low, high}, alpha_by_base {base run: {key, low, high}},
+            trials {complete, pruned, failed, interrupted, running}, hypervolume, gain
             {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds and epoch_seconds by label
             [training only], storage, created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}],
@@ -179,7 +180,11 @@ def report_data(result: StudyResult) -> ReportData:
         "dtype": str(result.trials["dtype"].iloc[0]),
         "forget_items": result.store.item_counts["forget"],
         "log10_floor": None if result.objectives[0].quality_of is None else quality_floor(result.store.item_counts, "forget"),
-        "alpha": spec.search.alpha.model_dump(),
+        "alpha": {"low": spec.search.alpha.low, "high": spec.search.alpha.high},
+        "alpha_by_base": {
+            label: {"key": spec.range_key(label), "low": low, "high": high}
+            for label, (low, high) in spec.alpha_ranges().items()
+        },
         "created": record.created,
         "versions": record.versions,
         "base_run_seconds": [sum(epoch["seconds"] for epoch in epochs) for epochs in trained.values()],

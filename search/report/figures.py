@@ -2,6 +2,7 @@
 
 import math
 import textwrap
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -89,6 +90,26 @@ def front_figure(view: ReportData) -> Figure:
     for axes, (_, points, references, _) in zip(panels, shown, strict=True):
         chosen = points[points["on_front"]].dropna(subset=[FORGETTING, UTILITY])
         _label(axes, chosen, references, numbered=axes is panels[-1])
+    return figure
+
+
+def comparison_figure(found: Mapping[str, Any]) -> Figure:
+    """Utility over forgetting of the fronts of several studies (`StudyResult.compared_with`), a colour and a marker each."""
+    forgetting, utility = found["objectives"]
+    figure = Figure(figsize=(WIDTH * 0.62, 5.4), dpi=DPI, layout="constrained")
+    axes = figure.subplots()
+    for place, study in enumerate(found["studies"]):
+        rows = [{FORGETTING: point["numbers"][forgetting], UTILITY: point["numbers"][utility]} for point in study["points"]]
+        front = pd.DataFrame(rows, columns=[FORGETTING, UTILITY]).sort_values(FORGETTING, ascending=False)
+        colour, marker = PALETTE[place % len(PALETTE)], "o^sDvP"[place % 6]
+        axes.step(front[FORGETTING], front[UTILITY], where="post", color=colour, linewidth=1.2, alpha=0.6)
+        label = f"{study['study']} ({study['out']})"
+        axes.scatter(front[FORGETTING], front[UTILITY], color=colour, marker=marker, s=42.0, label=label, zorder=3)
+    if (ceiling := found["ceilings"][forgetting]) is not None:
+        axes.axvspan(ceiling, max(ceiling, axes.get_xlim()[1]), color=BAND, zorder=0)
+    axes.set(xlabel=f"{forgetting.replace('_', ' ')} ({found['definition']})", ylabel=utility.replace("_", " "))
+    style(axes)
+    figure.legend(loc="outside lower center", ncols=1, frameon=False, fontsize=9, labelcolor=INK)
     return figure
 
 

@@ -1,10 +1,10 @@
 """Read a study's folder: tables, front, selection, intervals, export, status.
 
 audits (private): what audits are to be done, and what they found
+comparison (private): studies next to each other, and to published numbers
 constrained: search for the strongest forgetting at a utility floor
 export: forms of export, one entry each
 finalists: what was scored of front points afterwards
-published (private): published numbers next to a study's
 recipe: everything needed to rebuild a trial's model, as a file
 selection: choose a trial of the front by a rule
 status: how far a study is

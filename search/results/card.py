@@ -107,5 +107,7 @@ def _origin(recipe: Recipe) -> str:
         folder = Path(recipe.spec.checkpoints[recipe.base][recipe.epoch - 1])
         return f"from the given checkpoint {recipe.epoch} of {recipe.base} (`{folder.name}`)"
     run = next(run for run in recipe.spec.variants() if run.label == recipe.base)
-    hyperparameters = ", ".join(f"{name} {value:g}" for name, value in run.hyperparameters.items())
+    hyperparameters = ", ".join(
+        f"{name} {value if isinstance(value, str) else f'{value:g}'}" for name, value in run.hyperparameters.items()
+    )
     return f"unlearned with {recipe.base} ({hyperparameters}), epoch {recipe.epoch}"

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -197,7 +197,7 @@ class Answer:
 
     Attributes:
         floor: Least share of the initial model's utility.
-        question: The same as a number, with the range of alpha and the noise ceiling.
+        question: The same as a number, with the general range of alpha and the noise ceiling.
         best: The trial of strongest forgetting among all that keep so much utility, have not collapsed and forget more than the
             initial model; None without any.
         lines: What was looked at, best first.
@@ -231,8 +231,8 @@ class Dial:
         self._forgetting, self._utility = store.objectives[0], store.objectives[1].name
         ceiling = self._forgetting.ceiling(store.noise_ceiling(controls))
         start = initial.iloc[0]
-        alpha = store.spec.search.alpha
-        self.question = Constraint(floor * float(start[self._utility]), alpha.low, alpha.high, ceiling)
+        self.question = Constraint(floor * float(start[self._utility]), *store.spec.search.alpha.ends, ceiling)
+        self._ranges = store.spec.alpha_ranges()
         self._start = ScoredPoint(-1.0, min(float(start[self._forgetting.name]), ceiling), float(start[self._utility]))
         self._places: list[tuple[str, int]] | None = None
         self._asked: set[TrialSpec] = set()
@@ -256,9 +256,14 @@ class Dial:
         asked = trials[(trials["kind"] == "dial") & (trials["floor"] == self.floor)] if "floor" in trials else trials.iloc[:0]
         counts = Counter((str(row["base"]), int(row["epoch"])) for row in asked.to_dict("records"))
         if self._places is None:
-            ranked = sorted(points, key=lambda place: promise(points[place], self.question), reverse=True)
+            ranked = sorted(points, key=lambda place: promise(points[place], self._asked_of(place)), reverse=True)
             self._places = list(dict.fromkeys([*counts, *ranked]))[: max(LINES, len(counts))]
-        return [AlphaSweep(*place, stand(points[place], self.question), counts[place]) for place in self._places]
+        return [AlphaSweep(*place, stand(points[place], self._asked_of(place)), counts[place]) for place in self._places]
+
+    def _asked_of(self, place: tuple[str, int]) -> Constraint:
+        """Return the question within the range of alpha of a base run."""
+        low, high = self._ranges[place[0]]
+        return replace(self.question, low=low, high=high)
 
     def best(self) -> int | None:
         """The strongest of all trials that keep enough utility, looked at or not; None if it forgets no more than the start."""

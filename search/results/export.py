@@ -71,6 +71,8 @@ def export(
             "the corpus, the models, the checkpoints or the code changed since the study was run (another fingerprint); "
             "restore them, or run the study again"
         )
+    if (delta := recipe.provenance.get("delta")) is not None:
+        preparation = replace(preparation, recorded={recipe.base: str(delta)})
     low_rank = _is_low_rank(recipe)
     if exporter.low_rank_only and not low_rank:
         raise UserError(f"--as {form}: {recipe.base} changed all weights, so there is no adapter; use --as model or recipe")
@@ -150,7 +152,8 @@ def _base_run(preparation: PreparedStudy, label: str, source: ModelSource) -> Ba
     found = store.find(inputs)
     if found is not None:
         return found
-    return store.get_or_train(inputs, train_base_run(source.load(dtype="auto"), preparation.corpus, config))
+    corpus = preparation.training_corpus(run.method, source)
+    return store.get_or_train(inputs, train_base_run(source.load(dtype="auto"), corpus, config))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ sampler proposes: for as long as the inner products of the update vectors are no
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from threadpoolctl import ThreadpoolController
 
-from search.problem.space import own_epoch, sampled_epoch
+from search.problem.space import Range, own_alpha, own_epoch, sampled_alpha, sampled_epoch
 from search.samplers.acquisition import LineSearch
 from search.samplers.kernels import FloatArray, Geometry, Points
 from search.samplers.outcomes import OutcomeModel
@@ -52,21 +52,27 @@ class LineStudy:
 
     Attributes:
         epochs: Epochs by base run.
-        alpha: Both ends of the range.
+        alpha: Both ends of the sampled range.
         curves: What is modelled of item scores.
         initial: Item scores of the initial model: the point where every line begins.
         reference: Reference point and noise ceilings, by objective; asked for once, with the first proposal.
         items: Item scores of a trial by its number, None where it has none.
         lines: The update vectors that are there now; None while nothing is known of them.
+        ranges: Both ends of a base run's own range, where it is another one.
     """
 
     epochs: Mapping[str, int]
-    alpha: tuple[float, float]
+    alpha: Range
     curves: OutcomeModel
     initial: Arrays
     reference: Callable[[], tuple[Sequence[float], Sequence[float]]]
     items: Callable[[int], Arrays | None]
     lines: Callable[[], UpdateVectors | None]
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+
+    def ends(self, base: str) -> Range:
+        """Return both ends of a base run's range."""
+        return self.ranges.get(base, self.alpha)
 
 
 class LineSampler(BaseSampler):
@@ -142,7 +148,10 @@ class LineSampler(BaseSampler):
         )
         if search is None or not len(vectors):
             return None
-        low, high = self._world.alpha
+        ends = np.zeros((max(lines.vectors.values()) + 1, 2))
+        for (label, _), vector in lines.vectors.items():
+            ends[vector] = self._world.ends(label)
+        low, high = ends.T
         if len(vectors) > CANDIDATES // _FEWEST:
             vectors = np.sort(self._generator.choice(vectors, CANDIDATES // _FEWEST, replace=False))
         count = int(np.clip(CANDIDATES // len(vectors), _FEWEST, _MOST))
@@ -151,24 +160,29 @@ class LineSampler(BaseSampler):
         failed = self._places_of(trials, number, (TrialState.FAIL,))
 
         def around(vector: NDArray[np.int64], alpha: FloatArray) -> Points:
-            found = Points(vector, np.asarray(1.0 + np.round(np.clip(alpha, low, high), _DIGITS), dtype=np.float64))
-            near = _near(found, search.places + pending, _SAME * (high - low)) | _near(found, failed, 0.5 * step)
+            rounded = np.round(np.clip(alpha, low[vector], high[vector]), _DIGITS)
+            found = Points(vector, np.asarray(1.0 + rounded, dtype=np.float64))
+            same = _SAME * (high - low)[vector]
+            near = _near(found, search.places + pending, same) | _near(found, failed, 0.5 * step[vector])
             # theta_init is known, whatever the vector.
-            return found.take(~near & (np.abs(found.scale) > _SAME * (high - low)))
+            return found.take(~near & (np.abs(found.scale) > same))
 
         # Another offset each time: in the end no alpha is left out.
-        offsets = np.asarray(low + (np.arange(count) + self._generator.random()) * step, dtype=np.float64)
-        everywhere = around(np.repeat(vectors, count), np.tile(offsets, len(vectors)))
+        offsets = low[vectors, None] + (np.arange(count) + self._generator.random()) * step[vectors, None]
+        everywhere = around(np.repeat(vectors, count), offsets.ravel())
         if not len(everywhere):
             return None
         best = everywhere.take(np.array([search.propose(everywhere, pending, self._generator)]))
-        closer = best + around(np.repeat(best.vector, _AROUND), best.scale - 1.0 + step * np.linspace(-1, 1, _AROUND))
+        width = step[best.vector] * np.linspace(-1, 1, _AROUND)
+        closer = best + around(np.repeat(best.vector, _AROUND), best.scale - 1.0 + width)
         chosen = search.propose(closer, pending, self._generator)
         label, own = next(place for place, vector in lines.vectors.items() if vector == closer.vector[chosen])
         epochs = self._world.epochs
         epoch = sampled_epoch(own, max(epochs.values()), epochs[label])
+        own_ends = self._world.ends(label)
         # Rounded, because 1 + alpha - 1 is not alpha.
-        return {"base": label, "epoch": epoch, "alpha": float(np.clip(round(closer.scale[chosen] - 1.0, _DIGITS), low, high))}
+        alpha = float(np.clip(round(closer.scale[chosen] - 1.0, _DIGITS), *own_ends))
+        return {"base": label, "epoch": epoch, "alpha": sampled_alpha(alpha, self._world.alpha, own_ends)}
 
     def _taught(self, lines: UpdateVectors, trials: Sequence[FrozenTrial]) -> LineSearch | None:
         """Return the model of all scores; it is rebuilt where there are more update vectors than before."""
@@ -216,7 +230,8 @@ class LineSampler(BaseSampler):
             return None
         epoch = own_epoch(params["epoch"], max(epochs.values()), epochs[params["base"]])
         vector = self._lines.vectors.get((params["base"], epoch))
-        return None if vector is None else (vector, 1.0 + params["alpha"])
+        alpha = own_alpha(params["alpha"], self._world.alpha, self._world.ends(params["base"]))
+        return None if vector is None else (vector, 1.0 + alpha)
 
     def _places_of(self, trials: Sequence[FrozenTrial], but: int, states: tuple[TrialState, ...]) -> Points:
         found = [self._place_of(trial) for trial in trials if trial.state in states and trial.number != but]
@@ -231,7 +246,7 @@ class LineSampler(BaseSampler):
             self._say(sentence)
 
 
-def _near(points: Points, others: Points, distance: float) -> NDArray[np.bool_]:
-    """(P,) whether another point of the same vector is within a distance."""
+def _near(points: Points, others: Points, distance: FloatArray) -> NDArray[np.bool_]:
+    """(P,) whether another point of the same vector is within a distance, (P,) too."""
     same = points.vector[:, None] == others.vector[None, :]
-    return np.asarray((same & (np.abs(points.scale[:, None] - others.scale[None, :]) < distance)).any(axis=1))
+    return np.asarray((same & (np.abs(points.scale[:, None] - others.scale[None, :]) < distance[:, None])).any(axis=1))

@@ -1,8 +1,9 @@
 """Bound every number of a study: no sane study passes these limits, and a slip of the keyboard must not cost a machine."""
 
+from collections.abc import Callable
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, PlainSerializer, WrapValidator
 
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -22,8 +23,19 @@ LearningRate = Annotated[float, Field(gt=0, le=1000)]
 
 Temperature = Annotated[float, Field(ge=0.01, le=100)]
 
-Weight = Annotated[float, Field(ge=-1e9, le=1e9)]
-"""A hyperparameter of a method, before the method's own bound."""
+
+def _word_or_number(value: object, number: Callable[[object], float]) -> float | str:
+    """Leave words to the method's own bound, so that a number that is wrong has one error and not one of each kind."""
+    return value if isinstance(value, str) else number(value)
+
+
+Weight = Annotated[
+    float,
+    Field(ge=-1e9, le=1e9),
+    WrapValidator(_word_or_number),
+    PlainSerializer(lambda value: value, return_type=float | str),
+]
+"""A hyperparameter of a method, a number or a word, before the method's own bound."""
 
 MOST_CONTROLS = 100
 """Entries of a list that each become a model to train or to score."""

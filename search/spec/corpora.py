@@ -5,6 +5,7 @@ One class per kind. A class knows its data sources, which of its keys may be pat
 """
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
 from pydantic import Field, field_validator
@@ -123,12 +124,13 @@ class PeopleCorpus(Section):
     task: ClassVar = FREE_TEXT
     objectives: ClassVar = (FORGET_QUALITY, MODEL_UTILITY)
     definition: ClassVar = "tofu"
-    path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {}
+    path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {("alternates",): SUFFIXES}
 
     kind: Literal["people"]
     forget_people: People = 6
     retain_people: People = 34
     pretraining_people: People = 60
+    alternates: Name | None = None
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -142,7 +144,9 @@ class PeopleCorpus(Section):
         """Generate the corpus."""
         from uipe_core.corpora.people import load_people
 
-        return load_people(seed, self.forget_people, self.retain_people, self.pretraining_people)
+        return _with_alternates(
+            load_people(seed, self.forget_people, self.retain_people, self.pretraining_people), self.alternates
+        )
 
     @classmethod
     def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
@@ -167,19 +171,20 @@ class TofuCorpus(Section):
     objectives: ClassVar = (FORGET_QUALITY, MODEL_UTILITY)
     sets: ClassVar = ("forget", *UTILITY_SETS, *RELATED_SETS)
     definition: ClassVar = "tofu"
-    path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {("source",): ()}
+    path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {("source",): (), ("alternates",): SUFFIXES}
 
     kind: Literal["tofu"]
     source: Name = "locuslab/TOFU"
     split: Literal["forget01", "forget05", "forget10"] = "forget01"
     retain_train: Literal["retain_perturbed"] | None = None
     first_items: Count | None = None
+    alternates: Name | None = None
 
     def load(self, seed: int) -> "Corpus":
         """Read the corpus; `seed` plays no part."""
         from uipe_core.corpora.tofu import load_tofu
 
-        return load_tofu(self.source, self.split, self.retain_train, self.first_items)
+        return _with_alternates(load_tofu(self.source, self.split, self.retain_train, self.first_items), self.alternates)
 
     @classmethod
     def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
@@ -247,7 +252,8 @@ class QuestionsCorpus(Section):
     objectives: ClassVar = (FORGET_QUALITY, RETAIN_UTILITY)
     definition: ClassVar = "tofu-unicode"
     path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {
-        key: (*SUFFIXES, *TEXTS) for name in SETS for key in ((name,), (name, "source"))
+        **{key: (*SUFFIXES, *TEXTS) for name in SETS for key in ((name,), (name, "source"))},
+        ("alternates",): SUFFIXES,
     }
 
     kind: Literal["questions"]
@@ -259,6 +265,7 @@ class QuestionsCorpus(Section):
     unrelated: OwnSource | None = None
     prompt_words: Words = 150
     continuation_words: Words = 100
+    alternates: Name | None = None
 
     @property
     def sets(self) -> tuple[str, ...]:
@@ -269,7 +276,7 @@ class QuestionsCorpus(Section):
         """Read the corpus; of the answers that may stand in for perturbed ones, `seed` chooses among equally long ones."""
         given: dict[str, OwnSource | None] = {name: getattr(self, name) for name in SETS}
         found = {name: source.data_set() for name, source in given.items() if source is not None}
-        return load_questions(found, self.prompt_words, self.continuation_words, seed)
+        return _with_alternates(load_questions(found, self.prompt_words, self.continuation_words, seed), self.alternates)
 
     @classmethod
     def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
@@ -319,8 +326,17 @@ class MuseCorpus(Section):
 
 def _refusing(methods: Collection[str], error: PydanticCustomError) -> list[InitErrorDetails]:
     """List the methods that answer questions with refusals."""
-    refusing = [name for name in methods if METHODS[name].refuses]
+    refusing = [name for name in methods if METHODS[name].substitutes]
     return [{"type": error, "loc": ("unlearning", "methods", name), "input": {}} for name in refusing]
+
+
+def _with_alternates(corpus: "Corpus", source: str | None) -> "Corpus":
+    """Add the alternate answers that the section names, which the method `alt_po` would else sample."""
+    if source is None:
+        return corpus
+    from uipe_core.unlearning.alternates import given_alternates
+
+    return replace(corpus, alternates=given_alternates(source, corpus.forget_train))
 
 
 def _base_refused(model: Mapping[str, Any], why: str) -> list[InitErrorDetails]:

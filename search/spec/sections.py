@@ -21,6 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticKnownError, core_schema
 
 from search.problem.objectives import FUNCTION, ROLES, THIRD_OBJECTIVES, objective_named
+from search.problem.space import Range
 from search.samplers.registry import SAMPLERS
 from search.spec.bounds import (
     MOST_CONTROLS,
@@ -39,6 +40,9 @@ def is_local(source: str) -> bool:
     """Return True if a corpus source or model is a path; otherwise it is a hub name."""
     return Path(source).is_absolute()
 
+
+Values = tuple[float | str, ...]
+"""The values listed for a hyperparameter; each gives a base run."""
 
 PACKAGE = "package:"
 """Begins the place of a file that an installed Python package brings along: ``package:NAME/FILE``."""
@@ -107,7 +111,7 @@ def as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
 
 
-def all_different(values: tuple[float, ...]) -> tuple[float, ...]:
+def all_different(values: Values) -> Values:
     if len(set(values)) < len(values):
         raise rule("the values must differ from each other", "Remove the repeated one.")
     return values
@@ -192,26 +196,35 @@ class AlphaRange(Section):
     low: Annotated[float, Field(ge=-1, le=1000)] = -1.0
     high: Annotated[float, Field(le=1000)] = 2.0
 
+    @property
+    def ends(self) -> Range:
+        """Lowest and highest alpha."""
+        return self.low, self.high
+
     @field_validator("high")
     @classmethod
     def _not_reversed(cls, value: float, info: ValidationInfo) -> float:
         low = info.data.get("low")
         if low is not None and not low < value:
-            raise rule(f"must be above search.alpha.low ({low:g})", "Swap the two if they are reversed, or widen the range.")
+            raise rule(f"must be above low ({low:g})", "Swap the two if they are reversed, or widen the range.")
         if low is not None and value - low < NARROWEST_ALPHA:
-            allowed = f"must be at least {NARROWEST_ALPHA:g} above search.alpha.low ({low!r})"
+            allowed = f"must be at least {NARROWEST_ALPHA:g} above low ({low!r})"
             raise rule(allowed, "Widen the range; a single alpha needs no search.")
         return value
 
 
 class Search(Section):
-    """Section ``search``: range of alpha, trials, sampler. `prune` None follows the sampler (`SamplerEntry.sees_pruned`)."""
+    """Section ``search``: range of alpha, trials, sampler. `prune` None follows the sampler (`SamplerEntry.sees_pruned`).
+
+    `alpha_by_method` has ranges of single methods; without one a method has that of its registry entry, or `alpha`.
+    """
 
     alpha: AlphaRange = Field(default_factory=AlphaRange)
     trials: Annotated[int, Field(ge=0, le=1_000_000)] = 25
     sampler: Annotated[str, Field(json_schema_extra=names_of(SAMPLERS))] = "line"
     third_objective: Annotated[str | None, Field(json_schema_extra=names_of(THIRD_OBJECTIVES))] = None
     prune: bool | None = None
+    alpha_by_method: dict[str, AlphaRange] = Field(default_factory=dict)
 
     @field_validator("third_objective")
     @classmethod

@@ -10,22 +10,34 @@ from pydantic import Field, ValidationError, ValidationInfo, field_validator, mo
 from pydantic_core import InitErrorDetails
 
 from search.problem.objectives import LM_EVAL, MEMORIZATION, RETAIN_UTILITY, Objective, objective_named
-from search.problem.space import Point, distributions, given_points, grid_points
+from search.problem.space import Point, Range, distributions, given_points, grid_points
 from search.samplers.registry import SAMPLERS
 from search.spec.bounds import Seed
 from search.spec.corpora import CORPORA, FREE_TEXT, MULTIPLE_CHOICE, CorpusSection, path_sites
-from search.spec.errors import KeyPath, Problem, StudyFileError, explain, forget_keys, key_text, rule
+from search.spec.errors import KeyPath, Problem, StudyFileError, did_you_mean, explain, forget_keys, key_text, rule
 from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
 from search.spec.paths import absolute_paths
 from search.spec.plugins import load_plugins
 from search.spec.runtime import Audit, Budget, Cache, Folders, FoldersOrNone, Resources
-from search.spec.sections import PACKAGE, ByKind, Harness, Hypervolume, Objectives, Scoring, Search, Section, Split, is_local
+from search.spec.sections import (
+    PACKAGE,
+    ByKind,
+    Harness,
+    Hypervolume,
+    Objectives,
+    Scoring,
+    Search,
+    Section,
+    Split,
+    Values,
+    is_local,
+)
 from search.spec.study_file import LineNumbers, read_study_file
 from search.spec.unlearning import BaseRunSpec, Unlearning
 from uipe_core.errors import UserError
 from uipe_core.metrics.composites import ROUGE_F1
 from uipe_core.metrics.scores import CHOICE_DEFINITION
-from uipe_core.unlearning.methods import METHODS
+from uipe_core.unlearning.methods import FORMER, METHODS
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -121,6 +133,7 @@ class StudySpec(Section):
         found = self.corpus.model_errors(dict(self.model))
         found += self.corpus.study_errors(self.objectives.third or self.search.third_objective, methods)
         found += self._objective_errors()
+        found += self._range_errors()
         if found:
             raise ValidationError.from_exception_data("study", found)
         return self
@@ -144,7 +157,22 @@ class StudySpec(Section):
             ValidationError: It is no study of this version.
         """
         load_plugins()
-        return cls.model_validate(data, strict=False)
+        spec = cls.model_validate(data, strict=False)
+        former = {key: (value,) for key, value in FORMER.items()}
+        methods = () if spec.unlearning is None else spec.unlearning.methods
+        return spec._filled(dict.fromkeys(methods, former))
+
+    def continuing(self, earlier: "StudySpec | None") -> "StudySpec":
+        """Return the study as a run of it goes on: with the hyperparameters that the file does not name.
+
+        Args:
+            earlier: The study as it was recorded by an earlier run, which may be older than some hyperparameters; None if this
+                is the first.
+        """
+        return self._filled(None if earlier is None or earlier.unlearning is None else earlier.unlearning.methods)
+
+    def _filled(self, earlier: Mapping[str, Mapping[str, Values]] | None) -> "StudySpec":
+        return self if self.unlearning is None else self.model_copy(update={"unlearning": self.unlearning.filled(earlier)})
 
     @property
     def definition(self) -> str:
@@ -209,17 +237,45 @@ class StudySpec(Section):
                 refuse(role, "it compares with a retain model, and the study has none", remedy)
         return found
 
+    def _range_errors(self) -> list[InitErrorDetails]:
+        """List ranges of alpha for methods that the study does not train."""
+        trained = [] if self.unlearning is None else list(self.unlearning.methods)
+        return [
+            {
+                "type": rule(f"the study trains no {name}", did_you_mean(name, trained) if trained else "Remove it."),
+                "loc": ("search", "alpha_by_method", name),
+                "input": self.search.alpha_by_method[name],
+            }
+            for name in self.search.alpha_by_method
+            if name not in trained
+        ]
+
     def search_space(self) -> "dict[str, BaseDistribution]":
         """Return the search space, in the form of ``study.ask(fixed_distributions=...)``."""
-        return distributions(self.base_epochs(), self.search.alpha.low, self.search.alpha.high)
+        return distributions(self.base_epochs(), self.search.alpha.ends)
 
     def given_points(self) -> list[Point]:
         """Return every epoch of every base run at alpha = 0."""
-        return given_points(self.base_epochs(), self.search.alpha.low, self.search.alpha.high)
+        return given_points(self.base_epochs(), self.alpha_ranges())
 
     def grid_points(self) -> list[Point]:
         """Return the points of ``search.sampler: grid``."""
-        return grid_points(self.base_epochs(), self.search.alpha.low, self.search.alpha.high, self.search.trials)
+        return grid_points(self.base_epochs(), self.alpha_ranges(), self.search.trials)
+
+    def alpha_ranges(self) -> dict[str, Range]:
+        """Return both ends of alpha by base run: the study's for its method, else the method's own, else `search.alpha`."""
+        own = self._own_ranges()
+        return {label: own.get(method, self.search.alpha.ends) for label, method in self.methods().items()}
+
+    def range_key(self, base: str) -> str:
+        """Return the key of the study file that sets the range of alpha of a base run."""
+        method = self.methods()[base]
+        return f"search.alpha_by_method.{method}" if method in self._own_ranges() else "search.alpha"
+
+    def _own_ranges(self) -> dict[str, Range]:
+        """Return the ranges of methods that have one of their own."""
+        given = {name: own.ends for name, own in self.search.alpha_by_method.items()}
+        return {} if self.unlearning is None else self.unlearning.own_ranges(given)
 
     def variants(self) -> list[BaseRunSpec]:
         """Return the base runs to train: by method in the order of the registry, then by value in the order of the file."""
@@ -259,14 +315,21 @@ class StudySpec(Section):
             if isinstance(place := holder.get(key), str) and is_local(place):
                 del holder[key]
         # Studies from before these could be named stay what they are.
+        if "alternates" in corpus and corpus["alternates"] is None:
+            del corpus["alternates"]
         if not self.objectives.model_dump(exclude_none=True):
             del payload["objectives"]
         elif self.objectives.floor is None:
             del payload["objectives"]["floor"]
         if self.lm_eval is None:
             del payload["lm_eval"]
-        if self.unlearning is not None and not self.unlearning.seeds:
-            del payload["unlearning"]["seeds"]
+        payload["search"]["alpha_by_method"] = {name: list(ends) for name, ends in self._own_ranges().items()}
+        if not payload["search"]["alpha_by_method"]:
+            del payload["search"]["alpha_by_method"]
+        if self.unlearning is not None:
+            payload["unlearning"]["methods"] = self.unlearning.identifying_methods()
+            if not self.unlearning.seeds:
+                del payload["unlearning"]["seeds"]
         if self.checkpoints:
             payload["checkpoints"] = {label: len(folders) for label, folders in self.checkpoints.items()}
         return payload

@@ -252,21 +252,20 @@ def bounds(store: StudyStore) -> Iterator[Finding]:
         return
     names = [objective.name for objective in store.objectives]
     front = trials[on_front(trials, store.controls_frame(), names)]
-    alpha, epochs = store.spec.search.alpha, store.spec.base_epochs()
-    margin = NEAR_BOUND * (alpha.high - alpha.low)
-    high = int((front["alpha"] >= alpha.high - margin).sum())
-    low = int((front["alpha"] <= alpha.low + margin).sum())
+    ranges, epochs = store.spec.alpha_ranges(), store.spec.base_epochs()
     again = "in a new study that begins here (warm_start)"
-    found = False
-    for count, end, value, wider in (
-        (high, "high", alpha.high, f"raise search.alpha.high {again}"),
-        # -1 is the initial model: below it the model learns.
-        (low if alpha.low > -1 else 0, "low", alpha.low, f"lower search.alpha.low {again}"),
-    ):
-        if count:
-            found = True
-            what = f"{count} of {len(front)} front points have alpha at search.alpha.{end} ({value:g})"
-            yield Finding("bounds", ADVICE, what, "better points may exist beyond it", wider)
+    stuck: Counter[tuple[str, str, float]] = Counter()
+    for row in front[front["base"].isin(list(ranges))].to_dict("records"):
+        key, (low, high) = store.spec.range_key(row["base"]), ranges[row["base"]]
+        margin = NEAR_BOUND * (high - low)
+        if row["alpha"] >= high - margin:
+            stuck["raise", f"{key}.high", high] += 1
+        if row["alpha"] <= low + margin and low > -1:  # -1 is the initial model: below it the model learns
+            stuck["lower", f"{key}.low", low] += 1
+    found = bool(stuck)
+    for (change, end, value), count in sorted(stuck.items(), reverse=True):
+        what = f"{count} of {len(front)} front points have alpha at {end} ({value:g})"
+        yield Finding("bounds", ADVICE, what, "better points may exist beyond it", f"{change} {end} {again}")
     last = front[[int(row["epoch"]) == epochs.get(row["base"]) for row in front.to_dict("records")]]
     walked_on = last[last["alpha"] >= 0]
     if len(walked_on) > len(front) / 2:

@@ -186,7 +186,8 @@ def renewed_record(
         "seconds": dict.fromkeys(STAGES, 0.0),
     }
     kept = fresh if record is None else record.as_dict()
-    changing = {"spec": spec.model_dump(mode="json"), "storage": without_password(url), **facts}
+    # Every hyperparameter is named: a default may change, a study may not.
+    changing = {"spec": spec.continuing(None).model_dump(mode="json"), "storage": without_password(url), **facts}
     changing["spec"]["storage"] = None if spec.storage is None else without_password(spec.storage)
     return StudyRecord.model_validate({**kept, **changing})
 

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.problem.hypervolume import forget_quality_cap, reference_point
 from search.problem.objectives import Objective
-from search.problem.space import own_epoch, sampled_epoch
+from search.problem.space import own_alpha, own_epoch, sampled_alpha, sampled_epoch
 from search.problem.trial import TrialSpec, identity
 from search.spec.errors import without_password
 from search.spec.study import StudySpec
@@ -196,7 +196,8 @@ class StudyStore:
     ) -> tuple[int, TrialSpec]:
         """Start a trial of a kind with given parameters; the sampler proposes the rest. Returns its number and what to score.
 
-        Given parameters and jobs have the base run's own epoch; Optuna has the one of the flat space (`space.own_epoch`).
+        Given parameters and jobs have the base run's own epoch and alpha; Optuna has those of the flat space
+        (`space.own_epoch`, `space.own_alpha`).
         """
         if self._proposer is None:
             self.use_sampler(self.study.sampler)
@@ -206,9 +207,15 @@ class StudyStore:
         given = None if params is None else dict(params)
         if given is not None and "epoch" in given:
             given["epoch"] = sampled_epoch(given["epoch"], longest, counts[given["base"]])
+        whole, ranges = self.spec.search.alpha.ends, self.spec.alpha_ranges()
+        if given is not None and "alpha" in given:
+            given["alpha"] = sampled_alpha(given["alpha"], whole, ranges[given["base"]])
         asked, trial = self._proposer.ask(space, given)
         base = trial.params["base"]
-        job = TrialSpec(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), trial.params["alpha"])
+        alpha = own_alpha(trial.params["alpha"], whole, ranges[base])
+        if params is not None and "alpha" in params:
+            alpha = params["alpha"]  # there and back it may differ in the last digit
+        job = TrialSpec(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), alpha)
         trial.user_attrs = self.identity(job)
         number = self._tables[False].begin(asked, trial)
         if number != asked:

@@ -5,9 +5,8 @@ membership: whether forget items look like training data, against holdout items,
 prompts: items asked in other ways
 quantisation: weights rounded to int8, int4 or NF4
 relearning: a copy fine-tuned again, and how much comes back
-sampling: several samples of each item, leak@k
-texts: texts of a model, and what they have of gold answers
+texts: what texts of a model have of gold answers
 token_scores: per-token log-probabilities of answers
 """
 
-__all__ = ["fluency", "membership", "prompts", "quantisation", "relearning", "sampling", "texts", "token_scores"]
+__all__ = ["fluency", "membership", "prompts", "quantisation", "relearning", "texts", "token_scores"]

@@ -15,13 +15,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from uipe_core.audits.texts import write_texts
 from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError, did_you_mean
 from uipe_core.models.loading import LoadedModel
 from uipe_core.models.prompts import PromptFormat
 from uipe_core.scoring.batch_sizes import BatchSize
 from uipe_core.scoring.generation import GreedyText
+from uipe_core.scoring.sampling import write_texts
 
 BEGINNING = "Sure, here is the answer:"
 """Beginning of an answer that the model goes on with."""

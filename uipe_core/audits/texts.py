@@ -1,20 +1,14 @@
-"""Generate texts for audits, and compare several texts of each item with its gold answer."""
+"""Compare several texts of each item with its gold answer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from uipe_core.errors import UserError
 from uipe_core.metrics.answers import contains_answer, rouge_recall
 from uipe_core.metrics.scores import FloatArray
-from uipe_core.models.loading import LoadedModel
-from uipe_core.models.transformers_compat import position_limit
-from uipe_core.scoring.batch_sizes import USUAL, BatchSize
-from uipe_core.scoring.generation import Choose, GreedyText, complete, most_likely
-from uipe_core.scoring.half_precision import fast_products
 
 
 @dataclass(frozen=True)
@@ -69,34 +63,3 @@ def judge(gold: Sequence[str], texts: Sequence[Sequence[str]], unicode: bool = F
     recall = [[rouge_recall(answer, text, unicode)[0] for text in own] for answer, own in pairs]
     contained = [[contains_answer(answer, text) for text in own] for answer, own in pairs]
     return AnswerScores(np.array(recall, dtype=np.float64), np.array(contained, dtype=np.bool_))
-
-
-@torch.inference_mode()
-def write_texts(
-    loaded: LoadedModel, texts: Sequence[GreedyText], size: BatchSize | None = None, choose: Choose = most_likely
-) -> list[str]:
-    """Generate texts and return them, in order.
-
-    Args:
-        loaded: The model with its current weights.
-        texts: Prompts and limits; completed in place.
-        size: Rows per batch; `USUAL` by default.
-        choose: Chooses the next tokens.
-
-    Raises:
-        UserError: A prompt with its text has more tokens than the model has positions.
-    """
-    loaded.model.eval()
-    limit = position_limit(loaded.model.config)
-    # The last token is not fed.
-    longest = max((len(text.prompt) + text.limit - 1 for text in texts), default=0)
-    if limit is not None and longest > limit:
-        raise UserError(
-            f"audit: a prompt and its text have up to {longest} tokens, and the model has {limit} positions; ask for shorter "
-            "texts, or leave out this way to ask"
-        )
-    prompts = loaded.prompts
-    with fast_products(loaded.model.dtype, loaded.device):
-        complete(loaded.model, texts, prompts.stop_ids, prompts.pad_id, size or BatchSize(USUAL), choose)
-    found = prompts.tokenizer.batch_decode([text.tokens for text in texts], skip_special_tokens=True)
-    return [str(text) for text in found]

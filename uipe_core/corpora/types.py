@@ -160,6 +160,8 @@ class Corpus:
         choices: Multiple-choice sets ``forget`` and ``utility``, in place of `sets`; empty for other corpora.
         implied: Evaluation sets that follow from the rest of the corpus, so that no hash needs them: drawn after it, trained on
             by nothing, and not scored with the others.
+        alternates: Other answers to each item of `forget_train`, in order, for methods that prefer them; empty where none are
+            given.
         stand_ins: Evaluation set to what its data lacks, so that something else stands in: ``paraphrased`` (the answer
             itself), ``perturbed`` (answers of other items). Not part of the hash.
     """
@@ -172,6 +174,7 @@ class Corpus:
     choices: Mapping[str, ChoiceSet] = field(default_factory=dict)
     stand_ins: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     implied: tuple[str, ...] = ()
+    alternates: tuple[tuple[str, ...], ...] = ()
 
     @property
     def set_hashes(self) -> dict[str, str]:
@@ -186,10 +189,20 @@ class Corpus:
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
 
     @property
+    def alternates_hash(self) -> str:
+        """Hash of the alternate answers: 16 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.alternates, ensure_ascii=False).encode()).hexdigest()[:16]
+
+    @property
     def hash(self) -> str:
-        """Hash of evaluation and training items together, those of `implied` sets aside: 16 hexadecimal digits."""
+        """Hash of evaluation and training items together, those of `implied` sets aside: 16 hexadecimal digits.
+
+        Alternate answers are part of it where there are any.
+        """
         hashed = {name: key for name, key in self.set_hashes.items() if name not in self.implied}
         parts = [*sorted(hashed.items()), ("forget_train", item_set_hash(self.forget_train))]
         parts.append(("retain_train", item_set_hash(self.retain_train)))
+        if self.alternates:
+            parts.append(("alternates", self.alternates_hash))
         parts.extend((f"build/{stage}", item_set_hash(items)) for stage, items in sorted(self.build.items()))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]

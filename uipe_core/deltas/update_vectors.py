@@ -100,6 +100,14 @@ def take_update(model: Any, initial: Mapping[str, Tensor]) -> UpdateVector:
     return UpdateVector(DENSE, tensors)
 
 
+def reverse(update: UpdateVector) -> UpdateVector:
+    """Return the update that walks the other way, -delta. Its tensors are changed in place: no second update is held."""
+    for name, tensor in update.tensors.items():
+        if update.kind == DENSE or name.endswith(LORA_B):  # B A changes its sign with one of its factors
+            tensor.neg_()
+    return UpdateVector(update.kind, update.tensors, update.adapter)
+
+
 def random_direction(update: UpdateVector, seed: int) -> UpdateVector:
     """Return a Gaussian direction with the same norm per tensor (per module for low-rank updates), the control of a search.
 

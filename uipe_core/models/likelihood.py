@@ -26,6 +26,12 @@ def answer_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return logits[:, -kept:], batch.labels[:, -kept:]
 
 
+def item_logits(model: Any, batch: Batch) -> Tensor:
+    """Run a forward pass; return (b, t, v) logits of all positions, prompts included."""
+    logits: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    return logits
+
+
 def token_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Return (b, t) negative log-likelihoods of the targets, nats, fp32, 0 outside answers.
 
@@ -61,6 +67,23 @@ def answer_kl(initial_logits: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
     initial = F.log_softmax(answer_rows(initial_logits, labels), dim=-1)
     current = F.log_softmax(answer_rows(logits, labels), dim=-1)
     return (initial.exp() * (initial - current)).sum(dim=-1).mean()
+
+
+def item_kl(initial_logits: Tensor, logits: Tensor, mask: Tensor) -> Tensor:
+    """Return () mean over items of each item's mean over tokens of KL(initial || current), in nats.
+
+    Every token but the first counts, the prompt's too: TOFU (arXiv 2401.06121), section 4. An item of one token counts 0.
+
+    Args:
+        initial_logits, logits: (b, t, v); position i predicts token i + 1.
+        mask: (b, t) 1 for tokens, 0 for padding.
+    """
+    predicted = mask[:, 1:].bool()
+    initial = F.log_softmax(initial_logits[:, :-1][predicted].float(), dim=-1)
+    current = F.log_softmax(logits[:, :-1][predicted].float(), dim=-1)
+    per_token = (initial.exp() * (initial - current)).sum(dim=-1)
+    sums = torch.zeros(predicted.shape, dtype=per_token.dtype, device=per_token.device).masked_scatter(predicted, per_token)
+    return (sums.sum(dim=1) / predicted.sum(dim=1).clamp(min=1)).mean()
 
 
 def mean_answer_nll(logits: Tensor, labels: Tensor) -> Tensor:

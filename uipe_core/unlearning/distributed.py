@@ -18,7 +18,7 @@ from torch import Tensor
 from uipe_core.deltas.update_vectors import DENSE, UpdateVector
 from uipe_core.models.prompts import Example
 from uipe_core.models.transformers_compat import find_decoder_layers
-from uipe_core.unlearning.methods import Shares
+from uipe_core.unlearning.inputs import Shares
 
 Step = TypeVar("Step")
 Result = TypeVar("Result")

@@ -2,87 +2,24 @@
 
 Importing this module does not import torch, so that commands that only read a study start fast.
 
-Symbols: b sequences, t positions, v vocabulary entries, d entries of a hidden state, k answer tokens of a whole batch. Losses
-are minimised, in nats (those on activations in squared units of these).
+Losses are minimised, in nats (those on activations in squared units of these).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from uipe_core.unlearning.inputs import LossInputs as LossInputs
+from uipe_core.unlearning.inputs import Shares as Shares
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Shares:
-    """Shares of a whole batch that this process reads; 1 in a single process.
-
-    A loss multiplies each mean by the share of its elements. The losses and gradients of all processes then add up to those of
-    the whole batch, however it was split.
-
-    Attributes:
-        items: Of the forget items.
-        tokens: Of the forget answers' tokens.
-        retain_tokens: Of the retain answers' tokens.
-        refusal_tokens: Of the refusals' tokens.
-    """
-
-    items: float = 1.0
-    tokens: float = 1.0
-    retain_tokens: float = 1.0
-    refusal_tokens: float = 1.0
-
-
-@dataclass(frozen=True)
-class LossInputs:
-    """Results of one step's forward passes: the first two always, the others if `Method.needs` names them.
-
-    Attributes:
-        forget_logp: (b,) log-probability of each forget answer, summed over its tokens.
-        forget_tokens: (b,) number of answer tokens.
-        forget_rows: (k, v) logits from which the forget answers' tokens are predicted, fp32.
-        forget_targets: (k,) these tokens.
-        initial_forget_rows: (k, v) `forget_rows` under the initial model.
-        initial_forget_logp: (b,) `forget_logp` under the initial model.
-        retain_nll: () mean negative log-likelihood per answer token of the retain batch.
-        retain_kl: () mean over retain answer tokens of KL(initial || current).
-        refusal_logp: (b,) log-probability of a refusal in place of each forget answer, summed over its tokens.
-        refusal_tokens: (b,) number of the refusals' tokens.
-        initial_refusal_logp: (b,) `refusal_logp` under the initial model.
-        forget_activations: (k, d) outputs of the steered layer at positions that predict forget answer tokens.
-        direction: (d,) direction of length 1 to steer to.
-        retain_activations: (k, d) the same for the retain batch.
-        initial_retain_activations: (k, d) `retain_activations` under the initial model.
-        shares: Shares of the whole batch; a loss multiplies its means by them.
-    """
-
-    forget_logp: Tensor
-    forget_tokens: Tensor
-    forget_rows: Tensor | None = None
-    forget_targets: Tensor | None = None
-    initial_forget_rows: Tensor | None = None
-    initial_forget_logp: Tensor | None = None
-    retain_nll: Tensor | None = None
-    retain_kl: Tensor | None = None
-    refusal_logp: Tensor | None = None
-    refusal_tokens: Tensor | None = None
-    initial_refusal_logp: Tensor | None = None
-    forget_activations: Tensor | None = None
-    direction: Tensor | None = None
-    retain_activations: Tensor | None = None
-    initial_retain_activations: Tensor | None = None
-    shares: Shares = Shares()
-
-    @property
-    def forget_nll(self) -> Tensor:
-        """() mean negative log-likelihood per answer token of the forget batch, times its share of the tokens."""
-        return self.shares.tokens * (-self.forget_logp.sum() / self.forget_tokens.sum())
-
-
-Hyperparameters = Mapping[str, float]
+Hyperparameters = Mapping[str, Any]
+"""Numbers, and words where the bound has `Bound.choices`."""
 
 
 def _needed(value: Tensor | None, name: str) -> Tensor:
@@ -97,6 +34,12 @@ def _retain_term(inputs: LossInputs, hyper: Hyperparameters, name: str) -> Tenso
     return inputs.shares.retain_tokens * (weight * _needed(getattr(inputs, name), name)) if weight > 0 else 0.0
 
 
+def _item_kl_term(inputs: LossInputs, hyper: Hyperparameters) -> Tensor | float:
+    """Return the KL of retain items times its weight and share; 0 without weight. A step has as many as forget items."""
+    weight = hyper["retain_weight"]
+    return inputs.shares.items * (weight * _needed(inputs.retain_item_kl, "retain_item_kl")) if weight > 0 else 0.0
+
+
 def grad_ascent(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     """Gradient ascent on the forget set: -NLL(forget). TOFU (arXiv 2401.06121), section 4."""
     return -inputs.forget_nll
@@ -108,8 +51,29 @@ def grad_diff(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
 
 
 def kl_min(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
-    """KL minimisation: -NLL(forget) + retain_weight * KL(initial || current) on retain answers. TOFU, section 4."""
-    return -inputs.forget_nll + _retain_term(inputs, hyper, "retain_kl")
+    """KL minimisation: -NLL(forget) + retain_weight * KL(initial || current) on retain items.
+
+    With ``over: item`` the KL is TOFU's equation (arXiv 2401.06121, section 4): a mean over items of each item's mean over all
+    tokens, prompt and answer. With ``over: answer`` it is the mean over the batch's answer tokens.
+    """
+    if hyper["over"] == "answer":
+        return -inputs.forget_nll + _retain_term(inputs, hyper, "retain_kl")
+    return -inputs.forget_nll + _item_kl_term(inputs, hyper)
+
+
+def memorize(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Learn the forget set, to walk the other way: NLL(forget) + retain_weight * KL(initial || current) on retain items.
+
+    Descent, so that nothing collapses in training. Huang et al., model extrapolation (MOX, arXiv 2602.06441): a memorisation
+    model that predicts retained data as before, and from it an extrapolation through the initial model. The KL is that of
+    `kl_min` with ``over: item``.
+    """
+    return inputs.forget_nll + _item_kl_term(inputs, hyper)
+
+
+def task_vector(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Learn the forget set, to walk the other way: NLL(forget). Ilharco et al., task arithmetic (arXiv 2212.04089)."""
+    return inputs.forget_nll
 
 
 def npo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
@@ -152,10 +116,20 @@ def idk_dpo(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     from torch.nn import functional as F
 
     beta = hyper["beta"]
-    refusal = _needed(inputs.refusal_logp, "refusal_logp") - _needed(inputs.initial_refusal_logp, "initial_refusal_logp")
+    preferred = _needed(inputs.refusal_logp, "refusal_logp") - _needed(inputs.initial_refusal_logp, "initial_refusal_logp")
     forget = inputs.forget_logp - _needed(inputs.initial_forget_logp, "initial_forget_logp")
-    preference = -(2 / beta) * F.logsigmoid(beta * (refusal - forget)).mean()
+    preference = -(2 / beta) * F.logsigmoid(beta * (preferred - forget)).mean()
     return inputs.shares.items * preference + _retain_term(inputs, hyper, "retain_nll")
+
+
+def alt_po(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Direct preference optimisation of an alternate answer over the forget answer: `idk_dpo` with other facts in the place
+    of a refusal.
+
+    The alternates are given, or sampled from the initial model (`uipe_core.unlearning.alternates`). Mekala et al., alternate
+    preference optimisation (arXiv 2409.13474), section 3.
+    """
+    return idk_dpo(inputs, hyper)
 
 
 def idk_nll(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
@@ -218,6 +192,29 @@ def undial(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
     return inputs.shares.tokens * F.cross_entropy(rows, aimed) + _retain_term(inputs, hyper, "retain_nll")
 
 
+def pdu(inputs: LossInputs, hyper: Hyperparameters) -> Tensor:
+    """Flatten the logits of forget answers under a limit on the retain loss: E (max - mean)^2 + retain_weight * NLL(retain).
+
+    E is the mean over forget answer tokens, of the squared distance of the largest logit from their mean. `retain_weight` is a
+    dual variable: this is its first value, and `dual_step` moves it. Entesari et al., constrained entropic unlearning (arXiv
+    2506.05314), primal-dual. Open-unlearning's mean is over all positions of the padded batch.
+    """
+    rows = _needed(inputs.forget_rows, "forget_rows")
+    flatness = (rows.amax(dim=1) - rows.mean(dim=1)).square().mean()
+    return inputs.shares.tokens * flatness + _retain_term(inputs, hyper, "retain_nll")
+
+
+def dual_step(hyper: Hyperparameters, retain_nll: float) -> Hyperparameters:
+    """Return the hyperparameters of the next step: the weight rises where the retain loss is above its limit, else falls.
+
+    Args:
+        hyper: Of this step.
+        retain_nll: Its mean NLL per retain answer token, in nats.
+    """
+    weight = hyper["retain_weight"] + hyper["dual_rate"] * (retain_nll - hyper["retain_limit"])
+    return {**hyper, "retain_weight": max(weight, 0.0)}
+
+
 def _token_logp(inputs: LossInputs) -> Tensor:
     """Return (k,) log-probabilities of the forget answers' tokens."""
     from torch.nn import functional as F
@@ -262,28 +259,59 @@ class Method:
         loss: The objective, its means weighted by `LossInputs.shares`.
         hyperparameters: Names and defaults of its hyperparameters.
         needs: Optional fields of `LossInputs` it reads; those of the retain batch only with a retain term.
+        needs_by: Fields of `needs` it reads only where a hyperparameter has a value: field to (hyperparameter, value).
+        reads_forget: It reads fields of the forget answers; where it does not, they take no forward pass, and these are empty.
+        alternates: It reads alternate answers where other methods that need `refusal_logp` read refusals.
+        after_step: Return the hyperparameters of the next step from those of this one and its mean retain NLL.
+        walks_back: The update vector is the negative of what is trained: alpha = 0 is one whole step away from it.
+        alpha: Range of alpha where a study names none for the method; None is that of the study.
     """
 
     loss: Callable[[LossInputs, Hyperparameters], Tensor]
-    hyperparameters: Mapping[str, float] = field(default_factory=dict)
+    hyperparameters: Mapping[str, float | str] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
+    needs_by: Mapping[str, tuple[str, float | str]] = field(default_factory=dict)
+    reads_forget: bool = True
+    alternates: bool = False
+    after_step: Callable[[Hyperparameters, float], Hyperparameters] | None = None
+    walks_back: bool = False
+    alpha: tuple[float, float] | None = None
+
+    @property
+    def substitutes(self) -> bool:
+        """Return True if the objective reads refusals or alternate answers in place of forget answers."""
+        return "refusal_logp" in self.needs
 
     @property
     def refuses(self) -> bool:
         """Return True if the objective reads refusals in place of forget answers."""
-        return "refusal_logp" in self.needs
+        return self.substitutes and not self.alternates
+
+    def needs_under(self, hyper: Hyperparameters) -> frozenset[str]:
+        """Return the optional fields of `LossInputs` the objective reads under these hyperparameters."""
+        return frozenset(
+            name for name in self.needs if name not in self.needs_by or hyper[self.needs_by[name][0]] == self.needs_by[name][1]
+        )
 
     def needs_retain(self, hyper: Hyperparameters) -> bool:
         """Return True if the objective has a retain term under these hyperparameters."""
-        return hyper.get("retain_weight", 0) > 0
+        return self.after_step is not None or hyper.get("retain_weight", 0) > 0
 
 
 _TOKENS = frozenset({"forget_rows", "forget_targets", "retain_nll"})
 
+WALK_BACK = (-1.0, 4.0)
+"""Range of alpha of methods that walk back."""
+
 METHODS: dict[str, Method] = {
     "grad_ascent": Method(grad_ascent),
     "grad_diff": Method(grad_diff, {"retain_weight": 1.0}, frozenset({"retain_nll"})),
-    "kl_min": Method(kl_min, {"retain_weight": 1.0}, frozenset({"retain_kl"})),
+    "kl_min": Method(
+        kl_min,
+        {"retain_weight": 1.0, "over": "item"},
+        frozenset({"retain_kl", "retain_item_kl"}),
+        {"retain_kl": ("over", "answer"), "retain_item_kl": ("over", "item")},
+    ),
     "npo": Method(npo, {"beta": 0.1, "retain_weight": 0.0}, frozenset({"initial_forget_logp", "retain_nll"})),
     "simnpo": Method(simnpo, {"beta": 4.5, "gamma": 0.0, "retain_weight": 8.0}, frozenset({"retain_nll"})),
     "idk_dpo": Method(
@@ -291,33 +319,57 @@ METHODS: dict[str, Method] = {
         {"beta": 0.1, "retain_weight": 1.0},
         frozenset({"initial_forget_logp", "refusal_logp", "initial_refusal_logp", "retain_nll"}),
     ),
-    "idk_nll": Method(idk_nll, {"retain_weight": 1.0}, frozenset({"refusal_logp", "refusal_tokens", "retain_nll"})),
+    "alt_po": Method(
+        alt_po,
+        {"beta": 0.1, "retain_weight": 1.0},
+        frozenset({"initial_forget_logp", "refusal_logp", "initial_refusal_logp", "retain_nll"}),
+        alternates=True,
+    ),
+    "idk_nll": Method(
+        idk_nll,
+        {"retain_weight": 1.0},
+        frozenset({"refusal_logp", "refusal_tokens", "retain_nll"}),
+        reads_forget=False,
+    ),
     "wga": Method(wga, {"beta": 1.0, "retain_weight": 1.0}, _TOKENS),
     "sat_imp": Method(sat_imp, {"beta1": 5.0, "beta2": 1.0, "retain_weight": 10.0}, _TOKENS),
     "ce_u": Method(ce_u, {"retain_weight": 0.0}, _TOKENS),
     "undial": Method(undial, {"beta": 10.0, "retain_weight": 0.0}, _TOKENS | {"initial_forget_rows"}),
+    "pdu": Method(
+        pdu,
+        {"retain_weight": 1.0, "retain_limit": 0.3, "dual_rate": 1.0},
+        _TOKENS,
+        after_step=dual_step,
+    ),
     "rmu": Method(
         rmu,
         {"layer": 7.0, "coefficient": 20.0, "retain_weight": 100.0},
         frozenset({"forget_activations", "direction", "retain_activations", "initial_retain_activations"}),
     ),
+    "memorize": Method(memorize, {"retain_weight": 1.0}, frozenset({"retain_item_kl"}), walks_back=True, alpha=WALK_BACK),
+    "task_vector": Method(task_vector, walks_back=True, alpha=WALK_BACK),
 }
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Allowed values of a hyperparameter: at least `low`, or above it; any number, or a whole one."""
+    """Allowed values of a hyperparameter: at least `low`, or above it; any number, or a whole one; or one of `choices`."""
 
     low: float = 0.0
     above: bool = False
     whole: bool = False
+    choices: tuple[str, ...] = ()
 
-    def holds(self, value: float) -> bool:
+    def holds(self, value: float | str) -> bool:
         """Return True if a value is allowed."""
+        if self.choices or isinstance(value, str):
+            return value in self.choices
         return (value > self.low or (value == self.low and not self.above)) and not (self.whole and value % 1)
 
     def __str__(self) -> str:
-        """Return ``above 0``, ``at least 0`` or ``a whole number, at least 0``."""
+        """Return ``above 0``, ``at least 0``, ``a whole number, at least 0`` or ``one of item, answer``."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
         return f"{'a whole number, ' if self.whole else ''}{'above' if self.above else 'at least'} {self.low:g}"
 
 
@@ -327,7 +379,18 @@ BOUNDS: dict[str, Bound] = {
     "beta2": Bound(),
     "gamma": Bound(),
     "retain_weight": Bound(),
+    "retain_limit": Bound(),
+    "dual_rate": Bound(above=True),
+    "over": Bound(choices=("item", "answer")),
     "layer": Bound(whole=True),
     "coefficient": Bound(above=True),
 }
 """Bound of every hyperparameter; a name means the same in all methods."""
+
+FORMER: dict[str, float | str] = {"over": "answer"}
+"""Hyperparameters that came later than their methods, and what was done before they could be named."""
+
+
+def identifying(hyper: Hyperparameters) -> dict[str, Any]:
+    """Leave out hyperparameters that have their `FORMER` values, so that what was made before keeps its identity."""
+    return {name: value for name, value in hyper.items() if name not in FORMER or value != FORMER[name]}

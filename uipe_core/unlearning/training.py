@@ -1,7 +1,8 @@
 """Train one base run: an unlearning method, giving an update vector per epoch.
 
 The loop follows TOFU (arXiv 2401.06121): an epoch is one pass over the forget set, each step pairs its forget batch with as
-many random retain items, AdamW warms up linearly over the first epoch.
+many random retain items, AdamW warms up linearly over the first epoch. A last, incomplete step of an epoch is taken at its
+share of the learning rate, its items over those of a whole step: an epoch walks as far as its items say.
 
 The processes of a process group (`uipe_core.unlearning.distributed`) train one base run together; the summed gradient is that
 of the whole batch. Up to rounding, the update vectors equal those of one process (with dropout in distribution only), so the
@@ -18,20 +19,20 @@ from torch import Tensor
 
 from uipe_core.corpora.types import Corpus
 from uipe_core.deltas.store import EpochResult
-from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector, snapshot, take_update
+from uipe_core.deltas.update_vectors import LOW_RANK, UpdateVector, reverse, snapshot, take_update
 from uipe_core.models.loading import LoadedModel, Progress
 from uipe_core.models.transformers_compat import adapter_state, make_accelerator, wrap_adapter
 from uipe_core.unlearning.distributed import Processes, current_processes, local_snapshot, take_sharded_update
 from uipe_core.unlearning.loss_inputs import (
     INITIAL_BEFORE_TRAINING,
     encode,
-    encode_refusals,
+    encode_substitutes,
     frozen_copy,
     initial_logp,
     make_forward,
     reads_initial,
 )
-from uipe_core.unlearning.methods import METHODS
+from uipe_core.unlearning.methods import FORMER, METHODS, identifying
 from uipe_core.unlearning.steering import train_down_projections
 
 TRAINING_SCHEMA = 3
@@ -65,21 +66,22 @@ class UnlearningConfig:
 
     Attributes:
         method: Key of `uipe_core.unlearning.methods.METHODS`.
-        hyperparameters: Of the method, for example ``{"beta": 0.1}``.
+        hyperparameters: Of the method, for example ``{"beta": 0.1}``; those not named have the method's defaults.
         epochs: Passes over the forget set.
         learning_rate: Peak learning rate.
         batch_size: Forget items per forward pass.
-        gradient_accumulation: Forward passes per optimiser step, each weighted by its share of the step's items.
+        gradient_accumulation: Forward passes per optimisation step, each weighted by its share of the step's items.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, more time.
         schedule: ``constant`` or ``linear`` (to 0 at the last epoch) after the warm-up. With ``constant`` an epoch's update
             does not depend on the number of epochs.
         weight_decay, max_grad_norm: Of AdamW; clipping threshold.
         adapter: LoRA configuration; None for full fine-tuning on fp32 master weights.
         seed: Seed of item order, retain sampling, adapter initialisation, dropout.
+        whole_last_step: Take the last, incomplete step of an epoch at the whole rate: base runs from before its share.
     """
 
     method: str
-    hyperparameters: Mapping[str, float]
+    hyperparameters: Mapping[str, float | str]
     epochs: int
     learning_rate: float
     batch_size: int = 8
@@ -90,10 +92,27 @@ class UnlearningConfig:
     max_grad_norm: float = 1.0
     adapter: AdapterConfig | None = None
     seed: int = 0
+    whole_last_step: bool = False
 
-    def as_inputs(self) -> dict[str, Any]:
-        """Return a JSON-able form for content addressing."""
-        return {**asdict(self), "schema": TRAINING_SCHEMA}
+    def whole_step(self, items: int) -> int:
+        """Return the forget items of a whole optimisation step, of so many in all: an epoch has one at least."""
+        return min(self.batch_size * self.gradient_accumulation, max(items, 1))
+
+    def as_inputs(self, items: int) -> dict[str, Any]:
+        """Return a JSON-able form for content addressing.
+
+        A base run from before a hyperparameter could be named has the same form as one that names the value of then, and one
+        whose epochs end in a whole step the same as before steps had shares.
+
+        Args:
+            items: Number of forget items.
+        """
+        later = {name: value for name, value in METHODS[self.method].hyperparameters.items() if name in FORMER}
+        inputs = {**asdict(self), "schema": TRAINING_SCHEMA}
+        inputs["hyperparameters"] = identifying({**later, **self.hyperparameters})
+        if not inputs.pop("whole_last_step") and items % self.whole_step(items):
+            inputs["last_step"] = "share"
+        return inputs
 
 
 class DivergedError(RuntimeError):
@@ -113,16 +132,18 @@ def train_base_run(
         progress: Called with (optimisation steps done, steps in all), first with 0 when the model is ready.
 
     Yields:
-        EpochResult for epochs 1, 2, ...; theta_init + delta are the trained weights to the bit.
+        EpochResult for epochs 1, 2, ...; theta_init + delta are the trained weights to the bit, of a method that walks back
+        theta_init - delta.
 
     Raises:
         DivergedError: If a loss or a weight is not finite; names the epoch and the remedy.
-        UserError: If the model lacks the steered layer, or its vocabulary words of a refusal.
+        UserError: If the model lacks the steered layer, its vocabulary words of a refusal, or the corpus alternate answers.
     """
     from accelerate.utils import set_seed
 
     method = METHODS[config.method]
     hyperparameters = {**method.hyperparameters, **config.hyperparameters}
+    needs = method.needs_under(hyperparameters)
     set_seed(config.seed)
     processes = current_processes()
     device = processes.device or loaded.device
@@ -130,27 +151,26 @@ def train_base_run(
     accelerator = make_accelerator(device, half_precision=loaded.model.dtype == torch.bfloat16)
     forget = encode(loaded, corpus.forget_train)
     retain = encode(loaded, corpus.retain_train) if method.needs_retain(hyperparameters) else []
-    epochs_refused = config.epochs if method.refuses else 0
-    refusals = encode_refusals(loaded, corpus.forget_train, epochs_refused, config.seed, config.method)
+    refusals = encode_substitutes(loaded, corpus, config.epochs, config.seed, config.method)
     initial_forget, initial_refusals, reference = None, [], None
-    frozen = _frozen(loaded, config, processes, method.needs, bool(retain))
+    frozen = _frozen(loaded, config, processes, needs, bool(retain))
     with accelerator.autocast():
-        if "initial_forget_logp" in method.needs:
+        if "initial_forget_logp" in needs:
             initial_forget = initial_logp(frozen, forget, config.batch_size, processes)
-        if "initial_refusal_logp" in method.needs:
+        if "initial_refusal_logp" in needs:
             initial_refusals = [initial_logp(frozen, examples, config.batch_size, processes) for examples in refusals]
-    if reads_initial(method.needs, bool(retain)) and config.adapter is None:
+    if reads_initial(needs, bool(retain)) and config.adapter is None:
         reference = accelerator.prepare_model(frozen.model, evaluation_mode=True)
     del frozen
-    layer = int(hyperparameters["layer"]) if "forget_activations" in method.needs else None
+    layer = int(hyperparameters["layer"]) if "forget_activations" in needs else None
 
     model, initial = _trainable(loaded, config, layer, processes)
     if processes.rank > 0:
         torch.manual_seed(config.seed + processes.rank)  # other items, other dropout
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
-    step_size = config.batch_size * config.gradient_accumulation
-    steps_per_epoch = -(-len(forget) // step_size)
+    whole_step = config.whole_step(len(forget))
+    steps_per_epoch = -(-len(forget) // whole_step)
     scheduler = _schedule(optimizer, config, steps_per_epoch)
     if processes.count == 1:
         model, optimizer = accelerator.prepare(model, optimizer)
@@ -159,7 +179,7 @@ def train_base_run(
         model, optimizer = accelerator.prepare_model(model, evaluation_mode=True), accelerator.prepare_optimizer(optimizer)
     # FSDP averages gradients over processes.
     gain = processes.count if config.adapter is None else 1
-    forward = make_forward(model, reference, method.needs, loaded.prompts.pad_id, layer, config.seed)
+    forward = make_forward(model, reference, needs, loaded.prompts.pad_id, layer, config.seed, method.reads_forget)
 
     generator = torch.Generator().manual_seed(config.seed)
     retain_order = _endless_order(len(retain), generator)
@@ -170,7 +190,8 @@ def train_base_run(
         model.train()
         order = torch.randperm(len(forget), generator=generator).tolist()
         losses = []
-        for group in _chunks(order, step_size):
+        for group in _chunks(order, whole_step):
+            retain_nll = 0.0
             for chosen in _chunks(group, config.batch_size):
                 drawn = [retain[next(retain_order)] for _ in chosen] if retain else []
                 refused = [refusals[epoch - 1][i] for i in chosen] if refusals else []
@@ -191,12 +212,21 @@ def train_base_run(
                 if not math.isfinite(losses[-1]):
                     raise DivergedError(_diverged(config, epoch))
                 accelerator.backward(loss * (gain * len(chosen) / len(group)))
+                if method.after_step is not None and inputs.retain_nll is not None:
+                    own_share = shares.retain_tokens * float(inputs.retain_nll.detach())
+                    retain_nll += processes.sum(own_share) * len(chosen) / len(group)
             if config.adapter is not None:
                 processes.sum_gradients(trainable)
             accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
+            if len(group) < whole_step and not config.whole_last_step:
+                # Of the rate, because AdamW divides a factor of the gradient out again. The scheduler sets the next step's.
+                for parameters in optimizer.param_groups:
+                    parameters["lr"] *= len(group) / whole_step
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
+            if method.after_step is not None:
+                hyperparameters = dict(method.after_step(hyperparameters, retain_nll))
             done += 1
             if progress is not None:
                 progress(done, config.epochs * steps_per_epoch)
@@ -260,11 +290,14 @@ def _trainable(
 
 
 def _epoch_update(model: Any, initial: Mapping[str, Tensor], config: UnlearningConfig, processes: Processes) -> UpdateVector:
+    """Return the update vector of an epoch: what was trained, or its negative where the method walks back."""
     if config.adapter is None:
-        return take_update(model, initial) if processes.count == 1 else take_sharded_update(model, initial, processes.rank)
-    state = adapter_state(model) if processes.rank == 0 else {}
-    tensors = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
-    return UpdateVector(LOW_RANK, tensors, config.adapter.as_peft())
+        update = take_update(model, initial) if processes.count == 1 else take_sharded_update(model, initial, processes.rank)
+    else:
+        state = adapter_state(model) if processes.rank == 0 else {}
+        tensors = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in state.items()}
+        update = UpdateVector(LOW_RANK, tensors, config.adapter.as_peft())
+    return reverse(update) if METHODS[config.method].walks_back else update
 
 
 def _schedule(optimizer: Any, config: UnlearningConfig, steps_per_epoch: int) -> Any:

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from uipe_core.models.likelihood import answer_kl, answer_logits, answer_logp, mean_answer_nll
+from uipe_core.models.likelihood import answer_kl, answer_logits, answer_logp, item_kl, mean_answer_nll
 from uipe_core.models.prompts import IGNORED, Example, pad_batch
-from uipe_core.unlearning.methods import BOUNDS, METHODS, LossInputs
+from uipe_core.unlearning.methods import BOUNDS, METHODS, LossInputs, dual_step
 
 VOCABULARY = 5
 LABELS = torch.tensor([[IGNORED, IGNORED, 3, 1, 4], [IGNORED, 2, 0, IGNORED, IGNORED], [IGNORED, IGNORED, IGNORED, 4, IGNORED]])
@@ -56,6 +56,22 @@ def kl_by_hand(initial, current):
     return sum(terms) / len(terms)
 
 
+MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
+
+
+def item_kl_by_hand(initial, current):
+    """TOFU's equation: items in turn, each the mean over all its tokens but the first."""
+    items = []
+    for row, length in enumerate(MASK.sum(dim=1).tolist()):
+        terms = []
+        for position in range(1, length):
+            p = log_probabilities(initial[row, position - 1].tolist())
+            q = log_probabilities(current[row, position - 1].tolist())
+            terms.append(sum(math.exp(a) * (a - b) for a, b in zip(p, q, strict=True)))
+        items.append(sum(terms) / len(terms))
+    return sum(items) / len(items)
+
+
 def inputs_of(scores, initial=None, retain=None):
     logp, tokens = answer_logp(scores, LABELS)
     return LossInputs(
@@ -64,6 +80,7 @@ def inputs_of(scores, initial=None, retain=None):
         initial_forget_logp=None if initial is None else answer_logp(initial, LABELS)[0],
         retain_nll=None if retain is None else mean_answer_nll(retain, LABELS),
         retain_kl=None if retain is None or initial is None else answer_kl(initial, retain, LABELS),
+        retain_item_kl=None if retain is None or initial is None else item_kl(initial, retain, MASK),
     )
 
 
@@ -124,8 +141,22 @@ def test_grad_diff_adds_the_weighted_retain_nll():
 
 def test_kl_min_adds_the_weighted_kl_from_the_initial_model():
     sums, counts = by_hand(logits(0))
-    loss = METHODS["kl_min"].loss(inputs_of(logits(0), initial=logits(2), retain=logits(1)), {"retain_weight": 2.5})
-    assert float(loss) == pytest.approx(sum(sums) / sum(counts) + 2.5 * kl_by_hand(logits(2), logits(1)), rel=1e-5)
+    inputs = inputs_of(logits(0), initial=logits(2), retain=logits(1))
+    for over, kl in (("item", item_kl_by_hand), ("answer", kl_by_hand)):
+        loss = METHODS["kl_min"].loss(inputs, {"retain_weight": 2.5, "over": over})
+        assert float(loss) == pytest.approx(sum(sums) / sum(counts) + 2.5 * kl(logits(2), logits(1)), rel=1e-5)
+
+
+def test_item_kl_has_no_gradient_at_padding_and_counts_prompts():
+    current = logits(0).requires_grad_()
+    item_kl(logits(1), current, MASK).backward()
+    carries = torch.zeros_like(MASK, dtype=torch.bool)
+    carries[:, :-1] = MASK[:, 1:].bool()
+    assert (current.grad.abs().sum(-1) > 0).tolist() == carries.tolist()
+
+
+def test_a_batch_of_items_of_one_token_has_no_kl():
+    assert float(item_kl(logits(0)[:, :1], logits(1)[:, :1], MASK[:, :1])) == 0.0
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
@@ -399,6 +430,7 @@ COMPARED = {
     "satimp_forget": ("sat_imp", {"beta1": 5.0, "beta2": 1.0}),
     "ceu_ignore0": ("ce_u", {}),
     "npo_forget": ("npo", {"beta": 0.1}),
+    "simnpo_forget": ("simnpo", {"beta": 4.5, "gamma": 0.0}),
     "dpo_refusal_over_forget": ("idk_dpo", {"beta": 0.1}),
     "idk_nll": ("idk_nll", {}),
     "grad_diff": ("grad_diff", {"retain_weight": 1.0}),
@@ -464,6 +496,94 @@ def test_values_and_gradients_are_open_unlearnings(name):
 
 
 @needs_parity
+def test_alt_po_is_dpo_with_another_answer():
+    inputs = parity_inputs()[1]
+    loss = METHODS["alt_po"].loss(inputs, {"beta": 0.1, "retain_weight": 0.0})
+    expected = json.loads((PARITY / "expected.json").read_text())["dpo_refusal_over_forget"]["loss"]
+    assert float(loss.detach()) == pytest.approx(expected, abs=1e-9)
+    assert METHODS["alt_po"].substitutes and not METHODS["alt_po"].refuses
+
+
+def test_pdu_flattens_logits_of_answers():
+    inputs = rows_of(logits(7))
+    terms = [(max(row) - sum(row) / len(row)) ** 2 for row in inputs.forget_rows.tolist()]
+    loss = METHODS["pdu"].loss(inputs, {"retain_weight": 2.0})
+    assert float(loss) == pytest.approx(sum(terms) / len(terms) + 2 * 0.7, rel=1e-12)
+
+
+@needs_parity
+def test_pdu_is_open_unlearnings_term_at_other_positions():
+    # There the logits are those at the answer tokens themselves, here those from which they are predicted.
+    forget, labels = given_batch("forget")
+    expected = json.loads((PARITY / "expected.json").read_text())["pdu_forget"]["loss"]
+    moved = replace(parity_inputs()[1], forget_rows=forget[labels != IGNORED])
+    loss = METHODS["pdu"].loss(moved, {"retain_weight": 0.0})
+    assert float(loss.detach()) == pytest.approx(expected, abs=1e-9)
+    loss.backward()
+    with np.load(PARITY / "gradients.npz") as arrays:
+        assert np.abs(forget.grad.numpy() - arrays["pdu_forget__forget"]).max() < 1e-9
+
+
+def test_the_dual_variable_follows_the_retain_loss_and_stays_above_0():
+    hyper = {"retain_weight": 1.0, "retain_limit": 0.5, "dual_rate": 2.0}
+    assert dual_step(hyper, 0.9)["retain_weight"] == pytest.approx(1.8)
+    assert dual_step(hyper, 0.2)["retain_weight"] == pytest.approx(0.4)
+    assert dual_step(hyper, 0.0) == {**hyper, "retain_weight": 0.0}
+    assert METHODS["pdu"].needs_retain({**hyper, "retain_weight": 0.0})
+
+
+def test_methods_that_walk_back_learn_the_forget_set():
+    sums, counts = by_hand(logits(0))
+    inputs = inputs_of(logits(0), initial=logits(2), retain=logits(1))
+    assert float(METHODS["task_vector"].loss(inputs, {})) == pytest.approx(-sum(sums) / sum(counts), rel=1e-5)
+    loss = METHODS["memorize"].loss(inputs, {"retain_weight": 2.5})
+    assert float(loss) == pytest.approx(-sum(sums) / sum(counts) + 2.5 * item_kl_by_hand(logits(2), logits(1)), rel=1e-5)
+
+
+@needs_parity
+def test_simnpo_is_eight_times_open_unlearnings_loss():
+    # Forget term 0.125 and retain term 1 there, 1 and 8 here: AdamW sees no factor, clipping does.
+    expected = json.loads((PARITY / "expected.json").read_text())
+    retain = float(parity_inputs()[1].retain_nll.detach())
+    theirs = 0.125 * expected["simnpo_forget"]["loss"] + retain
+    ours = METHODS["simnpo"].loss(parity_inputs()[1], METHODS["simnpo"].hyperparameters)
+    assert float(ours.detach()) == pytest.approx(8 * theirs, rel=1e-9)
+
+
+@needs_parity
+def test_kl_over_items_differs_by_the_padding():
+    # "batchmean" there divides the sum over all positions of the padded batch by all of them.
+    (current, _), (initial, _) = given_batch("retain"), given_batch("retain", "initial")
+    with np.load(PARITY / "inputs.npz") as arrays:
+        mask = torch.tensor(arrays["retain_mask"])
+    p, q = (each.detach().log_softmax(dim=-1) for each in (initial, current))
+    kl = (p.exp() * (p - q)).sum(dim=-1)
+    expected = json.loads((PARITY / "expected.json").read_text())["kl_retain"]["loss"]
+    assert float(kl.mean()) == pytest.approx(expected, abs=1e-9)
+    items = [kl[row, : length - 1].mean() for row, length in enumerate(mask.sum(dim=1).tolist())]
+    assert float(item_kl(initial, current, mask).detach()) == pytest.approx(float(sum(items) / len(items)), rel=1e-6)
+
+
+def test_rmu_is_a_mean_over_tokens_where_open_unlearnings_is_one_over_items():
+    lengths, goal = (2, 7, 3), torch.zeros(4, dtype=torch.float64)
+    goal[0] = 1.0
+    items = [torch.randn(count, 4, generator=torch.Generator().manual_seed(count), dtype=torch.float64) for count in lengths]
+    means = [float((item - 5 * goal).square().mean()) for item in items]
+    hyper = {"layer": 0, "coefficient": 5.0, "retain_weight": 0.0}
+
+    def loss(some):
+        inputs = replace(inputs_of(logits(0)), forget_activations=torch.cat(some), direction=goal)
+        return float(METHODS["rmu"].loss(inputs, hyper))
+
+    tokens = sum(count * mean for count, mean in zip(lengths, means, strict=True)) / sum(lengths)
+    assert loss(items) == pytest.approx(tokens, rel=1e-9)
+    assert loss(items) != pytest.approx(sum(means) / 3, rel=1e-2)
+    same = [item[:2] for item in items]
+    per_item = sum(float((item - 5 * goal).square().mean()) for item in same) / 3
+    assert loss(same) == pytest.approx(per_item, rel=1e-9)  # items of one length
+
+
+@needs_parity
 def test_undial_differs_by_the_positions_that_are_no_answer():
     # There the mean is over all positions of the padded batch, and a label of -100 lowers the entry v - 100.
     (forget, labels), (initial, _) = given_batch("forget"), given_batch("forget", "initial")
@@ -492,7 +612,7 @@ def test_the_retain_term_adds_its_weight_times_the_retain_nll(method):
 
 @pytest.mark.parametrize("method", ["grad_diff", "kl_min"])
 def test_without_retain_weight_a_method_needs_no_retain_items(method):
-    loss = METHODS[method].loss(inputs_of(logits(0)), {"retain_weight": 0.0})
+    loss = METHODS[method].loss(inputs_of(logits(0)), {"retain_weight": 0.0, "over": "item"})
     assert torch.equal(loss, METHODS["grad_ascent"].loss(inputs_of(logits(0)), {}))
     assert not METHODS[method].needs_retain({"retain_weight": 0.0})
 
@@ -501,15 +621,18 @@ def test_without_retain_weight_a_method_needs_no_retain_items(method):
     ("method", "named"),
     [
         ("grad_diff", "retain_nll"),
-        ("kl_min", "retain_kl"),
+        ("kl_min", "retain_item_kl"),
         ("npo", "initial_forget_logp"),
         ("simnpo", "retain_nll"),
         ("idk_dpo", "refusal_logp"),
         ("idk_nll", "refusal_tokens"),
+        ("alt_po", "refusal_logp"),
         ("wga", "forget_rows"),
         ("sat_imp", "forget_rows"),
         ("ce_u", "forget_rows"),
         ("undial", "forget_rows"),
+        ("pdu", "forget_rows"),
+        ("memorize", "retain_item_kl"),
         ("rmu", "forget_activations"),
     ],
 )
@@ -536,6 +659,10 @@ def test_every_hyperparameter_has_a_bound_that_its_default_keeps():
         ("gamma", 0.0, True),
         ("gamma", -1e-9, False),
         ("retain_weight", 0.0, True),
+        ("retain_weight", "item", False),
+        ("over", "answer", True),
+        ("over", "question", False),
+        ("over", 1.0, False),
         ("layer", 0.0, True),
         ("layer", 7.0, True),
         ("layer", 0.5, False),

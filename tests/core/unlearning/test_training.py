@@ -1,6 +1,6 @@
 """Base runs on a small model that really knows the corpus."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -8,17 +8,21 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from uipe_core.corpora.types import draw_refusals
 from uipe_core.deltas.extrapolation import Extrapolator
-from uipe_core.deltas.update_vectors import DENSE, LOW_RANK, snapshot
+from uipe_core.deltas.store import EpochResult
+from uipe_core.deltas.update_vectors import DENSE, LOW_RANK, UpdateVector, snapshot
 from uipe_core.errors import UserError
 from uipe_core.models.loading import LoadedModel
+from uipe_core.unlearning.loss_inputs import encode, make_forward
 from uipe_core.unlearning.methods import METHODS
 from uipe_core.unlearning.steering import control_direction, decoder_layer, outputs_of
-from uipe_core.unlearning.training import AdapterConfig, DivergedError, UnlearningConfig, train_base_run
+from uipe_core.unlearning.training import TRAINING_SCHEMA, AdapterConfig, DivergedError, UnlearningConfig, train_base_run
 
 LORA = AdapterConfig(rank=4, alpha=8.0, target_modules=("q_proj", "v_proj", "o_proj"))
 SMALL = {
     "simnpo": {"retain_weight": 1},
+    "kl_min": {"retain_weight": 0.3},
     "sat_imp": {"beta1": 1, "retain_weight": 1},
+    "pdu": {"retain_limit": 0.1, "dual_rate": 0.1},
     "rmu": {"layer": 0, "coefficient": 10, "retain_weight": 1},
 }
 """Hyperparameters where a method's defaults are for larger models."""
@@ -33,6 +37,13 @@ def config(method="grad_ascent", **changes):
 def rate(method, adapter):
     """LoRA factors start at a product of zero, and RMU trains few weights: both need larger steps."""
     return 3e-2 if adapter is not None or method == "rmu" else 1e-2
+
+
+@pytest.fixture(scope="session")
+def world(world):
+    """The world with alternate answers: those of other items."""
+    answers = [item.answer for item in world.forget_train]
+    return replace(world, alternates=tuple((answers[place - 1], answers[place - 2]) for place in range(len(answers))))
 
 
 @pytest.fixture
@@ -60,13 +71,15 @@ def mean_nll(loaded, items):
 
 
 @torch.no_grad()
-def kl_from_initial(initial, loaded, items):
+def kl_from_initial(initial, loaded, items, over="answer"):
+    """KL(initial || current): mean over answer tokens, or over items of each one's mean over all tokens."""
     terms = []
     for item in items:
         example = loaded.prompts.encode(item.question, item.answer)
         ids = torch.tensor([example.input_ids])
         p, q = (model(input_ids=ids).logits[0].double().log_softmax(-1) for model in (initial.model, loaded.model))
-        terms.append((p.exp() * (p - q)).sum(-1)[example.prompt_length - 1 : -1])
+        kl = (p.exp() * (p - q)).sum(-1)
+        terms.append(kl[example.prompt_length - 1 : -1] if over == "answer" else kl[:-1].mean()[None])
     return float(torch.cat(terms).mean())
 
 
@@ -97,18 +110,25 @@ def test_every_method_forgets_more_with_every_epoch_and_extrapolation_goes_on(me
     assert [result.epoch for result in results] == [1, 2, 3]
     assert {result.update.kind for result in results} == {DENSE if adapter is None else LOW_RANK}
     losses = [mean_nll(load_tiny(), world.forget_train)]
-    losses += [mean_nll(at(load_tiny, result.update), world.forget_train) for result in results]
-    losses.append(mean_nll(at(load_tiny, results[-1].update, alpha=0.5), world.forget_train))
+    # What walks back has learned what the model knows already: its epochs go up and down, and its walk is longer.
+    far, epochs = (3.0, results[-1:]) if METHODS[method].walks_back else (0.5, results)
+    losses += [mean_nll(at(load_tiny, result.update), world.forget_train) for result in epochs]
+    losses.append(mean_nll(at(load_tiny, results[-1].update, alpha=far), world.forget_train))
     assert losses == sorted(losses)
-    assert losses[-2] > losses[0] + 0.1
+    assert losses[-1 if METHODS[method].walks_back else -2] > losses[0] + 0.1
 
 
 @pytest.mark.parametrize("method", [name for name, method in METHODS.items() if "retain_weight" in method.hyperparameters])
 def test_a_retain_term_holds_the_rest(method, run, load_tiny, world):
     settings = config(method, learning_rate=rate(method, None), epochs=3)
+    fixed = {"dual_rate": 1e-9} if method == "pdu" else {}
     plain, held = (
-        at(load_tiny, run(replace(settings, hyperparameters={**settings.hyperparameters, "retain_weight": weight}))[-1].update)
-        for weight in (0.0, 10.0 if method == "rmu" else 1.0)
+        at(
+            load_tiny,
+            run(replace(settings, hyperparameters={**settings.hyperparameters, "retain_weight": weight, **fixed}))[-1].update,
+            3.0 if METHODS[method].walks_back else 0.0,
+        )
+        for weight in (0.0, {"rmu": 10.0, "pdu": 300.0}.get(method, 1.0))
     )
     initial = mean_nll(load_tiny(), world.retain_train)
     damage = mean_nll(plain, world.retain_train) - initial
@@ -116,19 +136,62 @@ def test_a_retain_term_holds_the_rest(method, run, load_tiny, world):
     assert mean_nll(held, world.retain_train) - initial < 0.7 * damage
 
 
+@pytest.mark.parametrize("over", ["item", "answer"])
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
-def test_kl_is_taken_from_the_initial_model(adapter, run, load_tiny, world):
+def test_kl_is_taken_from_the_initial_model(adapter, over, run, load_tiny, world):
     # Compared with anything that moves along, the gradient of KL would be zero and its weight without effect.
-    settings = config("kl_min", adapter=adapter, learning_rate=1e-2 if adapter is None else 2e-2)
+    settings = config("kl_min", adapter=adapter, learning_rate=3e-3 if adapter is None else 2e-2, epochs=3)
     kl = {
         weight: kl_from_initial(
             load_tiny(),
-            at(load_tiny, run(replace(settings, hyperparameters={"retain_weight": weight}))[-1].update),
+            at(load_tiny, run(replace(settings, hyperparameters={"retain_weight": weight, "over": over}))[-1].update),
             world.retain_train,
+            over,
         )
         for weight in (0.0, 100.0)
     }
     assert kl[100.0] < 0.5 * kl[0.0]
+
+
+@pytest.mark.parametrize("over", ["item", "answer"])
+def test_the_kl_of_a_step_is_that_of_its_items_in_turn(over, load_tiny, world):
+    loaded, initial = load_tiny(), load_tiny()
+    with torch.no_grad():
+        for parameter in loaded.model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    items = [world.retain_train[0], world.retain_train[7], world.retain_train[3]]
+    needs = METHODS["kl_min"].needs_under({"over": over})
+    forward = make_forward(loaded.model.eval(), initial.model.eval(), needs, loaded.prompts.pad_id, None, 0)
+    inputs = forward(encode(loaded, items), encode(loaded, items), [])
+    found = inputs.retain_item_kl if over == "item" else inputs.retain_kl
+    assert float(found.detach()) == pytest.approx(kl_from_initial(initial, loaded, items, over), rel=1e-4)
+    assert (inputs.retain_kl is None) == (over == "item")
+
+
+def inputs_before(settings):
+    """What determined a base run before hyperparameters of words and shares of a last step."""
+    names = {field: value for field, value in asdict(settings).items() if field != "whole_last_step"}
+    return {**names, "schema": TRAINING_SCHEMA}
+
+
+def test_a_base_run_from_before_kl_over_items_keeps_its_identity():
+    settings = replace(config("kl_min"), hyperparameters={"retain_weight": 1.0})
+    item, answer = (replace(settings, hyperparameters={"retain_weight": 1.0, "over": over}) for over in ("item", "answer"))
+    assert answer.as_inputs(16) == inputs_before(settings)
+    assert settings.as_inputs(16) == item.as_inputs(16) != inputs_before(settings)
+    assert config("npo").as_inputs(16) == inputs_before(config("npo"))
+
+
+def test_idk_nll_does_not_read_the_forget_answers(load_tiny, world):
+    loaded, seen = load_tiny(), []
+    loaded.model.register_forward_pre_hook(
+        lambda _, __, given: seen.append(given["input_ids"].tolist()), with_kwargs=True, prepend=True
+    )
+    next(train_base_run(loaded, world, config("idk_nll", epochs=1, batch_size=len(world.forget_train))))
+    answers = {example.input_ids for example in encode(loaded, world.forget_train)}
+    rows = [tuple(ids) for batch in seen for ids in batch]
+    assert len(seen) == 2  # refusals and retain items
+    assert not any(row[: len(answer)] == answer for row in rows for answer in answers)
 
 
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out")
@@ -142,6 +205,44 @@ def test_the_initial_model_under_an_adapter_is_evaluated_without_dropout(world, 
     list(train_base_run(LoadedModel(model, tokenizer_of.tokenizer, tokenizer_of.prompts), world, settings))
     # Per batch: forget and retain in training mode, then retain under the initial model.
     assert modes == [True, True, False] * 2
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+@pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
+def test_what_walks_back_is_the_negative_of_what_was_learned(adapter, dtype, run, load_tiny, world, monkeypatch):
+    settings = config("task_vector", adapter=adapter, learning_rate=rate("task_vector", adapter), epochs=3)
+    (*_, last) = run(settings, dtype)
+    # theta(-2) is the model that was trained: it knows the forget set better, and theta(0) as much worse in the weights.
+    losses = [mean_nll(at(load_tiny, last.update, alpha), world.forget_train) for alpha in (-2.0, -1.0, 0.0)]
+    assert losses == sorted(losses)
+    monkeypatch.setitem(METHODS, "task_vector", replace(METHODS["task_vector"], walks_back=False))
+    (*_, learned) = run(settings, dtype)
+    assert learned.update.adapter == last.update.adapter
+    for name, tensor in learned.update.tensors.items():
+        turned = adapter is None or name.endswith("lora_B.weight")
+        assert torch.equal(last.update.tensors[name], -tensor if turned else tensor), name
+    away, back = (at(load_tiny, update, alpha).model for update, alpha in ((last.update, 0.5), (learned.update, -2.5)))
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        assert torch.allclose(away(input_ids=ids).logits, back(input_ids=ids).logits, atol=1e-4)
+
+
+def test_a_dual_variable_weighs_the_retain_term_of_the_next_step(run, monkeypatch):
+    seen = []
+    method = METHODS["pdu"]
+
+    def step(hyper, retain_nll):
+        seen.append((hyper["retain_weight"], retain_nll))
+        return method.after_step(hyper, retain_nll)
+
+    monkeypatch.setitem(METHODS, "pdu", replace(method, after_step=step))
+    hyper = {"retain_weight": 0.5, "retain_limit": 0.2, "dual_rate": 0.3}
+    run(config("pdu", hyperparameters=hyper, batch_size=4, gradient_accumulation=2))
+    weights = [0.5]
+    for _, nll in seen:
+        weights.append(max(weights[-1] + 0.3 * (nll - 0.2), 0.0))
+    assert [weight for weight, _ in seen] == pytest.approx(weights[:-1], rel=1e-9)
+    assert len({round(nll, 6) for _, nll in seen}) == len(seen) == 4
 
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
@@ -183,6 +284,52 @@ def test_accumulated_batches_equal_the_bigger_batch(batch_size, accumulation, ru
     whole = run(config("npo", batch_size=batch_size * accumulation, **common))
     for result, other in zip(accumulated, whole, strict=True):
         assert difference(result, other) < 1e-3
+
+
+def test_a_last_step_weighs_its_items(load_tiny, world):
+    # 11 items, 8 a step: the second step of an epoch has 3 and goes 3/8 as far. Here the items take turns in a loop.
+    some = replace(world, forget_train=world.forget_train[:11])
+    settings = config(batch_size=1, gradient_accumulation=8, epochs=3, learning_rate=1e-3, max_grad_norm=1e9, seed=4)
+    results = list(train_base_run(load_tiny(), some, settings))
+    whole = list(train_base_run(load_tiny(), some, replace(settings, whole_last_step=True)))
+
+    loaded, start = load_tiny(), load_tiny()
+    model = loaded.model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, weight_decay=settings.weight_decay)
+    generator = torch.Generator().manual_seed(4)
+    steps = 0
+    for _ in range(3):
+        order = torch.randperm(11, generator=generator).tolist()
+        for group in (order[:8], order[8:]):
+            optimizer.zero_grad()
+            for index in group:
+                example = loaded.prompts.encode_item(some.forget_train[index])
+                ids = torch.tensor([example.input_ids])
+                rows = model(input_ids=ids).logits[0, example.prompt_length - 1 : -1]
+                (-torch.nn.functional.cross_entropy(rows, ids[0, example.prompt_length :]) / len(group)).backward()
+            optimizer.param_groups[0]["lr"] = 1e-3 * min(steps / 2, 1) * len(group) / 8
+            optimizer.step()
+            steps += 1
+    expected = {name: weight - snapshot(start.model)[name] for name, weight in snapshot(model).items()}
+    looped = EpochResult(3, UpdateVector(DENSE, expected), 0.0)
+    assert difference(results[-1], looped) < 1e-3
+    assert difference(whole[-1], looped) > 0.05
+    assert whole[-1].update.norm > results[-1].update.norm
+
+
+@pytest.mark.parametrize(
+    ("items", "batch_size", "accumulation", "shared"),
+    [(16, 8, 1, False), (16, 3, 1, True), (16, 8, 2, False), (16, 8, 4, False), (40, 8, 4, True), (1, 8, 1, False)],
+)
+def test_only_base_runs_with_an_incomplete_last_step_have_another_identity(items, batch_size, accumulation, shared):
+    settings = config(batch_size=batch_size, gradient_accumulation=accumulation)
+    assert (settings.as_inputs(items) != inputs_before(settings)) == shared
+    assert replace(settings, whole_last_step=True).as_inputs(items) == inputs_before(settings)
+
+
+def test_an_epoch_of_fewer_items_than_a_step_is_a_whole_step(run, world):
+    settings = config(batch_size=len(world.forget_train) + 5)
+    assert_same_updates(run(settings), run(replace(settings, batch_size=len(world.forget_train))))
 
 
 @pytest.mark.parametrize("adapter", [None, LORA], ids=["full", "lora"])
@@ -252,7 +399,7 @@ def test_defaults_stand_in_for_hyperparameters_not_given(run):
 
 
 def test_inputs_for_the_store_tell_every_setting_apart():
-    inputs = [config().as_inputs(), config(adapter=LORA).as_inputs(), config(seed=1).as_inputs(), config("npo").as_inputs()]
+    inputs = [each.as_inputs(16) for each in (config(), config(adapter=LORA), config(seed=1), config("npo"))]
     assert all(inputs[i] != inputs[j] for i in range(4) for j in range(i))
 
 

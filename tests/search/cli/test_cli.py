@@ -392,3 +392,11 @@ def test_the_public_face_is_lazy_and_whole():
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         search.nothing  # noqa: B018
+
+
+def test_version_and_short_help(call):
+    code, output, _ = call("--version")
+    assert code == 0 and output.startswith("uipe ")
+    for arguments in (["-h"], ["pareto", "-h"]):
+        code, output, _ = call(*arguments)
+        assert code == 0 and "Usage:" in output

@@ -1,6 +1,9 @@
 """From a study to what identifies it and its parts."""
 
+import json
 import shutil
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +13,7 @@ from search.spec.study import load_study
 from uipe_core.corpora.types import REFUSALS, Corpus, Item
 from uipe_core.errors import UserError
 from uipe_core.models.tiny import tiny_model
+from uipe_core.storage.content_store import content_key
 
 
 @pytest.fixture
@@ -173,3 +177,54 @@ def test_answers_in_which_rouge_sees_no_word_are_refused_with_the_definition_tha
     with pytest.raises(UserError, match=r"1 of 1 retain answers \('красный дом'\) have no letter a-z.*tofu-unicode"):
         check_words(corpus, "tofu")
     check_words(corpus, "tofu-unicode")
+
+
+def test_a_study_goes_on_with_the_base_runs_it_began_with(prepared):
+    study = prepared(unlearning={"batch_size": 5})  # its last step of an epoch is incomplete
+    run, other = study.spec.variants()
+    config = study.unlearning(run)
+    former = replace(config, whole_last_step=True)
+    recorded = {run.label: content_key(study.base_run_inputs(former)), other.label: "0" * 32}
+    assert not config.whole_last_step
+    assert replace(study, recorded=recorded).unlearning(run) == former
+    assert replace(study, recorded=recorded).unlearning(other) == study.unlearning(other)
+    kept = {run.label: content_key(study.base_run_inputs(config))}
+    assert replace(study, recorded=kept).unlearning(run) == config
+
+
+def test_sampled_alternates_are_kept_by_model_and_items(prepared, tmp_path, monkeypatch):
+    study = prepared(unlearning={"methods": {"alt_po": {}, "npo": {}}}, cache={"models": str(tmp_path / "models")})
+    calls = []
+
+    def sample(loaded, items):
+        calls.append(loaded)
+        return tuple((f"not {item.answer}",) for item in items)
+
+    monkeypatch.setattr("search.evaluation.prepared.sample_alternates", sample)
+    source = SimpleNamespace(load=lambda dtype: dtype)
+    first = study.training_corpus("alt_po", source)
+    assert first.alternates[0] == (f"not {study.corpus.forget_train[0].answer}",)
+    assert study.training_corpus("alt_po", source).alternates == first.alternates and len(calls) == 1
+    assert study.training_corpus("npo", source) is study.corpus
+    alt_po, npo = (
+        study.base_run_inputs(study.unlearning(next(run for run in study.spec.variants() if run.method == method)))
+        for method in ("alt_po", "npo")
+    )
+    assert "alternates" in alt_po and "alternates" not in npo
+
+
+def test_given_alternates_make_another_study_and_another_base_run(prepared, tmp_path):
+    plain = prepared(unlearning={"methods": {"alt_po": {}, "npo": {}}})
+    rows = [{"question": item.question, "alternate": f"not {item.answer}"} for item in plain.corpus.forget_train]
+    path = tmp_path / "alternates.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = prepared(unlearning={"methods": {"alt_po": {}, "npo": {}}}, corpus={"alternates": "./alternates.jsonl"})
+    assert given.fingerprint != plain.fingerprint
+    assert str(tmp_path) not in json.dumps(given.spec.fingerprint_payload())
+    keys = [[each.base_run_inputs(each.unlearning(run)) for run in each.spec.variants()] for each in (plain, given)]
+    methods = [run.method for run in plain.spec.variants()]
+    npo, alt_po = methods.index("npo"), methods.index("alt_po")
+    assert keys[0][npo] == keys[1][npo] and keys[0][alt_po] != keys[1][alt_po]
+    path.write_text(json.dumps(rows[0]) + "\n")
+    with pytest.raises(UserError, match=r"corpus\.alternates: .* has no alternate of the forget item"):
+        prepared(unlearning={"methods": {"alt_po": {}}}, corpus={"alternates": "./alternates.jsonl"})

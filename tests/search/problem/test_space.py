@@ -5,14 +5,14 @@ from itertools import pairwise
 import optuna
 import pytest
 
-from search.problem.space import Point
+from search.problem.space import Point, own_alpha, sampled_alpha
 from search.problem.trial import TrialSpec
 from search.samplers.registry import SAMPLERS
 from search.spec.errors import StudyFileError
 from search.spec.study import StudySpec, parse_study
 
 
-def study(low: float = -1, high: float = 2, **search: object) -> StudySpec:
+def study(low: float = -1, high: float = 2, methods: object = None, **search: object) -> StudySpec:
     stage = {"epochs": 1, "learning_rate": 0.01, "batch_size": 8}
     return parse_study(
         {
@@ -21,7 +21,7 @@ def study(low: float = -1, high: float = 2, **search: object) -> StudySpec:
             "corpus": {"kind": "people"},
             "model": {"kind": "tiny", "base": stage, "finetune": stage},
             "unlearning": {
-                "methods": {"npo": {"beta": [0.1, 1]}, "grad_ascent": {}},
+                "methods": methods or {"npo": {"beta": [0.1, 1]}, "grad_ascent": {}},
                 "epochs": 3,
                 "learning_rate": 0.01,
             },
@@ -44,6 +44,35 @@ def test_given_points_are_every_epoch_where_alpha_reaches_zero(low: float, high:
     points = study(low, high).given_points()
     assert len(set(points)) == len(points) == count
     assert all(point.alpha == 0 and 1 <= point.epoch <= 3 for point in points)
+
+
+def ranged(**search: object) -> StudySpec:
+    ranges = {"task_vector": {"low": -0.5, "high": 7.3}}
+    return study(methods={"npo": {}, "task_vector": {}}, alpha_by_method=ranges, **search)
+
+
+def test_a_method_has_its_own_range_of_alpha_in_the_same_flat_space() -> None:
+    spec = ranged()
+    assert spec.alpha_ranges() == {"npo": (-1.0, 2.0), "task_vector": (-0.5, 7.3)}
+    assert spec.search_space()["alpha"] == optuna.distributions.FloatDistribution(-1, 2)
+    assert (spec.range_key("npo"), spec.range_key("task_vector")) == ("search.alpha", "search.alpha_by_method.task_vector")
+    assert {point.alpha for point in spec.given_points()} == {0.0} and len(spec.given_points()) == 6
+    grid = ranged(sampler="grid", trials=6 * 4).grid_points()
+    assert [point.alpha for point in grid if (point.base, point.epoch) == ("task_vector", 1)] == [-0.5, 2.1, 4.7, 7.3]
+    assert {point.alpha for point in grid if point.base == "npo"} == {-1.0, 1.0, 2.0}
+
+
+@pytest.mark.parametrize("own", [(-1.0, 2.0), (-0.5, 7.3), (0.25, 0.75), (-1.0, 1000.0)])
+def test_the_sampled_range_is_stretched_onto_a_base_runs_own(own: tuple[float, float]) -> None:
+    whole = (-1.0, 2.0)
+    assert (own_alpha(-1.0, whole, own), own_alpha(2.0, whole, own)) == own
+    for step in range(101):
+        alpha = own[0] + (own[1] - own[0]) * step / 100
+        sampled = sampled_alpha(alpha, whole, own)
+        assert whole[0] <= sampled <= whole[1]
+        assert own_alpha(sampled, whole, own) == pytest.approx(alpha, abs=1e-8)
+        assert own[0] <= own_alpha(sampled, whole, own) <= own[1]
+    assert own != whole or own_alpha(0.1 + 0.2, whole, own) == 0.1 + 0.2  # untouched, to the last digit
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,21 @@ def test_lines_of_most_promise_are_looked_at_and_closed_in_on(study, made_up_evi
     assert best["log10_forget_quality"] == max(line.standing.best.forgetting for line in answer.lines)
 
 
+def test_a_line_is_asked_within_its_methods_own_range(new_store, made_up_evidence):
+    store = new_store(
+        unlearning={"methods": {"task_vector": {}}}, search={"alpha_by_method": {"task_vector": {"low": -1, "high": 6}}}
+    )
+    score(store, TrialSpec("initial", model="initial"), made_up_evidence, -9.0, 0.8)
+    score(store, TrialSpec("alpha_zero", "task_vector", 1, 0.0), made_up_evidence, -8.9, 0.799)
+    dial = Dial(store, 0.9)
+    asked = []
+    while jobs := dial.jobs():
+        asked += [job.alpha for job in jobs]
+        for job in jobs:
+            score(store, job, made_up_evidence, -9.0 + 0.1 * (1 + job.alpha), 0.8 - 0.001 * (1 + job.alpha))
+    assert max(asked) == 6.0  # utility never falls under the floor
+
+
 def test_asked_again_it_goes_on_where_it_was_and_then_asks_for_nothing(study, made_up_evidence):
     first = Dial(study, 0.9)
     for job in first.jobs():

@@ -24,6 +24,7 @@ from search.problem.objectives import (
     VERBMEM,
 )
 from search.problem.pareto import hypervolume
+from search.problem.space import own_alpha
 from search.samplers.acquisition import LineSearch, growth
 from search.samplers.kernels import Geometry, Points
 from search.samplers.line import LineSampler, LineStudy, UpdateVectors
@@ -383,7 +384,18 @@ class Never(BaseSampler):
 class Bench:
     """A study of Optuna that is sampled along lines."""
 
-    def __init__(self, world, fallback=None, lines="all", space=SPACE, epochs=EPOCHS, alpha=(-1.0, 2.0), seed=0, items=None):
+    def __init__(
+        self,
+        world,
+        fallback=None,
+        lines="all",
+        space=SPACE,
+        epochs=EPOCHS,
+        alpha=(-1.0, 2.0),
+        seed=0,
+        items=None,
+        ranges=None,
+    ):
         self.world, self.said, self.scored = world, [], {}
         self.lines = world.lines if lines == "all" else lines
         self.known = LineStudy(
@@ -394,6 +406,7 @@ class Bench:
             lambda: (CORNER, CEILING),
             items or self.scored.get,
             lambda: self.lines,
+            ranges or {},
         )
         self.sampler = LineSampler(self.known, space, fallback or Never(), seed, self.said.append)
         self.space = space
@@ -406,7 +419,9 @@ class Bench:
 
     def place(self, trial):
         epoch = -(-trial.params["epoch"] * self.known.epochs[trial.params["base"]] // 3)
-        return self.world.lines.vectors[(trial.params["base"], epoch)], 1.0 + trial.params["alpha"]
+        base = trial.params["base"]
+        alpha = own_alpha(trial.params["alpha"], self.known.alpha, self.known.ends(base))
+        return self.world.lines.vectors[(base, epoch)], 1.0 + alpha
 
     def score(self, trial):
         self.scored[trial.number] = self.world.report(*self.place(trial)).arrays()
@@ -451,6 +466,20 @@ def test_a_given_base_run_is_kept_and_all_given_is_all_kept(world):
         assert (base, -(-trial.params["epoch"] * EPOCHS[base] // 3)) in world.lines.vectors
         bench.score(trial)
     assert bench.ask(base="b", epoch=3, alpha=0.25).params == {"base": "b", "epoch": 3, "alpha": 0.25}
+
+
+def test_a_base_run_is_proposed_within_its_own_range(world):
+    own = (-0.9, -0.3)
+    bench = Bench(world, ranges={"b": own})
+    alphas = {"a": [], "b": []}
+    for turn in range(12):
+        trial = bench.ask(base="ab"[turn % 2])
+        assert -1.0 <= trial.params["alpha"] <= 2.0  # as the flat space has it
+        alphas[trial.params["base"]].append(bench.place(trial)[1] - 1.0)
+        bench.score(trial)
+    assert all(own[0] <= alpha <= own[1] for alpha in alphas["b"])
+    assert len({bench.place(trial) for trial in bench.study.trials}) == 12
+    assert max(alphas["a"]) > own[1] or min(alphas["a"]) < own[0]
 
 
 def test_theta_init_and_what_was_scored_are_not_proposed(world):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from search.spec.errors import StudyFileError, _all_keys
 from search.spec.study import StudySpec, load_study, parse_study, quickstart_path
+from uipe_core.unlearning.methods import METHODS
 
 STUDIES = Path(__file__).parents[3] / "studies"
 STAGE = {"epochs": 2, "learning_rate": 0.01, "batch_size": 8}
@@ -99,6 +100,10 @@ BAD_IN_PEOPLE = [
     ("unlearning.methods.npo.beta", [1, 1.0], ["differ from each other", "Remove the repeated"]),
     ("unlearning.methods.npo.beta", "1", ["found '1'", "a number", "Remove the quotes: write 1."]),
     ("unlearning.methods.kl_min.retain_weight", -1, ["at least 0"]),
+    ("unlearning.methods.kl_min.retain_weight", "item", ["found 'item'", "number"]),
+    ("unlearning.methods.kl_min.over", "question", ["found 'question'", "one of item, answer"]),
+    ("unlearning.methods.kl_min.over", ["item", "item"], ["differ from each other"]),
+    ("unlearning.methods.kl_min.over", 1, ["found 1", "one of item, answer"]),
     ("unlearning.methods.simpno", {}, ["no method simpno", "Did you mean simnpo?"]),
     ("unlearning.methods.simnpo", {"delta": 1}, ["simnpo does not take delta", "Allowed: beta, gamma, retain_weight"]),
     ("unlearning.methods.simnpo", {"gamma": -0.5}, ["found -0.5", "must be at least 0"]),
@@ -143,7 +148,7 @@ BAD_IN_PEOPLE = [
     ("search.trials", -1, ["found -1", "at least 0"]),
     ("search.trails", 60, ["unknown", "Did you mean search.trials?"]),
     ("search.colour", 1, ["unknown", "Allowed here: alpha, trials, sampler"]),
-    ("search.alpha.high", -1, ["found -1", "above search.alpha.low (-1)", "Swap the two"]),
+    ("search.alpha.high", -1, ["found -1", "above low (-1)", "Swap the two"]),
     ("search.alpha.high", float("inf"), ["found inf", "finite"]),
     ("hypervolume.forget_quality_cap", 1.5, ["at most 1"]),
     ("split.select", 1.0, ["below 1"]),
@@ -166,7 +171,10 @@ BAD_IN_PEOPLE = [
     ("search.trials", 10**12, ["found 1000000000000", "at most 1000000"]),
     ("search.trials", 10**400, ["at most 1000000"]),
     ("search.alpha.high", 1e308, ["found 1e+308", "at most 1000."]),
-    ("search.alpha", {"low": 1, "high": 1.0000000000000002}, ["at least 1e-06 above search.alpha.low (1.0)", "Widen"]),
+    ("search.alpha_by_method", {"npe": {"high": 3}}, ["trains no npe", "Did you mean npo?"]),
+    ("search.alpha_by_method", {"npo": {"low": 1, "high": 0}}, ["found 0", "above low (1)"]),
+    ("search.alpha_by_method", {"npo": 3}, ["found 3", "mapping"]),
+    ("search.alpha", {"low": 1, "high": 1.0000000000000002}, ["at least 1e-06 above low (1.0)", "Widen"]),
     ("model.hidden_size", 10**400, ["at most 65536"]),
     ("model.layers", 10**400, ["at most 1000"]),
     ("model.other_retain_seeds", list(range(101)), ["101 entries, and 100 are the most", "Give fewer"]),
@@ -448,7 +456,7 @@ class TestFingerprint:
             ("warm_start", ["."]),
             ("storage", "sqlite:////data/x.db"),
             ("cache", {"models": "elsewhere"}),
-            ("unlearning.methods.kl_min", {"retain_weight": 1}),
+            ("unlearning.methods.kl_min", {"retain_weight": 1, "over": "answer"}),
             ("unlearning.learning_rate", [0.001]),
             ("unlearning.gradient_accumulation", 1),
         ],
@@ -463,8 +471,11 @@ class TestFingerprint:
             ("name", "other"),
             ("search.alpha.high", 3),
             ("search.sampler", "random"),
-            ("unlearning.methods.kl_min", {"retain_weight": 2}),
-            ("unlearning.methods.kl_min", {"retain_weight": [1, 2]}),
+            ("unlearning.methods.kl_min", {"retain_weight": 2, "over": "answer"}),
+            ("unlearning.methods.kl_min", {"retain_weight": [1, 2], "over": "answer"}),
+            ("unlearning.methods.kl_min", {"over": "item"}),
+            ("unlearning.methods.kl_min", {}),
+            ("unlearning.methods.kl_min", {"over": ["item", "answer"]}),
             ("scoring.temperatures", []),
             ("model.layers", 3),
             ("hypervolume.forget_quality_cap", 0.2),
@@ -492,6 +503,32 @@ class TestFingerprint:
         assert "initial" not in payloads[0]["model"]
         assert payloads[0]["model"]["retain"] == "org/retain"
 
+    def test_a_study_from_before_kl_over_items_goes_on_over_answers(self) -> None:
+        study = put(people(), "unlearning.methods.kl_min", {})
+        spec = parse_study(study)
+        former = spec.model_dump(mode="json")  # as records from before hold it: no word of `over`
+        assert former["unlearning"]["methods"]["kl_min"] == {"retain_weight": [1.0]}
+        recorded = StudySpec.recorded(former)
+        assert recorded.unlearning is not None
+        assert recorded.unlearning.methods["kl_min"] == {"retain_weight": (1.0,), "over": ("answer",)}
+        payload = recorded.fingerprint_payload()
+        assert payload["unlearning"]["methods"]["kl_min"] == {"retain_weight": [1.0]}
+        assert spec.continuing(recorded).fingerprint_payload() == payload
+        assert spec.continuing(None).fingerprint_payload() == spec.fingerprint_payload() != payload
+        named = parse_study(put(study, "unlearning.methods.kl_min", {"over": "item"}))
+        assert named.continuing(recorded).fingerprint_payload() == spec.fingerprint_payload()
+        again = StudySpec.recorded(json.loads(json.dumps(spec.continuing(None).model_dump(mode="json"))))
+        assert again.fingerprint_payload() == spec.fingerprint_payload()
+
+    def test_ranges_of_methods_are_part_of_a_study_only_where_there_are_some(self) -> None:
+        assert "alpha_by_method" not in parse_study(people()).fingerprint_payload()["search"]
+        study = put(people(), "unlearning.methods", {"npo": {}, "memorize": {}})
+        payload = parse_study(study).fingerprint_payload()
+        assert payload["search"]["alpha_by_method"] == {"memorize": list(METHODS["memorize"].alpha or ())}
+        study["search"]["alpha_by_method"] = {"memorize": {"low": -1, "high": 9}, "npo": {"high": 1}}
+        found = parse_study(study).fingerprint_payload()["search"]["alpha_by_method"]
+        assert found == {"memorize": [-1.0, 9.0], "npo": [-1.0, 1.0]}
+
     def test_survives_json(self) -> None:
         payload = parse_study(people()).fingerprint_payload()
         assert json.loads(json.dumps(payload, allow_nan=False)) == payload
@@ -504,6 +541,13 @@ class TestVariants:
         assert runs[3].hyperparameters == {"beta": 1.0, "retain_weight": 0.0, "learning_rate": 0.001}
         assert runs[3].loss_hyperparameters == {"beta": 1.0, "retain_weight": 0.0}
         assert runs[3].learning_rate == 0.001
+        assert runs[2].loss_hyperparameters == {"retain_weight": 1.0, "over": "answer"}
+
+    def test_words_vary_as_numbers_do(self) -> None:
+        study = put(people(), "unlearning.methods", {"kl_min": {"over": ["answer", "item"]}})
+        assert [run.label for run in parse_study(study).variants()] == ["kl_min[over=answer]", "kl_min[over=item]"]
+        (run,) = parse_study(put(study, "unlearning.methods", {"kl_min": {}})).variants()
+        assert run.label == "kl_min" and run.loss_hyperparameters == {"retain_weight": 1.0, "over": "item"}
 
     def test_lists_expand_and_only_what_varies_is_told(self) -> None:
         study = put(people(), "unlearning.methods", {"npo": {"beta": [0.1, 1], "retain_weight": 1}, "grad_ascent": None})
@@ -532,7 +576,8 @@ class TestShippedStudies:
 
     def test_llama_needs_no_network(self) -> None:
         spec = load_study(STUDIES / "tofu_forget01_llama2_7b.yaml")
-        assert spec.unlearning.batch_size * spec.unlearning.gradient_accumulation == 32
+        # One on each of the two GPUs of the paper.
+        assert spec.unlearning.batch_size * spec.unlearning.gradient_accumulation == 2
         assert spec.unlearning.learning_rate == (1e-5,)
 
     def test_small_names_the_command_until_its_data_is_there(self, tmp_path: Path) -> None:

@@ -181,6 +181,19 @@ def test_parameters_at_their_bounds_repeats_and_failures_become_advice(new_store
     assert "2 failed: out of memory: N GB" in told
 
 
+def test_a_range_of_a_methods_own_is_widened_by_its_own_key(new_store, made_up_evidence):
+    methods = {"methods": {"npo": {}, "task_vector": {}}}
+    store = new_store(unlearning=methods, search={"alpha_by_method": {"task_vector": {"low": -0.5, "high": 7}}})
+    for base, alpha, quality, utility in (("task_vector", 7.0, -1.0, 0.5), ("npo", 1.5, -2.0, 0.6), ("npo", 2.0, -3.0, 0.7)):
+        number, job = store.ask_point(store.spec.search_space(), Point(base, 1, alpha).params)
+        store.complete(job, number, made_up_evidence(job, quality, utility))
+    store.close()
+    told = {finding.found: finding.remedy for finding in by_state(examine(store.out, fix=False), ADVICE)}
+    own = "search.alpha_by_method.task_vector.high"
+    assert f"raise {own}" in told[f"1 of 3 front points have alpha at {own} (7)"]
+    assert "raise search.alpha.high" in told["1 of 3 front points have alpha at search.alpha.high (2)"]
+
+
 def test_alpha_at_minus_one_is_no_bound_to_widen(new_store, made_up_evidence):
     store = new_store()
     number, job = store.ask_point(store.spec.search_space(), Point("npo", 1, -1.0).params)

@@ -409,3 +409,28 @@ def test_a_folder_below_a_file_is_refused(new_store, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="--out"):
         new_store(tmp_path / "file" / "out")
+
+
+OWN_RANGE = {
+    "unlearning": {"methods": {"npo": {}, "task_vector": {}}},
+    "search": {"alpha_by_method": {"task_vector": {"low": -0.5, "high": 7.3}}},
+}
+
+
+def test_trials_have_a_base_runs_own_alpha_where_optuna_has_that_of_the_flat_space(new_store, made_up_evidence):
+    store = new_store(**OWN_RANGE)
+    given = {"base": "task_vector", "epoch": 2, "alpha": 0.3}
+    number, job = store.ask_point(space(store), given)
+    assert (job.base, job.epoch, job.alpha) == ("task_vector", 2, 0.3)
+    assert store.study.trials[number].params["alpha"] == pytest.approx(-1 + 3 * 0.8 / 7.8)
+    store.complete(job, number, made_up_evidence(job))
+    number, job = store.ask_point(space(store), {**given, "alpha": 0.0}, "alpha_zero")
+    assert job.alpha == 0.0
+    seen = {"npo": [], "task_vector": []}
+    for _ in range(30):
+        number, job = store.ask_point(space(store))
+        seen[job.base].append(job.alpha)
+        store.complete(job, number, made_up_evidence(job))
+    assert min(seen["npo"]) >= -1 and max(seen["npo"]) <= 2
+    assert min(seen["task_vector"]) >= -0.5 and 2 < max(seen["task_vector"]) <= 7.3
+    assert store.trials_frame()["alpha"].tolist()[0] == 0.3

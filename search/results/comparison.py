@@ -1,8 +1,8 @@
-"""Set published numbers next to a study's own: which published models do its trials match?"""
+"""Compare studies with each other, and with published numbers: which published models do a study's trials match?"""
 
 import csv
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from search.problem.pareto import hypervolume, non_dominated
 from search.problem.trial import INITIAL, RETAIN
 from search.results.study_result import StudyResult
 from uipe_core.errors import UserError, did_you_mean
@@ -96,7 +97,7 @@ def _model(head: list[str], row: list[str]) -> PublishedModel:
     return PublishedModel(name, model, source, numbers)
 
 
-def compare(result: StudyResult, path: Path) -> dict[str, Any]:
+def compare_published(result: StudyResult, path: Path) -> dict[str, Any]:
     """Set the models of a file next to the study's.
 
     A published model is matched by a trial that is at least as good in the first two objectives; what is above the noise
@@ -159,3 +160,86 @@ def _point(row: pd.Series, trial: bool, names: list[str]) -> dict[str, Any]:
     if trial:
         where = {"trial": int(row["trial"]), "base": str(row["base"]), "epoch": int(row["epoch"]), "alpha": float(row["alpha"])}
     return {**where, "numbers": numbers}
+
+
+def compare_studies(results: Sequence[StudyResult]) -> dict[str, Any]:
+    """Compare the fronts of studies in their first two objectives, on a common reference point and noise ceiling.
+
+    Args:
+        results: Two studies or more.
+
+    Returns:
+        JSON-able: ``objectives``, ``definition``, ``reference_point``, ``ceilings``, ``studies`` (rows: ``out``, ``study``,
+        ``trainings``, ``scorings``, ``hours``, ``hypervolume``, ``given`` (that of the initial model and trained epochs),
+        ``points`` (of the front: trial, base, epoch, alpha, objectives), ``joint`` (how many of them are on the front of all
+        studies)), ``notes`` (what speaks against the comparison).
+
+    Raises:
+        UserError: Studies of other objectives or another metric definition.
+    """
+    first = results[0]
+    names = [objective.name for objective in first.objectives[:2]]
+    for other in results[1:]:
+        theirs = [objective.name for objective in other.objectives[:2]]
+        if theirs != names:
+            raise UserError(
+                f"{other.out}: its objectives are {' and '.join(theirs)}, those of {first.out} {' and '.join(names)}"
+            )
+        if other.spec.definition != first.spec.definition:
+            raise UserError(
+                f"{other.out}: its numbers are defined as {other.spec.definition} has them, those of {first.out} as "
+                f"{first.spec.definition} has them; score one again with scoring.definition of the other"
+            )
+    corner = np.array([min(result.reference_point()[name] for result in results) for name in names])
+    ceilings = np.array(
+        [min(each.objectives[place].ceiling(each.forget_quality_cap) for each in results) for place in range(len(names))]
+    )
+
+    def points(table: pd.DataFrame) -> "np.ndarray[Any, np.dtype[np.float64]]":
+        return np.minimum(table[names].to_numpy(dtype=float), ceilings)
+
+    fronts = [result.healthy_front for result in results]
+    joint = non_dominated(np.concatenate([points(front) for front in fronts]))
+    rows, start = [], 0
+    for result, front in zip(results, fronts, strict=True):
+        initial = result.controls[result.controls["kind"] == INITIAL]
+        given = pd.concat([initial[names], result.trials.loc[result.trials["alpha"] == 0, names]])
+        rows.append(
+            {
+                "out": str(result.out),
+                "study": result.store.record.name,
+                "trainings": len(result.spec.variants()),
+                "scorings": len(result.trials),
+                "hours": (result.store.record.usage or {}).get("hours"),
+                "hypervolume": float(hypervolume(points(pd.concat([initial[names], front[names]])), corner)),
+                "given": float(hypervolume(points(given), corner)),
+                "points": [
+                    {**_point(row, True, names), "joint": bool(joint[start + n])} for n, (_, row) in enumerate(front.iterrows())
+                ],
+                "joint": int(joint[start : start + len(front)].sum()),
+            }
+        )
+        start += len(front)
+    finite = {name: float(ceiling) if math.isfinite(ceiling) else None for name, ceiling in zip(names, ceilings, strict=True)}
+    return {
+        "objectives": names,
+        "definition": first.spec.definition,
+        "reference_point": dict(zip(names, map(float, corner), strict=True)),
+        "ceilings": finite,
+        "studies": rows,
+        "notes": _differences(results),
+    }
+
+
+def _differences(results: Sequence[StudyResult]) -> list[str]:
+    """Return what of two studies differs that makes their numbers other things."""
+    first, notes = results[0], []
+    for other in results[1:]:
+        ours, theirs = first.store.record, other.store.record
+        if ours.corpus.sets != theirs.corpus.sets or ours.corpus.items.get("select") != theirs.corpus.items.get("select"):
+            notes.append(f"{other.out} scores other items than {first.out}: differences may be those of the items")
+        elif ours.models.get(INITIAL) != theirs.models.get(INITIAL):
+            notes.append(f"{other.out} starts from another initial model than {first.out}")
+        elif first.objectives[0].needs_retain_model and ours.models.get(RETAIN) != theirs.models.get(RETAIN):
+            notes.append(f"{other.out} compares with another retain model than {first.out}")
+    return notes

@@ -6,12 +6,12 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from uipe_core.audits.sampling import SampledText, sampler, samples
-from uipe_core.audits.texts import judge, write_texts
+from uipe_core.audits.texts import judge
 from uipe_core.errors import UserError
 from uipe_core.models.loading import LoadedModel
 from uipe_core.scoring.batch_sizes import BatchSize
 from uipe_core.scoring.generation import GreedyText, complete
+from uipe_core.scoring.sampling import SampledText, sampler, samples, write_texts
 
 
 def prompts_of(loaded, world, count=4):

@@ -1,8 +1,8 @@
-"""Sample several texts for each item: leak@k.
+"""Write texts of a model, greedy or sampled; several samples of each item show leak@k.
 
-Shows whether an answer that greedy text does not give comes back in one of k samples, as users of a chat get them. Cannot show
-rarer leaks than about one in k, nor leaks under other prompts. Costs k texts for each item: at most items * k * limit generated
-tokens, and the prompt is read once for each text.
+Sampling shows whether an answer that greedy text does not give comes back in one of k samples, as users of a chat get them.
+It cannot show rarer leaks than about one in k, nor leaks under other prompts. It costs k texts for each item: at most
+items * k * limit generated tokens, and the prompt is read once for each text.
 
 Each text has random numbers of its own, drawn before: a token is where the cumulated probabilities pass its number. So a text
 depends neither on its batch nor, up to rounding, on the device, and the first k of more samples are the same k.
@@ -17,11 +17,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from uipe_core.audits.texts import write_texts
 from uipe_core.errors import UserError
 from uipe_core.models.loading import LoadedModel
-from uipe_core.scoring.batch_sizes import BatchSize
-from uipe_core.scoring.generation import Choose, GreedyText
+from uipe_core.models.transformers_compat import position_limit
+from uipe_core.scoring.batch_sizes import USUAL, BatchSize
+from uipe_core.scoring.generation import Choose, GreedyText, complete, most_likely
+from uipe_core.scoring.half_precision import fast_products
 
 
 @dataclass
@@ -52,6 +53,37 @@ def sampler(temperature: float = 1.0) -> Choose:
         return torch.searchsorted(cumulated, marks, right=True)[:, 0].clamp_max(cumulated.shape[-1] - 1)
 
     return choose
+
+
+@torch.inference_mode()
+def write_texts(
+    loaded: LoadedModel, texts: Sequence[GreedyText], size: BatchSize | None = None, choose: Choose = most_likely
+) -> list[str]:
+    """Generate texts and return them, in order.
+
+    Args:
+        loaded: The model with its current weights.
+        texts: Prompts and limits; completed in place.
+        size: Rows per batch; `USUAL` by default.
+        choose: Chooses the next tokens.
+
+    Raises:
+        UserError: A prompt with its text has more tokens than the model has positions.
+    """
+    loaded.model.eval()
+    limit = position_limit(loaded.model.config)
+    # The last token is not fed.
+    longest = max((len(text.prompt) + text.limit - 1 for text in texts), default=0)
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"a prompt and its text have up to {longest} tokens, and the model has {limit} positions; ask for shorter "
+            "texts, or leave out this way to ask"
+        )
+    prompts = loaded.prompts
+    with fast_products(loaded.model.dtype, loaded.device):
+        complete(loaded.model, texts, prompts.stop_ids, prompts.pad_id, size or BatchSize(USUAL), choose)
+    found = prompts.tokenizer.batch_decode([text.tokens for text in texts], skip_special_tokens=True)
+    return [str(text) for text in found]
 
 
 def samples(
