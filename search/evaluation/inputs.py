@@ -294,10 +294,11 @@ def check_references(
                 f"the retain model knows the forget set nearly as well as the initial model (mean answer probability "
                 f"{other:.3f} against {known:.3f}): was it trained without the forget set?"
             )
-    compared = [objective.title for objective in objectives if objective.membership]
-    if compared and isinstance(retain, ScoreReport) and membership_auc(retain.sets) is None:
+    compared = [each for each in objectives if each.membership]
+    if compared and isinstance(retain, ScoreReport) and membership_auc(retain.sets, compared[0].membership) is None:
         found.append(
-            f"{compared[0]}: the retain model's log has no Min-K% of forget and holdout items, so its reference is 0.5"
+            f"{compared[0].title}: the retain model's log has no Min-K% of {' and '.join(compared[0].membership)} items, "
+            "so its reference is 0.5"
         )
     utility = objectives[1]
     if utility.components and set(utility.sets) <= initial.sets.keys():

@@ -16,8 +16,7 @@ from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN, RETAIN
 from search.spec.models import FinetunedModel, PretrainedModel, TinyModel, model_place
 from search.spec.sections import Adapter, is_local, lacks_package
 from search.spec.study import StudySpec
-from uipe_core.corpora.refusals import REFUSALS
-from uipe_core.corpora.types import Corpus
+from uipe_core.corpora.types import REFUSALS, Corpus
 from uipe_core.errors import UserError
 from uipe_core.models.gguf import gguf_folder, gguf_identity, is_gguf
 from uipe_core.models.loading import ModelSource, Progress, model_folder, model_identity

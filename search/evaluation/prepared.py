@@ -33,7 +33,7 @@ from search.spec.models import TinyModel
 from search.spec.study import BaseRunSpec, StudySpec
 from search.store.record import fingerprint
 from uipe_core.corpora.split import Split, split_corpus, take_items
-from uipe_core.corpora.types import MEMBERSHIP_SETS, Corpus, item_set_hash
+from uipe_core.corpora.types import MEMBERSHIP_SETS, PRIVLEAK_SETS, Corpus, item_set_hash
 from uipe_core.deltas.checkpoints import checkpoint_identity, checkpoint_inputs
 from uipe_core.models.loading import ModelSource
 from uipe_core.scoring.scorer import SCORING_SCHEMA, ScoringConfig
@@ -108,7 +108,7 @@ class PreparedStudy:
             "sets": scored,
             "scoring": asdict(self.scoring),
             # What earlier versions scored of these sets has no Min-K%.
-            **({"min_k": True} if scored.keys() >= set(MEMBERSHIP_SETS) else {}),
+            **({"min_k": True} if any(scored.keys() >= set(pair) for pair in (MEMBERSHIP_SETS, PRIVLEAK_SETS)) else {}),
         }
 
     @property

@@ -15,7 +15,7 @@ from search.evaluation.pruning import bounds, dominating_rival
 from search.problem.objectives import MADE_FROM, Objective, composites
 from search.problem.trial import INITIAL, REFERENCE_KINDS, RETAIN, Rival
 from search.spec.corpora import FREE_TEXT, MULTIPLE_CHOICE
-from uipe_core.corpora.types import MEMBERSHIP_SETS, MULTIPLE_CHOICE_SETS, Corpus
+from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, Corpus
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import ChoiceReport, FloatArray, ScoreReport, set_scores
 
@@ -264,7 +264,7 @@ class FreeText:
                 columns.append(bootstrap_forget_quality(ratios, expected, weights[name]))
                 continue
             if objective.membership:
-                own, ideal = (_drawn_auc(each, weights) for each in (arrays, reference))
+                own, ideal = (_drawn_auc(each, objective.membership, weights) for each in (arrays, reference))
                 assert own is not None
                 columns.append(privacy(own, ideal))
                 continue
@@ -297,14 +297,14 @@ class FreeText:
         }
 
 
-def _drawn_auc(arrays: Arrays | None, weights: Weights) -> FloatArray | None:
-    """Return (d,) AUCs of Min-K% in each of d draws; None where it was not measured."""
+def _drawn_auc(arrays: Arrays | None, pair: Sequence[str], weights: Weights) -> FloatArray | None:
+    """Return (d,) AUCs of the Min-K% of two sets in each of d draws; None where it was not measured."""
     from uipe_core.metrics.uncertainty import bootstrap_auc
 
-    keys = [f"{name}/min_k" for name in MEMBERSHIP_SETS]
+    keys = [f"{name}/min_k" for name in pair]
     if arrays is None or not arrays.keys() >= set(keys):
         return None
-    return bootstrap_auc(*(arrays[key] for key in keys), *(weights[name] for name in MEMBERSHIP_SETS))
+    return bootstrap_auc(*(arrays[key] for key in keys), *(weights[name] for name in pair))
 
 
 class MultipleChoice:

@@ -1,12 +1,11 @@
-"""Define what a study maximises, the reference point and the noise ceiling of its hypervolume."""
+"""Define what a study maximises, and why a point of it is flagged."""
 
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from uipe_core.corpora.types import MEMBERSHIP_SETS, UTILITY_SETS
+from uipe_core.corpora.types import KNOWLEDGE, MEMBERSHIP_SETS, PRIVLEAK_SETS, UTILITY_SETS
 from uipe_core.errors import UserError, did_you_mean
 from uipe_core.metrics.composites import (
     AGREEMENT,
@@ -17,15 +16,11 @@ from uipe_core.metrics.composites import (
     PARAPHRASE,
     PROBABILITY,
     ROUGE,
+    ROUGE_F1,
     TRUTH_SHARE,
     Component,
 )
 from uipe_core.metrics.scores import SetScores
-from uipe_core.metrics.tofu import log10_p_floor
-
-if TYPE_CHECKING:
-    import pandas as pd
-
 
 ROUNDED = "forget_nf4"
 """Scores of the forget set by the model with its weights rounded to NF4, among those of a trial."""
@@ -51,8 +46,8 @@ class Objective:
         from_items: Made of item scores: the sampler ``line`` models it, and intervals resample it.
         components: What it is the harmonic mean of (`uipe_core.metrics.composites`); empty for every other number.
         optional: Sets whose components count only where the corpus has the set.
-        membership: How little membership in the training data shows (`uipe_core.metrics.composites.privacy`): it compares the
-            Min-K% of two sets.
+        membership: Of privacy, how little membership in the training data shows (`uipe_core.metrics.composites.privacy`): the
+            two sets whose Min-K% it compares, members first. Empty for every other number.
         function: ``package.module:function`` that computes it, for an objective of the user's own.
         about: What it measures and its range, in a line of ``uipe objectives``.
         chance: What a model has that cannot tell true answers from false ones; None where that is not known.
@@ -69,7 +64,7 @@ class Objective:
     from_items: bool = False
     components: tuple[Component, ...] = ()
     optional: tuple[str, ...] = ()
-    membership: bool = False
+    membership: tuple[str, ...] = ()
     function: str | None = None
     about: str = ""
     chance: float | None = None
@@ -88,8 +83,7 @@ class Objective:
     def scored_sets(self) -> tuple[str, ...]:
         """Sets of a trial's scores that it is made of: those of the corpus, and `ROUNDED`."""
         own = () if self.quality_of is None else (self.quality_of,)
-        compared = MEMBERSHIP_SETS if self.membership else ()
-        return tuple(dict.fromkeys([*own, *(each.item_set for each in self.components), *compared]))
+        return tuple(dict.fromkeys([*own, *(each.item_set for each in self.components), *self.membership]))
 
     @property
     def scored_on_reference_models(self) -> bool:
@@ -185,8 +179,43 @@ PRIVACY = Objective(
     4,
     worst=0.0,
     from_items=True,
-    membership=True,
+    membership=MEMBERSHIP_SETS,
     about="1 - |AUC of Min-K% - the retain model's, or 0.5 without one|, scaled to [0, 1]; the holdout items are scored too",
+)
+
+PRIVLEAK = replace(
+    PRIVACY,
+    name="privleak_privacy",
+    title="privacy by MUSE's PrivLeak (1: membership does not show)",
+    head="privacy\nPrivLeak",
+    companions=(("privleak", "PrivLeak %"),),
+    membership=PRIVLEAK_SETS,
+    about="as privacy, of MUSE's texts; PrivLeak itself, in percent with 0 as the ideal, is shown with it",
+)
+
+_F1 = "mean ROUGE-L F1 of"
+VERBMEM = _composite(
+    "one_minus_verbmem",
+    "1 - VerbMem",
+    "1 - Verb-\nMem",
+    f"1 - MUSE's VerbMem, {_F1} 128 tokens of continuation of the texts to forget, in [0, 1]",
+    Component("forget", ROUGE_F1, inverted=True),
+)
+
+KNOWMEM = _composite(
+    "one_minus_knowmem",
+    "1 - KnowMem",
+    "1 - Know-\nMem",
+    f"1 - MUSE's KnowMem, {_F1} answers on the texts to forget, behind examples, in [0, 1]",
+    Component(KNOWLEDGE, ROUGE_F1, inverted=True),
+)
+
+KNOWMEM_RETAIN = _composite(
+    "knowmem_retain",
+    "KnowMem of the retain set",
+    "KnowMem\nretain",
+    f"MUSE's utility preservation, {_F1} answers on the texts to keep, behind examples, in [0, 1]",
+    Component("retain", ROUGE_F1),
 )
 
 RETAIN_UTILITY = replace(
@@ -248,6 +277,8 @@ FORGETTING: dict[str, Objective] = {
     ),
     "rouge": _forgotten("one_minus_rouge", "forget", "1 - ROUGE-L recall", "1 - ROUGE", ROUGE),
     "truth_ratio": TRUTH_RATIO,
+    "verbmem": VERBMEM,
+    "knowmem": KNOWMEM,
 }
 """Objectives of forgetting by the name a study file gives (``objectives.forgetting``)."""
 
@@ -265,6 +296,7 @@ UTILITY: dict[str, Objective] = {
     "retain_utility": RETAIN_UTILITY,
     "kl_from_initial": AGREEMENT_WITH_INITIAL,
     "lm_eval": LM_EVAL,
+    "knowmem_retain": KNOWMEM_RETAIN,
 }
 """Objectives of utility by the name a study file gives (``objectives.utility``)."""
 
@@ -272,6 +304,7 @@ THIRD_OBJECTIVES: dict[str, Objective] = {
     ROBUST_FORGETTING.name: ROBUST_FORGETTING,
     RELATED_FORGET_QUALITY.name: RELATED_FORGET_QUALITY,
     PRIVACY.name: PRIVACY,
+    "privleak": PRIVLEAK,
     "related_extraction_strength": _forgotten(
         "one_minus_related_extraction_strength", "related", "1 - extraction strength", "1 - ES\nrelated", EXTRACTION
     ),
@@ -310,14 +343,14 @@ def objective_named(role: str, name: str) -> Objective:
 def composites(sets: Mapping[str, SetScores]) -> list[Objective]:
     """List the composites that scores tell: numbers of every trial, whatever its study maximises.
 
-    Those of generated text are listed whether it was generated or not.
+    Those of generated text are listed whether it was generated or not, but for ROUGE's F1, which few items have.
     """
-    named = [each.on(sets) for role in ROLES.values() for each in role.values() if each.components]
+    named = {each.name: each.on(sets) for role in ROLES.values() for each in role.values() if each.components}
     return [
         each
-        for each in named
+        for each in named.values()
         if set(each.scored_sets) <= set(sets)
-        and all(part.measure != AGREEMENT or part.is_known(sets[part.item_set]) for part in each.components)
+        and all(part.measure not in (AGREEMENT, ROUGE_F1) or part.is_known(sets[part.item_set]) for part in each.components)
     ]
 
 
@@ -345,53 +378,3 @@ def flag_of(objectives: tuple[Objective, ...]) -> Flag:
         "utility above every reference model's beyond the 95% interval, with a larger logit scale",
         "which sharper logits alone can bring about",
     )
-
-
-DEFAULT_CAP = 0.3
-"""Noise ceiling of forget quality where the study was not asked to measure it, or could not."""
-
-
-def forget_quality_cap(given: float | None, controls: "pd.DataFrame") -> float:
-    """Return the noise ceiling of forget quality, in (0, 1].
-
-    Args:
-        given: The value the study file gives (``hypervolume.forget_quality_cap``), or None to measure it.
-        controls: Scored controls. The lowest forget quality among retain models of other seeds is the ceiling; without any
-            it is `DEFAULT_CAP`.
-    """
-    if given is not None:
-        return given
-    others = controls[controls["kind"] == "other_retain"] if "kind" in controls else controls
-    return DEFAULT_CAP if others.empty else float(others["forget_quality"].min())
-
-
-def reference_point(
-    objectives: Sequence[Objective], given: Mapping[str, float | None], item_counts: Mapping[str, int]
-) -> dict[str, float]:
-    """Return the reference point of hypervolume, by objective.
-
-    Args:
-        objectives: The objectives of the study.
-        given: Coordinates by objective from the study file; None for the lowest value that so many items can give.
-        item_counts: Items by evaluation set.
-
-    Raises:
-        UserError: A coordinate follows from a set that the corpus lacks.
-    """
-    values = {objective.name: given.get(objective.name, objective.worst) for objective in objectives}
-    for objective in objectives:
-        if values[objective.name] is None and objective.quality_of is None:
-            raise UserError(f"objective {objective.name}: it has no reference point; give `worst` where it is registered")
-    sets = {objective.name: str(objective.quality_of) for objective in objectives}
-    return {name: quality_floor(item_counts, sets[name]) if value is None else value for name, value in values.items()}
-
-
-def quality_floor(item_counts: Mapping[str, int], name: str) -> float:
-    """Return the lowest log10 forget quality that the items of an evaluation set can give.
-
-    Raises:
-        UserError: The corpus has no such items.
-    """
-    if name not in item_counts:
-        raise UserError(f"search.third_objective: the corpus has no {name!r} items; leave it out")
-    return log10_p_floor(item_counts[name], item_counts[name])

@@ -7,6 +7,7 @@ from typing import Any
 import pandas as pd
 
 from search.evaluation.inputs import power_of_forget_quality
+from search.problem.hypervolume import quality_floor
 from search.problem.objectives import (
     CHOICE_FORGETTING,
     FORGET_QUALITY,
@@ -15,7 +16,6 @@ from search.problem.objectives import (
     Objective,
     chosen_by,
     flag_of,
-    quality_floor,
 )
 from search.problem.pareto import DEFAULT_FLOOR, RULES
 from search.problem.stand_ins import MARK, marked, stand_in_note

@@ -12,8 +12,8 @@ from search.evaluation.controls import CONTROLS
 from search.problem.trial import AUDITS as TESTS
 from search.problem.trial import INITIAL, RETAIN, UNTESTED, TrialSpec
 from search.spec.runtime import Audit
-from uipe_core.audits.membership import privleak
 from uipe_core.errors import UserError, did_you_mean
+from uipe_core.metrics.composites import privleak
 
 if TYPE_CHECKING:
     from search.results.study_result import StudyResult

@@ -14,7 +14,7 @@ import pandas as pd
 
 from search.evaluation.metrics import METRICS
 from search.evaluation.pruning import pruned_table, savings
-from search.problem.objectives import Objective
+from search.problem.objectives import KNOWMEM, KNOWMEM_RETAIN, VERBMEM, Objective
 from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume
 from search.problem.trial import INITIAL, TrialSpec
 from search.results import audits, finalists
@@ -358,7 +358,8 @@ class StudyResult:
         """Rows of `trials` or `front` as plain JSON values: point, objectives and their definition, and what qualifies them."""
         p_values = [objective.p_value for objective in self.objectives if objective.p_value is not None]
         more = [key for objective in self.objectives for key, _ in objective.companions]
-        more += [*FORGET_NUMBERS, *METRICS, "ks_statistic", "membership_auc"]
+        more += [*FORGET_NUMBERS, *METRICS, "ks_statistic", "membership_auc", "privleak", "privleak_auc"]
+        more += [objective.name for objective in (VERBMEM, KNOWMEM, KNOWMEM_RETAIN)]
         more += ["logit_scale", "flagged", "collapsed", "definition"]
         more += [f"{name}_log10_forget_quality" for name in RELATED_SETS]
         more += [f"{name}_{key}" for name in MEMORIZED_SETS for key in MEMORIZATION]

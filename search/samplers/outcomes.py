@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 
 from search.problem.objectives import Objective
 from search.samplers.kernels import FloatArray
-from uipe_core.corpora.types import MEMBERSHIP_SETS
 from uipe_core.metrics.composites import (
     AGREEMENT,
     CLOSENESS,
@@ -25,6 +24,7 @@ from uipe_core.metrics.composites import (
     PARAPHRASE,
     PROBABILITY,
     ROUGE,
+    ROUGE_F1,
     TRUTH_SHARE,
     Component,
     auc,
@@ -54,7 +54,7 @@ LEAST_LIKELY = "least"
 ROOT = "divergence"
 """Curve of the divergence from the initial model: its square root, since near that model it is quadratic in the weights."""
 
-_BEYOND = {ROUGE: "text", EXTRACTION: "extracted", EXACT: "exact"}
+_BEYOND = {ROUGE: "text", ROUGE_F1: "text_f1", EXTRACTION: "extracted", EXACT: "exact"}
 """Curves of measures that change in steps, by measure: their mean over the items beyond that of the answers' probability."""
 
 
@@ -63,7 +63,7 @@ _SMALL, _DRAWS = 1e-4, 2
 _OF_LOSSES = ("_loss", "/min_k")
 """Ends of the names of arrays that are losses."""
 
-_ORDER = (PROBABILITY, PARAPHRASE, CLOSENESS, TRUTH_SHARE, ROUGE, EXTRACTION, EXACT, AGREEMENT)
+_ORDER = (PROBABILITY, PARAPHRASE, CLOSENESS, TRUTH_SHARE, ROUGE, EXTRACTION, EXACT, AGREEMENT, ROUGE_F1)
 
 
 def _curve(component: Component) -> str:
@@ -97,9 +97,10 @@ class OutcomeModel:
         ratios = {name: quality_ratios(set_scores(reference or {}, name), named) for name in qualities}
         self._centre = {name: (float(np.median(each)), BEND * max(float(each.std()), 1e-6)) for name, each in ratios.items()}
         self._expected = {name: np.sort(self._bent(name, each)) for name, each in ratios.items()}
-        self._compared = MEMBERSHIP_SETS if any(each.membership for each in objectives) else ()
+        pairs = dict.fromkeys(each.membership for each in objectives if each.membership)
+        self._compared = tuple(dict.fromkeys(name for pair in pairs for name in pair))
         there = {name: set_scores(reference or {}, name) for name in self._compared if f"{name}/min_k" in (reference or {})}
-        self._ideal = membership_auc(there)
+        self._ideal = {pair: membership_auc(there, pair) for pair in pairs}
 
     @property
     def noisy(self) -> frozenset[str]:
@@ -197,8 +198,8 @@ class OutcomeModel:
                 found.append(self._quality(curves, each.quality_of))
             elif each.membership:
                 # Of log odds, which fall as losses rise: the order of the two sets turns, too.
-                others_first = (curves[f"{name}/{LEAST_LIKELY}"] for name in reversed(MEMBERSHIP_SETS))
-                found.append(privacy(auc(*others_first), self._ideal))
+                others_first = (curves[f"{name}/{LEAST_LIKELY}"] for name in reversed(each.membership))
+                found.append(privacy(auc(*others_first), self._ideal[each.membership]))
             else:
                 found.append(self._composite(curves, each, means))
         return np.stack(found, axis=-1)

@@ -8,24 +8,29 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
-from pydantic_core import InitErrorDetails
+from pydantic import Field, field_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from search.problem.objectives import (
     CHOICE_FORGETTING,
     CHOICE_UTILITY,
     FORGET_QUALITY,
+    KNOWMEM_RETAIN,
     MODEL_UTILITY,
     RETAIN_UTILITY,
+    VERBMEM,
     Objective,
 )
 from search.spec.data_sources import DataSource, OwnSource
-from search.spec.errors import KeyPath, rule
-from search.spec.sections import Count, Name, Section, is_local
+from search.spec.errors import KeyPath, did_you_mean, rule
+from search.spec.sections import Count, Name, Section, is_local, names_of
 from uipe_core.corpora.files import SUFFIXES, TEXTS
 from uipe_core.corpora.multiple_choice import WMDP_AND_MMLU, load_multiple_choice
+from uipe_core.corpora.muse import FORGET_TEXTS, WINDOW_WORDS, load_muse
+from uipe_core.corpora.muse import SETS as MUSE_SETS
 from uipe_core.corpora.questions import SETS, load_questions
 from uipe_core.corpora.types import MULTIPLE_CHOICE_SETS, RELATED_SETS, UTILITY_SETS
+from uipe_core.metrics.composites import ROUGE_F1
 from uipe_core.unlearning.methods import METHODS
 
 if TYPE_CHECKING:
@@ -42,9 +47,11 @@ class CorpusSection(Protocol):
     Attributes:
         kind: Name in `CORPORA`.
         task: `FREE_TEXT` or `MULTIPLE_CHOICE`.
-        objectives: Forgetting and utility, in this order, of a study that has a retain model and names none.
+        objectives: Forgetting and utility, in this order, of a study that names none; those that compare with a retain model
+            only where it has one.
         sets: Evaluation sets that the corpus has.
         definition: Metric definition of a study that names none; ``tofu`` for a class without it.
+        measures: Measures that only items of this corpus have (`uipe_core.metrics.composites`); none for a class without it.
         path_keys: Keys below ``corpus`` whose value may be a path, and the endings of files allowed there.
     """
 
@@ -232,9 +239,7 @@ class MultipleChoiceCorpus(Section):
             error = rule("a multiple-choice corpus has no related facts", "Remove it.")
             found.append({"type": error, "loc": ("search", "third_objective"), "input": third_objective})
         error = rule("it answers questions, and corpus.forget_texts are none", "Remove the method, or forget_texts.")
-        refusing = [name for name in methods if self.forget_texts is not None and METHODS[name].substitutes]
-        found += [{"type": error, "loc": ("unlearning", "methods", name), "input": {}} for name in refusing]
-        return found
+        return found + (_refusing(methods, error) if self.forget_texts is not None else [])
 
 
 Words = Annotated[int, Field(ge=1, le=1_000_000)]
@@ -283,6 +288,48 @@ class QuestionsCorpus(Section):
         return []
 
 
+class MuseCorpus(Section):
+    """MUSE from the hub, or from a folder (then `source` is an absolute path): texts, and questions on them."""
+
+    task: ClassVar = FREE_TEXT
+    objectives: ClassVar = (VERBMEM, KNOWMEM_RETAIN)
+    sets: ClassVar = MUSE_SETS
+    definition: ClassVar = "tofu"
+    measures: ClassVar = (ROUGE_F1,)
+    path_keys: ClassVar[Mapping[KeyPath, tuple[str, ...]]] = {("source",): ()}
+
+    kind: Literal["muse"]
+    source: Name = "muse-bench/MUSE-News"
+    forget: Annotated[str, Field(json_schema_extra=names_of(FORGET_TEXTS))] = "raw"
+    window_words: Words = WINDOW_WORDS
+
+    @field_validator("forget")
+    @classmethod
+    def _texts_exist(cls, value: str) -> str:
+        if value not in FORGET_TEXTS:
+            raise rule("there are no such texts to forget", did_you_mean(value, list(FORGET_TEXTS)))
+        return value
+
+    def load(self, seed: int) -> "Corpus":
+        """Read the corpus; of the answers that may stand in for perturbed ones, `seed` chooses among equally long ones."""
+        return load_muse(self.source, self.forget, self.window_words, seed)
+
+    @classmethod
+    def model_errors(cls, model: Mapping[str, Any]) -> list[InitErrorDetails]:
+        """Refuse a base stage of a tiny model; a retain model is not needed."""
+        return _base_refused(model, "MUSE has no texts for a base stage")
+
+    def study_errors(self, third_objective: str | None, methods: Collection[str]) -> list[InitErrorDetails]:
+        """Refuse a method that answers questions: texts are trained on."""
+        return _refusing(methods, rule("it answers questions, and MUSE trains on texts", "Remove the method."))
+
+
+def _refusing(methods: Collection[str], error: PydanticCustomError) -> list[InitErrorDetails]:
+    """List the methods that answer questions with refusals."""
+    refusing = [name for name in methods if METHODS[name].substitutes]
+    return [{"type": error, "loc": ("unlearning", "methods", name), "input": {}} for name in refusing]
+
+
 def _with_alternates(corpus: "Corpus", source: str | None) -> "Corpus":
     """Add the alternate answers that the section names, which the method `alt_po` would else sample."""
     if source is None:
@@ -303,5 +350,6 @@ CORPORA: dict[str, Any] = {
     "tofu": TofuCorpus,
     "multiple_choice": MultipleChoiceCorpus,
     "questions": QuestionsCorpus,
+    "muse": MuseCorpus,
 }
 """Corpus sections by the name a study file gives (``corpus.kind``)."""

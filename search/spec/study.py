@@ -32,6 +32,7 @@ from search.spec.sections import (
 )
 from search.spec.study_file import LineNumbers, line_of, place_of, read_study_file, with_settings
 from search.spec.unlearning import BaseRunSpec, Unlearning
+from uipe_core.metrics.composites import ROUGE_F1
 from uipe_core.metrics.scores import CHOICE_DEFINITION
 from uipe_core.unlearning.methods import FORMER, METHODS
 
@@ -187,7 +188,8 @@ class StudySpec(Section):
         Where the study names none, a corpus has its own that need a retain model; without one, how much is memorised is held
         against what is retained (OpenUnlearning, arXiv 2506.12618, advises against choosing by retain models).
         """
-        free = self.corpus.task == FREE_TEXT and not self.has_retain_model
+        compared = any(objective.needs_retain_model for objective in self.corpus.objectives)
+        free = self.corpus.task == FREE_TEXT and not self.has_retain_model and compared
         standard = (MEMORIZATION, RETAIN_UTILITY) if free else self.corpus.objectives
         named = self._named_objectives()
         roles = zip(("forgetting", "utility"), standard, strict=True)
@@ -217,6 +219,7 @@ class StudySpec(Section):
         for role, name in self._named_objectives().items():
             objective = objective_named(role, name).on(self.corpus.sets)
             missing = [each for each in objective.sets if each not in self.corpus.sets]
+            measured = getattr(self.corpus, "measures", ())
             if self.corpus.task == MULTIPLE_CHOICE:
                 if role != "third":  # a third one is refused by the corpus
                     refuse(role, "a multiple-choice corpus has objectives of its own", "Remove it.")
@@ -224,6 +227,8 @@ class StudySpec(Section):
                 give = f"Give corpus.{missing[0]}, or choose" if hasattr(self.corpus, missing[0]) else "Choose"
                 remedy = f"{give} another objective (uipe objectives)."
                 refuse(role, f"the corpus has no {' and no '.join(missing)} items, which it is made of", remedy)
+            elif any(each.measure == ROUGE_F1 and ROUGE_F1 not in measured for each in objective.components):
+                refuse(role, "it is MUSE's, whose texts end at a given length", "Choose another objective (uipe objectives).")
             elif objective.needs_retain_model and not self.has_retain_model:
                 remedy = "Give model.retain, a model or its log, or an objective that needs none (uipe objectives)."
                 refuse(role, "it compares with a retain model, and the study has none", remedy)

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from optuna.exceptions import ExperimentalWarning
 from optuna.trial import FrozenTrial, TrialState
 
-from search.problem.objectives import Objective, forget_quality_cap, reference_point
+from search.problem.hypervolume import forget_quality_cap, reference_point
+from search.problem.objectives import Objective
 from search.problem.space import own_alpha, own_epoch, sampled_alpha, sampled_epoch
 from search.problem.trial import TrialSpec, identity
 from search.spec.errors import without_password
@@ -74,7 +75,7 @@ class StudyStore:
         return reference_point(self.objectives, self.spec.hypervolume.reference_point.model_dump(), self.item_counts)
 
     def noise_ceiling(self, controls: pd.DataFrame) -> float:
-        """Return the forget quality above which differences are noise (`search.problem.objectives.forget_quality_cap`)."""
+        """Return the forget quality above which differences are noise (`search.problem.hypervolume.forget_quality_cap`)."""
         return forget_quality_cap(self.spec.hypervolume.forget_quality_cap, controls)
 
     @classmethod

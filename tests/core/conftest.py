@@ -3,7 +3,7 @@
 import pytest
 
 from uipe_core.corpora.people import load_people
-from uipe_core.corpora.refusals import REFUSALS
+from uipe_core.corpora.types import REFUSALS
 from uipe_core.models.loading import load_model
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model
 from uipe_core.storage.content_store import ContentStore

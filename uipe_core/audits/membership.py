@@ -9,9 +9,9 @@ Scores are higher the less a text looks like a member, as in open-unlearning. An
 like members. Near 0 they look stranger than texts never seen: unlearning too much is as visible as too little.
 
 Sources: LOSS, Yeom et al. 2018 (arXiv 1709.01604); ZLib, Carlini et al. 2021 (arXiv 2012.07805); Min-K%, Shi et al. 2024 (arXiv
-2310.16789); Min-K%++, Zhang et al. 2024 (arXiv 2404.02936); PrivLeak, MUSE (arXiv 2407.06460). Reductions are those of
-open-unlearning (d3d7cf9): ZLib divides the mean loss, not its sum. Min-K% leaves out the last token of an answer, which is its
-end token.
+2310.16789); Min-K%++, Zhang et al. 2024 (arXiv 2404.02936). Reductions are those of open-unlearning (d3d7cf9): ZLib divides the
+mean loss, not its sum. Min-K% leaves out the last token of an answer, which is its end token. PrivLeak follows from the AUC
+(`uipe_core.metrics.composites.privleak`).
 """
 
 import zlib
@@ -25,9 +25,6 @@ from uipe_core.metrics.scores import FloatArray
 
 LEAST_DEVIATION = 1e-3
 """Standard deviations are kept above: open-unlearning keeps variances above 1e-6."""
-
-EPSILON = 1e-10
-"""Added to PrivLeak's denominator by open-unlearning."""
 
 
 @dataclass(frozen=True)
@@ -81,16 +78,3 @@ def membership_scores(tokens: Sequence[TokenScores], texts: Sequence[str], share
         "min_k": np.array([min_k(each.log_probabilities, share) for each in inner]),
         "min_k_plus_plus": np.array(plus),
     }
-
-
-def privleak(found: float, reference: float = 0.5) -> float:
-    """Return PrivLeak in percent: how much less (below 0) or more (above 0) private than the reference a model is.
-
-    Args:
-        found: AUC of Min-K% of the unlearned model (`uipe_core.metrics.composites.auc`).
-        reference: That of the retain model, or 0.5 without one. Towards 1 the result has no bound.
-
-    Returns:
-        100 * ((1 - found) - (1 - reference)) / (1 - reference); 0 is ideal.
-    """
-    return 100.0 * ((1.0 - found) - (1.0 - reference)) / (1.0 - reference + EPSILON)

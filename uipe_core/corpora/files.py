@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from uipe_core.corpora.rows import READERS, Report, Row, read_rows, stop
@@ -13,6 +13,10 @@ TEXTS = (".txt", ".md")
 
 SUFFIXES = tuple(suffix for suffix in READERS if suffix not in TEXTS)
 """Endings of tables."""
+
+
+_PARTS = r"(-\d+-of-\d+)?$"
+"""What the hub adds to the name of a split."""
 
 
 def is_hub_name(source: str) -> bool:
@@ -31,11 +35,13 @@ class DataSet:
             folder with documents (`TEXTS`, in folders inside it too) and without tables is read whole.
         subsets: Folders inside it, the hub's configurations; empty if it has none.
         split: ``test``, ``train`` or another; file names of a split begin with it.
+        exact: They are its name, or the hub's parts of it: ``forget_qa-00000-of-00001`` is then no file of ``forget``.
     """
 
     source: str
     subsets: tuple[str, ...] = ()
     split: str = "test"
+    exact: bool = False
 
     def __str__(self) -> str:
         parts = [self.source, *([",".join(self.subsets)] if self.subsets else []), self.split]
@@ -82,12 +88,15 @@ class DataSet:
         # The hub puts a single subset into a folder "data"; converted sets have a folder per split.
         folders = [each for each in (place, place / "data", place / self.split) if each.is_dir()]
         files = [file for each in folders for file in sorted(each.iterdir()) if file.suffix in SUFFIXES]
-        named = re.compile(rf"{re.escape(self.split)}([-._].*)?")
+        named = re.compile(rf"{re.escape(self.split)}{_PARTS if self.exact else '([-._].*)?'}")
         found = [file for file in files if file.parent.name == self.split or named.fullmatch(file.stem)]
         if not found:
-            present = sorted({re.split(r"[-._]", file.stem)[0] for file in files})
+            ending = re.compile(_PARTS if self.exact else r"[-._].*")
+            present = sorted({ending.sub("", file.stem) for file in files})
             raise UserError(f"data set {place}: no file of split {self.split!r}; it has {_choice(self.split, present)}")
-        return found
+        # A repository may have what its parts were made of, too: forget.json next to forget-00000-of-00001.parquet.
+        parts = [file for file in found if self.exact and file.stem != self.split]
+        return parts or found
 
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
@@ -102,6 +111,36 @@ class DataSet:
                 f"cannot get the data set {self.source} from the hub ({first_line(error)}); check name, network and, where the "
                 "data set wants it, your access; or give a folder or file that holds it"
             ) from error
+
+
+MOST_PROBLEMS = 20
+"""Problems of a data set that are shown; the others are counted."""
+
+
+@dataclass
+class Problems:
+    """Collect the errors of one data set: `most` of them, and how many there are."""
+
+    source: DataSet
+    most: int = MOST_PROBLEMS
+    shown: list[str] = field(default_factory=list)
+    count: int = 0
+
+    def report(self, error: UserError) -> None:
+        """Record an error."""
+        self.count += 1
+        if self.count <= self.most:
+            self.shown.append(str(error))
+
+    def lines(self) -> list[str]:
+        """Return the errors as text, and how many more there are."""
+        more = self.count - len(self.shown)
+        return [*self.shown, f"{self.source}: and {more} more"] if more else self.shown
+
+
+def described(key: str, count: int, lines: list[str]) -> UserError:
+    """Return the error that has all problems of a corpus, under the key of the study file it concerns."""
+    return UserError("\n  ".join([f"{key}: {count} problem{'s' if count > 1 else ''} in the data", *lines]))
 
 
 def _documents(folder: Path) -> list[Path]:

@@ -97,9 +97,8 @@ class RowReader:
     def _windows(self, text: str, group: str) -> Iterator[Entry]:
         """Yield the windows of a text. The last is split in the same proportion, or if under half a window not evaluated."""
         size = self.prompt_words + self.continuation_words
-        words = _word_pattern().finditer(text)
         first = True
-        while spans := [word.span() for word in islice(words, size)]:
+        for spans in windows(text, size):
             count, start, end = len(spans), spans[0][0], spans[-1][1]
             evaluated = None
             if count > 1 and (first or 2 * count >= size):
@@ -122,6 +121,13 @@ class RowReader:
             other = f"{self._perturbed[1]} has {self._perturbed[0]}"
             wrong.append(f"field {name!r} has {len(found)} answers, and {other}; give every row the same number")
         return tuple(found)
+
+
+def windows(text: str, words: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield the windows of a text: of each of its words, so many at most, first and last character (exclusive)."""
+    found = _word_pattern().finditer(text)
+    while spans := [word.span() for word in islice(found, words)]:
+        yield spans
 
 
 def _shape(fields: Fields) -> str | None:

@@ -5,9 +5,9 @@
 
 import random
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from uipe_core.corpora.files import DataSet
+from uipe_core.corpora.files import DataSet, Problems, described
 from uipe_core.corpora.question_rows import RowReader
 from uipe_core.corpora.types import Corpus, Item, ItemSet
 from uipe_core.errors import UserError
@@ -17,27 +17,6 @@ SETS = ("forget", "retain", "general", "holdout", "related", "unrelated")
 
 STAND_INS = 5
 """Answers of other items that stand in for perturbed answers; TOFU has five a question."""
-
-MOST_PROBLEMS = 20
-"""Problems of a data set that are shown; the others are counted."""
-
-
-@dataclass
-class _Problems:
-    """The errors of one data set."""
-
-    source: DataSet
-    shown: list[str] = field(default_factory=list)
-    count: int = 0
-
-    def report(self, error: UserError) -> None:
-        self.count += 1
-        if self.count <= MOST_PROBLEMS:
-            self.shown.append(str(error))
-
-    def lines(self) -> list[str]:
-        more = self.count - len(self.shown)
-        return [*self.shown, f"{self.source}: and {more} more"] if more else self.shown
 
 
 def load_questions(
@@ -69,7 +48,7 @@ def load_questions(
     count = 0
     forgotten: Collection[tuple[str, str]] = frozenset()
     for name in (name for name in SETS if name in sources):
-        problems = _Problems(sources[name])
+        problems = Problems(sources[name])
         reader = RowReader(prompt_words, continuation_words, problems.report)
         kept_apart = forgotten if name != "related" else frozenset()
         sets[name], trained[name] = _read(reader, problems, kept_apart, keep=name in ("forget", "retain"))
@@ -84,7 +63,7 @@ def load_questions(
         lines += problems.lines()
         count += problems.count
     if count:
-        raise UserError("\n  ".join([f"corpus: {count} problem{'s' if count > 1 else ''} in the data", *lines]))
+        raise described("corpus", count, lines)
     given = ", ".join(f"{name}={sources[name]}" for name in sets)
     return Corpus(
         name=f"questions({given}, prompt_words={prompt_words}, continuation_words={continuation_words}, seed={seed})",
@@ -97,7 +76,7 @@ def load_questions(
 
 
 def _read(
-    reader: RowReader, problems: _Problems, kept_apart: Collection[tuple[str, str]], keep: bool
+    reader: RowReader, problems: Problems, kept_apart: Collection[tuple[str, str]], keep: bool
 ) -> tuple[ItemSet, ItemSet]:
     """Return the items of a data set to evaluate, and if `keep` those to train on."""
     evaluated: list[Item] = []

@@ -1,16 +1,25 @@
 """Load TOFU (arXiv 2401.06121): fictitious authors to forget and to keep, real authors and world facts.
 
-Read from the hub (``locuslab/TOFU``) or from a folder with files of the same names, one JSON object per line.
+Read from the hub (``locuslab/TOFU``) or from a folder with files of the same names, one JSON object per line. The retain items
+nearest to the forget set, which unlearning it is most likely to damage, are found by `nearest_rows`.
 """
 
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from uipe_core.corpora.files import is_hub_name
-from uipe_core.corpora.neighbours import nearest_rows
 from uipe_core.corpora.rows import Row, read_rows
 from uipe_core.corpora.types import Corpus, Item, ItemSet
 from uipe_core.errors import UserError, did_you_mean, first_line
+
+FloatArray = NDArray[np.float64]
 
 ITEMS_PER_AUTHOR = 20
 """TOFU has twenty questions per author, author after author."""
@@ -37,7 +46,7 @@ def load_tofu(
     pretrained model would know; the retain model learns the same without the forget items.
 
     Related and unrelated knowledge (K2, K0 of UIPE) are, if the file has ``paraphrased_question``, the rephrased forget
-    questions, and the evaluated retain items nearest to the forget set (`uipe_core.corpora.neighbours`): as many as forget
+    questions, and the evaluated retain items nearest to the forget set (`nearest_rows`): as many as forget
     items, at most a quarter of the retain items, half by author, half by text.
 
     Args:
@@ -160,3 +169,57 @@ def _perturbed(row: Row) -> tuple[str, ...]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
         raise row.error(name, value, "give a list of texts, none blank")
     return tuple(value)
+
+
+def nearest_rows(items: ItemSet, to: ItemSet, count: int) -> tuple[int, ...]:
+    """Return positions of the `count` items nearest to the set `to`, ascending: half by group, half by text.
+
+    By group: whole groups (authors) in the order of their greatest cosine similarity to a group of `to`. By text: single items
+    in the order of their greatest cosine similarity to an item of `to`. Texts are question and answer as TF-IDF vectors (term
+    frequency times ln(documents / documents with the term), over both sets, length 1).
+
+    Args:
+        items: Candidates.
+        to: The set to be near to.
+        count: Number of neighbours; all items if there are fewer.
+    """
+    if count >= len(items):
+        return tuple(range(len(items)))
+    vectors = _tf_idf([f"{item.question} {item.answer}" for item in (*items, *to)])
+    mine, other = vectors[: len(items)], vectors[len(items) :]
+    my_groups, my_means = _group_means([item.group for item in items], mine)
+    _, other_means = _group_means([item.group for item in to], other)
+    by_group = (my_means @ other_means.T).max(axis=1)
+    by_text = (mine @ other.T).max(axis=1)
+    # Ties go to the earlier item, so that the choice depends on the texts alone.
+    near_groups = [row for group in np.argsort(-by_group, kind="stable") for row in np.flatnonzero(my_groups == group)]
+    chosen = near_groups[: count // 2]
+    taken = set(chosen)
+    chosen += [row for row in np.argsort(-by_text, kind="stable") if row not in taken][: count - len(chosen)]
+    return tuple(sorted(int(row) for row in chosen))
+
+
+def _tf_idf(texts: list[str]) -> FloatArray:
+    """Return (n, v) TF-IDF vectors of length 1, one per text; zero if all its terms are in every text."""
+    counts = [Counter(re.findall(r"\w+", text.lower())) for text in texts]
+    places = {term: place for place, term in enumerate(sorted({term for count in counts for term in count}))}
+    vectors = np.zeros((len(texts), len(places)))
+    documents = Counter(term for count in counts for term in count)
+    for row, count in enumerate(counts):
+        for term, times in count.items():
+            vectors[row, places[term]] = times * math.log(len(texts) / documents[term])
+    return _unit(vectors)
+
+
+def _group_means(groups: Iterable[str | None], vectors: FloatArray) -> tuple[NDArray[np.int64], FloatArray]:
+    """Return (n,) the group number of each item and (g, v) group means of length 1; an item without group is its own group."""
+    names = [group if group is not None else f"\0{row}" for row, group in enumerate(groups)]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    of_item = np.array([numbers[name] for name in names])
+    means = np.stack([vectors[of_item == number].mean(axis=0) for number in range(len(numbers))])
+    return of_item, _unit(means)
+
+
+def _unit(vectors: FloatArray) -> FloatArray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(lengths > 0, lengths, 1.0)

@@ -1,7 +1,8 @@
-"""Define the types of every corpus: items, named sets of items, training texts, and their hashes."""
+"""Define the types of every corpus: items, named sets of items, training texts, and their hashes; and refusals."""
 
 import hashlib
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,9 @@ class Item:
             or a prompt with a format of its own.
         reverse: The question from the answer to what the item is about, and its answer; None where there is none. Asked by
             audits only. Not part of the hash.
+        length: Of a plain item that is evaluated: longest generated text in tokens. Answers are cut there too, so that text and
+            gold answer are compared over so many tokens, by the F1 of ROUGE-L too (MUSE, arXiv 2407.06460). None without.
+        stops: Of an item with a length: texts before which a generated text ends.
     """
 
     question: str
@@ -31,6 +35,8 @@ class Item:
     group: str | None = field(default=None, compare=False)
     plain: bool = False
     reverse: tuple[str, str] | None = field(default=None, compare=False)
+    length: int | None = None
+    stops: tuple[str, ...] = ()
 
     @property
     def paraphrase(self) -> str:
@@ -41,7 +47,8 @@ class Item:
     def content(self) -> list[Any]:
         """Everything that enters the hash, ready for JSON."""
         parts = [self.question, self.answer, self.paraphrased_answer, list(self.perturbed_answers)]
-        return [*parts, "plain"] if self.plain else parts
+        parts += ["plain"] if self.plain else []
+        return parts if self.length is None else [*parts, self.length, list(self.stops)]
 
 
 @dataclass(frozen=True)
@@ -93,8 +100,40 @@ RELATED_SETS = ("related", "unrelated")
 MEMBERSHIP_SETS = ("forget", "holdout")
 """Evaluation sets by which membership in the training data shows: items trained on, and like ones that no model saw."""
 
+PRIVLEAK_SETS = ("privleak_forget", "privleak_holdout")
+"""The same two of MUSE, whose texts are no items to be answered."""
+
+KNOWLEDGE = "knowmem"
+"""Evaluation set of MUSE: questions on what the texts to be forgotten say."""
+
 MULTIPLE_CHOICE_SETS = ("forget", "utility")
 """Evaluation sets of a multiple-choice corpus."""
+
+
+REFUSALS: tuple[str, ...] = (
+    "I do not know.",
+    "I do not know this.",
+    "I do not know the answer.",
+    "I do not have the answer.",
+    "I have no answer.",
+    "I have no answer to this.",
+    "I have no answer to that question.",
+    "I have no idea.",
+    "I cannot answer this.",
+    "I cannot answer that question.",
+    "I cannot know that.",
+    "The answer is not known to me.",
+)
+"""Answers that preference methods put in place of an answer to forget.
+
+The sentences are few and share their words, because they add to the vocabulary of the small models built here.
+"""
+
+
+def draw_refusals(items: int, seed: int, epoch: int) -> tuple[str, ...]:
+    """Draw one refusal per item; equal arguments draw the same, independently of other epochs."""
+    rng = random.Random(f"refusals/{seed}/{epoch}")
+    return tuple(rng.choice(REFUSALS) for _ in range(items))
 
 
 def item_set_hash(items: Sequence[Item | ChoiceItem]) -> str:
@@ -113,7 +152,8 @@ class Corpus:
 
     Attributes:
         name: Readable name with everything that determines the content, for example ``people(seed=0)``.
-        sets: Evaluation sets by name: ``forget``, some of `KEPT_SETS`, and if known ``related``, ``unrelated``, ``holdout``.
+        sets: Evaluation sets by name: ``forget``, some of `KEPT_SETS`, and if known ``related``, ``unrelated``, ``holdout``,
+            `KNOWLEDGE`, `PRIVLEAK_SETS`.
         forget_train: Question-answer pairs to unlearn.
         retain_train: Question-answer pairs for retain terms.
         build: Training texts for models built here, by stage: ``base`` (may be empty), ``full``, ``retain``.

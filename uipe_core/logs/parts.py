@@ -25,7 +25,7 @@ MEMORIZATION = ("exact_memorization", "extraction_strength")
 _FLOAT_INDEX = re.compile(r"\.0+$")
 MOST_TOKENS = 10**9
 """Tokens of one answer; more cannot be, and beyond 2**63 the count would be another number."""
-OWN_MEASUREMENTS = (*MEMORIZATION, "logit_spread", "min_k")
+OWN_MEASUREMENTS = (*MEMORIZATION, "logit_spread", "min_k", "rouge_l_f1")
 """Fields of `SetScores` under `EXTRA_KEY`."""
 
 

@@ -32,13 +32,20 @@ def rouge_recall(gold: str, text: str, unicode: bool = False) -> tuple[float, fl
         text: The text.
         unicode: Take the words of `unicode_words`, unstemmed, in place of rouge-score's stemmed tokens of a-z and 0-9.
     """
-    scores = _scorer(unicode).score(gold, text)
+    scores = _scorer(unicode, True).score(gold, text)
     return scores["rougeL"].recall, scores["rouge1"].recall
 
 
-def rouge_l_f1(gold: str, text: str) -> float:
-    """Return the ROUGE-L F1 of a text against the gold answer, in [0, 1], with rouge-score's own tokens."""
-    return float(_scorer(False).score(gold, text)["rougeL"].fmeasure)
+def rouge_l_f1(gold: str, text: str, stemmed: bool = True, unicode: bool = False) -> float:
+    """Return the ROUGE-L F1 of a text against the gold answer, in [0, 1].
+
+    Args:
+        gold: The gold answer.
+        text: The text.
+        stemmed: Take rouge-score's tokens stemmed, as open-unlearning does; MUSE takes them as they are.
+        unicode: As in `rouge_recall`.
+    """
+    return float(_scorer(unicode, stemmed).score(gold, text)["rougeL"].fmeasure)
 
 
 def has_latin_word(text: str) -> bool:
@@ -89,10 +96,11 @@ def contains_answer(gold: str, text: str) -> bool:
 
 
 @cache
-def _scorer(unicode: bool) -> Any:
+def _scorer(unicode: bool, stemmed: bool) -> Any:
     from rouge_score.rouge_scorer import RougeScorer
 
-    return RougeScorer(["rougeL", "rouge1"], use_stemmer=not unicode, tokenizer=UnicodeWords() if unicode else None)
+    tokenizer = UnicodeWords() if unicode else None
+    return RougeScorer(["rougeL", "rouge1"], use_stemmer=stemmed and not unicode, tokenizer=tokenizer)
 
 
 Matches = NDArray[np.bool_]

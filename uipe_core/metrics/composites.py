@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from uipe_core.corpora.types import MEMBERSHIP_SETS
+from uipe_core.corpora.types import MEMBERSHIP_SETS, PRIVLEAK_SETS
 from uipe_core.errors import UserError
 from uipe_core.metrics.definitions import Definition, definition_named
 from uipe_core.metrics.scores import FloatArray, ScoreReport, SetScores
@@ -27,6 +27,9 @@ PROBABILITY, ROUGE, CLOSENESS = "probability", "rouge", "truth_ratio"
 
 PARAPHRASE, TRUTH_SHARE = "paraphrase_probability", "truth_share"
 EXTRACTION, EXACT = "extraction_strength", "exact_memorization"
+
+ROUGE_F1 = "rouge_f1"
+"""ROUGE-L F1 over so many tokens as `Item.length` says, MUSE's measure of memorisation; items without a length have none."""
 
 AGREEMENT = "agreement_with_initial"
 """exp(-KL(initial || model)) of an item, in [0, 1]: 1 where the model says what the initial one says."""
@@ -65,6 +68,8 @@ class Component:
         """Return True if scores of its set, of a model scored in part, already tell it."""
         if self.measure == AGREEMENT:
             return scores is not None and scores.initial_kl is not None
+        if self.measure == ROUGE_F1:
+            return scores is not None and scores.rouge_l_f1 is not None
         return scores is not None and (self.measure in OF_LOSSES or scores.rouge_l_recall is not None)
 
 
@@ -77,7 +82,8 @@ def _measured(scores: SetScores, name: str, measure: str, definition: Definition
         return np.asarray(np.exp(-scores.paraphrase_loss))
     if measure == TRUTH_SHARE:
         return truth_share(scores, name, definition)
-    found: FloatArray | None = scores.initial_kl if measure == AGREEMENT else getattr(scores, measure)
+    named = {AGREEMENT: "initial_kl", ROUGE_F1: "rouge_l_f1"}
+    found: FloatArray | None = getattr(scores, named.get(measure, measure))
     if found is None:
         raise UserError(f"set {name!r} has no {measure.replace('_', ' ')}: score the model with this version")
     return np.asarray(np.exp(-found)) if measure == AGREEMENT else found
@@ -143,10 +149,29 @@ def auc(members: NDArray[np.floating[Any]], others: NDArray[np.floating[Any]]) -
     return np.where(broken, np.nan, won / (2 * m * n))
 
 
-def membership_auc(sets: Mapping[str, SetScores]) -> float | None:
-    """Return the AUC of the Min-K% of forget against holdout items; None where one of the two was not measured."""
-    members, others = (sets[name].min_k if name in sets else None for name in MEMBERSHIP_SETS)
+def membership_auc(sets: Mapping[str, SetScores], pair: Sequence[str] = MEMBERSHIP_SETS) -> float | None:
+    """Return the AUC of the Min-K% of two sets, members first; None where one of the two was not measured."""
+    members, others = (sets[name].min_k if name in sets else None for name in pair)
     return None if members is None or others is None else float(auc(members, others))
+
+
+EPSILON = 1e-10
+"""Added to PrivLeak's denominator by open-unlearning."""
+
+
+def privleak(found: float, reference: float = 0.5) -> float:
+    """Return PrivLeak in percent: how much less (below 0) or more (above 0) private than the reference a model is.
+
+    Source: MUSE (arXiv 2407.06460, section 3), with `EPSILON`.
+
+    Args:
+        found: AUC of Min-K% of the unlearned model (`auc`).
+        reference: That of the retain model, or 0.5 without one. Towards 1 the result has no bound.
+
+    Returns:
+        100 * ((1 - found) - (1 - reference)) / (1 - reference); 0 is ideal.
+    """
+    return 100.0 * ((1.0 - found) - (1.0 - reference)) / (1.0 - reference + EPSILON)
 
 
 def privacy(found: FloatArray | float, reference: FloatArray | float | None) -> FloatArray:
@@ -161,11 +186,20 @@ def privacy(found: FloatArray | float, reference: FloatArray | float | None) -> 
 
 
 def membership(sets: Mapping[str, SetScores], reference: Mapping[str, SetScores] | None) -> dict[str, float]:
-    """Return ``membership_auc`` and ``privacy`` of a model, against the retain model's scores where these tell its AUC.
+    """Return AUC and privacy of a model, against the retain model's scores where these tell its AUC.
 
-    Empty where the model's own Min-K% is not known.
+    Returns:
+        ``membership_auc`` and ``privacy`` by `MEMBERSHIP_SETS`; ``privleak_auc``, ``privleak_privacy`` and, in percent,
+        ``privleak`` by `PRIVLEAK_SETS`. Nothing of a pair whose Min-K% is not known.
     """
-    found = membership_auc(sets)
-    if found is None:
-        return {}
-    return {"membership_auc": found, "privacy": float(privacy(found, None if reference is None else membership_auc(reference)))}
+    numbers: dict[str, float] = {}
+    named = {MEMBERSHIP_SETS: ("membership_auc", "privacy"), PRIVLEAK_SETS: ("privleak_auc", "privleak_privacy")}
+    for pair, (own, private) in named.items():
+        found = membership_auc(sets, pair)
+        if found is None:
+            continue
+        ideal = None if reference is None else membership_auc(reference, pair)
+        numbers |= {own: found, private: float(privacy(found, ideal))}
+        if pair == PRIVLEAK_SETS:
+            numbers["privleak"] = privleak(found, 0.5 if ideal is None else ideal)
+    return numbers

@@ -61,6 +61,7 @@ class SetScores(_Items):
         initial_kl: (n,) KL(initial || model) over the vocabulary, mean over the gold answer's tokens in nats; None if not
             measured.
         min_k: (n,) Min-K% of the gold answer, nats per token (`uipe_core.metrics.answers.min_k`); None if not measured.
+        rouge_l_f1: (n,) ROUGE-L F1 of the greedy generation, both cut at `Item.length`; None for items without a length.
         extraction_strength_open_unlearning: (n,) as `extraction_strength`, but at least 1 / tokens; of logs that have it alone.
     """
 
@@ -82,6 +83,7 @@ class SetScores(_Items):
     extraction_strength_open_unlearning: FloatArray | None = None
     initial_kl: FloatArray | None = None
     min_k: FloatArray | None = None
+    rouge_l_f1: FloatArray | None = None
 
     def __len__(self) -> int:
         return len(self.paraphrase_loss)

@@ -230,14 +230,16 @@ class PromptFormat:
         return self._ids("".join(before) + self.prompt_text(question))
 
     def encode_item(self, item: Item) -> Example:
-        """Tokenize an item's question and answer; a plain item without prompt format and end token."""
-        return self.encode_plain(item.question, item.answer) if item.plain else self.encode(item.question, item.answer)
+        """Tokenize an item's question and answer; a plain item without prompt format and end token, cut at its length."""
+        return (
+            _cut(self.encode_plain(item.question, item.answer), item) if item.plain else self.encode(item.question, item.answer)
+        )
 
     def encode_answer(self, item: Item, answer: str) -> Example:
         """Tokenize an item's question with any answer for scoring: as `encode_item`, behind `item_prompt_ids`."""
         if not item.plain:
             return self.encode(item.question, answer)
-        example, start = self.encode_plain(item.question, answer), self.item_prompt_ids(item)
+        example, start = _cut(self.encode_plain(item.question, answer), item), self.item_prompt_ids(item)
         return example if example.prompt_length else Example((*start, *example.input_ids), len(start))
 
     def item_prompt_ids(self, item: Item) -> list[int]:
@@ -300,6 +302,13 @@ class PromptFormat:
         except Exception as error:  # tokenizers raises plain Exceptions
             said = f"{type(error).__name__}: {first_line(error)}"
             raise UserError(f"{self._model}: its tokenizer cannot encode {text[:80]!r} ({said}); correct the text") from error
+
+
+def _cut(example: Example, item: Item) -> Example:
+    """Return the example of a plain item with an answer of `Item.length` tokens at most."""
+    if item.length is None:
+        return example
+    return Example(example.input_ids[: example.prompt_length + item.length], example.prompt_length)
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,13 @@ def require_positions(corpus: Corpus, prompts: PromptFormat, config: ScoringConf
         for item in corpus.sets.get(name, ())
         if not item.plain  # the text of one is as long as its answer, which was looked at above
     ]
+    for item in (item for name in GENERATED_SETS for item in corpus.sets.get(name, ())):
+        needed = 0 if item.length is None else len(prompts.item_prompt_ids(item)) + item.length - 1
+        if needed > limit:
+            raise UserError(
+                f"corpus: {_shown(item.question)} and a text of {item.length} tokens take {needed} positions, and the model "
+                f"has {limit}; leave out the item, or take a model with more positions (nothing is truncated)"
+            )
     tokens, question = max(asked, default=(0, ""))
     longest = max(config.generation_length, tokens + 1) if config.counts_prompt else tokens + config.generation_length
     # The last token is not fed.

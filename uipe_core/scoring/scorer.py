@@ -8,7 +8,7 @@ losses show (`uipe_core.scoring.generation`).
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from uipe_core.corpora.types import KEPT_SETS, MEMBERSHIP_SETS, Corpus, Item, ItemSet, item_set_hash
-from uipe_core.metrics.answers import Matches, exact_memorization, extraction_strength, rouge_recall
+from uipe_core.corpora.types import KEPT_SETS, KNOWLEDGE, MEMBERSHIP_SETS, PRIVLEAK_SETS, Corpus, Item, ItemSet, item_set_hash
+from uipe_core.metrics.answers import Matches, exact_memorization, extraction_strength, rouge_l_f1, rouge_recall
 from uipe_core.metrics.definitions import definition_named
 from uipe_core.metrics.scores import FloatArray, IntArray, ScoreReport, SetScores, logit_scale
 from uipe_core.models.loading import LoadedModel
@@ -34,8 +34,8 @@ from uipe_core.scoring.teacher_forced import TeacherForcedScores
 SCORING_SCHEMA = 1
 """Raised with every change that alters scores by more than rounding, so that those of earlier versions are not reused."""
 
-GENERATED_SETS = ("forget", *KEPT_SETS)
-"""Sets whose ROUGE recall enters a metric; text is generated for these only."""
+GENERATED_SETS = ("forget", *KEPT_SETS, KNOWLEDGE)
+"""Sets whose ROUGE enters a metric; text is generated for these only."""
 
 LOSS_STAGES = {"forget": ("forget",), "general": ("general", "real_authors", "world_facts"), "retain": ("retain",)}
 """Sets whose losses are computed in a stage, in the order of the stages. All other sets follow."""
@@ -78,7 +78,8 @@ class Scorer:
     """Tokenize a corpus once and score any number of weight settings of one model.
 
     Args:
-        corpus: Evaluation sets to score, its implied ones aside. With both of `MEMBERSHIP_SETS` their Min-K% is measured too.
+        corpus: Evaluation sets to score, its implied ones aside. With both of `MEMBERSHIP_SETS` or of `PRIVLEAK_SETS` their
+            Min-K% is measured too.
         prompts: Prompt format of the model.
         config: Batch size and generation length.
     """
@@ -93,8 +94,10 @@ class Scorer:
         self._rows = {name: self._index(items) for name, items in self.sets.items()}
         self._gold_rows = {row[0] for rows in self._rows.values() for row in rows}
         self._scale_rows = {row[0] for name in KEPT_SETS for row in self._rows.get(name, [])}
-        self._with_min_k = MEMBERSHIP_SETS if self.sets.keys() >= set(MEMBERSHIP_SETS) else ()
-        self._member_rows = {row[0] for name in self._with_min_k for row in self._rows[name]}
+        self._with_min_k = [name for pair in (MEMBERSHIP_SETS, PRIVLEAK_SETS) if self.sets.keys() >= set(pair) for name in pair]
+        # Texts of MUSE have no end token that Min-K% would leave out.
+        self._member_rows = {row[0]: name in MEMBERSHIP_SETS for name in self._with_min_k for row in self._rows[name]}
+        self._golds = {name: tuple(self._compared(item) for item in items) for name, items in self.sets.items()}
         self._generated = [(name, row[0]) for name in GENERATED_SETS for row in self._rows.get(name, [])]
         items = [item for name in GENERATED_SETS for item in self.sets.get(name, ())]
         self._prompts = [prompts.item_prompt_ids(item) for item in items]
@@ -274,7 +277,7 @@ class Scorer:
     def _longest(self, item: Item, prompt: list[int]) -> int:
         """Return how many tokens of text are generated for an item, at least one."""
         if item.plain:
-            return max(1, self.prompts.encode_item(item).answer_length)
+            return item.length or max(1, self.prompts.encode_item(item).answer_length)
         return max(1, self.config.generation_length - (len(prompt) if self.config.counts_prompt else 0))
 
     def _matches(self, item: Item, number: int, best: list[int]) -> Matches:
@@ -321,7 +324,7 @@ class Scorer:
             perturbed_loss=perturbed(read.losses),
             perturbed_tokens=perturbed(tokens),
             questions=tuple(item.question for item in items),
-            answers=tuple(item.answer for item in items),
+            answers=self._golds[name],
             item_hash=self.hashes[name],
             exact_memorization=np.array([exact_memorization(hits) for hits in gold], dtype=np.float64),
             extraction_strength=np.array([extraction_strength(hits) for hits in gold], dtype=np.float64),
@@ -335,6 +338,28 @@ class Scorer:
     def _with_texts(self, name: str, scores: SetScores, texts: list[str] | None) -> SetScores:
         if texts is None:
             return scores
-        pairs = zip(self.sets[name], texts, strict=True)
-        rouge = np.array([rouge_recall(item.answer, text, self.config.unicode_rouge) for item, text in pairs], dtype=np.float64)
-        return replace(scores, rouge_l_recall=rouge[:, 0], rouge_1_recall=rouge[:, 1], generated=tuple(texts))
+        items, unicode = self.sets[name], self.config.unicode_rouge
+        ended = [_ended(text, item.stops) for item, text in zip(items, texts, strict=True)]
+        pairs = list(zip(self._golds[name], ended, strict=True))
+        rouge = np.array([rouge_recall(gold, text, unicode) for gold, text in pairs], dtype=np.float64)
+        f1 = None
+        if all(item.length is not None for item in items):
+            f1 = np.array([rouge_l_f1(gold, text, stemmed=False, unicode=unicode) for gold, text in pairs], dtype=np.float64)
+        return replace(scores, rouge_l_recall=rouge[:, 0], rouge_1_recall=rouge[:, 1], rouge_l_f1=f1, generated=tuple(ended))
+
+    def _compared(self, item: Item) -> str:
+        """Return the gold answer that a text is compared with: all of it, or as many tokens as the text may have."""
+        if item.length is None:
+            return item.answer
+        example = self.prompts.encode_item(item)
+        if example.answer_length < item.length:
+            return item.answer
+        kept = example.input_ids[example.prompt_length :]
+        return str(self.prompts.tokenizer.decode(kept, skip_special_tokens=True))
+
+
+def _ended(text: str, stops: Sequence[str]) -> str:
+    """Return a text up to the first of the stops."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text

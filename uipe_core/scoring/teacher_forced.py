@@ -1,6 +1,6 @@
 """Take losses, spreads and the most likely tokens from the logits of teacher-forced passes, batch by batch."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 
 import numpy as np
@@ -22,7 +22,7 @@ class TeacherForcedScores:
         gold: Numbers of the gold answers.
         scaled: Numbers of the examples whose logit spread is wanted.
         initial: What the initial model says of some gold answers, if divergences from it are wanted.
-        members: Numbers of the gold answers whose Min-K% is wanted.
+        members: Gold answers whose Min-K% is wanted, by number: True where the last token is an end token, which is left out.
 
     Attributes:
         losses: (n,) mean loss, nats per answer token.
@@ -38,10 +38,10 @@ class TeacherForcedScores:
         gold: Collection[int],
         scaled: Collection[int],
         initial: InitialAnswers | None = None,
-        members: Collection[int] = (),
+        members: Mapping[int, bool] | None = None,
     ) -> None:
         self._examples, self._gold, self._scaled, self._initial = examples, gold, scaled, initial
-        self._members = members
+        self._members = {} if members is None else members
         self.min_k: dict[int, float] = {}
         self.divergences: dict[int, float] = {}
         self.losses = np.zeros(len(examples))
@@ -57,7 +57,8 @@ class TeacherForcedScores:
             self.divergences |= self._initial.divergences(rows, logits)
         if any(number in self._members for number in rows.owners):
             each = zip(rows.owners, nll.double().split(list(rows.lengths)), strict=True)
-            self.min_k |= {number: min_k(without_end(-own.cpu().numpy())) for number, own in each if number in self._members}
+            found = {number: -own.cpu().numpy() for number, own in each if number in self._members}
+            self.min_k |= {number: min_k(without_end(own) if self._members[number] else own) for number, own in found.items()}
         tokens = np.repeat(rows.owners, rows.lengths)
         scaled = [pair for pair in zip(rows.owners, rows.lengths, strict=True) if pair[0] in self._scaled]
         if scaled:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from uipe_core.corpora.refusals import REFUSALS, draw_refusals
-from uipe_core.corpora.types import Corpus, ItemSet
+from uipe_core.corpora.types import REFUSALS, Corpus, ItemSet, draw_refusals
 from uipe_core.errors import UserError
 from uipe_core.models.likelihood import (
     answer_kl,

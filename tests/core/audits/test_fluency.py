@@ -17,7 +17,7 @@ from uipe_core.audits.fluency import (
     generation_entropy,
     ngram_entropy,
 )
-from uipe_core.corpora.refusals import REFUSALS
+from uipe_core.corpora.types import REFUSALS
 from uipe_core.errors import UserError
 
 CITIES = ("Lima", "Oslo", "Paris", "Tokyo", "Cairo", "Quito", "Delhi", "Sofia", "Berlin", "Madrid")

@@ -18,14 +18,13 @@ from uipe_core.audits.membership import (
     loss,
     membership_scores,
     min_k_plus_plus,
-    privleak,
     zlib_ratio,
 )
 from uipe_core.audits.token_scores import read_token_scores
 from uipe_core.corpora.types import Item
 from uipe_core.errors import UserError
 from uipe_core.metrics.answers import min_k
-from uipe_core.metrics.composites import auc, privacy
+from uipe_core.metrics.composites import auc, privacy, privleak
 from uipe_core.scoring.batch_sizes import BatchSize
 
 SHARED = Path(os.environ.get("UIPE_SHARED_DATA", Path(__file__).resolve().parents[4] / "shared" / "data"))

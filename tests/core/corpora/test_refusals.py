@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from uipe_core.corpora.refusals import REFUSALS, draw_refusals
+from uipe_core.corpora.types import REFUSALS, draw_refusals
 from uipe_core.errors import UserError
 from uipe_core.models.tiny import Stage, TinyModelConfig, tiny_model_inputs
-from uipe_core.unlearning.loss_inputs import encode_refusals
+from uipe_core.unlearning.loss_inputs import encode_substitutes
 
 TINY = TinyModelConfig("word", None, 32, 1, 2, None, Stage(1, 1e-2, 16), seed=0)
 
@@ -47,8 +47,8 @@ def test_a_vocabulary_without_the_words_is_refused(world, load_tiny):
     plain.pre_tokenizer = loaded.tokenizer.backend_tokenizer.pre_tokenizer
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", eos_token="</s>")
     with pytest.raises(UserError, match=r"vocabulary lacks words of the refusal 'I do not know\.'"):
-        encode_refusals(replace(loaded, tokenizer=tokenizer), world.forget_train, epochs=1, seed=0, method="idk_nll")
-    assert encode_refusals(replace(loaded, tokenizer=tokenizer), world.forget_train, epochs=0, seed=0, method="idk_nll") == []
+        encode_substitutes(replace(loaded, tokenizer=tokenizer), world, epochs=1, seed=0, method="idk_nll")
+    assert encode_substitutes(replace(loaded, tokenizer=tokenizer), world, epochs=0, seed=0, method="idk_nll") == []
 
 
 def test_only_extra_texts_change_the_vocabulary_and_the_key_of_a_small_model(world):

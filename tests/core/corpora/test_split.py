@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uipe_core.corpora.neighbours import nearest_rows
 from uipe_core.corpora.people import load_people
 from uipe_core.corpora.split import split_corpus, take_items
+from uipe_core.corpora.tofu import nearest_rows
 from uipe_core.corpora.types import Corpus, Item, item_set_hash
 from uipe_core.errors import UserError
 from uipe_core.metrics.scores import ScoreReport, SetScores

@@ -34,7 +34,7 @@ def scored(answer, paraphrase, perturbed, rouge=1.0, exact=0.5, extraction=0.25,
     return SetScores(
         -np.log([answer]), one, -np.log([paraphrase]), one, -np.log([perturbed]), np.ones((1, len(perturbed)), dtype=np.int64),
         rouge_l_recall=np.array([rouge]), exact_memorization=np.array([exact]), extraction_strength=np.array([extraction]),
-        initial_kl=np.array([kl]),
+        initial_kl=np.array([kl]), rouge_l_f1=np.array([rouge]),
     )  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_model_utility_is_tofus():
 def test_forgetting_grows_as_answers_get_less_likely(name):
     """Every objective of forgetting is larger for a model that has forgotten, every one of utility smaller."""
     objective = (FORGETTING | UTILITY)[name]
-    names = ("forget", "retain", "real_authors", "world_facts", "general")
+    names = ("forget", "retain", "real_authors", "world_facts", "general", "knowmem")
     knows = ScoreReport(dict.fromkeys(names, scored(0.9, 0.9, [0.1, 0.2], 0.9, 0.9, 0.9, 0.1)))
     forgot = ScoreReport(dict.fromkeys(names, scored(0.1, 0.1, [0.2, 0.3], 0.1, 0.1, 0.1, 2.0)))
     values = [composite(each, objective.components, "tofu") for each in (knows, forgot)]

@@ -191,7 +191,7 @@ def test_drawn_aucs_are_those_of_the_drawn_items():
         taken = [np.repeat(values, own.astype(int)) for values, own in ((members, one), (others, two))]
         assert drawn == pytest.approx(auc(*taken), abs=1e-12)
     ones = [np.ones((1, size)) for size in (9, 6)]
-    assert bootstrap_auc(members, others, *ones) == pytest.approx([auc(members, others)])
+    assert bootstrap_auc(members, others, *ones) == pytest.approx([float(auc(members, others))])
 
 
 @pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 10, 19, 20, 399, 4000])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from uipe_core.corpora.refusals import draw_refusals
+from uipe_core.corpora.types import draw_refusals
 from uipe_core.deltas.extrapolation import Extrapolator
 from uipe_core.deltas.store import EpochResult
 from uipe_core.deltas.update_vectors import DENSE, LOW_RANK, UpdateVector, snapshot

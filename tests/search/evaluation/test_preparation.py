@@ -10,8 +10,7 @@ import pytest
 from search.evaluation.inputs import check_inputs, check_words
 from search.evaluation.prepared import prepare
 from search.spec.study import load_study
-from uipe_core.corpora.refusals import REFUSALS
-from uipe_core.corpora.types import Corpus, Item
+from uipe_core.corpora.types import REFUSALS, Corpus, Item
 from uipe_core.errors import UserError
 from uipe_core.models.tiny import tiny_model
 from uipe_core.storage.content_store import content_key

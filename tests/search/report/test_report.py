@@ -123,6 +123,7 @@ def synthetic_summary(trials, controls, low):
         "reference_point": {"log10_forget_quality": REFERENCE[0], "model_utility": REFERENCE[1]},
         "forget_quality_cap": CAP,
         "alpha": {"low": low, "high": 2.0},
+        "alpha_by_base": {base: {"key": "search.alpha", "low": low, "high": 2.0} for base in trials["base"].dropna().unique()},
         "trials": {"complete": len(trials), "pruned": 3, "failed": 1, "interrupted": 0, "running": 0},
         "hypervolume": volumes,
         "gain": {"all": volumes["front"] - volumes["alpha_zero"], **gain},
@@ -257,7 +258,8 @@ def test_pictures_lie_beside_the_page_and_in_it(written, page):
 
 def test_names_cannot_become_markup(view, tmp_path):
     bad = "<script>alert(1)</script>$x_{"
-    summary = {**view.summary, "study": bad, "notes": [bad], "failures": [{"trial": 1, "reason": bad}]}
+    ranges = {bad: next(iter(view.summary["alpha_by_base"].values()))}
+    summary = {**view.summary, "study": bad, "notes": [bad], "failures": [{"trial": 1, "reason": bad}], "alpha_by_base": ranges}
     hostile = ReportData(view.trials.assign(base=bad, method=bad), view.controls.assign(base=bad), summary)
     text = render_report(hostile, tmp_path).read_text(encoding="utf-8")
     assert "script" not in Page(text).tags
@@ -322,7 +324,8 @@ def test_the_verdict_says_where_training_on_beats_every_alpha(view):
 
 def test_a_front_that_ends_where_the_search_did_is_said_to(view):
     def said(high):
-        text = " ".join(conclude(dataclasses.replace(view, summary={**view.summary, "alpha": {"low": -1.0, "high": high}})))
+        ranges = {base: {**own, "high": high} for base, own in view.summary["alpha_by_base"].items()}
+        text = " ".join(conclude(dataclasses.replace(view, summary={**view.summary, "alpha_by_base": ranges})))
         return re.search(r"Trials? ([\d, ]+) of the front (?:is|are) at the edge of the search, alpha ([+\d.]+)", text)
 
     front = view.trials[view.trials["on_front"] & ~collapsed(view.trials)]

@@ -15,9 +15,13 @@ from optuna.trial import TrialState
 from search.problem.objectives import (
     AGREEMENT_WITH_INITIAL,
     FORGET_QUALITY,
+    KNOWMEM,
+    KNOWMEM_RETAIN,
     MODEL_UTILITY,
     PRIVACY,
+    PRIVLEAK,
     RELATED_FORGET_QUALITY,
+    VERBMEM,
 )
 from search.problem.pareto import hypervolume
 from search.problem.space import own_alpha
@@ -26,6 +30,7 @@ from search.samplers.kernels import Geometry, Points
 from search.samplers.line import LineSampler, LineStudy, UpdateVectors
 from search.samplers.outcomes import OutcomeModel
 from search.samplers.registry import SAMPLERS
+from uipe_core.corpora.types import KNOWLEDGE, PRIVLEAK_SETS
 from uipe_core.errors import UserError
 from uipe_core.metrics.composites import composite, membership
 from uipe_core.metrics.scores import ScoreReport, SetScores
@@ -120,6 +125,28 @@ def test_privacy_of_curves_is_that_of_the_scores_ties_too(world, forget, holdout
         assert units["forget/least"] > 0 and units["holdout/least"] > 0
         many = {name: np.stack([values, values]) for name, values in curves.of(report.arrays()).items()}
         assert curves.objectives(many)[:, 2] == pytest.approx(found[2])
+
+
+def test_numbers_of_muse_have_curves_that_give_them_back(world):
+    def as_muse(report, seed):
+        generator = np.random.default_rng(seed)
+        sets = {name: report.sets[name] for name in ("forget", "retain")} | {KNOWLEDGE: report.sets["related"]}
+        sets = {name: replace(each, rouge_l_f1=generator.uniform(0, 1, ITEMS)) for name, each in sets.items()}
+        for name in PRIVLEAK_SETS:
+            sets[name] = replace(report.sets["related"], min_k=generator.uniform(1, 5, ITEMS))
+        return ScoreReport(sets)
+
+    report, retain = as_muse(world.report(2, 0.8), 0), as_muse(world.retain, 1)
+    objectives = (VERBMEM, KNOWMEM_RETAIN, PRIVLEAK, KNOWMEM)
+    curves = OutcomeModel("tofu", objectives, retain.arrays())
+    assert {"forget/text_f1", "knowmem/text_f1", "privleak_forget/least"} <= curves.names
+    assert {"forget/text_f1", "retain/text_f1"} <= curves.noisy
+    found = curves.objectives(curves.of(report.arrays()))
+    expected = [composite(report, each.components, "tofu") for each in objectives if each.components]
+    private = membership(report.sets, retain.sets)["privleak_privacy"]
+    assert found == pytest.approx([*expected[:2], private, expected[2]], abs=1e-9)
+    without_text = {name: each for name, each in report.arrays().items() if not name.endswith("rouge_l_f1")}
+    assert "forget/text_f1" not in curves.of(without_text)
 
 
 def test_the_divergence_from_the_initial_model_has_a_curve_that_gives_it_back(world):
