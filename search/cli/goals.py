@@ -164,9 +164,10 @@ def compare_published(
     A published model is matched by a trial that is at least as good in both objectives; above the noise ceiling of forget
     quality more counts for nothing.
     """
+    from search.results.comparison import compare_published
     from search.results.study_result import StudyResult
 
-    found = StudyResult.open(out).against_published(table)
+    found = compare_published(StudyResult.open(out), table)
     print_json(found) if as_json else print_comparison(found)
 
 
@@ -203,14 +204,14 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare the fronts of studies, on a common reference point and noise ceiling."""
+    from search.results.comparison import compare_studies
     from search.results.study_result import StudyResult
 
     if len(outs) < 2:
         raise UserError(f"OUT: {outs[0]} alone cannot be compared; give two studies or more")
     if picture is not None and picture.suffix not in PICTURES:
         raise UserError(f"--picture: {picture} has no ending that can be drawn; give {', '.join(PICTURES)}")
-    first, *others = [StudyResult.open(out) for out in outs]
-    found = first.compared_with(others)
+    found = compare_studies([StudyResult.open(out) for out in outs])
     if picture is not None:
         from search.report.figures import comparison_figure
 

@@ -120,3 +120,22 @@ def own_epoch(sampled: int, longest: int, count: int) -> int:
 def sampled_epoch(own: int, longest: int, count: int) -> int:
     """The last sampled epoch that stands for an epoch of a base run; `own_epoch` of it is `own`."""
     return own * longest // count
+
+
+def in_flat_space(
+    params: Mapping[str, Any], epochs: Mapping[str, int], whole: Range, ranges: Mapping[str, Range]
+) -> dict[str, Any]:
+    """Return parameters with a base run's own epoch and alpha, those that are there, as samplers have them."""
+    found = dict(params)
+    if "epoch" in params:
+        found["epoch"] = sampled_epoch(params["epoch"], max(epochs.values()), epochs[params["base"]])
+    if "alpha" in params:
+        found["alpha"] = sampled_alpha(params["alpha"], whole, ranges[params["base"]])
+    return found
+
+
+def own_point(params: Mapping[str, Any], epochs: Mapping[str, int], whole: Range, ranges: Mapping[str, Range]) -> Point:
+    """Return the point that a sampler's parameters stand for."""
+    base = params["base"]
+    epoch = own_epoch(params["epoch"], max(epochs.values()), epochs[base])
+    return Point(base, epoch, own_alpha(params["alpha"], whole, ranges[base]))

@@ -94,7 +94,7 @@ def front_figure(view: ReportData) -> Figure:
 
 
 def comparison_figure(found: Mapping[str, Any]) -> Figure:
-    """Utility over forgetting of the fronts of several studies (`StudyResult.compared_with`), a colour and a marker each."""
+    """Utility over forgetting of several fronts, as `search.results.comparison.compare_studies` has them."""
     forgetting, utility = found["objectives"]
     figure = Figure(figsize=(WIDTH * 0.62, 5.4), dpi=DPI, layout="constrained")
     axes = figure.subplots()

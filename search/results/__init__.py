@@ -1,7 +1,7 @@
 """Read a study's folder: tables, front, selection, intervals, export, status.
 
 audits (private): what audits are to be done, and what they found
-comparison (private): studies next to each other, and to published numbers
+comparison: studies next to each other, and to published numbers
 constrained: search for the strongest forgetting at a utility floor
 export: forms of export, one entry each
 finalists: what was scored of front points afterwards
@@ -10,8 +10,8 @@ selection: choose a trial of the front by a rule
 status: how far a study is
 study_result: ``StudyResult``
 uncertainty: bootstrap intervals and the probability of being on the front
-verification: exports loaded afresh, scored, and compared with their trials
+verification (private): exports loaded afresh, scored, and compared with their trials
 card (private): the model card of an export
 """
 
-__all__ = ["constrained", "export", "recipe", "selection", "status", "study_result", "uncertainty", "verification"]
+__all__ = ["comparison", "constrained", "export", "recipe", "selection", "status", "study_result", "uncertainty"]

@@ -281,18 +281,6 @@ class StudyResult:
         """Forgetting after the worst attack that changed weights, of each trial that was audited (`search.results.audits`)."""
         return {int(row["trial"]): float(row["worst"]) for row in audits.after_attacks(self).to_dict("records")}
 
-    def against_published(self, path: Path) -> dict[str, Any]:
-        """Set published numbers next to the study's (`search.results.comparison.compare_published`)."""
-        from search.results.comparison import compare_published
-
-        return compare_published(self, path)
-
-    def compared_with(self, others: "Sequence[StudyResult]") -> dict[str, Any]:
-        """Compare this study's front with others' (`search.results.comparison.compare_studies`)."""
-        from search.results.comparison import compare_studies
-
-        return compare_studies([self, *others])
-
     def reason(self, row: pd.Series, rule: str, floor: float | None = None) -> str:
         """Why a rule chose a trial, in a line, and whether it beats the initial model beyond noise where that is known."""
         beats = beats_initial(self.store, self.trials, self.controls).get(int(row["trial"]))

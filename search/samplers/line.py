@@ -6,6 +6,7 @@ sampler proposes: for as long as the inner products of the update vectors are no
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from threadpoolctl import ThreadpoolController
 
-from search.problem.space import Range, own_alpha, own_epoch, sampled_alpha, sampled_epoch
+from search.problem.space import Range, in_flat_space, own_point
 from search.samplers.acquisition import LineSearch
 from search.samplers.kernels import FloatArray, Geometry, Points
 from search.samplers.outcomes import OutcomeModel
@@ -70,9 +71,10 @@ class LineStudy:
     lines: Callable[[], UpdateVectors | None]
     ranges: Mapping[str, Range] = field(default_factory=dict)
 
-    def ends(self, base: str) -> Range:
-        """Return both ends of a base run's range."""
-        return self.ranges.get(base, self.alpha)
+    @cached_property
+    def ends(self) -> dict[str, Range]:
+        """Return both ends of every base run's range."""
+        return {base: self.ranges.get(base, self.alpha) for base in self.epochs}
 
 
 class LineSampler(BaseSampler):
@@ -150,7 +152,7 @@ class LineSampler(BaseSampler):
             return None
         ends = np.zeros((max(lines.vectors.values()) + 1, 2))
         for (label, _), vector in lines.vectors.items():
-            ends[vector] = self._world.ends(label)
+            ends[vector] = self._world.ends[label]
         low, high = ends.T
         if len(vectors) > CANDIDATES // _FEWEST:
             vectors = np.sort(self._generator.choice(vectors, CANDIDATES // _FEWEST, replace=False))
@@ -177,12 +179,10 @@ class LineSampler(BaseSampler):
         closer = best + around(np.repeat(best.vector, _AROUND), best.scale - 1.0 + width)
         chosen = search.propose(closer, pending, self._generator)
         label, own = next(place for place, vector in lines.vectors.items() if vector == closer.vector[chosen])
-        epochs = self._world.epochs
-        epoch = sampled_epoch(own, max(epochs.values()), epochs[label])
-        own_ends = self._world.ends(label)
         # Rounded, because 1 + alpha - 1 is not alpha.
-        alpha = float(np.clip(round(closer.scale[chosen] - 1.0, _DIGITS), *own_ends))
-        return {"base": label, "epoch": epoch, "alpha": sampled_alpha(alpha, self._world.alpha, own_ends)}
+        alpha = float(np.clip(round(closer.scale[chosen] - 1.0, _DIGITS), *self._world.ends[label]))
+        params = {"base": label, "epoch": own, "alpha": alpha}
+        return in_flat_space(params, self._world.epochs, self._world.alpha, self._world.ends)
 
     def _taught(self, lines: UpdateVectors, trials: Sequence[FrozenTrial]) -> LineSearch | None:
         """Return the model of all scores; it is rebuilt where there are more update vectors than before."""
@@ -228,10 +228,9 @@ class LineSampler(BaseSampler):
         params, epochs = trial.params, self._world.epochs
         if not set(self._space) <= set(params) or params["base"] not in epochs:
             return None
-        epoch = own_epoch(params["epoch"], max(epochs.values()), epochs[params["base"]])
-        vector = self._lines.vectors.get((params["base"], epoch))
-        alpha = own_alpha(params["alpha"], self._world.alpha, self._world.ends(params["base"]))
-        return None if vector is None else (vector, 1.0 + alpha)
+        point = own_point(params, epochs, self._world.alpha, self._world.ends)
+        vector = self._lines.vectors.get((point.base, point.epoch))
+        return None if vector is None else (vector, 1.0 + point.alpha)
 
     def _places_of(self, trials: Sequence[FrozenTrial], but: int, states: tuple[TrialState, ...]) -> Points:
         found = [self._place_of(trial) for trial in trials if trial.state in states and trial.number != but]

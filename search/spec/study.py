@@ -391,9 +391,8 @@ def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tu
     if not isinstance(corpus, Mapping) or not isinstance(model, Mapping):
         return []
     kind = CORPORA.get(str(corpus.get("kind")))
-    errors = [] if kind is None else kind.model_errors(model)
     found = []
-    for error in errors:
+    for error in [] if kind is None else kind.model_errors(model):
         broken: Any = error["type"]
         detail: Any = {**error, "type": broken.type, "ctx": broken.context}
         if detail["loc"] not in known:

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from search.problem.hypervolume import forget_quality_cap, reference_point
 from search.problem.objectives import Objective
-from search.problem.space import own_alpha, own_epoch, sampled_alpha, sampled_epoch
+from search.problem.space import in_flat_space, own_point
 from search.problem.trial import TrialSpec, identity
 from search.spec.errors import without_password
 from search.spec.study import StudySpec
@@ -197,25 +197,17 @@ class StudyStore:
         """Start a trial of a kind with given parameters; the sampler proposes the rest. Returns its number and what to score.
 
         Given parameters and jobs have the base run's own epoch and alpha; Optuna has those of the flat space
-        (`space.own_epoch`, `space.own_alpha`).
+        (`search.problem.space.in_flat_space`).
         """
         if self._proposer is None:
             self.use_sampler(self.study.sampler)
         assert self._proposer is not None
-        counts = self.spec.base_epochs()
-        longest = max(counts.values())
-        given = None if params is None else dict(params)
-        if given is not None and "epoch" in given:
-            given["epoch"] = sampled_epoch(given["epoch"], longest, counts[given["base"]])
-        whole, ranges = self.spec.search.alpha.ends, self.spec.alpha_ranges()
-        if given is not None and "alpha" in given:
-            given["alpha"] = sampled_alpha(given["alpha"], whole, ranges[given["base"]])
-        asked, trial = self._proposer.ask(space, given)
-        base = trial.params["base"]
-        alpha = own_alpha(trial.params["alpha"], whole, ranges[base])
-        if params is not None and "alpha" in params:
-            alpha = params["alpha"]  # there and back it may differ in the last digit
-        job = TrialSpec(kind, base, own_epoch(trial.params["epoch"], longest, counts[base]), alpha)
+        flat = self.spec.base_epochs(), self.spec.search.alpha.ends, self.spec.alpha_ranges()
+        asked, trial = self._proposer.ask(space, None if params is None else in_flat_space(params, *flat))
+        point = own_point(trial.params, *flat)
+        # There and back alpha may differ in the last digit.
+        alpha = point.alpha if params is None else params.get("alpha", point.alpha)
+        job = TrialSpec(kind, point.base, point.epoch, alpha)
         trial.user_attrs = self.identity(job)
         number = self._tables[False].begin(asked, trial)
         if number != asked:

@@ -77,7 +77,8 @@ def test_the_logits_of_trees_and_of_padded_rows_are_those_of_each_answer_alone(i
         for number, found in zip(rows.owners, logits, strict=True):
             example = items[number]
             alone = model(input_ids=torch.tensor([example.input_ids])).logits[0]
-            torch.testing.assert_close(found, alone[example.prompt_length - 1 : -1], rtol=1e-4, atol=1e-5)
+            # Logits are up to 5, and those of this model in fp32 and in fp64 differ by up to 8e-5.
+            torch.testing.assert_close(found, alone[example.prompt_length - 1 : -1], rtol=1e-4, atol=1e-4)
         targets = [token for n in rows.owners for token in items[n].input_ids[items[n].prompt_length :]]
         assert rows.targets.tolist() == targets
 

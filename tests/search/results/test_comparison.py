@@ -112,7 +112,7 @@ def studies(new_store, made_up_evidence, tmp_path):
 
 def test_studies_are_compared_on_a_common_reference_point(studies):
     first, second = studies("first", [(-6.0, 0.7), (-2.0, 0.5)]), studies("second", [(-5.0, 0.6), (-3.0, 0.7)])
-    found = first.compared_with([second])
+    found = compare_studies([first, second])
     one, other = found["studies"]
     # By hand, from the lowest log10 forget quality and 0: the initial model at (-7, 0.8), and the steps of the front.
     start = (-7 - found["reference_point"]["log10_forget_quality"]) * 0.8
@@ -127,10 +127,10 @@ def test_studies_are_compared_on_a_common_reference_point(studies):
 def test_studies_of_other_objectives_or_definitions_are_refused(studies):
     first = studies("first", [(-6.0, 0.7)])
     with pytest.raises(UserError, match="its numbers are defined as open-unlearning has them"):
-        first.compared_with([studies("second", [(-5.0, 0.6)], scoring={"definition": "open-unlearning"})])
+        compare_studies([first, studies("second", [(-5.0, 0.6)], scoring={"definition": "open-unlearning"})])
     changes = {"objectives": {"forgetting": "memorization", "utility": "model_utility"}}
     with pytest.raises(UserError, match=r"third: its objectives are memorization_score and model_utility"):
-        first.compared_with([studies("third", [(-5.0, 0.6)], **changes)])
+        compare_studies([first, studies("third", [(-5.0, 0.6)], **changes)])
 
 
 def test_other_items_or_models_are_noted(studies):

@@ -420,7 +420,7 @@ class Bench:
     def place(self, trial):
         epoch = -(-trial.params["epoch"] * self.known.epochs[trial.params["base"]] // 3)
         base = trial.params["base"]
-        alpha = own_alpha(trial.params["alpha"], self.known.alpha, self.known.ends(base))
+        alpha = own_alpha(trial.params["alpha"], self.known.alpha, self.known.ends[base])
         return self.world.lines.vectors[(base, epoch)], 1.0 + alpha
 
     def score(self, trial):
