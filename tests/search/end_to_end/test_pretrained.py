@@ -202,6 +202,7 @@ def test_score_refuses_prompt_formats_that_cannot_be(options, said, tofu_folder,
     assert said in error
 
 
+@pytest.mark.slow
 def test_a_reproduction_runs_with_the_same_files_and_is_set_next_to_published_numbers(
     tofu_folder, model_folders, run_command, call, tmp_path
 ):
