@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 LineNumbers = dict[KeyPath, int]
 """Line of every key and list entry, counted from 1."""
 
+NULL = object()
+"""Null as the value of a setting; None as that of an option says that it was not given."""
+
 MAX_BYTES = 2**20
 """A study file is a few kilobytes; the limit keeps a mistyped path to a weights file from being read whole."""
 
@@ -169,7 +172,7 @@ def _two_readings(value: str) -> str:
 
 
 def read_settings(texts: Sequence[str]) -> dict[str, object]:
-    """Return the values of ``--set KEY=VALUE``, by key; values are YAML, as in a study file.
+    """Return the values of ``--set KEY=VALUE``, by key; values are YAML, as in a study file, and `NULL` for its null.
 
     A path is relative to the current directory where it starts with ``./``, ``../`` or ``~``.
 
@@ -190,7 +193,7 @@ def read_settings(texts: Sequence[str]) -> dict[str, object]:
             raise UserError(f"--set {text!r}: its value is not valid YAML ({first_line(error)}); put it in quotes") from error
         if isinstance(read, str) and read.startswith(("./", "../", "~")):
             read = str(Path(read).expanduser().resolve())
-        found[key.strip()] = read
+        found[key.strip()] = NULL if read is None else read
     return found
 
 
@@ -207,7 +210,7 @@ def with_settings(data: Mapping[str, object], given: Mapping[KeyPath, object]) -
             holder[str(part)] = section = dict(inner or {})
             holder = section
         else:
-            holder[str(path[-1])] = value
+            holder[str(path[-1])] = None if value is NULL else value
     return result
 
 

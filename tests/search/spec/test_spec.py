@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from search.spec.errors import StudyFileError, _all_keys
 from search.spec.study import StudySpec, load_study, parse_study
-from search.spec.study_file import quickstart_path
+from search.spec.study_file import quickstart_path, read_settings
 from uipe_core.unlearning.methods import METHODS
 
 STUDIES = Path(__file__).parents[3] / "studies"
@@ -659,3 +659,10 @@ def test_a_batch_size_may_be_left_to_the_machine():
     assert StudySpec.model_validate(spec.model_dump(mode="json"), strict=False) == spec
     study["scoring"]["batch_size"] = 7
     assert parse_study(study).scoring.rows == 7
+
+
+def test_a_setting_of_null_takes_a_section_away_and_an_option_that_was_not_given_changes_nothing():
+    settings = read_settings(["audit=null", "corpus.retain_people=30"])
+    changed, as_it_is = (load_study(quickstart_path(), given) for given in (settings, {"audit": None, "seed": None}))
+    assert changed.audit is None and changed.corpus.retain_people == 30
+    assert as_it_is == load_study(quickstart_path()) and as_it_is.audit is not None
