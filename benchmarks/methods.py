@@ -1,12 +1,12 @@
 """Search every unlearning method by itself in the quickstart's worlds. Prints one JSON object.
 
 A study per method and seed: the quickstart's, with one method in its default hyperparameters (`GIVEN` has those that the small
-model needs otherwise), its finalists not audited. For each method, as mean and standard error over seeds:
+model needs otherwise), its finalists not audited. For each method, as mean, standard error and 95% interval over seeds:
 
 given, front   hypervolume of the initial model and the trained epochs, and of the whole front
 gain           the front's over the given one's, as a share of the given
 forgetting     log10 forget quality, up to the noise ceiling, of the strongest trial that keeps 95% of the initial utility; as
-               trained, and anywhere; null in a seed in which nothing keeps so much (``worlds`` counts the others)
+               trained, and anywhere; null in a seed in which nothing keeps so much (``values`` has the others)
 above          share of the front at alpha above 0
 
     python benchmarks/methods.py --work runs/methods                                    # 25 minutes on 2 cores
@@ -17,10 +17,9 @@ Every study is kept in the work folder; the same command goes on where one ended
 
 import argparse
 import json
-import statistics
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,6 +27,7 @@ from machine import machine
 
 from search.execution.ray_compat import configure_ray
 from search.execution.run import run_study
+from search.paper.statistics import estimate
 from search.problem.pareto import hypervolume
 from search.results.study_result import StudyResult
 from search.spec.study import StudySpec, load_study
@@ -76,20 +76,6 @@ def numbers_of(result: StudyResult) -> dict[str, float | None]:
     }
 
 
-def over_seeds(rows: list[dict[str, float | None]]) -> dict[str, Any]:
-    """Mean and standard error of each number over the seeds that have it."""
-    table: dict[str, Any] = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows if row[name] is not None]
-        error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
-        table[name] = {
-            "mean": round(statistics.fmean(values), 4) if values else None,
-            "error": None if error is None else round(error, 4),
-            "worlds": len(values),
-        }
-    return table
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps every study")
@@ -105,7 +91,9 @@ def main() -> None:
         for seed in range(options.seeds):
             spec = study_of(options.study, method, seed, options.trials)
             rows.append(numbers_of(run_study(spec, options.work / f"{method}-{seed}", quiet=True)))
-        found[method] = over_seeds(rows)
+        found[method] = {
+            name: estimate([math.nan if row[name] is None else row[name] for row in rows]).as_dict() for name in rows[0]
+        }
     print(json.dumps({"machine": machine(), "study": options.study.stem, "seeds": options.seeds, "methods": found}, indent=1))
 
 

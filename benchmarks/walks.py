@@ -40,8 +40,9 @@ from torch import Tensor
 
 from search.evaluation.evaluator import load_for_scoring
 from search.evaluation.prepared import prepare
-from search.evaluation.task import task_of
-from search.problem.objectives import quality_floor
+from search.evaluation.task import Comparison, task_of
+from search.paper.statistics import estimate
+from search.problem.hypervolume import quality_floor
 from search.problem.pareto import hypervolume, non_dominated
 from search.problem.trial import INITIAL, RETAIN
 from search.samplers.registry import SAMPLERS
@@ -155,7 +156,7 @@ class World:
         return float(rate[0] if isinstance(rate, list | tuple) else rate)
 
     def _score(self, loaded: Any, temperature: float = 1.0) -> Any:
-        return self._task.score(self._scorer, loaded, temperature, (), {}, self.spec.definition)[0]
+        return self._task.score(self._scorer, loaded, Comparison({}, self.spec.definition, self.spec.maximised), temperature)[0]
 
     def _worst(self, objective: Any) -> float:
         if objective.quality_of is None:
@@ -284,19 +285,15 @@ def summary(records: list[Mapping[str, Any]], budgets: list[int]) -> dict[str, A
     def of_worlds(kind: str, measure: Callable[[Mapping[str, Any]], float]) -> dict[int, float]:
         return {seed: statistics.fmean(map(measure, found)) for seed, found in by[kind].items()}
 
-    def with_error(values: list[float]) -> list[float | None]:
-        error = round(statistics.stdev(values) / len(values) ** 0.5, 4) if len(values) > 1 else None
-        return [round(statistics.fmean(values), 4), error]
-
     table: dict[str, Any] = {}
     for kind in by:
         rows: dict[str, Any] = {}
         for column, budget in [*(("report", budget) for budget in budgets), ("matched", budgets[-1])]:
             own, plain = (of_worlds(each, lambda r, b=budget, c=column: gain(r, b, c)) for each in (kind, PLAIN))
             name = f"{budget} scorings" if column == "report" else "matched"
-            rows[name] = {"gain": with_error(list(own.values()))}
+            rows[name] = {"gain": estimate(list(own.values())).as_dict()}
             if kind != PLAIN:
-                rows[name]["over_line"] = with_error([own[seed] - plain[seed] for seed in own])
+                rows[name]["over_line"] = estimate([own[seed] - plain[seed] for seed in own]).as_dict()
         seconds = [point["seconds"] for found in by[kind].values() for record in found for point in record["points"]]
         table[kind] = {**rows, "seconds": round(statistics.median(seconds), 3)}
     return table

@@ -128,7 +128,7 @@ def collect_table(result: StudyResult, gram: NDArray[np.float64]) -> ScoreTable:
         "objectives": [objective.name for objective in result.objectives],
         "bases": [{"label": label, "method": methods.get(label), "epochs": spec.base_epochs()[label]} for label in labels],
         "alpha": {"low": spec.search.alpha.low, "high": spec.search.alpha.high},
-        "items": result.item_counts,
+        "items": result.store.item_counts,
         "corner": [result.reference_point()[objective.name] for objective in result.objectives],
         "ceilings": [None if math.isinf(ceiling) else ceiling for ceiling in ceilings],
         "constant": constant,

@@ -13,6 +13,7 @@ import pandas as pd
 from search.problem.pareto import hypervolume, non_dominated
 from search.problem.trial import INITIAL, RETAIN
 from search.results.study_result import StudyResult
+from search.store.trials import collapsed
 from uipe_core.errors import UserError, did_you_mean
 from uipe_core.storage.files import read_regular
 
@@ -112,7 +113,7 @@ def compare_published(result: StudyResult, path: Path) -> dict[str, Any]:
     Raises:
         UserError: As `read_published`.
     """
-    sound = result.trials[~result.trials["collapsed"].map(lambda reason: isinstance(reason, str))]
+    sound = result.trials[~collapsed(result.trials)]
     published = read_published(path, _numbers(result.trials))
     names = [objective.name for objective in result.objectives[:2]]
     ceilings = {objective.name: objective.ceiling(result.forget_quality_cap) for objective in result.objectives[:2]}
