@@ -44,7 +44,7 @@ def study_of(path: Path, method: str, seed: int, trials: int) -> StudySpec:
     spec = load_study(path, {"seed": seed, "trials": trials})
     assert spec.unlearning is not None
     given = spec.unlearning.methods.get(method, GIVEN.get(method, {}))
-    methods = {"unlearning.methods": f"{{{method}: {json.dumps(given)}}}"}
+    methods = {"unlearning.methods": {method: dict(given)}}
     return load_study(path, {"seed": seed, "trials": trials, **methods}).model_copy(update={"audit": None})
 
 
