@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli.tables import Address, Floor, Json, Trust, attempt, echo, new_table, print_json, quieten
+from search.cli.tables import Address, Floor, Json, Trust, attempt, echo, print_json, quieten
 from search.execution.ray_compat import configure_ray
+from search.report.terminal import new_table
 from uipe_core.errors import UserError, printable
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from search.cli.tables import (
     echo,
     print_claims,
     print_confirmations,
-    print_front,
     print_json,
     print_stop,
     quieten,
 )
 from search.execution.ray_compat import configure_ray
+from search.report.terminal import print_front
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 from uipe_core.storage.signals import REQUESTS_TO_END
 

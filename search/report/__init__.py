@@ -8,6 +8,7 @@ figures: the front, and the curves over alpha
 html: the report, with report.html.j2 and report.css
 progress: progress bars and log lines
 style: number formats, palette, figure style
+terminal: tables on a terminal, the front among them
 """
 
-__all__ = ["conclusions", "dashboard", "dossier", "figures", "html", "progress", "style"]
+__all__ = ["conclusions", "dashboard", "dossier", "figures", "html", "progress", "style", "terminal"]

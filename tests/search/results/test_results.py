@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from search.cli.tables import print_front
 from search.evaluation.controls import CONTROLS, Control, follow_up_trials
 from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, TRUTH_RATIO
 from search.problem.space import Point
@@ -17,6 +16,7 @@ from search.problem.trial import TrialSpec
 from search.report.conclusions import conclusions, next_step
 from search.report.data import report_data
 from search.report.html import write_report
+from search.report.terminal import print_front
 from search.results.selection import chosen_row, measure_of_chance
 from search.results.study_result import StudyResult
 from search.spec.study import parse_study
