@@ -8,7 +8,7 @@ import typer
 from search.cli.tables import Address, Floor, Json, Trust, echo, print_json, quieten
 from search.execution.ray_compat import configure_ray
 from search.problem.trial import AUDITS
-from search.report.terminal import new_table
+from search.report.display import new_table
 from uipe_core.errors import UserError, printable
 
 

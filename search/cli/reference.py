@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from search.cli.tables import Json, echo, print_json
-from search.report.terminal import new_table
+from search.report.display import new_table
 from uipe_core.errors import printable
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from search.report.terminal import new_table
+from search.report.display import new_table
 from uipe_core.errors import UserError, printable
 
 
@@ -206,12 +206,17 @@ def print_studies(studies: list[dict[str, Any]]) -> None:
         echo("no studies")
         return
     table, console = new_table(width=160)
-    names = ("job", "study", "state", "trials", "started", "ended", "out")
-    columns = [key for key in names if any(key in row for row in studies)]
+    names = ("job", "study", "state", "trials", "front", "hypervolume", "given", "started", "ended", "out")
+    found = []
+    for row in studies:
+        volumes = row.get("hypervolume") or {}
+        shown = {"hypervolume": volumes.get("now"), "given": volumes.get("given")} if "hypervolume" in row else {}
+        trials = {"trials": "{done} of {total}".format(**row["trials"])} if "trials" in row else {}
+        found.append({**row, **trials, **{key: "" if value is None else f"{value:.6g}" for key, value in shown.items()}})
+    columns = [key for key in names if any(key in row for row in found)]
     for key in columns:
         table.add_column(key, overflow="fold")
-    for row in studies:
-        cells = {**row, "trials": "{done} of {total}".format(**row["trials"]) if "trials" in row else ""}
+    for cells in found:
         table.add_row(*(printable(str(cells.get(key) or "")) for key in columns))
     console.print(table, markup=False)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from search.cli.tables import Json, Settings, Trust, echo, print_json, quieten
-from search.report.terminal import new_table
+from search.report.display import new_table
 from uipe_core.errors import printable
 
 

@@ -15,8 +15,8 @@ from search.problem.space import Point
 from search.problem.trial import TrialSpec
 from search.report.conclusions import conclusions, next_step
 from search.report.data import report_data
+from search.report.display import print_front
 from search.report.html import write_report
-from search.report.terminal import print_front
 from search.results.selection import chosen_row, measure_of_chance
 from search.results.study_result import StudyResult
 from search.spec.study import parse_study

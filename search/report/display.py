@@ -1,10 +1,16 @@
-"""Show results on a terminal: tables, the front among them, that fit its width without a break inside a word."""
+"""Show results on a terminal, as tables that fit its width without a break inside a word, and the front in a notebook."""
 
+import base64
+import io
+import re
 import sys
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from uipe_core.errors import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHORT_WALKS = {
     "unlearned epoch": "trained",
@@ -14,7 +20,21 @@ SHORT_WALKS = {
 }
 
 BASE_WIDTH = 14
-"""Characters that a narrow table leaves to the name of a base run, which is folded."""
+"""Characters that the table leaves to the name of a base run; a longer one takes several lines, broken at its separators."""
+
+SCREEN_DPI = 80
+
+MEANINGS = {
+    "base": "base run: one training of a method",
+    "alpha": "alpha: 0 as trained, -1 the initial model, above 0 extrapolated",
+    "log10_forget_quality": "FQ: forget quality (p-value against a retain model)",
+    "model_utility": "MU: model utility",
+    "forget_rouge": "forget ROUGE, prob.: how far the answers to forget are still given",
+    "logit_scale": "logit scale: relative to the initial model",
+    "related_log10_forget_quality": "K2: facts that follow from the forgotten ones",
+    "unrelated_log10_forget_quality": "K0: unrelated facts",
+}
+"""What the heads of columns stand for, by key."""
 
 
 @dataclass(frozen=True)
@@ -99,13 +119,14 @@ def print_front(result: Any, width: int = 140) -> None:
     shown, left_out = _fitting(columns, rows, console.width)
     for column in shown:
         left = column.key in ("base", "walk")
-        table.add_column(column.head, justify="left" if left else "right", overflow="fold", no_wrap=column.key != "base")
+        table.add_column(column.head, justify="left" if left else "right", no_wrap=True)
     for place, row in enumerate(rows):
         table.add_row(
             *(escape(printable(row[column.key])) for column in shown),
             end_section=initial is not None and place == len(rows) - 2,
         )
     console.print(table)
+    console.print("; ".join(MEANINGS[column.key] for column in shown if column.key in MEANINGS), markup=False, highlight=False)
     console.print(printable(chosen_by(result.objectives)), markup=False)
     if left_out:
         heads = ", ".join(column.head.replace("\n", " ") for column in left_out)
@@ -128,9 +149,20 @@ def _cells(columns: list[Column], row: dict[Any, Any], utility: str) -> dict[str
     """Return the texts of a row by column."""
     row = {**row, "walk": SHORT_WALKS.get(row["walk"], "")}
     cells = {each.key: "" if _missing(value := row.get(each.key)) else each.form.format(value) for each in columns}
+    cells["base"] = "\n".join(broken_name(cells["base"], BASE_WIDTH))
     cells[utility] += " !" if row["flagged"] else ""
     cells["trial"] += " x" if isinstance(row["collapsed"], str) else ""
     return cells
+
+
+def broken_name(name: str, width: int) -> list[str]:
+    """Break a name into lines of at most `width` characters, behind separators; a part that is longer stays whole."""
+    lines = [""]
+    for part in re.findall(r"[^-_/,.: ]*[-_/,.: ]*", name):
+        if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
+            lines.append("")
+        lines[-1] += part
+    return [line.rstrip() for line in lines]
 
 
 def _missing(value: Any) -> bool:
@@ -141,9 +173,8 @@ def _fitting(columns: list[Column], rows: list[dict[str, str]], width: int) -> t
     """Return the columns that fit, and those to leave out."""
 
     def wide(column: Column) -> int:
-        texts = [*column.head.split("\n"), *(row[column.key] for row in rows)]
-        widest = max(map(len, texts))
-        return 2 + (min(widest, BASE_WIDTH) if column.key == "base" else widest)
+        texts = (column.head, *(row[column.key] for row in rows))
+        return 2 + max(len(line) for text in texts for line in text.split("\n"))
 
     shown, left_out = list(columns), []
     for column in sorted((each for each in columns if each.rank), key=lambda each: -each.rank):
@@ -162,3 +193,40 @@ def new_table(title: str | None = None, width: int = 140) -> tuple[Any, Any]:
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     return table, Console() if sys.stdout.isatty() else Console(width=width)
+
+
+def draw_front(result: Any) -> "Figure":
+    """Draw the front of a study; as the last line of a notebook's cell the figure is shown."""
+    from search.report.data import report_data
+    from search.report.figures import front_figure
+    from search.report.progress import in_notebook
+
+    if in_notebook():
+        from IPython import get_ipython
+        from IPython.core.pylabtools import select_figure_formats
+
+        select_figure_formats(get_ipython(), {"png"}, dpi=SCREEN_DPI)  # without pyplot a kernel cannot show figures
+    return front_figure(report_data(result))
+
+
+def front_html(result: Any) -> str:
+    """Return the front as HTML for a notebook: table and picture."""
+    from html import escape
+
+    columns = [column for column in front_columns(result) if column.key in result.front]
+    table = result.front[[column.key for column in columns]].copy()
+    for column in columns:
+        table[column.key] = ["" if _missing(value) else column.form.format(value) for value in table[column.key]]
+    table.columns = [column.head.replace("\n", " ") for column in columns]
+    picture = io.BytesIO()
+    draw_front(result).savefig(picture, format="png", dpi=SCREEN_DPI)
+    image = base64.b64encode(picture.getvalue()).decode()
+    title = (
+        f"{result.store.record.name}: {len(result.trials)} trials, hypervolume {result.hypervolume['front']:.6g} "
+        f"({result.hypervolume['alpha_zero']:.6g} without a search)"
+    )
+    return (
+        f"<p><b>{escape(title)}</b></p>"
+        f"{table.to_html(index=False, border=0, escape=True)}"
+        f'<img alt="Pareto front" src="data:image/png;base64,{image}">'
+    )
