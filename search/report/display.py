@@ -162,7 +162,7 @@ def broken_name(name: str, width: int) -> list[str]:
         if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
             lines.append("")
         lines[-1] += part
-    return [line.rstrip() for line in lines]
+    return [line.rstrip() for line in lines if line] or [""]
 
 
 def _missing(value: Any) -> bool:
