@@ -87,7 +87,7 @@ def test_elsewhere_a_line_says_when_a_bar_is_full(capfd):
     with Bars() as bars:
         for done in (0, 1, 2, 2):
             bars.show("scoring: \x1b[31mmodel", done, 2)
-    assert capfd.readouterr().err.splitlines() == ["scoring: \\x1b[31mmodel ...", "scoring: \\x1b[31mmodel: 2 of 2"]
+    assert capfd.readouterr().err.splitlines() == ["scoring: model ...", "scoring: model: 2 of 2"]
 
 
 def test_a_notebook_gets_the_front_as_table_and_picture(result):

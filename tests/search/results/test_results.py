@@ -427,7 +427,7 @@ def test_numbers_made_with_stand_ins_are_marked(study, capsys):
 
 def test_before_the_initial_model_is_scored_it_has_no_line(study, capsys):
     print_front(study([(0, -5.0, 0.79)], initial=None))
-    assert "initial" not in capsys.readouterr().out
+    assert "initial model  " not in capsys.readouterr().out
 
 
 def test_no_rule_selects_a_collapsed_point_unless_told_to(with_collapse):
