@@ -6,7 +6,7 @@ OUT ?= runs/quickstart
 BIN = $(VENV)/bin
 SETUP = $(VENV)/.setup
 
-.PHONY: setup run test test-slow test-faults test-real lint clean
+.PHONY: setup run docs test test-slow test-faults test-real lint clean
 
 setup: $(SETUP)
 
@@ -21,6 +21,10 @@ run: setup
 	$(BIN)/uipe run --out $(OUT)
 	test -d $(OUT)/export/knee || $(BIN)/uipe export $(OUT) --rule knee --to $(OUT)/export/knee --as model
 
+# The documentation as a site, build/site/index.html; any warning is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,10 +33,11 @@ lint: setup
 
 # By three processes, file by file: most of the time tests of studies wait for Ray, not for a core. In the order of the
 # folders: by default the files with few tests come last, and the longest tests are among them.
-test: lint
+test: lint docs
 	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-slow: setup
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[slow]'
 	$(BIN)/pytest --slow
 
 # every fault this often, each time at another moment

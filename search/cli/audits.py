@@ -5,9 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-from search.cli.tables import Address, Floor, Json, Trust, echo, new_table, print_json, quieten
+from search.cli.tables import Address, Floor, Json, Trust, echo, print_json, quieten
 from search.execution.ray_compat import configure_ray
 from search.problem.trial import AUDITS
+from search.report.display import new_table
 from uipe_core.errors import UserError, printable
 
 

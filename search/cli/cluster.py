@@ -69,14 +69,24 @@ def status(
     from search.store.mirror import is_url
 
     if what is None:
-        folders = sorted(path.parent for path in Path("runs").glob("*/study.json"))
-        if not folders:
-            raise UserError("runs: there is no study in this folder; name a study's folder, or the id of its job")
-        found: list[dict[str, Any]] = [read_status(folder) for folder in folders]
-        print_json({"studies": found}) if as_json else print_studies(found)
+        ls(as_json=as_json)
         return
     known = read_status(what) if is_url(what) or Path(what).is_dir() else _jobs(address, what).status(what)
     print_json(known) if as_json else print_status(known)
+
+
+def ls(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Folder whose subfolders are studies.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List the studies of a folder, latest first: state, trials, front, hypervolume over what is given without a search."""
+    from search.results.status import read_status
+
+    records = sorted(folder.glob("*/study.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+    if not records:
+        raise UserError(f"{folder}: there is no study in this folder; name the folder whose subfolders are studies")
+    found: list[dict[str, Any]] = [read_status(path.parent) for path in records]
+    print_json({"studies": found}) if as_json else print_studies(found)
 
 
 def logs(
@@ -160,6 +170,7 @@ def register(app: typer.Typer) -> None:
     example = "http://127.0.0.1:8265"
     app.command(epilog=f"Example: uipe submit studies/quickstart.yaml --address {example} --follow")(submit)
     app.command(epilog="Example: uipe status runs/quickstart")(status)
+    app.command(epilog="Example: uipe ls runs")(ls)
     app.command(epilog="Example: uipe logs runs/quickstart --trial 7, or uipe logs quickstart-1a2b3c4d --follow")(logs)
     app.command(epilog="Example: uipe stop quickstart-1a2b3c4d")(stop)
     app.command(epilog=f"Example: uipe studies --address {example}")(studies)

@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from search.cli.tables import Address, Floor, Json, Trust, attempt, echo, new_table, print_json, quieten
+from search.cli.tables import Address, Floor, Json, Trust, attempt, echo, print_json, quieten, say
 from search.execution.ray_compat import configure_ray
+from search.report.display import new_table
 from uipe_core.errors import UserError, printable
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ def dial_facts(result: "StudyResult", answer: "Answer") -> dict[str, Any]:
                 facts[f"{name}_interval"] = [float(sure[f"{name}_{end}"]) for end in ("low", "high")]
         return facts
 
+    from search.report.conclusions import export_command
+
     lines = [
         {
             "base": line.base,
@@ -60,7 +63,7 @@ def dial_facts(result: "StudyResult", answer: "Answer") -> dict[str, Any]:
     if answer.best is not None:
         best = result.rows(result.trials[result.trials["trial"] == answer.best])[0]
         best["beats_initial"] = intervals.get(answer.best, {}).get("beats_initial")
-        export = f"uipe export {result.out} --trial {answer.best} --to {result.out}/export/dial --as model"
+        export = export_command(result.out, f"--trial {answer.best}", "dial")
     facts = {"study": result.store.record.name, "definition": result.spec.definition, "objectives": names}
     asked = {"floor": answer.floor, "least_utility": answer.question.floor}
     return {**facts, **asked, "best": best, "lines": lines, "export": export}
@@ -138,7 +141,7 @@ def print_comparison(found: dict[str, Any]) -> None:
             cells = ["not scored"] * len(objectives) if ours is None else [_number(ours["numbers"].get(n)) for n in objectives]
             table.add_row(printable(f"  ours: {_named(row['model'], ours)}"), *cells, "", end_section=True)
     console.print(table)
-    echo(
+    say(
         f"{found['matched']} of {found['published']} published models are matched in {' and '.join(objectives)}, by "
         f"{found['trainings']} trainings and {found['scorings']} scorings"
     )
@@ -192,10 +195,10 @@ def print_fronts(found: dict[str, Any]) -> None:
         table.add_row(printable(f"{row['study']} ({row['out']})"), *map(str, cells), hours)
     console.print(table)
     corner = ", ".join(f"{name} {value:.4g}" for name, value in found["reference_point"].items())
-    echo(f"hypervolume: from {corner}; gain: over the initial model and the trained epochs")
-    echo("front: points of a study's front; of all: those that no point of another study beats")
+    say(f"hypervolume: from {corner}; gain: over the initial model and the trained epochs")
+    say("front: points of a study's front; of all: those that no point of another study beats")
     for note in found["notes"]:
-        echo(f"note: {note}")
+        say(f"note: {note}")
 
 
 def compare(

@@ -1,6 +1,9 @@
 """Define the `uipe` command, its exit codes, and the commands of a study."""
 
+import inspect
 import logging
+import re
+import shlex
 import signal
 import sys
 import time
@@ -23,12 +26,13 @@ from search.cli.tables import (
     echo,
     print_claims,
     print_confirmations,
-    print_front,
     print_json,
     print_stop,
     quieten,
+    say,
 )
 from search.execution.ray_compat import configure_ray
+from search.report.display import print_front
 from uipe_core.errors import ExportMismatchError, StudyInterrupted, UserError
 from uipe_core.storage.signals import REQUESTS_TO_END
 
@@ -103,10 +107,10 @@ def run(
         return
     print_front(result)
     for sentence in conclusions(result):
-        echo(f"- {sentence}")
+        say(f"- {sentence}", hang="  ")
     print_stop(result)
     echo(f"\nreport   {result.report_path}")
-    echo(f"browse   uipe dashboard {result.out}")
+    echo(f"browse   uipe dashboard {shlex.quote(str(result.out))}")
     echo(f"export   {next_step(result)}")
 
 
@@ -119,7 +123,7 @@ def validate(study: Annotated[Path, typer.Argument(metavar="STUDY", help="Study 
 
     spec = load_study(study, read_settings(settings or ()))
     for note in check_inputs(spec):
-        echo(f"note: {note}")
+        say(f"note: {note}")
     epochs = spec.base_epochs()
     longest, points = max(epochs.values()), sum(epochs.values())
     lengths = f"{longest}" if min(epochs.values()) == longest else f"{min(epochs.values())} to {longest}"
@@ -181,7 +185,7 @@ def select(
         )
         print_json({"rule": rule, **said, "reason": reason, **chosen})
         return
-    echo(f"trial {chosen['trial']}: {reason}")
+    say(f"trial {chosen['trial']}: {reason}")
     for key, value in chosen.items():
         echo(f"{key:32} {value:.6g}" if isinstance(value, float) else f"{key:32} {value}")
 
@@ -317,8 +321,15 @@ def paper(
     echo(f"page     {result['page']}")
 
 
+def _as_paragraphs(text: str) -> str:
+    """Join the lines of each paragraph of a docstring, whose breaks a help page would keep."""
+    return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text))
+
+
 for commands in (init, reference, models, cluster, goals, audits, upkeep):
     commands.register(app)
+for command in (*app.registered_commands, *cluster.cluster.registered_commands):
+    command.help = _as_paragraphs(command.callback.__doc__ or "")
 
 
 AGAIN_SECONDS = 3.0

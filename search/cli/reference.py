@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from search.cli.tables import Json, echo, new_table, print_json
+from search.cli.tables import Json, echo, print_json
+from search.report.display import new_table
 from uipe_core.errors import printable
 
 if TYPE_CHECKING:

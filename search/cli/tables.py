@@ -1,20 +1,31 @@
 """Print results as Rich tables or as JSON."""
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from search.report.display import new_table
 from uipe_core.errors import UserError, printable
 
 
 def echo(text: object = "", err: bool = False, nl: bool = True) -> None:
     """Print a text, which may hold names out of files, without what would control a terminal."""
     typer.echo(printable(str(text)), err=err, nl=nl)
+
+
+def say(text: str, hang: str = "") -> None:
+    """Print a sentence; on a terminal its lines break between words, and all but the first begin with `hang`."""
+    text = printable(text)
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        text = textwrap.fill(text, width, subsequent_indent=hang, break_long_words=False, break_on_hyphens=False)
+    typer.echo(text)
 
 
 Address = Annotated[
@@ -58,16 +69,6 @@ CHECKED = {
     "none": "it was not checked",
 }
 """What is said of an export, by the value of --verify."""
-
-SHORT_WALKS = {
-    "unlearned epoch": "trained",
-    "interpolation": "interp.",
-    "extrapolation": "extrap.",
-    "initial model": "initial",
-}
-
-BASE_WIDTH = 14
-"""Characters that a narrow table leaves to the name of a base run, which is folded."""
 
 SHOWN_REASONS = 8
 """How many reasons of failure a terminal shows."""
@@ -205,151 +206,19 @@ def print_studies(studies: list[dict[str, Any]]) -> None:
         echo("no studies")
         return
     table, console = new_table(width=160)
-    names = ("job", "study", "state", "trials", "started", "ended", "out")
-    columns = [key for key in names if any(key in row for row in studies)]
+    names = ("job", "study", "state", "trials", "front", "hypervolume", "given", "started", "ended", "out")
+    found = []
+    for row in studies:
+        volumes = row.get("hypervolume") or {}
+        shown = {"hypervolume": volumes.get("now"), "given": volumes.get("given")} if "hypervolume" in row else {}
+        trials = {"trials": "{done} of {total}".format(**row["trials"])} if "trials" in row else {}
+        found.append({**row, **trials, **{key: "" if value is None else f"{value:.6g}" for key, value in shown.items()}})
+    columns = [key for key in names if any(key in row for row in found)]
     for key in columns:
         table.add_column(key, overflow="fold")
-    for row in studies:
-        cells = {**row, "trials": "{done} of {total}".format(**row["trials"]) if "trials" in row else ""}
+    for cells in found:
         table.add_row(*(printable(str(cells.get(key) or "")) for key in columns))
     console.print(table, markup=False)
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of the front.
-
-    Attributes:
-        key: In the table of trials.
-        head: Two lines at most.
-        form: Format of a value.
-        rank: A narrow table leaves out the columns of the highest rank first; 0 is always there.
-    """
-
-    key: str
-    head: str
-    form: str = "{}"
-    rank: int = 0
-
-
-def front_columns(result: Any) -> list[Column]:
-    """Return the columns of a study's front, those that its trials have."""
-    from search.results.study_result import FORGET_NUMBERS
-
-    found = [
-        Column("trial", "trial"),
-        Column("base", "base run"),
-        Column("epoch", "epoch"),
-        Column("alpha", "alpha", "{:.3f}"),
-        Column("walk", "walk", rank=2),
-    ]
-    for objective in result.objectives:
-        places = f"{{:z.{objective.places}f}}"
-        found.append(Column(objective.name, objective.head, places))
-        if objective.p_value is not None:
-            found.append(Column(objective.p_value, objective.head.removeprefix("log10\n"), "{:.2g}", rank=1))
-        found += [Column(key, head.replace(" ", "\n", 1), places) for key, head in objective.companions]
-    found += [Column(key, head.replace(" ", "\n"), "{:.3f}") for key, head in FORGET_NUMBERS.items()]
-    known = {column.key for column in found}
-    more = [
-        Column("logit_scale", "logit\nscale", "{:.3f}", rank=3),
-        Column("related_log10_forget_quality", "log10\nFQ K2", "{:z.2f}", rank=4),
-        Column("unrelated_log10_forget_quality", "log10\nFQ K0", "{:z.2f}", rank=5),
-    ]
-    found += [column for column in more if column.key not in known]
-    audits = (result.audits or {"front": []})["front"]
-    audited = [Column(each["key"], each["head"], rank=6 + place) for place, each in enumerate(audits)]
-    return [*(column for column in found if column.key in result.front), *audited]
-
-
-def print_front(result: Any, width: int = 140) -> None:
-    """Print the front.
-
-    Args:
-        result: The study.
-        width: Columns where standard output is no terminal.
-    """
-    from rich.markup import escape
-
-    from search.problem.objectives import chosen_by, flag_of
-    from search.problem.stand_ins import MARK, marked, stand_in_note
-    from search.store.trials import collapsed
-
-    title = f"Pareto front of {result.store.record.name} (metrics: {result.spec.definition})"
-    table, console = new_table(title, width)
-    columns = front_columns(result)
-    marks = marked(result.objectives, result.store.record.corpus.stand_ins, [column.key for column in columns])
-    columns = [replace(column, head=f"{column.head} {MARK}") if column.key in marks else column for column in columns]
-    audits = (result.audits or {"front": []})["front"]
-    tests = {
-        str(name): {each["key"]: each["texts"][str(name)] for each in audits} for name in (*result.front["trial"], "initial")
-    }
-    rows = [
-        _cells(columns, {**row, **tests[str(row["trial"])]}, result.objectives[1].name)
-        for row in result.front.to_dict("records")
-    ]
-    initial = result.control("initial")
-    if initial is not None:
-        nowhere = dict.fromkeys(("trial", "epoch", "alpha", "walk", "flagged", "collapsed"))
-        rows.append(
-            _cells(columns, {**initial, **nowhere, **tests["initial"], "base": "initial model"}, result.objectives[1].name)
-        )
-    shown, left_out = _fitting(columns, rows, console.width)
-    for column in shown:
-        left = column.key in ("base", "walk")
-        table.add_column(column.head, justify="left" if left else "right", overflow="fold", no_wrap=column.key != "base")
-    for place, row in enumerate(rows):
-        table.add_row(
-            *(escape(printable(row[column.key])) for column in shown),
-            end_section=initial is not None and place == len(rows) - 2,
-        )
-    console.print(table)
-    console.print(printable(chosen_by(result.objectives)), markup=False)
-    if left_out:
-        heads = ", ".join(column.head.replace("\n", " ") for column in left_out)
-        console.print(f"left out, because the terminal is narrow: {heads}", markup=False)
-    if result.front.empty:
-        console.print("the front has no point: the initial model is at least as good as every trial in every objective")
-    if (note := stand_in_note(marks)) is not None:
-        console.print(printable(note), markup=False)
-    if not (seeds := result.over_seeds).empty:
-        holding = ", ".join(str(number) for number in seeds.loc[seeds["holds"], "trial"]) or "none"
-        console.print(f"hold over all {len(result.spec.unlearning.seeds)} seeds: {holding}", markup=False)
-    if result.front["flagged"].any():
-        flag = flag_of(result.objectives)
-        console.print(f"! {flag.meaning}, {flag.caution}")
-    for row in result.front[collapsed(result.front)].to_dict("records"):
-        console.print(f"x trial {row['trial']} has collapsed ({printable(row['collapsed'])}): no rule selects it", markup=False)
-
-
-def _cells(columns: list[Column], row: dict[Any, Any], utility: str) -> dict[str, str]:
-    """Return the texts of a row by column."""
-    row = {**row, "walk": SHORT_WALKS.get(row["walk"], "")}
-    cells = {each.key: "" if _missing(value := row.get(each.key)) else each.form.format(value) for each in columns}
-    cells[utility] += " !" if row["flagged"] else ""
-    cells["trial"] += " x" if isinstance(row["collapsed"], str) else ""
-    return cells
-
-
-def _missing(value: Any) -> bool:
-    return value is None or value != value
-
-
-def _fitting(columns: list[Column], rows: list[dict[str, str]], width: int) -> tuple[list[Column], list[Column]]:
-    """Return the columns that fit, and those to leave out."""
-
-    def wide(column: Column) -> int:
-        texts = [*column.head.split("\n"), *(row[column.key] for row in rows)]
-        widest = max(map(len, texts))
-        return 2 + (min(widest, BASE_WIDTH) if column.key == "base" else widest)
-
-    shown, left_out = list(columns), []
-    for column in sorted((each for each in columns if each.rank), key=lambda each: -each.rank):
-        if sum(map(wide, shown)) + 1 <= width:
-            break
-        shown.remove(column)
-        left_out.append(column)
-    return shown, left_out
 
 
 def attempt(what: Path | str, action: Callable[[], Any]) -> None:
@@ -368,13 +237,3 @@ def quieten() -> None:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-
-
-def new_table(title: str | None = None, width: int = 140) -> tuple[Any, Any]:
-    """Return an empty table, and a console that is `width` columns wide where standard output is no terminal."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    return table, Console() if sys.stdout.isatty() else Console(width=width)

@@ -6,7 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from search.cli.tables import Json, Settings, Trust, echo, new_table, print_json, quieten
+from search.cli.tables import Json, Settings, Trust, echo, print_json, quieten
+from search.report.display import new_table
 from uipe_core.errors import printable
 
 

@@ -39,7 +39,7 @@ from search.store.trials import searched
 from uipe_core.errors import UserError
 
 TITLES = {
-    "given": "scoring: alpha = 0 and controls",
+    "given": "scoring: given points, controls",
     "trials": "searching: (method, epoch, alpha)",
     "audits": "auditing: attacks on finalists",
 }
@@ -112,7 +112,7 @@ class StageProgress:
 def _stage(job: TrialSpec) -> str:
     if is_audit(job):
         return "audits"
-    return "trials" if job.kind in ("search", "dial") or job.of_trial is not None else "given"
+    return "trials" if job.kind in ("search", "dial") else "given"
 
 
 @dataclass

@@ -63,6 +63,7 @@ def _work_lines(work: Work) -> list[PlanEntry]:
         ("base runs in the cache", work.trained),
         ("epochs of each, with the control epoch", work.epochs),
         ("checkpoints to import", work.imports),
+        ("alternate answers to sample", work.samples),
         ("reference models to score", work.references),
         ("trials: controls", work.controls),
         ("trials: given points at alpha = 0", work.given),
@@ -121,11 +122,11 @@ def _time(
     searching = rates.trial * math.ceil(work.trials / trials)
     relearning = _relearning(work, rates)
     builds = rates.builds / min(runs, max(work.builds, 1))
-    total = START_SECONDS + 2 * (rates.load or 0.0) + builds + base + searching + (relearning or 0.0) / trials
+    sampling = work.samples * (rates.sample or 0.0)
+    total = START_SECONDS + 2 * (rates.load or 0.0) + builds + sampling + base + searching + (relearning or 0.0) / trials
     run, trial = spec.resources.base_run, spec.resources.trial
-    gpu_seconds = run.gpus * run.processes * (training + scoring) + trial.gpus * (
-        rates.trial * work.trials + (relearning or 0.0)
-    )
+    gpu_seconds = run.gpus * (run.processes * (training + scoring) + sampling)
+    gpu_seconds += trial.gpus * (rates.trial * work.trials + (relearning or 0.0))
     lines = []
     if work.trains:
         mean = training / (work.epochs * len(work.trains))
@@ -146,6 +147,10 @@ def _time(
     ]
     if work.builds:
         lines.append(PlanEntry("time", "small models", builds, "s", CALCULATED))
+    if work.samples:
+        known = rates.sample is not None
+        what = "sampling alternate answers, at the first temperature"
+        lines.append(PlanEntry("time", what, sampling if known else None, "s", CALCULATED if known else UNKNOWN))
     lines += [
         PlanEntry("time", f"base runs and references, {runs} at once", base, "s", CALCULATED),
         PlanEntry("time", f"trials, {trials} at once", searching, "s", CALCULATED),

@@ -30,6 +30,8 @@ from uipe_core.scoring.half_precision import faster_in_bfloat16
 from uipe_core.storage.content_store import content_key
 from uipe_core.storage.remote_store import RemoteLocation
 from uipe_core.storage.safetensors_files import read_headers, weight_files
+from uipe_core.unlearning.alternates import ASKED
+from uipe_core.unlearning.methods import METHODS
 
 FLOAT32_BYTES = 4
 
@@ -56,7 +58,7 @@ def plan_study(
     preparation, whole = _prepared(spec, notes, trust_remote_code)
     builds, built = _builds(preparation)
     trains, imports = _base_runs(preparation, whole)
-    work = _work(preparation, len(builds), built, trains, len(imports))
+    work = _work(preparation, len(builds), built, trains, len(imports), whole)
     machine = machine_of(preparation.delta_root, out)
     sizes = _sizes(preparation, trains, imports, notes)
     notes += _faster_dtype(spec, sizes, machine)
@@ -65,7 +67,7 @@ def plan_study(
         rates = past_rates(like, preparation, trains, len(builds))
     elif whole and (reason := _why_not_timed(spec, sizes, machine)) is None:
         try:
-            rates = measured_rates(preparation, trains, builds, say)
+            rates = measured_rates(preparation, trains, builds, say, bool(work.samples))
         except (ArithmeticError, ValueError, RuntimeError, TypeError, IndexError, MemoryError) as error:
             if isinstance(error, UserError):
                 raise
@@ -157,7 +159,7 @@ def _base_runs(preparation: PreparedStudy, whole: bool) -> tuple[tuple[str, ...]
     )
 
 
-def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str, ...], imports: int) -> Work:
+def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str, ...], imports: int, whole: bool) -> Work:
     spec = preparation.spec
     steps = None
     if spec.unlearning is not None and preparation.corpus.forget_train:
@@ -183,7 +185,17 @@ def _work(preparation: PreparedStudy, builds: int, built: int, trains: tuple[str
         walks=walks,
         audits=_audits(preparation)[0],
         audit_steps=_audits(preparation)[1],
+        samples=_samples(preparation, trains, whole),
     )
+
+
+def _samples(preparation: PreparedStudy, trains: tuple[str, ...], whole: bool) -> int:
+    """Return how many answers are sampled as alternates; 0 where they are given, cached or not needed."""
+    asks = any(METHODS[run.method].alternates for run in preparation.spec.variants() if run.label in trains)
+    if preparation.corpus.alternates or not asks:
+        return 0
+    kept = whole and model_cache(preparation.spec).holds(content_key(preparation.alternates_inputs()))
+    return 0 if kept else ASKED * len(preparation.corpus.forget_train)
 
 
 def _is_to_be_scored(preparation: PreparedStudy, model: ReferenceModel) -> bool:

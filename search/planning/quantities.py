@@ -43,6 +43,7 @@ class Work:
         walks: Controls of each front point: random direction, held-out items, matched scale, other seeds.
         audits: What audits of finalists take, in scorings of a trial.
         audit_steps: Training steps that they take in addition; a step costs what one of a base run costs.
+        samples: Answers to sample from the initial model before training, as alternates.
     """
 
     builds: int
@@ -60,6 +61,7 @@ class Work:
     walks: int
     audits: int = 0
     audit_steps: int = 0
+    samples: int = 0
 
     @property
     def front(self) -> int:
@@ -122,6 +124,7 @@ class Rates:
         reference: Seconds to score a model on all items.
         item_bytes: Size of the scores of every item that a trial keeps.
         load: Seconds to load the model; None where not known.
+        sample: Seconds to sample one answer; None where not known.
     """
 
     how: str
@@ -131,6 +134,7 @@ class Rates:
     reference: float
     item_bytes: float
     load: float | None = None
+    sample: float | None = None
 
 
 @dataclass(frozen=True)

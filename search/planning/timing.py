@@ -28,6 +28,7 @@ from uipe_core.models.loading import ModelSource, set_threads
 from uipe_core.models.tiny import TinyModelConfig, tiny_model
 from uipe_core.storage.content_store import ContentStore
 from uipe_core.storage.scratch import scratch_folder
+from uipe_core.unlearning.alternates import draw_texts, longest_sample
 from uipe_core.unlearning.finetuning import FinetuneConfig, finetune, stage_items
 from uipe_core.unlearning.training import UnlearningConfig, train_base_run
 
@@ -47,12 +48,18 @@ WHOLE_SECONDS = 5.0
 
 FIRST_SHARE = 1 / 16
 
+SAMPLED_ITEMS = 2
+
 WARM_SECONDS = 2.0
 """Duration of a first pass from which on what it has warmed up no longer counts."""
 
 
 def measured_rates(
-    preparation: PreparedStudy, trains: Iterable[str], builds: Iterable[Build], say: Callable[[str], None]
+    preparation: PreparedStudy,
+    trains: Iterable[str],
+    builds: Iterable[Build],
+    say: Callable[[str], None],
+    sampled: bool = False,
 ) -> Rates:
     """Load (or begin to build) the initial model, time a few optimiser steps of every method, and time scoring.
 
@@ -61,6 +68,7 @@ def measured_rates(
         trains: Labels of the base runs that are to be trained; runs of the same method are timed once.
         builds: Models that are to be built.
         say: Called with what is being timed.
+        sampled: Whether alternate answers are to be sampled.
 
     Raises:
         UserError: If the model cannot be loaded, or a method cannot train it.
@@ -84,7 +92,19 @@ def measured_rates(
         epochs, update = _epochs(preparation, source, set(trains), say)
         say("timing the scoring of a few items")
         trial, whole, load, size = _scoring(preparation, source, update)
-    return Rates(MEASURED, epochs, sum(seconds.values()), trial, whole, size, load)
+        sample = None
+        if sampled:
+            say("timing the sampling of a few alternate answers")
+            sample = _seconds_of_a_sample(preparation.corpus, source)
+    return Rates(MEASURED, epochs, sum(seconds.values()), trial, whole, size, load, sample)
+
+
+def _seconds_of_a_sample(corpus: Corpus, source: ModelSource) -> float:
+    loaded = source.load(dtype="auto")
+    limit = longest_sample(loaded, corpus.forget_train)
+    started = time.perf_counter()
+    drawn = draw_texts(loaded, corpus.forget_train[:SAMPLED_ITEMS], limit)
+    return (time.perf_counter() - started) / sum(map(len, drawn))
 
 
 def _initial(preparation: PreparedStudy, store: ContentStore) -> ModelSource:

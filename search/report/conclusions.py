@@ -1,6 +1,8 @@
 """Conclude what won, in plain sentences: the same in the report, on the terminal and in the dashboard."""
 
 import math
+import shlex
+from pathlib import Path
 
 import pandas as pd
 
@@ -44,8 +46,13 @@ def next_step(result: StudyResult) -> str:
     try:
         result.select(rule)
     except UserError:  # no point has so much utility
-        return f"uipe export {result.out} --trial N --to {result.out}/export/N --as model"
-    return f"uipe export {result.out} --rule {rule} --to {result.out}/export/{rule} --as model"
+        return export_command(result.out, "--trial N", "N")
+    return export_command(result.out, f"--rule {rule}", rule)
+
+
+def export_command(out: Path, chosen: str, folder: str) -> str:
+    """Return a command that exports a model, to be pasted into a shell."""
+    return f"uipe export {shlex.quote(str(out))} {chosen} --to {shlex.quote(str(out / 'export' / folder))} --as model"
 
 
 def conclude(view: ReportData) -> list[str]:

@@ -1,65 +1,66 @@
-"""Progress of long work on a terminal: what is being done, how far it is, how long it will still take."""
+"""Progress of long work: what is being done, how far it is, how long it will still take."""
 
 import contextlib
+import os
+import sys
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from typing import Any, Self
 
 from uipe_core.errors import printable
 
+FORMAT = "{desc:<34} {bar:20} {n_fmt:>4}/{total_fmt:<4} {elapsed} left {remaining}"
+
 
 class Bars:
-    """Progress bars on standard error; on anything but a terminal, a line when a bar is full.
+    """Progress bars of tqdm on standard error, or in the cell of a notebook; anywhere else a line when a bar is full.
 
     Args:
         quiet: Show nothing at all.
     """
 
     def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(stderr=True, quiet=quiet)
-        self._progress = Progress(
-            TextColumn("{task.description:<34}", markup=False),
-            BarColumn(bar_width=28),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
+        self._quiet = quiet
+        self._drawn = not quiet and (_is_terminal() or in_notebook())
+        self._bars: dict[str, Any] = {}
         self._levels: dict[str, tuple[int, int]] = {}
-        self._full: set[str] = set()
 
     def __enter__(self) -> Self:
-        self._progress.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         with contextlib.suppress(OSError):
-            self._progress.stop()
+            for bar in self._bars.values():
+                bar.close()
 
     def show(self, name: str, done: int, total: int) -> None:
         """Set a bar, which appears with its first call."""
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total)
-            if not self.console.is_terminal:
-                self.say(f"{name} ...")
+        before = self._levels.get(name)
         self._levels[name] = (done, total)
-        with contextlib.suppress(OSError):
-            self._progress.update(self._tasks[name], completed=done, total=total)
-        if done >= total and name not in self._full:
-            self._full.add(name)
-            if not self.console.is_terminal:
+        if self._drawn:
+            with contextlib.suppress(OSError):
+                self._draw(name, done, total)
+        else:
+            if before is None:
+                self.say(f"{name} ...")
+            if done >= total and (before is None or before[0] < before[1]):
                 self.say(f"{name}: {total} of {total}")
+
+    def _draw(self, name: str, done: int, total: int) -> None:
+        from tqdm.auto import tqdm
+
+        if name not in self._bars:
+            tqdm.monitor_interval = 0  # no thread of its own
+            self._bars[name] = tqdm(desc=printable(name), total=total, initial=done, bar_format=FORMAT, **_size())
+        bar = self._bars[name]
+        bar.total = total
+        bar.update(done - bar.n)
+        bar.refresh()
 
     @property
     def plain(self) -> bool:
-        """Return True if there is something to write to, but no terminal."""
-        return not self.console.is_terminal and not self.console.quiet
+        """Return True if there is something to write to, but no terminal and no notebook."""
+        return not self._drawn and not self._quiet
 
     def under_way(self) -> dict[str, tuple[int, int]]:
         """Bars that are not full yet, as (done, total)."""
@@ -72,8 +73,35 @@ class Bars:
 
     def say(self, text: str) -> None:
         """A line above the bars; lost where standard error is closed, full, or a terminal that is gone: the work goes on."""
-        with contextlib.suppress(OSError):
-            self.console.print(printable(text), highlight=False, markup=False)
+        if self._quiet:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            if self._bars:
+                from tqdm.auto import tqdm
+
+                tqdm.write(printable(text), file=sys.stderr)
+            else:
+                print(printable(text), file=sys.stderr, flush=True)
+
+
+def _size() -> dict[str, Any]:
+    """Return how large a bar is: as wide as the terminal, or 80 columns where it does not know its own size."""
+    with contextlib.suppress(OSError, ValueError):
+        if not all(os.get_terminal_size(sys.stderr.fileno())):
+            return {"ncols": 80, "nrows": 24}
+    return {"dynamic_ncols": True}
+
+
+def _is_terminal() -> bool:
+    with contextlib.suppress(AttributeError, ValueError):  # no standard error, or a closed one
+        return sys.stderr.isatty()
+    return False
+
+
+def in_notebook() -> bool:
+    """Return True in the kernel of a notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return shell is not None and "IPKernelApp" in shell.config
 
 
 class ProgressActor:

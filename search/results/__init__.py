@@ -4,7 +4,7 @@ audits (private): what audits are to be done, and what they found
 comparison: studies next to each other, and to published numbers
 constrained: search for the strongest forgetting at a utility floor
 export: forms of export, one entry each
-finalists: what was scored of front points afterwards
+finalists: a front held against what is given, and what was scored of its points afterwards
 recipe: everything needed to rebuild a trial's model, as a file
 selection: choose a trial of the front by a rule
 status: how far a study is

@@ -1,4 +1,4 @@
-"""Tabulate what was scored of front points afterwards: held-out items, matched logit scale, other seeds, confirmations."""
+"""Hold a front against what is given, and tabulate what was scored of its points afterwards (other items, scales, seeds)."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,6 +8,7 @@ import pandas as pd
 
 from search.problem.objectives import Objective
 from search.problem.pareto import attainment_surface, hypervolume, non_dominated_from
+from search.problem.trial import INITIAL
 
 ATTAINED = (0.25, 0.5, 0.75)
 """Shares of the seeds whose attainment surfaces are shown."""
@@ -28,6 +29,33 @@ def best_first(
     whole = hypervolume(points, reference)
     adds = [whole - hypervolume(np.delete(points, row, axis=0), reference) for row in range(len(points))]
     return [int(front["trial"].iloc[row]) for row in np.argsort(-np.array(adds), kind="stable")]
+
+
+def volumes(
+    trials: pd.DataFrame,
+    controls: pd.DataFrame,
+    objectives: tuple[Objective, ...],
+    reference: np.ndarray,
+    ceilings: list[float],
+) -> dict[str, float]:
+    """Return the hypervolume of all trials, and of what they are held against, by name; each with the initial model.
+
+    Arguments are those of `best_first`, with all trials and controls.
+    """
+    names = [objective.name for objective in objectives]
+    initial = controls[controls["kind"] == INITIAL]
+    given = trials[trials["alpha"] == 0]
+
+    def volume(*frames: pd.DataFrame) -> float:
+        points = np.concatenate([frame[names].to_numpy(dtype=float) for frame in (*frames, initial)])
+        return float(hypervolume(np.minimum(points, ceilings), reference))
+
+    return {
+        "front": volume(trials),
+        "alpha_zero": volume(given),
+        "extrapolation_only": volume(trials[trials["alpha"] >= 0]),
+        "random_direction": volume(given, controls[controls["kind"] == "random_direction"]),
+    }
 
 
 def held_out(front: pd.DataFrame, controls: pd.DataFrame, objectives: tuple[Objective, ...]) -> pd.DataFrame:

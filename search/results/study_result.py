@@ -15,7 +15,7 @@ import pandas as pd
 from search.evaluation.metrics import METRICS
 from search.evaluation.pruning import pruned_table, savings
 from search.problem.objectives import KNOWMEM, KNOWMEM_RETAIN, VERBMEM, Objective
-from search.problem.pareto import DEFAULT_FLOOR, RULES, hypervolume
+from search.problem.pareto import DEFAULT_FLOOR, RULES
 from search.problem.trial import INITIAL, TrialSpec
 from search.results import audits, finalists
 from search.results.recipe import recipe_of
@@ -33,6 +33,7 @@ from uipe_core.metrics.tofu import MEMORIZED_SETS
 
 if TYPE_CHECKING:
     import optuna
+    from matplotlib.figure import Figure
 
 CONTROL_COLUMNS = ("kind", "base", "method", "epoch", "alpha", "temperature", "of_trial")
 """Columns that the table of controls always has."""
@@ -49,7 +50,7 @@ def _names(store: StudyStore) -> list[str]:
     return [objective.name for objective in store.objectives]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class StudyResult:
     """A finished (or interrupted) study, read from its folder.
 
@@ -97,6 +98,9 @@ class StudyResult:
         trials["on_front"] = on_front(trials, controls, _names(store))
         return cls(store.out, store, trials.sort_values("trial", ignore_index=True), controls)
 
+    def __repr__(self) -> str:
+        return f"StudyResult({str(self.out)!r}: {len(self.trials)} trials, {len(self.front)} on the front)"
+
     @property
     def study(self) -> "optuna.Study":
         """The Optuna study behind it."""
@@ -130,9 +134,7 @@ class StudyResult:
         for rule in RULES:
             with contextlib.suppress(UserError):
                 chosen.append(int(self.select(rule)["trial"]))
-        reference = self.reference_point()
-        ceilings = [objective.ceiling(self.forget_quality_cap) for objective in self.objectives]
-        order = finalists.best_first(front, self.objectives, np.array([reference[n] for n in _names(self.store)]), ceilings)
+        order = finalists.best_first(front, self.objectives, *self._corner_and_ceilings())
         numbers = list(dict.fromkeys([*chosen, *order]))[:top]
         return front.set_index("trial", drop=False).loc[numbers].reset_index(drop=True)
 
@@ -296,23 +298,12 @@ class StudyResult:
     def hypervolume(self) -> dict[str, float]:
         """Hypervolumes, with forget quality capped at the noise ceiling, of what is given (the initial model and every epoch at
         alpha = 0) and of that together with all trials, trials of alpha >= 0, or random directions."""
-        given = self.trials[self.trials["alpha"] == 0]
-        longer = self.trials[self.trials["alpha"] >= 0]
-        initial = self.controls[self.controls["kind"] == INITIAL]
-        random = self.controls[self.controls["kind"] == "random_direction"]
-        return {
-            "front": self._volume(self.trials, initial),
-            "alpha_zero": self._volume(given, initial),
-            "extrapolation_only": self._volume(longer, initial),
-            "random_direction": self._volume(given, initial, random),
-        }
+        return finalists.volumes(self.trials, self.controls, self.objectives, *self._corner_and_ceilings())
 
-    def _volume(self, *frames: pd.DataFrame) -> float:
-        names = _names(self.store)
-        points = np.concatenate([frame[names].to_numpy(dtype=float) for frame in frames])
-        points = np.minimum(points, [objective.ceiling(self.forget_quality_cap) for objective in self.objectives])
+    def _corner_and_ceilings(self) -> tuple[np.ndarray[Any, Any], list[float]]:
         reference = self.reference_point()
-        return float(hypervolume(points, np.array([reference[name] for name in names])))
+        ceilings = [objective.ceiling(self.forget_quality_cap) for objective in self.objectives]
+        return np.array([reference[name] for name in _names(self.store)]), ceilings
 
     @property
     def gain(self) -> dict[str, float]:
@@ -362,6 +353,17 @@ class StudyResult:
     def report_path(self) -> Path:
         """Where `search.report.html.write_report` writes the page."""
         return self.out / "report" / "report.html"
+
+    def plot(self) -> "Figure":
+        """Draw the front."""
+        from search.report.display import draw_front  # upward, so that a notebook can ask the result itself
+
+        return draw_front(self)
+
+    def _repr_html_(self) -> str:
+        from search.report.display import front_html
+
+        return front_html(self)
 
     def export(
         self,

@@ -8,7 +8,7 @@ import random
 from collections.abc import Mapping, Sequence
 
 from uipe_core.corpora.files import DataSet
-from uipe_core.corpora.types import ItemSet
+from uipe_core.corpora.types import Item, ItemSet
 from uipe_core.errors import UserError
 from uipe_core.models.loading import LoadedModel
 from uipe_core.scoring.sampling import samples
@@ -50,14 +50,12 @@ def sample_alternates(loaded: LoadedModel, items: ItemSet) -> Alternates:
         UserError: All samples of an item are empty or the answer itself; names the first such item, and the remedy.
     """
     found: dict[int, tuple[str, ...]] = {}
-    lengths = [loaded.prompts.encode_item(item).answer_length for item in items]
+    limit = longest_sample(loaded, items)
     for temperature in TEMPERATURES:
         left = [place for place in range(len(items)) if place not in found]
         if not left:
             break
-        prompts = [_prompt(loaded, items[place].question, items[place].answer) for place in left]
-        limit = max(1, int(_EXTRA * max(lengths)))
-        drawn = samples(loaded, prompts, ASKED, limit, temperature=temperature)
+        drawn = draw_texts(loaded, [items[place] for place in left], limit, temperature)
         for place, texts in zip(left, drawn, strict=True):
             usable = [text.strip() for text in texts if is_alternate(text, items[place].answer)]
             if usable:
@@ -71,6 +69,19 @@ def sample_alternates(loaded: LoadedModel, items: ItemSet) -> Alternates:
             f"{item.answer!r}; give alternates as corpus.alternates, or remove the method"
         )
     return tuple(found[place] for place in range(len(items)))
+
+
+def longest_sample(loaded: LoadedModel, items: ItemSet) -> int:
+    """Return how many tokens a sampled answer may have."""
+    return max(1, int(_EXTRA * max(loaded.prompts.encode_item(item).answer_length for item in items)))
+
+
+def draw_texts(
+    loaded: LoadedModel, items: Sequence[Item], limit: int, temperature: float = TEMPERATURES[0]
+) -> Sequence[Sequence[str]]:
+    """Draw `ASKED` samples of each item, alternates or not."""
+    prompts = [_prompt(loaded, item.question, item.answer) for item in items]
+    return samples(loaded, prompts, ASKED, limit, temperature=temperature)
 
 
 def _prompt(loaded: LoadedModel, question: str, answer: str) -> list[int]:

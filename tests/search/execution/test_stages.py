@@ -44,3 +44,14 @@ def test_what_a_trial_did_not_take_is_training_while_base_runs_are_missing(clock
     clock[0] += 0.5
     progress.close()
     assert store.seconds == {"training": 30.0, "given": 7.0, "trials": 4.5}
+
+
+def test_only_proposals_count_as_searched(clock, capsys):
+    store, control = Store(), TrialSpec("matched_scale", "npo", 1, 0.5, of_trial=3)
+    progress = StageProgress(Bars(), store, [GIVEN], 2)
+    for job in (GIVEN, SEARCHED, SEARCHED):
+        progress.ended(job, None, False, 1.0)
+    progress.more([control])
+    progress.ended(control, None, False, 1.0)
+    said = capsys.readouterr().err
+    assert "searching: (method, epoch, alpha): 2 of 2" in said and "scoring: given points, controls: 2 of 2" in said

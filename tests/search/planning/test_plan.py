@@ -77,6 +77,23 @@ def test_training_steps_of_audits_take_what_those_of_base_runs_take(spec):
     assert (line.value, line.how) == (None, UNKNOWN)
 
 
+def test_alternate_answers_are_sampled_before_anything_is_trained(spec):
+    found = amounts(make_plan(spec, replace(WORK, samples=60), SIZES, replace(RATES, sample=0.5), MACHINE))
+    assert found["alternate answers to sample"] == 60
+    assert found["sampling alternate answers, at the first temperature"] == 30
+    assert found["from start to end"] == 15 + 2 * 4 + 50 + 940 + 250 + 30
+    unknown = make_plan(spec, replace(WORK, samples=60), SIZES, RATES, MACHINE)
+    line = next(line for line in unknown.lines if line.what.startswith("sampling alternate"))
+    assert (line.value, line.how) == (None, UNKNOWN)
+
+
+def test_alternates_are_counted_where_the_cache_lacks_them(write_study, tmp_path, place):
+    spec = study(write_study, tmp_path, unlearning={"methods": {"alt_po": {}}})
+    found = amounts(plan_study(spec, tmp_path / "out", None, lambda text: None))
+    assert found["alternate answers to sample"] == 12 * len(spec.corpus.load(spec.seed).forget_train)
+    assert found["sampling alternate answers, at the first temperature"] > 0
+
+
 def test_the_steps_of_relearning_are_counted(write_study, tmp_path, place):
     relearning = {"epochs": 2, "batch_size": 4, "few": 5}
     spec = study(write_study, tmp_path, audit={"top": 2, "tests": ["relearning", "fluency"], "relearning": relearning})

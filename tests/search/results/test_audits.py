@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import search
-from search.cli.tables import print_front
 from search.evaluation.controls import CONTROLS
 from search.execution.study_run import _done_jobs
 from search.problem.trial import AUDITS, UNTESTED, TrialSpec
 from search.report.conclusions import conclusions
+from search.report.display import print_front
 from search.results.audits import after_attacks, audit_table
 from search.results.study_result import StudyResult
 from search.spec.runtime import Audit, Relearning

@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from search.cli.tables import print_front
 from search.evaluation.controls import CONTROLS, Control, follow_up_trials
 from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, TRUTH_RATIO
 from search.problem.space import Point
 from search.problem.trial import TrialSpec
 from search.report.conclusions import conclusions, next_step
 from search.report.data import report_data
+from search.report.display import print_front
 from search.report.html import write_report
 from search.results.selection import chosen_row, measure_of_chance
 from search.results.study_result import StudyResult
@@ -427,7 +427,7 @@ def test_numbers_made_with_stand_ins_are_marked(study, capsys):
 
 def test_before_the_initial_model_is_scored_it_has_no_line(study, capsys):
     print_front(study([(0, -5.0, 0.79)], initial=None))
-    assert "initial" not in capsys.readouterr().out
+    assert "initial model  " not in capsys.readouterr().out
 
 
 def test_no_rule_selects_a_collapsed_point_unless_told_to(with_collapse):
