@@ -40,13 +40,14 @@ class PublishedModel:
     numbers: Mapping[str, float]
 
 
-def read_published(path: Path, known: list[str]) -> list[PublishedModel]:
+def read_published(path: Path, known: list[str], definition: str) -> list[PublishedModel]:
     """Read a CSV file of published numbers.
 
     Args:
-        path: Columns ``name``, ``model`` (`MODELS`), ``source``, and numbers of the study; an empty cell was not published.
-            ``forget_quality`` may stand for its log10. Lines that begin with # are comments.
+        path: Columns ``name``, ``model`` (`MODELS`), ``source``, perhaps ``definition``, and numbers of the study; an empty
+            cell was not published. ``forget_quality`` may stand for its log10. Lines that begin with # are comments.
         known: Numbers that the study's trials have.
+        definition: Metric definition of the study; rows of another one are refused.
 
     Raises:
         UserError: All that is wrong with the file, with its lines.
@@ -62,13 +63,13 @@ def read_published(path: Path, known: list[str]) -> list[PublishedModel]:
     head, faults, found = lines[0][1], [], []
     faults += [f"line {lines[0][0]}: no column {name!r}" for name in ("name", "model", "source") if name not in head]
     for name in head:
-        if name not in ("name", "model", "source", P_VALUE, *known):
+        if name not in ("name", "model", "source", "definition", P_VALUE, *known):
             faults.append(f"line {lines[0][0]}: the study has no number {name!r}.{did_you_mean(name, [*known, P_VALUE])}")
     if repeated := sorted({name for name in head if head.count(name) > 1}):
         faults.append(f"line {lines[0][0]}: columns given twice: {', '.join(repeated)}")
     for number, row in lines[1:] if not faults else []:
         try:
-            found.append(_model(head, row))
+            found.append(_model(head, row, definition))
         except ValueError as error:
             faults.append(f"line {number}: {error}")
     if faults:
@@ -76,12 +77,18 @@ def read_published(path: Path, known: list[str]) -> list[PublishedModel]:
     return found
 
 
-def _model(head: list[str], row: list[str]) -> PublishedModel:
+def _model(head: list[str], row: list[str], definition: str) -> PublishedModel:
     """Return the model of a line; raise ValueError with what is wrong."""
     if len(row) != len(head):
         raise ValueError(f"{len(row)} cells, and {len(head)} columns")
     cells = dict(zip(head, row, strict=True))
     name, model, source = (cells.pop(key) for key in ("name", "model", "source"))
+    theirs = cells.pop("definition", "")
+    if theirs and theirs != definition:
+        raise ValueError(
+            f"definition {theirs!r}: the study's numbers are those of {definition!r}; run it with scoring.definition: {theirs}, "
+            "or take the line out"
+        )
     if model not in MODELS:
         raise ValueError(f"model {model!r} is unknown; give {', '.join(MODELS)}")
     numbers = {}
@@ -114,7 +121,7 @@ def compare_published(result: StudyResult, path: Path) -> dict[str, Any]:
         UserError: As `read_published`.
     """
     sound = result.trials[~collapsed(result.trials)]
-    published = read_published(path, _numbers(result.trials))
+    published = read_published(path, _numbers(result.trials), result.spec.definition)
     names = [objective.name for objective in result.objectives[:2]]
     ceilings = {objective.name: objective.ceiling(result.forget_quality_cap) for objective in result.objectives[:2]}
     compared = [each for each in published if each.model == "unlearned" and each.numbers.keys() >= set(names)]

@@ -56,6 +56,12 @@ def test_above_the_noise_ceiling_more_counts_for_nothing_and_collapsed_trials_ma
     assert not found["b"]["matched"] and found["b"]["ours"]["trial"] == 1
 
 
+def test_a_line_of_the_studys_own_definition_counts(result, write):
+    head = "name,model,source,definition,forget_quality,model_utility\n"
+    found = rows(result, write(f"{head}a,unlearned,x,tofu,1e-3,0.6\nb,unlearned,x,,1e-3,0.6\n"))
+    assert [found[name]["matched"] for name in "ab"] == [True, True]
+
+
 def test_reference_models_are_set_next_to_those_of_the_study(result, write):
     text = f"{HEAD}# a comment\nfull,initial,x,1e-9,0.8\nideal,retain,x,1,0.8\npart,unlearned,x,,0.5\n"
     answer = compare_published(result, write(text))
@@ -79,17 +85,21 @@ def test_reference_models_are_set_next_to_those_of_the_study(result, write):
         (f"{HEAD}a,unlearned,x,much,0.5\n", "line 2: forget_quality: 'much' is no number"),
         (f"{HEAD}a,unlearned,x,0,0.5\n", "line 2: forget_quality: 0 is no p-value above 0"),
         (f"{HEAD}a,unlearned,x,0.1,nan\n", "line 2: model_utility: nan is no finite number"),
+        (
+            "name,model,source,definition,model_utility\na,unlearned,x,open-unlearning,0.5\n",
+            "line 2: definition 'open-unlearning': the study's numbers are those of 'tofu'; run it with scoring.definition",
+        ),
         ("\x00\xff,x\n1,2\n", "no column 'name'"),
     ],
 )
 def test_what_is_wrong_with_a_file_is_told(write, text, said):
     with pytest.raises(UserError, match=said):
-        read_published(write(text), ["log10_forget_quality", "model_utility"])
+        read_published(write(text), ["log10_forget_quality", "model_utility"], "tofu")
 
 
 def test_all_that_is_wrong_is_told_at_once(write):
     with pytest.raises(UserError, match=r"(?s)line 2: .*line 3: "):
-        read_published(write(f"{HEAD}a,other,x,0.1,0.5\nb,unlearned,x,2,0.5\n"), ["model_utility"])
+        read_published(write(f"{HEAD}a,other,x,0.1,0.5\nb,unlearned,x,2,0.5\n"), ["model_utility"], "tofu")
 
 
 @pytest.fixture
