@@ -86,7 +86,7 @@ def _model(head: list[str], row: list[str], definition: str) -> PublishedModel:
     theirs = cells.pop("definition", "")
     if theirs and theirs != definition:
         raise ValueError(
-            f"definition {theirs!r}: the study's numbers are those of {definition!r}; run it with scoring.definition: {theirs}, "
+            f"definition {theirs!r}: the study's numbers are those of {definition!r}; run it with scoring.definition: {theirs} "
             "or take the line out"
         )
     if model not in MODELS:
