@@ -1,7 +1,5 @@
 """Export a trial: a recipe to rebuild it, the scaled adapter, or the full model; loaded afresh and scored again."""
 
-import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +21,7 @@ from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
 from uipe_core.models.loading import LoadedModel, ModelSource, set_threads
 from uipe_core.models.skeleton import open_initial
+from uipe_core.storage.files import whole_folder
 from uipe_core.unlearning.training import train_base_run
 
 
@@ -77,32 +76,26 @@ def export(
     if exporter.low_rank_only and not low_rank:
         raise UserError(f"--as {form}: {recipe.base} changed all weights, so there is no adapter; use --as model or recipe")
     set_threads(recipe.spec.resources.trial.threads)
-    temporary = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        (temporary / RECIPE_FILE).write_text(recipe.as_yaml())
-        verifier = Verifier(recipe, preparation, verify, reference, items, watch)
-        checked = exporter.checked and verify != NONE
-        if checked and exporter.merges and low_rank:
-            loaded, model = _moved(recipe, preparation)
-            verifier.measure_rounding(replace(loaded, model=model))
-            del loaded, model  # before the next is loaded
-        exporter.write(recipe, preparation, temporary)
-        verified = verifier.check(temporary) if checked else Verified(NONE)
-        if exporter.checked:
-            (temporary / "README.md").write_text(card(recipe, verified, form, exporter.title, exporter.library, audits))
-        if watch is not None:
-            for each in verified.compared:
-                watch.say(str(each))
-            if verified.unread is not None:
-                watch.say(verified.unread)
-        if to.exists():
-            to.rmdir()
-        temporary.rename(to)
+        with whole_folder(to) as folder:
+            (folder / RECIPE_FILE).write_text(recipe.as_yaml())
+            verifier = Verifier(recipe, preparation, verify, reference, items, watch)
+            checked = exporter.checked and verify != NONE
+            if checked and exporter.merges and low_rank:
+                loaded, model = _moved(recipe, preparation)
+                verifier.measure_rounding(replace(loaded, model=model))
+                del loaded, model  # before the next is loaded
+            exporter.write(recipe, preparation, folder)
+            verified = verifier.check(folder) if checked else Verified(NONE)
+            if exporter.checked:
+                (folder / "README.md").write_text(card(recipe, verified, form, exporter.title, exporter.library, audits))
+            if watch is not None:
+                for each in verified.compared:
+                    watch.say(str(each))
+                if verified.unread is not None:
+                    watch.say(verified.unread)
     except OSError as error:
         raise UserError(f"--to {to}: {error.strerror or error}; choose another folder or free some space") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return to
 
 
