@@ -1,5 +1,6 @@
 """Export a trial: a recipe to rebuild it, the scaled adapter, or the full model; loaded afresh and scored again."""
 
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +14,16 @@ from search.problem.trial import INITIAL
 from search.results.card import card
 from search.results.recipe import RECIPE_FILE, Recipe, read_recipe
 from search.results.verification import LOSS, NONE, VERIFICATIONS, Verified, Verifier, Watch
+from search.spec.sections import is_local
 from search.spec.study import BaseRunSpec
 from uipe_core.deltas.adapters import is_adapter
 from uipe_core.deltas.checkpoints import import_checkpoints
 from uipe_core.deltas.extrapolation import merge
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
-from uipe_core.models.loading import LoadedModel, ModelSource, set_threads
+from uipe_core.models.loading import BASE_FOLDER, LoadedModel, ModelSource, set_threads
 from uipe_core.models.skeleton import open_initial
+from uipe_core.storage.content_store import MANIFEST
 from uipe_core.storage.files import whole_folder
 from uipe_core.unlearning.training import train_base_run
 
@@ -126,8 +129,26 @@ def _write_model(recipe: Recipe, preparation: PreparedStudy, folder: Path) -> No
 
 def _write_adapter(recipe: Recipe, preparation: PreparedStudy, folder: Path) -> None:
     loaded, model = _moved(recipe, preparation)
-    model.save_pretrained(folder)
+    named = next(iter(model.peft_config.values()))
+    named.base_model_name_or_path, named.revision = _base_model(preparation, folder)
+    # Else PEFT asks the hub for the base model's vocabulary size.
+    model.save_pretrained(folder, save_embedding_layers=False)
     loaded.tokenizer.save_pretrained(folder)
+
+
+def _base_model(preparation: PreparedStudy, folder: Path) -> tuple[str, str | None]:
+    """Return how an adapter in `folder` names the model it belongs on, and its commit on the hub.
+
+    A model that the study built has no name that means anything elsewhere: it is copied into the folder.
+    """
+    source = preparation.models.ready_source(INITIAL)
+    if source.location != getattr(preparation.spec.model, "initial", None):
+        shutil.copytree(source.location, folder / BASE_FOLDER, ignore=shutil.ignore_patterns(MANIFEST))
+        return f"./{BASE_FOLDER}", None
+    if not is_local(source.location):
+        return source.location, source.revision
+    place, here = Path(source.location), Path.cwd()
+    return (f"./{place.relative_to(here).as_posix()}" if place.is_relative_to(here) else source.location), None
 
 
 def _base_run(preparation: PreparedStudy, label: str, source: ModelSource) -> BaseRun:

@@ -18,6 +18,9 @@ from uipe_core.storage.safetensors_files import parts, weight_files
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError)
 """What transformers raises for a damaged config.json."""
 
+BASE_FOLDER = "base_model"
+"""Folder of an adapter that holds the model it belongs on, where that has no name elsewhere."""
+
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
@@ -75,7 +78,8 @@ def load_model(
     """Load a causal language model and its tokenizer from the hub or a folder.
 
     Args:
-        source: Hub name or folder.
+        source: Hub name or folder; of an adapter, which is loaded onto its base model: that in its `BASE_FOLDER`, or the one it
+            names.
         revision: Branch, tag or commit on the hub.
         dtype: ``auto`` (as stored) or a key of `DTYPES`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -100,14 +104,24 @@ def load_model(
     place = str(folder or source)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = _tokenizer(source, place, **common)
+    adapter = folder if folder is not None and (folder / "adapter_config.json").is_file() else None
+    carried = adapter is not None and (adapter / BASE_FOLDER / "config.json").is_file()
+    if adapter is not None and not carried:
+        common["revision"] = read_json(adapter / "adapter_config.json").get("revision")
     # Before reading the weights, which may take minutes.
     prompts = PromptFormat(tokenizer, prompt_template, prompt_format)
     if device_map is not None:
         common["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            place, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, output_loading_info=True, **common
+            str(adapter / BASE_FOLDER) if adapter is not None and carried else place,
+            dtype=DTYPES.get(dtype, "auto"),
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
         )
+        if adapter is not None and carried:
+            model.load_adapter(str(adapter))
     except (*UNREADABLE, RuntimeError, SafetensorError) as error:
         raise _cannot_load(source, error) from error
     if loading["missing_keys"]:
