@@ -11,7 +11,7 @@ from search.evaluation.models import PretrainedModels, checkpoint_folder
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import Arrays, Report
 from search.problem.trial import INITIAL
-from search.results.card import card
+from search.results.card import CARD_FILE, card
 from search.results.recipe import RECIPE_FILE, Recipe, read_recipe
 from search.results.verification import LOSS, NONE, VERIFICATIONS, Verified, Verifier, Watch
 from search.spec.sections import is_local
@@ -39,6 +39,7 @@ def export(
     items: Arrays | None = None,
     watch: Watch | None = None,
     audits: Sequence[Sequence[str]] = (),
+    repository: str | None = None,
 ) -> Path:
     """Write an export, load it afresh with transformers, and score it again.
 
@@ -52,6 +53,7 @@ def export(
         items: Item scores of the trial by ``set/measurement``; compared with those of the export where they are given.
         watch: Hears how far it is, and the numbers that were compared.
         audits: Rows of the card's audit table (`search.results.audits.card_table`).
+        repository: Name on the hub by which the card says how to use the model; that of the folder by default.
 
     Returns:
         `to`.
@@ -91,7 +93,9 @@ def export(
             exporter.write(recipe, preparation, folder)
             verified = verifier.check(folder) if checked else Verified(NONE)
             if exporter.checked:
-                (folder / "README.md").write_text(card(recipe, verified, form, exporter.title, exporter.library, audits))
+                titles = exporter.title, exporter.library
+                text = card(recipe, verified, form, *titles, folder, repository or to.name, audits, repository is not None)
+                (folder / CARD_FILE).write_text(text, encoding="utf-8")
             if watch is not None:
                 for each in verified.compared:
                     watch.say(str(each))

@@ -18,6 +18,9 @@ from uipe_core.storage.safetensors_files import parts, weight_files
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError)
 """What transformers raises for a damaged config.json."""
 
+_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py")
+"""Files that make a model."""
+
 BASE_FOLDER = "base_model"
 """Folder of an adapter that holds the model it belongs on, where that has no name elsewhere."""
 
@@ -282,7 +285,7 @@ def model_identity(location: str, revision: str | None = None) -> tuple[str, str
     if folder is not None:
         digest = hashlib.sha256()
         for path in sorted(folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".py"):
+            if path.suffix in _SUFFIXES:
                 digest.update(f"{path.name}:{file_hash(path)};".encode())
         return f"sha256:{digest.hexdigest()[:32]}", None
     commit = _from_hub(location, revision)[1]
@@ -301,7 +304,7 @@ def _from_hub(location: str, revision: str | None) -> tuple[Path, str]:
 
     try:
         downloaded = snapshot_download(
-            location, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+            location, revision=revision, allow_patterns=[*(f"*{suffix}" for suffix in _SUFFIXES), "README.md"]
         )
     except (OSError, ValueError) as error:
         raise UserError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -110,6 +111,9 @@ def test_the_base_model_of_a_study_that_built_it_travels_with_the_adapter(low_ra
     assert named(folder)["base_model_name_or_path"] == f"./{BASE_FOLDER}"
     for path in folder.rglob("*.json"):
         assert str(place["cache"]) not in path.read_text(), path
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
     moved = folder.rename(tmp_path / "elsewhere")
     expected = logits(".", moved)
     assert own_logits(moved) == pytest.approx(expected, abs=1e-5)
