@@ -14,7 +14,7 @@ from search.spec.corpora import MULTIPLE_CHOICE, TofuCorpus, sources
 from search.spec.models import TinyModel
 from search.spec.sections import is_local
 from search.spec.study import StudySpec
-from uipe_core.models.loading import BASE_FOLDER
+from uipe_core.models.loading import ADAPTER_FILE, BASE_FOLDER
 from uipe_core.models.prompts import CHAT_DATE, FORMATS, NamedFormat
 
 CARD_FILE = "README.md"
@@ -285,7 +285,7 @@ def _snippet(recipe: Recipe, verified: Verified, folder: Path, place: str, on_hu
     """Return Python that loads the export and asks it a question as trials are asked."""
     trust = ", trust_remote_code=True" if getattr(recipe.spec.model, "trust_remote_code", False) else ""
     how = f', dtype="{verified.dtype}"' if verified.dtype is not None else ', dtype="auto"'
-    config = folder / "adapter_config.json"
+    config = folder / ADAPTER_FILE
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     lines += [f"place = {place!r}" + ("" if on_hub else "  # the folder of this card, or its repository on the hub")]
     loaded = [f"model = AutoModelForCausalLM.from_pretrained(place{how}{trust})"]

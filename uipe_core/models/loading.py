@@ -21,6 +21,9 @@ UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeEr
 _SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py")
 """Files that make a model."""
 
+ADAPTER_FILE = "adapter_config.json"
+"""Configuration of an adapter, by which its folder is known."""
+
 BASE_FOLDER = "base_model"
 """Folder of an adapter that holds the model it belongs on, where that has no name elsewhere."""
 
@@ -107,10 +110,10 @@ def load_model(
     place = str(folder or source)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = _tokenizer(source, place, **common)
-    adapter = folder if folder is not None and (folder / "adapter_config.json").is_file() else None
+    adapter = folder if folder is not None and (folder / ADAPTER_FILE).is_file() else None
     carried = adapter is not None and (adapter / BASE_FOLDER / "config.json").is_file()
     if adapter is not None and not carried:
-        common["revision"] = read_json(adapter / "adapter_config.json").get("revision")
+        common["revision"] = read_json(adapter / ADAPTER_FILE).get("revision")
     # Before reading the weights, which may take minutes.
     prompts = PromptFormat(tokenizer, prompt_template, prompt_format)
     if device_map is not None:
@@ -164,9 +167,9 @@ def _local_folder(source: str) -> Path | None:
         if source.startswith((".", "/", "~")):
             raise UserError(f"model {source}: no such folder")
         return None
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / ADAPTER_FILE).is_file():
         raise UserError(f"model {source}: the folder has no config.json, so it is not a saved model")
-    if (folder / "adapter_config.json").is_file() and any(folder.glob("model*.safetensors")):
+    if (folder / ADAPTER_FILE).is_file() and any(folder.glob("model*.safetensors")):
         raise UserError(
             f"model {source}: it holds a whole model and an adapter_config.json, for which transformers would load the "
             "adapter's base model in its place; move adapter_config.json away"
