@@ -200,14 +200,21 @@ def export(
     floor: Floor = None,
     allow_collapsed: AllowCollapsed = False,
     verify: Verify = "loss",
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Push it to this repository of the Hugging Face hub, made private.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="Make the repository public.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what --push would send, and send nothing.")] = False,
     trust_remote_code: Trust = False,
 ) -> None:
     """Write a trial as a recipe, an adapter or a full model; load it again and check its numbers."""
+    from search.publishing.hub import Destination
     from search.report.progress import Bars
     from search.results.study_result import StudyResult
 
     if (trial is None) == (rule is None):
         raise UserError("export: give either --trial N or --rule utility-floor|knee|chance|robust")
+    destination = Destination.of(push, public=public, dry_run=dry_run)
     quieten()
     result = StudyResult.open(out)
     if trial is not None:
@@ -217,9 +224,11 @@ def export(
         if note is not None:
             echo(note, err=True)
     with Bars() as bars:
-        path = result.export(row, to, form, trust_remote_code, verify, bars)
+        path = result.export(row, to, form, trust_remote_code, verify, bars, repository=push)
     checked = "" if form == "recipe" else f"; {CHECKED[verify]}"
     echo(f"trial {row['trial']} ({row['base']}, epoch {row['epoch']}, alpha {row['alpha']:.4f}) as {form}: {path}{checked}")
+    for line in () if destination is None else destination.send(path):
+        echo(line)
 
 
 @app.command(epilog="Example: uipe rebuild exported/recipe.yaml --to rebuilt --as model")

@@ -1,7 +1,5 @@
 """Score or fine-tune one model, or compute the metrics of an evaluation log: `uipe score`, `finetune`, `metrics`."""
 
-import shutil
-import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -201,7 +199,7 @@ def _write(
     from uipe_core.scoring.lengths import require_positions
     from uipe_core.scoring.scorer import ScoringConfig
     from uipe_core.storage.content_store import ContentStore
-    from uipe_core.storage.files import cache_folder
+    from uipe_core.storage.files import cache_folder, whole_folder
     from uipe_core.unlearning import finetuning
 
     place = model_place(base)
@@ -211,23 +209,19 @@ def _write(
     loaded = load_model(str(folder), device=device, prompt_template=prompt_template, prompt_format=prompt_format)
     limit = position_limit(loaded.model.config)
     require_positions(Corpus(base, {}, items, ()), loaded.prompts, ScoringConfig(), limit, trains=True)
-    temporary = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        temporary.mkdir(parents=True)  # before hours of training
-        with Bars() as bars:
-            progress = lambda done, total: bars.show("fine-tuning", done, total)  # noqa: E731
-            finetuning.finetune(loaded, items, config, dtype, progress)
-        loaded.model.save_pretrained(temporary)
-        loaded.tokenizer.save_pretrained(temporary)
-        temporary.rename(to)
+        with whole_folder(to) as written:  # made before hours of training
+            with Bars() as bars:
+                progress = lambda done, total: bars.show("fine-tuning", done, total)  # noqa: E731
+                finetuning.finetune(loaded, items, config, dtype, progress)
+            loaded.model.save_pretrained(written)
+            loaded.tokenizer.save_pretrained(written)
     except OSError as error:
         raise UserError(f"--to {to}: {error.strerror or error}; choose another folder or free some space") from error
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         raise UserError("memory ran out; lower --batch-size, or train an adapter with --adapter-rank 8") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def register(app: typer.Typer) -> None:

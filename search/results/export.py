@@ -1,7 +1,6 @@
 """Export a trial: a recipe to rebuild it, the scaled adapter, or the full model; loaded afresh and scored again."""
 
 import shutil
-import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,17 +11,20 @@ from search.evaluation.models import PretrainedModels, checkpoint_folder
 from search.evaluation.prepared import PreparedStudy, prepare
 from search.evaluation.task import Arrays, Report
 from search.problem.trial import INITIAL
-from search.results.card import card
+from search.results.card import CARD_FILE, card
 from search.results.recipe import RECIPE_FILE, Recipe, read_recipe
 from search.results.verification import LOSS, NONE, VERIFICATIONS, Verified, Verifier, Watch
+from search.spec.sections import is_local
 from search.spec.study import BaseRunSpec
 from uipe_core.deltas.adapters import is_adapter
 from uipe_core.deltas.checkpoints import import_checkpoints
 from uipe_core.deltas.extrapolation import merge
 from uipe_core.deltas.store import BaseRun, DeltaStore
 from uipe_core.errors import UserError
-from uipe_core.models.loading import LoadedModel, ModelSource, set_threads
+from uipe_core.models.loading import BASE_FOLDER, LoadedModel, ModelSource, set_threads
 from uipe_core.models.skeleton import open_initial
+from uipe_core.storage.content_store import MANIFEST
+from uipe_core.storage.files import whole_folder
 from uipe_core.unlearning.training import train_base_run
 
 
@@ -37,6 +39,7 @@ def export(
     items: Arrays | None = None,
     watch: Watch | None = None,
     audits: Sequence[Sequence[str]] = (),
+    repository: str | None = None,
 ) -> Path:
     """Write an export, load it afresh with transformers, and score it again.
 
@@ -50,6 +53,7 @@ def export(
         items: Item scores of the trial by ``set/measurement``; compared with those of the export where they are given.
         watch: Hears how far it is, and the numbers that were compared.
         audits: Rows of the card's audit table (`search.results.audits.card_table`).
+        repository: Name on the hub by which the card says how to use the model; that of the folder by default.
 
     Returns:
         `to`.
@@ -77,32 +81,28 @@ def export(
     if exporter.low_rank_only and not low_rank:
         raise UserError(f"--as {form}: {recipe.base} changed all weights, so there is no adapter; use --as model or recipe")
     set_threads(recipe.spec.resources.trial.threads)
-    temporary = to.parent / f".{to.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        (temporary / RECIPE_FILE).write_text(recipe.as_yaml())
-        verifier = Verifier(recipe, preparation, verify, reference, items, watch)
-        checked = exporter.checked and verify != NONE
-        if checked and exporter.merges and low_rank:
-            loaded, model = _moved(recipe, preparation)
-            verifier.measure_rounding(replace(loaded, model=model))
-            del loaded, model  # before the next is loaded
-        exporter.write(recipe, preparation, temporary)
-        verified = verifier.check(temporary) if checked else Verified(NONE)
-        if exporter.checked:
-            (temporary / "README.md").write_text(card(recipe, verified, form, exporter.title, exporter.library, audits))
-        if watch is not None:
-            for each in verified.compared:
-                watch.say(str(each))
-            if verified.unread is not None:
-                watch.say(verified.unread)
-        if to.exists():
-            to.rmdir()
-        temporary.rename(to)
+        with whole_folder(to) as folder:
+            (folder / RECIPE_FILE).write_text(recipe.as_yaml())
+            verifier = Verifier(recipe, preparation, verify, reference, items, watch)
+            checked = exporter.checked and verify != NONE
+            if checked and exporter.merges and low_rank:
+                loaded, model = _moved(recipe, preparation)
+                verifier.measure_rounding(replace(loaded, model=model))
+                del loaded, model  # before the next is loaded
+            exporter.write(recipe, preparation, folder)
+            verified = verifier.check(folder) if checked else Verified(NONE)
+            if exporter.checked:
+                titles = exporter.title, exporter.library
+                text = card(recipe, verified, form, *titles, folder, repository or to.name, audits, repository is not None)
+                (folder / CARD_FILE).write_text(text, encoding="utf-8")
+            if watch is not None:
+                for each in verified.compared:
+                    watch.say(str(each))
+                if verified.unread is not None:
+                    watch.say(verified.unread)
     except OSError as error:
         raise UserError(f"--to {to}: {error.strerror or error}; choose another folder or free some space") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return to
 
 
@@ -133,8 +133,26 @@ def _write_model(recipe: Recipe, preparation: PreparedStudy, folder: Path) -> No
 
 def _write_adapter(recipe: Recipe, preparation: PreparedStudy, folder: Path) -> None:
     loaded, model = _moved(recipe, preparation)
-    model.save_pretrained(folder)
+    named = next(iter(model.peft_config.values()))
+    named.base_model_name_or_path, named.revision = _base_model(preparation, folder)
+    # Else PEFT asks the hub for the base model's vocabulary size.
+    model.save_pretrained(folder, save_embedding_layers=False)
     loaded.tokenizer.save_pretrained(folder)
+
+
+def _base_model(preparation: PreparedStudy, folder: Path) -> tuple[str, str | None]:
+    """Return how an adapter in `folder` names the model it belongs on, and its commit on the hub.
+
+    A model that the study built has no name that means anything elsewhere: it is copied into the folder.
+    """
+    source = preparation.models.ready_source(INITIAL)
+    if source.location != getattr(preparation.spec.model, "initial", None):
+        shutil.copytree(source.location, folder / BASE_FOLDER, ignore=shutil.ignore_patterns(MANIFEST))
+        return f"./{BASE_FOLDER}", None
+    if not is_local(source.location):
+        return source.location, source.revision
+    place, here = Path(source.location), Path.cwd()
+    return (f"./{place.relative_to(here).as_posix()}" if place.is_relative_to(here) else source.location), None
 
 
 def _base_run(preparation: PreparedStudy, label: str, source: ModelSource) -> BaseRun:

@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -373,6 +373,7 @@ class StudyResult:
         trust_remote_code: bool = False,
         verify: str = "loss",
         watch: Any = None,
+        repository: str | None = None,
     ) -> Path:
         """Export a trial (a row of `trials` or `front`) as ``recipe``, ``adapter`` or ``model``; see
         `search.results.export`."""
@@ -382,9 +383,8 @@ class StudyResult:
         recipe = recipe_of(self.store.record, self.spec, row.to_dict())
         reference, items = read_log(log) if log.is_file() else None, self.store.items(int(row["trial"]))
         table = audits.card_table(self, recipe.trial)
-        return export(
-            recipe, Path(to), form, reference, trust_remote_code, verify=verify, items=items, watch=watch, audits=table
-        )
+        written = partial(export, verify=verify, items=items, watch=watch, audits=table, repository=repository)
+        return written(recipe, Path(to), form, reference, trust_remote_code)
 
 
 def _plain(value: Any) -> Any:

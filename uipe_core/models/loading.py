@@ -18,6 +18,15 @@ from uipe_core.storage.safetensors_files import parts, weight_files
 UNREADABLE = (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError, RecursionError, StrictDataclassError)
 """What transformers raises for a damaged config.json."""
 
+_SUFFIXES = (".json", ".safetensors", ".jinja", ".model", ".txt", ".py")
+"""Files that make a model."""
+
+ADAPTER_FILE = "adapter_config.json"
+"""Configuration of an adapter, by which its folder is known."""
+
+BASE_FOLDER = "base_model"
+"""Folder of an adapter that holds the model it belongs on, where that has no name elsewhere."""
+
 Progress = Callable[[int, int], None]
 """Called with (steps done, steps in all)."""
 
@@ -75,7 +84,8 @@ def load_model(
     """Load a causal language model and its tokenizer from the hub or a folder.
 
     Args:
-        source: Hub name or folder.
+        source: Hub name or folder; of an adapter, which is loaded onto its base model: that in its `BASE_FOLDER`, or the one it
+            names.
         revision: Branch, tag or commit on the hub.
         dtype: ``auto`` (as stored) or a key of `DTYPES`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
@@ -100,14 +110,24 @@ def load_model(
     place = str(folder or source)
     common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     tokenizer = _tokenizer(source, place, **common)
+    adapter = folder if folder is not None and (folder / ADAPTER_FILE).is_file() else None
+    carried = adapter is not None and (adapter / BASE_FOLDER / "config.json").is_file()
+    if adapter is not None and not carried:
+        common["revision"] = read_json(adapter / ADAPTER_FILE).get("revision")
     # Before reading the weights, which may take minutes.
     prompts = PromptFormat(tokenizer, prompt_template, prompt_format)
     if device_map is not None:
         common["device_map"] = device_map if isinstance(device_map, str) else dict(device_map)
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            place, dtype=DTYPES.get(dtype, "auto"), use_safetensors=True, output_loading_info=True, **common
+            str(adapter / BASE_FOLDER) if adapter is not None and carried else place,
+            dtype=DTYPES.get(dtype, "auto"),
+            use_safetensors=True,
+            output_loading_info=True,
+            **common,
         )
+        if adapter is not None and carried:
+            model.load_adapter(str(adapter))
     except (*UNREADABLE, RuntimeError, SafetensorError) as error:
         raise _cannot_load(source, error) from error
     if loading["missing_keys"]:
@@ -147,9 +167,9 @@ def _local_folder(source: str) -> Path | None:
         if source.startswith((".", "/", "~")):
             raise UserError(f"model {source}: no such folder")
         return None
-    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / ADAPTER_FILE).is_file():
         raise UserError(f"model {source}: the folder has no config.json, so it is not a saved model")
-    if (folder / "adapter_config.json").is_file() and any(folder.glob("model*.safetensors")):
+    if (folder / ADAPTER_FILE).is_file() and any(folder.glob("model*.safetensors")):
         raise UserError(
             f"model {source}: it holds a whole model and an adapter_config.json, for which transformers would load the "
             "adapter's base model in its place; move adapter_config.json away"
@@ -268,7 +288,7 @@ def model_identity(location: str, revision: str | None = None) -> tuple[str, str
     if folder is not None:
         digest = hashlib.sha256()
         for path in sorted(folder.iterdir()):
-            if path.suffix in (".json", ".safetensors", ".jinja", ".model", ".txt", ".py"):
+            if path.suffix in _SUFFIXES:
                 digest.update(f"{path.name}:{file_hash(path)};".encode())
         return f"sha256:{digest.hexdigest()[:32]}", None
     commit = _from_hub(location, revision)[1]
@@ -287,7 +307,7 @@ def _from_hub(location: str, revision: str | None) -> tuple[Path, str]:
 
     try:
         downloaded = snapshot_download(
-            location, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+            location, revision=revision, allow_patterns=[*(f"*{suffix}" for suffix in _SUFFIXES), "README.md"]
         )
     except (OSError, ValueError) as error:
         raise UserError(

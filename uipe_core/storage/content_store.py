@@ -20,7 +20,7 @@ from typing import Any
 from filelock import FileLock
 
 from uipe_core.errors import UserError
-from uipe_core.storage.files import file_hash, fsync_path, is_free, parse_json, try_lock, write_atomic
+from uipe_core.storage.files import file_hash, fsync_path, is_free, parse_json, share, try_lock, write_atomic
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +223,7 @@ class ContentStore:
         return folder
 
     def _seal(self, folder: Path, key: str, inputs: Mapping[str, Any]) -> None:
+        share(folder)
         files = {}
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             fsync_path(path)

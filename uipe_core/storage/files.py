@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
 from collections.abc import Iterator
@@ -99,6 +100,36 @@ def is_free(lock: Path) -> bool:
 def cache_folder(name: str) -> Path:
     """Return the default folder of a cache: under the environment variable UIPE_CACHE, or ``~/.cache/uipe``."""
     return Path(os.environ.get("UIPE_CACHE", Path.home() / ".cache" / "uipe")).expanduser() / name
+
+
+def share(folder: Path) -> None:
+    """Make the files of a folder as readable as the folder itself, which has what the umask leaves.
+
+    safetensors writes into a temporary file that only its owner may read.
+    """
+    mode = stat.S_IMODE(folder.stat().st_mode) & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `target` at the end of the block: it appears whole or not at all.
+
+    Args:
+        target: The folder; must not exist, or be empty. Missing parents are made.
+    """
+    temporary = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.tmp"
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        share(temporary)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_atomic(path: Path, content: bytes, flush: bool = True) -> None:

@@ -1,6 +1,7 @@
 """Exports of real trials: rebuilt from nothing, loaded by strangers, and withdrawn when their numbers are not the trial's."""
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,13 @@ from uipe_core.models.tiny import tiny_model
 
 def weights(folder):
     return load_file(folder / "model.safetensors")
+
+
+def umask():
+    """What this process takes from the modes of its files."""
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def strange_python(script, *arguments):
@@ -142,6 +150,8 @@ def test_an_adapter_is_loaded_by_peft_and_already_scaled(finished, write_study, 
     folder = export(recipe, tmp_path / "adapter", "adapter", reference)
     merged = export(recipe, tmp_path / "model", "model", reference)
 
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "./base_model"
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o666 & ~umask()}
     script = """
 import json, sys
 from peft import PeftModel
@@ -154,7 +164,7 @@ plain = AutoModelForCausalLM.from_pretrained(sys.argv[1]).state_dict()
 moved = max(float((a - b).abs().max()) for a, b in zip(model.state_dict().values(), plain.values(), strict=True))
 print(json.dumps({"apart": max(float((a - b).abs().max()) for a, b in pairs), "moved": moved}))
 """
-    seen = strange_python(script, source.location, folder, merged)
+    seen = strange_python(script, folder / "base_model", folder, merged)
     assert seen["apart"] < 1e-6 < 1e-3 < seen["moved"]
 
 
