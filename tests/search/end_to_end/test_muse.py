@@ -45,6 +45,7 @@ def ran(study, tmp_path_factory):
     return search.run_study(load_study(study()), tmp_path_factory.mktemp("muse_out"), quiet=True)
 
 
+@pytest.mark.slow
 def test_its_four_numbers_are_those_of_the_items(ran):
     reference = ran.store.items(int(ran.control("retain")["trial"]), control=True)
     ideal = auc(*(reference[key] for key in PAIR))
@@ -62,6 +63,7 @@ def test_its_four_numbers_are_those_of_the_items(ran):
     assert ran.control("retain")["privleak"] == pytest.approx(0.0, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_the_initial_model_knows_the_texts_and_the_retain_model_does_not(ran):
     initial, retain = ran.control("initial"), ran.control("retain")
     assert initial["one_minus_verbmem"] < 0.3 and initial["one_minus_knowmem"] < 0.3
@@ -72,6 +74,7 @@ def test_the_initial_model_knows_the_texts_and_the_retain_model_does_not(ran):
     assert ran.trials["one_minus_verbmem"].max() > initial["one_minus_verbmem"]
 
 
+@pytest.mark.slow
 def test_line_models_them_and_intervals_resample_them(ran):
     assert ran.spec.search.sampler == "line"
     row = ran.trials.to_dict("records")[0]
@@ -84,6 +87,7 @@ def test_line_models_them_and_intervals_resample_them(ran):
     assert low <= row["one_minus_verbmem"] <= high
 
 
+@pytest.mark.slow
 def test_its_numbers_are_in_report_and_export(ran, tmp_path):
     page = write_report(ran).read_text()
     assert "PrivLeak" in page and "VerbMem" in page
@@ -92,6 +96,7 @@ def test_its_numbers_are_in_report_and_export(ran, tmp_path):
     assert "one minus verbmem" in card and "knowmem retain" in card
 
 
+@pytest.mark.slow
 def test_a_request_later_on_unlearns_other_texts(study, ran):
     other = load_study(study("later", {"forget": "sust_2"})).corpus.load(0)
     first = ran.spec.corpus.load(0)
