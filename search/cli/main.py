@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from search.cli import audits, cluster, goals, init, models, reference, upkeep
+from search.cli import cluster, goals, init, models, pages, reference, upkeep
 from search.cli.streams import RECORDS, end, failure_of_output, open_streams
 from search.cli.tables import (
     CHECKED,
@@ -262,35 +262,6 @@ def confirm(
     echo(f"metrics: {result.spec.definition}; report: {result.report_path}")
 
 
-@app.command(epilog="Example: uipe report runs/quickstart")
-def report(
-    out: Out,
-    to: Annotated[Path | None, typer.Option(help="Folder for it; OUT/report when left out.")] = None,
-) -> None:
-    """Write the HTML report again."""
-    from search.report.html import write_report
-    from search.results.study_result import StudyResult
-
-    echo(write_report(StudyResult.open(out), to))
-
-
-@app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")
-def dashboard(
-    out: Out,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080,
-    writable: Annotated[bool, typer.Option("--writable", help="Let the page change or delete the study, too.")] = False,
-) -> None:
-    """Browse the study in optuna-dashboard (on this machine only)."""
-    from search.report.dashboard import servable_folder, serve, write_notes
-    from search.results.study_result import StudyResult
-
-    with servable_folder(out) as folder:
-        result = StudyResult.open(folder)
-        write_notes(result)
-        echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
-        attempt(f"port {port}", lambda: serve(result.store.storage, port, writable))
-
-
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")
 def paper(
     seeds: Annotated[
@@ -317,7 +288,7 @@ def paper(
     echo(f"page     {result['page']}")
 
 
-for commands in (init, reference, models, cluster, goals, audits, upkeep):
+for commands in (init, reference, models, cluster, goals, pages, upkeep):
     commands.register(app)
 
 

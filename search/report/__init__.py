@@ -9,7 +9,8 @@ figures: the front, and the curves over alpha
 html: the report, with templates/report.html.j2, report.css and report.js
 progress: progress bars and log lines
 recommendation: which model to ship, and what speaks against it
+serve: the report over HTTP, live while the study runs
 style: number formats, palettes, figure style
 """
 
-__all__ = ["conclusions", "dashboard", "dossier", "figures", "html", "progress", "style"]
+__all__ = ["conclusions", "dashboard", "dossier", "figures", "html", "progress", "serve", "style"]

@@ -81,7 +81,8 @@ class ReportData:
             {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds and epoch_seconds by label
             [training only], storage, created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}],
-            failure_reasons [(reason, count)], saved (`search.evaluation.pruning.savings`), pruned [{trial, base, ...}]
+            failure_reasons [(reason, count)], unfinished (the note on missing trials, or None), saved
+            (`search.evaluation.pruning.savings`), pruned [{trial, base, ...}]
             (`pruned_table`), usage {hours, cpu_hours, gpu_hours}, out (the folder, as commands name it), recommended (as
             `recommended`), untested [{title, reason}] (audits that were not done on the trial recommended).
         objectives: what the study maximises.
@@ -223,6 +224,7 @@ def report_data(result: StudyResult) -> ReportData:
         "pruned": result.pruned.to_dict("records"),
         "failure_reasons": counted(failure["reason"] for failure in result.store.failures()),
         "notes": _notes(result),
+        "unfinished": _unfinished(result),
         "item_counts": record.corpus.items,
         "smallest_groups": smallest_groups(result.store),
         "power": _power(result),
@@ -313,15 +315,24 @@ def _notes(result: StudyResult) -> list[str]:
         + ", ".join(f"{epoch} is {Path(folder).name}" for epoch, folder in enumerate(folders, 1))
         for label, folders in result.spec.checkpoints.items()
     ]
-    searched = int((result.trials["kind"] == "search").sum()) + len(result.pruned)
-    wanted, stopped = result.spec.search.trials, result.store.record.stopped
+    searched, wanted, stopped = _searched(result), result.spec.search.trials, result.store.record.stopped
     if stopped:
         notes.append(
             f"Stopped after {searched} of {wanted} search trials: {stopped}. A larger budget and the same command go on."
         )
-    elif searched < wanted:
-        notes.append(f"{searched} of {wanted} search trials are done: the same command resumes the study.")
+    elif (unfinished := _unfinished(result)) is not None:
+        notes.append(unfinished)
     return notes
+
+
+def _searched(result: StudyResult) -> int:
+    return int((result.trials["kind"] == "search").sum()) + len(result.pruned)
+
+
+def _unfinished(result: StudyResult) -> str | None:
+    """Return the note on a study that no driver goes on with; None where nothing is missing."""
+    searched, wanted = _searched(result), result.spec.search.trials
+    return None if searched >= wanted else f"{searched} of {wanted} search trials are done: the same command resumes the study."
 
 
 def _model_title(spec: StudySpec, record: StudyRecord) -> str:

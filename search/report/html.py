@@ -5,6 +5,7 @@ import errno
 import hashlib
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -38,7 +39,7 @@ STAGES = {
 MIXED_STAGES = ("base_runs", "baselines")
 NONE_YET: dict[str, Any] = {
     **{key: [] for key in ("selections", "notes", "failures", "failure_reasons", "pruned")},
-    **dict.fromkeys(("usage", "saved")),
+    **dict.fromkeys(("usage", "saved", "unfinished")),
     "epoch_seconds": {},
 }
 """What a summary may lack."""
@@ -137,80 +138,81 @@ def environment() -> jinja2.Environment:
     return made
 
 
-def script() -> tuple[str, str]:
-    """Return the script of the page, and the policy that lets this one run and nothing else load."""
-    text = "".join(
-        resources.files("search.report").joinpath("templates", name).read_text(encoding="utf-8")
-        for name in ("charts.js", "report.js")
-    )
-    known = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-    return text, f"default-src 'none'; script-src 'sha256-{known}'; style-src 'unsafe-inline'; connect-src 'self'"
+def filled(template: str, **values: Any) -> str:
+    """Return a page that has the style and the script of the report. Its policy lets this one script run and nothing load.
+
+    Args:
+        template: One that extends ``page.html.j2``.
+        values: What it shows; ``title``, and ``live`` as `render_page`.
+    """
+    parts = resources.files("search.report").joinpath("templates")
+    code = "".join(parts.joinpath(name).read_text(encoding="utf-8") for name in ("charts.js", "report.js"))
+    known = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{known}'; style-src 'unsafe-inline'; connect-src 'self'"
+    page = environment().get_template(template)
+    return page.render(style=page_style(), script=code, policy=policy, **values)
 
 
-def render_page(view: ReportData, live: float | None = None) -> str:
+def render_page(view: ReportData, live: float | None = None, status: Mapping[str, Any] | None = None) -> str:
     """Return the page.
 
     Args:
         view: What it shows, as `checked` returns it.
         live: Seconds after which the page asks for itself again; None for a file.
+        status: How far the study is (`search.results.status.read_status`); None for a file.
     """
     front = view.trials[view.trials["on_front"]].sort_values([objective.name for objective in view.objectives])
     by_trial = {int(row["trial"]): row for row in view.trials.to_dict("records")}
     ship = recommendation(view)
-    code, policy = script()
-    return (
-        environment()
-        .get_template("report.html.j2")
-        .render(
-            style=page_style(),
-            script=code,
-            policy=policy,
-            live=live,
-            ship=ship,
-            examples=[] if ship["trial"] is None else examples(view, ship["trial"]),
-            chart=chart_data(view, ship["trial"]),
-            summary={**NONE_YET, **view.summary},
-            verdict=conclude(view),
-            gains=_gain_bars(view.summary),
-            front=front.to_dict("records"),
-            columns=view.columns,
-            initial=view.initial,
-            chosen_by=view.chosen_by,
-            stand_in_note=view.stand_in_note,
-            finalists=view.finalists(),
-            certain=not view.certainty.empty,
-            few_groups=FEW_GROUPS,
-            withheld=view.certainty.empty and view.summary.get("smallest_groups", FEW_GROUPS) < FEW_GROUPS,
-            power=view.summary.get("power"),
-            forget_groups=view.summary.get("forget_groups"),
-            apart=not view.held_out.empty,
-            matched=not view.matched_scale.empty,
-            paired="paired_p" in view.trials.columns,
-            confirmed=view.confirmations.to_dict("records"),
-            over_seeds=view.over_seeds.to_dict("records"),
-            related=view.related,
-            objectives=view.objectives,
-            ceiling=view.ceiling,
-            flag=view.flag,
-            infinity=math.inf,
-            by_trial=by_trial,
-            controls=[
-                {
-                    "name": control.title,
-                    "purpose": control.purpose,
-                    "rows": view.controls[view.controls["kind"] == kind].to_dict("records"),
-                }
-                for kind, control in CONTROLS.items()
-                # Most kinds mean something for free text only.
-                if control.title and (not view.choices or kind in set(view.controls["kind"]))
-            ],
-            choices=view.choices,
-            audits=view.audits,
-            audited=(view.audits or {"front": []})["front"],
-            cost=_cost(view),
-            bases=int(view.trials["base"].nunique()),
-            bases_shown=len(shown_bases(view.trials)),
-        )
+    return filled(
+        "report.html.j2",
+        title=f"{view.summary['study']}: unlearning study",
+        live=live,
+        status=status,
+        ship=ship,
+        examples=[] if ship["trial"] is None else examples(view, ship["trial"]),
+        chart=chart_data(view, ship["trial"]),
+        summary={**NONE_YET, **view.summary},
+        verdict=conclude(view),
+        gains=_gain_bars(view.summary),
+        front=front.to_dict("records"),
+        columns=view.columns,
+        initial=view.initial,
+        chosen_by=view.chosen_by,
+        stand_in_note=view.stand_in_note,
+        finalists=view.finalists(),
+        certain=not view.certainty.empty,
+        few_groups=FEW_GROUPS,
+        withheld=view.certainty.empty and view.summary.get("smallest_groups", FEW_GROUPS) < FEW_GROUPS,
+        power=view.summary.get("power"),
+        forget_groups=view.summary.get("forget_groups"),
+        apart=not view.held_out.empty,
+        matched=not view.matched_scale.empty,
+        paired="paired_p" in view.trials.columns,
+        confirmed=view.confirmations.to_dict("records"),
+        over_seeds=view.over_seeds.to_dict("records"),
+        related=view.related,
+        objectives=view.objectives,
+        ceiling=view.ceiling,
+        flag=view.flag,
+        infinity=math.inf,
+        by_trial=by_trial,
+        controls=[
+            {
+                "name": control.title,
+                "purpose": control.purpose,
+                "rows": view.controls[view.controls["kind"] == kind].to_dict("records"),
+            }
+            for kind, control in CONTROLS.items()
+            # Most kinds mean something for free text only.
+            if control.title and (not view.choices or kind in set(view.controls["kind"]))
+        ],
+        choices=view.choices,
+        audits=view.audits,
+        audited=(view.audits or {"front": []})["front"],
+        cost=_cost(view),
+        bases=int(view.trials["base"].nunique()),
+        bases_shown=len(shown_bases(view.trials)),
     )
 
 
