@@ -148,7 +148,7 @@ def filled(template: str, **values: Any) -> str:
     parts = resources.files("search.report").joinpath("templates")
     code = "".join(parts.joinpath(name).read_text(encoding="utf-8") for name in ("charts.js", "report.js"))
     known = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    policy = f"default-src 'none'; script-src 'sha256-{known}'; style-src 'unsafe-inline'; connect-src 'self'"
+    policy = f"default-src 'none'; script-src 'sha256-{known}'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
     page = environment().get_template(template)
     return page.render(style=page_style(), script=code, policy=policy, **values)
 

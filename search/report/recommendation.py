@@ -55,7 +55,7 @@ def recommendation(view: ReportData) -> dict[str, Any]:
     if chosen is None:
         return {"trial": None, "verdict": "No rule finds a model on this front that forgets more than the initial model."}
     row = view.trials[view.trials["trial"] == chosen["trial"]].iloc[0]
-    findings = [*_doubts(view, row), *_attacks(view, int(row["trial"])), *_open_questions(view, row)]
+    findings = [*doubts(view, row), *attacks(view, int(row["trial"])), *_open_questions(view, row)]
     order = (AGAINST, UNTESTED, HELD)
     return {
         "trial": int(row["trial"]),
@@ -110,7 +110,7 @@ def _before_and_after(view: ReportData, row: pd.Series, objective: Objective) ->
 Finding = tuple[str, str]
 
 
-def _doubts(view: ReportData, row: pd.Series) -> list[Finding]:
+def doubts(view: ReportData, row: pd.Series) -> list[Finding]:
     """Return what the study itself says against a trial."""
     forgetting, utility = view.objectives[:2]
     found: list[Finding] = []
@@ -158,7 +158,7 @@ def _matched(view: ReportData, row: pd.Series, utility: Objective) -> list[Findi
     return [(AGAINST, f"With logits as sharp as the initial model's it keeps {share:.0%} of the initial {utility.title}.")]
 
 
-def _attacks(view: ReportData, trial: int) -> list[Finding]:
+def attacks(view: ReportData, trial: int) -> list[Finding]:
     """Return what audits found: the worst attack on the weights, and every number that is far from its reference."""
     undone, found = [], []
     for audit in (view.audits or {}).get("audits", ()):

@@ -19,7 +19,7 @@ function facts(parent, trial, before) {
   data.columns.forEach((head, at) => {
     make("span", {}, list, head);
     make("span", { class: "n" }, list, trial.texts[at]);
-    if (before) make("span", { class: "n note" }, list, data.initial ? `was ${data.initial[at]}` : "");
+    if (before) make("span", { class: "n note" }, list, data.initial && data.initial[at] !== "–" ? `was ${data.initial[at]}` : "");
   });
 }
 
