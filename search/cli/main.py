@@ -134,6 +134,7 @@ def pareto(
     out: Out,
     as_json: Json = False,
     csv: Annotated[Path | None, typer.Option(help="Also write the front as a CSV file.")] = None,
+    latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX table (booktabs) in place of all else.")] = False,
 ) -> None:
     """Show the Pareto front of a study."""
     from search.results.study_result import StudyResult
@@ -143,7 +144,13 @@ def pareto(
         import pandas as pd
 
         attempt(csv, lambda: pd.DataFrame(result.rows(result.front)).to_csv(csv, index=False))
-    if as_json:
+    if latex:
+        from search.report.html import front_latex
+
+        if as_json:
+            raise UserError("pareto: give either --json or --latex")
+        echo(front_latex(result))
+    elif as_json:
         keys = ("study", "definition", "front", "hypervolume", "gain", "reference_point", "forget_quality_cap")
         summary = result.summary()
         seeds = result.over_seeds

@@ -1,10 +1,11 @@
-"""Write the report of a study: one self-contained HTML page, and its figures as files."""
+"""Write the report of a study: one self-contained HTML page, its figures as files, and its front as a LaTeX table."""
 
 import base64
 import errno
 import hashlib
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
@@ -17,12 +18,12 @@ import jinja2
 from search.evaluation.controls import CONTROLS
 from search.report.charts import chart_data
 from search.report.conclusions import conclude
-from search.report.data import TRIAL_COLUMNS, ReportData, report_data, shown_bases
+from search.report.data import TRIAL_COLUMNS, ReportData, records, report_data, shown_bases
 from search.report.recommendation import examples, recommendation
 from search.report.style import WALKS, alpha, decimal, number, page_style, probability, seconds, table_text, whole
 from search.results.study_result import CONTROL_COLUMNS, StudyResult
 from search.results.uncertainty import FEW_GROUPS
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, printable
 from uipe_core.storage.files import write_atomic
 
 STAGES = {
@@ -213,6 +214,56 @@ def render_page(view: ReportData, live: float | None = None, status: Mapping[str
         cost=_cost(view),
         bases=int(view.trials["base"].nunique()),
         bases_shown=len(shown_bases(view.trials)),
+    )
+
+
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "−": "$-$",
+        "–": "--",
+        "±": r"$\pm$",
+    }
+)
+"""What LaTeX reads as more than itself, and signs that its fonts may lack."""
+_POWER = re.compile(r"^([\d.]+)e\$-\$(\d+)$")
+
+
+def front_latex(result: StudyResult) -> str:
+    """Return the front as a LaTeX table for the package booktabs, the initial model under it; all names are escaped."""
+    view = checked(report_data(result))
+    front = view.trials[view.trials["on_front"]].sort_values([objective.name for objective in view.objectives])
+
+    def line(*cells: str) -> str:
+        plain = (" ".join(printable(cell).split()) for cell in cells)
+        return " & ".join(_POWER.sub(r"$\1\\times10^{-\2}$", cell.translate(_LATEX)) for cell in plain) + r" \\"
+
+    rows = [
+        line(
+            whole(row["trial"]),
+            str(row["base"]),
+            whole(row["epoch"]),
+            alpha(row["alpha"]),
+            *(c.text(row) for c in view.columns),
+        )
+        for row in records(front)
+    ]
+    if view.initial is not None:
+        rows += [r"\midrule", line("", "initial model", "", "", *(column.text(view.initial) for column in view.columns))]
+    named = " ".join(printable(f"{result.store.record.name}, metrics: {view.summary['definition']}").split())
+    return "\n".join(
+        [
+            rf"% Pareto front of {named}; needs \usepackage{{booktabs}}",
+            rf"\begin{{tabular}}{{rl{'r' * (2 + len(view.columns))}}}",
+            r"\toprule",
+            line("trial", "base run", "epoch", "alpha", *(column.head for column in view.columns)),
+            *([r"\midrule", *rows] if rows else []),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
     )
 
 
