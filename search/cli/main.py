@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from search.cli import audits, cluster, goals, init, models, reference, upkeep
+from search.cli import cluster, goals, init, models, pages, reference, upkeep
 from search.cli.streams import RECORDS, end, failure_of_output, open_streams
 from search.cli.tables import (
     CHECKED,
@@ -138,6 +138,7 @@ def pareto(
     out: Out,
     as_json: Json = False,
     csv: Annotated[Path | None, typer.Option(help="Also write the front as a CSV file.")] = None,
+    latex: Annotated[bool, typer.Option("--latex", help="Print a LaTeX table (booktabs) in place of all else.")] = False,
 ) -> None:
     """Show the Pareto front of a study."""
     from search.results.study_result import StudyResult
@@ -147,7 +148,13 @@ def pareto(
         import pandas as pd
 
         attempt(csv, lambda: pd.DataFrame(result.rows(result.front)).to_csv(csv, index=False))
-    if as_json:
+    if latex:
+        from search.report.html import front_latex
+
+        if as_json:
+            raise UserError("pareto: give either --json or --latex")
+        echo(front_latex(result))
+    elif as_json:
         keys = ("study", "definition", "front", "hypervolume", "gain", "reference_point", "forget_quality_cap")
         summary = result.summary()
         seeds = result.over_seeds
@@ -275,35 +282,6 @@ def confirm(
     echo(f"metrics: {result.spec.definition}; report: {result.report_path}")
 
 
-@app.command(epilog="Example: uipe report runs/quickstart")
-def report(
-    out: Out,
-    to: Annotated[Path | None, typer.Option(help="Folder for it; OUT/report when left out.")] = None,
-) -> None:
-    """Write the HTML report again."""
-    from search.report.html import write_report
-    from search.results.study_result import StudyResult
-
-    echo(write_report(StudyResult.open(out), to))
-
-
-@app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")
-def dashboard(
-    out: Out,
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8080,
-    writable: Annotated[bool, typer.Option("--writable", help="Let the page change or delete the study, too.")] = False,
-) -> None:
-    """Browse the study in optuna-dashboard (on this machine only)."""
-    from search.report.dashboard import servable_folder, serve, write_notes
-    from search.results.study_result import StudyResult
-
-    with servable_folder(out) as folder:
-        result = StudyResult.open(folder)
-        write_notes(result)
-        echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
-        attempt(f"port {port}", lambda: serve(result.store.storage, port, writable))
-
-
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")
 def paper(
     seeds: Annotated[
@@ -335,7 +313,7 @@ def _as_paragraphs(text: str) -> str:
     return re.sub(r"(?<!\n)\n(?!\n)", " ", inspect.cleandoc(text))
 
 
-for commands in (init, reference, models, cluster, goals, audits, upkeep):
+for commands in (init, reference, models, cluster, goals, pages, upkeep):
     commands.register(app)
 for command in (*app.registered_commands, *cluster.cluster.registered_commands):
     command.help = _as_paragraphs(command.callback.__doc__ or "")

@@ -7,8 +7,11 @@ from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from search.problem.trial import INITIAL, RETAIN
 from uipe_core.errors import UserError, first_line
+from uipe_core.metrics.scores import TEXTS, ScoreReport
 
 if TYPE_CHECKING:
     from search.evaluation.task import Comparison, Report, Task
@@ -141,3 +144,29 @@ def trial_metrics(task: "Task", report: "Report", context: "Comparison") -> Tria
         collapsed=collapsed,
         flagged=task.flagged(report, metrics, context),
     )
+
+
+EXAMPLES = 3
+"""Answers of each set that are kept as text."""
+LONGEST_TEXT = 400
+"""Characters that are kept of a text."""
+
+
+def example_texts(report: "Report") -> dict[str, np.ndarray]:
+    """Return a few answers as text, by ``texts/<set>``: (k, 3) question, expected answer, generated answer.
+
+    The items are spread evenly over their set, so they are the same for every model scored on it, and none is picked.
+    Empty without generated text.
+    """
+    found = {}
+    for name, scores in report.sets.items() if isinstance(report, ScoreReport) else ():
+        columns = (scores.questions, scores.answers, scores.generated)
+        if any(column is None for column in columns) or not len(scores):
+            continue
+        rows = sorted({int(row) for row in np.linspace(0, len(scores) - 1, EXAMPLES)})
+        found[f"{TEXTS}/{name}"] = np.array([[_short(column[row]) for column in columns if column] for row in rows])
+    return found
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else f"{text[: LONGEST_TEXT - 4]} ..."

@@ -17,7 +17,7 @@ import numpy as np
 from ray import tune
 
 from search.evaluation.evaluator import Evaluator, StudyContext, load_for_scoring
-from search.evaluation.metrics import TrialMetrics
+from search.evaluation.metrics import TrialMetrics, example_texts
 from search.evaluation.prepared import kept_alternates
 from search.evaluation.task import Report, task_of
 from search.problem.trial import TrialSpec
@@ -72,7 +72,7 @@ class ScoringTrial(tune.Trainable):
         try:
             with time_limit(self._context.trial_minutes):
                 metrics, report = score_within_memory(self._evaluator, job)
-                items = {} if report is None else {"items": pack_arrays(report.arrays())}
+                items = {} if report is None else {"items": pack_arrays({**report.arrays(), **example_texts(report)})}
                 return {"metrics": metrics.as_text(), **items}
         except Exception as error:
             logger.exception("trial failed: %s", job)

@@ -19,7 +19,7 @@ from search.paper.measures import CEILING, FLOOR, STEP, World
 from search.paper.settings import PAPER_LORA, TUNINGS, PaperSettings
 from search.paper.statistics import CONFIDENCE, FAILS, HOLDS, OPEN, at, best_above, estimate, finite_mean
 from search.paper.survival import summarise as summarise_attacks
-from search.report.style import alpha, count, decimal, seconds
+from search.report.style import alpha, count, decimal, page_style, seconds
 from uipe_core.errors import UserError
 from uipe_core.metrics.tofu import log10_p_floor
 from uipe_core.storage.files import write_atomic
@@ -83,7 +83,7 @@ def write_page(
             {"seed": result["seed"], "tuning": result["tuning"], **point} for result in results for point in result["points"]
         ]
     drawn["attacks"] = pictures.attacks_figure(attacked)
-    pngs = {name: plot_style.png(figure) for name, figure in drawn.items()}
+    pngs = {name: plot_style.picture(figure) for name, figure in drawn.items()}
     page = _render(None if uipe is None else uipe[0], summary, pngs, round(plot_style.WIDTH * plot_style.DPI / 2))
     files = {f"{name}.png": picture for name, picture in pngs.items()}
     files["results.json"] = json.dumps({**summary, **points}, indent=1, allow_nan=False).encode()
@@ -223,13 +223,12 @@ def _effect(value: Any, unit: str) -> str:
 
 def _render(settings: PaperSettings | None, summary: dict[str, Any], pngs: dict[str, bytes], width: int) -> str:
     source = resources.files("search.paper").joinpath("paper.html.j2").read_text(encoding="utf-8")
-    style = resources.files("search.report").joinpath("report.css").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
         alpha=alpha, decimal=decimal, effect=_effect, effect_text=effect_text, estimate_text=estimate_text, seconds=seconds
     )
     return environment.from_string(source).render(
-        style=style,
+        style=page_style(),
         summary=summary,
         tunings=TUNINGS,
         settings=settings,

@@ -18,7 +18,7 @@ from uipe_core.errors import UserError
 
 # Gains below this share of the hypervolume at alpha = 0 are rounding, not results.
 _NOTHING = 1e-6
-_AS_MUCH = 0.9
+AS_MUCH = 0.9
 _NEAR = 0.02
 """Share of the range of alpha that counts as its edge."""
 _GAMED = 0.05
@@ -66,7 +66,7 @@ def conclude(view: ReportData) -> list[str]:
     walks = front["walk"].value_counts()
     longer, shorter = int(walks.get("extrapolation", 0)), int(walks.get("interpolation", 0))
     given = len(front) - longer - shorter
-    nothing = _nothing_sentences(view)
+    nothing = nothing_won(view)
     won, floor = (nothing, []) if nothing else (_gain_sentences(view), _floor_sentences(view))
     sentences = [
         *won,
@@ -77,7 +77,7 @@ def conclude(view: ReportData) -> list[str]:
         f"The front has {count(len(front), 'point')}: {given} given at alpha = 0, {shorter} by interpolation "
         f"(alpha below 0) and {longer} by extrapolation (alpha above 0).",
         *_beaten_sentences(view),
-        *_edge_sentences(view, front),
+        *edge_sentences(view, front),
         *_audit_sentences(view),
     ]
     flagged = int(front["flagged"].sum())
@@ -101,7 +101,7 @@ def _collapse_sentences(front: pd.DataFrame) -> list[str]:
     ]
 
 
-def _edge_sentences(view: ReportData, front: pd.DataFrame) -> list[str]:
+def edge_sentences(view: ReportData, front: pd.DataFrame) -> list[str]:
     """Say where the front ends because the search did: sound points near the highest alpha that was allowed."""
     ends: dict[tuple[str, float], list[int]] = {}
     for row in front[~collapsed(front)].to_dict("records"):
@@ -137,7 +137,7 @@ def _audit_sentences(view: ReportData) -> list[str]:
     ]
 
 
-def _nothing_sentences(view: ReportData) -> list[str]:
+def nothing_won(view: ReportData) -> list[str]:
     """Say so where no sound trial forgets more than the initial model, beyond noise where that is known."""
     forgetting = view.objectives[0]
     start = _initial(view, forgetting)
@@ -206,7 +206,7 @@ def _gain_sentences(view: ReportData) -> list[str]:
     if math.isnan(chance) or drawn_controls == 0:
         return [*sentences, "No random direction was scored, so the gain is not yet distinguished from chance."]
     drawn = f"{count(drawn_controls, 'random direction')} of the same size"
-    if chance >= _AS_MUCH * everything:
+    if chance >= AS_MUCH * everything:
         sentences.append(
             f"But {drawn} won {decimal(chance)}, as much as the search: the gain is no evidence for the unlearning direction."
         )
@@ -294,7 +294,7 @@ def _held_out_sentences(view: ReportData) -> list[str]:
     if view.held_out.empty:
         return []
     utility = view.objectives[1]
-    here, there = _initial(view, utility), _initial_held_out(view, utility)
+    here, there = _initial(view, utility), initial_held_out(view, utility)
     if here and there:
         shares = view.held_out[utility.name].astype(float) / here
         again = view.held_out[f"{utility.name}_held_out"].astype(float) / there
@@ -313,7 +313,7 @@ def _held_out_sentences(view: ReportData) -> list[str]:
     ]
 
 
-def _initial_held_out(view: ReportData, objective: Objective) -> float | None:
+def initial_held_out(view: ReportData, objective: Objective) -> float | None:
     """Return the initial model's value on the held-out items; None where it was not scored on them."""
     if "model" not in view.controls:
         return None

@@ -1,5 +1,6 @@
 """Collect what the report shows from a study result."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from search.problem.objectives import (
 from search.problem.pareto import DEFAULT_FLOOR, RULES
 from search.problem.stand_ins import MARK, marked, stand_in_note
 from search.problem.trial import INITIAL
-from search.report.style import counted
+from search.report.style import counted, decimal, probability
 from search.results.study_result import FORGET_NUMBERS, StudyResult
 from search.results.uncertainty import smallest_groups
 from search.spec.models import FinetunedModel, PretrainedModel
 from search.spec.study import StudySpec
 from search.store.record import StudyRecord
 from uipe_core.errors import UserError
+from uipe_core.metrics.scores import TEXTS
 
 FORGETTING, UTILITY = "forgetting", "utility"
 """Columns of the first two objectives by role: pictures and verdict need not know which numbers these are."""
@@ -42,6 +44,24 @@ class Column:
     head: str
     form: str
     places: int = 4
+
+    def text(self, row: Mapping[str, Any]) -> str:
+        """Return the number of a row as text; a dash where it has none."""
+        value = row.get(self.key)
+        return probability(value) if self.form == "probability" else decimal(value, self.places)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """A few answers as text, the same items for every model.
+
+    Attributes:
+        items: Set, question, expected answer and answer of the initial model of each item.
+        of_trials: Answers to these items, by trial.
+    """
+
+    items: list[tuple[str, str, str, str]]
+    of_trials: dict[int, list[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +81,16 @@ class ReportData:
             {all, extrapolation_only, random_direction}, seconds by stage, base_run_seconds and epoch_seconds by label
             [training only], storage, created (ISO time), versions; and,
             where there are any, selections [{rule, trial, ...}], notes [text], failures [{trial, reason}],
-            failure_reasons [(reason, count)], saved (`search.evaluation.pruning.savings`), pruned [{trial, base, ...}]
-            (`pruned_table`), usage {hours, cpu_hours, gpu_hours}.
+            failure_reasons [(reason, count)], unfinished (the note on missing trials, or None), saved
+            (`search.evaluation.pruning.savings`), pruned [{trial, base, ...}]
+            (`pruned_table`), usage {hours, cpu_hours, gpu_hours}, out (the folder, as commands name it), recommended (as
+            `recommended`), untested [{title, reason}] (audits that were not done on the trial recommended).
         objectives: what the study maximises.
         audits: `search.results.audits.audit_facts`; None where nothing was audited.
         floor: least share of the initial model's utility that sentences speak of.
         certainty, held_out, matched_scale, confirmations, over_seeds: tables of `search.results.uncertainty` and
             `search.results.finalists`; empty where nothing of the kind was scored.
+        answers: a few answers of the initial model and of trials (`answers`); None where no texts are kept.
         attainment: corners of the surfaces that shares of the seeds attain (`StudyResult.attainment`).
     """
 
@@ -83,6 +106,7 @@ class ReportData:
     confirmations: pd.DataFrame = field(default_factory=pd.DataFrame)
     over_seeds: pd.DataFrame = field(default_factory=pd.DataFrame)
     attainment: dict[str, list[list[float]]] = field(default_factory=dict)
+    answers: "Answers | None" = None
 
     @property
     def columns(self) -> list[Column]:
@@ -145,7 +169,7 @@ class ReportData:
         ):
             if not table.empty:
                 front = front.merge(table[["trial", *(name for name in columns if name != "trial")]], on="trial", how="left")
-        return [{str(key): value for key, value in row.items()} for row in front.to_dict("records")]
+        return records(front)
 
     @property
     def choices(self) -> bool:
@@ -166,6 +190,11 @@ class ReportData:
         """The table with the first two objectives under their roles too (`FORGETTING`, `UTILITY`)."""
         roles = dict(zip((FORGETTING, UTILITY), self.objectives, strict=False))
         return table.assign(**{role: table[objective.name].astype(float) for role, objective in roles.items()})
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return the rows of a table."""
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
 
 
 def report_data(result: StudyResult) -> ReportData:
@@ -190,10 +219,12 @@ def report_data(result: StudyResult) -> ReportData:
         "base_run_seconds": [sum(epoch["seconds"] for epoch in epochs) for epochs in trained.values()],
         "epoch_seconds": {label: [epoch["seconds"] for epoch in epochs] for label, epochs in trained.items()},
         "selections": _selections(result),
+        **_recommended(result),
         "failures": result.store.failures(),
         "pruned": result.pruned.to_dict("records"),
         "failure_reasons": counted(failure["reason"] for failure in result.store.failures()),
         "notes": _notes(result),
+        "unfinished": _unfinished(result),
         "item_counts": record.corpus.items,
         "smallest_groups": smallest_groups(result.store),
         "power": _power(result),
@@ -202,7 +233,52 @@ def report_data(result: StudyResult) -> ReportData:
     }
     tables = (result.certainty, result.held_out, result.matched_scale, result.confirmations, result.over_seeds)
     front = (result.objectives, result.floor, result.audits)
-    return ReportData(result.trials, result.controls, summary, *front, *tables, attainment=result.attainment)
+    return ReportData(result.trials, result.controls, summary, *front, *tables, result.attainment, answers(result))
+
+
+MOST_ANSWERED = 1000
+"""Trials whose answers are in the report, those of the front first."""
+
+
+def answers(result: StudyResult) -> Answers | None:
+    """Read the answers that are kept as text (`search.evaluation.metrics.example_texts`), of up to `MOST_ANSWERED` trials."""
+    initial = result.control(INITIAL)
+    kept = None if initial is None else result.store.items(int(initial["trial"]), control=True, item_set=TEXTS)
+    if not kept:
+        return None
+    asked = {name: [tuple(map(str, row)) for row in rows] for name, rows in kept.items()}
+    items = [(name.partition("/")[2], *row) for name, rows in asked.items() for row in rows]
+    found = {}
+    order = result.trials.sort_values("on_front", ascending=False, kind="stable")["trial"]
+    for number in map(int, order[:MOST_ANSWERED]):
+        own = result.store.items(number, item_set=TEXTS) or {}
+        texts = [[tuple(map(str, row)) for row in own.get(name, ())] for name in asked]
+        # A trial that was scored on other items, by an older version perhaps, has nothing to compare with.
+        if [[row[:2] for row in rows] for rows in texts] == [[row[:2] for row in rows] for rows in asked.values()]:
+            found[number] = [row[2] for rows in texts for row in rows]
+    return Answers(items, found)  # type: ignore[arg-type]
+
+
+def recommended(result: StudyResult) -> dict[str, Any] | None:
+    """Choose the model to ship: the strongest forgetting at the floor of utility, or the knee where none keeps that much.
+
+    Returns:
+        ``rule`` and ``trial``, ``note`` where there is something to say of the choice; None where no rule chooses.
+    """
+    for rule in ("utility-floor", "knee"):
+        try:
+            row, note = result.choose(rule)
+        except UserError:
+            continue
+        title = f"{rule} {result.floor:g}" if rule == "utility-floor" else rule
+        return {"rule": title, "trial": int(row["trial"]), "note": note}
+    return None
+
+
+def _recommended(result: StudyResult) -> dict[str, Any]:
+    found = recommended(result)
+    missing = [] if found is None else result.audits_of(found["trial"])[1]
+    return {"recommended": found, "untested": [{key: each[key] for key in ("title", "reason")} for each in missing]}
 
 
 MOST_SIMULATED = 1000
@@ -239,15 +315,24 @@ def _notes(result: StudyResult) -> list[str]:
         + ", ".join(f"{epoch} is {Path(folder).name}" for epoch, folder in enumerate(folders, 1))
         for label, folders in result.spec.checkpoints.items()
     ]
-    searched = int((result.trials["kind"] == "search").sum()) + len(result.pruned)
-    wanted, stopped = result.spec.search.trials, result.store.record.stopped
+    searched, wanted, stopped = _searched(result), result.spec.search.trials, result.store.record.stopped
     if stopped:
         notes.append(
             f"Stopped after {searched} of {wanted} search trials: {stopped}. A larger budget and the same command go on."
         )
-    elif searched < wanted:
-        notes.append(f"{searched} of {wanted} search trials are done: the same command resumes the study.")
+    elif (unfinished := _unfinished(result)) is not None:
+        notes.append(unfinished)
     return notes
+
+
+def _searched(result: StudyResult) -> int:
+    return int((result.trials["kind"] == "search").sum()) + len(result.pruned)
+
+
+def _unfinished(result: StudyResult) -> str | None:
+    """Return the note on a study that no driver goes on with; None where nothing is missing."""
+    searched, wanted = _searched(result), result.spec.search.trials
+    return None if searched >= wanted else f"{searched} of {wanted} search trials are done: the same command resumes the study."
 
 
 def _model_title(spec: StudySpec, record: StudyRecord) -> str:
@@ -258,3 +343,17 @@ def _model_title(spec: StudySpec, record: StudyRecord) -> str:
         return f"{model.base}, fine-tuned on the corpus by the study ({record.models['initial'][:12]})"
     shape = f"hidden {model.hidden_size}, {model.layers} layers, {model.heads} heads"
     return f"small Llama built here ({shape}, {model.tokenizer} tokenizer; {record.models['initial'][:12]})"
+
+
+MAX_BASES = 24
+"""Base runs with a column of their own in the figures."""
+
+
+def shown_bases(trials: pd.DataFrame) -> list[str]:
+    """Labels of the base runs that get a column, in order of appearance.
+
+    Of more than `MAX_BASES` those with front points are kept first, then those with most trials.
+    """
+    counts = trials.groupby("base", sort=False)["on_front"].agg(["sum", "size"])
+    kept = set(counts.sort_values(["sum", "size"], ascending=False, kind="stable").index[:MAX_BASES])
+    return [str(base) for base in counts.index if base in kept]

@@ -1,10 +1,12 @@
-"""Show results on a terminal, as tables that fit its width without a break inside a word, and the front in a notebook."""
+"""Show results on a terminal, as tables that break no word, and fronts in pictures and notebooks."""
 
 import base64
 import io
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uipe_core.errors import printable
@@ -207,6 +209,13 @@ def draw_front(result: Any) -> "Figure":
 
         select_figure_formats(get_ipython(), {"png"}, dpi=SCREEN_DPI)  # without pyplot a kernel cannot show figures
     return front_figure(report_data(result))
+
+
+def draw_fronts(found: Mapping[str, Any], path: Path) -> None:
+    """Draw the fronts of studies into a picture file (`search.results.comparison.compare_studies`)."""
+    from search.report.figures import comparison_figure
+
+    comparison_figure(found).savefig(path)
 
 
 def front_html(result: Any) -> str:

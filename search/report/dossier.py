@@ -5,15 +5,14 @@ that is asked for. It records a procedure and claims no certification.
 """
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import pandas as pd
 
 from search.problem.trial import INITIAL, RETAIN
-from search.report.style import alpha, decimal
+from search.report.html import environment
+from search.report.style import page_style
 from search.results.recipe import recipe_of
 from search.results.study_result import StudyResult
 from uipe_core.errors import UserError
@@ -95,12 +94,7 @@ def write_dossier(
     facts = dossier_facts(result, number, texts, trust_remote_code)
     page = to if to.suffix == ".html" else to.with_suffix(".html")
     plain = page.with_suffix(".json")
-    package = resources.files("search.report")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(decimal=decimal, alpha=alpha)
-    source = package.joinpath("dossier.html.j2").read_text(encoding="utf-8")
-    style = package.joinpath("report.css").read_text(encoding="utf-8")
-    rendered = environment.from_string(source).render(style=style, **facts)
+    rendered = environment().get_template("dossier.html.j2").render(style=page_style(), **facts)
     try:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(page, rendered.encode())

@@ -18,18 +18,10 @@ from matplotlib.ticker import MaxNLocator
 
 from search.evaluation.controls import CONTROLS, Marker
 from search.problem.objectives import Objective
-from search.report.data import FORGETTING, UTILITY, ReportData
-from search.report.style import BAND, DPI, FAINT, INK, MUTED, PALETTE, WIDTH, padded, plain, style, title
+from search.report.data import FORGETTING, UTILITY, ReportData, shown_bases
+from search.report.style import BAND, DPI, FAINT, INK, MUTED, PALETTE, WALKS, WIDTH, padded, plain, style, title
 
 COLUMNS = 4
-MAX_BASES = 24
-
-WALKS = {
-    "extrapolation": ("^", 46.0, "extrapolation (α > 0)"),
-    "unlearned epoch": ("o", 40.0, "unlearned epoch (α = 0)"),
-    "interpolation": ("v", 46.0, "interpolation (−1 < α < 0)"),
-    "initial model": ("s", 34.0, "initial model (α = −1)"),
-}
 _GUIDE = (0, (2, 2))
 SURFACES = ("#d3d3d3", "#a9a9a9", "#7a7a7a")
 """Colours of the attainment surfaces, from that of the fewest seeds."""
@@ -164,16 +156,6 @@ def alpha_figure(view: ReportData) -> Figure:
 def _drawn(controls: pd.DataFrame) -> pd.DataFrame:
     """The controls with a place in the picture: not those on other items or with other logits than the trials."""
     return controls[controls["kind"].isin([*_markers(named=False), *_markers(named=True)])]
-
-
-def shown_bases(trials: pd.DataFrame) -> list[str]:
-    """Labels of the base runs that get a column, in order of appearance.
-
-    Of more than `MAX_BASES` those with front points are kept first, then those with most trials.
-    """
-    counts = trials.groupby("base", sort=False)["on_front"].agg(["sum", "size"])
-    kept = set(counts.sort_values(["sum", "size"], ascending=False, kind="stable").index[:MAX_BASES])
-    return [str(base) for base in counts.index if base in kept]
 
 
 def method_colours(trials: pd.DataFrame) -> dict[str, str]:

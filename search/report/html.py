@@ -1,9 +1,12 @@
-"""Write the report of a study: one self-contained HTML page, and its figures as files."""
+"""Write the report of a study: one self-contained HTML page, its figures as files, and its front as a LaTeX table."""
 
 import base64
 import errno
+import hashlib
 import math
 import os
+import re
+from collections.abc import Mapping
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
@@ -13,12 +16,14 @@ from typing import Any
 import jinja2
 
 from search.evaluation.controls import CONTROLS
+from search.report.charts import chart_data
 from search.report.conclusions import conclude
-from search.report.data import TRIAL_COLUMNS, Column, ReportData, report_data
-from search.report.style import alpha, decimal, number, probability, seconds, table_text, whole
+from search.report.data import TRIAL_COLUMNS, ReportData, records, report_data, shown_bases
+from search.report.recommendation import examples, recommendation
+from search.report.style import WALKS, alpha, decimal, number, page_style, probability, seconds, table_text, whole
 from search.results.study_result import CONTROL_COLUMNS, StudyResult
 from search.results.uncertainty import FEW_GROUPS
-from uipe_core.errors import UserError
+from uipe_core.errors import UserError, printable
 from uipe_core.storage.files import write_atomic
 
 STAGES = {
@@ -35,7 +40,7 @@ STAGES = {
 MIXED_STAGES = ("base_runs", "baselines")
 NONE_YET: dict[str, Any] = {
     **{key: [] for key in ("selections", "notes", "failures", "failure_reasons", "pruned")},
-    **dict.fromkeys(("usage", "saved")),
+    **dict.fromkeys(("usage", "saved", "unfinished")),
     "epoch_seconds": {},
 }
 """What a summary may lack."""
@@ -69,8 +74,12 @@ def _not_written(folder: Path, error: OSError) -> UserError:
     return UserError(f"cannot write the report into {folder}: {error.strerror}; {where}")
 
 
+VECTOR = {"pdf": {"CreationDate": None, "Creator": None, "Producer": None}, "svg": {"Date": None, "Creator": None}}
+"""Formats of the pictures for papers, with what is left out of them so that the same study gives the same bytes."""
+
+
 def render_report(view: ReportData, folder: Path) -> Path:
-    """Write `report.html`, `front.png` and `alpha_curves.png` into a folder, each whole or not at all.
+    """Write `report.html`, and the front and the curves over alpha as PNG, SVG and PDF, each whole or not at all.
 
     Args:
         view: the study's tables and summary.
@@ -83,49 +92,87 @@ def render_report(view: ReportData, folder: Path) -> Path:
         UserError: the folder cannot be written.
         ValueError: a column that the report needs is missing, or a walk or kind of control has an unknown name.
     """
-    from search.report import (
-        figures as plots,  # imports matplotlib, after its folder has been set
-    )
-    from search.report.style import png
+    from search.report import figures as plots  # imports matplotlib, after its folder has been set
+    from search.report.style import picture
 
-    needed = [*TRIAL_COLUMNS, *(objective.name for objective in view.objectives)]
-    missing = [column for column in needed if column not in view.trials.columns]
-    if missing:
-        raise ValueError(f"trials lack the columns {missing}")
-    strange = set(view.trials["walk"]) - set(plots.WALKS) | set(view.controls.get("kind", ())) - set(CONTROLS)
-    if strange:
-        raise ValueError(f"walks or kinds of control that the report does not know: {sorted(map(str, strange))}")
-    columns = [*CONTROL_COLUMNS, *(column.key for column in view.columns), *view.controls.columns]
-    controls = view.controls.reindex(columns=list(dict.fromkeys(columns)))
-    trials = view.trials.astype({"on_front": bool, "flagged": bool}).assign(collapsed=view.trials.get("collapsed"))
-    view = replace(view, trials=trials, controls=controls)
-    pictures = {"front": png(plots.front_figure(view)), "alpha_curves": png(plots.alpha_figure(view))}
-    page = _render(view, pictures)
+    view = checked(view)
+    figures = {"front": plots.front_figure(view), "alpha_curves": plots.alpha_figure(view)}
+    page = render_page(view)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            write_atomic(folder / f"{name}.png", picture)
+        for name, figure in figures.items():
+            for form in ("png", "svg", "pdf"):
+                write_atomic(folder / f"{name}.{form}", picture(figure, form))
         write_atomic(folder / "report.html", page.encode())
     except OSError as error:
         raise _not_written(folder, error) from error
     return folder / "report.html"
 
 
-def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
-    from search.report import figures as plots
-    from search.report.style import DPI, WIDTH
+def checked(view: ReportData) -> ReportData:
+    """Return a view with the columns that tables and charts read.
 
-    source = resources.files("search.report").joinpath("report.html.j2").read_text(encoding="utf-8")
-    css = resources.files("search.report").joinpath("report.css").read_text(encoding="utf-8")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(
-        cell=_cell, probability=probability, decimal=decimal, alpha=alpha, seconds=seconds, whole=whole, table_text=table_text
+    Raises:
+        ValueError: As `render_report`.
+    """
+    needed = [*TRIAL_COLUMNS, *(objective.name for objective in view.objectives)]
+    missing = [column for column in needed if column not in view.trials.columns]
+    if missing:
+        raise ValueError(f"trials lack the columns {missing}")
+    strange = set(view.trials["walk"]) - set(WALKS) | set(view.controls.get("kind", ())) - set(CONTROLS)
+    if strange:
+        raise ValueError(f"walks or kinds of control that the report does not know: {sorted(map(str, strange))}")
+    columns = [*CONTROL_COLUMNS, *(column.key for column in view.columns), *view.controls.columns]
+    controls = view.controls.reindex(columns=list(dict.fromkeys(columns)))
+    trials = view.trials.astype({"on_front": bool, "flagged": bool}).assign(collapsed=view.trials.get("collapsed"))
+    return replace(view, trials=trials, controls=controls)
+
+
+def environment() -> jinja2.Environment:
+    """Return the environment of the pages: what comes from files is escaped."""
+    loader = jinja2.PackageLoader("search.report", "templates")
+    made = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    filters = {"probability": probability, "decimal": decimal, "alpha": alpha, "seconds": seconds}
+    made.filters.update(filters, whole=whole, table_text=table_text, cell=lambda row, column: column.text(row))
+    return made
+
+
+def filled(template: str, **values: Any) -> str:
+    """Return a page that has the style and the script of the report. Its policy lets this one script run and nothing load.
+
+    Args:
+        template: One that extends ``page.html.j2``.
+        values: What it shows; ``title``, and ``live`` as `render_page`.
+    """
+    parts = resources.files("search.report").joinpath("templates")
+    code = "".join(parts.joinpath(name).read_text(encoding="utf-8") for name in ("charts.js", "report.js"))
+    known = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+    policy = f"default-src 'none'; script-src 'sha256-{known}'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+    page = environment().get_template(template)
+    return page.render(style=page_style(), script=code, policy=policy, **values)
+
+
+def render_page(view: ReportData, live: float | None = None, status: Mapping[str, Any] | None = None) -> str:
+    """Return the page.
+
+    Args:
+        view: What it shows, as `checked` returns it.
+        live: Seconds after which the page asks for itself again; None for a file.
+        status: How far the study is (`search.results.status.read_status`); None for a file.
+    """
     front = view.trials[view.trials["on_front"]].sort_values([objective.name for objective in view.objectives])
     by_trial = {int(row["trial"]): row for row in view.trials.to_dict("records")}
-    bases = int(view.trials["base"].nunique())
-    return environment.from_string(source).render(
-        style=css,
+    ship = recommendation(view)
+    return filled(
+        "report.html.j2",
+        title=f"{view.summary['study']}: unlearning study",
+        live=live,
+        status=status,
+        ship=ship,
+        examples=[] if ship["trial"] is None else examples(view, ship["trial"]),
+        chart=chart_data(view, ship["trial"]),
         summary={**NONE_YET, **view.summary},
         verdict=conclude(view),
         gains=_gain_bars(view.summary),
@@ -165,17 +212,59 @@ def _render(view: ReportData, pictures: dict[str, bytes]) -> str:
         audits=view.audits,
         audited=(view.audits or {"front": []})["front"],
         cost=_cost(view),
-        bases=bases,
-        bases_shown=len(plots.shown_bases(view.trials)),
-        picture_width=round(WIDTH * DPI / 2),
-        front_picture=base64.b64encode(pictures["front"]).decode(),
-        alpha_picture=base64.b64encode(pictures["alpha_curves"]).decode(),
+        bases=int(view.trials["base"].nunique()),
+        bases_shown=len(shown_bases(view.trials)),
     )
 
 
-def _cell(row: dict[str, Any], column: Column) -> str:
-    value = row.get(column.key)
-    return probability(value) if column.form == "probability" else decimal(value, column.places)
+_LATEX = str.maketrans(
+    {
+        **{character: f"\\{character}" for character in "&%$#_{}"},
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "−": "$-$",
+        "–": "--",
+        "±": r"$\pm$",
+    }
+)
+"""What LaTeX reads as more than itself, and signs that its fonts may lack."""
+_POWER = re.compile(r"^([\d.]+)e\$-\$(\d+)$")
+
+
+def front_latex(result: StudyResult) -> str:
+    """Return the front as a LaTeX table for the package booktabs, the initial model under it; all names are escaped."""
+    view = checked(report_data(result))
+    front = view.trials[view.trials["on_front"]].sort_values([objective.name for objective in view.objectives])
+
+    def line(*cells: str) -> str:
+        plain = (" ".join(printable(cell).split()) for cell in cells)
+        return " & ".join(_POWER.sub(r"$\1\\times10^{-\2}$", cell.translate(_LATEX)) for cell in plain) + r" \\"
+
+    rows = [
+        line(
+            whole(row["trial"]),
+            str(row["base"]),
+            whole(row["epoch"]),
+            alpha(row["alpha"]),
+            *(c.text(row) for c in view.columns),
+        )
+        for row in records(front)
+    ]
+    if view.initial is not None:
+        rows += [r"\midrule", line("", "initial model", "", "", *(column.text(view.initial) for column in view.columns))]
+    named = " ".join(printable(f"{result.store.record.name}, metrics: {view.summary['definition']}").split())
+    return "\n".join(
+        [
+            rf"% Pareto front of {named}; needs \usepackage{{booktabs}}",
+            rf"\begin{{tabular}}{{rl{'r' * (2 + len(view.columns))}}}",
+            r"\toprule",
+            line("trial", "base run", "epoch", "alpha", *(column.head for column in view.columns)),
+            *([r"\midrule", *rows] if rows else []),
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
 
 
 def _gain_bars(summary: dict[str, Any]) -> list[dict[str, Any]]:

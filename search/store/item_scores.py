@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from uipe_core.errors import UserError, first_line
+from uipe_core.metrics.scores import TEXTS
 from uipe_core.storage.files import fsync_path, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -77,12 +78,15 @@ class ItemFiles:
     def read(self, number: int, control: bool = False, item_set: str | None = None) -> dict[str, NDArray[Any]] | None:
         """Read a trial's arrays by ``set/measurement``, of one set if it is named; None where it has none.
 
+        Answers as text are read only as the set `TEXTS`.
+
         Raises:
             UserError: If the file is damaged.
         """
         path = self._path(number, control)
         try:
-            return read_arrays(path.read_bytes(), f"{item_set}/" if item_set else "")
+            arrays = read_arrays(path.read_bytes(), f"{item_set}/" if item_set else "")
+            return {name: array for name, array in arrays.items() if item_set or not name.startswith(f"{TEXTS}/")}
         except FileNotFoundError:
             return None
         except Exception as error:  # a damaged archive fails in zipfile, zlib, numpy or the system

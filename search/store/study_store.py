@@ -261,7 +261,7 @@ class StudyStore:
         """Return the per-item arrays of a complete trial by ``set/measurement``, of one set if it is named; None where it has
         none (older versions).
 
-        A pruned trial has those of the stages that were scored.
+        A pruned trial has those of the stages that were scored. The set ``texts`` has a few answers of each set as text.
         """
         return self._items.read(number, control, item_set)
 

@@ -15,6 +15,10 @@ FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
 
+TEXTS = "texts"
+"""In place of an evaluation set in names of arrays: a few answers as text, which are no scores."""
+
+
 class _Items:
     """Scores with arrays of one value or row per item."""
 

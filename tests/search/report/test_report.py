@@ -1,147 +1,23 @@
 """The report on synthetic studies: what it says, what it refuses to say, and that it is one safe, whole file."""
 
-import base64
 import dataclasses
 import math
 import re
 import struct
 from html.parser import HTMLParser
 
-import numpy as np
 import pandas as pd
 import pytest
+from synthetic_study import CAP, INITIAL, metrics, page_of, synthetic
 
 from search.evaluation.inputs import power_of_forget_quality
 from search.problem.objectives import FORGETTING, UTILITY
-from search.problem.pareto import hypervolume, knee, non_dominated, utility_floor
-from search.report import figures as plots
 from search.report.conclusions import conclude
-from search.report.data import ReportData
+from search.report.data import MAX_BASES, ReportData, shown_bases
 from search.report.html import render_report
 from search.report.style import counted
 from search.store.trials import collapsed
 from uipe_core.errors import UserError
-
-FLOOR, CAP = -22.73, 0.3
-REFERENCE = [FLOOR - 0.5, 0.0]
-INITIAL = {"log10_forget_quality": -14.2, "model_utility": 0.772, "logit_scale": 1.0}
-RETAIN = {"log10_forget_quality": 0.0, "model_utility": 0.781, "logit_scale": 1.02}
-
-
-def metrics(log10, utility, scale):
-    return {
-        "log10_forget_quality": log10,
-        "forget_quality": 10.0**log10,
-        "ks_statistic": min(1.0, 0.12 + abs(log10) / 26),
-        "model_utility": utility,
-        "logit_scale": scale,
-    }
-
-
-def walk_name(alpha):
-    names = {-1.0: "initial model", 0.0: "unlearned epoch"}
-    return names.get(alpha, "interpolation" if alpha < 0 else "extrapolation")
-
-
-def outcome(strength, damage, epoch, alpha):
-    """A smooth stand-in for a scored model: forgetting rises, peaks and overshoots; utility wears off."""
-    length = (1 + alpha) * epoch
-    peak = np.exp(-(((length * strength - 4.5) / 3.2) ** 2))
-    start = np.exp(-((4.5 / 3.2) ** 2))
-    log10 = -14.2 + 13.9 * (peak - start) / (1 - start) - 0.15 * max(0.0, length * strength - 7)
-    utility = 0.772 * np.exp(-damage * length**1.7) + 0.012 * np.sin(length / 2)
-    return metrics(float(max(FLOOR, log10)), float(max(0.0, utility)), 1 + 0.03 * length * strength)
-
-
-def synthetic(methods=4, epochs=6, searched=60, low=-1.0, randoms=True, seed=0):
-    rng = np.random.default_rng(seed)
-    known = [("grad_ascent", 1.5, 0.03), ("grad_diff", 0.8, 0.004), ("kl_min", 0.95, 0.008), ("npo", 0.7, 0.006)]
-    bases = [known[n % 4] for n in range(methods)]
-    labels = [
-        name if methods <= 4 else f"{name}[learning_rate={1e-4 * 2 ** (n // 4):.0e}]" for n, (name, *_) in enumerate(bases)
-    ]
-    places = [(n, epoch, 0.0, "alpha_zero") for n in range(methods) for epoch in range(1, epochs + 1)]
-    for _ in range(searched):
-        alpha = round(float(rng.uniform(low, 2.0)), 3)
-        places.append((int(rng.integers(methods)), int(rng.integers(1, epochs + 1)), alpha, "search"))
-    rows = []
-    for number, (n, epoch, alpha, kind) in enumerate(places):
-        name, strength, damage = bases[n]
-        scores = outcome(strength * (1 + 0.15 * (n // 4)), damage, epoch, alpha)
-        flagged = scores["model_utility"] > max(INITIAL["model_utility"], RETAIN["model_utility"])
-        row = {"trial": number, "kind": kind, "base": labels[n], "method": name, "epoch": epoch, "alpha": alpha}
-        row |= {"walk": walk_name(alpha), **scores, "flagged": flagged, "seconds": float(rng.uniform(0.4, 0.7))}
-        row["related_log10_forget_quality"] = row["log10_forget_quality"] * 0.6
-        row["unrelated_log10_forget_quality"] = -0.2
-        rows.append(row)
-    trials = pd.DataFrame(rows)
-    trials["on_front"] = non_dominated(trials[["log10_forget_quality", "model_utility"]])
-    controls = synthetic_controls(trials, labels, bases, epochs, randoms, rng)
-    return ReportData(trials, controls, synthetic_summary(trials, controls, low))
-
-
-def synthetic_controls(trials, labels, bases, epochs, randoms, rng):
-    rows = [{"kind": "initial", **metrics(*INITIAL.values())}, {"kind": "retain", **metrics(*RETAIN.values())}]
-    for label, (name, strength, damage) in zip(labels, bases, strict=True):
-        scores = outcome(strength, damage, epochs + 1, 0.0)
-        rows.append({"kind": "next_epoch", "base": label, "method": name, "epoch": epochs + 1, "alpha": 0.0, **scores})
-    rows += [
-        {"kind": "temperature", "temperature": heat, **metrics(-14.0, 0.772 + 0.25 * (1 - heat), 1 / heat)}
-        for heat in (0.67, 0.8, 1.25)
-    ]
-    for _, trial in trials[trials["on_front"] & (trials["kind"] == "search")].iterrows() if randoms else ():
-        scores = metrics(-14.2 + float(rng.normal(0, 0.4)), 0.772 - float(rng.uniform(0, 0.02)), 0.99)
-        point = {key: trial[key] for key in ("base", "method", "epoch", "alpha")}
-        rows.append({"kind": "random_direction", **point, "of_trial": trial["trial"], **scores})
-    return pd.DataFrame(rows)
-
-
-def synthetic_summary(trials, controls, low):
-    def volume(*tables):
-        points = pd.concat(tables)[["log10_forget_quality", "model_utility"]].to_numpy()
-        return hypervolume(np.minimum(points, [math.log10(CAP), math.inf]), REFERENCE)
-
-    start, zero = controls[controls["kind"] == "initial"], trials[trials["kind"] == "alpha_zero"]
-    tables = {
-        "front": trials,
-        "alpha_zero": zero,
-        "extrapolation_only": trials[trials["alpha"] >= 0],
-        "random_direction": pd.concat([zero, controls[controls["kind"] == "random_direction"]]),
-    }
-    points = trials[["log10_forget_quality", "model_utility"]].to_numpy()
-    volumes = {name: volume(start, table) for name, table in tables.items()}
-    gain = {key: volumes[key] - volumes["alpha_zero"] for key in ("extrapolation_only", "random_direction")}
-    return {
-        "study": "quickstart",
-        "definition": "tofu",
-        "corpus": "people (6 forget, 34 retain)",
-        "model": "tiny Llama, 154k parameters",
-        "seed": 0,
-        "dtype": "float32",
-        "forget_items": 48,
-        "log10_floor": FLOOR,
-        "reference_point": {"log10_forget_quality": REFERENCE[0], "model_utility": REFERENCE[1]},
-        "forget_quality_cap": CAP,
-        "alpha": {"low": low, "high": 2.0},
-        "alpha_by_base": {base: {"key": "search.alpha", "low": low, "high": 2.0} for base in trials["base"].dropna().unique()},
-        "trials": {"complete": len(trials), "pruned": 3, "failed": 1, "interrupted": 0, "running": 0},
-        "hypervolume": volumes,
-        "gain": {"all": volumes["front"] - volumes["alpha_zero"], **gain},
-        "base_run_seconds": [1.0, 2.0],
-        "seconds": {"models": 22.4, "references": 12.5, "training": 28.5, "given": 18.3, "trials": 33.1},
-        "storage": "sqlite:///study.db",
-        "created": "2025-11-03T14:05:00+00:00",
-        "versions": {"torch": "2.9.0", "optuna": "5.0.0", "ray": "2.60.0"},
-        "selections": [
-            {
-                "rule": "utility-floor, floor 0.95",
-                "trial": utility_floor(*points.T, 0.95 * INITIAL["model_utility"]),
-            },
-            {"rule": "knee", "trial": knee(points)},
-        ],
-        "notes": [],
-        "failures": [{"trial": 77, "reason": "the scored model gave NaN losses"}],
-    }
 
 
 class Page(HTMLParser):
@@ -149,14 +25,15 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.front, self.tags, self.links, self.words, self.section = [], set(), [], {}, ""
+        self.front, self.tags, self.links, self.words, self.section = [], [], [], {}, ""
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         named = dict(attrs)
-        self.tags.add(tag)
+        self.tags.append(tag)
         self.section = named.get("id", self.section) if tag == "section" else self.section
-        self.front += [int(named["data-trial"])] if "data-trial" in named else []
+        front = tag == "tr" and "data-trial" in named and self.section == "front-table"
+        self.front += [int(named["data-trial"])] if front else []
         self.links += [named[key] for key in ("src", "href") if key in named]
 
     def handle_data(self, data):
@@ -195,19 +72,19 @@ def test_the_initial_model_stands_under_the_front_with_what_the_forget_set_still
         trials=view.trials.assign(forget_rouge=0.25, forget_probability=0.125),
         controls=view.controls.assign(forget_rouge=0.875, forget_probability=0.75),
     )
-    page = render_report(known, tmp_path).read_text()
+    page = page_of(known)
     table = re.search(r'<section id="front-table">.*?</table>', page, re.S)[0]
     assert "forget ROUGE" in table and "forget prob." in table and "forget answers are still given" in table
     last = table.split("<tr")[-1]
-    assert "initial model" in last and "data-trial" not in last
+    assert "initial model" in last and "data-trial" not in last and "before</th>" in last
     assert [text in last for text in ("−14.20", "0.7720", "0.875", "0.750")] == [True] * 4
     assert table.count("0.250") == int(view.trials["on_front"].sum())
-    assert "forget ROUGE" not in render_report(view, tmp_path / "older").read_text()
+    assert "forget ROUGE" not in page_of(view)
 
 
 def test_all_sections_are_there_in_order(page):
     order = [name for name in page.words if name]
-    assert order == ["verdict", "front", "front-table", "alpha", "controls", "cost", "details"]
+    assert order == ["ship", "front", "front-table", "verdict", "alpha", "controls", "cost", "details"]
     assert "the scored model gave NaN losses" in page.words["details"]
     assert "sqlite:///study.db" in page.words["details"]
     assert "knee" in page.words["front-table"]
@@ -218,7 +95,7 @@ def test_interrupted_trials_are_called_that(view, page, tmp_path):
     assert "1 failed, 0 running" in page.words["details"]
     trials = {**view.summary["trials"], "interrupted": 4}
     cut = dataclasses.replace(view, summary={**view.summary, "trials": trials})
-    words = Page(render_report(cut, tmp_path / "report").read_text(encoding="utf-8")).words["details"]
+    words = Page(page_of(cut)).words["details"]
     assert "1 failed, 4 interrupted by the end of a run, 0 running" in words
 
 
@@ -232,28 +109,28 @@ def test_times_are_named_by_what_was_done(view, page, tmp_path):
     assert "wait for base runs" not in page.words["cost"]
     seconds = {"models": 22.4, "base_runs": 41.0, "baselines": 18.3, "trials": 33.1, "given": 5.0}
     older = dataclasses.replace(view, summary={**view.summary, "seconds": seconds})
-    words = Page(render_report(older, tmp_path / "report").read_text(encoding="utf-8")).words["cost"]
+    words = Page(page_of(older)).words["cost"]
     assert "reference models: score them, and wait for base runs" in words
     assert "score alpha = 0 and the controls, and train base runs meanwhile" in words
 
 
 def test_one_file_without_addresses(written, page):
-    assert all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert len(page.links) == 2
-    text = re.sub(r"base64,[A-Za-z0-9+/=]+", "", written.read_text(encoding="utf-8"))
-    assert "http" not in text
-    assert "script" not in page.tags
+    assert page.links == ["data:,"]
+    text = written.read_text(encoding="utf-8")
+    assert re.findall(r"https?://[^\"]*", text) == ["http://www.w3.org/2000/svg"]
+    assert page.tags.count("script") == 2
+    assert written.stat().st_size < 2e6
 
 
-def test_pictures_lie_beside_the_page_and_in_it(written, page):
-    for name, link in zip(("front.png", "alpha_curves.png"), page.links, strict=True):
-        data = (written.parent / name).read_bytes()
-        assert base64.b64decode(link.split(",", 1)[1]) == data
-        assert data.startswith(b"\x89PNG\r\n\x1a\n")
-        width, height = struct.unpack(">II", data[16:24])
+def test_pictures_for_papers_lie_next_to_the_page(written):
+    starts = {"png": b"\x89PNG\r\n\x1a\n", "svg": b"<?xml", "pdf": b"%PDF"}
+    for name in ("front", "alpha_curves"):
+        for form, start in starts.items():
+            assert (written.parent / f"{name}.{form}").read_bytes().startswith(start)
+        width, height = struct.unpack(">II", (written.parent / f"{name}.png").read_bytes()[16:24])
         assert 2000 < width < 2400
         assert 1000 < height < 2400
-    assert sorted(path.name for path in written.parent.iterdir()) == ["alpha_curves.png", "front.png", "report.html"]
+    assert len(list(written.parent.iterdir())) == 7
 
 
 def test_names_cannot_become_markup(view, tmp_path):
@@ -261,14 +138,15 @@ def test_names_cannot_become_markup(view, tmp_path):
     ranges = {bad: next(iter(view.summary["alpha_by_base"].values()))}
     summary = {**view.summary, "study": bad, "notes": [bad], "failures": [{"trial": 1, "reason": bad}], "alpha_by_base": ranges}
     hostile = ReportData(view.trials.assign(base=bad, method=bad), view.controls.assign(base=bad), summary)
-    text = render_report(hostile, tmp_path).read_text(encoding="utf-8")
-    assert "script" not in Page(text).tags
+    text = page_of(hostile)
+    assert Page(text).tags.count("script") == 2 and "<script>alert" not in text
     assert "&lt;script&gt;alert(1)&lt;/script&gt;$x_{" in text
 
 
 def test_a_rewrite_gives_the_same_bytes(view, written, tmp_path):
     again = render_report(view, tmp_path)
-    assert again.read_bytes() == written.read_bytes()
+    for path in again.parent.iterdir():
+        assert path.read_bytes() == (written.parent / path.name).read_bytes(), path.name
 
 
 @pytest.mark.parametrize(
@@ -374,8 +252,8 @@ def test_a_search_above_zero_only_does_not_split_its_gain():
 def test_small_and_bare_studies(view, tmp_path, trials):
     few = view.trials.iloc[:trials].drop(columns=["related_log10_forget_quality"])
     few = few.assign(on_front=True, log10_forget_quality=few["log10_forget_quality"].where(few["trial"] != 2))
-    bare = ReportData(few, pd.DataFrame(), {**view.summary, "selections": [], "failures": []})
-    page = Page(render_report(bare, tmp_path).read_text(encoding="utf-8"))
+    bare = ReportData(few, pd.DataFrame(), {**view.summary, "selections": [], "failures": [], "recommended": None})
+    page = Page(page_of(bare))
     assert page.front == [] if trials == 0 else len(page.front) == trials
     assert "Not scored in this study" in page.words["controls"]
 
@@ -385,7 +263,7 @@ def test_many_trials_and_bases_wrap(tmp_path):
     path = render_report(big, tmp_path)
     width, height = struct.unpack(">II", (tmp_path / "alpha_curves.png").read_bytes()[16:24])
     assert height > width
-    assert path.stat().st_size < 6e6
+    assert path.stat().st_size < 2e6
 
 
 def with_afterthoughts(view):
@@ -415,9 +293,9 @@ def with_afterthoughts(view):
 
 
 def test_how_sure_the_front_is_stands_in_the_page(view, tmp_path):
-    page = render_report(with_afterthoughts(view), tmp_path).read_text()
+    page = page_of(with_afterthoughts(view))
     section = re.search(r'<section id="certainty">.*?</section>', page, re.S)[0]
-    assert section.count("<tr><td") == int(view.trials["on_front"].sum()) + 1
+    assert section.count("<tr data-trial=") == int(view.trials["on_front"].sum()) + 1
     for words in (
         "24 forget items",
         "the 23 that nothing",
@@ -428,13 +306,13 @@ def test_how_sure_the_front_is_stands_in_the_page(view, tmp_path):
         "paired p",
     ):
         assert words in section
-    assert "How sure are we" not in render_report(view, tmp_path / "plain").read_text()
+    assert "How sure are we" not in page_of(view)
 
 
 def test_intervals_of_few_people_are_withheld_with_the_reason_and_the_power_is_said(view, tmp_path):
     few = dataclasses.replace(with_afterthoughts(view), certainty=pd.DataFrame())
     few.summary["power"] = power_of_forget_quality(24)
-    page = render_report(few, tmp_path).read_text()
+    page = page_of(few)
     assert "Intervals are withheld: one set has 3 people or authors" in page
     assert "Forget quality on 24 items: truth ratios 1.2 standard deviations" in page
 
@@ -474,9 +352,9 @@ def test_the_verdict_says_which_point_of_the_gain_was_not_scored_on_held_out_ite
 
 
 def test_columns_of_base_runs_are_limited():
-    trials = synthetic(methods=plots.MAX_BASES + 6).trials
-    shown = plots.shown_bases(trials)
-    assert len(shown) == plots.MAX_BASES
+    trials = synthetic(methods=MAX_BASES + 6).trials
+    shown = shown_bases(trials)
+    assert len(shown) == MAX_BASES
     assert set(trials.loc[trials["on_front"], "base"]) <= set(shown)
 
 
@@ -503,8 +381,9 @@ def test_collapsed_points_are_marked_counted_and_not_chosen(tmp_path):
     broken = dataclasses.replace(view, trials=view.trials.assign(collapsed=reasons, on_front=view.trials["on_front"]))
     sentences = " ".join(conclude(broken))
     assert f"strongest forgetting is trial {best['trial']} " not in sentences
-    page = render_report(broken, tmp_path).read_text()
-    assert page.count(">collapsed</span>") == int(best["on_front"])
+    page = page_of(broken)
+    table = re.search(r'<section id="front-table">.*?</table>', page, re.S)[0]
+    assert table.count(">collapsed</span>") == int(best["on_front"])
     if best["on_front"]:
         assert "1 of" in sentences and "has collapsed" in sentences
         assert "90% empty &lt;b&gt;" in page
@@ -516,13 +395,13 @@ def test_the_cost_of_one_more_alpha_is_a_share_of_training_to_the_same_epoch(vie
     trials = view.trials.assign(epoch=view.trials["epoch"].where(~search, 2), seconds=2.0)
     epochs = {base: [1.0, 2.0, 40.0] for base in trials["base"].unique()}
     timed = dataclasses.replace(view, trials=trials, summary={**view.summary, "epoch_seconds": epochs})
-    assert "One more alpha costs 0.40 of training a base run to the same epoch" in render_report(timed, tmp_path).read_text()
+    assert "One more alpha costs 0.40 of training a base run to the same epoch" in page_of(timed)
     given = dataclasses.replace(view, summary={**view.summary, "epoch_seconds": {}})
-    assert "One more alpha costs" not in render_report(given, tmp_path).read_text()
+    assert "One more alpha costs" not in page_of(given)
 
 
 def test_the_first_lines_say_what_chose_and_what_stands_in(view, tmp_path):
-    text = render_report(view, tmp_path / "compared").read_text()
+    text = page_of(view)
     assert "Chosen by log10 forget quality and model utility; log10 forget quality compares with a retain model." in text
     assert text.index("Chosen by log10") < text.index("What won") and "stand-ins" not in text
     objectives = (FORGETTING["memorization"], UTILITY["retain_utility"])
@@ -535,7 +414,7 @@ def test_the_first_lines_say_what_chose_and_what_stands_in(view, tmp_path):
         objectives=objectives,
         summary={**view.summary, "stand_ins": lacking, "reference_point": dict.fromkeys(names.values(), 0.0)},
     )
-    text = render_report(own, tmp_path / "own").read_text()
+    text = page_of(own)
     assert "none looked at a retain model" in text
     assert "memorisation score (1: nothing memorised) *</th>" in text and "retain utility *" not in text
     assert "made with stand-ins" in text and "the answer itself stands in" in text and "answers of other items" not in text
@@ -552,7 +431,7 @@ def test_why_a_study_stopped_and_what_failed_stand_in_the_page(view, tmp_path):
         "usage": {"hours": 2.0, "cpu_hours": 3.5, "gpu_hours": 0.25},
     }
     stopped_view = dataclasses.replace(view, summary={**view.summary, **more})
-    page = Page(render_report(stopped_view, tmp_path).read_text())
+    page = Page(page_of(stopped_view))
     assert stopped in page.words[""]
     details = " ".join(page.words["details"].split())
     assert f"3{reason} Each of them:" in details

@@ -16,7 +16,7 @@ from search.problem.trial import TrialSpec
 from search.report.conclusions import conclusions, next_step
 from search.report.data import report_data
 from search.report.display import print_front
-from search.report.html import write_report
+from search.report.html import front_latex, write_report
 from search.results.selection import chosen_row, measure_of_chance
 from search.results.study_result import StudyResult
 from search.spec.study import parse_study
@@ -507,3 +507,19 @@ def test_a_third_objective_counts_in_front_and_hypervolume(study, made_up_eviden
     page = write_report(result).read_text()
     assert "log10 forget quality of related facts (K2)" in page
     assert result.rows(result.front)[0].keys() >= {"related_log10_forget_quality"}
+
+
+def test_the_front_is_a_table_of_latex_with_every_name_escaped(study, call):
+    result = study([(0, -5.0, 0.79), (0.5, -3.0, 0.77), (1.0, -7.0, 0.2)])
+    code, output, _ = call("pareto", result.out, "--latex")
+    lines = output.splitlines()
+    assert code == 0 and lines[0].startswith("% Pareto front of tiny") and lines[1] == r"\begin{tabular}{rlrrrrrr}"
+    assert lines[3] == r"trial & base run & epoch & alpha & forget quality & log10 & model utility & logit scale \\"
+    assert r"1 & npo & 1 & +0.500 & 0.001 & $-$3.00 & 0.7700 & 1.000 \\" in lines
+    assert lines[-4:-2] == [r"\midrule", r" & initial model &  &  & $1.0\times10^{-6}$ & $-$6.00 & 0.8000 & 1.000 \\"]
+    assert "either --json or --latex" in call("pareto", result.out, "--latex", "--json")[2]
+    strange = "a_b & 5% $x$ #1 {y} ~ ^ \\ \x1b[31mred\n"
+    result.trials["base"] = strange
+    (row,) = [line for line in front_latex(result).splitlines() if line.startswith("1 & ")]
+    escaped = r"a\_b \& 5\% \$x\$ \#1 \{y\} \textasciitilde{} \textasciicircum{} \textbackslash{} red"
+    assert row.startswith(f"1 & {escaped} & 1 & ")
