@@ -19,7 +19,7 @@ $(SETUP): pyproject.toml constraints.txt
 
 run: setup
 	$(BIN)/uipe run --out $(OUT)
-	test -d $(OUT)/export/knee || $(BIN)/uipe export $(OUT) --rule knee --to $(OUT)/export/knee --as model
+	test -d $(OUT)/export/utility-floor || $(BIN)/uipe export $(OUT) --rule utility-floor --to $(OUT)/export/utility-floor --as model
 
 # The documentation as a site, build/site/index.html; any warning is an error.
 docs: setup

@@ -94,7 +94,7 @@ def run(
     """Run a study; the same command resumes an interrupted one and extends a finished one."""
     configure_ray(address)
     from search.execution.run import run_study
-    from search.report.conclusions import conclusions, next_step
+    from search.report.conclusions import choice, conclusions, next_step
     from search.spec.study import load_study
     from search.spec.study_file import quickstart_path, read_settings
 
@@ -111,6 +111,8 @@ def run(
     print_stop(result)
     echo(f"\nreport   {result.report_path}")
     echo(f"browse   uipe dashboard {shlex.quote(str(result.out))}")
+    if (chosen := choice(result)) is not None:
+        echo(f"ship     {chosen}: the report says what speaks against it")
     echo(f"export   {next_step(result)}")
 
 

@@ -9,9 +9,8 @@ import pandas as pd
 from search.problem.objectives import Objective
 from search.problem.pareto import non_dominated, utility_floor
 from search.problem.trial import INITIAL, NEVER_FINETUNED, OTHER_RETAIN
-from search.report.data import ReportData, report_data
+from search.report.data import ReportData, recommended, report_data
 from search.report.style import alpha, count, decimal, number, probability
-from search.results.selection import KNEE_POINTS
 from search.results.study_result import StudyResult
 from search.store.trials import collapsed
 from uipe_core.errors import UserError
@@ -42,17 +41,22 @@ def next_step(result: StudyResult) -> str:
             "every trial has collapsed, so no rule chooses one: train less (a lower unlearning.learning_rate, fewer epochs) or "
             "search alpha below 0; --allow-collapsed exports a collapsed one"
         )
-    rule = "knee" if len(result.healthy_front) >= KNEE_POINTS else "utility-floor"
-    try:
-        result.select(rule)
-    except UserError:  # no point has so much utility
+    found = recommended(result)
+    if found is None:
         return export_command(result.out, "--trial N", "N")
+    rule = found["rule"].split()[0]
     return export_command(result.out, f"--rule {rule}", rule)
 
 
-def export_command(out: Path, chosen: str, folder: str) -> str:
+def choice(result: StudyResult) -> str | None:
+    """Return which trial is recommended, and by which rule; None where no rule chooses one."""
+    found = None if result.healthy_front.empty else recommended(result)
+    return None if found is None else f"trial {found['trial']}, by the rule {found['rule']}"
+
+
+def export_command(out: Path | str, chosen: str, folder: str) -> str:
     """Return a command that exports a model, to be pasted into a shell."""
-    return f"uipe export {shlex.quote(str(out))} {chosen} --to {shlex.quote(str(out / 'export' / folder))} --as model"
+    return f"uipe export {shlex.quote(str(out))} {chosen} --to {shlex.quote(str(Path(out, 'export', folder)))} --as model"
 
 
 def conclude(view: ReportData) -> list[str]:

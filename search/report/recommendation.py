@@ -8,7 +8,7 @@ import pandas as pd
 
 from search.problem.objectives import Objective
 from search.problem.trial import INITIAL, RETAIN
-from search.report.conclusions import AS_MUCH, edge_sentences, initial_held_out, nothing_won
+from search.report.conclusions import AS_MUCH, edge_sentences, export_command, initial_held_out, nothing_won
 from search.report.data import ReportData
 from search.report.style import count, decimal, number, probability
 
@@ -32,11 +32,6 @@ ROLES = {
     "real_authors": "general knowledge",
 }
 """Sets of example answers in words, in the order they are shown."""
-
-
-def export_command(out: str, trial: int) -> str:
-    """Return the command that exports a trial, quoted for a shell."""
-    return f"uipe export {shlex.quote(out)} --trial {trial} --to {shlex.quote(f'{out}/export/{trial}')} --as model"
 
 
 def recommendation(view: ReportData) -> dict[str, Any]:
@@ -64,7 +59,7 @@ def recommendation(view: ReportData) -> dict[str, Any]:
         "note": chosen["note"],
         "verdict": _reason(view, chosen["rule"]),
         "numbers": [_before_and_after(view, row, objective) for objective in view.objectives],
-        "command": export_command(view.summary["out"], int(row["trial"])),
+        "command": export_command(view.summary["out"], f"--trial {row['trial']}", str(row["trial"])),
         "findings": sorted(findings, key=lambda finding: order.index(finding[0])),
     }
 

@@ -268,9 +268,10 @@ def test_a_front_of_fewer_than_three_points_has_no_knee_and_says_what_chose(stud
 @pytest.mark.parametrize(
     ("points", "named"),
     [
-        ([(0, -5.0, 0.8), (0.5, -1.5, 0.78), (1.0, -1.0, 0.4)], "--rule knee"),
+        ([(0, -5.0, 0.8), (0.5, -1.5, 0.78), (1.0, -1.0, 0.4)], "--rule utility-floor"),
+        ([(0, -5.0, 0.7), (0.5, -1.5, 0.6), (1.0, -1.0, 0.4)], "--rule knee"),
         ([(0, -5.0, 0.79), (1.0, -1.0, 0.14)], "--rule utility-floor"),
-        ([(0, -5.0, 0.3), (1.0, -1.0, 0.14)], "--trial N"),
+        ([(0, -5.0, 0.3), (1.0, -1.0, 0.14)], "--rule knee"),
     ],
 )
 def test_the_last_line_of_a_run_names_a_rule_that_can_choose(study, points, named):
