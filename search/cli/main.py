@@ -281,14 +281,15 @@ def dashboard(
     writable: Annotated[bool, typer.Option("--writable", help="Let the page change or delete the study, too.")] = False,
 ) -> None:
     """Browse the study in optuna-dashboard (on this machine only)."""
-    from search.report.dashboard import servable_folder, serve, write_notes
+    from search.dashboard.annotate import annotate
+    from search.dashboard.serving import servable_folder, serve
     from search.results.study_result import StudyResult
 
     with servable_folder(out) as folder:
         result = StudyResult.open(folder)
-        write_notes(result)
+        annotate(result)
         echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
-        attempt(f"port {port}", lambda: serve(result.store.storage, port, writable))
+        attempt(f"port {port}", lambda: serve(result, port, writable))
 
 
 @app.command(epilog="Example: uipe paper --seeds 3 --out runs/paper")

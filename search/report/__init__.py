@@ -1,7 +1,6 @@
-"""Show a study: HTML report, figures, sentences, progress bars, dashboard.
+"""Show a study: HTML report, figures, sentences, progress bars.
 
 conclusions: what won, in plain sentences
-dashboard: serve optuna-dashboard on loopback
 data: what the report shows
 dossier: the record of one trial, with dossier.html.j2
 figures: the front, and the curves over alpha
@@ -10,4 +9,4 @@ progress: progress bars and log lines
 style: number formats, palette, figure style
 """
 
-__all__ = ["conclusions", "dashboard", "dossier", "figures", "html", "progress", "style"]
+__all__ = ["conclusions", "data", "dossier", "figures", "html", "progress", "style"]
