@@ -55,6 +55,8 @@ def check_cluster_file(path: Path, schema: str | None = None) -> tuple[str, list
     """
     documents = _read(path)
     notes: list[str] = []
+    if any("run" in document and "provider" not in document and "apiVersion" not in document for document in documents):
+        raise UserError(f"{path}: this is a task of SkyPilot, which checks it by itself: sky launch {path} --dryrun")
     manifests = [document for document in documents if "apiVersion" in document or "kind" in document]
     if not manifests:
         if len(documents) != 1:

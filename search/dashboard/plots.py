@@ -104,7 +104,7 @@ def alpha_plot(view: ReportData) -> "Figure":
         title="Curves over alpha",
         template="plotly_white",
         height=HEIGHT,
-        updatemenus=[{"buttons": buttons, "x": 1.0, "y": 1.32, "xanchor": "right"}],
+        updatemenus=[{"buttons": buttons, "x": 0.3, "y": 1.36, "xanchor": "left"}],
         legend={"orientation": "h", "y": -0.18, "font": {"size": 10}},
         margin={"l": 50, "r": 10, "t": 95, "b": 50},
     )

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
-SHIPPED = [ROOT / "ray_cluster.yaml", *sorted((ROOT / "deploy").glob("*.y*ml"))]
+SKY = ROOT / "deploy" / "sky.yaml"
+SHIPPED = [ROOT / "ray_cluster.yaml", *(path for path in sorted((ROOT / "deploy").glob("*.y*ml")) if path != SKY)]
 RAY_UP = {path.stem: path for path in SHIPPED if path.stem != "kuberay"}
 
 
@@ -272,6 +273,40 @@ def test_the_policies_are_json_that_names_what_the_cluster_file_asks_for():
 @pytest.mark.parametrize("path", sorted((ROOT / "deploy").rglob("*.sh")), ids=lambda path: path.name)
 def test_the_shipped_scripts_are_shell(path):
     assert subprocess.run(["bash", "-n", path], capture_output=True).returncode == 0
+
+
+def test_the_task_of_skypilot_runs_a_shipped_study_from_a_bucket(call):
+    content = yaml.safe_load(SKY.read_text())
+    assert (ROOT / content["envs"]["STUDY"]).is_file()
+    # What it asks the user for has no value here.
+    assert content["envs"]["BUCKET"] is None and content["secrets"] == {"HF_TOKEN": ""}
+    assert {each["use_spot"] for each in content["resources"]["any_of"]} == {True, False}
+    for part in ("setup", "run"):
+        assert subprocess.run(["bash", "-n"], input=content[part].encode(), capture_output=True).returncode == 0
+    assert '--out "$BUCKET/' in content["run"] and "cache.deltas=$BUCKET" in content["run"]
+    for word in content["setup"].split():
+        assert not word.startswith("deploy/") or (ROOT / word).is_file()
+    code, _, error = call("cluster", "validate", SKY)
+    assert code == 2 and "a task of SkyPilot" in error and "--dryrun" in error
+
+
+def named_by_the_dockerfile():
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    return [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+
+
+def test_what_the_image_copies_is_there_and_let_into_the_build(tmp_path):
+    sys.path.insert(0, str(ROOT / "deploy"))
+    try:
+        import check_image
+    finally:
+        sys.path.pop(0)
+    assert {"pyproject.toml", "LICENSE", "search", "uipe_core", "studies"} <= set(named_by_the_dockerfile())
+    for name in named_by_the_dockerfile():
+        assert (ROOT / name).exists() and not check_image.ignored(name)
+    assert not check_image.ignored("search/cli/main.py")
+    for name in (".git", ".venv", "runs", "data", "tests", "docs", "exported", "search/cli/__pycache__"):
+        assert check_image.ignored(name), name
 
 
 def kuberay_job():
