@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 
 SECRET = re.compile(r"[A-Za-z0-9_]*(TOKEN|SECRET|PASSWORD|PASSWD|API_KEY|ACCESS_KEY|_KEY_ID)", re.IGNORECASE)
-"""Names of variables whose values nobody else should see: they end so."""
+"""Names of variables whose values are for their owner alone: they end so."""
 
 
 def is_secret(name: str) -> bool:
