@@ -36,11 +36,19 @@ def submit(
         typer.Option(help="Output folder on the cluster, absolute or ~/...; ~/runs/<study name> of the head when left out."),
     ] = None,
     trust_remote_code: Trust = False,
+    pass_env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--pass-env",
+            metavar="NAME",
+            help="Give driver and workers this variable of yours (HF_TOKEN, UIPE_STORAGE); encrypted by the cluster's token.",
+        ),
+    ] = None,
     follow: Follow = False,
 ) -> None:
     """Submit a study to a Ray cluster. A study that runs there is not started twice; one that has ended is resumed."""
     jobs = _jobs(address)
-    submission = jobs.submit(study, out, trust_remote_code)
+    submission = jobs.submit(study, out, trust_remote_code, pass_env or ())
     for note in submission.notes:
         echo(f"note: {note}", err=True)
     name = submission.job

@@ -44,7 +44,7 @@ def report(
 
 def watch(out: Out, host: Host = None, port: Port = None, token: Token = None) -> None:
     """Serve the report, live while the study runs; to this machine alone, or with a token to others."""
-    from search.report.serve import HOST, LivePage, PageServer
+    from search.dashboard.live_report import HOST, LivePage, PageServer
 
     quieten()
     with PageServer(LivePage(out), host or HOST, PORT if port is None else port, token) as server:
@@ -58,14 +58,15 @@ def dashboard(
     writable: Annotated[bool, typer.Option("--writable", help="Let the page change or delete the study, too.")] = False,
 ) -> None:
     """Browse the study in optuna-dashboard (on this machine only)."""
-    from search.report.dashboard import servable_folder, serve, write_notes
+    from search.dashboard.annotate import annotate
+    from search.dashboard.serving import servable_folder, serve
     from search.results.study_result import StudyResult
 
     with servable_folder(out) as folder:
         result = StudyResult.open(folder)
-        write_notes(result)
+        annotate(result)
         echo(f"http://127.0.0.1:{port}/ (Ctrl-C ends it)", err=True)
-        attempt(f"port {port}", lambda: serve(result.store.storage, port, writable))
+        attempt(f"port {port}", lambda: serve(result, port, writable))
 
 
 def dossier(

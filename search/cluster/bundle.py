@@ -123,8 +123,8 @@ def _hide_storage(content: dict[str, Any]) -> list[str]:
     if content["storage"] == url:
         return []
     return [
-        "storage: its password stays here; the head node needs the whole URL in its environment as UIPE_STORAGE "
-        "(docs/clusters.md says how)"
+        "storage: its password stays here; pass the whole URL with --pass-env UIPE_STORAGE, or the head node needs it in its "
+        "environment (docs/clusters.md says how)"
     ]
 
 

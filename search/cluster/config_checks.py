@@ -11,7 +11,8 @@ import click
 import ray
 import yaml
 
-from search.cluster.kuberay import rayjob_problems, read_schema
+from search.cluster.kuberay import claim_problems, rayjob_problems, read_schema
+from search.cluster.secrets import literal_secrets
 from search.execution.ray_compat import check_cluster_config
 from search.spec.errors import Problem, StudyFileError, did_you_mean, key_text, show
 from uipe_core.errors import UserError
@@ -21,6 +22,21 @@ MAX_BYTES = 2**20
 PROVIDERS = ("aws", "azure", "gcp", "local")
 START_COMMANDS = ("head_start_ray_commands", "worker_start_ray_commands")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+COMMANDS = (
+    "initialization_commands",
+    *("setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *START_COMMANDS,
+)
+
+IDENTITIES = {
+    "aws": ("IamInstanceProfile", "instance profile", "s3://"),
+    "gcp": ("serviceAccounts", "service account", "gs://"),
+}
+"""What a machine of a cloud may do follows from this key of its node_config; its name, and the URLs that fail without one."""
+
+BY_LOOKUP = "resolve:ssm:"
+"""Start of the name of an image that EC2 looks up, with the rights of who starts the machine."""
 
 
 def check_cluster_file(path: Path, schema: str | None = None) -> tuple[str, list[str]]:
@@ -39,6 +55,8 @@ def check_cluster_file(path: Path, schema: str | None = None) -> tuple[str, list
     """
     documents = _read(path)
     notes: list[str] = []
+    if any("run" in document and "provider" not in document and "apiVersion" not in document for document in documents):
+        raise UserError(f"{path}: this is a task of SkyPilot, which checks it by itself: sky launch {path} --dryrun")
     manifests = [document for document in documents if "apiVersion" in document or "kind" in document]
     if not manifests:
         if len(documents) != 1:
@@ -46,6 +64,7 @@ def check_cluster_file(path: Path, schema: str | None = None) -> tuple[str, list
         if schema is not None:
             raise UserError("--schema: it is for RayJobs of KubeRay, and this is a cluster file of `ray up`; leave it out")
         problems, described = _ray_up_problems(documents[0])
+        notes = list(_notes(documents[0])) if not problems else []
     else:
         jobs = [document for document in manifests if document.get("kind") == "RayJob"]
         if len(jobs) != 1:
@@ -53,6 +72,7 @@ def check_cluster_file(path: Path, schema: str | None = None) -> tuple[str, list
             raise UserError(f"{path}: holds {len(jobs)} documents of kind RayJob ({kinds}); give it one")
         fields = None if schema is None else read_schema(schema)
         problems, described, notes = rayjob_problems(jobs[0], ray.__version__, fields)
+        problems += claim_problems(manifests, jobs[0])
     if problems:
         raise StudyFileError(problems, str(path))
     return described, notes
@@ -157,6 +177,8 @@ def _beyond_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
                     key,
                     f"found {show(node.get('resources'))}; Ray does not ask this cloud for GPUs. Write {{CPU: ..., GPU: 1}}.",
                 )
+    yield from _rights(content, types)
+    yield from _of_commands(content)
     for key in START_COMMANDS:
         starts = [command for command in content[key] if re.search(r"\bray start\b", command)]
         if not starts:
@@ -185,6 +207,69 @@ def _beyond_ray(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             "file_mounts",
             "no token reaches the nodes. Add ~/.ray/auth_token: ~/.ray/auth_token (docs/clusters.md).",
         )
+
+
+def _rights(content: Mapping[str, Any], types: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield what the head could not do when it starts workers on AWS."""
+    head = types.get(content.get("head_node_type", ""), {}).get("node_config") or {}
+    if content["provider"]["type"] != "aws" or "IamInstanceProfile" in head:
+        return
+    for name, node in _workers(content, types):
+        machine, key = node.get("node_config") or {}, f"available_node_types.{name}.node_config"
+        if str(machine.get("ImageId", "")).startswith(BY_LOOKUP):
+            yield (
+                f"{key}.ImageId",
+                f"found {show(machine['ImageId'])}; the role that Ray gives the head may not look it up, so no worker would "
+                "start. Give the head an IamInstanceProfile (deploy/aws/head_policy.json), or name the id of an image.",
+            )
+        if "IamInstanceProfile" in machine:
+            yield (
+                f"{key}.IamInstanceProfile",
+                "the role that Ray gives the head may not hand it on, so no worker would start. Give the head an "
+                "IamInstanceProfile with iam:PassRole (deploy/aws/head_policy.json).",
+            )
+
+
+def _of_commands(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield commands that meet a lock of apt, or hold a secret."""
+    places = {key: content.get(key) or [] for key in COMMANDS}
+    for name, node in (content.get("available_node_types") or {}).items():
+        places[f"available_node_types.{name}.worker_setup_commands"] = node.get("worker_setup_commands") or []
+    for key, commands in places.items():
+        for command in commands:
+            if (
+                re.search(r"\bapt(-get)?\s[^;&|]*\b(install|update|upgrade)\b", command)
+                and "DPkg::Lock::Timeout" not in command
+            ):
+                yield (
+                    key,
+                    f"found {show(command)}; a machine that has just come up updates itself, and apt would find it locked. Use "
+                    "deploy/apt_install.sh, or write apt-get -o DPkg::Lock::Timeout=600.",
+                )
+            for secret in literal_secrets(command):
+                yield (
+                    key,
+                    f"the value of {secret} can be read by anyone who has the file. Pass it by name: uipe submit --pass-env "
+                    f"{secret}, or {secret}=$(cat FILE) of a file on the node.",
+                )
+
+
+def _notes(content: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what may be meant so, and may not."""
+    types = content.get("available_node_types") or {}
+    workers = dict(_workers(content, types))
+    key, what, urls = IDENTITIES.get(content["provider"]["type"], ("", "", ""))
+    without = [name for name, node in workers.items() if key and not (node.get("node_config") or {}).get(key)]
+    if without:
+        yield f"{', '.join(without)}: no {what} ({key}), so {urls} fails there; see docs/clusters.md, Rights"
+    if workers and all(_is_spot(node.get("node_config") or {}) for node in workers.values()):
+        names = ", ".join(workers)
+        yield f"{names}: spot machines only, so trials wait while there are none; add a node type on demand of lower priority"
+
+
+def _is_spot(machine: Mapping[str, Any]) -> bool:
+    said = [machine.get("InstanceMarketOptions"), machine.get("scheduling")]
+    return any(word in str(said) for word in ("spot", "SPOT", "preemptible"))
 
 
 def _workers(content: Mapping[str, Any], types: Any) -> list[tuple[str, dict[str, Any]]]:

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,7 +23,7 @@ from requests.utils import get_environ_proxies, select_proxy
 from search.cluster.bundle import STUDY_FILE, build_bundle, submission_id
 from search.evaluation.inputs import require_trust
 from search.execution.ray_cluster import code_environment
-from search.execution.ray_compat import ADDRESS, ADVICE, cluster_token
+from search.execution.ray_compat import ADDRESS, ADVICE, PASSED, cluster_token, seal
 from search.results.status import is_noise, last_status
 from search.spec.errors import without_password
 from uipe_core.errors import StudyInterrupted, UserError
@@ -79,7 +79,9 @@ class Jobs:
         with _only_address(url):
             self._client = self._ask(lambda: JobSubmissionClient(url, headers=headers))
 
-    def submit(self, study: Path, out: str | None = None, trust_remote_code: bool = False) -> Submission:
+    def submit(
+        self, study: Path, out: str | None = None, trust_remote_code: bool = False, passed: Sequence[str] = ()
+    ) -> Submission:
         """Submit a study to the cluster, unless it is pending or running there.
 
         The first job of a study has a name that follows from the study; when that has ended, the next is its resumption.
@@ -88,10 +90,12 @@ class Jobs:
             study: The study file.
             out: Output folder on the cluster: absolute, or below ``~`` of the head node; None is ``~/runs/<study name>``.
             trust_remote_code: As `search.evaluation.prepared.prepare`.
+            passed: Names of this process's variables that driver and workers get; they travel sealed.
 
         Raises:
-            UserError: If the study is broken or cannot travel, or the cluster refuses it.
+            UserError: If a variable is not set, the study is broken or cannot travel, or the cluster refuses it.
         """
+        sealed = seal(passed)
         with scratch_folder() as scratch:
             folder = scratch / "bundle"
             folder.mkdir()
@@ -107,7 +111,7 @@ class Jobs:
             environment = {
                 **code_environment(),
                 "working_dir": str(folder),
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS)},
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_SECONDS), **({PASSED: sealed} if sealed else {})},
             }
             # Not from the folder the job came in: Ray may clear that away when a node dies, and a process without a folder
             # can no longer tell where it is.

@@ -6,7 +6,7 @@ have kubectl read it from their cluster.
 
 import re
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from search.cluster.secrets import is_secret
 from search.spec.errors import Problem, did_you_mean, explain, key_text, show
 from uipe_core.errors import UserError, first_line
 from uipe_core.storage.files import parse_json, read_regular
@@ -122,6 +123,7 @@ def rayjob_problems(
         return [*problems, *(Problem(key, text) for key, text in found if key not in known)], "", []
     problems += [Problem(key, text) for key, text in _needs(job, ray_version)]
     notes = [] if schema is not None else [_unchecked(job)]
+    notes += _without_hub_token(job)
     cluster = job.spec.rayClusterSpec
     if cluster is None:
         chosen = ", ".join(f"{key}={value}" for key, value in job.spec.clusterSelector.items())
@@ -222,6 +224,43 @@ def _unchecked(job: RayJob) -> str:
     return f"fields a study does not depend on were not checked{listed}; give KubeRay's CRD with --schema FILE|kubectl to do so"
 
 
+def claim_problems(manifests: Iterable[Mapping[str, Any]], job: Mapping[str, Any]) -> list[Problem]:
+    """Return what is wrong with the volume claims of a file that the pods of its RayJob share.
+
+    Args:
+        manifests: All documents of the file.
+        job: The RayJob.
+    """
+    shared = set(re.findall(r"'claimName': '([^']+)'", str(job)))
+    found = []
+    for each in manifests:
+        name = str((each.get("metadata") or {}).get("name"))
+        if each.get("kind") != "PersistentVolumeClaim" or name not in shared:
+            continue
+        at, spec = f"PersistentVolumeClaim {name}: spec", each.get("spec") or {}
+        if "ReadWriteMany" not in (spec.get("accessModes") or []):
+            text = f"found {show(spec.get('accessModes'))}; head and workers write on it. Write [ReadWriteMany]."
+            found.append(Problem(f"{at}.accessModes", text))
+        elif not spec.get("storageClassName") and not spec.get("volumeName"):
+            text = (
+                "this key is missing, and the default class of most clusters is a disk of one node: the claim would wait for "
+                "ever. Name a class that many nodes can write (`kubectl get storageclass`)."
+            )
+            found.append(Problem(f"{at}.storageClassName", text))
+    return found
+
+
+def _without_hub_token(job: RayJob) -> list[str]:
+    cluster = job.spec.rayClusterSpec
+    if cluster is None:
+        return []
+    pods = [cluster.headGroupSpec.template, *(group.template for group in cluster.workerGroupSpecs)]
+    first = [pod.spec.containers[0] for pod in pods]
+    if all("HF_TOKEN" in {variable.name for variable in each.env} or "envFrom" in (each.model_extra or {}) for each in first):
+        return []
+    return ["not every pod has HF_TOKEN, which gated models of the hub need; take it from a Secret (valueFrom.secretKeyRef)"]
+
+
 def _parts(job: RayJob) -> Iterator[tuple[str, _Part]]:
     yield from (("", job), ("spec.", job.spec))
     cluster, at = job.spec.rayClusterSpec, "spec.rayClusterSpec."
@@ -293,7 +332,7 @@ def _pod_needs(key: str, pod: _Pod, tokens_by_operator: bool) -> Iterator[tuple[
             if value is not None and not re.fullmatch(r"\d+", str(value)):
                 yield f"{key}[{place}].resources.{kind}.{GPU}", f"found {show(value)}; must be whole GPUs. Write 1 or more."
         for variable in container.env:
-            if variable.name in ("RAY_AUTH_TOKEN", "UIPE_STORAGE") and variable.value:
+            if (is_secret(variable.name) or variable.name == "UIPE_STORAGE") and variable.value:
                 yield (
                     f"{key}[{place}].env",
                     f"{variable.name} can be read by anyone who has the file. Keep it in a Secret (valueFrom.secretKeyRef).",

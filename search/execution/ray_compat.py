@@ -4,14 +4,17 @@ tests/search/execution/test_ray_compat.py pins each assumption. Nothing here imp
 variables must be set before that.
 """
 
+import base64
 import contextlib
+import hashlib
+import json
 import os
 import re
 import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +75,65 @@ def require_token() -> None:
         os.environ[MODE] = "token"
 
 
+PASSED = "UIPE_PASSED"
+"""Variable of a job with the variables that were passed to it, sealed: Ray shows a job's variables to all who list jobs."""
+
+READ_TOO_EARLY = ("PATH", "LD_", "PYTHON", "RAY_", PASSED)
+"""Starts of names that a process reads before it could be passed them."""
+
+
+def seal(names: Sequence[str]) -> str | None:
+    """Encrypt variables of this process for all who have the cluster's token; None for no names.
+
+    Args:
+        names: Of the variables.
+
+    Raises:
+        UserError: If one is not set or cannot be passed, or the cluster has no token.
+    """
+    if not names:
+        return None
+    from cryptography.fernet import Fernet
+
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name) or name.startswith(READ_TOO_EARLY):
+            raise UserError(f"--pass-env: {name!r} cannot be passed; name a variable such as HF_TOKEN, without its value")
+        if not os.environ.get(name):
+            raise UserError(f"--pass-env: {name} is not set here; set it, or leave the option out")
+    key = _sealing_key()
+    if key is None:
+        raise UserError(f"--pass-env: the cluster asks for no token ({MODE}=disabled), so all could read it; {ADVICE}")
+    return Fernet(key).encrypt(json.dumps({name: os.environ[name] for name in names}).encode()).decode()
+
+
+def take_passed() -> None:
+    """Set the variables that were passed to this job, if there are any, in this process.
+
+    Raises:
+        UserError: They were sealed with another token.
+    """
+    sealed = os.environ.get(PASSED)
+    if not sealed:
+        return
+    from cryptography.fernet import Fernet, InvalidToken
+
+    try:
+        passed = json.loads(Fernet(_sealing_key() or b"").decrypt(sealed.encode()))
+    except (InvalidToken, ValueError):
+        raise UserError(
+            f"{PASSED}: what `uipe submit --pass-env` passed was sealed with another token than this node has; give all nodes "
+            "the same token and submit again"
+        ) from None
+    os.environ.update(passed)
+
+
+def _sealing_key() -> bytes | None:
+    token = cluster_token()
+    if token is None:
+        return None
+    return base64.urlsafe_b64encode(hashlib.sha256(f"uipe passed variables {token}".encode()).digest())
+
+
 IN_A_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Variable by which Ray's job server hands a job its runtime environment."""
 
@@ -92,6 +154,8 @@ ENVIRONMENT = {
 def configure_ray(address: str | None) -> None:
     """Set the variables that Ray reads on import: a token to join a cluster with, or loopback addresses for a local one.
 
+    On a cluster the variables that were passed to the job are set too.
+
     Ray takes 127.0.0.1 for "the address others reach me by" and then listens on every interface, token or not. With clusters
     switched off it does not. That is right only where no cluster is to be joined.
 
@@ -102,6 +166,7 @@ def configure_ray(address: str | None) -> None:
         os.environ.setdefault(CLUSTERS, "0")
     else:
         require_token()
+        take_passed()
 
 
 OWNER = "UIPE_RAY_OWNER"

@@ -20,6 +20,7 @@ from search.evaluation.evaluator import Evaluator, StudyContext, load_for_scorin
 from search.evaluation.metrics import TrialMetrics, example_texts
 from search.evaluation.prepared import kept_alternates
 from search.evaluation.task import Report, task_of
+from search.execution.ray_compat import take_passed
 from search.problem.trial import TrialSpec
 from search.samplers.gram import Runs, StudyGram, extend_gram
 from search.spec.plugins import load_plugins
@@ -45,6 +46,12 @@ REPORT_SECONDS = 0.2
 """Least time between two notes on the progress of a task."""
 
 
+def _begin() -> None:
+    """Set what was passed to the study, and load its extensions."""
+    take_passed()
+    load_plugins()
+
+
 class ScoringTrial(tune.Trainable):
     """A warm worker: its model stays loaded while Tune gives it one job after another."""
 
@@ -53,7 +60,7 @@ class ScoringTrial(tune.Trainable):
         self._job: TrialSpec | None = TrialSpec.from_text(config["job"])
         self._context = context
         self._loaded: Evaluator | None = None
-        load_plugins()
+        _begin()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Take the next job."""
@@ -109,7 +116,7 @@ def build_model(
     title: str, make: Callable[[ContentStore, Progress | None], Path], root: Path, threads: int, board: Any
 ) -> Path:
     """Build a model unless the cache has it; return its folder."""
-    load_plugins()
+    _begin()
     set_threads(threads)
     return make(ContentStore(root), _reporter(board, f"training: {title} model"))
 
@@ -128,7 +135,7 @@ def train_and_publish(
 
     In a process group the first process publishes what all train together, and returns it; the others return None.
     """
-    load_plugins()
+    _begin()
     set_threads(threads)
     processes = current_processes()
     if processes.count > 1 and config.adapter is None:
@@ -142,7 +149,7 @@ def sample_and_keep(
     source: ModelSource, corpus: Corpus, inputs: Mapping[str, Any], root: Path, threads: int
 ) -> tuple[tuple[str, ...], ...]:
     """Sample alternate answers of the forget items unless the cache has them; return them."""
-    load_plugins()
+    _begin()
     set_threads(threads)
     return kept_alternates(source, corpus, inputs, ContentStore(root))
 
@@ -157,7 +164,7 @@ def import_and_publish(
     label: str,
 ) -> BaseRun:
     """Make a base run of given checkpoints, importing those that the store lacks."""
-    load_plugins()
+    _begin()
     set_threads(threads)
     note = _reporter(board, f"importing: {label}")
     return import_checkpoints(open_initial(initial, trust_remote_code), checkpoints, DeltaStore(root), note)
@@ -165,14 +172,14 @@ def import_and_publish(
 
 def grow_gram(known: StudyGram, runs: Runs, root: Path | RemoteLocation) -> StudyGram:
     """Add the inner products of base runs that were published to those that are known."""
-    load_plugins()
+    _begin()
     set_threads(1)
     return extend_gram(known, runs, DeltaStore(root))
 
 
 def score_model(source: ModelSource, corpus: Corpus, scoring: ScoringConfig, threads: int, board: Any, title: str) -> Report:
     """Score a model as it is."""
-    load_plugins()
+    _begin()
     set_threads(threads)
     loaded, _ = load_for_scoring(source)
     return task_of(corpus).scorer(corpus, loaded.prompts, scoring).score(loaded, progress=_reporter(board, title))

@@ -156,8 +156,8 @@ def whole_storage(url: str) -> str:
     whole = os.environ.get("UIPE_STORAGE", "")
     if not whole:
         raise UserError(
-            f"storage: the password of {url} is not in the study file; start Ray on the head node with the whole URL in the "
-            "environment variable UIPE_STORAGE (docs/clusters.md)"
+            f"storage: the password of {url} is not in the study file; submit it with --pass-env UIPE_STORAGE, or start Ray "
+            "on the head node with the whole URL in that variable (docs/clusters.md)"
         )
     if without_password(whole) != url:
         raise UserError(

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[3]
-SHIPPED = [ROOT / "ray_cluster.yaml", *sorted((ROOT / "deploy").glob("*.y*ml"))]
+SKY = ROOT / "deploy" / "sky.yaml"
+SHIPPED = [ROOT / "ray_cluster.yaml", *(path for path in sorted((ROOT / "deploy").glob("*.y*ml")) if path != SKY)]
 RAY_UP = {path.stem: path for path in SHIPPED if path.stem != "kuberay"}
 
 
@@ -61,10 +62,6 @@ def test_the_shipped_files_name_the_pinned_versions():
         assert "deploy/set_up_node.sh" in path.read_text()
 
 
-def test_the_shipped_set_up_is_a_shell_script():
-    assert subprocess.run(["bash", "-n", ROOT / "deploy" / "set_up_node.sh"], capture_output=True).returncode == 0
-
-
 def test_a_shipped_kuberay_job_runs_a_shipped_study():
     job = next(document for document in documents(ROOT / "deploy" / "kuberay.yaml") if document["kind"] == "RayJob")
     named = next(word for word in job["spec"]["entrypoint"].split() if word.endswith(".yaml"))
@@ -86,17 +83,27 @@ def start(content, key, old, new):
 
 
 def gpu_worker(content):
-    return content["available_node_types"]["gpu_worker"]
+    return content["available_node_types"]["gpu_spot"]
+
+
+def head_of(content):
+    return content["available_node_types"]["head"]["node_config"]
+
+
+def profile_that_is_not_handed_on(content):
+    head_of(content).pop("IamInstanceProfile")
+    for node in content["available_node_types"].values():
+        node["node_config"]["ImageId"] = "ami-0123456789abcdef0"
 
 
 RAY_UP_FAULTS = {
-    "misspelt key": ("ray_cluster", lambda c: rename(gpu_worker(c), "node_config", "node_confg"), "gpu_worker", "node_conf"),
+    "misspelt key": ("ray_cluster", lambda c: rename(gpu_worker(c), "node_config", "node_confg"), "gpu_spot", "node_conf"),
     "wrong type": ("ray_cluster", lambda c: c.update(max_workers="eight"), "max_workers", "integer"),
     "no such head type": ("ray_cluster", lambda c: c.update(head_node_type="boss"), "", "head_node_type"),
     "no provider": ("gcp", lambda c: c.pop("provider"), "provider", "mapping"),
     "unknown provider": ("gcp", lambda c: c["provider"].update(type="gpc"), "provider.type", "Did you mean gcp?"),
     "fewest above most": ("gcp", lambda c: gpu_worker(c).update(min_workers=9), None, "max_workers"),
-    "no GPU told": ("gcp", lambda c: gpu_worker(c)["resources"].pop("GPU"), "gpu_worker.resources", "GPU: 1"),
+    "no GPU told": ("gcp", lambda c: gpu_worker(c)["resources"].pop("GPU"), "gpu_spot.resources", "GPU: 1"),
     "no head address": ("local", lambda c: c["provider"].pop("head_ip"), "provider.head_ip", "address of the head"),
     "workers no list": ("local", lambda c: c["provider"].update(worker_ips="192.0.2.11"), "provider.worker_ips", "list"),
     "types of own machines": ("local", lambda c: c.update(available_node_types={"a": {}}), "available_node_types", "Remove it"),
@@ -125,6 +132,48 @@ RAY_UP_FAULTS = {
         "~/.ray/auth_token",
     ),
     "token not sent": ("ray_cluster", lambda c: c["file_mounts"].pop("~/.ray/auth_token"), "file_mounts", "auth_token"),
+    "image that the head may not look up": (
+        "ray_cluster",
+        lambda c: head_of(c).pop("IamInstanceProfile"),
+        "gpu_spot.node_config.ImageId",
+        "head_policy.json",
+    ),
+    "role that the head may not hand on": (
+        "ray_cluster",
+        profile_that_is_not_handed_on,
+        "gpu_spot.node_config.IamInstanceProfile",
+        "iam:PassRole",
+    ),
+    "apt meets a lock": (
+        "gcp",
+        lambda c: c.update(initialization_commands=["sudo apt-get update -qq && sudo apt-get install -y nfs-common"]),
+        "initialization_commands",
+        "DPkg::Lock::Timeout=600",
+    ),
+    "apt meets a lock later": (
+        "ray_cluster",
+        lambda c: c["head_setup_commands"].append("sudo apt install -y nfs-kernel-server"),
+        "head_setup_commands",
+        "apt_install.sh",
+    ),
+    "apt meets a lock on one type": (
+        "ray_cluster",
+        lambda c: gpu_worker(c).update(worker_setup_commands=["apt-get -qq install nfs-common"]),
+        "gpu_spot.worker_setup_commands",
+        "apt_install.sh",
+    ),
+    "hub's token in the file": (
+        "local",
+        lambda c: start(c, "worker_start_ray_commands", "RAY_AUTH_MODE", "HF_TOKEN=hf_abc RAY_AUTH_MODE"),
+        "worker_start_ray_commands",
+        "--pass-env HF_TOKEN",
+    ),
+    "key of a cloud in the file": (
+        "ray_cluster",
+        lambda c: c["setup_commands"].append("export AWS_SECRET_ACCESS_KEY='abc'"),
+        "setup_commands",
+        "AWS_SECRET_ACCESS_KEY",
+    ),
     "commands left to Ray": ("local", lambda c: c.pop("head_start_ray_commands"), "head_start_ray_commands", "explicit"),
     "nothing starts Ray": (
         "local",
@@ -140,6 +189,124 @@ def test_broken_files_of_ray_up_are_refused(name, edit, key, word, tmp_path):
     found = refused(tmp_path, edited(RAY_UP[name], edit))
     assert any(key is None or (at.endswith(key) if key else at == "") for at in found), found
     assert any(word in message for message in found.values()), found
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "said"),
+    [
+        ("ray_cluster", lambda c: gpu_worker(c)["node_config"].pop("IamInstanceProfile"), "gpu_spot: no instance profile"),
+        ("gcp", lambda c: gpu_worker(c)["node_config"].pop("serviceAccounts"), "gpu_spot: no service account"),
+        ("ray_cluster", lambda c: c["available_node_types"].pop("gpu_on_demand"), "gpu_spot: spot machines only"),
+        ("gcp", lambda c: c["available_node_types"].pop("gpu_on_demand"), "gpu_spot: spot machines only"),
+    ],
+)
+def test_what_may_be_meant_so_is_a_note(name, edit, said, tmp_path, call):
+    file = tmp_path / "cluster.yaml"
+    file.write_text(yaml.safe_dump(edited(RAY_UP[name], edit), sort_keys=False))
+    code, output, error = call("cluster", "validate", file)
+    assert (code, error) == (0, "") and f"note: {said}" in output
+    assert output.count("note: ") == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "secrets"),
+    [
+        ("HF_TOKEN=hf_abc ray start", ["HF_TOKEN"]),
+        ("export WANDB_API_KEY='abc'; AWS_ACCESS_KEY_ID=AKIA", ["WANDB_API_KEY", "AWS_ACCESS_KEY_ID"]),
+        ("HF_TOKEN=$(cat ~/.token) HF_TOKEN=$HF_TOKEN PGPASSWORD=`pass` HF_TOKEN= ray start", []),
+        ("RAY_AUTH_TOKEN_PATH=/x HF_HOME=/srv KEY=1 --key=2 --port=6379", []),
+    ],
+)
+def test_secrets_with_their_values_are_found_in_commands(command, secrets):
+    from search.cluster.secrets import literal_secrets
+
+    assert list(literal_secrets(command)) == secrets
+
+
+def test_spot_nodes_come_first_and_nodes_on_demand_when_there_are_none():
+    """By Ray's own scheduler: which type it launches for a GPU, and which after spot nodes could not be had."""
+    from ray.autoscaler.v2.instance_manager.config import NodeTypeConfig
+    from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, ResourceRequestSource, SchedulingNode, SchedulingNodeStatus
+    from ray.autoscaler.v2.utils import ResourceRequestUtil
+    from ray.core.generated.instance_manager_pb2 import NodeKind
+
+    for path in (RAY_UP["ray_cluster"], RAY_UP["gcp"]):
+        types = documents(path)[0]["available_node_types"]
+        nodes = {
+            name: NodeTypeConfig(name, 0, 8, priority=node["priority"], resources=node["resources"])
+            for name, node in types.items()
+            if name != "head"
+        }
+        for missing, expected in (({}, "gpu_spot"), ({"gpu_spot": 0.0}, "gpu_on_demand"), ({"gpu_spot": 1.0}, "gpu_spot")):
+            candidates = [
+                SchedulingNode.from_node_config(node, SchedulingNodeStatus.TO_LAUNCH, NodeKind.WORKER)
+                for node in nodes.values()
+            ]
+            best, _, _ = ResourceDemandScheduler._sched_best_node(
+                [ResourceRequestUtil.make({"GPU": 1, "CPU": 1})],
+                candidates,
+                ResourceRequestSource.PENDING_DEMAND,
+                cloud_resource_availabilities={},
+                recoverable_resource_availabilities=missing,
+            )
+            assert best.node_type == expected
+
+
+def test_the_policies_are_json_that_names_what_the_cluster_file_asks_for():
+    policies = {path.stem: json.loads(path.read_text()) for path in (ROOT / "deploy" / "aws").glob("*.json")}
+    assert policies.keys() == {"head_policy", "user_policy", "bucket_policy"}
+    content = documents(RAY_UP["ray_cluster"])[0]
+    profiles = {node["node_config"]["IamInstanceProfile"]["Name"] for node in content["available_node_types"].values()}
+    script = (ROOT / "deploy" / "aws" / "create_roles.sh").read_text()
+    assert profiles == {"uipe-head", "uipe-worker"} and all(name in script for name in profiles)
+    for name in ("head_policy", "user_policy"):
+        statements = {each["Sid"]: each for each in policies[name]["Statement"]}
+        handed = next(each for each in statements.values() if each["Action"] == "iam:PassRole")["Resource"]
+        assert "arn:aws:iam::*:role/uipe-worker" in ([handed] if isinstance(handed, str) else handed)
+        looked_up = statements["ResolveTheImage"]["Resource"].partition(":parameter")[2]
+        image = head_of(content)["ImageId"].removeprefix("resolve:ssm:")
+        assert image.startswith(looked_up.removesuffix("*"))
+        allowed = [each for each in statements.values() if "Condition" in each and "ec2:TerminateInstances" in each["Action"]]
+        assert allowed[0]["Condition"]["StringEquals"]["ec2:ResourceTag/ray-cluster-name"] == content["cluster_name"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "deploy").rglob("*.sh")), ids=lambda path: path.name)
+def test_the_shipped_scripts_are_shell(path):
+    assert subprocess.run(["bash", "-n", path], capture_output=True).returncode == 0
+
+
+def test_the_task_of_skypilot_runs_a_shipped_study_from_a_bucket(call):
+    content = yaml.safe_load(SKY.read_text())
+    assert (ROOT / content["envs"]["STUDY"]).is_file()
+    # What it asks the user for has no value here.
+    assert content["envs"]["BUCKET"] is None and content["secrets"] == {"HF_TOKEN": ""}
+    assert {each["use_spot"] for each in content["resources"]["any_of"]} == {True, False}
+    for part in ("setup", "run"):
+        assert subprocess.run(["bash", "-n"], input=content[part].encode(), capture_output=True).returncode == 0
+    assert '--out "$BUCKET/' in content["run"] and "cache.deltas=$BUCKET" in content["run"]
+    for word in content["setup"].split():
+        assert not word.startswith("deploy/") or (ROOT / word).is_file()
+    code, _, error = call("cluster", "validate", SKY)
+    assert code == 2 and "a task of SkyPilot" in error and "--dryrun" in error
+
+
+def named_by_the_dockerfile():
+    lines = (ROOT / "deploy" / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    return [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+
+
+def test_what_the_image_copies_is_there_and_let_into_the_build(tmp_path):
+    sys.path.insert(0, str(ROOT / "deploy"))
+    try:
+        import check_image
+    finally:
+        sys.path.pop(0)
+    assert {"pyproject.toml", "LICENSE", "search", "uipe_core", "studies"} <= set(named_by_the_dockerfile())
+    for name in named_by_the_dockerfile():
+        assert (ROOT / name).exists() and not check_image.ignored(name)
+    assert not check_image.ignored("search/cli/main.py")
+    for name in (".git", ".venv", "runs", "data", "tests", "docs", "exported", "search/cli/__pycache__"):
+        assert check_image.ignored(name), name
 
 
 def kuberay_job():
@@ -237,6 +404,11 @@ KUBERAY_FAULTS = {
         f"{AT}.headGroupSpec.template.spec.containers[0].env",
         "Secret",
     ),
+    "hub's token in the file": (
+        lambda j: container_of(j)["env"].append({"name": "HF_TOKEN", "value": "hf_abc"}),
+        f"{AT}.workerGroupSpecs[0].template.spec.containers[0].env",
+        "Secret",
+    ),
     "service in the open": (
         lambda j: cluster_of(j)["headGroupSpec"].update(serviceType="LoadBalancer"),
         f"{AT}.headGroupSpec.serviceType",
@@ -252,6 +424,43 @@ def test_broken_kuberay_jobs_are_refused(edit, key, word, tmp_path):
     found = refused(tmp_path, job)
     assert key in found, found
     assert word in found[key], found
+
+
+def claim(edit):
+    content = copy.deepcopy(next(d for d in documents(ROOT / "deploy" / "kuberay.yaml") if d["kind"] != "RayJob"))
+    edit(content["spec"])
+    return content
+
+
+@pytest.mark.parametrize(
+    ("edit", "key", "word"),
+    [
+        (lambda spec: spec.pop("storageClassName"), "storageClassName", "kubectl get storageclass"),
+        (lambda spec: spec.update(accessModes=["ReadWriteOnce"]), "accessModes", "Write [ReadWriteMany]"),
+        (lambda spec: spec.pop("accessModes"), "accessModes", "Write [ReadWriteMany]"),
+    ],
+)
+def test_a_volume_that_several_nodes_cannot_write_is_refused(edit, key, word, tmp_path):
+    found = refused(tmp_path, claim(edit), kuberay_job())
+    assert (
+        found.keys() == {f"PersistentVolumeClaim uipe: spec.{key}"} and word in found[f"PersistentVolumeClaim uipe: spec.{key}"]
+    )
+
+
+def test_a_claim_of_another_or_of_a_given_volume_is_let_through(tmp_path):
+    other = claim(lambda spec: spec.update(accessModes=["ReadWriteOnce"]))
+    other["metadata"]["name"] = "other"
+    given = claim(lambda spec: spec.update(volumeName="nfs") or spec.pop("storageClassName"))
+    assert "RayJob" in checked(tmp_path, other, given, kuberay_job())
+
+
+def test_pods_without_the_hubs_token_are_a_note(call, tmp_path):
+    job = kuberay_job()
+    container_of(job)["env"] = [each for each in container_of(job)["env"] if each["name"] != "HF_TOKEN"]
+    code, output, _ = validated(call, tmp_path, job)
+    assert code == 0 and "note: not every pod has HF_TOKEN" in output
+    container_of(job)["envFrom"] = [{"secretRef": {"name": "uipe-secrets"}}]
+    assert "HF_TOKEN" not in validated(call, tmp_path, job)[1]
 
 
 def test_a_token_from_a_secret_will_do(tmp_path):

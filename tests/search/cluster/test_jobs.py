@@ -5,6 +5,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -100,6 +102,57 @@ def test_no_secret_reaches_the_job_server(client, write_study, call, tmp_path):
     answer = requests.get(f"{client.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
     assert "secretive" in answer.text
     assert secret not in answer.text
+
+
+@pytest.mark.slow
+def test_a_variable_that_is_passed_reaches_driver_and_workers_and_no_list_of_jobs(
+    client, write_study, call, tmp_path, monkeypatch
+):
+    import requests
+
+    from search.execution.ray_compat import PASSED, seal
+
+    secret = "s3cr3t-passw0rd"
+    url = f"postgresql://me:{secret}@127.0.0.1:1/uipe"
+    monkeypatch.setenv("UIPE_STORAGE", url)
+    study = write_study(tmp_path / "study.yaml", name="passing", storage=url)
+    code, output, error = call("submit", study, "--out", tmp_path / "out", "--pass-env", "UIPE_STORAGE", "--follow")
+    assert code == 1
+    # The driver had the whole URL: it asked the server, which is not there.
+    assert "storage postgresql://me:***@127.0.0.1:1/uipe: cannot be opened" in output and secret not in output + error
+    answer = requests.get(f"{client.address}/api/jobs/", headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60)
+    assert PASSED in answer.text and secret not in answer.text
+
+    task = (
+        "import os, ray\n"
+        "@ray.remote(num_cpus=1)\n"
+        "def ask():\n"
+        "    from search.execution.workers import _begin\n"
+        "    _begin()\n"
+        "    return os.environ['UIPE_STORAGE']\n"
+        f"ray.init(address={client.gcs!r}, runtime_env={{'env_vars': {{{PASSED!r}: {seal(['UIPE_STORAGE'])!r}}}}})\n"
+        "print(ray.get(ask.remote()))\n"
+    )
+    environment = {key: value for key, value in client.environment.items() if key != "UIPE_STORAGE"}
+    done = subprocess.run([sys.executable, "-c", task], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.strip().endswith(url), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("HF_TOKEN", "HF_TOKEN is not set here"),
+        ("HF_TOKEN=secret", "without its value"),
+        ("LD_PRELOAD", "cannot be passed"),
+        ("RAY_AUTH_TOKEN", "cannot be passed"),
+        ("", "cannot be passed"),
+    ],
+)
+def test_a_variable_that_cannot_be_passed_is_refused_before_anything_is_sent(client, finished, call, monkeypatch, name, said):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    code, output, error = call("submit", finished.file, "--out", "/srv/none", "--pass-env", name)
+    assert (code, output) == (2, "") and said in error
+    assert "/srv/none" not in call("studies", "--json")[1]
 
 
 @pytest.mark.parametrize("command", ["status", "logs", "stop"])

@@ -1,8 +1,10 @@
 """Which token a cluster is shown, and that none is made up."""
 
+import os
+
 import pytest
 
-from search.execution.ray_compat import cluster_token, require_token
+from search.execution.ray_compat import PASSED, cluster_token, require_token, seal, take_passed
 from uipe_core.errors import UserError
 
 
@@ -58,3 +60,27 @@ def test_ray_is_told_the_mode(monkeypatch):
     monkeypatch.setenv("RAY_AUTH_MODE", "Token")
     require_token()
     assert os.environ["RAY_AUTH_MODE"] == "token"
+
+
+def test_what_is_passed_is_sealed_with_the_clusters_token(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "of the cluster")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    sealed = seal(["HF_TOKEN"])
+    assert "hf_secret" not in sealed and seal(["HF_TOKEN"]) != sealed and seal([]) is None
+    monkeypatch.delenv("HF_TOKEN")
+    take_passed()  # nothing was passed
+    monkeypatch.setenv(PASSED, sealed)
+    take_passed()
+    assert os.environ["HF_TOKEN"] == "hf_secret"
+    for token, text in (("of another cluster", sealed), ("of the cluster", sealed[:-9]), ("of the cluster", "no such thing")):
+        monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+        monkeypatch.setenv(PASSED, text)
+        with pytest.raises(UserError, match="another token than this node has"):
+            take_passed()
+
+
+def test_nothing_is_passed_to_a_cluster_without_a_token(monkeypatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with pytest.raises(UserError, match="all could read it"):
+        seal(["HF_TOKEN"])

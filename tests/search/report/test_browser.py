@@ -8,8 +8,8 @@ import time
 import pytest
 from synthetic_study import page_of, synthetic
 
+from search.dashboard.live_report import LivePage, PageServer
 from search.report.data import Answers
-from search.report.serve import LivePage, PageServer
 
 pytestmark = pytest.mark.slow
 
@@ -235,8 +235,8 @@ def test_it_prints_on_light_ground_with_its_charts(chromium, page):
 
 
 def test_a_live_page_takes_over_what_is_new_and_keeps_the_selection(chromium, new_store, made_up_evidence, monkeypatch):
+    from search.dashboard import live_report as serve
     from search.problem.trial import TrialSpec
-    from search.report import serve
 
     monkeypatch.setattr(serve, "SHARE", 1e9)
     monkeypatch.setattr(serve, "POLL_SECONDS", 0.5)

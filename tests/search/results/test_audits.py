@@ -302,10 +302,10 @@ def test_a_front_point_that_was_not_audited_says_so_and_narrow_terminals_leave_a
 def test_the_dashboards_note_has_them_too(audited):
     from optuna_dashboard import get_note
 
-    from search.report.dashboard import write_notes
+    from search.dashboard.annotate import annotate
 
     result, best = audited
-    write_notes(result)
+    annotate(result)
     row = next(line for line in get_note(result.study).splitlines() if line.startswith(f"| {best} |"))
     texts = [each["texts"][str(best)] for each in result.audits["front"]]
     assert row.endswith(f"| {' | '.join(texts)} |")

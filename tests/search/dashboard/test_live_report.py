@@ -8,8 +8,8 @@ import threading
 
 import pytest
 
-from search.report import serve
-from search.report.serve import LivePage, PageServer, is_loopback
+from search.dashboard import live_report as serve
+from search.dashboard.live_report import LivePage, PageServer, is_loopback
 from uipe_core.errors import UserError
 
 TOKEN = "a-token-of-enough-characters"

@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from socketserver import ThreadingMixIn
-from typing import Any
+from typing import Any, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-import optuna
+from optuna.storages import BaseStorage
 
-from search.report.conclusions import conclusions
+from search.dashboard.artifacts import FOLDER
+from search.dashboard.view import StudyView
 from search.results.study_result import StudyResult
 from search.store.mirror import readable_folder
 from search.store.record import RECORD
@@ -35,45 +36,10 @@ def servable_folder(out: Path | str) -> Iterator[Path]:
                 shutil.copyfile(path, copy / path.name)
             elif path.name in ("items", "logs"):
                 (copy / path.name).symlink_to(path.resolve(), target_is_directory=True)
+        if (folder / FOLDER).is_dir():
+            shutil.copytree(folder / FOLDER, copy / FOLDER)
         copy_database(folder / "study.db", copy)
         yield copy
-
-
-def write_notes(result: StudyResult) -> None:
-    """Put the summary into the study's note, and says in the controls' note what they are."""
-    from optuna_dashboard import save_note
-
-    record = result.store.record
-    names = {objective.name: objective for objective in result.objectives}
-    audits = (result.audits or {"front": []})["front"]
-    heads = ["trial", "base run", "epoch", "alpha", *(objective.title for objective in names.values())]
-    heads += [each["about"] for each in audits]
-    cells = [
-        [
-            *(str(row[name]) for name in ("trial", "base", "epoch")),
-            f"{row['alpha']:.3f}",
-            *(f"{row[name]:.{objective.places}f}" for name, objective in names.items()),
-            *(each["texts"][str(row["trial"])] for each in audits),
-        ]
-        for row in result.front.to_dict("records")
-    ]
-    rows = [f"| {' | '.join(row)} |" for row in cells]
-    table = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *rows]
-    lines = [
-        f"# {record.name}",
-        *conclusions(result),
-        f"Corpus: {record.corpus.name}. Metric definition: {result.spec.definition}.",
-        f"Report: {result.report_path}",
-        "\n".join(table),
-        f"Controls are in the study **{record.name}.controls**.",
-    ]
-    save_note(result.study, "\n\n".join(lines))
-    save_note(
-        result.store.controls,
-        f"# Controls of {record.name}\n\nWhat its trials are compared with: the initial and the retain model, the next "
-        "epoch of plain training, random directions of the same size, the initial model at other logit temperatures, and "
-        "audits of finalists. None of them can be chosen, so they are kept out of the study and its Pareto front.",
-    )
 
 
 HOST = "127.0.0.1"
@@ -104,6 +70,8 @@ def guarded(application: Application, port: int, writable: bool) -> Application:
             refusal = f"this dashboard is at http://{HOST}:{port}/ only; open that address"
         elif writes and not writable:
             refusal = "this dashboard only shows the study; start it with `uipe dashboard OUT --writable` to change it"
+        elif writes and environment["PATH_INFO"].rstrip("/").endswith("/rename"):
+            refusal = "a study's folder finds its trials by the study's name, so it cannot be renamed"
         elif writes and origin is not None and origin.lower().removeprefix("http://") not in hosts:
             refusal = "this request comes from another site; open the dashboard itself"
         if not refusal:
@@ -129,19 +97,20 @@ class _Quiet(WSGIRequestHandler):
         """Print nothing."""
 
 
-def serve(storage: optuna.storages.BaseStorage, port: int, writable: bool = False) -> None:
+def serve(result: StudyResult, port: int, writable: bool = False) -> None:
     """Serve the dashboard on 127.0.0.1 until interrupted.
 
     Args:
-        storage: Storage of the study.
+        result: The study.
         port: Port to listen on.
         writable: Whether its users may change or delete the study.
 
     Raises:
         OSError: If the port cannot be had.
     """
+    from optuna.artifacts import FileSystemArtifactStore
     from optuna_dashboard import wsgi
 
-    application = guarded(wsgi(storage), port, writable)
-    with make_server(HOST, port, application, _Server, _Quiet) as server:
+    shown = wsgi(cast(BaseStorage, StudyView(result.store.storage)), FileSystemArtifactStore(result.out / FOLDER))
+    with make_server(HOST, port, guarded(shown, port, writable), _Server, _Quiet) as server:
         server.serve_forever()

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from optuna_dashboard import get_note
 
-from search.report.dashboard import servable_folder, write_notes
+from search.dashboard.annotate import annotate
+from search.dashboard.serving import servable_folder
 from search.results.study_result import StudyResult
 
 
@@ -77,11 +78,28 @@ def test_shows_both_studies_with_names_notes_and_evidence(dashboard, result):
     assert note.startswith("# tiny")
     assert all(f"| {trial} |" in note for trial in result.front["trial"])
     assert len(detail["trials"]) == len(result.trials)
-    attributes = {pair["key"]: pair["value"] for pair in detail["trials"][-1]["user_attrs"]}
-    assert {"kind", "base", "method", "epoch", "alpha", "walk"} <= attributes.keys()
-    assert all(f'"{name}"' in attributes["evidence"] for name in ("definition", "ks_statistic", "components", "logit_scale"))
+    for trial in detail["trials"]:
+        attributes = {pair["key"]: pair["value"] for pair in trial["user_attrs"]}
+        assert {"kind", "base", "epoch", "alpha", "walk", "forget_rouge", "logit_scale"} <= attributes.keys()
+        assert len(attributes) <= 16 and max(map(len, attributes.values())) < 130
+        assert json.loads(attributes["retain"]).keys() == {"exact", "extraction", "probability", "ROUGE", "truth"}
+        assert trial["note"]["body"].startswith(f"# Trial {trial['number']}: ")
+        assert {each["filename"] for each in trial["artifacts"]} >= {"items.csv", "recipe.yaml"}
+    assert {each["id"] for each in detail["plotly_graph_objects"]} == {"front", "alpha-curves"}
+    assert json.loads(fetch(port, f"/api/studies/{studies['tiny']['study_id']}/param_importances"))["param_importances"]
+    own, held = studies["tiny"]["study_id"], detail["trials"][0]
+    names = {each["filename"]: each["artifact_id"] for each in held["artifacts"]}
+    table = fetch(port, f"/artifacts/{own}/{held['trial_id']}/{names['items.csv']}")
+    assert table.startswith("set,item,") and table.count("\nforget,") == result.store.item_counts["forget"]
+    assert "uipe_recipe: 1" in fetch(port, f"/artifacts/{own}/{held['trial_id']}/{names['recipe.yaml']}")
     controls = json.loads(fetch(port, f"/api/studies/{studies['tiny.controls']['study_id']}?after=0"))
     assert "Controls of tiny" in controls["note"]["body"]
+    assert controls["best_trials"] == [] and len(controls["trials"]) == len(result.controls)
+    assert all(trial["state"] == "Pruned" and not trial.get("values") for trial in controls["trials"])
+    initial = {pair["key"]: pair["value"] for pair in controls["trials"][0]["user_attrs"]}
+    assert float(initial["model_utility"]) == pytest.approx(result.control(initial["kind"])["model_utility"], rel=1e-4)
+    asked = fetch(port, f"/api/studies/{studies['tiny.controls']['study_id']}/param_importances")
+    assert json.loads(asked) == {"param_importances": [[], []]}
     assert f"http://127.0.0.1:{port}/" in driver.stderr
 
     assert listening_addresses(port) == {"0100007F"}
@@ -133,6 +151,8 @@ def test_a_writable_dashboard_writes_for_its_own_pages_only(copied, launch):
     assert ask(port, "DELETE", controls, Host="evil.example")[0] == 403
     assert ask(port, "DELETE", controls, Origin="https://evil.example")[0] == 403
     assert ask(port, "DELETE", controls, Origin="null")[0] == 403
+    status, text = ask(port, "POST", f"/api/studies/{studies['tiny']}/rename", Origin=f"http://127.0.0.1:{port}")
+    assert status == 403 and "cannot be renamed" in text
     assert studies_of(port) == studies
     assert ask(port, "DELETE", controls, Origin=f"http://127.0.0.1:{port}")[0] == 204
     assert studies_of(port).keys() == {"tiny"}
@@ -145,8 +165,9 @@ def test_a_study_that_may_only_be_read_is_served_from_a_copy_and_reported_elsewh
     with servable_folder(copied) as folder:
         assert folder != copied
         result = StudyResult.open(folder)
-        write_notes(result)
+        annotate(result)
         assert get_note(result.study).startswith("# tiny")
+        assert any((folder / "artifacts").iterdir())
     assert not folder.exists()
     code, output, _ = call("report", copied, "--to", tmp_path / "elsewhere")
     assert code == 0 and output.strip() == str(tmp_path / "elsewhere" / "report.html")
