@@ -30,7 +30,7 @@ _LONGEST = 500
 
 @dataclass(frozen=True)
 class Study:
-    """What trackers show of a study.
+    """Describe a study to trackers.
 
     Attributes:
         name, fingerprint, out: Its name, its fingerprint, its folder.

@@ -191,7 +191,7 @@ class Project(Section):
 
 
 class Tracking(Section):
-    """Section ``tracking``: experiment trackers that are told of the study while it runs."""
+    """Section ``tracking``: experiment trackers that hear of the study while it runs."""
 
     mlflow: Mlflow | None = None
     wandb: Project | None = None
