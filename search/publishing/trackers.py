@@ -1,10 +1,13 @@
 """Experiment trackers, one entry each: how a run, its trials, its front and its report are written there."""
 
+import logging
 import math
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,6 +110,7 @@ class Mlflow:
     def __init__(self, section: Any, study: Study, run: str | None) -> None:
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         self._client = MlflowClient(tracking_uri=section.uri)
         name = section.experiment or study.name
         found = self._client.get_experiment_by_name(name)
@@ -182,7 +186,8 @@ class _Logged:
         self._begun.log_artifact(artifact)
 
     def close(self, ended: str) -> None:
-        self._begun.finish(**({"exit_code": int(ended != "finished")} if self._library.__name__ == "wandb" else {}))
+        with redirect_stdout(sys.stderr):  # trackio talks, and standard output may be read as JSON
+            self._begun.finish(**({"exit_code": int(ended != "finished")} if self._library.__name__ == "wandb" else {}))
 
 
 def _wandb(section: Any, study: Study, run: str | None) -> _Logged:
@@ -193,7 +198,7 @@ def _wandb(section: Any, study: Study, run: str | None) -> _Logged:
         raise UserError("no login of wandb; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=offline")
     identity = run or uuid.uuid4().hex[:8]
     given = {"project": section.project, "name": study.name, "id": identity, "config": dict(study.spec)}
-    begun = wandb.init(**given, dir=str(study.out), resume="allow", settings=wandb.Settings(silent=True))
+    begun = wandb.init(**given, dir=str(study.out), resume="allow", settings=wandb.Settings(silent=True, console="off"))
     return _Logged(wandb, begun, identity, study)
 
 
@@ -211,7 +216,9 @@ def _trackio(section: Any, study: Study, run: str | None) -> _Logged:
     import trackio
 
     name = run or f"{study.name}-{uuid.uuid4().hex[:8]}"
-    begun = trackio.init(section.project or study.name, name=name, config=dict(study.spec), resume="allow", embed=False)
+    quiet = {"embed": False, "auto_log_cpu": False, "auto_log_gpu": False}
+    with redirect_stdout(sys.stderr):
+        begun = trackio.init(section.project or study.name, name=name, config=dict(study.spec), resume="allow", **quiet)
     return _Logged(trackio, begun, name, study)
 
 

@@ -260,15 +260,20 @@ class TestReal:
             "tracking.wandb: no login of wandb; run `wandb login`, set WANDB_API_KEY, or set WANDB_MODE=off"
         )
 
-    def test_trackio_has_a_step_per_trial(self, with_tracking, monkeypatch, tmp_path):
+    def test_trackio_has_a_step_per_trial(self, with_tracking, monkeypatch, tmp_path, capsys):
         monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
         trackio = pytest.importorskip("trackio", reason="pip install 'uipe-search[trackio]'")
         said, result = [], with_tracking(trackio={"project": "forgetting"})
         track(result, said)
         assert said == []
+        assert capsys.readouterr().out == ""
         (run,) = trackio.Api().runs("forgetting")
         assert run.name.startswith("tiny-")
-        assert any((tmp_path / "trackio").rglob("*report*")) or any((tmp_path / "trackio").rglob("artifacts"))
+        assert any(
+            path.read_bytes() == result.report_path.read_bytes()
+            for path in (tmp_path / "trackio").rglob("blobs/**/*")
+            if path.is_file()
+        )
 
     def test_a_run_of_the_command_is_tracked_while_it_runs(self, finished, launch, tmp_path):
         mlflow = pytest.importorskip("mlflow", reason="pip install 'uipe-search[mlflow]'")
