@@ -56,6 +56,8 @@ def check_inputs(spec: StudySpec) -> list[str]:
         UserError: If an input is missing or broken.
     """
     check_objectives(spec)
+    if spec.tracking is not None:
+        spec.tracking.require_installed()
     notes = [f"corpus.{key}: {source} {LATER}" for key, source in fetched_sources(spec.corpus)]
     corpus = None
     if not notes:

@@ -12,6 +12,7 @@ from search.execution.budget import Stop
 from search.execution.ray_compat import IN_A_JOB
 from search.execution.study_run import StudyRun
 from search.problem.trial import TrialSpec
+from search.publishing.tracking import StudyTracking
 from search.report.html import write_report
 from search.report.progress import Bars
 from search.results.constrained import Answer, Dial, answer_of
@@ -179,19 +180,21 @@ def _at_work(
             orphans = store.fail_orphaned_trials()
             if orphans:
                 bars.say(f"resuming: {orphans} trials of an interrupted run were closed")
-            run = StudyRun(preparation, store, bars, address)
-            with StatusLines(store, bars.under_way, IN_A_JOB in os.environ and bars.plain):
-                try:
-                    work(run)
-                except BaseException:
-                    with ignore_signals():
-                        store.end_running()  # before the last status line is written
-                    raise
-            if run.stopped is not None and (run.stopped.gave_up or not store.counts()["complete"]):
-                raise UserError(_without_result(folder, run.stopped, store))
-            bars.say("writing the report ...")
-            result = StudyResult.of(store)
-            write_report(result)
+            with StudyTracking(store, bars.say) as tracking:
+                run = StudyRun(preparation, store, bars, address, track=tracking.ended)
+                with StatusLines(store, bars.under_way, IN_A_JOB in os.environ and bars.plain):
+                    try:
+                        work(run)
+                    except BaseException:
+                        with ignore_signals():
+                            store.end_running()  # before the last status line is written
+                        raise
+                if run.stopped is not None and (run.stopped.gave_up or not store.counts()["complete"]):
+                    raise UserError(_without_result(folder, run.stopped, store))
+                bars.say("writing the report ...")
+                result = StudyResult.of(store)
+                write_report(result)
+                tracking.finish(result)
             store.flush()
         except KeyboardInterrupt:
             raise StudyInterrupted(f"what was done is in {folder}; the same command resumes it") from None

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
@@ -125,6 +125,8 @@ class StudyRun:
     address: str | None = None
     stopped: Stop | None = None
     """Why it ended before everything was done, if it did."""
+    track: Callable[[TrialSpec, int, str, Mapping[str, Any]], None] = lambda *_: None
+    """Called with each ended trial (`search.execution.tune.StudySearcher`)."""
 
     def finish_all(self) -> None:
         """Do what the study still lacks; starts Ray only if there is something."""
@@ -290,6 +292,7 @@ class StudyRun:
             lambda job, reason, again: progress.ended(job, reason, again, searcher.took),
             pool,
             prerequisites.guard,
+            self.track,
         )
         resources = tune.PlacementGroupFactory([dict(need_of(spec.resources.trial))])
         trainable = tune.with_resources(tune.with_parameters(ScoringTrial, context=context), resources)

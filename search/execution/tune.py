@@ -54,6 +54,7 @@ class StudySearcher(Searcher):
         finished: Called with each ended trial, the reason of its failure or None, and whether it is run again.
         pool: The workers: why one died, and for how long it ran.
         guard: The study's budget.
+        track: Called with each ended trial, its number, ``complete``, ``pruned`` or ``failed``, and its evidence.
 
     Attributes:
         done: Nothing is left to hand out. While base runs are missing, Tune may get FINISHED without that, so that idle
@@ -74,6 +75,7 @@ class StudySearcher(Searcher):
         finished: Callable[[TrialSpec, str | None, bool], None],
         pool: WorkerPoolMonitor,
         guard: BudgetMonitor,
+        track: Callable[[TrialSpec, int, str, Mapping[str, Any]], None] = lambda *_: None,
     ) -> None:
         super().__init__()
         self._store = store
@@ -83,7 +85,7 @@ class StudySearcher(Searcher):
         self._runs, self._poll = runs, poll
         self._rounds = rounds
         self._finished = finished
-        self._pool, self._guard = pool, guard
+        self._pool, self._guard, self._track = pool, guard, track
         self._running: dict[str, tuple[int, TrialSpec]] = {}
         self._held: set[str] = set()
         self._deaths: Counter[TrialSpec] = Counter()
@@ -262,11 +264,13 @@ class StudySearcher(Searcher):
         if metrics.pruned is not None:
             self._store.prune(job, number, evidence, items)
             self._guard.pruned()
+            self._track(job, number, "pruned", evidence)
             self._finished(job, None, False)
             return
         if is_audit(job) and any(objective.name not in evidence for objective in self._store.objectives):
             self._store.prune(job, number, evidence, items)
             self._guard.scored(job, evidence)
+            self._track(job, number, "complete", evidence)
             self._finished(job, None, False)
             return
         incomplete = self._store.complete(job, number, evidence, items)
@@ -276,6 +280,7 @@ class StudySearcher(Searcher):
                 self._rivals.add(number, evidence)
         else:
             self._guard.failed(incomplete)
+        self._track(job, number, "complete" if incomplete is None else "failed", evidence)
         self._finished(job, incomplete, False)
 
     def _again(self, job: TrialSpec) -> bool:
@@ -288,6 +293,7 @@ class StudySearcher(Searcher):
 
     def _fail(self, job: TrialSpec, number: int, reason: str, again: bool, details: str = "") -> None:
         self._store.fail(job, number, reason, details)
+        self._track(job, number, "failed", {**self._store.identity(job), "reason": reason})
         self._finished(job, reason, again)
 
     def save(self, checkpoint_path: str) -> None:

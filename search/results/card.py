@@ -10,7 +10,7 @@ from typing import Any
 from search.problem.objectives import ROLES
 from search.results.recipe import RECIPE_FILE, Recipe
 from search.results.verification import FULL, LOSS, NONE, Verified
-from search.spec.corpora import MULTIPLE_CHOICE, TofuCorpus, sources
+from search.spec.corpora import MULTIPLE_CHOICE, PeopleCorpus, TofuCorpus, sources
 from search.spec.models import TinyModel
 from search.spec.sections import is_local
 from search.spec.study import StudySpec
@@ -50,7 +50,7 @@ class Start:
     Attributes:
         name: Its name on the hub; None for a folder, a file, or a model that the study trained from nothing.
         text: How sentences call it.
-        stated: ``license``, ``license_name``, ``license_link`` and ``language`` of its own card, where that is on this machine.
+        stated: ``license``, ``license_name``, ``license_link`` and ``language`` of its own card, as far as this machine has it.
     """
 
     name: str | None
@@ -61,7 +61,8 @@ class Start:
     def of(cls, spec: StudySpec) -> "Start":
         """Find the start of a study, and read its card if it is on this machine."""
         if isinstance(spec.model, TinyModel):
-            return cls(None, "a small Llama that the study trained from nothing")
+            english = isinstance(spec.corpus, PeopleCorpus | TofuCorpus)
+            return cls(None, "a small Llama that the study trained from nothing", {"language": "en"} if english else {})
         from huggingface_hub import try_to_load_from_cache
         from huggingface_hub.utils import validate_repo_id
 
@@ -124,7 +125,7 @@ def card(
         base_model=start.name,
         datasets=_datasets(spec) or None,
         eval_results=results or None,
-        language=start.stated.get("language", "en" if isinstance(spec.model, TinyModel) else None),
+        language=start.stated.get("language"),
         library_name=library,
         license=start.stated.get("license"),
         license_name=start.stated.get("license_name"),

@@ -24,6 +24,7 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
     ``./``, ``../``, ``/`` or ``~``, ends as a data file does, cannot be a hub name, or names what is next to the study
     file. ``package:NAME/FILE`` is a file of an installed package. Everything else is a hub name, which is not looked up. A
     cache is always a path, and need not exist. The studies of ``warm_start`` are always folders.
+    An address of MLflow without a colon is a path.
     Checkpoints are always folders; one that holds ``checkpoint-*`` folders of a trainer stands for these, in the order of
     their steps.
 
@@ -60,6 +61,10 @@ def absolute_paths(data: Mapping[str, object], folder: Path) -> tuple[dict[str, 
         value = _text_at(result, "cache", key)
         if value is not None and "://" not in value:
             _replace(result, "cache", key, str(_join(folder, value)))
+    tracking = result.get("tracking")
+    if isinstance(tracking, dict) and (uri := _text_at(tracking, "mlflow", "uri")) is not None and ":" not in uri:
+        result["tracking"] = tracking = dict(tracking)
+        _replace(tracking, "mlflow", "uri", uri if uri == "databricks" else str(_join(folder, uri)))
     earlier = result.get("warm_start")
     if isinstance(earlier, str) and earlier:
         earlier = [earlier]

@@ -1,6 +1,7 @@
-"""Validate the sections on audits, resources, budget and caches, which may change from run to run."""
+"""Validate the sections on audits, resources, budget, caches and trackers, which may change from run to run."""
 
 import math
+from importlib.util import find_spec
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator
@@ -9,6 +10,7 @@ from search.problem.trial import AUDITS
 from search.spec.bounds import Count, Epochs, LearningRate, Positive
 from search.spec.errors import did_you_mean, rule, without_password
 from search.spec.sections import Adapter, Name, Section, as_tuple
+from uipe_core.errors import UserError
 from uipe_core.storage.remote_folder import SCHEMES
 
 
@@ -165,3 +167,43 @@ class Cache(Section):
             remedy = "Take it out; give it in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or the like."
             raise rule("a URL of a store holds no keys and no passwords", remedy)
         return value
+
+
+class Mlflow(Section):
+    """Key ``mlflow`` of section ``tracking``: None is MLFLOW_TRACKING_URI, and an experiment named as the study."""
+
+    uri: Name | None = None
+    experiment: Name | None = None
+
+    @field_validator("uri")
+    @classmethod
+    def _holds_no_password(cls, value: str | None) -> str | None:
+        if value is not None and without_password(value) != value:
+            remedy = "Take it out; give it in the environment, as MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD."
+            raise rule("the record of a study holds no keys and no passwords", remedy)
+        return value
+
+
+class Project(Section):
+    """Key ``wandb`` or ``trackio`` of section ``tracking``: None is the tracker's own default, or the study's name."""
+
+    project: Name | None = None
+
+
+class Tracking(Section):
+    """Section ``tracking``: experiment trackers that hear of the study while it runs."""
+
+    mlflow: Mlflow | None = None
+    wandb: Project | None = None
+    trackio: Project | None = None
+
+    def require_installed(self) -> None:
+        """Look for the packages of the trackers.
+
+        Raises:
+            UserError: One is missing.
+        """
+        for name in type(self).model_fields:
+            if getattr(self, name) is not None and find_spec(name) is None:
+                remedy = f"pip install 'uipe-search[{name}]', or remove the key"
+                raise UserError(f"tracking.{name}: the package {name} is not installed; {remedy}")

@@ -17,7 +17,7 @@ from search.spec.errors import KeyPath, Problem, StudyFileError, did_you_mean, e
 from search.spec.models import FinetunedModel, PretrainedModel, TinyModel
 from search.spec.paths import absolute_paths
 from search.spec.plugins import load_plugins
-from search.spec.runtime import Audit, Budget, Cache, Folders, FoldersOrNone, Resources
+from search.spec.runtime import Audit, Budget, Cache, Folders, FoldersOrNone, Resources, Tracking
 from search.spec.sections import (
     ByKind,
     Harness,
@@ -48,7 +48,7 @@ MOST_HINTS = 100
 DATABASES = ("sqlite", "postgresql", "mysql", "mariadb")
 """Databases that trials may be kept in, by SQLAlchemy's names: Optuna reads and writes JSON there."""
 
-RUNNING_KEYS = ("audit", "resources", "budget", "warm_start", "storage", "cache")
+RUNNING_KEYS = ("audit", "resources", "budget", "warm_start", "storage", "cache", "tracking")
 """How a study runs, which does not make it another study."""
 
 
@@ -74,6 +74,7 @@ class StudySpec(Section):
     warm_start: FoldersOrNone = ()
     storage: str | None = None
     cache: Cache = Field(default_factory=Cache)
+    tracking: Tracking | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -388,9 +389,7 @@ def _build(
 def _hidden_problem(study: Mapping[str, object], known: set[KeyPath]) -> list[tuple[KeyPath, str]]:
     """Run the checks that span sections, which pydantic leaves out as soon as anything else is wrong."""
     corpus, model = study.get("corpus"), study.get("model")
-    if not isinstance(corpus, Mapping) or not isinstance(model, Mapping):
-        return []
-    kind = CORPORA.get(str(corpus.get("kind")))
+    kind = CORPORA.get(str(corpus.get("kind"))) if isinstance(corpus, Mapping) and isinstance(model, Mapping) else None
     found = []
     for error in [] if kind is None else kind.model_errors(model):
         broken: Any = error["type"]

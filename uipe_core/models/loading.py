@@ -279,7 +279,8 @@ class ModelSource:
 def model_identity(location: str, revision: str | None = None) -> tuple[str, str | None]:
     """Return the identity of a model's weights, and the revision that pins them.
 
-    A folder is hashed (config, tokenizer and weights). A hub model is fetched and identified by its commit.
+    A folder is hashed (config, tokenizer and weights; of an adapter also the base model it carries). A hub model is fetched and
+    identified by its commit.
 
     Raises:
         UserError: If the folder is missing or holds no model, or the hub cannot be reached and its cache lacks the model.
@@ -287,9 +288,10 @@ def model_identity(location: str, revision: str | None = None) -> tuple[str, str
     folder = _local_folder(location)
     if folder is not None:
         digest = hashlib.sha256()
-        for path in sorted(folder.iterdir()):
+        carried = (folder / BASE_FOLDER).glob("*") if (folder / ADAPTER_FILE).is_file() else ()
+        for path in sorted([*folder.iterdir(), *carried]):
             if path.suffix in _SUFFIXES:
-                digest.update(f"{path.name}:{file_hash(path)};".encode())
+                digest.update(f"{path.relative_to(folder).as_posix()}:{file_hash(path)};".encode())
         return f"sha256:{digest.hexdigest()[:32]}", None
     commit = _from_hub(location, revision)[1]
     return f"{location}@{commit}", commit

@@ -34,7 +34,7 @@ class Harness:
 
     def __init__(self, store, jobs=(), proposals=0, mirrors=list, slots=99, there=THERE, coming=(), budget=None):
         self.store = store
-        self.ends, self.said = [], []
+        self.ends, self.said, self.tracked = [], [], []
         self.runs = BaseRuns(ClusterCapacity(slots, 1, slots), dict(there), training=set(coming))
         self.polls = 0
         store.use_sampler(SAMPLERS["random"].make(0))
@@ -43,12 +43,15 @@ class Harness:
         self.guard = guard = BudgetMonitor(store, budget or store.spec.budget, self.said.append)
         rounds = (mirrors() for _ in range(1))
         self.searcher = StudySearcher(
-            store, self.space, jobs, proposals, self.runs, self.poll, rounds, ended, WorkerPoolMonitor(None), guard
+            store, self.space, jobs, proposals, self.runs, self.poll, rounds, ended, WorkerPoolMonitor(None), guard, self.track
         )
         self.asked = 0
 
     def poll(self):
         self.polls += 1
+
+    def track(self, job, number, state, evidence):
+        self.tracked.append((job.kind, number, state, evidence.get("model_utility"), evidence.get("reason")))
 
     def next(self):
         self.asked += 1
@@ -103,6 +106,17 @@ def test_mirrors_wait_for_the_end_of_everything_else(harness, made_up_evidence):
     assert study.next() == WITH_TRIAL
     assert study.next() == StudySearcher.FINISHED or study.next() is None
     assert calls == [1]
+
+
+def test_every_end_is_told_to_trackers(harness, made_up_evidence):
+    study = harness(jobs=[*CONTROLS, *GIVEN])
+    jobs = [study.next() for _ in range(3)]
+    study.finish(1, made_up_evidence(jobs[0], model_utility=0.75))
+    study.finish(3, made_up_evidence(jobs[2], model_utility=float("nan")))
+    study.kill(2)
+    known = [(kind, number, state) for kind, number, state, _, _ in study.tracked]
+    assert known == [("initial", 0, "complete"), ("alpha_zero", 0, "failed"), ("next_epoch", 1, "failed")]
+    assert study.tracked[0][3] == 0.75 and study.tracked[2][4]
 
 
 def test_nothing_to_do_is_finished_at_once(harness):

@@ -17,7 +17,7 @@ from search.results.recipe import Recipe
 from search.spec.study import load_study
 from uipe_core.deltas.store import DeltaStore
 from uipe_core.logs.tofu import read_log
-from uipe_core.models.loading import BASE_FOLDER, load_model
+from uipe_core.models.loading import BASE_FOLDER, load_model, model_identity
 from uipe_core.models.tiny import tiny_model
 from uipe_core.unlearning.training import train_base_run
 
@@ -120,6 +120,9 @@ def test_the_base_model_of_a_study_that_built_it_travels_with_the_adapter(low_ra
     plain = load_model(str(moved / BASE_FOLDER))
     assert max(abs(a - b) for a, b in zip(own_logits(moved / BASE_FOLDER), expected, strict=True)) > 1e-3
     assert not (moved / BASE_FOLDER / "manifest.json").exists() and plain.model.config.model_type == "llama"
+    before = model_identity(str(moved))
+    (moved / BASE_FOLDER / "config.json").write_text((moved / BASE_FOLDER / "config.json").read_text() + "\n")
+    assert model_identity(str(moved)) != before
 
 
 def test_a_base_model_below_the_current_folder_is_named_from_there(low_rank, built, finished, tmp_path, monkeypatch):

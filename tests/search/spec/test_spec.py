@@ -457,6 +457,7 @@ class TestFingerprint:
             ("warm_start", ["."]),
             ("storage", "sqlite:////data/x.db"),
             ("cache", {"models": "elsewhere"}),
+            ("tracking", {"mlflow": {"uri": "http://host:5000"}}),
             ("unlearning.methods.kl_min", {"retain_weight": 1, "over": "answer"}),
             ("unlearning.learning_rate", [0.001]),
             ("unlearning.gradient_accumulation", 1),
