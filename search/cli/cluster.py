@@ -47,7 +47,7 @@ def submit(
     follow: Follow = False,
 ) -> None:
     """Submit a study to a Ray cluster. A study that runs there is not started twice; one that has ended is resumed."""
-    jobs = _jobs(address)
+    jobs = open_jobs(address)
     submission = jobs.submit(study, out, trust_remote_code, pass_env or ())
     for note in submission.notes:
         echo(f"note: {note}", err=True)
@@ -62,7 +62,9 @@ def submit(
         return
     echo(f"follow     uipe logs {name} --follow")
     echo(f"status     uipe status {name}")
+    echo(f"report     uipe report {name}")
     echo(f"stop       uipe stop {name}")
+    echo(f"browse     {jobs.address.rstrip('/')}/#/jobs/{name} (Ray's dashboard)")
 
 
 def status(
@@ -79,7 +81,7 @@ def status(
     if what is None:
         ls(as_json=as_json)
         return
-    known = read_status(what) if is_url(what) or Path(what).is_dir() else _jobs(address, what).status(what)
+    known = read_status(what) if is_url(what) or Path(what).is_dir() else open_jobs(address, what).status(what)
     print_json(known) if as_json else print_status(known)
 
 
@@ -113,7 +115,7 @@ def logs(
         return
     from search.results.status import without_status
 
-    jobs = _jobs(address, what)
+    jobs = open_jobs(address, what)
     if follow:
         _follow(jobs, what)
     else:
@@ -138,7 +140,7 @@ def stop(job: JobId, address: Server = None) -> None:
     """Stop a study on a cluster; the same submit resumes it."""
     from search.cluster.jobs import summary_of
 
-    jobs = _jobs(address)
+    jobs = open_jobs(address)
     ended = summary_of(jobs.stop(job, lambda text: echo(text, err=True)))
     more = "" if ended["state"] == "succeeded" else "; the same `uipe submit` resumes it"
     echo(f"{ended['job']}: {ended['state']}; what was done is in {ended['out']}{more}")
@@ -148,7 +150,7 @@ def studies(address: Server = None, as_json: Json = False) -> None:
     """List the studies of a cluster, latest first."""
     from search.cluster.jobs import summary_of
 
-    found = [summary_of(job) for job in _jobs(address).all()]
+    found = [summary_of(job) for job in open_jobs(address).all()]
     print_json({"studies": found}) if as_json else print_studies(found)
 
 
@@ -185,7 +187,7 @@ def register(app: typer.Typer) -> None:
     app.add_typer(cluster)
 
 
-def _jobs(address: str | None, what: str | None = None) -> Any:
+def open_jobs(address: str | None, what: str | None = None) -> Any:
     """Return the jobs of a cluster; `what` is an id that may have been meant as a folder."""
     if what is not None and ("/" in what or what.startswith((".", "~")) or not (address or os.environ.get(ADDRESS))):
         raise UserError(

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from search.cli.cluster import Server, open_jobs
 from search.cli.tables import Floor, Trust, attempt, echo, quieten
 from uipe_core.errors import UserError
 
@@ -21,25 +22,38 @@ PORT = 8081
 
 
 def report(
-    out: Out,
-    to: Annotated[Path | None, typer.Option(help="Folder for it; OUT/report when left out.")] = None,
+    what: Annotated[str, typer.Argument(metavar="OUT|ID", help="Folder or URL of a study, or id of its job on a cluster.")],
+    to: Annotated[Path | None, typer.Option(help="Folder for it; OUT/report when left out, of a job ./ID.")] = None,
     live: Annotated[bool, typer.Option("--serve", help="Serve it in place of writing it, as uipe watch does.")] = False,
     host: Host = None,
     port: Port = None,
     token: Token = None,
+    address: Server = None,
 ) -> None:
-    """Write the HTML report again, with its pictures for papers."""
+    """Write the HTML report again, with its pictures for papers; of a study on a cluster fetch the page."""
     from search.report.html import write_report
     from search.results.study_result import StudyResult
+    from search.store.mirror import is_url
 
     if live:
         if to is not None:
             raise UserError("report: give either --to or --serve")
-        watch(out, host, port, token)
+        watch(what, host, port, token)
         return
     if host is not None or port is not None:
         raise UserError("report: --host and --port are for --serve")
-    echo(write_report(StudyResult.open(out), to))
+    if is_url(what) or Path(what).is_dir():
+        echo(write_report(StudyResult.open(what), to))
+        return
+    page = (to or Path(what)) / "report.html"
+    content = open_jobs(address, what).report(what)
+
+    def write() -> None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_bytes(content)
+
+    attempt(page, write)
+    echo(page)
 
 
 def watch(out: Out, host: Host = None, port: Port = None, token: Token = None) -> None:
@@ -98,7 +112,7 @@ def dossier(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
-    app.command(epilog="Example: uipe report runs/quickstart")(report)
+    app.command(epilog="Example: uipe report runs/quickstart, or uipe report quickstart-1a2b3c4d")(report)
     app.command(epilog="Example: uipe watch runs/quickstart")(watch)
     app.command(epilog="Example: uipe dashboard runs/quickstart --port 8080")(dashboard)
     app.command(epilog="Example: uipe dossier runs/quickstart --rule utility-floor --to dossier.html")(dossier)

@@ -1,12 +1,15 @@
 """Submit, list, follow and stop studies as jobs of a Ray cluster."""
 
 import asyncio
+import base64
 import contextlib
+import gzip
 import ipaddress
 import os
 import re
 import shlex
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +37,10 @@ STUDY, OUT = "uipe_study", "uipe_out"
 STOP_SECONDS = 90
 """How long a study may take to end in good order before Ray kills it; Ray's own 3 s are too few."""
 POLL_SECONDS = 1.0
+REPORT_SECONDS = 600
+"""How long writing a report on a cluster may take, with the time that a job needs to start."""
+PAGE = "uipe-report: "
+"""Begins the line of a log that is a page, packed."""
 T = TypeVar("T")
 
 
@@ -165,6 +172,37 @@ class Jobs:
     def log(self, name: str) -> str:
         """Return the whole log of a study's driver, status lines included."""
         return self._ask(lambda: self._client.get_job_logs(name), missing=name)
+
+    def report(self, name: str) -> bytes:
+        """Return the report of a study as it is now, written on the cluster by a short job of its own.
+
+        The job server serves no files, so that job prints the page, packed, into its log.
+
+        Raises:
+            UserError: The job is no study, or has nothing to report yet.
+        """
+        out = (self.job(name).metadata or {}).get(OUT)
+        if out is None:
+            raise UserError(f"{name}: this job is no study; `uipe studies` lists those")
+        command = (
+            f'cd; to="$(mktemp -d)"; trap \'rm -r "$to"\' EXIT; python -m search report {_quoted(out)} --to "$to" '
+            f'&& echo && echo "{PAGE}$(gzip -9c "$to/report.html" | base64 -w 0)"'
+        )
+        helper = f"report-of-{name}-{uuid.uuid4().hex[:8]}"
+        environment = code_environment()
+        self._ask(lambda: self._client.submit_job(entrypoint=command, submission_id=helper, runtime_env=environment))
+        try:
+            self.ended(helper, REPORT_SECONDS)
+            lines = self.log(helper).splitlines()
+        finally:
+            with contextlib.suppress(UserError):
+                self._ask(lambda: self._client.stop_job(helper))
+                self._ask(lambda: self._client.delete_job(helper))
+        packed = next((line.removeprefix(PAGE) for line in lines if line.startswith(PAGE)), None)
+        if packed is None:
+            said = [line for line in lines if line.startswith("error: ")] or lines[-1:] or ["it printed nothing"]
+            raise UserError(f"{name}: no report could be written on the cluster: {said[-1].removeprefix('error: ')}")
+        return gzip.decompress(base64.b64decode(packed))
 
     def follow(self, name: str) -> Iterator[str]:
         """Yield the lines of a driver's log as they come, without status lines, until it ends.

@@ -1,5 +1,6 @@
 """Collect the data of the interactive charts: what `templates/report.js` draws, as JSON."""
 
+import json
 import math
 import shlex
 from typing import Any
@@ -25,7 +26,10 @@ SHAPES = {
 """Shapes of the page by markers of matplotlib."""
 
 LONGEST_ANSWERS = 600_000
-"""Characters of answers in a page, so that it stays below 2 MB; trials of the front come first."""
+"""Bytes of answers in a page, so that it stays below 2 MB; trials of the front come first."""
+
+MOST_TRIALS = 5000
+"""Trials in the charts, those of the front first; a browser draws each of them as three marks."""
 
 
 def chart_data(view: ReportData, recommended: int | None) -> dict[str, Any]:
@@ -35,6 +39,7 @@ def chart_data(view: ReportData, recommended: int | None) -> dict[str, Any]:
         view: What the report shows.
         recommended: The trial that is selected at first; None for none.
     """
+    drawn = view.trials.sort_values("on_front", ascending=False, kind="stable")[:MOST_TRIALS].sort_index()
     methods = sorted(view.trials["method"].dropna().unique())
     bases = list(dict.fromkeys(view.trials["base"]))
     of_base = dict(zip(view.trials["base"], view.trials["method"], strict=True))
@@ -51,7 +56,7 @@ def chart_data(view: ReportData, recommended: int | None) -> dict[str, Any]:
         "bases": [{"label": base, "method": methods.index(of_base[base])} for base in bases],
         "panels": [bases.index(base) for base in shown_bases(view.trials)],
         "walks": [{"name": label, "shape": SHAPES[marker]} for marker, _, label in WALKS.values()],
-        "trials": [_trial(view, row, bases, columns) for row in records(view.trials)],
+        "trials": [_trial(view, row, bases, columns) for row in records(drawn)],
         "controls": [
             {"name": each.label.removeprefix("control: "), "shape": SHAPES[each.shape], "named": each.size is not None}
             for each in markers.values()
@@ -113,7 +118,7 @@ def _answers(view: ReportData) -> dict[str, Any] | None:
     items = [[ROLES[name], *texts] for name, *texts in (view.answers.items[place] for place in places)]
     left, found = LONGEST_ANSWERS, {}
     for trial, texts in view.answers.of_trials.items():
-        left -= sum(len(text) for text in texts)
+        left -= len(json.dumps(texts))
         if left < 0:
             break
         found[str(trial)] = [texts[place] for place in places]

@@ -47,13 +47,14 @@ def ended(call, job, seconds=120):
 
 
 @pytest.mark.slow
-def test_a_study_is_submitted_attached_to_followed_and_resumed(client, copied, finished, call):
+def test_a_study_is_submitted_attached_to_followed_reported_and_resumed(client, copied, finished, call, tmp_path):
     """With a study that has all its trials already, so that only its driver runs."""
     code, output, error = call("submit", finished.file, "--out", copied)
     assert code == 0
     assert all(line.startswith("note: Forget quality on 8 items") for line in error.splitlines())
     job = submitted(output)
     assert job.startswith("tiny-")
+    assert f"report     uipe report {job}" in output and f"{client.address}/#/jobs/{job} (Ray's dashboard)" in output
 
     code, output, _ = call("submit", finished.file, "--out", copied)
     assert code == 0
@@ -72,6 +73,15 @@ def test_a_study_is_submitted_attached_to_followed_and_resumed(client, copied, f
     assert "9 of 9 done" in call("status", job)[1]
     assert call("logs", job)[1].count("uipe-status") == 0
     assert f"{job}: succeeded" in call("stop", job)[1]  # it stays as it is
+
+    code, output, _ = call("report", job, "--to", tmp_path / "fetched")
+    assert code == 0 and output.strip() == str(tmp_path / "fetched" / "report.html")
+    assert '<section id="front-table">' in (tmp_path / "fetched" / "report.html").read_text()
+    assert [row["job"] for row in json.loads(call("studies", "--json")[1])["studies"]] == [job]
+    (copied / "study.db").rename(copied / "moved.db")
+    code, _, error = call("report", job, "--to", tmp_path / "none")
+    assert code == 2 and f"{job}: no report could be written on the cluster" in error and not (tmp_path / "none").exists()
+    (copied / "moved.db").rename(copied / "study.db")
 
     code, output, _ = call("submit", finished.file, "--out", copied)
     assert submitted(output) == f"{job}-2"
@@ -319,7 +329,7 @@ def test_a_head_whose_agent_has_no_port_names_the_port_and_the_remedy(environmen
 
 
 @pytest.mark.parametrize("what", ["/no/such/folder", "./runs/x", "~/runs", "nothing"])
-@pytest.mark.parametrize("command", ["status", "logs"])
+@pytest.mark.parametrize("command", ["status", "logs", "report"])
 def test_a_folder_that_is_not_there_is_no_question_of_a_token(what, command, call, monkeypatch):
     for name in ("RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
