@@ -73,18 +73,18 @@ class Destination:
         total = f"{len(sizes)} files, {_size(sum(sizes.values()))}"
         places = sorted(set(local_places(folder)))
         notes = [f"note: {place} is a place on this machine, and stands in {name}" for place, name in places]
+        command = f"hf upload {self.repository} {shlex.quote(str(folder))} ." + ("" if self.public else " --private")
         if self.dry_run:
             listing = [f"{_size(size):>10}  {name}" for name, size in sizes.items()]
-            return [f"would push {total} to {self.text}; nothing was sent:", *listing, *notes]
+            return [f"would push {total} to {self.text}; nothing was sent:", *listing, *notes, f"send it with: {command}"]
         try:
             self._push(folder)
         except UserError:
             raise
         except Exception as error:  # the network's errors and the client's are of many kinds
-            again = f"hf upload {self.repository} {shlex.quote(str(folder))} ." + ("" if self.public else " --private")
             raise UserError(
                 f"--push {self.repository}: {type(error).__name__}: {first_line(error)}. The export stays in {folder}; push it "
-                f"again with: {again}"
+                f"again with: {command}"
             ) from error
         return [f"pushed {total} to {self.text}", *notes]
 

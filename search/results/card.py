@@ -76,7 +76,9 @@ class Start:
             found = try_to_load_from_cache(place, CARD_FILE, revision=spec.model.revision)
         except ValueError:
             return cls(None, _code(place))
-        return cls(place, f"[{place}](https://huggingface.co/{place})", _stated(Path(found).parent) if found else {})
+        return cls(
+            place, f"[{place}](https://huggingface.co/{place})", _stated(Path(found).parent) if isinstance(found, str) else {}
+        )
 
 
 def _stated(folder: Path | str) -> dict[str, Any]:
@@ -231,10 +233,7 @@ def _columns(recipe: Recipe, verified: Verified) -> dict[str, Mapping[str, str]]
 
 
 def _results(recipe: Recipe, verified: Verified) -> list[Any]:
-    """Return the numbers of the export as the hub's `EvalResult`.
-
-    What was not read of a form that computes what the trial computed is the trial's.
-    """
+    """Return the numbers for the hub; what was not read of a form that computes what the trial computed is the trial's."""
     from huggingface_hub import EvalResult
 
     columns, datasets = _columns(recipe, verified), _datasets(recipe.spec)

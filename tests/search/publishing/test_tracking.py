@@ -1,7 +1,9 @@
 """Trackers hear of a study while it runs, once of each trial; they may be missing, slow or broken, and the study goes on."""
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import threading
 from pathlib import Path
 
@@ -269,11 +271,16 @@ class TestReal:
         assert capsys.readouterr().out == ""
         (run,) = trackio.Api().runs("forgetting")
         assert run.name.startswith("tiny-")
-        assert any(
-            path.read_bytes() == result.report_path.read_bytes()
-            for path in (tmp_path / "trackio").rglob("blobs/**/*")
-            if path.is_file()
-        )
+        with contextlib.closing(sqlite3.connect(tmp_path / "trackio" / "forgetting.db")) as database:
+            steps = [json.loads(text) for (text,) in database.execute("select metrics from metrics order by step")]
+        assert [step["name"] for step in steps[:-1]] == [
+            *(f"trial {number}" for number in result.trials["trial"]),
+            *(f"control {number}" for number in result.controls["trial"]),
+        ]
+        assert steps[0]["model_utility"] == pytest.approx(result.trials.iloc[0]["model_utility"])
+        assert [row["trial"] for row in steps[-1]["front"]["_value"]] == list(result.front["trial"])
+        kept = [path.read_bytes() for path in (tmp_path / "trackio" / "artifacts").rglob("blobs/**/*") if path.is_file()]
+        assert result.report_path.read_bytes() in kept
 
     def test_a_run_of_the_command_is_tracked_while_it_runs(self, finished, launch, tmp_path):
         mlflow = pytest.importorskip("mlflow", reason="pip install 'uipe-search[mlflow]'")
@@ -282,7 +289,7 @@ class TestReal:
         driver = launch(
             "run", finished.file, "--out", out, "--trials", 7, "--set", f"tracking={{mlflow: {{uri: '{place}'}}}}", "--json"
         )
-        assert driver.wait(300) == 0, driver.stderr
+        assert driver.wait(600) == 0, driver.stderr
         assert "tracking" not in driver.stderr
         client = mlflow.MlflowClient(place)
         runs = client.search_runs([client.get_experiment_by_name("tiny").experiment_id], max_results=1000)

@@ -149,6 +149,12 @@ def test_a_model_of_the_hub_is_named_as_the_user_named_it(of_pretrained, tmp_pat
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     data = ModelCard(written(of_pretrained("maker/small"), tmp_path)).data
     assert (data.base_model, data.license) == ("maker/small", "mit")
+    (snapshot / "README.md").unlink()
+    absent = tmp_path / "models--maker--small" / ".no_exist" / commit / "README.md"
+    absent.parent.mkdir(parents=True)
+    absent.touch()
+    data = ModelCard(written(of_pretrained("maker/small"), tmp_path)).data
+    assert (data.base_model, data.license) == ("maker/small", None)
 
 
 @pytest.mark.parametrize(
