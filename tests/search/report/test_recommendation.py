@@ -50,7 +50,7 @@ def test_the_first_screen_names_the_model_its_numbers_before_and_after_and_its_e
     assert f"before 0.7720 ({row['model_utility'] / 0.772:.0%} kept)" in first
     assert page.index('id="ship"') < page.index('id="front"') < page.index('id="verdict"')
     assert (
-        f"uipe export &#39;runs/quick start&#39; --trial {trial} --to &#39;runs/quick start/export/&#39;{trial} --as model"
+        f"uipe export &#39;runs/quick start&#39; --trial {trial} --to &#39;runs/quick start/export/{trial}&#39; --as model"
         in first
     )
 
