@@ -189,7 +189,7 @@ def _compared(each: dict[str, Any], value: float) -> Finding:
     known = each["values"].get(model)
     reference = without if known is None else float(known)
     apart = abs(value - reference) if both else value - reference
-    against = f"{model} model {reference:.2f}" if known is not None else f"{reference:g} without a {model} model"
+    against = f"{model} model {reference:.2f}" if known is not None else f"compared with {reference:g}"
     return (AGAINST if apart > FAR_APART else HELD, f"{subject}: {meaning} {value:.2f} ({against}).")
 
 

@@ -64,7 +64,6 @@ def test_the_page_is_the_report_and_is_sent_once_while_nothing_changes(server, r
         "/..",
         "/../study.json",
         "/%2e%2e/study.json",
-        "//",
         "/index.html",
         "/./",
     ],
