@@ -18,6 +18,7 @@ from search.dashboard.plots import alpha_plot, front_plot
 from search.report.data import report_data
 from search.results.study_result import StudyResult
 from uipe_core.errors import first_line
+from uipe_core.storage.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,8 @@ def annotate(result: StudyResult) -> None:
             if get_note(study) != note:
                 save_note(study, note)
         _plots(result)
-        _trials(result)
+        with scratch_folder() as scratch:
+            _trials(result, Artifacts(result, scratch))
         result.store.storage.set_study_system_attr(result.study._study_id, STAMP, stamp)
     except Exception as error:  # whatever it is, the study can be shown without them
         logger.warning("the dashboard's notes, files or figures are not all there: %s", first_line(error))
@@ -76,9 +78,8 @@ def _plots(result: StudyResult) -> None:
         save_plotly_graph_object(result.study, figure, graph_object_id=name)
 
 
-def _trials(result: StudyResult) -> None:
+def _trials(result: StudyResult, artifacts: Artifacts) -> None:
     rows = {int(row["trial"]): row for row in _chosen(result)}
-    artifacts = Artifacts(result)
     for trial in result.store.trials(names=()):
         if trial.number in rows:
             held = _Trial(result.study, trial._trial_id)

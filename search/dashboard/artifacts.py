@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,6 @@ from search.report.figures import alpha_figure
 from search.report.style import picture
 from search.results.recipe import RECIPE_FILE, recipe_of
 from search.results.study_result import StudyResult
-from uipe_core.storage.scratch import scratch_folder
 
 FOLDER = "artifacts"
 """Where they lie in a study's folder."""
@@ -54,10 +54,12 @@ class Artifacts:
 
     Args:
         result: The study.
+        scratch: An empty folder for files on their way into the store.
     """
 
-    def __init__(self, result: StudyResult) -> None:
+    def __init__(self, result: StudyResult, scratch: Path) -> None:
         self._result = result
+        self._scratch = scratch
         self._folder = result.out / FOLDER
         self._folder.mkdir(exist_ok=True)
         self._store = FileSystemArtifactStore(self._folder)
@@ -89,16 +91,11 @@ class Artifacts:
 
     def _upload(self, trial: FrozenTrial, name: str, content: bytes) -> None:
         names: Any = _OfStudy(self._result.store.storage, self._result.study._study_id)
-        with scratch_folder() as scratch:
-            path = scratch / name
-            path.write_bytes(content)
-            upload_artifact(
-                artifact_store=self._store,
-                file_path=str(path),
-                study_or_trial=trial,
-                storage=names,
-                mimetype=MIME[path.suffix],
-            )
+        path = self._scratch / name
+        path.write_bytes(content)
+        upload_artifact(
+            artifact_store=self._store, file_path=str(path), study_or_trial=trial, storage=names, mimetype=MIME[path.suffix]
+        )
 
 
 def _known(result: StudyResult) -> dict[tuple[int, str], str]:

@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import urllib.error
@@ -44,12 +45,18 @@ def listening_addresses(port):
     return found
 
 
-@pytest.fixture
-def dashboard(copied, launch):
+@pytest.fixture(scope="module")
+def dashboard(finished, driver_class, environment, tmp_path_factory):
+    """A copy of the study, served; its port, its folder and its process."""
+    out = tmp_path_factory.mktemp("served") / "copied"
+    shutil.copytree(finished.out, out, ignore=shutil.ignore_patterns("ray"))
     port = free_port()
-    driver = launch("dashboard", copied, "--port", port)
-    driver.until(lambda: answers(port))
-    return port, driver
+    driver = driver_class(["dashboard", out, "--port", port], out.parent, environment)
+    try:
+        driver.until(lambda: answers(port))
+        yield port, out, driver
+    finally:
+        driver.clean_up()
 
 
 def ask(port, method, path, **headers):
@@ -68,7 +75,7 @@ def studies_of(port):
 
 
 def test_shows_both_studies_with_names_notes_and_evidence(dashboard, result):
-    port, driver = dashboard
+    port, _, driver = dashboard
     assert "<html" in fetch(port, "/dashboard/").lower()
     studies = {study["study_name"]: study for study in json.loads(fetch(port, "/api/studies"))["study_summaries"]}
     assert studies.keys() == {"tiny", "tiny.controls"}
@@ -104,10 +111,6 @@ def test_shows_both_studies_with_names_notes_and_evidence(dashboard, result):
 
     assert listening_addresses(port) == {"0100007F"}
 
-    os.kill(driver.process.pid, signal.SIGINT)
-    assert driver.wait() in (0, 130)
-    assert "Traceback" not in driver.stderr
-
 
 def test_a_port_in_use_is_refused(copied, call):
     with socket.socket() as taken:
@@ -123,7 +126,7 @@ def test_a_port_in_use_is_refused(copied, call):
     "host", ["evil.example", "evil.example:{port}", "127.0.0.1", "127.0.0.1:1", "localhost.evil.example:{port}", ""]
 )
 def test_another_name_for_this_machine_is_refused(dashboard, host):
-    port, _ = dashboard
+    port, _, _ = dashboard
     for path in ("/", "/dashboard/", "/api/studies"):
         status, text = ask(port, "GET", path, Host=host.format(port=port))
         assert status == 403 and f"http://127.0.0.1:{port}/" in text
@@ -131,15 +134,15 @@ def test_another_name_for_this_machine_is_refused(dashboard, host):
 
 
 @pytest.mark.parametrize("method", ["DELETE", "POST", "PUT", "PATCH", "BREW"])
-def test_nothing_is_written_unless_that_was_asked_for(dashboard, copied, method):
-    port, _ = dashboard
+def test_nothing_is_written_unless_that_was_asked_for(dashboard, method):
+    port, out, _ = dashboard
     studies = studies_of(port)
     for path in (f"/api/studies/{studies['tiny']}", "/api/studies", f"/api/studies/{studies['tiny']}/note"):
         status, text = ask(port, method, path)
         assert status == 403 and "--writable" in text
     assert ask(port, "DELETE", f"/api/studies/{studies['tiny.controls']}", Host="evil.example")[0] == 403
     assert studies_of(port) == studies
-    assert len(StudyResult.open(copied).controls)
+    assert len(StudyResult.open(out).controls)
 
 
 def test_a_writable_dashboard_writes_for_its_own_pages_only(copied, launch):
@@ -156,6 +159,9 @@ def test_a_writable_dashboard_writes_for_its_own_pages_only(copied, launch):
     assert studies_of(port) == studies
     assert ask(port, "DELETE", controls, Origin=f"http://127.0.0.1:{port}")[0] == 204
     assert studies_of(port).keys() == {"tiny"}
+    os.kill(driver.process.pid, signal.SIGINT)
+    assert driver.wait() in (0, 130)
+    assert "Traceback" not in driver.stderr
 
 
 def test_a_study_that_may_only_be_read_is_served_from_a_copy_and_reported_elsewhere(copied, monkeypatch, tmp_path, call):
