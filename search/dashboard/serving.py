@@ -75,11 +75,16 @@ def guarded(application: Application, port: int, writable: bool) -> Application:
         elif writes and origin is not None and origin.lower().removeprefix("http://") not in hosts:
             refusal = "this request comes from another site; open the dashboard itself"
         if not refusal:
-            return application(environment, lambda status, headers, *more: start(status, [*headers, NO_FRAME], *more))
+            return application(environment, lambda status, headers, *more: start(status, [*_own(headers), NO_FRAME], *more))
         start("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8"), NO_FRAME])
         return [refusal.encode() + b"\n"]
 
     return answer
+
+
+def _own(headers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Leave out the leave that the dashboard gives every site to read artifacts."""
+    return [(name, value) for name, value in headers if name.lower() != "access-control-allow-origin"]
 
 
 NO_FRAME = ("X-Frame-Options", "DENY")

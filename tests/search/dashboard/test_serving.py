@@ -97,6 +97,8 @@ def test_shows_both_studies_with_names_notes_and_evidence(dashboard, result):
     own, held = studies["tiny"]["study_id"], detail["trials"][0]
     names = {each["filename"]: each["artifact_id"] for each in held["artifacts"]}
     table = fetch(port, f"/artifacts/{own}/{held['trial_id']}/{names['items.csv']}")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/artifacts/{own}/{held['trial_id']}/{names['items.csv']}") as answer:
+        assert answer.headers["Access-Control-Allow-Origin"] is None
     assert table.startswith("set,item,") and table.count("\nforget,") == result.store.item_counts["forget"]
     assert "uipe_recipe: 1" in fetch(port, f"/artifacts/{own}/{held['trial_id']}/{names['recipe.yaml']}")
     controls = json.loads(fetch(port, f"/api/studies/{studies['tiny.controls']['study_id']}?after=0"))
