@@ -42,7 +42,7 @@ def page(view, tmp_path_factory):
 @pytest.fixture(scope="module")
 def chromium():
     """Starts one browser; `open_at` sets its window and colours."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install '.[browser]'")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed: pip install '.[slow]'")
     binary, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if binary is None or driver is None:
         pytest.skip("Chromium or its driver is not installed; apt-get install chromium chromium-driver")
