@@ -134,6 +134,7 @@ def test_an_objective_of_ones_own_is_computed_on_the_workers(ran, place, study, 
     assert result.trials["kept"].to_numpy() == pytest.approx(np.array(retain) / initial, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_the_divergence_from_the_initial_model_is_a_utility(ran, place, study, own):
     import search
 

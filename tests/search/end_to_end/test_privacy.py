@@ -27,6 +27,7 @@ def min_k(result, number, control=False):
     return items["forget/min_k"], items["holdout/min_k"]
 
 
+@pytest.mark.slow
 def test_every_trial_and_control_has_it_against_the_retain_model(chosen):
     result = chosen
     retain = result.control("retain")
@@ -42,6 +43,7 @@ def test_every_trial_and_control_has_it_against_the_retain_model(chosen):
     assert not {kind for kind in ("retain", "other_retain") if result.control(kind) is None}
 
 
+@pytest.mark.slow
 def test_an_audit_finds_the_same_auc(chosen):
     result = chosen
     number = int(result.trials["trial"].iloc[0])
@@ -50,6 +52,7 @@ def test_an_audit_finds_the_same_auc(chosen):
     assert float(rows["min_k_auc"].iloc[0]) == pytest.approx(result.trial(number)["membership_auc"], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_line_models_it_and_intervals_resample_it(chosen, monkeypatch):
     from search.evaluation.task import TASKS
     from search.results import uncertainty
@@ -72,6 +75,7 @@ def test_line_models_it_and_intervals_resample_it(chosen, monkeypatch):
     assert drawn[0, 2] == pytest.approx(float(privacy(auc(*one), auc(*theirs))))
 
 
+@pytest.mark.slow
 def test_line_proposed_what_was_searched(chosen, preparation):
     """It says nothing of an objective that it cannot model, and its curves give every trial's numbers back."""
     from search.samplers.outcomes import OutcomeModel
@@ -88,6 +92,7 @@ def test_line_proposed_what_was_searched(chosen, preparation):
     assert result.store.record.corpus.hash != preparation.corpus.hash
 
 
+@pytest.mark.slow
 def test_an_export_has_the_trials_numbers(chosen):
     result = chosen
     folder = result.export(result.trials.iloc[0], result.out / "exported", "model")
@@ -109,5 +114,6 @@ def test_a_corpus_without_holdout_items_is_refused(write_study, tmp_path, corpus
     assert lacking in str(error.value)
 
 
+@pytest.mark.slow
 def test_an_open_study_reads_it(chosen):
     assert "privacy" in StudyResult.open(chosen.out).front.columns

@@ -144,6 +144,7 @@ def test_command_refuses_a_study_file_that_is_missing(call, tmp_path):
     assert "none.yaml" in said
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_with_what_is_finished(launch, write_study, tmp_path):
     study = write_study(tmp_path / "tiny.yaml", unlearning={"epochs": 1})
     command = ("paper", "--study", study, "--seeds", 1, "--out", tmp_path / "out", "--json")

@@ -296,7 +296,7 @@ def test_page_that_cannot_be_written_names_the_folder(tmp_path, monkeypatch, att
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(page, "write_atomic", full)
-    monkeypatch.setattr("search.report.style.png", lambda figure: b"")
+    monkeypatch.setattr("search.report.style.picture", lambda figure: b"")
     with pytest.raises(UserError, match=r"--out: .* cannot be written: No space left"):
         write_page(tmp_path, attack_settings, made_up_parts(0), (MADE_UP, [made_up_result(0, tuning) for tuning in TUNINGS]))
 

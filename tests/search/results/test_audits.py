@@ -121,6 +121,7 @@ def audits_of(out):
     return found, [trial.number for trial in trials if trial.state.name == "RUNNING"]
 
 
+@pytest.mark.slow
 def test_a_driver_killed_in_the_middle_loses_nothing_and_the_same_command_goes_on(copied, launch):
     wanted = {"initial", "retain", *map(int, StudyResult.open(copied).finalists(2)["trial"])}
     command = ("audit", copied, "--top", "2", "--tests", "quantisation,prompts,sampling,fluency")

@@ -53,6 +53,7 @@ def secret_study(finished, write_study, tmp_path_factory):
     return write_study(folder / "tiny.yaml", **changes), folder
 
 
+@pytest.mark.slow
 def test_a_run_hides_its_secret_begins_at_an_earlier_front_and_listens_on_loopback(
     secret_study, finished, result, launch, living_processes, place, tmp_path
 ):
