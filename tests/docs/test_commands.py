@@ -1,9 +1,11 @@
 """Every command in README and the documentation: its options exist, and what needs no hub, GPU or cluster runs."""
 
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,12 +56,19 @@ def test_what_a_block_needs_is_one_of_a_few_things(page):
     assert {needs for needs, _ in blocks(page)} <= {None, *NEEDS}
 
 
+@pytest.fixture
+def environment(tmp_path):
+    """Variables with which `uipe` is the one of this Python."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    return {**os.environ, "PATH": path, "UIPE_CACHE": str(tmp_path / "cache")}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if any(need is None for need, _ in blocks(page))], ids=lambda page: page.name
 )
 def test_commands_run_as_written(page, tmp_path, environment):
-    for name in ("studies", "benchmarks", "deploy", "docs", "search", "uipe_core"):
+    for name in ("studies", "benchmarks", "deploy", "docs"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("ray_cluster.yaml", "README.md"):
         shutil.copy(ROOT / name, tmp_path / name)
