@@ -94,7 +94,8 @@ def run(
     """Run a study; the same command resumes an interrupted one and extends a finished one."""
     configure_ray(address)
     from search.execution.run import run_study
-    from search.report.conclusions import choice, conclusions, next_step
+    from search.report.conclusions import choice, conclude, next_step
+    from search.report.data import report_data
     from search.spec.study import load_study
     from search.spec.study_file import quickstart_path, read_settings
 
@@ -106,12 +107,13 @@ def run(
         print_json(result.summary())
         return
     print_front(result)
-    for sentence in conclusions(result):
+    view = report_data(result)
+    for sentence in conclude(view):
         say(f"- {sentence}", hang="  ")
     print_stop(result)
     echo(f"\nreport   {result.report_path}")
     echo(f"browse   uipe dashboard {shlex.quote(str(result.out))}")
-    if (chosen := choice(result)) is not None:
+    if (chosen := choice(view)) is not None:
         echo(f"ship     {chosen}: the report says what speaks against it")
     echo(f"export   {next_step(result)}")
 

@@ -48,9 +48,9 @@ def next_step(result: StudyResult) -> str:
     return export_command(result.out, f"--rule {rule}", rule)
 
 
-def choice(result: StudyResult) -> str | None:
-    """Return which trial is recommended, and by which rule; None where no rule chooses one."""
-    found = None if result.healthy_front.empty else recommended(result)
+def choice(view: ReportData) -> str | None:
+    """Return which trial is recommended, and by which rule; None where the initial model is to be kept, or no rule chooses."""
+    found = None if view.trials.empty or nothing_won(view) else view.summary.get("recommended")
     return None if found is None else f"trial {found['trial']}, by the rule {found['rule']}"
 
 

@@ -13,7 +13,7 @@ from search.evaluation.controls import CONTROLS, Control, follow_up_trials
 from search.problem.objectives import CHOICE_FORGETTING, CHOICE_UTILITY, TRUTH_RATIO
 from search.problem.space import Point
 from search.problem.trial import TrialSpec
-from search.report.conclusions import conclusions, next_step
+from search.report.conclusions import choice, conclusions, next_step
 from search.report.data import report_data
 from search.report.display import print_front
 from search.report.html import front_latex, write_report
@@ -524,3 +524,13 @@ def test_the_front_is_a_table_of_latex_with_every_name_escaped(study, call):
     (row,) = [line for line in front_latex(result).splitlines() if line.startswith("1 & ")]
     escaped = r"a\_b \& 5\% \$x\$ \#1 \{y\} \textasciitilde{} \textasciicircum{} \textbackslash{} red"
     assert row.startswith(f"1 & {escaped} & 1 & ")
+
+
+def test_the_terminal_recommends_what_the_report_does(study):
+    view = report_data(study([(0, -5.0, 0.8), (0.5, -1.5, 0.78), (1.0, -1.0, 0.4)]))
+    recommended = view.summary["recommended"]
+    assert choice(view) == f"trial {recommended['trial']}, by the rule {recommended['rule']}"
+
+
+def test_the_terminal_recommends_nothing_where_the_initial_model_is_to_be_kept(study):
+    assert choice(report_data(study([(0, -6.5, 0.79)]))) is None  # it forgets less than the initial model
