@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.filesize import decimal
 
 from search.cli.tables import Json, Settings, Trust, echo, print_json, quieten
 from search.report.display import new_table
@@ -94,18 +95,10 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.4g} TB"
-
-
 _AMOUNTS = {
     "": "{:,.0f}".format,
     "s": _duration,
-    "bytes": _bytes,
+    "bytes": lambda count: decimal(round(count)),
     "share": "{:.2f}".format,
     "GPU-hours": "{:.3g} GPU-hours".format,
 }

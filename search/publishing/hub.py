@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.filesize import decimal
+
 from search.results.recipe import RECIPE_FILE
 from uipe_core.errors import UserError, first_line
 from uipe_core.models.loading import ADAPTER_FILE
@@ -70,12 +72,12 @@ class Destination:
         sizes = {
             path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()
         }
-        total = f"{len(sizes)} files, {_size(sum(sizes.values()))}"
+        total = f"{len(sizes)} files, {decimal(sum(sizes.values()))}"
         places = sorted(set(local_places(folder)))
         notes = [f"note: {place} is a place on this machine, and stands in {name}" for place, name in places]
         command = f"hf upload {self.repository} {shlex.quote(str(folder))} ." + ("" if self.public else " --private")
         if self.dry_run:
-            listing = [f"{_size(size):>10}  {name}" for name, size in sizes.items()]
+            listing = [f"{decimal(size):>10}  {name}" for name, size in sizes.items()]
             return [f"would push {total} to {self.text}; nothing was sent:", *listing, *notes, f"send it with: {command}"]
         try:
             self._push(folder)
@@ -118,12 +120,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from _texts(inner)
-
-
-def _size(count: float) -> str:
-    """Return a number of bytes in units of 1000, as the hub shows them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"

@@ -2,9 +2,9 @@
 
 import hashlib
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
+
+from loopback import LoopbackServer
 
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
@@ -19,41 +19,20 @@ class HubFiles:
 
     def __init__(self, repositories, gated=()):
         self.repositories, self.gated, self.asked = repositories, gated, []
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
-            def do_HEAD(self):
-                hub.answer(self)
-
-            def do_GET(self):
-                hub.answer(self)
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._server = LoopbackServer(self._answer)
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return self._server.url
 
     def close(self):
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
 
-    def answer(self, request):
-        path = unquote(request.path.partition("?")[0]).strip("/")
-        self.asked.append(f"{request.command} {path}")
-        code, content, headers = self._found(path, request.headers.get("Authorization"))
-        request.send_response(code)
-        for name, value in {"Content-Length": len(content), **headers}.items():
-            request.send_header(name, str(value))
-        request.end_headers()
-        if request.command != "HEAD":
-            request.wfile.write(content)
+    def _answer(self, verb, path, headers, _):
+        path = unquote(path).strip("/")
+        self.asked.append(f"{verb} {path}")
+        code, content, own = self._found(path, headers.get("Authorization"))
+        return code, own, content
 
     def _found(self, path, authorization):
         for name, folder in self.repositories.items():

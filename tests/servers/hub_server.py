@@ -2,10 +2,9 @@
 
 import base64
 import json
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import yaml
+from loopback import LoopbackServer
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 
@@ -15,43 +14,20 @@ class Hub:
 
     def __init__(self, token="hf_right"):
         self.token, self.repositories, self.asked, self.refuses = token, {}, [], None
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_):
-                pass
-
-            def do_GET(self):
-                hub.answer(self, "GET", b"")
-
-            def do_POST(self):
-                hub.answer(self, "POST", self.rfile.read(int(self.headers.get("Content-Length", 0))))
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._server = LoopbackServer(self._answer)
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self._server.server_port}"
+        return self._server.url
 
     def close(self):
-        self._server.shutdown()
-        self._server.server_close()
+        self._server.close()
 
-    def answer(self, request, verb, body):
-        path = request.path.partition("?")[0]
+    def _answer(self, verb, path, headers, body):
         self.asked.append((verb, path))
-        code, content = self._found(verb, path, body, request.headers.get("Authorization"))
-        text = json.dumps(content).encode()
-        request.send_response(code)
-        for name, value in {"Content-Type": "application/json", "Content-Length": len(text)}.items():
-            request.send_header(name, str(value))
-        if code >= 400:
-            request.send_header("X-Error-Message", content["error"])
-        request.end_headers()
-        request.wfile.write(text)
+        code, content = self._found(verb, path, body, headers.get("Authorization"))
+        error = {"X-Error-Message": content["error"]} if code >= 400 else {}
+        return code, {"Content-Type": "application/json", **error}, json.dumps(content).encode()
 
     def _found(self, verb, path, body, authorization):
         if authorization != f"Bearer {self.token}":

@@ -64,7 +64,10 @@ def test_a_dry_run_lists_files_and_asks_the_hub_nothing(hub, folder, monkeypatch
     monkeypatch.delenv("HF_TOKEN")
     lines = of("me/model", dry_run=True).send(folder)
     assert lines[0] == f"would push 2 files, 2.6 kB to {hub.url}/me/model (private); nothing was sent:"
-    assert [line.split() for line in lines[1:-1]] == [["31", "B", "README.md"], ["2.6", "kB", "base_model/model.safetensors"]]
+    assert [line.split() for line in lines[1:-1]] == [
+        ["31", "bytes", "README.md"],
+        ["2.6", "kB", "base_model/model.safetensors"],
+    ]
     assert lines[-1] == f"send it with: hf upload me/model '{folder}' . --private"
     assert hub.asked == [] and hub.repositories == {}
 
