@@ -244,16 +244,23 @@ def _scoring(preparation: PreparedStudy, source: ModelSource, update: UpdateVect
     if seconds < WARM_SECONDS:
         rows = select if seconds / FIRST_SHARE <= WHOLE_SECONDS else rows
         seconds, size = _timed_scores(preparation, rows, loaded)
-    scored = sum(map(len, rows.values()))
-    half = seconds * sum(map(len, select.values())) / scored
     corpus = preparation.corpus
-    everything = sum(map(len, {**corpus.sets, **corpus.choices}.values()))
+    scored, chosen = (_characters(take_items(corpus, part)) for part in (rows, select))
+    half = seconds * chosen / scored
     apply = 0.0
     if update is not None:
         started = time.perf_counter()
         walker.apply(update, 0.5)
         apply = time.perf_counter() - started
-    return half + apply, seconds * everything / scored, load, size * half / seconds
+    return half + apply, seconds * _characters(corpus) / scored, load, size * half / seconds
+
+
+def _characters(corpus: Corpus) -> int:
+    """Return how much text is scored: a few items of some corpora are as long as all others together."""
+    items = [item for group in corpus.sets.values() for item in group]
+    texts = [text for item in items for text in (item.question, item.answer, item.paraphrase, *item.perturbed_answers)]
+    choices = [text for group in corpus.choices.values() for item in group for text in (item.question, *item.choices)]
+    return sum(map(len, (*texts, *choices)))
 
 
 def _share(rows: Rows, share: float) -> Rows:
@@ -264,9 +271,9 @@ def _share(rows: Rows, share: float) -> Rows:
 def _timed_scores(preparation: PreparedStudy, rows: Rows, loaded: Any) -> tuple[float, int]:
     chosen = take_items(preparation.corpus, rows)
     scorer = task_of(chosen).scorer(chosen, loaded.prompts, preparation.scoring)
-    started = time.perf_counter()
     report = scorer.score(loaded)
-    seconds = time.perf_counter() - started
+    # Not what a worker does once, such as finding out how this model can be read.
+    seconds = sum(report.seconds.values())
     with tempfile.TemporaryFile() as stream:
         arrays: dict[str, Any] = dict(report.arrays())
         np.savez_compressed(stream, **arrays)

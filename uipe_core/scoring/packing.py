@@ -252,14 +252,15 @@ def predicting_logits(model: Any, rows: Rows, keep: bool) -> Tensor:
 def reads_trees(model: Any, examples: Sequence[Example], pad_id: int, device: torch.device) -> bool | None:
     """Return True if a model scores a tree as it scores each answer alone; None if these examples cannot show it.
 
-    A few groups are read in three ways: as a tree, each answer alone, and as a tree whose tokens attend to themselves only. A
-    model whose attention can be replaced gives equal logits in the first two and others in the third. Some models do not let it
-    be replaced, or mix tokens in other ways. A model whose output does not depend on what came before shows nothing.
+    The shortest groups are read in three ways: as a tree, each answer alone, and as a tree whose tokens attend to themselves
+    only. A model whose attention can be replaced gives equal logits in the first two and others in the third. Some models do
+    not let it be replaced, or mix tokens in other ways. A model whose output does not depend on what came before shows nothing.
     """
     window = getattr(model.config.get_text_config(), "sliding_window", None) or 0
     if 0 < window <= max(len(example.input_ids) for example in examples):
         return False  # paths would replace the model's sliding window
-    groups = [group[:4] for group in group_by_prompt(examples) if len(group) > 1][-PROBED:]
+    shared = [group[:4] for group in group_by_prompt(examples) if len(group) > 1]
+    groups = sorted(shared, key=lambda group: sum(len(examples[number].input_ids) for number in group))[:PROBED]
     if not groups:
         return False
     numbers = [number for group in groups for number in group]

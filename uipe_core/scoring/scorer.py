@@ -193,7 +193,6 @@ class Scorer:
         """
         model = loaded.model
         model.eval()
-        began = time.perf_counter()
         size = self._size = self._size or BatchSize(self._find_batch_size(model, loaded.device))
         trees = self._may_read_trees(model, loaded.device)
         group = packing.group_by_prompt if trees else packing.one_per_row
@@ -210,6 +209,7 @@ class Scorer:
         read = TeacherForcedScores(self.examples, self._gold_rows, self._scale_rows, self._initial, self._member_rows)
         sets: dict[str, SetScores] = {}
         seconds: dict[str, float] = {}
+        began = time.perf_counter()
         for stage, names in self._stages.items():
             work = partial(self._read, model, loaded.device, trees, temperature, read, step)
             with fast_products(model.dtype, loaded.device):
@@ -232,7 +232,8 @@ class Scorer:
     def _may_read_trees(self, model: Any, device: torch.device) -> bool:
         kind = type(model)
         if kind not in self._reads_trees:
-            found = packing.reads_trees(model, self.examples, self.prompts.pad_id, device)
+            with fast_products(model.dtype, device):
+                found = packing.reads_trees(model, self.examples, self.prompts.pad_id, device)
             if found is None:
                 return False  # the next model may show it
             self._reads_trees[kind] = found

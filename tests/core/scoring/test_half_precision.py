@@ -49,12 +49,17 @@ def test_a_bf16_model_is_scored_as_torch_multiplies_it_and_callers_are_left_alon
     reports = []
     for lacks in (True, False):
         monkeypatch.setattr(half_precision, "lacks_instructions", lambda dtype, lacks=lacks: lacks)
-        loaded = load_tiny("bfloat16")
+        loaded, modes = load_tiny("bfloat16"), set()
+        loaded.model.register_forward_pre_hook(
+            lambda *_, m=modes: m.add(len(torch.overrides._get_current_function_mode_stack()))
+        )
         stages = Scorer(corpus, loaded.prompts, ScoringConfig(16, 6)).stages(loaded)
         next(stages)
         # Between stages a caller's own products are torch's.
         assert not torch.overrides._get_current_function_mode_stack()
         reports.append(list(stages)[-1])
+        # Every pass, also those that find out how the model can be read.
+        assert modes == {int(lacks)}
     for name, scores in reports[0].sets.items():
         np.testing.assert_allclose(scores.answer_loss, reports[1].sets[name].answer_loss, rtol=0.05, atol=0.02)
 
