@@ -328,19 +328,22 @@ def initial_held_out(view: ReportData, objective: Objective) -> float | None:
 
 def _noise_sentences(view: ReportData) -> list[str]:
     """Where forget quality stops meaning anything: perfect forgetting from other seeds, and a model that never learned."""
-    others = view.controls.loc[view.controls["kind"] == OTHER_RETAIN]
-    never = view.controls.loc[view.controls["kind"] == NEVER_FINETUNED]
+    forgetting, utility = view.objectives[:2]
+    known = view.controls.dropna(subset=[forgetting.name]) if forgetting.name in view.controls else view.controls.iloc[:0]
+    others, never = (known[known["kind"] == kind] for kind in (OTHER_RETAIN, NEVER_FINETUNED))
     sentences = []
-    if not others.empty and "forget_quality" in others:
-        reached = ", ".join(probability(value) for value in sorted(others["forget_quality"]))
+    if not others.empty:
+        name = forgetting.title.removeprefix("log10 ")
+        ordered = (row for _, row in others.sort_values(forgetting.name).iterrows())
+        reached = ", ".join(_strength(forgetting, row, named=False) for row in ordered)
         seeds = count(len(others), "other seed")
-        sentences.append(f"Retain models of {seeds} reach forget quality {reached}: differences up there mean nothing.")
-    if not never.empty and "forget_quality" in never:
+        sentences.append(f"Retain models of {seeds} reach {name} {reached}: differences up there mean nothing.")
+    if not never.empty:
         row = never.iloc[0]
-        gamed = ": forget quality alone can be had for nothing" if row["forget_quality"] >= _GAMED else ""
+        gamed = forgetting.p_value is not None and row[forgetting.p_value] >= _GAMED
         sentences.append(
-            f"A model never fine-tuned has forget quality {probability(row['forget_quality'])} at "
-            f"{view.objectives[1].title} {decimal(row[view.objectives[1].name])}{gamed}."
+            f"A model never fine-tuned has {_strength(forgetting, row)} at {utility.title} {decimal(row[utility.name])}"
+            + (": forget quality alone can be had for nothing." if gamed else ".")
         )
     return sentences
 

@@ -325,6 +325,19 @@ def test_the_verdict_tells_of_held_out_items_and_of_noise(view):
     assert "held-out" not in " ".join(conclude(view))
 
 
+def test_controls_are_told_in_what_the_study_chose_by(view):
+    seen = with_afterthoughts(view)
+    objectives = (FORGETTING["memorization"], UTILITY["retain_utility"])
+    controls = seen.controls.assign(memorization_score=1.0 - seen.controls["model_utility"], retain_utility=0.5)
+    trials = seen.trials.assign(memorization_score=1.0 - seen.trials["model_utility"], retain_utility=0.5)
+    reference = dict.fromkeys(("memorization_score", "retain_utility"), 0.0)
+    own = {"objectives": objectives, "summary": {**view.summary, "reference_point": reference}}
+    said = " ".join(conclude(dataclasses.replace(view, trials=trials, controls=controls, **own)))
+    assert "Retain models of 1 other seed reach memorisation score (1: nothing memorised) 0.3000" in said
+    assert "A model never fine-tuned has memorisation score (1: nothing memorised) 0.6900 at retain utility 0.5000." in said
+    assert "forget quality" not in said
+
+
 def test_a_fall_on_held_out_items_is_told_as_a_share_of_the_initial_models(view):
     seen = with_afterthoughts(view)
     own = {"kind": "held_out", "model": "initial", **metrics(-13.0, 0.5 * INITIAL["model_utility"], 1.0)}
