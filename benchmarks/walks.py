@@ -89,11 +89,14 @@ class World:
 
             self.runs[run.label] = store.get_or_train(prepared.base_run_inputs(config), train())
         self.loaded, self._walker = load_for_scoring(prepared.models.ready_source(INITIAL))
+        self.objectives = self.spec.maximised[:2]
+        needed = {name for objective in self.objectives for name in objective.scored_sets}
+        split = split_corpus(self.corpus, 0.5, seed)
+        self.corpus = replace(self.corpus, sets={name: items for name, items in self.corpus.sets.items() if name in needed})
         self._task = task_of(self.corpus)
         self._scorer = self._task.scorer(self.corpus, self.loaded.prompts, prepared.scoring)
-        split = split_corpus(self.corpus, 0.5, seed)
-        self._halves = {name: (rows, take_items(self.corpus, rows).set_hashes) for name, rows in vars(split).items()}
-        self.objectives = self.spec.maximised[:2]
+        halves = {half: {name: kept for name, kept in rows.items() if name in needed} for half, rows in vars(split).items()}
+        self._halves = {half: (rows, take_items(self.corpus, rows).set_hashes) for half, rows in halves.items()}
         self._updates: dict[tuple[str, int], UpdateVector] = {}
         self.initial = self._score(self.loaded)
         retain = [each for each in prepared.models.references() if each.kind == RETAIN and each.log is None]
