@@ -50,8 +50,8 @@ def study_facts(rows: Rows, study_id: int) -> tuple[dict[str, Any], list[str]]:
             f"SELECT part.key, part.value_json FROM {table} AS part WHERE part.study_id = :study", {"study": study_id}
         ):
             try:
-                facts[str(key)] = json.loads(value)
-            except (ValueError, TypeError, RecursionError) as error:
+                facts[str(key)] = _from_json(value)
+            except (ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(f"attribute {key} of the study cannot be read ({first_line(error)})") from None
     directions = "SELECT direction FROM study_directions WHERE study_id = :study ORDER BY objective"
     return facts, [str(row[0]) for row in rows(directions, {"study": study_id})]
@@ -157,8 +157,11 @@ def _distribution(text: str) -> BaseDistribution:
 
 
 def _from_json(text: str) -> Any:
-    """Parse JSON; names that trial after trial has are kept in memory once."""
-    return json.loads(text, object_pairs_hook=_interned) if text.startswith("{") else json.loads(text)
+    """Parse JSON; names that trial after trial has are kept in memory once. Half of a surrogate pair is a ValueError."""
+    found = json.loads(text, object_pairs_hook=_interned) if text.startswith("{") else json.loads(text)
+    if "\\ud" in text.lower():
+        json.dumps(found, ensure_ascii=False).encode()
+    return found
 
 
 def _interned(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

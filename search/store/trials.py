@@ -240,6 +240,8 @@ def evidence_flaw(
     for name, kind in {"kind": str, **({} if controls else PLACE)}.items():
         if (names is None or name in names) and not isinstance(facts.get(name), kind):
             return f"its attribute {name} is {facts.get(name)!r}"
+    if "of_trial" in facts and not (isinstance(facts["of_trial"], int) and 0 <= facts["of_trial"] < 2**31):
+        return f"its attribute of_trial is {facts['of_trial']!r}"
     for name in ("components", "forget_components"):
         if not isinstance(facts.get(name, {}), dict):
             return f"its attribute {name} is no mapping"

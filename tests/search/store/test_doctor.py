@@ -273,6 +273,14 @@ DAMAGES = {
         sql(f"UPDATE trial_values SET value = 0.9999 WHERE objective = 1 AND {OF_TRIAL_2}"),
         "trial 2: it has 0.9999 as model_utility, and",
     ),
+    "half a character": (
+        sql(f"UPDATE trial_user_attributes SET value_json = ? WHERE key = 'kind' AND {OF_TRIAL_2}", '"\\ud800"'),
+        "trial 2 cannot be read (UnicodeEncodeError",
+    ),
+    "the trial of a control": (
+        sql("UPDATE trial_user_attributes SET value_json = ? WHERE key = 'of_trial'", '{"x": 1}'),
+        "its attribute of_trial is {'x': 1}",
+    ),
     "a state": (sql(f"UPDATE trials SET state = 'DONE' WHERE {OF_TRIAL_2}"), "trial 2 cannot be read"),
     "a number": (sql(f"UPDATE trials SET number = NULL WHERE {OF_TRIAL_2}"), "trial None cannot be read"),
     "a range": (
