@@ -18,6 +18,7 @@ from optuna.distributions import BaseDistribution, json_to_distribution
 from optuna.trial import FrozenTrial, TrialState
 
 from uipe_core.errors import UserError, first_line
+from uipe_core.storage.files import require_whole_characters
 
 Rows = Callable[[str, Mapping[str, Any]], list[Any]]
 """Answer a query that has parameters by name (``:name``)."""
@@ -160,7 +161,7 @@ def _from_json(text: str) -> Any:
     """Parse JSON; names that trial after trial has are kept in memory once. Half of a surrogate pair is a ValueError."""
     found = json.loads(text, object_pairs_hook=_interned) if text.startswith("{") else json.loads(text)
     if "\\ud" in text.lower():
-        json.dumps(found, ensure_ascii=False).encode()
+        require_whole_characters(found)
     return found
 
 

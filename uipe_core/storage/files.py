@@ -54,11 +54,16 @@ def read_json(path: Path) -> Any:
     raw = read_regular(path)
     found = parse_json(raw)
     if _SURROGATE.search(raw):
-        try:
-            json.dumps(found, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair, which is no text") from None
+        require_whole_characters(found)
     return found
+
+
+def require_whole_characters(found: object) -> None:
+    """Raise ValueError if a parsed JSON value has half of a surrogate pair: JSON can write it, and it is no text."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no text") from None
 
 
 def file_hash(path: Path) -> str:

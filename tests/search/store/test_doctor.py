@@ -275,7 +275,7 @@ DAMAGES = {
     ),
     "half a character": (
         sql(f"UPDATE trial_user_attributes SET value_json = ? WHERE key = 'kind' AND {OF_TRIAL_2}", '"\\ud800"'),
-        "trial 2 cannot be read (UnicodeEncodeError",
+        "trial 2 cannot be read (ValueError: half of a surrogate pair",
     ),
     "the trial of a control": (
         sql("UPDATE trial_user_attributes SET value_json = ? WHERE key = 'of_trial'", '{"x": 1}'),
