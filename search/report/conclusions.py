@@ -327,17 +327,16 @@ def initial_held_out(view: ReportData, objective: Objective) -> float | None:
 
 
 def _noise_sentences(view: ReportData) -> list[str]:
-    """Where forget quality stops meaning anything: perfect forgetting from other seeds, and a model that never learned."""
+    """Where forgetting stops meaning anything: perfect forgetting from other seeds, and a model that never learned."""
     forgetting, utility = view.objectives[:2]
     known = view.controls.dropna(subset=[forgetting.name]) if forgetting.name in view.controls else view.controls.iloc[:0]
     others, never = (known[known["kind"] == kind] for kind in (OTHER_RETAIN, NEVER_FINETUNED))
     sentences = []
     if not others.empty:
-        name = forgetting.title.removeprefix("log10 ")
-        ordered = (row for _, row in others.sort_values(forgetting.name).iterrows())
-        reached = ", ".join(_strength(forgetting, row, named=False) for row in ordered)
+        first, *more = (row for _, row in others.sort_values(forgetting.name).iterrows())
+        reached = ", ".join([_strength(forgetting, first), *(_strength(forgetting, row, named=False) for row in more)])
         seeds = count(len(others), "other seed")
-        sentences.append(f"Retain models of {seeds} reach {name} {reached}: differences up there mean nothing.")
+        sentences.append(f"Retain models of {seeds} reach {reached}: differences up there mean nothing.")
     if not never.empty:
         row = never.iloc[0]
         gamed = forgetting.p_value is not None and row[forgetting.p_value] >= _GAMED

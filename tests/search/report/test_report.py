@@ -11,7 +11,7 @@ import pytest
 from synthetic_study import CAP, INITIAL, metrics, page_of, synthetic
 
 from search.evaluation.inputs import power_of_forget_quality
-from search.problem.objectives import FORGETTING, UTILITY
+from search.problem.objectives import CHOICE_FORGETTING, FORGETTING, UTILITY
 from search.report.conclusions import conclude
 from search.report.data import MAX_BASES, ReportData, shown_bases
 from search.report.html import render_report
@@ -336,6 +336,19 @@ def test_controls_are_told_in_what_the_study_chose_by(view):
     assert "Retain models of 1 other seed reach memorisation score (1: nothing memorised) 0.3000" in said
     assert "A model never fine-tuned has memorisation score (1: nothing memorised) 0.6900 at retain utility 0.5000." in said
     assert "forget quality" not in said
+
+
+def test_controls_of_multiple_choice_are_told_in_accuracy(view):
+    seen = with_afterthoughts(view)
+    chance = {CHOICE_FORGETTING.name: -0.25, "forget_accuracy": 0.5}
+    own = (CHOICE_FORGETTING, view.objectives[1])
+    summary = {**view.summary, "reference_point": {CHOICE_FORGETTING.name: -1.0, "model_utility": 0.0}}
+    told = dataclasses.replace(
+        view, trials=seen.trials.assign(**chance), controls=seen.controls.assign(**chance), objectives=own, summary=summary
+    )
+    said = " ".join(conclude(told))
+    assert "Retain models of 1 other seed reach forget accuracy 0.5000" in said
+    assert "A model never fine-tuned has forget accuracy 0.5000 at model utility 0.3100." in said
 
 
 def test_a_fall_on_held_out_items_is_told_as_a_share_of_the_initial_models(view):
