@@ -131,7 +131,7 @@ class World:
         return self._gradient
 
     def point(self, update: Tensors, steps: int = 0, matched: bool = False) -> dict[str, Any]:
-        """Objectives of theta_init + update on both halves; `matched` divides the logits by their scale first."""
+        """Objectives of theta_init + update on both halves; `matched` adds those with the logits divided by their scale."""
         started = time.perf_counter()
         loaded = replace(self.loaded, model=self._walker.apply(UpdateVector("dense", dict(update)), 0.0))
         if steps:
@@ -141,14 +141,16 @@ class World:
             )
             found = relearn(loaded, self._repairing, config)
             if found.loaded is None:
-                return {"select": list(self.corner), "report": list(self.corner), "scale": 1.0, "seconds": 0.0}
+                corner = list(map(float, self.corner))
+                return {"select": corner, "report": corner, "matched": corner, "scale": 1.0, "seconds": 0.0}
             loaded = found.loaded
         report = self._score(loaded)
         scale = (report.logit_scale or 1.0) / (self.initial.logit_scale or 1.0)
-        if matched:
-            report = self._score(loaded, scale)
         values = {name: list(map(float, self.values(report, name))) for name in self._halves}
-        return {**values, "scale": float(scale), "seconds": time.perf_counter() - started}
+        found = {**values, "scale": float(scale), "seconds": time.perf_counter() - started}
+        if matched:
+            found["matched"] = list(map(float, self.values(self._score(loaded, scale), "report")))
+        return found
 
     def values(self, report: Any, half: str) -> FloatArray:
         """(2,) objectives of one half of the items; forget quality counts up to the noise ceiling."""
@@ -236,11 +238,8 @@ def search(study: Path, seed: int, kinds: list[str], scores: int, repeats: int, 
     start = {half: world.values(world.initial, half) for half in ("select", "report")}
     given_file = work / f"seed-{seed}-given.json"
     if not given_file.is_file():
-        found = [world.point(combined((1.0, world.tensors(*place)))) for place in world.places]
-        matched = [world.point(combined((1.0, world.tensors(*place))), matched=True)["report"] for place in world.places]
-        write_atomic(
-            given_file, json.dumps([{**each, "matched": other} for each, other in zip(found, matched, strict=True)]).encode()
-        )
+        found = [world.point(combined((1.0, world.tensors(*place))), matched=True) for place in world.places]
+        write_atomic(given_file, json.dumps(found).encode())
     given = json.loads(given_file.read_text())
     for kind, number in product(kinds, range(repeats)):
         file = work / f"seed-{seed}-{kind}-{number}.json"
@@ -255,9 +254,7 @@ def search(study: Path, seed: int, kinds: list[str], scores: int, repeats: int, 
         known = given
         if kind == "repair":
             nothing = combined((0.0, world.tensors(*world.places[0])))
-            for steps in REPAIR_STEPS[1:]:
-                matched = world.point(nothing, steps, matched=True)["report"]
-                known = [*known, {**world.point(nothing, steps), "matched": matched}]
+            known = [*given, *(world.point(nothing, steps, matched=True) for steps in REPAIR_STEPS[1:])]
         points = []
         for _ in range(scores):
             trial = asked.ask(fixed_distributions=walk.space)
@@ -268,7 +265,7 @@ def search(study: Path, seed: int, kinds: list[str], scores: int, repeats: int, 
         front = non_dominated(np.array([point["select"] for point in every]))
         for place in np.flatnonzero(front[len(known) :]):
             params = points[place]
-            points[place]["matched"] = world.point(walk.update(params), params.get("steps", 0), matched=True)["report"]
+            points[place]["matched"] = world.point(walk.update(params), params.get("steps", 0), matched=True)["matched"]
         record = {"kind": kind, "seed": seed, "points": points, "given": known, "corner": list(world.corner)}
         write_atomic(file, json.dumps({**record, "initial": {half: list(values) for half, values in start.items()}}).encode())
     return files
