@@ -77,12 +77,12 @@ class ChoiceScorer:
         """
         model = loaded.model
         model.eval()
-        started = time.perf_counter()
         keep = accepts_logits_to_keep(model)
         table = np.full((len(self._items), self._most()), -np.inf)
         spreads = np.full(len(self._items), np.nan)
         size = self._size = self._size or BatchSize(self._find_batch_size(model, loaded.device, keep))
         done = 0
+        started = time.perf_counter()
 
         def work(batch: list[tuple[int, _Sequence]]) -> None:
             nonlocal done

@@ -132,20 +132,6 @@ def items():
 
 GPT = {"vocab_size": 50, "n_layer": 2, "n_head": 2, "initializer_range": 0.4}
 GEMMA = {"num_key_value_heads": 1, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 64}
-
-
-@torch.inference_mode()
-def test_only_the_shortest_groups_are_read_to_find_that_out(items):
-    model, fed = llama(), []
-    model.register_forward_pre_hook(lambda _, __, given: fed.append(given["input_ids"].shape), with_kwargs=True)
-    short = [*items, *(Example((12, 13, 14, answer, 49), 3) for answer in (7, 8))]
-    long = [Example((*range(40), answer, 49), 40) for answer in (7, 8)]
-    assert reads_trees(model, short, 0, CPU) is True
-    alone, fed[:] = fed.copy(), []
-    assert reads_trees(model, [*long, *short, *long], 0, CPU) is True
-    assert fed == alone
-
-
 OTHERS = {
     # Attention that is a matter of distance in the row, so that positions of ours change nothing.
     "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=16, **GPT)),
@@ -161,6 +147,18 @@ OTHERS = {
 @torch.inference_mode()
 def test_a_model_is_asked_whether_it_reads_trees(items):
     assert reads_trees(llama(), items, 0, CPU) is True
+
+
+@torch.inference_mode()
+def test_only_the_shortest_groups_are_read_to_find_that_out(items):
+    model, fed = llama(), []
+    model.register_forward_pre_hook(lambda _, __, given: fed.append(given["input_ids"].shape), with_kwargs=True)
+    short = [*items, *(Example((12, 13, 14, answer, 49), 3) for answer in (7, 8))]
+    long = [Example((*range(40), answer, 49), 40) for answer in (7, 8)]
+    assert reads_trees(model, short, 0, CPU) is True
+    alone, fed[:] = fed.copy(), []
+    assert reads_trees(model, [*long, *short, *long], 0, CPU) is True
+    assert fed == alone
 
 
 @torch.inference_mode()
